@@ -1,0 +1,122 @@
+"""RootstockClient: from a name to a calculator."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import weakref
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from rootstock_client.connection import connect
+from rootstock_client.errors import ConnectionLostError, RootstockError
+from rootstock_client.runtime_dir import control_socket, find_socket
+
+if TYPE_CHECKING:
+    from rootstock_client.calculator import RootstockCalculator
+
+
+class RootstockClient:
+    """A daemon, as jobs see it.
+
+    Args:
+        socket: the daemon's session socket. Without one it is looked for: ROOTSTOCKD_SOCKET, the user's runtime
+            directory, the system's (see `rootstock_client.runtime_dir`).
+
+    Raises:
+        DaemonNotFoundError: no socket was found; the message says how to start a daemon.
+    """
+
+    def __init__(self, socket: str | os.PathLike[str] | None = None) -> None:
+        self.socket: Path = find_socket(socket)
+        self._calculators: weakref.WeakSet[RootstockCalculator] = weakref.WeakSet()
+
+    def calculator(
+        self, model: str, *, dtype: Literal["float32", "float64"] | None = None, head: str | None = None
+    ) -> RootstockCalculator:
+        """An ASE calculator that has `model` evaluated by the daemon.
+
+        Args:
+            model: a name from `models()`.
+            dtype: what the model computes in; the catalogue's choice for this model if None.
+            head: which of the model's heads, where it has several.
+        """
+        from rootstock_client.calculator import RootstockCalculator  # the one place that needs ASE  # noqa: PLC0415
+
+        calculator = RootstockCalculator(self.socket, model, dtype=dtype, head=head)
+        self._calculators.add(calculator)
+        return calculator
+
+    def models(self) -> list[dict[str, Any]]:
+        """The daemon's catalogue: for each model its name, aliases, family, elements, dtype, licence and state."""
+        return cast("list[dict[str, Any]]", self._get("/v1/models"))
+
+    def status(self) -> dict[str, Any]:
+        """What the daemon is doing: its models, its sessions, counters. `rootstockd status --json` prints the same."""
+        return cast("dict[str, Any]", self._get("/v1/status"))
+
+    def _get(self, path: str) -> object:
+        return request(self.socket, "GET", path)
+
+    def close(self) -> None:
+        """Close the sessions of all calculators made here; one that is used again opens a new one."""
+        for calculator in self._calculators:
+            calculator.close()
+
+    def __enter__(self) -> RootstockClient:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"socket": self.socket}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.socket = state["socket"]
+        self._calculators = weakref.WeakSet()
+
+
+class _UnixHTTPConnection(http.client.HTTPConnection):
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost")
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = connect(self._path)
+
+
+def request(session_socket: Path, method: str, path: str, body: dict[str, Any] | None = None) -> object:
+    """Ask a daemon's control API.
+
+    Args:
+        session_socket: the daemon's session socket; its control socket lies beside it.
+        method: GET or POST.
+        path: such as `/v1/status`.
+        body: sent as JSON.
+
+    Returns:
+        The answer's JSON.
+
+    Raises:
+        DaemonNotFoundError: nobody answers there.
+        ConnectionLostError: the daemon went away before it answered.
+        RootstockError: the daemon refuses.
+    """
+    connection = _UnixHTTPConnection(control_socket(session_socket))
+    try:
+        connection.request(method, path, json.dumps(body or {}), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        answer = response.read()
+    except (http.client.HTTPException, ConnectionResetError, BrokenPipeError) as error:
+        raise ConnectionLostError(f"rootstockd at {session_socket} went away.") from error
+    finally:
+        connection.close()
+    if response.status >= http.client.BAD_REQUEST:
+        text = answer[:500].decode(errors="replace")
+        raise RootstockError(f"rootstockd refused {method} {path}: {response.status} {response.reason} {text}")
+    return json.loads(answer)

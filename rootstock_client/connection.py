@@ -1,0 +1,151 @@
+"""One session with a daemon, over a blocking socket."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+from pathlib import Path
+
+import numpy as np
+
+from rootstock_client import ipi
+from rootstock_client.errors import ConnectionLostError, DaemonNotFoundError, InvalidStructureError
+from rootstock_client.runtime_dir import START_HINT
+
+
+def connect(path: Path) -> socket.socket:
+    """Connect to a Unix socket of a daemon.
+
+    Raises:
+        DaemonNotFoundError: nobody answers there.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.connect(os.fspath(path))
+    except OSError as error:
+        sock.close()
+        raise DaemonNotFoundError(
+            f"no rootstockd answers at {path}: {(error.strerror or str(error)).lower()}.", START_HINT
+        ) from error
+    return sock
+
+
+class Connection:
+    """A session that opens itself when it is first needed, and again after it was lost or after a fork.
+
+    Threads may share it: one exchange at a time.
+
+    Args:
+        path: the daemon's session socket.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        self._sock: socket.socket | None = None
+        self._pid = 0
+        self._init = b""
+        self._forces = np.empty((0, 3))
+        self._side = ipi.DriverSide(self._place)
+
+    def evaluate(self, init: bytes, head: bytes, positions: ipi.FloatArray, forces: ipi.FloatArray) -> ipi.ForceReady:
+        """One step: send a structure, wait for its result.
+
+        Args:
+            init: the INIT text that describes its system; sent only when it is not the object that was sent last.
+            head: POSDATA up to the positions.
+            positions: (natoms, 3), Bohr, contiguous.
+            forces: (natoms, 3), contiguous; filled with the forces in Hartree/Bohr.
+
+        Raises:
+            DaemonNotFoundError: there is no daemon.
+            ConnectionLostError: it went away, twice.
+            RootstockError: what the daemon says is wrong.
+        """
+        with self._lock:
+            self._forces = forces
+            if self._pid != os.getpid():  # after a fork the connection is the parent's
+                self._close()
+            if self._sock is not None:
+                try:
+                    return self._exchange(self._sock, init, head, positions)
+                except ConnectionLostError:
+                    pass  # the daemon was restarted since: an evaluation can be asked for again
+            self._sock = connect(self.path)
+            self._pid = os.getpid()
+            self._side = ipi.DriverSide(self._place)
+            return self._exchange(self._sock, init, head, positions)
+
+    def _exchange(self, sock: socket.socket, init: bytes, head: bytes, positions: ipi.FloatArray) -> ipi.ForceReady:
+        buffers: list[bytes | memoryview] = [head, memoryview(positions).cast("B"), ipi.GETFORCE]
+        if init is not self._init:
+            buffers.insert(0, ipi.init_frame(init))
+        try:
+            self._init = init
+            send_all(sock, buffers)
+            self._side.expect(ipi.GETFORCE)
+            answer = self._receive(sock)
+        except BaseException:  # whatever it was, the next answer would be the wrong one
+            self._close()
+            raise
+        if isinstance(answer, ipi.Failure):
+            raise answer.error
+        assert isinstance(answer, ipi.ForceReady)
+        return answer
+
+    def _receive(self, sock: socket.socket) -> ipi.EngineMessage:
+        side = self._side
+        while (message := side.next_message()) is None:
+            try:
+                size = sock.recv_into(side.get_buffer())
+            except OSError as error:
+                raise self._lost() from error
+            if size == 0:
+                raise self._lost()
+            side.received(size)
+        return message
+
+    def _lost(self) -> ConnectionLostError:
+        return ConnectionLostError(
+            f"rootstockd at {self.path} closed the connection in the middle of a step.",
+            "`rootstockd logs` may say why; if it was stopped, start it again and repeat the step.",
+        )
+
+    def _place(self, natoms: int) -> memoryview:
+        if natoms != len(self._forces):
+            raise InvalidStructureError(f"forces for {natoms} atoms came back; {len(self._forces)} were sent")
+        return memoryview(self._forces).cast("B")
+
+    def _close(self) -> None:
+        if self._sock is not None:
+            self._sock.close()
+        self._sock, self._init = None, b""
+
+    def close(self) -> None:
+        """Close the session; the next step opens a new one."""
+        with self._lock:
+            self._close()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError):  # a constructor that failed
+            self._close()
+
+
+def send_all(sock: socket.socket, buffers: list[bytes | memoryview]) -> None:
+    """Send all buffers, in one system call where the socket takes them.
+
+    Raises:
+        ConnectionLostError: the other side is gone.
+    """
+    try:
+        sent = sock.sendmsg(buffers)
+        for buffer in buffers:
+            if sent < len(buffer):
+                sock.sendall(memoryview(buffer)[sent:])
+                sent = 0
+            else:
+                sent -= len(buffer)
+    except (BrokenPipeError, ConnectionResetError) as error:
+        raise ConnectionLostError("rootstockd closed the connection.") from error

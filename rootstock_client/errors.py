@@ -1,0 +1,127 @@
+"""What can go wrong, each with what to do about it.
+
+Every error has a `code`, fixed and meant for programs, a `message` that says what happened and to which model or
+session, and a `hint` that says what to do now. They cross the wire as JSON in an ERROR frame, and come out on the
+other side as the same class.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, ClassVar
+
+
+class RootstockError(Exception):
+    """Base of all errors of rootstockd and its client.
+
+    Args:
+        message: what happened, and to which model or session.
+        hint: what to do now; empty where there is nothing to say.
+    """
+
+    code: ClassVar[str] = "error"
+    _by_code: ClassVar[dict[str, type[RootstockError]]] = {}
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message, hint)
+        self.message = message
+        self.hint = hint
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        RootstockError._by_code[cls.code] = cls
+
+    def __str__(self) -> str:
+        return f"{self.message}\n{self.hint}" if self.hint else self.message
+
+    def to_json(self) -> bytes:
+        """The body of an ERROR frame."""
+        return json.dumps({"code": self.code, "message": self.message, "hint": self.hint}).encode()
+
+    @staticmethod
+    def from_json(body: bytes) -> RootstockError:
+        """The error that an ERROR frame carries; a code this version does not know becomes a plain RootstockError."""
+        try:
+            fields = json.loads(body)
+            code, message, hint = str(fields["code"]), str(fields["message"]), str(fields.get("hint", ""))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ProtocolError(f"an ERROR frame that is not JSON with a code and a message: {body[:80]!r}") from error
+        return error_from_code(code, message, hint)
+
+
+def error_from_code(code: str, message: str, hint: str = "") -> RootstockError:
+    """The error class that stands for `code`, filled in."""
+    return RootstockError._by_code.get(code, RootstockError)(message, hint)
+
+
+class DaemonNotFoundError(RootstockError, ConnectionError):
+    """No daemon answers where one was looked for."""
+
+    code = "daemon-not-found"
+
+
+class ConnectionLostError(RootstockError, ConnectionError):
+    """The daemon closed the connection in the middle of an exchange."""
+
+    code = "connection-lost"
+
+
+class ProtocolError(RootstockError):
+    """A byte stream that is not the protocol. Nothing after it can be trusted: the connection is closed."""
+
+    code = "protocol"
+
+
+class InvalidInitError(RootstockError, ValueError):
+    """An INIT that can't be understood, or that asks for something that does not exist."""
+
+    code = "invalid-init"
+
+
+class UnknownModelError(RootstockError, KeyError):
+    """A model name that is not in the daemon's catalogue."""
+
+    code = "unknown-model"
+    __str__ = RootstockError.__str__
+
+
+class UnknownElementError(RootstockError, ValueError):
+    """A structure with an element that the model was not made for."""
+
+    code = "unknown-element"
+
+
+class UnsupportedError(RootstockError, NotImplementedError):
+    """A property or an option that the model does not have."""
+
+    code = "unsupported"
+
+
+class InvalidStructureError(RootstockError, ValueError):
+    """Positions, cell or atom count that no engine could evaluate."""
+
+    code = "invalid-structure"
+
+
+class ModelLoadError(RootstockError):
+    """A model that could not be loaded."""
+
+    code = "model-load"
+
+
+class EvaluationError(RootstockError):
+    """An evaluation that the engine could not finish."""
+
+    code = "evaluation"
+
+
+class DrainingError(RootstockError):
+    """The daemon is on its way down and takes no new work."""
+
+    code = "draining"
+
+
+class LimitError(RootstockError):
+    """More than the daemon's configuration allows."""
+
+    code = "limit"

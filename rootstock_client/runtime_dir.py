@@ -1,0 +1,81 @@
+"""Where daemons put their sockets, and how one is found.
+
+A daemon listens on two Unix sockets that lie side by side: `NAME.sock` for sessions (the i-PI protocol) and
+`NAME.control` for everything else (HTTP). They are looked for in this order:
+
+1. the argument (`RootstockClient("/path/to.sock")`, `rootstockd --socket`);
+2. the environment variable ROOTSTOCKD_SOCKET;
+3. the user's own runtime directory, `$XDG_RUNTIME_DIR/rootstockd/`, or `/tmp/rootstockd-UID/` where the login
+   session has none;
+4. the system's, `/run/rootstockd/`.
+
+A folder is only believed when its owner is the user (3) or root or the folder's daemon (4) and nobody else may write
+to it: otherwise anybody could stand in for the daemon.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from rootstock_client.errors import DaemonNotFoundError
+
+SOCKET_VARIABLE = "ROOTSTOCKD_SOCKET"
+SOCKET_NAME = "rootstockd.sock"
+SYSTEM_DIR = Path("/run/rootstockd")
+MAX_SOCKET_PATH = 107
+"""Bytes that a Unix socket's address can hold (sun_path, with its final zero)."""
+
+
+def user_runtime_dir() -> Path:
+    """The user's own folder for sockets; not necessarily there yet."""
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    if base and os.path.isabs(base):
+        return Path(base) / "rootstockd"
+    return Path(f"/tmp/rootstockd-{os.getuid()}")  # noqa: S108 - its owner and mode are checked before use
+
+
+def control_socket(session_socket: Path) -> Path:
+    """The control socket that belongs to a session socket."""
+    return session_socket.with_suffix(".control")
+
+
+def is_private(folder: Path, *owners: int) -> bool:
+    """Whether `folder` is a real directory that one of `owners` (uids) has and that nobody else may write to."""
+    try:
+        info = folder.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(info.st_mode) and info.st_uid in owners and not info.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def find_socket(socket: str | os.PathLike[str] | None = None) -> Path:
+    """The session socket to use, by the order that this module's documentation gives.
+
+    An address that was given outright (argument or environment) is returned as it is, whether or not a daemon is
+    there; the two folders are searched.
+
+    Raises:
+        DaemonNotFoundError: no socket was found.
+    """
+    if socket is not None:
+        return Path(socket)
+    if named := os.environ.get(SOCKET_VARIABLE):
+        return Path(named)
+    user = user_runtime_dir()
+    if is_private(user, os.getuid()) and (user / SOCKET_NAME).is_socket():
+        return user / SOCKET_NAME
+    system = SYSTEM_DIR / SOCKET_NAME
+    if system.is_socket() and is_private(SYSTEM_DIR, 0, system.lstat().st_uid):
+        return system
+    raise DaemonNotFoundError(
+        f"no rootstockd found: no socket in {user} or {SYSTEM_DIR}, and {SOCKET_VARIABLE} is not set.",
+        START_HINT,
+    )
+
+
+START_HINT = (
+    "Start one with `rootstockd start --gpu 0` (or `--device cpu`); "
+    f"if it runs elsewhere, set {SOCKET_VARIABLE} to its socket."
+)

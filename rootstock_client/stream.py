@@ -1,0 +1,138 @@
+"""Bytes in, messages out: the buffer under both sides of the protocol.
+
+A grammar is a generator that says what it needs next and hands out messages as it has them. It yields
+
+- an int: it is sent a memoryview of that many contiguous bytes, good until its next yield;
+- a memoryview: that memory is filled with the bytes that follow, straight from the socket where they are many;
+- a Skip: that many bytes are thrown away;
+- anything else: a message for the reader's owner.
+
+So a stream means the same wherever it is cut, and large arrays are received where they are wanted, without a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Generic, NamedTuple, TypeAlias, TypeVar, cast
+
+STAGING_SIZE = 64 * 1024
+"""One read takes this much at most into the staging buffer; a step of 2,700 atoms fits in whole."""
+
+
+class Skip(NamedTuple):
+    """Throw this many bytes away."""
+
+    size: int
+
+
+Message = TypeVar("Message")
+Grammar: TypeAlias = Generator["int | memoryview | Skip | Message", memoryview, None]
+
+_NOTHING = memoryview(b"")
+
+
+class MessageReader(Generic[Message]):
+    """Runs a grammar over a stream.
+
+    Write into `get_buffer()`, say how much with `received()`, take messages with `next_message()` until it gives None.
+    """
+
+    def __init__(self, grammar: Grammar[Message]) -> None:
+        self._grammar = grammar
+        self._staging = memoryview(bytearray(STAGING_SIZE))
+        self._start = self._end = 0
+        self._need: int | memoryview | Skip | None = None
+        self._filled = 0
+        self._direct = False
+        self._answer: memoryview | None = None
+        self._started = False
+
+    @property
+    def full(self) -> bool:
+        """The staging buffer has no room: messages must be taken before more bytes can be received."""
+        return self._end - self._start == len(self._staging) and not self._starved
+
+    @property
+    def _starved(self) -> bool:
+        """The grammar waits for more contiguous bytes than the staging buffer holds so far."""
+        return isinstance(self._need, int) and self._need > self._end - self._start
+
+    def get_buffer(self, sizehint: int = -1) -> memoryview:
+        """Where the next bytes of the stream go; empty only when `full`."""
+        del sizehint  # asyncio's idea of a good size
+        self._direct = isinstance(self._need, memoryview) and self._start == self._end
+        if self._direct:
+            return cast(memoryview, self._need)[self._filled :]
+        self._make_room()
+        return self._staging[self._end :]
+
+    def received(self, size: int) -> None:
+        """`size` bytes were written into the buffer that `get_buffer` gave last."""
+        if self._direct:
+            self._filled += size
+        else:
+            self._end += size
+
+    def feed(self, data: bytes) -> int:
+        """Copy in as much of `data` as there is room for, and say how much that was."""
+        room = self.get_buffer()
+        size = min(len(room), len(data))
+        room[:size] = data[:size]
+        self.received(size)
+        return size
+
+    def next_message(self) -> Message | None:
+        """The next message, or None when more bytes must come first.
+
+        Raises:
+            Whatever the grammar raises; it is over then.
+        """
+        while True:
+            if self._need is None:
+                need = self._advance()
+                if not isinstance(need, (int, memoryview, Skip)):
+                    return need
+                self._need, self._filled = need, 0
+            if not self._satisfy():
+                return None
+            self._need = None
+
+    def _advance(self) -> int | memoryview | Skip | Message:
+        if not self._started:
+            self._started = True
+            return next(self._grammar)
+        answer, self._answer = self._answer, None
+        return self._grammar.send(answer if answer is not None else _NOTHING)
+
+    def _satisfy(self) -> bool:
+        """Give the grammar what it needs from the staging buffer, if that is all there."""
+        need, have = self._need, self._end - self._start
+        if isinstance(need, int):
+            if have < need:
+                return False
+            self._answer = self._staging[self._start : self._start + need].toreadonly()
+            self._start += need
+            return True
+        total = need.size if isinstance(need, Skip) else len(cast(memoryview, need))
+        take = min(have, total - self._filled)
+        if isinstance(need, memoryview):
+            need[self._filled : self._filled + take] = self._staging[self._start : self._start + take]
+        self._start += take
+        self._filled += take
+        return self._filled == total
+
+    def _make_room(self) -> None:
+        """Bring what is staged to the front; grow, by doubling, only as bytes of a long item really arrive."""
+        have = self._end - self._start
+        if have == 0:
+            self._start = self._end = 0
+            if len(self._staging) > STAGING_SIZE and not self._starved:
+                self._staging = memoryview(bytearray(STAGING_SIZE))
+            return
+        if self._end < len(self._staging):
+            return
+        staging = self._staging
+        if have == len(staging) and self._starved:
+            staging = memoryview(bytearray(2 * len(staging)))
+        staging[:have] = self._staging[self._start : self._end]
+        self._staging, self._start, self._end = staging, 0, have

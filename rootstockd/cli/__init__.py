@@ -1,0 +1,30 @@
+"""The command `rootstockd`."""
+
+from __future__ import annotations
+
+import click
+
+import rootstockd
+from rootstockd.cli.lifecycle import restart, start, stop
+from rootstockd.cli.show import logs, status
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(rootstockd.__version__, prog_name="rootstockd")
+def main() -> None:
+    """Warm machine-learned interatomic potentials behind one daemon a node.
+
+    \b
+    rootstockd start --gpu 0        start a daemon (or --device cpu)
+    rootstockd status               what it is doing
+    rootstockd stop                 let it finish its work and end
+
+    \b
+    In a job:
+        from rootstock_client import RootstockClient
+        atoms.calc = RootstockClient().calculator("mace-emt-small")
+    """
+
+
+for command in (start, stop, restart, status, logs):
+    main.add_command(command)

@@ -1,0 +1,69 @@
+"""What several commands share: the --socket option, and how errors end a command."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+import platformdirs
+from rich.console import Console
+
+from rootstock_client.client import request
+from rootstock_client.errors import RootstockError
+from rootstock_client.runtime_dir import SOCKET_NAME, SOCKET_VARIABLE, SYSTEM_DIR, find_socket, user_runtime_dir
+from rootstockd.control.schema import DaemonStatus
+
+console = Console(highlight=False)
+
+socket_option = click.option(
+    "--socket",
+    type=click.Path(path_type=Path),
+    envvar=SOCKET_VARIABLE,
+    show_envvar=True,
+    help="The daemon's session socket.",
+)
+
+
+class Refused(click.ClickException):
+    """An error with its hint, as a command's last words."""
+
+    def __init__(self, error: Exception | str) -> None:
+        super().__init__(str(error))
+
+
+def socket_to_make(socket: Path | None) -> Path:
+    """Where a new daemon puts its session socket: as told, or the user's runtime directory (root: the system's)."""
+    if socket is not None:
+        return socket.absolute()
+    return (SYSTEM_DIR if os.geteuid() == 0 else user_runtime_dir()) / SOCKET_NAME
+
+
+def default_log_file(socket: Path) -> Path:
+    """Where a background daemon on `socket` writes its log unless it was told otherwise."""
+    folder = platformdirs.user_log_path("rootstockd")
+    standard = socket.name == SOCKET_NAME and socket.parent in (SYSTEM_DIR, user_runtime_dir())
+    return folder / ("rootstockd.log" if standard else "-".join(socket.with_suffix("").parts[1:]) + ".log")
+
+
+def socket_in_use(socket: Path | None) -> Path:
+    """The session socket of the daemon to talk to.
+
+    Raises:
+        Refused: there is none.
+    """
+    try:
+        return find_socket(socket)
+    except RootstockError as error:
+        raise Refused(error) from error
+
+
+def fetch_status(socket: Path) -> DaemonStatus:
+    """Ask a daemon how it is.
+
+    Raises:
+        RootstockError: it does not answer.
+    """
+    answer: Any = request(socket, "GET", "/v1/status")
+    return DaemonStatus.model_validate(answer)

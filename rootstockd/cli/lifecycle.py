@@ -1,0 +1,230 @@
+"""`start`, `stop` and `restart`."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import uvloop
+
+from rootstock_client.client import request
+from rootstock_client.errors import RootstockError
+from rootstock_client.runtime_dir import control_socket
+from rootstockd.cli.common import (
+    Refused,
+    console,
+    default_log_file,
+    fetch_status,
+    socket_in_use,
+    socket_option,
+    socket_to_make,
+)
+from rootstockd.config import Config
+from rootstockd.control.schema import DaemonStatus
+from rootstockd.devices import DeviceError, choose_device
+from rootstockd.models.catalogue import CatalogueError
+from rootstockd.sockets import AddressError
+
+POLL = 0.05
+
+
+@click.command()
+@click.option("--gpu", type=click.IntRange(min=0), help="The GPU to use, as the driver numbers them.")
+@click.option("--device", type=click.Choice(["cpu", "auto"]), default="auto", help="cpu, or a GPU if there is one.")
+@click.option("--model", "models", multiple=True, metavar="NAME", help="Load this model now; may be given repeatedly.")
+@click.option(
+    "--catalogue",
+    "catalogues",
+    multiple=True,
+    type=click.Path(path_type=Path, resolve_path=True),
+    help="A TOML file of further models; may be given repeatedly.",
+)
+@socket_option
+@click.option("--log-file", type=click.Path(path_type=Path, resolve_path=True), help="Where the log goes.")
+@click.option("--max-atoms", type=click.IntRange(min=1), help="The most atoms in one message of one session.")
+@click.option("--foreground", is_flag=True, help="Stay in front, log to the terminal, end with Ctrl-C.")
+def start(  # noqa: PLR0913 - one argument an option
+    gpu: int | None,
+    device: str,
+    models: tuple[str, ...],
+    catalogues: tuple[Path, ...],
+    socket: Path | None,
+    log_file: Path | None,
+    max_atoms: int | None,
+    foreground: bool,  # noqa: FBT001
+) -> None:
+    """Start a daemon; returns when it is ready."""
+    if gpu is not None and device == "cpu":
+        raise click.UsageError("--gpu and --device cpu exclude each other.")
+    try:
+        chosen = choose_device(gpu=gpu, cpu=device == "cpu")
+    except DeviceError as error:
+        raise Refused(error) from error
+    address = socket_to_make(socket)
+    config = Config(
+        socket=address,
+        device=chosen,
+        models=models,
+        catalogues=catalogues,
+        log_file=log_file or default_log_file(address),
+        **({"max_atoms": max_atoms} if max_atoms else {}),
+    )
+    if foreground:
+        run_in_foreground(config)
+    else:
+        launch(config)
+
+
+@click.command()
+@socket_option
+@click.option("--force", is_flag=True, help="Do not wait for evaluations under way.")
+def stop(socket: Path | None, force: bool) -> None:  # noqa: FBT001
+    """Let the daemon finish the evaluations under way, and end it."""
+    address = socket_in_use(socket)
+    try:
+        end(address, force=force)
+    except RootstockError as error:
+        raise Refused(error) from error
+    console.print("stopped")
+
+
+@click.command()
+@socket_option
+def restart(socket: Path | None) -> None:
+    """Stop the daemon and start it again as it was started."""
+    address = socket_in_use(socket)
+    try:
+        config = fetch_status(address).config
+        end(address)
+    except RootstockError as error:
+        raise Refused(error) from error
+    launch(config)
+
+
+def run_in_foreground(config: Config) -> None:
+    """Be the daemon.
+
+    Raises:
+        Refused: it can't start.
+    """
+    from rootstockd.daemon import Daemon  # ASE and FastAPI: slow to import, and of no use before  # noqa: PLC0415
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        uvloop.run(Daemon(config).run())
+    except (AddressError, CatalogueError, RootstockError) as error:
+        raise Refused(error) from error
+
+
+def launch(config: Config) -> None:
+    """Start a daemon in the background and wait until it is ready.
+
+    Raises:
+        Refused: it can't start, or none of the models it was to load can be loaded.
+    """
+    assert config.log_file is not None
+    config.log_file.parent.mkdir(parents=True, exist_ok=True)
+    with config.log_file.open("ab") as log:
+        position = log.tell()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "rootstockd", *start_arguments(config)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd="/",
+            start_new_session=True,
+        )
+    try:
+        status = wait_until_ready(process, config, position)
+    except KeyboardInterrupt:
+        process.terminate()
+        process.wait()
+        raise
+    broken = [model for model in status.models if model.error]
+    for model in broken:
+        console.print(f"[red]{model.name}: {model.error}[/]")
+    if broken and len(broken) == len(status.models):
+        end(config.socket, force=True)
+        process.wait()
+        raise Refused("no model could be loaded, so the daemon was stopped again.")
+    loaded = [model.name for model in status.models if not model.error]
+    name = loaded[0] if loaded else "mace-emt-small"
+    console.print(
+        f"[green]ready[/] on {config.device}, models loaded: {', '.join(loaded) or 'none yet'}\n\n"
+        f"  from rootstock_client import RootstockClient\n"
+        f'  atoms.calc = RootstockClient().calculator("{name}")\n\n'
+        f"socket  {config.socket}\nlog     {config.log_file}",
+        soft_wrap=True,
+    )
+
+
+def start_arguments(config: Config) -> list[str]:
+    """The arguments of `rootstockd` that make a daemon in the foreground with these settings."""
+    device = ["--device", "cpu"] if config.device.kind == "cpu" else ["--gpu", str(config.device.index)]
+    arguments = ["start", "--foreground", *device, "--socket", str(config.socket), "--max-atoms", str(config.max_atoms)]
+    for name in config.models:
+        arguments += ["--model", name]
+    for path in config.catalogues:
+        arguments += ["--catalogue", str(path)]
+    if config.log_file is not None:
+        arguments += ["--log-file", str(config.log_file)]
+    return arguments
+
+
+def wait_until_ready(process: subprocess.Popen[bytes], config: Config, log_position: int) -> DaemonStatus:
+    """Wait, with a spinner that says for what.
+
+    Raises:
+        Refused: the process ended.
+    """
+    with console.status("starting") as spinner:
+        while process.poll() is None:
+            try:
+                status = fetch_status(config.socket)
+            except RootstockError:
+                status = None
+            if status is not None and status.pid == process.pid:
+                if status.state != "starting":
+                    return status
+                loading = [model.name for model in status.models if model.state == "loading"]
+                spinner.update(f"loading {', '.join(loading)}")
+            time.sleep(POLL)
+    assert config.log_file is not None
+    with config.log_file.open("rb") as log:
+        log.seek(log_position)
+        words = log.read().decode(errors="replace").strip()
+    # the command in the background has said why in its last line or lines
+    reason = words.rpartition("Error: ")[2] if "Error: " in words else words
+    raise Refused(reason or f"the daemon ended with exit status {process.returncode} and said nothing.")
+
+
+def end(socket: Path, *, force: bool = False) -> None:
+    """Stop a daemon and wait until it is gone.
+
+    Raises:
+        RootstockError: there is none.
+    """
+    lock = control_socket(socket).with_suffix(".lock")
+    request(socket, "POST", "/v1/stop", {"force": force})
+    with console.status("waiting for evaluations under way"):
+        while is_locked(lock):
+            time.sleep(POLL)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a daemon holds the lock file."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+

@@ -1,0 +1,138 @@
+"""`status` and `logs`: what a daemon is doing, and what it said."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from pathlib import Path
+
+import click
+from rich.table import Table
+
+from rootstock_client.errors import RootstockError
+from rootstock_client.runtime_dir import find_socket
+from rootstockd.cli.common import (
+    Refused,
+    console,
+    default_log_file,
+    fetch_status,
+    socket_in_use,
+    socket_option,
+    socket_to_make,
+)
+from rootstockd.control.schema import DaemonStatus
+
+_STATE_COLOUR = {"ready": "green", "loading": "yellow", "starting": "yellow", "draining": "yellow", "failed": "red"}
+_SHOWN_SESSIONS = 20
+
+
+@click.command()
+@socket_option
+@click.option("--json", "as_json", is_flag=True, help="For programs; the schema has a version.")
+def status(socket: Path | None, as_json: bool) -> None:  # noqa: FBT001
+    """Show what the daemon is doing."""
+    try:
+        daemon = fetch_status(socket_in_use(socket))
+    except RootstockError as error:
+        raise Refused(error) from error
+    if as_json:
+        click.echo(daemon.model_dump_json(indent=2))
+    else:
+        show(daemon)
+
+
+def show(daemon: DaemonStatus) -> None:
+    """Print a status for people."""
+    console.print(
+        f"rootstockd {daemon.version} [{_STATE_COLOUR[daemon.state]}]{daemon.state}[/] on {daemon.config.device}, "
+        f"pid {daemon.pid}, up {duration(time.time() - daemon.since)}, {daemon.evaluations} evaluations, "
+        f"{megabytes(daemon.memory)}"
+    )
+    models = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("model", "state", "device", "dtype"):
+        models.add_column(heading, no_wrap=True)
+    for heading in ("sessions", "waiting", "evaluations", "per batch", "restarts", "memory"):
+        models.add_column(heading, justify="right")
+    for model in daemon.models:
+        models.add_row(
+            model.name,
+            f"[{_STATE_COLOUR[model.state]}]{model.state}[/]",
+            model.device,
+            model.dtype,
+            str(model.sessions),
+            str(model.waiting),
+            str(model.evaluations),
+            f"{model.evaluations / model.batches:.1f}" if model.batches else "-",
+            str(model.restarts),
+            megabytes(model.memory) if model.memory else "-",
+        )
+    console.print(models if daemon.models else "no model is loaded; the first session that asks for one loads it")
+    for model in daemon.models:
+        if model.error:
+            console.print(f"[red]{model.name}: {model.error}[/]")
+    if not daemon.sessions:
+        return
+    sessions = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("session", "user", "pid", "model", "state"):
+        sessions.add_column(heading, no_wrap=True)
+    for heading in ("atoms", "evaluations"):
+        sessions.add_column(heading, justify="right")
+    for session in sorted(daemon.sessions, key=lambda session: session.id)[:_SHOWN_SESSIONS]:
+        sessions.add_row(
+            str(session.id),
+            session.user,
+            str(session.pid),
+            session.model or "-",
+            session.state,
+            str(session.natoms or "-"),
+            str(session.evaluations),
+        )
+    console.print()
+    console.print(sessions)
+    if len(daemon.sessions) > _SHOWN_SESSIONS:
+        console.print(f"and {len(daemon.sessions) - _SHOWN_SESSIONS} more; --json shows all")
+
+
+@click.command()
+@socket_option
+@click.option("-n", "--lines", default=50, show_default=True, help="How many of the last lines.")
+@click.option("-f", "--follow", is_flag=True, help="Go on as new lines come.")
+def logs(socket: Path | None, lines: int, follow: bool) -> None:  # noqa: FBT001
+    """Show the log of a daemon, which may have ended."""
+    path = log_file(socket)
+    try:
+        file = path.open(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise Refused(f"no log at {path}: {error.strerror}.") from error
+    with file:
+        for line in deque(file, maxlen=lines):
+            click.echo(line, nl=False)
+        while follow:
+            if line := file.readline():
+                click.echo(line, nl=False)
+            else:
+                time.sleep(0.2)
+
+
+def log_file(socket: Path | None) -> Path:
+    """The log of the daemon that runs, or of the one that ran."""
+    try:
+        told = fetch_status(find_socket(socket)).config.log_file
+    except RootstockError:
+        told = None
+    return told or default_log_file(socket_to_make(socket))
+
+
+def duration(seconds: float) -> str:
+    """A time span, in its two largest units."""
+    minutes, hours, days = int(seconds // 60), int(seconds // 3600), int(seconds // 86400)
+    if days:
+        return f"{days} d {hours % 24} h"
+    if hours:
+        return f"{hours} h {minutes % 60} min"
+    return f"{minutes} min {int(seconds) % 60} s" if minutes else f"{int(seconds)} s"
+
+
+def megabytes(size: int) -> str:
+    """Bytes, in MB."""
+    return f"{size / 1e6:.0f} MB"

@@ -1,0 +1,1 @@
+"""The control plane: HTTP and JSON on a second Unix socket."""

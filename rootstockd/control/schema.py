@@ -1,0 +1,86 @@
+"""What the control API says, as pydantic models; also what `rootstockd status --json` prints."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel
+
+from rootstockd.config import Config
+
+SCHEMA_VERSION = 1
+"""Raised when a field changes its meaning or goes; new fields alone don't."""
+
+
+class ModelStatus(BaseModel):
+    """A model that is loaded, or was tried."""
+
+    name: str
+    device: str
+    dtype: str
+    state: str
+    """loading, ready or failed."""
+    error: str | None
+    backend: str | None
+    """What computes, with versions."""
+    pid: int | None
+    memory: int | None
+    """Resident memory of the worker in bytes."""
+    sessions: int
+    waiting: int
+    """Evaluations in the queue."""
+    evaluations: int
+    batches: int
+    restarts: int
+
+
+class SessionStatus(BaseModel):
+    """One driver's connection."""
+
+    id: int
+    user: str
+    pid: int
+    model: str | None
+    natoms: int | None
+    state: str
+    """new, idle or busy."""
+    evaluations: int
+    since: float
+    """Unix time of its beginning."""
+
+
+class DaemonStatus(BaseModel):
+    """The whole daemon."""
+
+    schema_version: int = SCHEMA_VERSION
+    version: str
+    pid: int
+    state: str
+    """starting, ready or draining."""
+    since: float
+    config: Config
+    """What it was started with."""
+    memory: int
+    """Resident memory of the daemon itself in bytes."""
+    evaluations: int
+    models: list[ModelStatus]
+    sessions: list[SessionStatus]
+
+
+class CatalogueEntry(BaseModel):
+    """A model that the daemon could load."""
+
+    name: str
+    aliases: list[str]
+    family: str
+    description: str
+    elements: list[str]
+    dtype: str
+    licence: str
+    state: str
+    """cold, or the state of its worker."""
+
+
+class StopRequest(BaseModel):
+    """How to stop."""
+
+    force: bool = False
+    """Do not wait for evaluations under way."""

@@ -1,0 +1,216 @@
+"""The daemon's life, from top to bottom: start, serve, drain, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import os
+import resource
+import signal
+import socket
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ase.data import atomic_numbers, chemical_symbols
+
+from rootstock_client import ipi
+from rootstock_client.errors import DrainingError, LimitError, UnknownElementError
+from rootstockd.config import Config
+from rootstockd.control.api import ControlServer
+from rootstockd.init_request import InitRequest
+from rootstockd.models.catalogue import Catalogue, Entry
+from rootstockd.sessions import LINGER, Session
+from rootstockd.sockets import listen, make_runtime_dir, take_lock
+from rootstockd.supervisor import Supervisor
+from rootstockd.worker.engines import ModelSpec
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class WorkerKey:
+    """What makes a worker one's own: two sessions with different keys never share one."""
+
+    name: str
+    dtype: str
+
+
+class Daemon:
+    """One daemon.
+
+    Args:
+        config: its settings.
+
+    Raises:
+        CatalogueError: a catalogue file can't be used.
+        UnknownModelError: a model to preload is not in the catalogue.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.catalogue = Catalogue.load(config.catalogues)
+        self.limits = ipi.Limits(atoms=config.max_atoms)
+        self.fleet: dict[WorkerKey, Supervisor] = {}
+        self.sessions: set[Session] = set()
+        self.state = "starting"
+        self.since = time.time()
+        self._preload = [self.catalogue.resolve(name) for name in config.models]
+        self._stop = asyncio.Event()
+        self._force = asyncio.Event()
+        self._all_gone = asyncio.Event()
+        self._all_gone.set()
+
+    async def run(self) -> None:
+        """Live.
+
+        Raises:
+            AddressError: the sockets can't be had.
+        """
+        make_runtime_dir(self.config.socket.parent)
+        lock = take_lock(self.config.lock)
+        allow_many_descriptors()
+        try:
+            control = ControlServer(self, listen(self.config.control, 0o600))
+            sessions_socket = listen(self.config.socket, 0o666 if os.getuid() == 0 else 0o600)
+            self._watch_signals()
+            control_task = asyncio.create_task(control.run_until_stopped(), name="control")
+            try:
+                server = await self._start(sessions_socket)
+                log.info("ready on %s", self.config.socket)
+                await self._stop.wait()
+                await self._drain(server)
+            finally:
+                await self._end_workers()
+                control.should_exit = True
+                await control_task
+        finally:
+            for path in (self.config.socket, self.config.control, self.config.lock):
+                path.unlink(missing_ok=True)
+            os.close(lock)
+        log.info("stopped")
+
+    def stop(self, *, force: bool = False) -> None:
+        """Begin to drain; asked twice, or with `force`, wait for nothing."""
+        if force or self._stop.is_set():
+            self._force.set()
+        self._stop.set()
+
+    # --- the four parts of its life
+
+    async def _start(self, sessions_socket: socket.socket) -> asyncio.Server:
+        """Load what is to be preloaded, and open the door. Sessions that come early wait for their model."""
+        loop = asyncio.get_running_loop()
+        server = await loop.create_unix_server(functools.partial(Session, self), sock=sessions_socket, backlog=1024)
+        models = [self._supervisor(name, entry, entry.dtype) for name, entry in self._preload]
+        loaded = asyncio.create_task(_settled(models))
+        stopped = asyncio.create_task(self._stop.wait())
+        await asyncio.wait([loaded, stopped], return_when=asyncio.FIRST_COMPLETED)
+        loaded.cancel()
+        stopped.cancel()
+        if not self._stop.is_set():
+            self.state = "ready"
+        return server
+
+    async def _drain(self, server: asyncio.Server) -> None:
+        """Take no new connections and no new evaluations; let those under way end."""
+        self.state = "draining"
+        server.close()
+        log.info("draining: %d sessions", len(self.sessions))
+        deadline = time.monotonic() + self.config.drain_timeout
+        while not self._force.is_set() and time.monotonic() < deadline:
+            if not any(session.state == "busy" for session in self.sessions):
+                break
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._force.wait(), 0.02)
+        for session in list(self.sessions):
+            session.end(stopping_error())
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._all_gone.wait(), LINGER)
+
+    async def _end_workers(self) -> None:
+        await asyncio.gather(*(model.stop(stopping_error()) for model in self.fleet.values()))
+
+    def _watch_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stop)
+
+    # --- what sessions need
+
+    def check_open(self) -> None:
+        """Raises:
+        DrainingError: the daemon takes no new work.
+        """
+        if self.state == "draining":
+            raise stopping_error()
+
+    def session_opened(self, session: Session) -> None:
+        """Count a session in.
+
+        Raises:
+            LimitError: there are too many.
+        """
+        if len(self.sessions) >= self.config.max_sessions:
+            raise LimitError(
+                f"this daemon has its {self.config.max_sessions} sessions already.", "Try again when one has ended."
+            )
+        self.sessions.add(session)
+        self._all_gone.clear()
+
+    def session_closed(self, session: Session) -> None:
+        """Count a session out."""
+        self.sessions.discard(session)
+        if not self.sessions:
+            self._all_gone.set()
+
+    def open_model(self, request: InitRequest) -> Supervisor:
+        """The model that a session asks for; it is loaded if it is not yet.
+
+        Raises:
+            UnknownModelError, UnknownElementError, DrainingError, ModelLoadError: what its name says.
+        """
+        self.check_open()
+        name, entry = self.catalogue.resolve(request.model)
+        model = self._supervisor(name, entry, request.dtype or entry.dtype)
+        known = model.info.elements if model.info else [atomic_numbers[symbol] for symbol in entry.elements]
+        unknown = set(request.numbers) - set(known)
+        if known and unknown:
+            raise UnknownElementError(
+                f"model {name!r} does not know {_symbols(unknown)}.", f"It knows {_symbols(known)}."
+            )
+        if model.error is not None:
+            raise model.error
+        return model
+
+    def _supervisor(self, name: str, entry: Entry, dtype: str) -> Supervisor:
+        key = WorkerKey(name, dtype)
+        model = self.fleet.get(key)
+        if model is None or model.worth_replacing:
+            device = self.config.device
+            spec = ModelSpec(name, entry.family, device.kind, dtype, str(entry.weights or ""), entry.arguments)
+            model = Supervisor(spec, device.environment, self.config.batch_budget)
+            self.fleet[key] = model
+        return model
+
+
+async def _settled(models: Iterable[Supervisor]) -> None:
+    for model in models:
+        await model.settled()
+
+
+def _symbols(numbers: Iterable[int]) -> str:
+    return ", ".join(chemical_symbols[z] for z in sorted(numbers))
+
+
+def stopping_error() -> DrainingError:
+    """What is said to whoever wants something of a daemon on its way down."""
+    return DrainingError("the daemon is stopping.", "Start it again with `rootstockd start`.")
+
+
+def allow_many_descriptors() -> None:
+    """Raise the soft limit of open files to the hard one: a session takes two."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

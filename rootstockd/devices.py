@@ -1,0 +1,48 @@
+"""Which devices this machine has."""
+
+from __future__ import annotations
+
+import pynvml
+
+from rootstockd.config import Device
+
+
+class DeviceError(Exception):
+    """A device that is not there: which, and what to do instead."""
+
+
+def gpu_names() -> list[str]:
+    """The names of the machine's NVIDIA GPUs, as the driver numbers them; empty where there is no driver."""
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return []
+    try:
+        count = pynvml.nvmlDeviceGetCount()
+        return [str(pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(i))) for i in range(count)]
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def choose_device(*, gpu: int | None = None, cpu: bool = False) -> Device:
+    """The device to use.
+
+    Args:
+        gpu: the GPU that was asked for, if one was.
+        cpu: the CPU was asked for. With neither, the first GPU if there is one, and the CPU otherwise.
+
+    Raises:
+        DeviceError: the GPU that was asked for is not there.
+    """
+    if cpu:
+        return Device(kind="cpu")
+    names = gpu_names()
+    if gpu is None:
+        return Device(kind="cuda") if names else Device(kind="cpu")
+    if gpu < len(names):
+        return Device(kind="cuda", index=gpu)
+    found = ", ".join(f"{i} ({name})" for i, name in enumerate(names)) or "none"
+    raise DeviceError(
+        f"this machine has no GPU {gpu}; NVIDIA GPUs found: {found}. "
+        "To compute on the CPU instead: `rootstockd start --device cpu`."
+    )

@@ -1,0 +1,101 @@
+"""What an INIT asks for: rootstockd's JSON, or the text of a stock i-PI driver."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from rootstock_client.errors import InvalidInitError, InvalidStructureError
+
+PROTOCOL_VERSION = 1
+MAX_BATCH_SIZE = 1024
+_BATCH_SIZE = re.compile(rb"\bbatch_size\s*:\s*(\d{1,9})")
+
+Property = Literal["energy", "forces", "stress", "energies"]
+
+
+class InitRequest(BaseModel):
+    """The system that a session is about, and what it wants to know of it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rootstock: int
+    """Version of this protocol."""
+    model: str = Field(max_length=200)
+    """Catalogue name."""
+    numbers: list[Annotated[int, Field(ge=1, le=118)]]
+    """Atomic number of each atom."""
+    pbc: tuple[bool, bool, bool]
+    charge: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    """Total charge in e."""
+    spin: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    """Spin multiplicity."""
+    head: str | None = Field(default=None, max_length=200)
+    """Which of the model's heads."""
+    dtype: Literal["float32", "float64"] | None = None
+    """What to compute in; the catalogue's choice where the session has none."""
+    want: frozenset[Property] | None = None
+    """What to compute beside energy and forces. By default what a stock driver expects: stress where pbc is set."""
+    batch_size: int = Field(default=1, ge=1, le=MAX_BATCH_SIZE)
+    """Structures in each POSDATA."""
+    preset: bool = False
+    """What follows on this connection is a stock driver, and all of this holds for its own INIT."""
+
+    @property
+    def stress(self) -> bool:
+        """Whether to compute the virial."""
+        return any(self.pbc) if self.want is None else "stress" in self.want
+
+    @property
+    def energies(self) -> bool:
+        """Whether to compute per-atom energies."""
+        return self.want is not None and "energies" in self.want
+
+
+def is_announced(text: bytes) -> bool:
+    """Whether the driver behind this INIT is one of rootstockd's own, which says JSON."""
+    return text.lstrip()[:1] == b"{"
+
+
+def parse_init(text: bytes, preset: InitRequest | None) -> InitRequest:
+    """Read an INIT's text.
+
+    Args:
+        text: the text.
+        preset: what was given in advance for a stock driver; its own text may only add a batch size.
+
+    Raises:
+        InvalidInitError: it makes no sense, or says too little.
+        InvalidStructureError: it has no atoms.
+    """
+    if not is_announced(text):
+        if preset is None:
+            raise InvalidInitError(
+                f"INIT {text[:60]!r} names no model and no species, and none were given in advance.",
+                "A stock driver's system is announced by whoever opens the connection.",
+            )
+        if found := _BATCH_SIZE.search(text):
+            size = int(found[1])
+            if not 1 <= size <= MAX_BATCH_SIZE:
+                raise InvalidInitError(f"a batch_size of {size}; it can be 1 to {MAX_BATCH_SIZE}.")
+            return preset.model_copy(update={"batch_size": size})
+        return preset
+    try:
+        request = InitRequest.model_validate_json(text)
+    except ValidationError as error:
+        raise InvalidInitError(_describe(error.errors(include_url=False)[0])) from error
+    if request.rootstock != PROTOCOL_VERSION:
+        raise InvalidInitError(
+            f"the client speaks protocol version {request.rootstock}, this daemon version {PROTOCOL_VERSION}.",
+            "Install the same version of rootstockd on both sides.",
+        )
+    if not request.numbers:
+        raise InvalidStructureError("a structure of zero atoms.", "There is nothing to evaluate.")
+    return request
+
+
+def _describe(problem: Any) -> str:
+    where = ".".join(map(str, problem["loc"]))
+    return f"INIT can't be read: {where + ': ' if where else ''}{problem['msg']}."

@@ -1,0 +1,119 @@
+"""The catalogue: a name, what is behind it, and nothing that a client could choose beyond the name.
+
+Entries come from the package's own `catalogue.toml` and from files that whoever runs the daemon adds; a later file
+overrides an earlier one, entry by entry. Model files are code, so no client ever names one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from rootstock_client.errors import UnknownModelError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+class CatalogueError(Exception):
+    """A catalogue file that can't be used: which, and what is wrong with it."""
+
+
+class Entry(BaseModel):
+    """One model.
+
+    A relative `weights` path starts at the file that holds the entry.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    family: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
+    """Engine family: which module of `rootstockd.worker.engines` evaluates it."""
+    description: str = ""
+    weights: Path | None = None
+    elements: tuple[str, ...] = ()
+    """Symbols of the elements it knows; empty where only the loaded model can say."""
+    dtype: Literal["float32", "float64"] = "float64"
+    """Used where the session does not ask for one."""
+    licence: str = ""
+    aliases: tuple[str, ...] = ()
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """What else the family's `load` takes."""
+
+
+class Catalogue(Mapping[str, Entry]):
+    """All models by name.
+
+    Args:
+        entries: the entries by name.
+    """
+
+    def __init__(self, entries: Mapping[str, Entry]) -> None:
+        self._entries = dict(entries)
+        self._aliases = {alias: name for name, entry in self._entries.items() for alias in entry.aliases}
+
+    @classmethod
+    def load(cls, extra: Iterable[Path] = ()) -> Catalogue:
+        """The package's catalogue, with the entries of more files over it.
+
+        Raises:
+            CatalogueError: a file is missing, is no TOML, or has an entry that is none.
+        """
+        builtin = Path(str(resources.files("rootstockd.models").joinpath("catalogue.toml")))
+        entries: dict[str, Entry] = {}
+        for path in (builtin, *extra):
+            entries.update(_read(path))
+        return cls(entries)
+
+    def __getitem__(self, name: str) -> Entry:
+        return self._entries[self._aliases.get(name, name)]
+
+    def __iter__(self) -> Any:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def resolve(self, name: str) -> tuple[str, Entry]:
+        """The catalogue's own name for `name` (which may be an alias), and its entry.
+
+        Raises:
+            UnknownModelError: there is none; the hint has the nearest names.
+        """
+        known = self._aliases.get(name, name)
+        if known in self._entries:
+            return known, self._entries[known]
+        near = difflib.get_close_matches(name, [*self._entries, *self._aliases], n=3, cutoff=0.4)
+        hint = f"Did you mean {' or '.join(near)}? " if near else ""
+        raise UnknownModelError(
+            f"this daemon has no model {name[:100]!r}.",
+            f"{hint}It has: {', '.join(sorted(self._entries))}.",
+        )
+
+
+def _read(path: Path) -> dict[str, Entry]:
+    try:
+        with path.open("rb") as file:
+            document = tomllib.load(file)
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise CatalogueError(f"catalogue {path}: {error}") from error
+    entries = {}
+    for name, fields in document.items():
+        try:
+            entry = Entry.model_validate(fields)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "it"
+            raise CatalogueError(f"catalogue {path}: model {name!r}: {where}: {first['msg']}") from error
+        if entry.weights is not None and not entry.weights.is_absolute():
+            entry = entry.model_copy(update={"weights": path.parent / entry.weights})
+        entries[name] = entry
+    return entries

@@ -1,0 +1,90 @@
+"""What one worker does next: evaluations in, batches out. No sockets and no clock, so that tests walk every path.
+
+Batch what is waiting, never wait for a batch: while the worker is busy evaluations pile up, and its next pass takes
+all that fit the budget, in the order in which they came. A session has at most one evaluation here, so first come,
+first served is fair between sessions.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+Owner = TypeVar("Owner")
+
+MAX_ATTEMPTS = 2
+"""An evaluation under which this many workers died is given up."""
+
+
+@dataclass(eq=False)
+class Evaluation(Generic[Owner]):
+    """One session's structures on their way to a result.
+
+    Args:
+        owner: whoever is told how it ended.
+        atoms: how large it is.
+    """
+
+    owner: Owner
+    atoms: int
+    attempts: int = 0
+    """How many workers died under it."""
+
+
+class Scheduler(Generic[Owner]):
+    """The queue before one worker.
+
+    Args:
+        batch_atoms: atoms in one batch; a single larger evaluation is a batch of its own.
+    """
+
+    def __init__(self, batch_atoms: int) -> None:
+        self.batch_atoms = batch_atoms
+        self.waiting: deque[Evaluation[Owner]] = deque()
+        self.running: list[Evaluation[Owner]] = []
+
+    def submit(self, evaluation: Evaluation[Owner]) -> None:
+        """Queue an evaluation."""
+        self.waiting.append(evaluation)
+
+    def withdraw(self, evaluation: Evaluation[Owner]) -> None:
+        """Forget an evaluation that waits; one that runs can't be stopped and ends as it will."""
+        if evaluation in self.waiting:
+            self.waiting.remove(evaluation)
+
+    def next_batch(self) -> list[Evaluation[Owner]]:
+        """What the idle worker shall do now; empty while it is busy or when nothing waits.
+
+        An evaluation under which a worker died runs alone, so that it can't take others down with it.
+        """
+        if self.running or not self.waiting:
+            return []
+        batch, atoms = [self.waiting.popleft()], 0
+        while self.waiting and not batch[0].attempts:
+            atoms += batch[-1].atoms
+            following = self.waiting[0]
+            if following.attempts or atoms + following.atoms > self.batch_atoms:
+                break
+            batch.append(self.waiting.popleft())
+        self.running = batch
+        return batch
+
+    def finished(self) -> list[Evaluation[Owner]]:
+        """The worker is done with its batch, which is returned."""
+        batch, self.running = self.running, []
+        return batch
+
+    def worker_lost(self) -> list[Evaluation[Owner]]:
+        """The worker died. What it was at goes back to the front; what killed too many is returned, given up."""
+        batch = self.finished()
+        for evaluation in batch:
+            evaluation.attempts += 1
+        self.waiting.extendleft(reversed([e for e in batch if e.attempts < MAX_ATTEMPTS]))
+        return [e for e in batch if e.attempts >= MAX_ATTEMPTS]
+
+    def clear(self) -> list[Evaluation[Owner]]:
+        """Give up everything, and return it."""
+        everything = self.finished() + list(self.waiting)
+        self.waiting.clear()
+        return everything

@@ -1,0 +1,307 @@
+"""One driver's connection: bytes from the socket into the slot, and from the slot to the socket."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import math
+import pwd
+import socket
+import struct
+import time
+from typing import Any, Protocol
+
+import numpy as np
+
+from rootstock_client import ipi
+from rootstock_client.errors import InvalidStructureError, LimitError, ProtocolError, RootstockError
+from rootstockd.init_request import InitRequest, is_announced, parse_init
+from rootstockd.scheduler import Evaluation
+from rootstockd.supervisor import Client, Supervisor
+from rootstockd.worker.slots import Slot
+
+log = logging.getLogger(__name__)
+
+_slot_numbers = itertools.count(1)
+_session_numbers = itertools.count(1)
+LINGER = 2.0
+"""Seconds that a connection we end is still read: i-PI hangs when a socket closes on what it has just sent."""
+_UCRED = struct.Struct("3i")
+_waste = memoryview(bytearray(64 * 1024))
+"""What still comes on a connection that we end goes here, unread."""
+
+
+class Host(Protocol):
+    """What a session needs of the daemon."""
+
+    limits: ipi.Limits
+
+    def check_open(self) -> None:
+        """Whether new work is taken.
+
+        Raises:
+            DrainingError: it is not.
+        """
+
+    def open_model(self, request: InitRequest) -> Supervisor:
+        """The model a session asks for.
+
+        Raises:
+            RootstockError: there is none, or it can't do what is asked for.
+        """
+
+    def session_opened(self, session: Session) -> None:
+        """A connection came.
+
+        Raises:
+            LimitError: there are too many.
+        """
+
+    def session_closed(self, session: Session) -> None:
+        """A connection went."""
+
+
+class Session(asyncio.BufferedProtocol):
+    """A session: an i-PI engine towards its driver, a client towards its model's supervisor.
+
+    Args:
+        host: the daemon.
+    """
+
+    def __init__(self, host: Host) -> None:
+        self.id = next(_session_numbers)
+        self.pid = self.uid = -1
+        self.since = time.time()
+        self.evaluations = 0
+        self.request: InitRequest | None = None
+        self.number = 0
+        self.slot: Slot
+        self.settings: dict[str, Any] = {}
+        self._host = host
+        self._ipi = ipi.EngineSide(self._place, host.limits)
+        self._transport: asyncio.Transport
+        self._model: Supervisor | None = None
+        self._evaluation: Evaluation[Client] | None = None
+        self._reading_paused = self._writing_paused = self._closing = False
+        self._checked_cells = b""
+
+    @property
+    def user(self) -> str:
+        """Login name of whoever opened the connection, as the kernel says."""
+        try:
+            return pwd.getpwuid(self.uid).pw_name
+        except KeyError:
+            return str(self.uid)
+
+    @property
+    def state(self) -> str:
+        """In a word, for status."""
+        if self._evaluation is not None:
+            return "busy"
+        return "idle" if self.request is not None else "new"
+
+    # --- the transport's side
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        # a buffer that isn't empty pauses us: the slot must not change while it is being sent
+        transport.set_write_buffer_limits(high=0)
+        sock = transport.get_extra_info("socket")
+        self.pid, self.uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+        try:
+            self._host.session_opened(self)
+        except LimitError as error:
+            transport.write(ipi.error_frame(error))
+            self.end(error)
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return _waste if self._closing else self._ipi.get_buffer()
+
+    def buffer_updated(self, nbytes: int) -> None:
+        if not self._closing:
+            self._ipi.received(nbytes)
+            self._advance()
+
+    def pause_writing(self) -> None:
+        self._writing_paused = True
+
+    def resume_writing(self) -> None:
+        self._writing_paused = False
+        if self._evaluation is not None:
+            self._submit()
+
+    def eof_received(self) -> None:
+        return None  # the transport closes itself
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._ipi.close()
+        self._release()
+        self._host.session_closed(self)
+
+    # --- the protocol's side
+
+    def _advance(self) -> None:
+        """Do all that can be done with what has come."""
+        try:
+            while not self._closing and (event := self._ipi.next_event()) is not None:
+                match event:
+                    case ipi.SendResult():
+                        self._transport.write(self.slot.reply)
+                    case ipi.Evaluate(cells):
+                        self._evaluate(cells)
+                    case ipi.Send(data):
+                        self._transport.write(data)
+                    case ipi.Init(_, text):
+                        self._initialise(text)
+                    case ipi.Close(error):
+                        self.end(error)
+        except ProtocolError as error:
+            if self._ipi.announced:
+                self._transport.write(ipi.error_frame(error))
+            self.end(error)
+        self._adjust_reading()
+
+    def _adjust_reading(self) -> None:
+        """Read while there is room; a driver that runs ahead of its results waits."""
+        if self._closing:
+            return
+        if self._ipi.full != self._reading_paused:
+            self._reading_paused = not self._reading_paused
+            if self._reading_paused:
+                self._transport.pause_reading()
+            else:
+                self._transport.resume_reading()
+
+    def _initialise(self, text: bytes) -> None:
+        json = is_announced(text)
+        try:
+            request = parse_init(text, self.request if self.request and self.request.preset else None)
+            if len(request.numbers) * request.batch_size > self._host.limits.atoms:
+                raise LimitError(
+                    f"{len(request.numbers)} atoms x {request.batch_size} structures in one message; "
+                    f"this daemon takes {self._host.limits.atoms} atoms."
+                )
+            model = self._host.open_model(request)
+            self._release()
+            self._bind(request, model)
+        except RootstockError as error:
+            self._ipi.refuse(error, announced=json or self._ipi.announced)
+        else:
+            preset = request.preset
+            self._ipi.accept(request.batch_size, announced=json and not preset, await_init=json and preset)
+
+    def _bind(self, request: InitRequest, model: Supervisor) -> None:
+        """Make a slot for the system; it is filled as its cell and positions come."""
+        self.slot = Slot.create(len(request.numbers), request.batch_size)
+        self.slot.numbers[:] = request.numbers
+        self.number = next(_slot_numbers)
+        self.settings = {
+            "pbc": request.pbc,
+            "charge": request.charge,
+            "spin": request.spin,
+            "head": request.head,
+            "stress": request.stress,
+            "energies": request.energies,
+        }
+        self.request, self._model, self._checked_cells = request, model, b""
+        model.clients += 1
+
+    def _release(self) -> None:
+        """Give back what the current system holds."""
+        if self._model is None:
+            return
+        if self._evaluation is not None:
+            self._model.scheduler.withdraw(self._evaluation)
+            self._evaluation = None
+        self._model.release(self.number)
+        self._model.clients -= 1
+        self._model = None
+        self.slot.close()
+
+    def _place(self, natoms: int) -> memoryview:
+        if natoms != self.slot.natoms:
+            raise InvalidStructureError(
+                f"POSDATA has {natoms} atoms, INIT announced {self.slot.natoms}.",
+                "Send a new INIT when atoms come or go.",
+            )
+        return self.slot.positions_bytes
+
+    def _evaluate(self, cells: ipi.FloatArray) -> None:
+        assert self.request is not None
+        try:
+            self._host.check_open()
+            check_positions(self.slot.positions)
+            if (as_bytes := cells.tobytes()) != self._checked_cells:
+                check_cells(cells, self.request.pbc)
+                self.slot.cells[:] = cells
+                self._checked_cells = as_bytes
+        except RootstockError as error:
+            self._ipi.fail(error)
+            return
+        self._evaluation = Evaluation(self, self.slot.natoms * self.slot.frames)
+        if not self._writing_paused:
+            self._submit()
+
+    def _submit(self) -> None:
+        assert self._model is not None and self._evaluation is not None
+        self._model.submit(self._evaluation)
+
+    def evaluated(self, error: RootstockError | None) -> None:
+        """The supervisor's word: the result lies in the slot, or there is none."""
+        if self._evaluation is None:
+            return  # the driver has gone, or gone on, meanwhile
+        self._evaluation = None
+        if error is None:
+            self.evaluations += 1
+            self._ipi.finish()
+        else:
+            self._ipi.fail(error)
+        self._advance()
+
+    def end(self, error: RootstockError | None) -> None:
+        """Say no more; let the driver read what was said, and read what it still says, before closing."""
+        if self._closing:
+            return
+        if self._evaluation is not None and error is not None:
+            self.evaluated(error)
+        self._closing = True
+        if error is not None:
+            log.warning("session %d of %s (pid %d) is closed: %s", self.id, self.user, self.pid, error)
+        self._ipi.close()
+        self._transport.write_eof()
+        asyncio.get_running_loop().call_later(LINGER, self._transport.close)
+
+
+def check_positions(positions: np.ndarray[Any, Any]) -> None:
+    """Refuse positions, (frames, natoms, 3), that are not finite.
+
+    Raises:
+        InvalidStructureError: they are not; it names the first.
+    """
+    if math.isfinite(positions.sum()):  # a sum is finite only if all its terms are
+        return
+    for frame, atom, _ in np.argwhere(~np.isfinite(positions)):
+        where = f" of structure {frame}" if len(positions) > 1 else ""
+        raise InvalidStructureError(f"the position of atom {atom}{where} is {positions[frame, atom].tolist()}.")
+
+
+def check_cells(cells: ipi.FloatArray, pbc: tuple[bool, bool, bool]) -> None:
+    """Refuse cells, (frames, 3, 3) with lattice vectors as rows, that can't be repeated along `pbc`.
+
+    Raises:
+        InvalidStructureError: they are not finite, or the lattice vectors with pbc span nothing.
+    """
+    if not math.isfinite(cells.sum()):
+        raise InvalidStructureError("the cell has numbers that are not finite.")
+    if not any(pbc):
+        return
+    for cell in cells:
+        vectors = cell[list(pbc)]
+        lengths = np.linalg.norm(vectors, axis=1)
+        if np.linalg.det(vectors @ vectors.T) <= (1e-6 * lengths.prod()) ** 2:
+            raise InvalidStructureError(
+                f"the system is periodic (pbc {list(pbc)}), but its lattice vectors span no volume.",
+                "Set a cell, or switch pbc off.",
+            )

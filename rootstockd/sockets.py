@@ -1,0 +1,106 @@
+"""Claiming a socket's address: the lock that makes a daemon the only one, and what to do with what lies there."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import stat
+from pathlib import Path
+
+from rootstock_client.runtime_dir import MAX_SOCKET_PATH, is_private
+
+
+class AddressError(Exception):
+    """A socket address that this daemon can't have: why, and what to do."""
+
+
+def make_runtime_dir(folder: Path) -> None:
+    """Make the folder for the sockets, for its owner alone to write to; an existing one must be as safe.
+
+    Raises:
+        AddressError: it can't be made, or somebody else could put sockets of theirs into it.
+    """
+    try:
+        folder.mkdir(mode=0o755 if os.getuid() == 0 else 0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise AddressError(f"can't make the folder {folder} for the socket: {error.strerror}.") from error
+    if not is_private(folder, os.getuid(), 0):
+        raise AddressError(
+            f"the folder {folder} belongs to somebody else, or others may write to it: they could stand in for the "
+            "daemon. Choose another with --socket, or mend its owner and mode (chmod go-w)."
+        )
+
+
+def take_lock(path: Path) -> int:
+    """Lock `path` for as long as this process lives, and write our process id into it; the descriptor holds the lock.
+
+    Raises:
+        AddressError: another daemon has it.
+    """
+    while True:
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise AddressError(f"can't open the lock file {path}: {error.strerror}.") from error
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.read(fd, 32).decode("ascii", "replace").strip() or "unknown"
+            os.close(fd)
+            raise AddressError(
+                f"a daemon already runs at {path.with_suffix('.sock')} (pid {holder}). "
+                "See `rootstockd status`; end it with `rootstockd stop`."
+            ) from error
+        if os.path.exists(path) and os.path.samestat(os.fstat(fd), os.stat(path)):
+            break
+        os.close(fd)  # its last holder removed it while we opened it
+    os.truncate(fd, 0)
+    os.write(fd, f"{os.getpid()}\n".encode())
+    return fd
+
+
+def listen(path: Path, mode: int) -> socket.socket:
+    """Listen on a Unix socket at `path`; its lock must be ours already.
+
+    A socket of ours that nobody listens on is what a daemon that died left behind, and is replaced. Anything else is
+    left alone.
+
+    Raises:
+        AddressError: the address is too long, or taken.
+    """
+    if len(os.fsencode(path)) > MAX_SOCKET_PATH:
+        raise AddressError(f"the socket path {path} is too long; Unix sockets allow {MAX_SOCKET_PATH} bytes.")
+    _clear(path)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        sock.bind(os.fspath(path))
+        path.chmod(mode)
+        sock.listen(1024)
+    except OSError as error:
+        sock.close()
+        raise AddressError(f"can't listen on {path}: {error.strerror}.") from error
+    return sock
+
+
+def _clear(path: Path) -> None:
+    try:
+        info = path.lstat()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise AddressError(f"can't look at {path}: {error.strerror}.") from error
+    if not stat.S_ISSOCK(info.st_mode):
+        raise AddressError(f"{path} is not a socket; it is left alone. Move it away, or choose another --socket.")
+    if info.st_uid != os.getuid():
+        raise AddressError(f"the socket {path} belongs to uid {info.st_uid}; it is left alone.")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(os.fspath(path))
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+        except OSError as error:
+            raise AddressError(f"can't tell whether somebody listens on {path} ({error}); it is left alone.") from error
+    raise AddressError(f"another program listens on {path}; it is left alone. Choose another --socket.")

@@ -1,0 +1,192 @@
+"""One warm model: its queue, its worker, and whatever has to happen for there always to be a worker."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import json
+import logging
+import time
+from typing import Any, Protocol
+
+from rootstock_client.errors import EvaluationError, ModelLoadError, RootstockError, error_from_code
+from rootstockd.scheduler import Evaluation, Scheduler
+from rootstockd.worker.engines import EngineInfo, ModelSpec
+from rootstockd.worker.slots import Slot
+from rootstockd.worker_process import WorkerProcess
+
+log = logging.getLogger(__name__)
+
+MAX_FAILED_STARTS = 3
+"""Workers in a row that died before they were ready, until the model counts as broken."""
+RETRY_AFTER = 10.0
+"""Seconds until a broken model may be tried again."""
+
+
+class State(enum.Enum):
+    """What a model is doing."""
+
+    LOADING = "loading"
+    READY = "ready"
+    FAILED = "failed"
+
+
+class Client(Protocol):
+    """What a supervisor needs of whoever has evaluations done: a session."""
+
+    number: int
+    """Unique for each slot that ever was."""
+    slot: Slot
+    settings: dict[str, Any]
+    """What the worker is told of the slot's system."""
+
+    def evaluated(self, error: RootstockError | None) -> None:
+        """The evaluation is over."""
+
+
+class Supervisor:
+    """Keeps one model warm on one device.
+
+    Args:
+        spec: the model.
+        environment: variables for its workers.
+        batch_atoms: the most atoms in one forward pass.
+    """
+
+    def __init__(self, spec: ModelSpec, environment: dict[str, str], batch_atoms: int) -> None:
+        self.spec = spec
+        self.state = State.LOADING
+        self.error: RootstockError | None = None
+        self.info: EngineInfo | None = None
+        self.evaluations = self.batches = self.restarts = self.clients = 0
+        self.scheduler: Scheduler[Client] = Scheduler(batch_atoms)
+        self._environment = environment
+        self._worker: WorkerProcess | None = None
+        self._failures: dict[int, RootstockError] = {}
+        self._settled = asyncio.Event()
+        self._stopping = False
+        self._ended_at = 0.0
+        self._task = asyncio.create_task(self._keep_warm(), name=f"supervisor {spec.name}")
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the worker, while there is one."""
+        return self._worker.pid if self._worker else None
+
+    async def settled(self) -> None:
+        """Until the model is ready, or known to be broken."""
+        await self._settled.wait()
+
+    @property
+    def worth_replacing(self) -> bool:
+        """The model was found broken long enough ago to try it again."""
+        return self.state is State.FAILED and time.monotonic() > self._ended_at + RETRY_AFTER
+
+    # --- evaluations
+
+    def submit(self, evaluation: Evaluation[Client]) -> None:
+        """Have an evaluation done; its owner is told when it is over."""
+        if self.error is not None:
+            evaluation.owner.evaluated(self.error)
+            return
+        self.scheduler.submit(evaluation)
+        self._dispatch()
+
+    def release(self, number: int) -> None:
+        """A slot will not be used again."""
+        if self._worker is not None:
+            self._worker.detach(number)
+
+    def _dispatch(self) -> None:
+        if self.state is State.READY and self._worker is not None and (batch := self.scheduler.next_batch()):
+            for evaluation in batch:
+                owner = evaluation.owner
+                self._worker.attach(owner.number, owner.slot, owner.settings)
+            self._worker.evaluate([evaluation.owner.number for evaluation in batch])
+
+    def _on_message(self, kind: bytes, body: bytes) -> None:
+        if kind == b"E":
+            batch, failures = self.scheduler.finished(), self._failures
+            self._failures = {}
+            self._dispatch()  # first the device, then the answers
+            self.batches += 1
+            self.evaluations += len(batch)
+            for evaluation in batch:
+                evaluation.owner.evaluated(failures.get(evaluation.owner.number))
+            return
+        fields = json.loads(body)
+        if kind == b"F":
+            self._failures[fields["slot"]] = error_from_code(fields["code"], fields["message"], fields["hint"])
+        elif kind == b"R":
+            self.info = EngineInfo(**fields)
+            self._set_state(State.READY)
+            log.info("model %s is ready on %s (%s)", self.spec.name, self.spec.device, self.info.backend)
+            self._dispatch()
+        elif kind == b"X":
+            self.error = error_from_code(fields["code"], fields["message"], fields["hint"])
+
+    # --- the worker's life
+
+    async def _keep_warm(self) -> None:
+        """Start workers, one after another as they die, until the model is broken or no longer wanted."""
+        failed_starts = 0
+        while not self._stopping:
+            self._set_state(State.LOADING)
+            how = await self._run_worker()
+            if self._stopping:
+                return
+            failed_starts = failed_starts + 1 if self.state is State.LOADING else 0
+            log.warning("the worker of %s ended: %s", self.spec.name, how)
+            if failed_starts >= MAX_FAILED_STARTS and self.error is None:
+                self.error = ModelLoadError(
+                    f"model {self.spec.name!r}: {failed_starts} workers ended before they were ready, the last: {how}",
+                    "`rootstockd logs` has what they printed.",
+                )
+            self._worker_lost(how)
+            if self.error is not None:
+                log.error("%s", self.error)
+                self._ended_at = time.monotonic()
+                self._set_state(State.FAILED)
+                return
+            self.restarts += 1
+            await asyncio.sleep(0.1 * failed_starts)
+
+    async def _run_worker(self) -> str:
+        """One worker from its start to its end; how it ended."""
+        try:
+            self._worker = await WorkerProcess.start(self.spec, self._environment, self._on_message)
+        except OSError as error:
+            return f"it could not be started: {error}"
+        if self._stopping:
+            self._worker.kill()
+        status = await self._worker.wait()
+        self._worker = None
+        return f"signal {-status}" if status < 0 else f"exit status {status}"
+
+    def _worker_lost(self, how: str) -> None:
+        self._failures.clear()
+        given_up = self.scheduler.worker_lost() if self.error is None else self.scheduler.clear()
+        for evaluation in given_up:
+            evaluation.owner.evaluated(
+                self.error
+                or EvaluationError(
+                    f"model {self.spec.name!r}: {evaluation.attempts} workers ended over this structure, the last: {how}",
+                    "The model itself is up again; look at the structure, and at `rootstockd logs`.",
+                )
+            )
+
+    def _set_state(self, state: State) -> None:
+        self.state = state
+        if state in (State.READY, State.FAILED):
+            self._settled.set()
+
+    async def stop(self, error: RootstockError) -> None:
+        """End the worker; what still waits is told `error`."""
+        self._stopping = True
+        for evaluation in self.scheduler.clear():
+            evaluation.owner.evaluated(error)
+        if self._worker is not None:
+            self._worker.hang_up()
+            self._worker.kill()  # it holds nothing that wants saving
+        await self._task
+

@@ -1,0 +1,22 @@
+"""`python -m rootstockd.worker FD SPEC`: a worker, started by the daemon and by nobody else.
+
+FD is the descriptor of its end of the socket, SPEC a ModelSpec as JSON.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+
+from rootstockd.worker.engines import ModelSpec
+from rootstockd.worker.loop import die_with_parent, main
+
+if __name__ == "__main__":
+    # a terminal's Ctrl-C is for the daemon, which then drains its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with_parent()
+    status = main(socket.socket(fileno=int(sys.argv[1])), ModelSpec(**json.loads(sys.argv[2])))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # torch's own teardown takes long and has nothing left to do

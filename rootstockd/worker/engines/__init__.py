@@ -1,0 +1,135 @@
+"""The Engine interface, and how an engine is loaded.
+
+An engine computes in ASE's units and conventions: eV, Å, rows of a cell are lattice vectors. Its virial is
+-dE/dstrain = -volume x stress, in eV, which is defined whatever volume a slab's empty space is said to have.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+Array = np.ndarray
+"""Any numpy array; a worker may run on a Python and a numpy too old for anything narrower."""
+
+
+class EngineError(Exception):
+    """What an engine can't do; crosses to the driver with `code` (see rootstock_client.errors), message and hint."""
+
+    def __init__(self, code: str, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.code, self.message, self.hint = code, message, hint
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What to load: all that makes two workers give different numbers, and where."""
+
+    name: str
+    """Catalogue name, for messages."""
+    family: str
+    """Engine family: the name of a module in this package."""
+    device: str
+    """`cpu`, or `cuda` for the one GPU that the worker's environment shows it."""
+    dtype: str
+    """`float32` or `float64`."""
+    weights: str = ""
+    """Path of the weights."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """What else the family's `load` takes."""
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What a loaded engine says of itself."""
+
+    properties: tuple[str, ...]
+    """ASE property names it can compute."""
+    elements: tuple[int, ...] = ()
+    """Atomic numbers it knows; empty where it does not say."""
+    backend: str = ""
+    """What computes, with versions, for people."""
+
+
+@dataclass(frozen=True)
+class System:
+    """What does not change from step to step."""
+
+    numbers: Array
+    """(natoms,) atomic numbers."""
+    pbc: tuple[bool, bool, bool]
+    charge: float | None = None
+    """Total charge in e, where the driver gave one."""
+    spin: float | None = None
+    """Spin multiplicity, where the driver gave one."""
+    head: str | None = None
+    """Which of the model's heads, where it has several."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One structure to evaluate, and what is wanted beside energy and forces."""
+
+    system: Any
+    """What the engine's `prepare` made of the System."""
+    cell: Array
+    """(3, 3), Å, rows are lattice vectors."""
+    positions: Array
+    """(natoms, 3), Å."""
+    stress: bool
+    energies: bool
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a Task."""
+
+    energy: float
+    """eV."""
+    forces: Array
+    """(natoms, 3), eV/Å."""
+    virial: Array | None = None
+    """(3, 3), eV; -dE/dstrain. None when it was not computed."""
+    energies: Array | None = None
+    """(natoms,), eV. None when they were not computed."""
+
+
+class Engine(Protocol):
+    """One loaded model."""
+
+    info: EngineInfo
+
+    def prepare(self, system: System) -> Any:
+        """Whatever is worth keeping for a system between its evaluations.
+
+        Raises:
+            EngineError: the model can't treat this system.
+        """
+
+    def evaluate(self, tasks: list[Task]) -> list[Result]:
+        """Evaluate a batch; results in the same order.
+
+        Raises:
+            EngineError: this batch can't be evaluated. Any other exception counts as one without a hint.
+        """
+
+
+def load_engine(spec: ModelSpec) -> Engine:
+    """Load a model. Slow: imports the family's packages and reads its weights.
+
+    Raises:
+        EngineError: it can't be loaded.
+    """
+    try:
+        module = importlib.import_module(f"{__name__}.{spec.family}")
+    except ImportError as error:
+        if spec.family == "mace":
+            hint = "Install it beside the daemon: pip install 'rootstockd[mace]'."
+        else:
+            hint = f"Install what the family {spec.family!r} needs beside the daemon."
+        raise EngineError("model-load", f"model {spec.name!r}: {error}", hint) from error
+    engine: Engine = module.load(spec)
+    return engine

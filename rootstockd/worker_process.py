@@ -1,0 +1,156 @@
+"""One worker process as the daemon sees it: spawned, spoken to, ended."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import os
+import socket
+import sys
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import rootstockd
+from rootstockd.worker.engines import ModelSpec
+from rootstockd.worker.slots import Slot
+
+MESSAGE_SIZE = 64 * 1024
+Listener = Callable[[bytes, bytes], None]
+
+
+class WorkerProcess:
+    """A running worker. `rootstockd.worker.loop` has the messages.
+
+    Args:
+        process: the process.
+        channel: the daemon's end of its socket.
+        listener: told each message: its first byte, and the rest.
+    """
+
+    def __init__(self, process: asyncio.subprocess.Process, channel: socket.socket, listener: Listener) -> None:
+        self._process, self._channel, self._listener = process, channel, listener
+        self._attached: set[int] = set()
+        self._outbox: deque[tuple[bytes, list[int]]] = deque()
+        self._blocked = False
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(channel, self._on_readable)
+
+    @classmethod
+    async def start(cls, spec: ModelSpec, environment: dict[str, str], listener: Listener) -> WorkerProcess:
+        """Start a worker that loads `spec`; it says R when it is ready."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            package = str(Path(rootstockd.__file__).parent.parent)
+            arguments = ["-m", "rootstockd.worker", str(theirs.fileno()), json.dumps(dataclasses.asdict(spec))]
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                *arguments,
+                stdin=asyncio.subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                env={**os.environ, "PYTHONPATH": package, "PYTHONUNBUFFERED": "1", **environment},
+                cwd="/",
+            )
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        ours.setblocking(False)
+        return cls(process, ours, listener)
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    def attach(self, number: int, slot: Slot, fields: dict[str, Any]) -> None:
+        """Hand it a slot, unless it has that one already."""
+        if number not in self._attached:
+            self._attached.add(number)
+            message = {"slot": number, "natoms": slot.natoms, "frames": slot.frames, **fields}
+            self._send(b"A" + json.dumps(message).encode(), [slot.fd])
+
+    def detach(self, number: int) -> None:
+        """Have it forget a slot."""
+        if number in self._attached:
+            self._attached.remove(number)
+            self._send(b"D" + number.to_bytes(4, "little"))
+
+    def evaluate(self, numbers: list[int]) -> None:
+        """Have it evaluate these slots in one batch; it says E when it is done."""
+        self._send(b"E" + b"".join(number.to_bytes(4, "little") for number in numbers))
+
+    async def wait(self) -> int:
+        """Until the process is gone; its exit status, negative for a signal."""
+        status = await self._process.wait()
+        while self._channel.fileno() >= 0:  # its last words
+            self._on_readable()
+        return status
+
+    def hang_up(self) -> None:
+        """Ask it to end: it does when it next looks at its socket."""
+        self._hang_up()
+
+    def kill(self) -> None:
+        """End it now."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+
+    def _send(self, message: bytes, fds: list[int] | None = None) -> None:
+        """Send, or queue behind what the worker has not had time to read."""
+        # the descriptor may be closed before its turn comes
+        item = (message, [os.dup(fd) for fd in fds or []])
+        self._outbox.append(item)
+        if len(self._outbox) == 1:
+            self._flush()
+
+    def _flush(self) -> None:
+        while self._outbox:
+            message, fds = self._outbox[0]
+            try:
+                socket.send_fds(self._channel, [message], fds)
+            except BlockingIOError:
+                self._blocked = True
+                self._loop.add_writer(self._channel, self._flush)
+                return
+            except OSError:  # it is dead or dying, and `wait` will say so
+                self._drop_outbox()
+                break
+            self._outbox.popleft()
+            for fd in fds:
+                os.close(fd)
+        if self._blocked:
+            self._blocked = False
+            self._loop.remove_writer(self._channel)
+
+    def _drop_outbox(self) -> None:
+        for _, fds in self._outbox:
+            for fd in fds:
+                os.close(fd)
+        self._outbox.clear()
+
+    def _on_readable(self) -> None:
+        try:
+            message = self._channel.recv(MESSAGE_SIZE)
+        except BlockingIOError:
+            if self._process.returncode is None:
+                return
+            message = b""
+        except OSError:
+            message = b""
+        if message:
+            self._listener(message[:1], message[1:])
+        else:
+            self._hang_up()
+            self.kill()  # a worker without its socket is of no use
+
+    def _hang_up(self) -> None:
+        if self._channel.fileno() >= 0:
+            self._drop_outbox()
+            self._loop.remove_reader(self._channel)
+            self._loop.remove_writer(self._channel)
+            self._channel.close()
