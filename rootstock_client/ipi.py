@@ -258,8 +258,9 @@ class EngineSide:
             if self._error is not None and not self.announced:
                 self._state = _State.CLOSED  # a stock driver knows no errors, only a closed connection
                 return Close(self._error)
-            message = self._held or self._reader.next_message()
-            self._held = None
+            message, self._held = self._held, None
+            if message is None:
+                message = self._reader.next_message()
             if message is None:
                 return None
             if self._state is _State.BUSY and not isinstance(message, Exit):

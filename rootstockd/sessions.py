@@ -10,7 +10,7 @@ import pwd
 import socket
 import struct
 import time
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 
@@ -104,16 +104,15 @@ class Session(asyncio.BufferedProtocol):
     # --- the transport's side
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)
         # a buffer that isn't empty pauses us: the slot must not change while it is being sent
-        transport.set_write_buffer_limits(high=0)
+        self._transport.set_write_buffer_limits(high=0)
         sock = transport.get_extra_info("socket")
         self.pid, self.uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
         try:
             self._host.session_opened(self)
         except LimitError as error:
-            transport.write(ipi.error_frame(error))
+            self._transport.write(ipi.error_frame(error))
             self.end(error)
 
     def get_buffer(self, sizehint: int) -> memoryview:

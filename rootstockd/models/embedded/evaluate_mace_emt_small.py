@@ -275,9 +275,7 @@ def dynamics(calc: Calculator) -> dict[str, Any]:
         runner.run(40)
         visited.append(hot.copy())
     return {
-        "nve_drift_meV_per_atom_per_ps": round(
-            float(np.polyfit(np.arange(100) * 0.05, totals, 1)[0] * 1e3), 5
-        ),
+        "nve_drift_meV_per_atom_per_ps": round(float(np.polyfit(np.arange(100) * 0.05, totals, 1)[0] * 1e3), 5),
         "nve_spread_meV_per_atom": round(float(np.ptp(totals) * 1e3), 4),
         "nve_mean_temperature_K": round(float(np.mean(temperatures[20:])), 1),
         "driven_by_the_model_at_2000_K": errors(visited, calc),

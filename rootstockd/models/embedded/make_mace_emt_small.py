@@ -21,6 +21,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from ase import Atoms, units
@@ -36,20 +37,6 @@ NAME = "mace-emt-small"
 ELEMENTS = ("Al", "Ni", "Cu", "Pd", "Ag", "Pt", "Au")
 TRAIN_SEED, VALID_SEED, MACE_SEED = 20240601, 20240602, 20240603
 R_MAX = 6.0  # Å; EMT's own neighbour list ends at 5.88 Å
-
-#: Structures of each kind in the training set; the validation set has a tenth.
-COUNTS = {
-    "pure": 700,
-    "alloy": 1500,
-    "ordered": 500,
-    "other-lattice": 250,
-    "surface": 700,
-    "vacancy": 250,
-    "liquid": 250,
-    "compressed": 250,
-    "cluster": 300,
-    "dimer": 300,
-}
 
 #: Options of ``mace_run_train`` that do not depend on the number of epochs.
 HYPERPARAMETERS: dict[str, str] = {
@@ -77,7 +64,7 @@ HYPERPARAMETERS: dict[str, str] = {
     "valid_batch_size": "64",
     "lr": "0.01",
     "swa_lr": "0.0003",
-    "ema_decay": "0.998",
+    "ema_decay": "0.999",
     "weight_decay": "1e-8",
     "default_dtype": "float32",
     "device": "cpu",
@@ -85,8 +72,8 @@ HYPERPARAMETERS: dict[str, str] = {
     "error_table": "PerAtomRMSEstressvirials",
     "plot": "False",
 }
-VALID_SHARE = 0.1
-STAGE_ONE_SHARE = 0.75  # of the epochs; the rest is weighted to the energies
+VALID_SHARE = 0.05
+STAGE_ONE_SHARE = 0.7  # of the epochs; the rest is weighted to the energies
 LR_AT_STAGE_TWO = 0.0006
 
 
@@ -123,9 +110,9 @@ def shake(atoms: Atoms, rng: np.random.Generator, hottest: float = 1800.0) -> No
     atoms.positions += rng.normal(0.0, 0.03, atoms.positions.shape)
     atoms.calc = EMT()
     MaxwellBoltzmannDistribution(atoms, temperature_K=2 * temperature, rng=rng)
-    Langevin(
-        atoms, 4.0 * units.fs, temperature_K=temperature, friction=0.02 / units.fs, rng=rng
-    ).run(int(rng.integers(15, 45)))
+    Langevin(atoms, 4.0 * units.fs, temperature_K=temperature, friction=0.02 / units.fs, rng=rng).run(
+        int(rng.integers(15, 45))
+    )
 
 
 def fcc_cell(rng: np.random.Generator, a: float) -> Atoms:
@@ -148,12 +135,17 @@ def make_pure(rng: np.random.Generator) -> Atoms:
     return atoms
 
 
+def dress(atoms: Atoms, rng: np.random.Generator, n_elements: int) -> None:
+    """Give a cell built with ``a`` = 4 Å random elements and fit its volume to them."""
+    symbols = pick_symbols(rng, len(atoms), n_elements)
+    atoms.symbols[:] = symbols
+    atoms.set_cell(atoms.cell * (lattice_constant(symbols) / 4.0), scale_atoms=True)
+
+
 def make_alloy(rng: np.random.Generator) -> Atoms:
     """Make a random fcc alloy of two to seven elements."""
     atoms = fcc_cell(rng, 4.0)
-    symbols = pick_symbols(rng, len(atoms), int(rng.integers(2, 8)))
-    atoms.symbols[:] = symbols
-    atoms.set_cell(atoms.cell * (lattice_constant(symbols) / 4.0), scale_atoms=True)
+    dress(atoms, rng, int(rng.integers(2, 8)))
     strain(atoms, rng, 0.06, 0.04)
     shake(atoms, rng)
     return atoms
@@ -182,17 +174,14 @@ def make_ordered(rng: np.random.Generator) -> Atoms:
 
 def make_other_lattice(rng: np.random.Generator) -> Atoms:
     """Make a bcc, hcp or simple cubic cell of one to three elements."""
-    a = 4.0
     lattice = ("bcc", "hcp", "sc")[rng.integers(3)]
     if lattice == "bcc":
-        atoms = bulk("Cu", "bcc", a=a / 2 ** (1 / 3), cubic=True).repeat((2, 2, 1))
+        atoms = bulk("Cu", "bcc", a=4.0 / 2 ** (1 / 3), cubic=True).repeat((2, 2, 1))
     elif lattice == "hcp":
-        atoms = bulk("Cu", "hcp", a=a / 2**0.5).repeat((2, 2, 1))
+        atoms = bulk("Cu", "hcp", a=4.0 / 2**0.5).repeat((2, 2, 1))
     else:
-        atoms = bulk("Cu", "sc", a=a / 4 ** (1 / 3)).repeat((2, 2, 2))
-    symbols = pick_symbols(rng, len(atoms), int(rng.integers(1, 4)))
-    atoms.symbols[:] = symbols
-    atoms.set_cell(atoms.cell * (lattice_constant(symbols) / a), scale_atoms=True)
+        atoms = bulk("Cu", "sc", a=4.0 / 4 ** (1 / 3)).repeat((2, 2, 2))
+    dress(atoms, rng, int(rng.integers(1, 4)))
     strain(atoms, rng, 0.06, 0.04)
     shake(atoms, rng, 1200.0)
     return atoms
@@ -204,10 +193,7 @@ def make_surface(rng: np.random.Generator) -> Atoms:
     build = builders[rng.integers(3)]
     size = [(1, 1, 4), (1, 1, 6), (2, 1, 4), (2, 2, 3), (1, 1, 8), (2, 1, 6)][rng.integers(6)]
     atoms = build("Cu", size=size, a=4.0, vacuum=6.0)
-    n_elements = 1 if rng.random() < 0.5 else int(rng.integers(2, 5))
-    symbols = pick_symbols(rng, len(atoms), n_elements)
-    atoms.symbols[:] = symbols
-    atoms.set_cell(atoms.cell * (lattice_constant(symbols) / 4.0), scale_atoms=True)
+    dress(atoms, rng, 1 if rng.random() < 0.5 else int(rng.integers(2, 5)))
     atoms.center(vacuum=rng.uniform(4.0, 9.0), axis=2)
     atoms.pbc = True
     strain(atoms, rng, 0.04, 0.03)
@@ -221,9 +207,7 @@ def make_vacancy(rng: np.random.Generator) -> Atoms:
     n_elements = 1 if rng.random() < 0.5 else int(rng.integers(2, 5))
     shape = [(2, 1, 1), (3, 1, 1), (2, 2, 1)][rng.integers(3)]
     atoms = bulk("Cu", "fcc", a=4.0, cubic=True).repeat(shape)
-    symbols = pick_symbols(rng, len(atoms), n_elements)
-    atoms.symbols[:] = symbols
-    atoms.set_cell(atoms.cell * (lattice_constant(symbols) / 4.0), scale_atoms=True)
+    dress(atoms, rng, n_elements)
     del atoms[int(rng.integers(len(atoms)))]
     strain(atoms, rng, 0.05, 0.04)
     shake(atoms, rng, 1400.0)
@@ -267,26 +251,27 @@ def make_dimer(rng: np.random.Generator) -> Atoms:
     return Atoms(symbols, positions=[[0.0, 0.0, 0.0], [0.0, 0.0, distance]])
 
 
-MAKERS: dict[str, Callable[[np.random.Generator], Atoms]] = {
-    "pure": make_pure,
-    "alloy": make_alloy,
-    "ordered": make_ordered,
-    "other-lattice": make_other_lattice,
-    "surface": make_surface,
-    "vacancy": make_vacancy,
-    "liquid": make_liquid,
-    "compressed": make_compressed,
-    "cluster": make_cluster,
-    "dimer": make_dimer,
-}
+#: Kind, number in the training set (the validation set has a twentieth), maker.
+KINDS: tuple[tuple[str, int, Callable[[np.random.Generator], Atoms]], ...] = (
+    ("pure", 1200, make_pure),
+    ("alloy", 2400, make_alloy),
+    ("ordered", 800, make_ordered),
+    ("other-lattice", 300, make_other_lattice),
+    ("surface", 1200, make_surface),
+    ("vacancy", 400, make_vacancy),
+    ("liquid", 400, make_liquid),
+    ("compressed", 400, make_compressed),
+    ("cluster", 450, make_cluster),
+    ("dimer", 450, make_dimer),
+)
 
 
 def label(atoms: Atoms, kind: str) -> Atoms | None:
     """Return a copy with EMT's energy (eV), forces (eV/Å) and stress (eV/Å³).
 
     Nothing is returned where a force is above 60 eV/Å: no use of the model goes
-    there.  The weight falls with the forces, else the few hardest structures
-    would own the loss.
+    there.  The weight falls as forces, energy or stress leave the usual, else the few
+    hardest structures would own the loss.
     """
     out = Atoms(atoms.symbols, positions=atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
     atoms = out.copy()
@@ -294,27 +279,29 @@ def label(atoms: Atoms, kind: str) -> Atoms | None:
     forces = atoms.get_forces()
     if not np.isfinite(forces).all() or np.abs(forces).max() > 60.0:
         return None
-    out.info["REF_energy"] = float(atoms.get_potential_energy())
+    energy = float(atoms.get_potential_energy())
+    out.info["REF_energy"] = energy
     out.arrays["REF_forces"] = forces
+    hardness = float(np.mean(forces**2)) / 2.0**2 + (energy / len(atoms) / 2.0) ** 2
     if out.pbc.all():
-        out.info["REF_stress"] = atoms.get_stress(voigt=False)
-    scale = float(np.sqrt(np.mean(forces**2)))
+        stress = atoms.get_stress(voigt=False)
+        out.info["REF_stress"] = stress
+        hardness += (float(np.abs(stress).max()) / 0.3) ** 2
     out.info["config_type"] = kind
-    out.info["config_weight"] = round(1.0 / (1.0 + (scale / 2.0) ** 2), 6)
+    out.info["config_weight"] = round(1.0 / (1.0 + hardness), 6)
     return out
 
 
 def make_set(seed: int, share: float) -> list[Atoms]:
-    """Make ``share`` of :data:`COUNTS` structures of each kind from ``seed``."""
+    """Make ``share`` of the structures of each kind from ``seed``."""
     images: list[Atoms] = []
-    for number, (kind, count) in enumerate(COUNTS.items()):
+    for number, (kind, count, make) in enumerate(KINDS):
         rng = np.random.default_rng([seed, number])
-        made = 0
-        while made < max(1, round(count * share)):
-            image = label(MAKERS[kind](rng), kind)
+        wanted = len(images) + max(1, round(count * share))
+        while len(images) < wanted:
+            image = label(make(rng), kind)
             if image is not None:
                 images.append(image)
-                made += 1
     return images
 
 
@@ -351,9 +338,7 @@ def train(work: Path, epochs: int, threads: int) -> Path:
         shutil.rmtree(work / folder, ignore_errors=True)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with (work / "train.log").open("w") as log:
-        subprocess.run(
-            command, cwd=work, env=environment, check=True, stdout=log, stderr=subprocess.STDOUT
-        )
+        subprocess.run(command, cwd=work, env=environment, check=True, stdout=log, stderr=subprocess.STDOUT)
     return work / f"{NAME}_stagetwo.model"
 
 
@@ -383,17 +368,14 @@ def save_plain(trained: Path, out: Path) -> None:
     plain_save = torch.jit.save
 
     def stripped_save(module: Any, stream: io.BytesIO) -> None:
-        buffer = io.BytesIO()
-        plain_save(module, buffer)
-        stream.write(without_debug_records(buffer.getvalue()))
+        code = io.BytesIO()
+        plain_save(module, code)
+        stream.write(without_debug_records(code.getvalue()))
 
+    buffer = io.BytesIO()
     # e3nn pickles its generated code through torch.jit.save.
-    torch.jit.save = stripped_save
-    try:
-        buffer = io.BytesIO()
+    with mock.patch.object(torch.jit, "save", stripped_save):
         torch.save(model, buffer)
-    finally:
-        torch.jit.save = plain_save
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(out.name + ".tmp")
     temporary.write_bytes(buffer.getvalue())
@@ -406,7 +388,7 @@ def main() -> None:
     here = Path(__file__).resolve().parent
     parser.add_argument("--out", type=Path, default=here / f"{NAME}.model")
     parser.add_argument("--work", type=Path, default=Path(f"{NAME}-work"))
-    parser.add_argument("--epochs", type=int, default=90)
+    parser.add_argument("--epochs", type=int, default=56)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--evaluate-only", action="store_true")
     args = parser.parse_args()
