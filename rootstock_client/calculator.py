@@ -16,7 +16,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 
 from rootstock_client import ipi
 from rootstock_client.connection import Connection
-from rootstock_client.errors import UnsupportedError
+from rootstock_client.errors import InvalidStructureError, UnsupportedError
 from rootstock_client.units import BOHR, HARTREE
 
 PROTOCOL_VERSION = 1
@@ -24,7 +24,7 @@ _ON_REQUEST = frozenset({"stress", "energies"})
 """What costs extra, and is computed only for those who ask."""
 
 
-class RootstockCalculator(Calculator):
+class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
     """An ASE calculator that sends structures to a daemon. Made by `RootstockClient.calculator`.
 
     Energies are in eV, forces in eV/Å, stress in eV/Å³ (Voigt order xx, yy, zz, yz, xz, xy; ASE's sign), per-atom
@@ -82,6 +82,10 @@ class RootstockCalculator(Calculator):
             self._asked.add(name)
             return result
 
+    def get_spin_polarized(self) -> bool:
+        """Potentials have no spin density. (Without this, ASE gives each instance a method of its own: a cycle.)"""
+        return False
+
     def calculate(
         self,
         atoms: Atoms | None = None,
@@ -91,6 +95,8 @@ class RootstockCalculator(Calculator):
         """Evaluate `atoms` and fill `results`."""
         super().calculate(atoms, properties, system_changes)
         atoms = self.atoms
+        if len(atoms) == 0:
+            raise InvalidStructureError("a structure of zero atoms.", "There is nothing to evaluate.")
         asked = set(properties or ())
         has_stress = bool(atoms.pbc.any()) and atoms.cell.rank == 3  # noqa: PLR2004
         if "stress" in asked and not has_stress:
@@ -107,7 +113,7 @@ class RootstockCalculator(Calculator):
 
     def _evaluate(self, atoms: Atoms, wanted: frozenset[str]) -> dict[str, Any]:
         cell = atoms.cell.array / BOHR
-        head = ipi.posdata_head(cell, atoms.cell.reciprocal().T * BOHR, len(atoms))
+        head = ipi.posdata_head(cell, _inverse(cell), len(atoms))
         positions = np.ascontiguousarray(atoms.positions, dtype=np.float64) / BOHR
         forces = np.empty_like(positions)
         answer = self._connection.evaluate(self._describe(atoms, wanted), head, positions, forces)
@@ -122,7 +128,8 @@ class RootstockCalculator(Calculator):
 
     def _describe(self, atoms: Atoms, wanted: frozenset[str]) -> bytes:
         """The INIT text; made anew only when something in it has changed."""
-        left_handed = bool(np.linalg.det(atoms.cell.array) < 0)
+        a, b, c = atoms.cell.array
+        left_handed = bool(np.cross(a, b) @ c < 0)
         electrons = _electrons(atoms)
         system = (atoms.numbers.tobytes(), atoms.pbc.tobytes(), left_handed, electrons, wanted)
         if system != self._system:
@@ -162,6 +169,14 @@ class RootstockCalculator(Calculator):
         socket = state.pop("_socket")
         self.__dict__.update(state)
         self._connect(socket)
+
+
+def _inverse(cell: ipi.FloatArray) -> ipi.FloatArray:
+    """The inverse, which the protocol wants and nobody needs; zeros where there is none."""
+    try:
+        return np.linalg.inv(cell).astype(np.float64)
+    except np.linalg.LinAlgError:
+        return np.zeros((3, 3))
 
 
 def _electrons(atoms: Atoms) -> tuple[float | None, float | None]:

@@ -32,6 +32,17 @@ def connect(path: Path) -> socket.socket:
     return sock
 
 
+class _Target:
+    """Where a step's forces go. Not a method of Connection: that would be a cycle, and sessions would stay open."""
+
+    forces: ipi.FloatArray = np.empty((0, 3))
+
+    def __call__(self, natoms: int) -> memoryview:
+        if natoms != len(self.forces):
+            raise InvalidStructureError(f"forces for {natoms} atoms came back; {len(self.forces)} were sent")
+        return memoryview(self.forces).cast("B")
+
+
 class Connection:
     """A session that opens itself when it is first needed, and again after it was lost or after a fork.
 
@@ -47,8 +58,8 @@ class Connection:
         self._sock: socket.socket | None = None
         self._pid = 0
         self._init = b""
-        self._forces = np.empty((0, 3))
-        self._side = ipi.DriverSide(self._place)
+        self._target = _Target()
+        self._side = ipi.DriverSide(self._target)
 
     def evaluate(self, init: bytes, head: bytes, positions: ipi.FloatArray, forces: ipi.FloatArray) -> ipi.ForceReady:
         """One step: send a structure, wait for its result.
@@ -65,7 +76,7 @@ class Connection:
             RootstockError: what the daemon says is wrong.
         """
         with self._lock:
-            self._forces = forces
+            self._target.forces = forces
             if self._pid != os.getpid():  # after a fork the connection is the parent's
                 self._close()
             if self._sock is not None:
@@ -75,7 +86,7 @@ class Connection:
                     pass  # the daemon was restarted since: an evaluation can be asked for again
             self._sock = connect(self.path)
             self._pid = os.getpid()
-            self._side = ipi.DriverSide(self._place)
+            self._side = ipi.DriverSide(self._target)
             return self._exchange(self._sock, init, head, positions)
 
     def _exchange(self, sock: socket.socket, init: bytes, head: bytes, positions: ipi.FloatArray) -> ipi.ForceReady:
@@ -112,11 +123,6 @@ class Connection:
             f"rootstockd at {self.path} closed the connection in the middle of a step.",
             "`rootstockd logs` may say why; if it was stopped, start it again and repeat the step.",
         )
-
-    def _place(self, natoms: int) -> memoryview:
-        if natoms != len(self._forces):
-            raise InvalidStructureError(f"forces for {natoms} atoms came back; {len(self._forces)} were sent")
-        return memoryview(self._forces).cast("B")
 
     def _close(self) -> None:
         if self._sock is not None:

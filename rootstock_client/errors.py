@@ -20,7 +20,7 @@ class RootstockError(Exception):
     """
 
     code: ClassVar[str] = "error"
-    _by_code: ClassVar[dict[str, type[RootstockError]]] = {}
+    by_code: ClassVar[dict[str, type[RootstockError]]] = {}
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message, hint)
@@ -29,7 +29,7 @@ class RootstockError(Exception):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        RootstockError._by_code[cls.code] = cls
+        RootstockError.by_code[cls.code] = cls
 
     def __str__(self) -> str:
         return f"{self.message}\n{self.hint}" if self.hint else self.message
@@ -51,7 +51,7 @@ class RootstockError(Exception):
 
 def error_from_code(code: str, message: str, hint: str = "") -> RootstockError:
     """The error class that stands for `code`, filled in."""
-    return RootstockError._by_code.get(code, RootstockError)(message, hint)
+    return RootstockError.by_code.get(code, RootstockError)(message, hint)
 
 
 class DaemonNotFoundError(RootstockError, ConnectionError):

@@ -332,13 +332,12 @@ class EngineSide:
             (natoms,) = _INT.unpack(head[_CELL_PAIR:])
         else:
             (natoms,) = _INT.unpack((yield 4))
-            _count(natoms, self._limits.atoms // batch, f"atoms in each of {batch} structures")
             cells = _matrices((yield batch * _CELL_PAIR), batch, 18)
-        _count(natoms, self._limits.atoms // batch, "atoms")
         size = 24 * natoms * batch
-        if self._state is _State.NEEDINIT:
+        if self._state is _State.NEEDINIT and natoms >= 0:  # refused, for instance as too large: GETFORCE will say so
             yield Skip(size)
             return PosData(natoms, cells, self._error)
+        _count(natoms, self._limits.atoms // batch, "atoms" if batch == 1 else f"atoms in each of {batch} structures")
         try:
             target = self._place(natoms)
         except RootstockError as error:

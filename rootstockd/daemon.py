@@ -23,7 +23,7 @@ from rootstockd.control.api import ControlServer
 from rootstockd.init_request import InitRequest
 from rootstockd.models.catalogue import Catalogue, Entry
 from rootstockd.sessions import LINGER, Session
-from rootstockd.sockets import listen, make_runtime_dir, take_lock
+from rootstockd.sockets import listen, lock, make_runtime_dir
 from rootstockd.supervisor import Supervisor
 from rootstockd.worker.engines import ModelSpec
 
@@ -70,15 +70,15 @@ class Daemon:
             AddressError: the sockets can't be had.
         """
         make_runtime_dir(self.config.socket.parent)
-        lock = take_lock(self.config.lock)
         allow_many_descriptors()
-        try:
-            control = ControlServer(self, listen(self.config.control, 0o600))
-            sessions_socket = listen(self.config.socket, 0o666 if os.getuid() == 0 else 0o600)
+        with contextlib.ExitStack() as ours:
+            ours.enter_context(lock(self.config.lock))
+            control = ControlServer(self, ours.enter_context(listen(self.config.control, 0o600)))
+            sessions = ours.enter_context(listen(self.config.socket, 0o666 if os.getuid() == 0 else 0o600))
             self._watch_signals()
             control_task = asyncio.create_task(control.run_until_stopped(), name="control")
             try:
-                server = await self._start(sessions_socket)
+                server = await self._start(sessions)
                 log.info("ready on %s", self.config.socket)
                 await self._stop.wait()
                 await self._drain(server)
@@ -86,10 +86,6 @@ class Daemon:
                 await self._end_workers()
                 control.should_exit = True
                 await control_task
-        finally:
-            for path in (self.config.socket, self.config.control, self.config.lock):
-                path.unlink(missing_ok=True)
-            os.close(lock)
         log.info("stopped")
 
     def stop(self, *, force: bool = False) -> None:
@@ -141,8 +137,10 @@ class Daemon:
     # --- what sessions need
 
     def check_open(self) -> None:
-        """Raises:
-        DrainingError: the daemon takes no new work.
+        """Whether new work is taken.
+
+        Raises:
+            DrainingError: it is not.
         """
         if self.state == "draining":
             raise stopping_error()
@@ -175,7 +173,7 @@ class Daemon:
         self.check_open()
         name, entry = self.catalogue.resolve(request.model)
         model = self._supervisor(name, entry, request.dtype or entry.dtype)
-        known = model.info.elements if model.info else [atomic_numbers[symbol] for symbol in entry.elements]
+        known = (model.info and model.info.elements) or [atomic_numbers[symbol] for symbol in entry.elements]
         unknown = set(request.numbers) - set(known)
         if known and unknown:
             raise UnknownElementError(

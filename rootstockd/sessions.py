@@ -115,7 +115,7 @@ class Session(asyncio.BufferedProtocol):
             self._transport.write(ipi.error_frame(error))
             self.end(error)
 
-    def get_buffer(self, sizehint: int) -> memoryview:
+    def get_buffer(self, _sizehint: int) -> memoryview:
         return _waste if self._closing else self._ipi.get_buffer()
 
     def buffer_updated(self, nbytes: int) -> None:
@@ -134,7 +134,7 @@ class Session(asyncio.BufferedProtocol):
     def eof_received(self) -> None:
         return None  # the transport closes itself
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def connection_lost(self, _exc: Exception | None) -> None:
         self._ipi.close()
         self._release()
         self._host.session_closed(self)
@@ -218,6 +218,7 @@ class Session(asyncio.BufferedProtocol):
         self._model.clients -= 1
         self._model = None
         self.slot.close()
+        del self.slot  # its memory goes now, not when the garbage collector next runs
 
     def _place(self, natoms: int) -> memoryview:
         if natoms != self.slot.natoms:

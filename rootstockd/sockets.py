@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import socket
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 from rootstock_client.runtime_dir import MAX_SOCKET_PATH, is_private
@@ -32,8 +34,9 @@ def make_runtime_dir(folder: Path) -> None:
         )
 
 
-def take_lock(path: Path) -> int:
-    """Lock `path` for as long as this process lives, and write our process id into it; the descriptor holds the lock.
+@contextlib.contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Hold a lock on `path`, with our process id in it; the file goes with the lock.
 
     Raises:
         AddressError: another daemon has it.
@@ -57,11 +60,16 @@ def take_lock(path: Path) -> int:
         os.close(fd)  # its last holder removed it while we opened it
     os.truncate(fd, 0)
     os.write(fd, f"{os.getpid()}\n".encode())
-    return fd
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(fd)
 
 
-def listen(path: Path, mode: int) -> socket.socket:
-    """Listen on a Unix socket at `path`; its lock must be ours already.
+@contextlib.contextmanager
+def listen(path: Path, mode: int) -> Iterator[socket.socket]:
+    """Listen on a Unix socket at `path`, whose lock must be ours already; the path goes with it.
 
     A socket of ours that nobody listens on is what a daemon that died left behind, and is replaced. Anything else is
     left alone.
@@ -72,15 +80,17 @@ def listen(path: Path, mode: int) -> socket.socket:
     if len(os.fsencode(path)) > MAX_SOCKET_PATH:
         raise AddressError(f"the socket path {path} is too long; Unix sockets allow {MAX_SOCKET_PATH} bytes.")
     _clear(path)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    try:
-        sock.bind(os.fspath(path))
-        path.chmod(mode)
-        sock.listen(1024)
-    except OSError as error:
-        sock.close()
-        raise AddressError(f"can't listen on {path}: {error.strerror}.") from error
-    return sock
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as sock:
+        try:
+            sock.bind(os.fspath(path))
+        except OSError as error:
+            raise AddressError(f"can't listen on {path}: {error.strerror}.") from error
+        try:
+            path.chmod(mode)
+            sock.listen(1024)
+            yield sock
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _clear(path: Path) -> None:

@@ -167,13 +167,11 @@ class Supervisor:
         self._failures.clear()
         given_up = self.scheduler.worker_lost() if self.error is None else self.scheduler.clear()
         for evaluation in given_up:
-            evaluation.owner.evaluated(
-                self.error
-                or EvaluationError(
-                    f"model {self.spec.name!r}: {evaluation.attempts} workers ended over this structure, the last: {how}",
-                    "The model itself is up again; look at the structure, and at `rootstockd logs`.",
-                )
+            message = (
+                f"model {self.spec.name!r}: {evaluation.attempts} workers ended over this structure, the last: {how}"
             )
+            hint = "The model itself is up again; look at the structure, and at `rootstockd logs`."
+            evaluation.owner.evaluated(self.error or EvaluationError(message, hint))
 
     def _set_state(self, state: State) -> None:
         self.state = state
@@ -189,4 +187,3 @@ class Supervisor:
             self._worker.hang_up()
             self._worker.kill()  # it holds nothing that wants saving
         await self._task
-

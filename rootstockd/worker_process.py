@@ -59,7 +59,7 @@ class WorkerProcess:
             raise
         finally:
             theirs.close()
-        ours.setblocking(False)
+        ours.setblocking(False)  # noqa: FBT003 - the socket module has no other way
         return cls(process, ours, listener)
 
     @property

@@ -12,7 +12,7 @@ from rootstockd.cli.show import logs, status
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(rootstockd.__version__, prog_name="rootstockd")
 def main() -> None:
-    """Warm machine-learned interatomic potentials behind one daemon a node.
+    r"""Warm machine-learned interatomic potentials behind one daemon a node.
 
     \b
     rootstockd start --gpu 0        start a daemon (or --device cpu)

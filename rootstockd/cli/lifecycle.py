@@ -48,7 +48,7 @@ POLL = 0.05
 @click.option("--log-file", type=click.Path(path_type=Path, resolve_path=True), help="Where the log goes.")
 @click.option("--max-atoms", type=click.IntRange(min=1), help="The most atoms in one message of one session.")
 @click.option("--foreground", is_flag=True, help="Stay in front, log to the terminal, end with Ctrl-C.")
-def start(  # noqa: PLR0913 - one argument an option
+def start(
     gpu: int | None,
     device: str,
     models: tuple[str, ...],
@@ -56,7 +56,7 @@ def start(  # noqa: PLR0913 - one argument an option
     socket: Path | None,
     log_file: Path | None,
     max_atoms: int | None,
-    foreground: bool,  # noqa: FBT001
+    foreground: bool,
 ) -> None:
     """Start a daemon; returns when it is ready."""
     if gpu is not None and device == "cpu":
@@ -83,7 +83,7 @@ def start(  # noqa: PLR0913 - one argument an option
 @click.command()
 @socket_option
 @click.option("--force", is_flag=True, help="Do not wait for evaluations under way.")
-def stop(socket: Path | None, force: bool) -> None:  # noqa: FBT001
+def stop(socket: Path | None, force: bool) -> None:
     """Let the daemon finish the evaluations under way, and end it."""
     address = socket_in_use(socket)
     try:
@@ -226,5 +226,3 @@ def is_locked(path: Path) -> bool:
     except OSError:
         return True
     return False
-
-

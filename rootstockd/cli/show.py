@@ -29,7 +29,7 @@ _SHOWN_SESSIONS = 20
 @click.command()
 @socket_option
 @click.option("--json", "as_json", is_flag=True, help="For programs; the schema has a version.")
-def status(socket: Path | None, as_json: bool) -> None:  # noqa: FBT001
+def status(socket: Path | None, as_json: bool) -> None:
     """Show what the daemon is doing."""
     try:
         daemon = fetch_status(socket_in_use(socket))
@@ -70,8 +70,12 @@ def show(daemon: DaemonStatus) -> None:
     for model in daemon.models:
         if model.error:
             console.print(f"[red]{model.name}: {model.error}[/]")
-    if not daemon.sessions:
-        return
+    if daemon.sessions:
+        show_sessions(daemon)
+
+
+def show_sessions(daemon: DaemonStatus) -> None:
+    """Print the sessions, the oldest first."""
     sessions = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("session", "user", "pid", "model", "state"):
         sessions.add_column(heading, no_wrap=True)
@@ -97,7 +101,7 @@ def show(daemon: DaemonStatus) -> None:
 @socket_option
 @click.option("-n", "--lines", default=50, show_default=True, help="How many of the last lines.")
 @click.option("-f", "--follow", is_flag=True, help="Go on as new lines come.")
-def logs(socket: Path | None, lines: int, follow: bool) -> None:  # noqa: FBT001
+def logs(socket: Path | None, lines: int, follow: bool) -> None:
     """Show the log of a daemon, which may have ended."""
     path = log_file(socket)
     try:

@@ -15,6 +15,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,16 @@ def relaxed(atoms: Atoms, calc: Calculator) -> dict[str, float]:
     }
 
 
+def relaxations(calc: Calculator) -> dict[str, Any]:
+    """Relax two rattled ordered alloys, cell and all, with the model and with EMT."""
+    out: dict[str, Any] = {}
+    for name, symbols in (("Cu3Au L1_2", "Au Cu Cu Cu"), ("CuAu L1_0", "Cu Au Au Cu")):
+        start = fcc(symbols.split(), (1, 1, 1))
+        start.rattle(0.05, seed=SEED)
+        out[name] = {"model": relaxed(start, calc), "emt": relaxed(start, EMT())}
+    return out
+
+
 def equations_of_state(calc: Calculator) -> dict[str, dict[str, float]]:
     """Compare energies (meV/atom) over ±6 % of the lattice constant."""
     out: dict[str, dict[str, float]] = {}
@@ -210,16 +221,17 @@ def equations_of_state(calc: Calculator) -> dict[str, dict[str, float]]:
         curves = []
         for which in (calc, EMT()):
             curve = []
-            for scale in np.linspace(0.94, 1.06, 49):
+            for scale in np.linspace(0.94, 1.06, 31):
                 atoms = bulk(symbol, "fcc", a=LATTICE[symbol] * scale, cubic=True)
                 atoms.calc = which
                 curve.append(atoms.get_potential_energy() / 4)
             curves.append(np.array(curve))
-        curvature = np.diff(curves[0], 2)
+        model, emt = (curve * 1e3 for curve in curves)
         out[symbol] = {
-            "max_error_meV_per_atom": round(float(np.abs(curves[0] - curves[1]).max() * 1e3), 3),
-            "minima": int(np.sum(np.diff(np.sign(np.diff(curves[0]))) > 0)),
-            "least_curvature_over_emt": round(float((curvature / np.diff(curves[1], 2)).min()), 3),
+            "max_error_meV_per_atom": round(float(np.abs(model - emt).max()), 3),
+            "minima": int(np.sum(np.diff(np.sign(np.diff(model))) > 0)),
+            "least_second_difference_meV": round(float(np.diff(model, 2).min()), 4),
+            "least_second_difference_of_emt_meV": round(float(np.diff(emt, 2).min()), 4),
         }
     return out
 
@@ -236,7 +248,7 @@ def few_atoms(calc: Calculator) -> dict[str, Any]:
             lone.append(abs(atoms.get_potential_energy() / len(atoms) - want))
     for a, b in itertools.combinations_with_replacement(METALS, 2):
         nearest = vegard([a, b]) / np.sqrt(2)
-        for distance in np.arange(0.8, 6.5, 0.05):
+        for distance in np.arange(0.8, 6.5, 0.2):
             pair = Atoms([a, b], positions=[[0, 0, 0], [0, 0, distance]])
             reference = pair.copy()
             pair.calc, reference.calc = calc, EMT()
@@ -255,14 +267,14 @@ def few_atoms(calc: Calculator) -> dict[str, Any]:
 
 
 def dynamics(calc: Calculator) -> dict[str, Any]:
-    """Run NVE of 108 Cu at 300 K (5 ps) and a hot alloy at 2000 K with the model."""
+    """Run NVE of 108 Cu at 300 K (2 ps) and a hot alloy at 2000 K with the model."""
     rng = np.random.default_rng(SEED + 1)
     atoms = fcc(["Cu"], (3, 3, 3))
     atoms.calc = calc
     MaxwellBoltzmannDistribution(atoms, temperature_K=600, rng=rng)
     Stationary(atoms)
     md, totals, temperatures = VelocityVerlet(atoms, 5 * units.fs), [], []
-    for _ in range(100):
+    for _ in range(40):
         md.run(10)
         totals.append(atoms.get_total_energy() / len(atoms))
         temperatures.append(atoms.get_temperature())
@@ -271,13 +283,13 @@ def dynamics(calc: Calculator) -> dict[str, Any]:
     MaxwellBoltzmannDistribution(hot, temperature_K=2000, rng=rng)
     runner = Langevin(hot, 4 * units.fs, temperature_K=2000, friction=0.02 / units.fs, rng=rng)
     visited = []
-    for _ in range(25):
+    for _ in range(10):
         runner.run(40)
         visited.append(hot.copy())
     return {
-        "nve_drift_meV_per_atom_per_ps": round(float(np.polyfit(np.arange(100) * 0.05, totals, 1)[0] * 1e3), 5),
+        "nve_drift_meV_per_atom_per_ps": round(float(np.polyfit(np.arange(40) * 0.05, totals, 1)[0] * 1e3), 5),
         "nve_spread_meV_per_atom": round(float(np.ptp(totals) * 1e3), 4),
-        "nve_mean_temperature_K": round(float(np.mean(temperatures[20:])), 1),
+        "nve_mean_temperature_K": round(float(np.mean(temperatures[10:])), 1),
         "driven_by_the_model_at_2000_K": errors(visited, calc),
     }
 
@@ -291,7 +303,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the held-out sets only")
     args = parser.parse_args()
     # Imported late: --help should not take ten seconds.
-    from mace.calculators import MACECalculator
+    from mace.calculators import MACECalculator  # noqa: PLC0415
 
     calc = MACECalculator(model_paths=str(args.model), device="cpu", default_dtype="float64")
     network = calc.models[0]
@@ -304,6 +316,7 @@ def main() -> None:
         "atomic_numbers": [int(z) for z in network.atomic_numbers],
         "r_max_A": float(network.r_max),
         "parameters": sum(p.numel() for p in network.parameters()),
+        "versions": {name: version(name) for name in ("ase", "e3nn", "mace-torch", "torch")},
         "reference": "ase.calculators.emt.EMT, default settings",
         "held_out": {},
     }
@@ -329,19 +342,15 @@ def main() -> None:
             "B_emt_GPa": round(b0, 3), "B_GPa": round(b, 3), "B_error_percent": round(db, 3),
         }  # fmt: skip
         print(f"| {symbol} | {a0:.4f} | {a:.4f} | {da:+.3f} | {b0:.1f} | {b:.1f} | {db:+.2f} |")
-    if not args.quick:
-        report["equation_of_state"] = equations_of_state(calc)
-        report["few_atoms"] = few_atoms(calc)
-        report["relaxation"] = {}
-        for name, symbols in (("Cu3Au L1_2", "Au Cu Cu Cu"), ("CuAu L1_0", "Cu Au Au Cu")):
-            start = fcc(symbols.split(), (1, 1, 1))
-            start.rattle(0.05, seed=SEED)
-            report["relaxation"][name] = {
-                "model": relaxed(start, calc), "emt": relaxed(start, EMT())
-            }  # fmt: skip
-        report["dynamics"] = dynamics(calc)
-        for key in ("equation_of_state", "few_atoms", "relaxation", "dynamics"):
-            print(f"\n{key}\n{json.dumps(report[key], indent=1, ensure_ascii=False)}")
+    sections: dict[str, Callable[[Calculator], dict[str, Any]]] = {
+        "equation_of_state": equations_of_state,
+        "few_atoms": few_atoms,
+        "relaxation": relaxations,
+        "dynamics": dynamics,
+    }
+    for key, section in sections.items() if not args.quick else ():
+        report[key] = section(calc)
+        print(f"\n{key}\n{json.dumps(report[key], indent=1, ensure_ascii=False)}", flush=True)
     args.json.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
 

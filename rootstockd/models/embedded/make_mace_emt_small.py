@@ -360,7 +360,7 @@ def without_debug_records(archive: bytes) -> bytes:
 
 def save_plain(trained: Path, out: Path) -> None:
     """Write the trained model to ``out`` for ``torch.load``, free of local paths."""
-    import torch
+    import torch  # noqa: PLC0415 - only here, and slow to import
 
     model = torch.load(trained, map_location="cpu", weights_only=False)
     for parameter in model.parameters():

@@ -8,7 +8,6 @@ from typing import Any
 import ase
 import numpy as np
 from ase import Atoms
-from ase.calculators.calculator import PropertyNotImplementedError
 from ase.stress import voigt_6_to_full_3x3_stress
 
 from rootstockd.worker.engines import EngineError, EngineInfo, ModelSpec, Result, System, Task
@@ -48,10 +47,9 @@ class AseEngine:
         atoms.cell[:] = task.cell
         atoms.positions[:] = task.positions
         wanted = ["energy", "forces"] + ["stress"] * task.stress + ["energies"] * task.energies
-        try:
-            properties = self._calculator.calculate_properties(atoms, wanted)
-        except PropertyNotImplementedError as error:
-            raise EngineError("unsupported", f"model {self._name!r}: {error}") from error
+        if missing := [name for name in wanted if name not in self.info.properties]:
+            raise EngineError("unsupported", f"model {self._name!r} computes no {' and no '.join(missing)}")
+        properties = self._calculator.calculate_properties(atoms, wanted)
         virial = None
         if task.stress:
             virial = -voigt_6_to_full_3x3_stress(properties["stress"]) * atoms.get_volume()

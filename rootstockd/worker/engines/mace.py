@@ -90,7 +90,9 @@ class MaceEngine:
         energies = output["energy"].detach().cpu().double().numpy()
         forces = output["forces"].detach().cpu().double().numpy()
         virials = output["virials"].detach().cpu().double().numpy() if stress else None
-        node_energies = output["node_energy"].detach().cpu().double().numpy() if any(t.energies for t in tasks) else None
+        node_energies = (
+            output["node_energy"].detach().cpu().double().numpy() if any(t.energies for t in tasks) else None
+        )
         ends = np.cumsum([len(task.positions) for task in tasks])
         results = []
         for index, (task, end) in enumerate(zip(tasks, ends)):

@@ -1,0 +1,67 @@
+# Two commands: `make demo` and `make test`. Each makes the environment it needs, in $(VENV).
+#
+#   make test VENV=/tmp/somewhere     an environment elsewhere
+#   make test PYTHON=python3.12       another Python to make it with
+#   make test PYTEST_ARGS="-k slots"  only some of the tests
+
+VENV ?= .venv
+PYTHON ?= python3
+PYTEST_ARGS ?=
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+# what a stamp says: this set of packages lies in $(VENV), as pyproject.toml and constraints.txt have it
+DEMO_STAMP := $(VENV)/.rootstockd-demo
+TEST_STAMP := $(VENV)/.rootstockd-test
+INPUTS := pyproject.toml constraints.txt
+BIN := $(VENV)/bin
+# so that the demo and the tests find the command `rootstockd` of this environment
+RUN := PATH="$(abspath $(BIN)):$$PATH"
+
+.PHONY: help demo test lint format clean
+
+help: ## this list
+	@echo "make TARGET [VENV=$(VENV)] [PYTHON=$(PYTHON)]"
+	@echo
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
+
+demo: $(DEMO_STAMP) ## start a daemon on this machine, run a few jobs with it, stop it
+	@$(RUN) $(BIN)/python examples/demo.py
+
+test: $(TEST_STAMP) lint ## ruff, mypy and the tests
+	@$(RUN) $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(TEST_STAMP) ## ruff and mypy alone
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+
+format: $(TEST_STAMP) ## mend what ruff can mend
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+clean: ## remove the environment and all caches
+	@rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis tests/.hypothesis
+	@find rootstock_client rootstockd tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --- the environment
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { echo "make: there is no $(PYTHON); say which Python to use: make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit("make: rootstockd needs Python 3.10 or newer, and $(PYTHON) is %d.%d; say which to use: make PYTHON=python3.12" % v[:2])'
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "make: $(PYTHON) has no venv; install it (Debian, Ubuntu: apt install python3-venv) or use another: make PYTHON=..." >&2; exit 1; }
+	@echo "making an environment in $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(DEMO_STAMP): $(INPUTS) | $(BIN)/python
+	@echo "installing rootstockd, mace-torch and torch into $(VENV): a few minutes the first time"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[daemon,mace]'
+	@touch $@
+
+$(TEST_STAMP): $(INPUTS) | $(BIN)/python
+	@echo "installing rootstockd, mace-torch, torch, pytest, ruff and mypy into $(VENV): a few minutes the first time"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[daemon,mace,dev]'
+	@touch $@ $(DEMO_STAMP)

@@ -1,0 +1,118 @@
+"""The catalogue of models."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from rootstock_client.errors import UnknownModelError
+from rootstockd.models.catalogue import Catalogue, CatalogueError, Entry
+
+EMT = 'family = "ase"\narguments = { calculator = "ase.calculators.emt:EMT" }\n'
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text: str | bytes, name: str = "more.toml") -> Path:
+        path = tmp_path / name
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    return write
+
+
+def test_what_the_package_brings():
+    catalogue = Catalogue.load()
+    assert {"mace-emt-small", "emt", "lj"} <= set(catalogue)
+    assert len(catalogue) == len(list(catalogue))
+    weights = catalogue["mace-emt-small"].weights
+    assert weights is not None
+    assert weights.is_absolute() and weights.is_file()
+    assert catalogue["emt"].arguments == {"calculator": "ase.calculators.emt:EMT"}
+
+
+def test_more_files_add_and_override_entry_by_entry(write):
+    first = write(f"[mine]\n{EMT}description = 'first'\n[emt]\n{EMT}description = 'ours'\n", "1.toml")
+    second = write(f"[mine]\n{EMT}description = 'second'\n", "2.toml")
+    catalogue = Catalogue.load([first, second])
+    assert catalogue["mine"].description == "second"
+    assert catalogue["emt"].description == "ours"
+    assert catalogue["emt"].elements == ()  # the whole entry, not key by key
+    assert catalogue["lj"] == Catalogue.load()["lj"]
+
+
+def test_relative_weights_start_at_their_file(write, tmp_path):
+    path = write('[a]\nfamily = "mace"\nweights = "sub/a.model"\n[b]\nfamily = "mace"\nweights = "/abs/b.model"\n')
+    catalogue = Catalogue.load([path])
+    assert catalogue["a"].weights == tmp_path / "sub/a.model"
+    assert catalogue["b"].weights == Path("/abs/b.model")
+
+
+def test_aliases(write):
+    catalogue = Catalogue.load([write(f'[long-name]\n{EMT}aliases = ["short", "shorter"]\n')])
+    entry = catalogue["long-name"]
+    assert catalogue.resolve("short") == ("long-name", entry)
+    assert catalogue.resolve("long-name") == ("long-name", entry)
+    assert catalogue["shorter"] is entry
+    assert "short" in catalogue
+    assert "short" not in list(catalogue)
+
+
+def test_an_alias_does_not_hide_a_model(write):
+    """`emt` is what the catalogue lists as emt, whatever else would like to be called so."""
+    catalogue = Catalogue.load([write(f'[impostor]\n{EMT}aliases = ["emt"]\n')])
+    assert catalogue.resolve("emt")[0] == "emt"
+
+
+@pytest.mark.parametrize(
+    ("name", "suggested"),
+    [("mace-emt-smal", "mace-emt-small"), ("MACE-emt-small", "mace-emt-small"), ("ent", "emt"), ("nick", "nickname")],
+)
+def test_the_nearest_names_are_suggested(write, name, suggested):
+    catalogue = Catalogue.load([write(f'[proper]\n{EMT}aliases = ["nickname"]\n')])
+    with pytest.raises(UnknownModelError) as caught:
+        catalogue.resolve(name)
+    assert repr(name) in caught.value.message
+    assert re.search(rf"Did you mean .*\b{suggested}\b.*\?", caught.value.hint)
+    assert "It has: emt, lj, mace-emt-small, proper." in caught.value.hint
+    with pytest.raises(KeyError):
+        catalogue[name]
+
+
+def test_a_name_like_none_gets_the_list():
+    with pytest.raises(UnknownModelError) as caught:
+        Catalogue.load().resolve("q" * 5000)
+    assert "Did you mean" not in caught.value.hint
+    assert "It has: emt" in caught.value.hint
+    assert len(caught.value.message) < 200
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("[mine\n", "line 1"),
+        (f"[mine]\n{EMT}colour = 'red'\n", "model 'mine': colour: Extra inputs"),
+        ("[mine]\n", "model 'mine': family: Field required"),
+        ("[mine]\nfamily = 'os.system'\n", "model 'mine': family: String should match"),
+        (f"[mine]\n{EMT}dtype = 'float16'\n", "model 'mine': dtype"),
+        (f"[mine]\n{EMT}elements = 'Cu'\n", "model 'mine': elements"),
+        ("mine = 1\n", "model 'mine': it: Input should be"),
+        ("[mine]\nfamily = 'ase'\n[mine]\n", "line 3"),
+        (b"[mine]\nfamily = 'ase'\ndescription = '\xe9t\xe9'\n", "utf-8"),
+    ],
+)
+def test_a_file_that_can_not_be_used_is_named_with_what_is_wrong(write, text, wrong):
+    path = write(text)
+    with pytest.raises(CatalogueError, match=re.escape(wrong)) as caught:
+        Catalogue.load([path])
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(CatalogueError, match=re.escape(str(tmp_path / "none.toml"))):
+        Catalogue.load([tmp_path / "none.toml"])
+
+
+def test_entries_can_not_be_changed():
+    with pytest.raises(ValueError, match="frozen"):
+        Entry(family="ase").family = "mace"

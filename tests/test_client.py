@@ -1,0 +1,314 @@
+"""What people do with calculators: pickle, fork, threads, changing structures, several properties."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import bulk, fcc111
+from ase.calculators.emt import EMT
+from ase.calculators.test import gradient_test
+from ase.filters import FrechetCellFilter
+from ase.io import Trajectory
+from ase.optimize import BFGS
+
+from conftest import RunningDaemon, rootstockd
+from rootstock_client import RootstockClient
+
+
+def copper(seed: int = 1) -> Atoms:
+    atoms = bulk("Cu", cubic=True)
+    atoms.rattle(0.1, seed=seed)
+    return atoms
+
+
+def emt(atoms: Atoms) -> Atoms:
+    reference = atoms.copy()
+    reference.calc = EMT()
+    return reference
+
+
+def same(atoms: Atoms) -> None:
+    assert atoms.get_potential_energy() == pytest.approx(emt(atoms).get_potential_energy(), abs=1e-9)
+    np.testing.assert_allclose(atoms.get_forces(), emt(atoms).get_forces(), atol=1e-9)
+
+
+def evaluations(daemon: RunningDaemon) -> int:
+    return daemon.model("emt")["evaluations"]
+
+
+def sessions(daemon: RunningDaemon) -> int:
+    """How many sessions this process has open, once the daemon has noticed what was closed."""
+    time.sleep(0.1)
+    return sum(session["pid"] == os.getpid() for session in daemon.client().status()["sessions"])
+
+
+def test_models_and_status(daemon: RunningDaemon) -> None:
+    client = daemon.client()
+    models = {model["name"]: model for model in client.models()}
+    assert models["mace-emt-small"]["elements"] == ["Al", "Ni", "Cu", "Pd", "Ag", "Pt", "Au"]
+    assert models["mace-emt-small"]["state"] == "ready"
+    assert models["lj"]["state"] == "cold"
+    assert client.status()["state"] == "ready"
+
+
+def test_one_evaluation_serves_all_properties(daemon: RunningDaemon) -> None:
+    atoms = copper()
+    atoms.calc = daemon.client().calculator("emt")
+    before = evaluations(daemon)
+    energy, forces = atoms.get_potential_energy(), atoms.get_forces()
+    assert atoms.get_potential_energy(force_consistent=True) == energy
+    np.testing.assert_array_equal(atoms.get_forces(), forces)
+    assert evaluations(daemon) == before + 1
+
+
+def test_stress_is_computed_only_when_it_is_asked_for(daemon: RunningDaemon) -> None:
+    atoms = copper()
+    atoms.calc = daemon.client().calculator("emt")
+    before = evaluations(daemon)
+    atoms.get_forces()
+    assert "stress" not in atoms.calc.results
+    atoms.get_stress()  # a second evaluation
+    for step in range(3):  # and now it comes with each new structure, in one evaluation
+        atoms.rattle(0.01, seed=step)
+        np.testing.assert_allclose(atoms.get_forces(), emt(atoms).get_forces(), atol=1e-9)
+        np.testing.assert_allclose(atoms.get_stress(), emt(atoms).get_stress(), atol=1e-9)
+    assert evaluations(daemon) == before + 5
+    atoms.rattle(0.01, seed=9)
+    atoms.get_forces()
+    atoms.rattle(0.01, seed=10)
+    atoms.get_forces()  # nobody asked for the last one's
+    assert "stress" not in atoms.calc.results
+
+
+def test_results_belong_to_the_caller(daemon: RunningDaemon) -> None:
+    atoms = copper()
+    atoms.calc = daemon.client().calculator("emt")
+    atoms.get_forces()[:] = 0
+    same(atoms)
+
+
+@pytest.mark.parametrize("model", ["emt", "mace-emt-small"])
+def test_forces_are_the_gradient(daemon: RunningDaemon, model: str) -> None:
+    atoms = copper()
+    atoms.calc = daemon.client().calculator(model)
+    analytic, numeric = gradient_test(atoms, [0, 3])
+    np.testing.assert_allclose(analytic, numeric, atol=1e-5)
+
+
+def test_everything_that_may_change_does(daemon: RunningDaemon) -> None:
+    atoms = copper()
+    atoms.calc = daemon.client().calculator("emt")
+    same(atoms)
+    atoms.numbers[0] = 79
+    same(atoms)
+    atoms.set_cell(atoms.cell.array * 1.02, scale_atoms=True)
+    same(atoms)
+    atoms.pbc = [True, False, True]
+    same(atoms)
+    atoms.set_cell(atoms.cell.array[[1, 0, 2]])  # left-handed
+    same(atoms)
+    atoms += Atoms("Cu", [[1.0, 1.0, 6.0]])
+    same(atoms)
+    del atoms[2]
+    same(atoms)
+    other = bulk("Al")
+    other.calc = atoms.calc
+    same(other)
+    same(atoms)
+
+
+def test_charge_and_spin_start_a_new_evaluation_and_other_info_does_not(daemon: RunningDaemon) -> None:
+    atoms = copper()
+    atoms.calc = daemon.client().calculator("emt")
+    atoms.get_forces()
+    before = evaluations(daemon)
+    atoms.info["comment"] = "nothing"
+    atoms.get_forces()
+    assert evaluations(daemon) == before
+    for key, value in (("charge", 1), ("spin", 2), ("charge", -1)):
+        atoms.info[key] = value
+        atoms.get_forces()
+    assert evaluations(daemon) == before + 3
+
+
+def test_pickled_and_copied(daemon: RunningDaemon) -> None:
+    atoms = copper()
+    atoms.calc = daemon.client().calculator("emt", dtype="float64")
+    same(atoms)
+    clone = pickle.loads(pickle.dumps(atoms.calc))
+    assert clone.parameters == atoms.calc.parameters
+    for calculator in (clone, copy.deepcopy(atoms.calc)):
+        other = copper(seed=5)
+        other.calc = calculator
+        same(other)
+    same(atoms)
+    client = pickle.loads(pickle.dumps(daemon.client()))
+    assert client.status()["state"] == "ready"
+
+
+def in_child(atoms: Atoms) -> np.ndarray:
+    atoms.rattle(0.01, seed=3)
+    return atoms.get_forces()
+
+
+def test_spawned_processes(daemon: RunningDaemon) -> None:
+    atoms = copper()
+    atoms.calc = daemon.client().calculator("emt")
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        results = pool.map(in_child, [atoms, atoms])
+    in_child(atoms)
+    for forces in results:
+        np.testing.assert_allclose(forces, emt(atoms).get_forces(), atol=1e-9)
+
+
+FORKING = """
+import os, sys
+import numpy as np
+from ase.build import bulk
+from ase.calculators.emt import EMT
+from rootstock_client import RootstockClient
+
+atoms = bulk("Cu", cubic=True)
+atoms.calc = RootstockClient(sys.argv[1]).calculator("emt")
+atoms.get_forces()
+child = os.fork()  # the session is open on both sides now
+for step in range(50):
+    atoms.rattle(0.01, seed=1000 * (child == 0) + step)
+    reference = atoms.copy()
+    reference.calc = EMT()
+    np.testing.assert_allclose(atoms.get_forces(), reference.get_forces(), atol=1e-9)
+if child:
+    _, status = os.waitpid(child, 0)
+    sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+def test_fork_in_the_middle(daemon: RunningDaemon) -> None:
+    subprocess.run([sys.executable, "-c", FORKING, str(daemon.socket)], check=True, timeout=60)
+
+
+def test_threads_share_a_client_and_a_calculator(daemon: RunningDaemon) -> None:
+    client = daemon.client()
+    shared = client.calculator("emt")
+    failures: list[BaseException] = []
+
+    def work(number: int) -> None:
+        try:
+            atoms = copper(seed=number)
+            atoms.calc = shared if number % 2 else client.calculator("emt")
+            for step in range(20):
+                atoms.rattle(0.02, seed=step)
+                np.testing.assert_allclose(atoms.get_forces(), emt(atoms).get_forces(), atol=1e-9)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_sessions_close_with_their_calculators(daemon: RunningDaemon) -> None:
+    gc.collect()
+    before = sessions(daemon)
+    client = daemon.client()
+    atoms = copper()
+    atoms.calc = client.calculator("emt")
+    same(atoms)
+    assert sessions(daemon) == before + 1
+    atoms.calc = None  # the last reference: at once, not when the garbage collector next runs
+    assert sessions(daemon) == before
+    with client.calculator("emt") as calculator:
+        atoms.calc = calculator
+        same(atoms)
+    assert sessions(daemon) == before
+    with client:
+        same(atoms)  # a closed calculator opens a new session when it is used
+        atoms.rattle(0.01)
+        same(atoms)
+        assert sessions(daemon) == before + 1
+    assert sessions(daemon) == before
+
+
+def test_an_interrupted_step_does_not_leave_its_answer_to_the_next(daemon: RunningDaemon) -> None:
+    atoms = copper()
+    calculator = atoms.calc = daemon.client().calculator("emt")
+    same(atoms)
+    receive = calculator._connection._receive
+
+    def interrupted(sock):
+        calculator._connection._receive = receive
+        raise KeyboardInterrupt
+
+    calculator._connection._receive = interrupted
+    atoms.rattle(0.1, seed=4)
+    with pytest.raises(KeyboardInterrupt):
+        atoms.get_forces()
+    atoms.rattle(0.1, seed=5)
+    same(atoms)
+
+
+def test_relaxation_with_variable_cell_takes_one_evaluation_a_step(daemon: RunningDaemon, tmp_path: Path) -> None:
+    atoms = copper()
+    atoms.set_cell(atoms.cell.array * 1.03, scale_atoms=True)
+    atoms.calc = daemon.client().calculator("emt")
+    before = evaluations(daemon)
+    optimizer = BFGS(FrechetCellFilter(atoms), trajectory=str(tmp_path / "relax.traj"), logfile=None)
+    optimizer.run(fmax=0.01, steps=100)
+    assert optimizer.converged()
+    # the first structure is evaluated again when its stress is asked for; a trajectory asks for nothing new
+    assert evaluations(daemon) - before <= optimizer.nsteps + 2
+    with Trajectory(tmp_path / "relax.traj") as trajectory:
+        last = trajectory[-1]
+    assert last.get_potential_energy() == pytest.approx(atoms.get_potential_energy())
+    np.testing.assert_allclose(last.get_stress(), emt(atoms).get_stress(), atol=1e-6)
+
+
+def test_slab_stress_uses_the_cell_it_has(daemon: RunningDaemon) -> None:
+    atoms = fcc111("Cu", (1, 1, 3), vacuum=6)
+    atoms.calc = daemon.client().calculator("emt")
+    np.testing.assert_allclose(atoms.get_stress(), emt(atoms).get_stress(), atol=1e-9)
+
+
+def test_found_by_environment_and_by_runtime_directory(daemon: RunningDaemon, monkeypatch, runtime_folder) -> None:
+    monkeypatch.setenv("ROOTSTOCKD_SOCKET", str(daemon.socket))
+    assert RootstockClient().socket == daemon.socket
+    monkeypatch.delenv("ROOTSTOCKD_SOCKET")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime_folder))
+    home = runtime_folder / "rootstockd"
+    home.mkdir(mode=0o700)
+    (home / "rootstockd.sock").symlink_to(daemon.socket)
+    (home / "rootstockd.control").symlink_to(daemon.socket.with_suffix(".control"))
+    assert RootstockClient().status()["pid"] == daemon.client().status()["pid"]
+    assert rootstockd("status").stdout.startswith("rootstockd ")
+
+
+def test_the_client_needs_numpy_and_ase_only() -> None:
+    """Its modules import nothing of the daemon, and no third package but numpy and ASE with what that needs."""
+    code = (
+        "import sys; before = set(sys.modules)\n"
+        "import rootstock_client\n"
+        "bare = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
+        "import ase.calculators.calculator, ase.stress\n"
+        "with_ase = {name.partition('.')[0] for name in sys.modules}\n"
+        "import rootstock_client.calculator\n"
+        "more = {name.partition('.')[0] for name in sys.modules} - with_ase\n"
+        "third = {n for n in bare if n not in sys.stdlib_module_names and not n.startswith('_')}\n"
+        "assert third <= {'rootstock_client', 'numpy'}, third\n"
+        "assert more <= {'rootstock_client'}, more\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

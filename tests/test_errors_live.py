@@ -1,0 +1,268 @@
+"""Bad requests to a real daemon: each is refused with words that help, and only its own session feels it."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+import socket
+import struct
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import bulk
+from ase.calculators.calculator import PropertyNotImplementedError
+from ase.calculators.emt import EMT
+
+from conftest import EMBEDDED_MODEL, RunningDaemon
+from rootstock_client import RootstockClient, RootstockError, ipi
+from rootstock_client.errors import (
+    DaemonNotFoundError,
+    EvaluationError,
+    InvalidInitError,
+    InvalidStructureError,
+    LimitError,
+    ModelLoadError,
+    UnknownElementError,
+    UnknownModelError,
+    UnsupportedError,
+)
+
+
+def copper() -> Atoms:
+    atoms = bulk("Cu", cubic=True)
+    atoms.rattle(0.05, seed=2)
+    return atoms
+
+
+@pytest.fixture
+def bystander(daemon: RunningDaemon) -> Iterator[Atoms]:
+    """Another session of the same model, which must not notice anything."""
+    atoms = copper()
+    atoms.calc = daemon.client().calculator("emt")
+    before = atoms.get_forces()
+    status = daemon.client().status()
+    yield atoms
+    atoms.calc.results.clear()
+    np.testing.assert_array_equal(atoms.get_forces(), before)
+    after = daemon.client().status()
+    assert after["pid"] == status["pid"]
+    restarts = {model["name"]: model["restarts"] for model in after["models"]}
+    assert not any(restarts.values())
+    assert not any(model["waiting"] for model in after["models"])
+
+
+def failing(atoms: Atoms, client: RootstockClient, model: str = "emt", **options) -> RootstockError:
+    atoms.calc = client.calculator(model, **options)
+    with pytest.raises(RootstockError) as caught:
+        atoms.get_potential_energy()
+    return caught.value
+
+
+def test_unknown_model(daemon: RunningDaemon, bystander) -> None:
+    error = failing(copper(), daemon.client(), "mace-emt-smal")
+    assert isinstance(error, UnknownModelError)
+    assert "Did you mean mace-emt-small" in str(error)
+
+
+@pytest.mark.parametrize("model", ["mace-emt-small", "emt"])
+def test_unknown_element(daemon: RunningDaemon, bystander, model: str) -> None:
+    error = failing(Atoms("CuFeU", positions=np.eye(3) * 3), daemon.client(), model)
+    assert isinstance(error, UnknownElementError)
+    assert "Fe, U" in error.message
+    assert "Al, Ni, Cu" in error.hint
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_positions_that_are_not_finite(daemon: RunningDaemon, bystander, bad: float) -> None:
+    atoms = copper()
+    atoms.positions[2, 1] = bad
+    error = failing(atoms, daemon.client())
+    assert isinstance(error, InvalidStructureError)
+    assert "position of atom 2" in error.message
+    atoms.positions[2, 1] = 1.8
+    assert np.isfinite(atoms.get_potential_energy())  # the same session goes on
+
+
+@pytest.mark.parametrize(
+    ("cell", "pbc"),
+    [
+        (np.zeros((3, 3)), True),
+        ([[1, 0, 0], [2, 0, 0], [0, 0, 1]], True),
+        ([[1, 2, 3], [4, 5, 6], [7, 8, 9]], True),
+        ([[1, 0, 0], [0, 0, 0], [0, 0, 1]], [True, True, False]),
+        ([[np.nan, 0, 0], [0, 1, 0], [0, 0, 1]], True),
+    ],
+)
+def test_cells_that_repeat_nothing(daemon: RunningDaemon, bystander, cell, pbc) -> None:
+    atoms = copper()
+    atoms.calc = daemon.client().calculator("emt")
+    atoms.pbc = pbc
+    atoms.cell[:] = cell
+    with pytest.raises(InvalidStructureError, match="cell|lattice vectors"):
+        atoms.calc.get_property("energy", atoms)
+
+
+def test_no_atoms(daemon: RunningDaemon, bystander) -> None:
+    assert isinstance(failing(Atoms(), daemon.client()), InvalidStructureError)
+
+
+def test_not_the_atoms_of_init(daemon: RunningDaemon, bystander) -> None:
+    """POSDATA with another number of atoms: an ERROR, and the session goes on."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(30)
+        sock.connect(str(daemon.socket))
+        forces = np.zeros((4, 3))
+        side = ipi.DriverSide(lambda natoms: memoryview(forces).cast("B"))
+
+        def step(natoms: int):
+            sock.sendall(ipi.posdata_head(np.eye(3) * 8, np.eye(3) / 8, natoms))
+            sock.sendall((np.arange(3.0 * natoms).reshape(-1, 3) * 2).tobytes() + ipi.GETFORCE)
+            side.expect(ipi.GETFORCE)
+            while (message := side.next_message()) is None:
+                side.received(sock.recv_into(side.get_buffer()))
+            return message
+
+        sock.sendall(ipi.init_frame(b'{"rootstock": 1, "model": "emt", "numbers": [29, 29, 29, 29], "pbc": [0, 0, 0]}'))
+        for natoms in (5, 3, 0, 100_000):
+            answer = step(natoms)
+            assert isinstance(answer.error, InvalidStructureError)
+            assert f"{natoms} atoms, INIT announced 4" in answer.error.message
+        assert step(4).natoms == 4
+
+
+def test_more_atoms_than_allowed(start_daemon) -> None:
+    small = start_daemon("--max-atoms", "10")
+    atoms = copper() * (2, 1, 2)
+    assert isinstance(failing(atoms, small.client()), LimitError)
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(30)
+        sock.connect(str(small.socket))
+        sock.sendall(ipi.init_frame(b'{"rootstock": 1, "model": "emt", "numbers": [29], "pbc": [0, 0, 0]}'))
+        sock.sendall(ipi.posdata_head(np.eye(3), np.eye(3), 11))
+        assert sock.recv(12) == ipi.ERROR
+        (size,) = struct.unpack("<i", sock.recv(4))
+        assert b"11 atoms" in sock.recv(size)
+        assert sock.recv(1) == b""  # what follows can't be told from garbage
+
+
+def test_garbage(daemon: RunningDaemon, bystander) -> None:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(30)
+        sock.connect(str(daemon.socket))
+        sock.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        assert sock.recv(100) == b""
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [({"dtype": "float16"}, "dtype"), ({"head": 3}, "head")],
+)
+def test_options_that_do_not_exist(daemon: RunningDaemon, bystander, options, what: str) -> None:
+    error = failing(copper(), daemon.client(), **options)
+    assert isinstance(error, InvalidInitError)
+    assert what in error.message
+
+
+def test_a_head_that_the_model_lacks(daemon: RunningDaemon) -> None:
+    atoms = copper()
+    atoms.calc = daemon.client().calculator("mace-emt-small", head="r2scan")
+    with pytest.raises(PropertyNotImplementedError, match="no head 'r2scan'") as caught:
+        atoms.get_potential_energy()
+    assert isinstance(caught.value.__cause__, UnsupportedError)
+
+
+def test_a_property_that_the_model_lacks(start_daemon, tmp_path) -> None:
+    """ASE's TIP3P computes no stress: asking for it is an error, never zeros."""
+    catalogue = tmp_path / "more.toml"
+    catalogue.write_text('[water]\nfamily = "ase"\narguments = { calculator = "ase.calculators.tip3p:TIP3P" }\n')
+    client = start_daemon("--catalogue", str(catalogue)).client()
+    water = Atoms("OH2", [[0, 0, 0], [0.9572, 0, 0], [-0.24, 0.9266, 0]], cell=[20, 20, 20], pbc=True)
+    water.calc = client.calculator("water")
+    energy = water.get_potential_energy()
+    with pytest.raises(PropertyNotImplementedError, match="stress"):
+        water.get_stress()
+    water.positions += 0.1
+    assert water.get_potential_energy() == pytest.approx(energy)  # having asked once does no harm
+
+
+def test_stress_without_a_volume(daemon: RunningDaemon) -> None:
+    atoms = Atoms("Cu2", [[0, 0, 0], [0, 0, 2.5]])
+    atoms.calc = daemon.client().calculator("emt")
+    with pytest.raises(PropertyNotImplementedError, match="periodic"):
+        atoms.get_stress()
+
+
+def test_model_files_that_are_missing_broken_or_something_else(start_daemon, tmp_path) -> None:
+    truncated, other = tmp_path / "truncated.model", tmp_path / "other.model"
+    truncated.write_bytes(EMBEDDED_MODEL.read_bytes()[:10_000])
+    other.write_bytes(pickle.dumps({"not": "a model"}))
+    shutil.copy(EMBEDDED_MODEL, tmp_path / "good.model")
+    (tmp_path / "more.toml").write_text(
+        "\n".join(
+            f'[{name}]\nfamily = "mace"\nweights = "{name}.model"' for name in ("missing", "truncated", "other", "good")
+        )
+        + '\n[nothing]\nfamily = "nothing"\n'
+    )
+    daemon = start_daemon("--catalogue", str(tmp_path / "more.toml"), "--model", "emt", "--model", "missing")
+    client = daemon.client()
+    for name in ("missing", "truncated", "other", "nothing"):
+        error = failing(copper(), client, name)
+        assert isinstance(error, ModelLoadError), error
+        assert name in str(error)
+        assert daemon.model(name)["state"] == "failed"
+    atoms = copper()
+    atoms.calc = client.calculator("good")
+    assert np.isfinite(atoms.get_potential_energy())
+    assert "missing" in daemon.run("status").stdout
+
+
+def test_an_engine_that_gives_nan(start_daemon, tmp_path) -> None:
+    """Numbers that are none never reach a driver."""
+    catalogue = tmp_path / "more.toml"
+    catalogue.write_text('[lj]\nfamily = "ase"\narguments = { calculator = "ase.calculators.lj:LennardJones" }\n')
+    client = start_daemon("--catalogue", str(catalogue)).client()
+    atoms = Atoms("He2", [[0, 0, 0], [0, 0, 1e-160]])
+    error = failing(atoms, client, "lj")
+    assert isinstance(error, EvaluationError)
+    assert "NaN or infinite" in error.message
+    atoms.positions[1, 2] = 1.5
+    assert atoms.get_potential_energy() < 0
+
+
+def test_no_daemon(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.delenv("ROOTSTOCKD_SOCKET", raising=False)
+    with pytest.raises(DaemonNotFoundError, match="rootstockd start --gpu 0"):
+        RootstockClient()
+    atoms = copper()
+    atoms.calc = RootstockClient(tmp_path / "gone.sock").calculator("emt")
+    with pytest.raises(DaemonNotFoundError, match="rootstockd start --gpu 0"):
+        atoms.get_potential_energy()
+    with pytest.raises(DaemonNotFoundError, match="gone"):
+        RootstockClient(tmp_path / "gone.sock").status()
+
+
+def test_batch_mates_are_unharmed(daemon: RunningDaemon) -> None:
+    """One structure that fails inside a pass of several: the others get their numbers."""
+    good, bad = copper(), Atoms("Cu2", [[0, 0, 0], [0, 0, 0]])
+    calculators = [daemon.client().calculator("emt") for _ in range(6)]
+    reference = copper()
+    reference.calc = EMT()
+
+    from concurrent.futures import ThreadPoolExecutor
+
+    def work(number: int) -> None:
+        atoms = (bad if number == 0 else good).copy()
+        atoms.calc = calculators[number]
+        for _ in range(20):
+            atoms.calc.results.clear()
+            if number:
+                np.testing.assert_allclose(atoms.get_forces(), reference.get_forces(), atol=1e-9)
+            else:
+                with pytest.raises(EvaluationError):
+                    atoms.get_forces()
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(work, range(6)))

@@ -1,0 +1,158 @@
+"""What INIT texts ask for."""
+
+import contextlib
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rootstock_client.errors import InvalidInitError, InvalidStructureError
+from rootstockd.init_request import MAX_BATCH_SIZE, InitRequest, is_announced, parse_init
+
+FIELDS = {"rootstock": 1, "model": "emt", "numbers": [29, 29], "pbc": [True, True, False]}
+PRESET = InitRequest(**FIELDS, preset=True)
+
+
+def text(**changes: object) -> bytes:
+    return json.dumps({**FIELDS, **changes}).encode()
+
+
+def without(key: str) -> bytes:
+    return json.dumps({name: value for name, value in FIELDS.items() if name != key}).encode()
+
+
+def test_the_least_that_says_enough():
+    request = parse_init(text(), None)
+    assert request.model == "emt"
+    assert request.numbers == [29, 29]
+    assert request.pbc == (True, True, False)
+    assert (request.charge, request.spin, request.head, request.dtype) == (None, None, None, None)
+    assert request.batch_size == 1
+    assert not request.preset
+
+
+def test_all_that_can_be_said():
+    request = parse_init(
+        text(charge=-1, spin=2.0, head="omat", dtype="float32", want=["energy", "energies"], batch_size=8, preset=True),
+        None,
+    )
+    assert (request.charge, request.spin, request.head, request.dtype) == (-1.0, 2.0, "omat", "float32")
+    assert request.want == {"energy", "energies"}
+    assert request.batch_size == 8
+    assert request.preset
+
+
+@pytest.mark.parametrize(
+    ("want", "pbc", "stress", "energies"),
+    [
+        (None, [False] * 3, False, False),
+        (None, [False, False, True], True, False),
+        ([], [True] * 3, False, False),
+        (["energy", "forces"], [True] * 3, False, False),
+        (["stress"], [False] * 3, True, False),
+        (["energies"], [True] * 3, False, True),
+    ],
+)
+def test_what_is_computed(want, pbc, stress, energies):
+    request = parse_init(text(want=want, pbc=pbc), None)
+    assert request.stress is stress
+    assert request.energies is energies
+
+
+@pytest.mark.parametrize(
+    ("init", "named"),
+    [
+        *[(without(key), f"{key}: Field required") for key in FIELDS],
+        (text(colour="red"), "colour: Extra inputs"),
+        (text(numbers=[29, 0]), r"numbers\.1"),
+        (text(numbers=[119]), r"numbers\.0"),
+        (text(numbers=[29.5]), r"numbers\.0"),
+        (text(numbers="Cu"), "numbers"),
+        (text(pbc=[True, True]), "pbc"),
+        (text(model="m" * 201), "model"),
+        (text(model=None), "model"),
+        (text(head="h" * 201), "head"),
+        (text(dtype="float16"), "dtype"),
+        (text(want=["dipole"]), "want"),
+        (text(charge=float("nan")), "charge"),
+        (text(spin=float("inf")), "spin"),
+        (text(batch_size=0), "batch_size"),
+        (text(batch_size=MAX_BATCH_SIZE + 1), "batch_size"),
+        (b"{", "Invalid JSON"),
+        (b'{"rootstock": ', "Invalid JSON"),
+        (b"{\xff}", "Invalid JSON"),
+        (b'{"a":' * 5000, "Invalid JSON"),
+    ],
+)
+def test_what_is_wrong_is_named(init, named):
+    with pytest.raises(InvalidInitError, match=named):
+        parse_init(init, None)
+
+
+@pytest.mark.parametrize("version", [0, 2, -1])
+def test_another_version_of_the_protocol_is_refused_with_both_named(version):
+    with pytest.raises(InvalidInitError, match=rf"version {version}, this daemon version 1") as caught:
+        parse_init(text(rootstock=version), None)
+    assert "same version" in caught.value.hint
+
+
+def test_no_atoms():
+    with pytest.raises(InvalidStructureError, match="zero atoms"):
+        parse_init(text(numbers=[]), None)
+
+
+@pytest.mark.parametrize(
+    ("init", "announced"),
+    [(b"{}", True), (b" \n\t{", True), (b"", False), (b"\0", False), (b"a {", False), (b"[]", False)],
+)
+def test_who_is_one_of_ours(init, announced):
+    assert is_announced(init) is announced
+
+
+@pytest.mark.parametrize("init", [b"", b"\0", b"nbeads:4", b"\xff\xfe", b"[1]"])
+def test_a_stock_driver_gets_what_was_given_in_advance(init):
+    assert parse_init(init, PRESET) is PRESET
+    with pytest.raises(InvalidInitError, match="names no model and no species"):
+        parse_init(init, None)
+
+
+def test_a_long_text_is_not_repeated_in_full():
+    with pytest.raises(InvalidInitError) as caught:
+        parse_init(b"x" * 100_000, None)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("init", "size"),
+    [
+        (b" batch_size:3", 3),
+        (b"nbeads : 4 , batch_size:8", 8),
+        (b"batch_size : 16", 16),
+        (b"batch_size:1", 1),
+        (b"batch_size:1024", 1024),
+        (b"my_batch_size:7", 1),
+    ],
+)
+def test_a_stock_driver_may_say_how_many_it_sends_at_once(init, size):
+    request = parse_init(init, PRESET)
+    assert request.batch_size == size
+    assert request.model_copy(update={"batch_size": 1}) == PRESET
+
+
+@pytest.mark.parametrize("size", [b"0", b"1025", b"999999999", b"12345678901234567890"])
+def test_a_stock_driver_can_not_send_any_number_at_once(size):
+    with pytest.raises(InvalidInitError, match="it can be 1 to 1024"):
+        parse_init(b"batch_size:" + size, PRESET)
+
+
+def test_our_own_init_replaces_what_was_given_in_advance():
+    assert parse_init(text(model="lj"), PRESET).model == "lj"
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.one_of(st.binary(), st.binary().map(lambda tail: b"{" + tail), st.binary().map(lambda b: b"batch_size:" + b)))
+def test_no_text_does_anything_else(init):
+    for preset in (None, PRESET):
+        with contextlib.suppress(InvalidInitError):
+            assert parse_init(init, preset).numbers == PRESET.numbers

@@ -1,0 +1,290 @@
+"""The daemon's life as its operator sees it: start, status, stop, restart, logs, and what is in the way of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from ase.build import bulk
+from ase.calculators.emt import EMT
+
+from conftest import RunningDaemon, open_descriptors, rootstockd
+from rootstock_client.errors import ConnectionLostError, DaemonNotFoundError, DrainingError, EvaluationError
+
+
+def copper(size: int = 1):
+    atoms = bulk("Cu", cubic=True) * (size, size, size)
+    atoms.rattle(0.05, seed=1)
+    return atoms
+
+
+def wait_for(condition, timeout: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.02)
+
+
+def test_start_says_how_to_use_it(start_daemon) -> None:
+    daemon = start_daemon()
+    done = daemon.run("start", "--device", "cpu")
+    assert done.returncode != 0
+    assert f"a daemon already runs at {daemon.socket}" in done.stderr
+    pid = daemon.client().status()["pid"]
+    assert f"(pid {pid})" in done.stderr
+    daemon.stop()
+    done = daemon.run("start", "--device", "cpu", "--model", "emt", "--log-file", daemon.log)
+    assert done.returncode == 0, done.stderr
+    assert 'RootstockClient().calculator("emt")' in done.stdout
+    assert str(daemon.socket) in done.stdout
+
+
+def test_status_for_people_and_for_programs(own_daemon: RunningDaemon) -> None:
+    atoms = copper()
+    atoms.calc = own_daemon.client().calculator("emt")
+    atoms.get_forces()
+    shown = own_daemon.run("status").stdout
+    for words in ("ready on cpu", "emt", "float64", str(os.getpid())):
+        assert words in shown
+    told = json.loads(own_daemon.run("status", "--json").stdout)
+    assert told["schema_version"] == 1
+    assert told["models"][0]["evaluations"] == 1
+    assert told["sessions"][0]["pid"] == os.getpid()
+    assert told["sessions"][0]["natoms"] == 4
+
+
+def test_stop_leaves_nothing(own_daemon: RunningDaemon) -> None:
+    status = own_daemon.client().status()
+    processes = [psutil.Process(status["pid"]), psutil.Process(status["models"][0]["pid"])]
+    assert own_daemon.run("stop").returncode == 0
+    psutil.wait_procs(processes, timeout=10)
+    assert not any(process.is_running() for process in processes)
+    assert [path.name for path in own_daemon.folder.iterdir()] == ["log"]
+    done = own_daemon.run("stop")
+    assert done.returncode != 0
+    assert "no rootstockd answers" in done.stderr
+
+
+def test_restart_keeps_the_settings(start_daemon) -> None:
+    daemon = start_daemon("--model", "emt", "--max-atoms", "5000")
+    atoms = copper()
+    atoms.calc = daemon.client().calculator("emt")
+    before = atoms.get_forces()
+    old = daemon.client().status()
+    done = daemon.run("restart")
+    assert done.returncode == 0, done.stderr
+    new = daemon.client().status()
+    assert new["pid"] != old["pid"]
+    assert new["config"] == old["config"]
+    atoms.calc.results.clear()
+    np.testing.assert_array_equal(atoms.get_forces(), before)  # the calculator found the new daemon by itself
+
+
+def test_logs(own_daemon: RunningDaemon) -> None:
+    assert "model emt is ready" in own_daemon.run("logs").stdout
+    assert len(own_daemon.run("logs", "-n", "1").stdout.splitlines()) == 1
+    command = [sys.executable, "-m", "rootstockd", "logs", "-f", "--socket", str(own_daemon.socket)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as follower:
+        assert follower.stdout is not None
+        for line in follower.stdout:
+            if "ready on" in line:
+                break
+        own_daemon.stop()
+        assert any("stopped" in line for line in follower.stdout)
+        follower.kill()
+
+
+def test_no_gpu_here(tmp_path: Path) -> None:
+    if Path("/dev/nvidiactl").exists():
+        pytest.skip("this machine has an NVIDIA driver")
+    done = rootstockd("start", "--gpu", "0", "--socket", tmp_path / "a.sock")
+    assert done.returncode != 0
+    assert "no GPU 0" in done.stderr
+    assert "--device cpu" in done.stderr
+
+
+def test_nothing_that_can_be_loaded(runtime_folder: Path) -> None:
+    address = runtime_folder / "unknown.sock"
+    log = runtime_folder / "unknown.log"
+    done = rootstockd("start", "--device", "cpu", "--socket", address, "--log-file", log, "--model", "nonsense")
+    assert done.returncode != 0
+    assert "no model 'nonsense'" in done.stderr
+    assert not address.exists()
+    catalogue = runtime_folder / "bad.toml"
+    catalogue.write_text('[x]\nfamily = "mace"\nwights = "x.model"\n')
+    done = rootstockd("start", "--device", "cpu", "--socket", address, "--log-file", log, "--catalogue", catalogue)
+    assert "wights" in done.stderr
+    catalogue.write_text('[x]\nfamily = "mace"\nweights = "x.model"\n')
+    arguments = ["--socket", address, "--log-file", log, "--catalogue", catalogue, "--model", "x"]
+    done = rootstockd("start", "--device", "cpu", *arguments)
+    assert done.returncode != 0
+    assert "no model could be loaded" in done.stderr
+    assert "x.model are missing" in done.stdout.replace("\n", " ")
+    assert not address.exists()
+
+
+def test_what_lies_at_the_address(start_daemon, runtime_folder: Path) -> None:
+    """Only a dead socket of ours is replaced."""
+    folder = runtime_folder / "addresses"
+    folder.mkdir(mode=0o700)
+    address, log = folder / "a.sock", folder / "log"
+
+    def start() -> subprocess.CompletedProcess[str]:
+        return rootstockd("start", "--device", "cpu", "--socket", address, "--log-file", log)
+
+    address.write_text("precious")
+    assert "is not a socket; it is left alone" in start().stderr
+    assert address.read_text() == "precious"
+    address.unlink()
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(address))
+        other.listen()
+        assert "another program listens" in start().stderr
+    assert address.is_socket()  # stale now: nobody listens
+    assert start().returncode == 0
+    assert rootstockd("stop", "--socket", address).returncode == 0
+    folder.chmod(0o777)
+    assert "others may write to it" in start().stderr
+
+
+def test_killed_daemon_takes_its_workers_along_and_can_be_started_again(own_daemon: RunningDaemon) -> None:
+    status = own_daemon.client().status()
+    worker = psutil.Process(status["models"][0]["pid"])
+    atoms = copper()
+    atoms.calc = own_daemon.client().calculator("emt")
+    before = atoms.get_forces()
+    os.kill(status["pid"], signal.SIGKILL)
+    wait_for(lambda: not worker.is_running(), timeout=5)
+    assert own_daemon.socket.exists()
+    atoms.calc.results.clear()
+    with pytest.raises(DaemonNotFoundError, match="rootstockd start"):
+        atoms.get_forces()
+    own_daemon.start()
+    np.testing.assert_array_equal(atoms.get_forces(), before)
+
+
+def test_killed_worker_costs_one_slow_step(own_daemon: RunningDaemon) -> None:
+    atoms = copper()
+    atoms.calc = own_daemon.client().calculator("emt")
+    reference = copper()
+    reference.calc = EMT()
+    for kill in range(3):
+        os.kill(own_daemon.model("emt")["pid"], signal.SIGKILL)
+        atoms.rattle(0.01, seed=kill)
+        reference.positions[:] = atoms.positions
+        np.testing.assert_allclose(atoms.get_forces(), reference.get_forces(), atol=1e-9)
+    assert own_daemon.model("emt")["restarts"] == 3
+
+
+def test_killed_in_the_middle_of_an_evaluation(own_daemon: RunningDaemon) -> None:
+    """The slot goes to the next worker; a structure that takes two workers with it is given up, the model is not."""
+    atoms = copper(size=12)  # takes EMT seconds
+    atoms.calc = own_daemon.client().calculator("emt")
+    outcome: list[object] = []
+
+    def step() -> None:
+        try:
+            outcome.append(atoms.get_forces())
+        except EvaluationError as error:
+            outcome.append(error)
+
+    def kill_while_busy() -> None:
+        pid = None
+
+        def busy() -> bool:
+            nonlocal pid
+            status = own_daemon.client().status()
+            pid = status["models"][0]["pid"]
+            ready = status["models"][0]["state"] == "ready"
+            return bool(ready and pid and status["sessions"] and status["sessions"][0]["state"] == "busy")
+
+        wait_for(busy)
+        time.sleep(0.3)  # well into it
+        os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: own_daemon.model("emt")["pid"] not in (pid, None))
+
+    thread = threading.Thread(target=step)
+    thread.start()
+    kill_while_busy()
+    thread.join()
+    reference = atoms.copy()
+    reference.calc = EMT()
+    np.testing.assert_allclose(outcome.pop(), reference.get_forces(), atol=1e-9)
+
+    atoms.rattle(0.01)
+    thread = threading.Thread(target=step)
+    thread.start()
+    kill_while_busy()
+    kill_while_busy()
+    thread.join()
+    error = outcome.pop()
+    assert isinstance(error, EvaluationError)
+    assert "2 workers ended over this structure" in error.message
+    small = copper()
+    small.calc = atoms.calc
+    small.get_forces()  # the same session goes on
+
+
+def test_stop_drains(own_daemon: RunningDaemon) -> None:
+    """The evaluation under way ends well; the next is refused in words."""
+    atoms = copper(size=10)
+    atoms.calc = own_daemon.client().calculator("emt")
+    idle = copper()
+    idle.calc = own_daemon.client().calculator("emt")
+    idle.get_forces()
+    results: list[object] = []
+    thread = threading.Thread(target=lambda: results.append(atoms.get_forces()))
+    thread.start()
+    wait_for(lambda: any(session["state"] == "busy" for session in own_daemon.client().status()["sessions"]))
+    stopper = threading.Thread(target=own_daemon.run, args=("stop",))
+    stopper.start()
+    wait_for(lambda: own_daemon.client().status()["state"] == "draining")
+    idle.rattle(0.01)
+    with pytest.raises((DrainingError, ConnectionLostError, DaemonNotFoundError)):
+        idle.get_forces()
+    thread.join()
+    stopper.join()
+    reference = atoms.copy()
+    reference.calc = EMT()
+    np.testing.assert_allclose(results[0], reference.get_forces(), atol=1e-9)
+
+
+def test_foreground_ends_with_a_signal(runtime_folder: Path) -> None:
+    address = runtime_folder / "front.sock"
+    command = [sys.executable, "-m", "rootstockd", "start", "--foreground", "--device", "cpu", "--socket", str(address)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        wait_for(address.exists)
+        wait_for(lambda: "ready" in rootstockd("status", "--socket", address).stdout)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+        assert process.stderr is not None
+        assert "stopped" in process.stderr.read()
+
+
+def test_sessions_that_come_and_go_leave_nothing(own_daemon: RunningDaemon) -> None:
+    atoms = copper()
+    pid, worker = own_daemon.client().status()["pid"], own_daemon.model("emt")["pid"]
+
+    def cycle(times: int) -> None:
+        for _ in range(times):
+            with own_daemon.client().calculator("emt") as calculator:
+                atoms.calc = calculator
+                calculator.results.clear()
+                atoms.get_forces()
+        wait_for(lambda: not own_daemon.client().status()["sessions"])
+
+    cycle(20)
+    before = open_descriptors(pid), open_descriptors(worker)
+    cycle(200)
+    # the last detach may still be on its way to the worker
+    wait_for(lambda: open_descriptors(pid) <= before[0] and open_descriptors(worker) <= before[1])

@@ -1,0 +1,249 @@
+"""What a worker does next."""
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from rootstockd.scheduler import MAX_ATTEMPTS, Evaluation, Scheduler
+
+BUDGET = 100
+
+
+def queue(*atoms: int) -> tuple[Scheduler[str], list[Evaluation[str]]]:
+    scheduler = Scheduler[str](BUDGET)
+    evaluations = [Evaluation(f"session {n}", size) for n, size in enumerate(atoms)]
+    for evaluation in evaluations:
+        scheduler.submit(evaluation)
+    return scheduler, evaluations
+
+
+def drain(scheduler: Scheduler[str]) -> list[list[int]]:
+    """The sizes in each batch until nothing waits."""
+    batches = []
+    while batch := scheduler.next_batch():
+        batches.append([evaluation.atoms for evaluation in batch])
+        assert scheduler.finished() == batch
+    return batches
+
+
+def test_nothing_waits():
+    scheduler, _ = queue()
+    assert scheduler.next_batch() == []
+    assert scheduler.finished() == []
+    assert scheduler.worker_lost() == []
+    assert scheduler.clear() == []
+
+
+@pytest.mark.parametrize(
+    ("atoms", "batches"),
+    [
+        ([10], [[10]]),
+        ([40, 60], [[40, 60]]),
+        ([40, 61], [[40], [61]]),
+        ([50, 60, 40, 50, 50], [[50], [60, 40], [50, 50]]),
+        ([60, 50, 40], [[60], [50, 40]]),  # 40 would have fitted, but does not overtake
+        ([101], [[101]]),
+        ([500, 10], [[500], [10]]),
+        ([10, 500, 10], [[10], [500], [10]]),
+        ([100, 1], [[100], [1]]),
+        ([1] * 250, [[1] * 100, [1] * 100, [1] * 50]),
+    ],
+)
+def test_batches_are_what_fits_in_the_order_it_came(atoms, batches):
+    scheduler, _ = queue(*atoms)
+    assert drain(scheduler) == batches
+
+
+def test_the_order_is_that_of_submission():
+    scheduler, evaluations = queue(60, 60, 20, 20)
+    order = []
+    while batch := scheduler.next_batch():
+        order += batch
+        scheduler.finished()
+    assert order == evaluations
+
+
+def test_one_batch_at_a_time():
+    scheduler, (first, second) = queue(100, 100)
+    assert scheduler.next_batch() == [first]
+    assert scheduler.next_batch() == []
+    assert scheduler.finished() == [first]
+    assert scheduler.next_batch() == [second]
+
+
+def test_what_waited_under_a_worker_that_died_runs_alone_and_first():
+    scheduler, (a, b, c) = queue(10, 10, 10)
+    assert scheduler.next_batch() == [a, b, c]
+    late = Evaluation("late", 10)
+    scheduler.submit(late)
+    assert scheduler.worker_lost() == []
+    for suspect in (a, b, c):
+        assert scheduler.next_batch() == [suspect]
+        scheduler.finished()
+    assert scheduler.next_batch() == [late]
+
+
+def test_a_suspect_does_not_join_a_batch_behind_others():
+    """Nor does it let others join its own."""
+    scheduler, (healthy, other) = queue(10, 10)
+    suspect = Evaluation("suspect", 10, attempts=1)
+    scheduler.submit(suspect)
+    scheduler.submit(Evaluation("last", 10))
+    assert scheduler.next_batch() == [healthy, other]
+    scheduler.finished()
+    assert scheduler.next_batch() == [suspect]
+
+
+def test_what_killed_too_many_workers_is_given_up():
+    scheduler, (bad, good) = queue(10, 10)
+    assert scheduler.next_batch() == [bad, good]
+    for attempt in range(1, MAX_ATTEMPTS):
+        assert scheduler.worker_lost() == []
+        assert bad.attempts == attempt
+        assert scheduler.next_batch() == [bad]
+    assert scheduler.worker_lost() == [bad]
+    assert bad.attempts == MAX_ATTEMPTS
+    assert scheduler.next_batch() == [good]
+    assert scheduler.finished() == [good]
+    assert scheduler.next_batch() == []
+
+
+def test_a_worker_that_dies_idle_costs_nobody_an_attempt():
+    scheduler, (one,) = queue(10)
+    assert scheduler.worker_lost() == []
+    assert one.attempts == 0
+    assert scheduler.next_batch() == [one]
+
+
+def test_withdraw_while_waiting():
+    scheduler, (a, b, c) = queue(10, 10, 10)
+    scheduler.withdraw(b)
+    scheduler.withdraw(b)
+    assert scheduler.next_batch() == [a, c]
+
+
+def test_equal_evaluations_are_not_mistaken_for_each_other():
+    scheduler, _ = queue()
+    first, second = Evaluation("same", 10), Evaluation("same", 10)
+    scheduler.submit(first)
+    scheduler.submit(second)
+    scheduler.withdraw(second)
+    (left,) = scheduler.next_batch()
+    assert left is first
+
+
+def test_what_runs_ends_as_it_will_when_it_is_withdrawn():
+    scheduler, (a, b) = queue(10, 10)
+    scheduler.next_batch()
+    scheduler.withdraw(a)
+    assert scheduler.next_batch() == []
+    assert scheduler.finished() == [a, b]
+
+
+def test_what_was_withdrawn_while_it_ran_is_not_run_again():
+    """Its session is gone, and its slot's descriptor is closed: there is nothing to hand to the next worker."""
+    scheduler, (gone, still_wanted) = queue(10, 10)
+    scheduler.next_batch()
+    scheduler.withdraw(gone)
+    assert scheduler.worker_lost() == []
+    assert scheduler.next_batch() == [still_wanted]
+    scheduler.finished()
+    assert scheduler.next_batch() == []
+
+
+def test_clear_gives_up_what_runs_and_what_waits():
+    scheduler, (a, b, c) = queue(60, 60, 10)
+    scheduler.next_batch()
+    assert scheduler.clear() == [a, b, c]
+    assert scheduler.next_batch() == []
+    assert scheduler.finished() == []
+
+
+class Story(RuleBasedStateMachine):
+    """Anything may happen; no evaluation is lost, run twice for nothing, or let into a batch too large."""
+
+    def __init__(self):
+        super().__init__()
+        self.scheduler = Scheduler(BUDGET)
+        self.live = []
+        """Submitted and not ended, oldest first."""
+        self.ended = []
+        self.running = []
+        self.unwanted = []
+        """Withdrawn while they ran."""
+
+    @rule(atoms=st.one_of(st.integers(1, 60), st.integers(90, 300)))
+    def submit(self, atoms):
+        evaluation = Evaluation(len(self.live), atoms)
+        self.live.append(evaluation)
+        self.scheduler.submit(evaluation)
+
+    @rule()
+    def next_batch(self):
+        batch = self.scheduler.next_batch()
+        if self.running:
+            assert batch == []
+            return
+        assert bool(batch) == bool(self.live)
+        assert batch == self.live[: len(batch)]
+        if len(batch) > 1:
+            assert sum(evaluation.atoms for evaluation in batch) <= BUDGET
+            assert not any(evaluation.attempts for evaluation in batch)
+        elif len(self.live) > 1 and not any(evaluation.attempts for evaluation in self.live[:2]):
+            assert self.live[0].atoms + self.live[1].atoms > BUDGET  # nothing waits that could have come along
+        self.running = list(batch)
+
+    def end(self, evaluations):
+        for evaluation in evaluations:
+            assert evaluation not in self.ended
+            self.live.remove(evaluation)
+        self.ended += evaluations
+
+    @precondition(lambda self: self.running)
+    @rule()
+    def finished(self):
+        batch = self.scheduler.finished()
+        assert batch == self.running
+        self.running = []
+        self.end(batch)
+
+    @rule()
+    def worker_lost(self):
+        given_up = self.scheduler.worker_lost()
+        for evaluation in self.running:
+            if evaluation.attempts >= MAX_ATTEMPTS:
+                assert self.running == [evaluation]  # what was suspect ran alone
+                assert evaluation in given_up or evaluation in self.unwanted
+            elif evaluation in self.unwanted and evaluation not in given_up:
+                given_up.append(evaluation)
+        self.running = []
+        self.end(given_up)
+
+    @precondition(lambda self: len(self.live) > len(self.running))
+    @rule(data=st.data())
+    def withdraw(self, data):
+        evaluation = data.draw(st.sampled_from(self.live[len(self.running) :]))
+        self.scheduler.withdraw(evaluation)
+        self.end([evaluation])
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def withdraw_what_runs(self, data):
+        self.unwanted.append(data.draw(st.sampled_from(self.running)))
+        self.scheduler.withdraw(self.unwanted[-1])
+
+    @rule()
+    def clear(self):
+        assert self.scheduler.clear() == self.live
+        self.running = []
+        self.end(list(self.live))
+
+    @invariant()
+    def nothing_is_lost(self):
+        assert self.scheduler.running + list(self.scheduler.waiting) == self.live
+        assert all(evaluation.attempts < MAX_ATTEMPTS for evaluation in self.live)
+
+
+Story.TestCase.settings = settings(deadline=None, max_examples=80, stateful_step_count=40)
+TestStory = Story.TestCase

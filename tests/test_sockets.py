@@ -1,0 +1,256 @@
+"""Claiming a socket's address."""
+
+import contextlib
+import os
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from rootstock_client.runtime_dir import MAX_SOCKET_PATH
+from rootstockd.sockets import AddressError, listen, make_runtime_dir, take_lock
+
+as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
+
+
+@pytest.fixture
+def short():
+    """A folder whose path is short enough for sockets."""
+    with tempfile.TemporaryDirectory(prefix="rsd-") as folder:
+        yield Path(folder)
+
+
+def answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+        return True
+
+
+def stale_socket(path: Path) -> None:
+    """What a daemon that was killed leaves behind."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(path))
+        sock.listen()
+
+
+# --- listen
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o666])
+def test_listening(short, mode):
+    with listen(short / "a.sock", mode) as sock:
+        assert answers(short / "a.sock")
+        assert stat.S_IMODE((short / "a.sock").stat().st_mode) == mode
+        assert not sock.getblocking()
+
+
+def test_a_stale_socket_of_ours_is_replaced(short):
+    path = short / "a.sock"
+    stale_socket(path)
+    assert not answers(path)
+    with listen(path, 0o600):
+        assert answers(path)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link to a stale socket", "dangling link", "fifo"])
+def test_what_is_no_socket_is_left_alone_and_named(short, kind):
+    path = short / "a.sock"
+    match kind:
+        case "file":
+            path.write_text("precious")
+        case "folder":
+            path.mkdir()
+        case "fifo":
+            os.mkfifo(path)
+        case "link to a stale socket":
+            stale_socket(short / "other.sock")
+            path.symlink_to(short / "other.sock")
+        case "dangling link":
+            path.symlink_to(short / "nowhere")
+    before = path.lstat()
+    with pytest.raises(AddressError, match=f"{path} is not a socket; it is left alone"):
+        listen(path, 0o600)
+    assert os.path.samestat(path.lstat(), before)
+    if kind == "file":
+        assert path.read_text() == "precious"
+    if kind.startswith("link"):
+        assert (short / "other.sock").exists()
+
+
+def test_a_socket_that_somebody_listens_on_is_left_alone_and_named(short):
+    path = short / "a.sock"
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(path))
+        other.listen()
+        with pytest.raises(AddressError, match=f"another program listens on {path}; it is left alone"):
+            listen(path, 0o600)
+        assert answers(path)
+
+
+def test_a_busy_socket_is_left_alone(short):
+    """One whose queue of connections is full is not a stale one."""
+    path = short / "a.sock"
+    with socket.socket(socket.AF_UNIX) as other, contextlib.ExitStack() as stack:
+        other.bind(str(path))
+        other.listen(0)
+        for _ in range(2):
+            waiting = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK))
+            with contextlib.suppress(BlockingIOError):
+                waiting.connect(str(path))
+        with pytest.raises(AddressError, match="left alone"):
+            listen(path, 0o600)
+        assert path.is_socket()
+
+
+def test_a_socket_of_another_type_is_left_alone(short):
+    path = short / "a.sock"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+        other.bind(str(path))
+        with pytest.raises(AddressError, match="left alone"):
+            listen(path, 0o600)
+        assert path.is_socket()
+
+
+@as_root
+def test_a_stale_socket_of_somebody_else_is_left_alone_and_named(short):
+    path = short / "a.sock"
+    stale_socket(path)
+    os.chown(path, 12345, -1)
+    with pytest.raises(AddressError, match=f"the socket {path} belongs to uid 12345"):
+        listen(path, 0o600)
+    assert path.is_socket()
+
+
+def test_the_longest_path_and_one_byte_more(short):
+    room = MAX_SOCKET_PATH - len(os.fsencode(short)) - 1
+    longest = short / ("é" + "x" * (room - 2))
+    with listen(longest, 0o600):
+        assert answers(longest)
+    too_long = short / ("x" * (room + 1))
+    with pytest.raises(AddressError, match=f"{too_long} is too long; Unix sockets allow 107 bytes"):
+        listen(too_long, 0o600)
+    assert not too_long.exists()
+
+
+def test_a_folder_that_is_not_there(short):
+    with pytest.raises(AddressError, match=r"can't listen on .*a\.sock: No such file"):
+        listen(short / "missing" / "a.sock", 0o600)
+
+
+# --- the lock
+
+
+def take_elsewhere(path: Path) -> subprocess.CompletedProcess[str]:
+    """Another process takes the lock and ends."""
+    script = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from rootstockd.sockets import AddressError, take_lock\n"
+        "try:\n"
+        "    take_lock(Path(sys.argv[1]))\n"
+        "except AddressError as error:\n"
+        "    sys.exit(str(error))\n"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", script, str(path)], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_the_lock_has_one_holder_who_is_named(short):
+    path = short / "a.lock"
+    fd = take_lock(path)
+    try:
+        assert path.read_text() == f"{os.getpid()}\n"
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert not os.get_inheritable(fd)
+        with pytest.raises(AddressError, match=rf"a daemon already runs at {short}/a\.sock \(pid {os.getpid()}\)"):
+            take_lock(path)
+        second = take_elsewhere(path)
+        assert second.returncode == 1
+        assert f"(pid {os.getpid()})" in second.stderr
+        assert "rootstockd stop" in second.stderr
+        assert path.read_text() == f"{os.getpid()}\n"
+    finally:
+        os.close(fd)
+    os.close(take_lock(path))
+
+
+def test_the_lock_of_a_process_that_ended_is_free(short):
+    path = short / "a.lock"
+    done = take_elsewhere(path)
+    assert done.returncode == 0, done.stderr
+    assert path.read_text() != f"{os.getpid()}\n"
+    path.write_text("4194304 and much more than a pid\n")
+    fd = take_lock(path)
+    assert path.read_text() == f"{os.getpid()}\n"
+    os.close(fd)
+
+
+def test_a_lock_file_removed_under_its_holder_guards_nothing(short):
+    """The lock is on the file that lies at the path, not on one that was removed."""
+    path = short / "a.lock"
+    first = take_lock(path)
+    path.unlink()
+    second = take_lock(path)
+    assert os.path.samestat(os.fstat(second), path.stat())
+    with pytest.raises(AddressError, match="already runs"):
+        take_lock(path)
+    os.close(first)
+    os.close(second)
+
+
+@pytest.mark.parametrize("kind", ["link", "folder"])
+def test_a_lock_file_that_is_none_is_left_alone_and_named(short, kind):
+    path = short / "a.lock"
+    target = short / "precious"
+    target.write_text("precious")
+    if kind == "link":
+        path.symlink_to(target)
+    else:
+        path.mkdir()
+    with pytest.raises(AddressError, match=f"can't open the lock file {path}"):
+        take_lock(path)
+    assert target.read_text() == "precious"
+
+
+# --- the folder
+
+
+def test_a_folder_is_made_for_its_owner_alone_to_write_to(short):
+    old = os.umask(0)
+    try:
+        make_runtime_dir(short / "a" / "b")
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((short / "a" / "b").stat().st_mode) & 0o022 == 0
+    make_runtime_dir(short / "a" / "b")
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o770])
+def test_a_folder_that_others_may_write_to_is_refused(short, mode):
+    short.chmod(mode)
+    with pytest.raises(AddressError, match="they could stand in for the daemon"):
+        make_runtime_dir(short)
+    short.chmod(0o700)
+    make_runtime_dir(short)
+
+
+@as_root
+def test_a_folder_of_somebody_else_is_refused(short):
+    os.chown(short, 12345, -1)
+    with pytest.raises(AddressError, match="belongs to somebody else"):
+        make_runtime_dir(short)
+
+
+def test_a_folder_that_can_not_be_made(short):
+    (short / "file").write_text("")
+    for folder in (short / "file", short / "file" / "below"):
+        with pytest.raises(AddressError, match=f"can't make the folder {folder}"):
+            make_runtime_dir(folder)
