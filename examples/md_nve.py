@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from ase import units
 from ase.build import bulk
-from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary
+from ase.md.velocitydistribution import Stationary
 from ase.md.verlet import VelocityVerlet
 
 from rootstock_client import RootstockClient
@@ -22,14 +22,15 @@ def main() -> None:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="mace-emt-small", help="catalogue name")
-    parser.add_argument("--steps", type=int, default=200, help="steps of 2 fs")
+    parser.add_argument("--steps", type=int, default=100, help="steps of 2 fs")
     parser.add_argument("--json", type=Path, help="write the result here")
     options = parser.parse_args()
 
     atoms = bulk("Cu", cubic=True) * 3  # 108 atoms
     atoms.calc = RootstockClient().calculator(options.model)
     rng = np.random.default_rng(1)
-    MaxwellBoltzmannDistribution(atoms, temperature_K=300, rng=rng)
+    spread = np.sqrt(atoms.get_masses() * units.kB * 300)  # Maxwell-Boltzmann momenta at 300 K
+    atoms.set_momenta(spread[:, None] * rng.standard_normal((len(atoms), 3)))
     Stationary(atoms)  # no drift of the crystal as a whole
 
     dynamics = VelocityVerlet(atoms, timestep=2 * units.fs)
@@ -37,7 +38,7 @@ def main() -> None:
 
     def observe() -> None:
         energies.append(atoms.get_total_energy() / len(atoms))
-        if dynamics.nsteps % 20 == 0:
+        if dynamics.nsteps % 10 == 0:
             drift = 1000 * (energies[-1] - energies[0])
             print(
                 f"step {dynamics.nsteps}/{options.steps}  {atoms.get_temperature():.0f} K  {drift:+.4f} meV/atom",

@@ -43,8 +43,8 @@ class RootstockError(Exception):
         """The error that an ERROR frame carries; a code this version does not know becomes a plain RootstockError."""
         try:
             fields = json.loads(body)
-            code, message, hint = str(fields["code"]), str(fields["message"]), str(fields.get("hint", ""))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            code, message, hint = str(fields["code"]), str(fields["message"]), str(fields.get("hint") or "")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ProtocolError(f"an ERROR frame that is not JSON with a code and a message: {body[:80]!r}") from error
         return error_from_code(code, message, hint)
 

@@ -65,8 +65,6 @@ class Limits:
 
     atoms: int = 1_000_000
     """Atoms in one POSDATA, over all structures of its batch."""
-    batch: int = 1024
-    """Structures in one POSDATA."""
     init: int = 16 * 2**20
     """Bytes of an INIT text."""
     extras: int = 256 * 2**20
@@ -201,7 +199,6 @@ class EngineSide:
         self._limits = limits or Limits()
         self._reader: MessageReader[DriverMessage] = MessageReader(self._grammar())
         self._state = _State.NEEDINIT
-        self._held: DriverMessage | None = None
         self._error: RootstockError | None = None
         self.batch_size = 1
         self.announced = False
@@ -230,9 +227,13 @@ class EngineSide:
         self.batch_size, self.announced, self._error = batch_size, announced, None
         self._state = _State.NEEDINIT if await_init else _State.READY
 
-    def refuse(self, error: RootstockError, *, announced: bool = False) -> None:
-        """The INIT just handed out is no good: every GETFORCE is answered with `error` until a better one comes."""
-        self.announced, self._error, self._state = announced, error, _State.NEEDINIT
+    def refuse(self, error: RootstockError, batch_size: int = 1, *, announced: bool = False) -> None:
+        """The INIT just handed out is no good: every GETFORCE is answered with `error` until a better one comes.
+
+        A driver that runs ahead sends POSDATA all the same, in the layout of its `batch_size`.
+        """
+        self.batch_size, self.announced, self._error = batch_size, announced, error
+        self._state = _State.NEEDINIT
 
     def finish(self) -> None:
         """The evaluation is done and its result can be sent."""
@@ -254,19 +255,18 @@ class EngineSide:
         Raises:
             ProtocolError: what came is not the protocol; the connection can only be closed.
         """
-        while self._state is not _State.CLOSED:
+        # while BUSY nothing is read on: what comes next may be positions, for the place that the worker looks at
+        while self._state not in (_State.BUSY, _State.CLOSED):
             if self._error is not None and not self.announced:
                 self._state = _State.CLOSED  # a stock driver knows no errors, only a closed connection
                 return Close(self._error)
-            message, self._held = self._held, None
-            if message is None:
+            try:
                 message = self._reader.next_message()
-            if message is None:
-                return None
-            if self._state is _State.BUSY and not isinstance(message, Exit):
-                self._held = message
-                return None
-            if (event := self._react(message)) is not None:
+                event = None if message is None else self._react(message)
+            except ProtocolError:
+                self._state = _State.CLOSED
+                raise
+            if message is None or event is not None:
                 return event
         return None
 

@@ -15,6 +15,7 @@ to it: otherwise anybody could stand in for the daemon.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from pathlib import Path
@@ -67,8 +68,9 @@ def find_socket(socket: str | os.PathLike[str] | None = None) -> Path:
     if is_private(user, os.getuid()) and (user / SOCKET_NAME).is_socket():
         return user / SOCKET_NAME
     system = SYSTEM_DIR / SOCKET_NAME
-    if system.is_socket() and is_private(SYSTEM_DIR, 0, system.lstat().st_uid):
-        return system
+    with contextlib.suppress(OSError):  # a folder that we may not even look into has nothing for us
+        if system.is_socket() and is_private(SYSTEM_DIR, 0, system.lstat().st_uid):
+            return system
     raise DaemonNotFoundError(
         f"no rootstockd found: no socket in {user} or {SYSTEM_DIR}, and {SOCKET_VARIABLE} is not set.",
         START_HINT,

@@ -60,9 +60,10 @@ class MessageReader(Generic[Message]):
     def get_buffer(self, sizehint: int = -1) -> memoryview:
         """Where the next bytes of the stream go; empty only when `full`."""
         del sizehint  # asyncio's idea of a good size
-        self._direct = isinstance(self._need, memoryview) and self._start == self._end
+        need = self._need
+        self._direct = isinstance(need, memoryview) and self._start == self._end and self._filled < len(need)
         if self._direct:
-            return cast(memoryview, self._need)[self._filled :]
+            return cast(memoryview, need)[self._filled :]
         self._make_room()
         return self._staging[self._end :]
 
@@ -126,7 +127,7 @@ class MessageReader(Generic[Message]):
         have = self._end - self._start
         if have == 0:
             self._start = self._end = 0
-            if len(self._staging) > STAGING_SIZE and not self._starved:
+            if len(self._staging) > STAGING_SIZE and not (isinstance(self._need, int) and self._need > STAGING_SIZE):
                 self._staging = memoryview(bytearray(STAGING_SIZE))
             return
         if self._end < len(self._staging):

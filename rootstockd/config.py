@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from rootstock_client.runtime_dir import control_socket
+from rootstock_client.runtime_dir import SYSTEM_DIR, control_socket
 
 CPU_BATCH_ATOMS = 512
 GPU_BATCH_ATOMS = 16_384
@@ -62,6 +62,11 @@ class Config(BaseModel):
     def lock(self) -> Path:
         """The file that the daemon holds a lock on while it lives."""
         return self.socket.with_suffix(".lock")
+
+    @property
+    def shared(self) -> bool:
+        """Whether this is the system's daemon, which every user of the machine may use."""
+        return self.socket.parent == SYSTEM_DIR
 
     @property
     def batch_budget(self) -> int:

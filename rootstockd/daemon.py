@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import functools
 import logging
-import os
 import resource
 import signal
 import socket
@@ -74,7 +73,7 @@ class Daemon:
         with contextlib.ExitStack() as ours:
             ours.enter_context(lock(self.config.lock))
             control = ControlServer(self, ours.enter_context(listen(self.config.control, 0o600)))
-            sessions = ours.enter_context(listen(self.config.socket, 0o666 if os.getuid() == 0 else 0o600))
+            sessions = ours.enter_context(listen(self.config.socket, 0o666 if self.config.shared else 0o600))
             self._watch_signals()
             control_task = asyncio.create_task(control.run_until_stopped(), name="control")
             try:

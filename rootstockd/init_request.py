@@ -11,7 +11,7 @@ from rootstock_client.errors import InvalidInitError, InvalidStructureError
 
 PROTOCOL_VERSION = 1
 MAX_BATCH_SIZE = 1024
-_BATCH_SIZE = re.compile(rb"\bbatch_size\s*:\s*(\d{1,9})")
+_BATCH_SIZE = re.compile(rb"\bbatch_size\s*:\s*(-?\d{1,9})")
 
 Property = Literal["energy", "forces", "stress", "energies"]
 
@@ -19,7 +19,7 @@ Property = Literal["energy", "forces", "stress", "energies"]
 class InitRequest(BaseModel):
     """The system that a session is about, and what it wants to know of it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     rootstock: int
     """Version of this protocol."""

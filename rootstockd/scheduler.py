@@ -30,6 +30,8 @@ class Evaluation(Generic[Owner]):
     atoms: int
     attempts: int = 0
     """How many workers died under it."""
+    withdrawn: bool = False
+    """Nobody wants its result any more."""
 
 
 class Scheduler(Generic[Owner]):
@@ -49,7 +51,8 @@ class Scheduler(Generic[Owner]):
         self.waiting.append(evaluation)
 
     def withdraw(self, evaluation: Evaluation[Owner]) -> None:
-        """Forget an evaluation that waits; one that runs can't be stopped and ends as it will."""
+        """Forget an evaluation. One that runs can't be stopped, but it is not repeated."""
+        evaluation.withdrawn = True
         if evaluation in self.waiting:
             self.waiting.remove(evaluation)
 
@@ -77,7 +80,7 @@ class Scheduler(Generic[Owner]):
 
     def worker_lost(self) -> list[Evaluation[Owner]]:
         """The worker died. What it was at goes back to the front; what killed too many is returned, given up."""
-        batch = self.finished()
+        batch = [evaluation for evaluation in self.finished() if not evaluation.withdrawn]
         for evaluation in batch:
             evaluation.attempts += 1
         self.waiting.extendleft(reversed([e for e in batch if e.attempts < MAX_ATTEMPTS]))

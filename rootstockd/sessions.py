@@ -81,6 +81,7 @@ class Session(asyncio.BufferedProtocol):
         self._host = host
         self._ipi = ipi.EngineSide(self._place, host.limits)
         self._transport: asyncio.Transport
+        self._preset: InitRequest | None = None
         self._model: Supervisor | None = None
         self._evaluation: Evaluation[Client] | None = None
         self._reading_paused = self._writing_paused = self._closing = False
@@ -175,8 +176,9 @@ class Session(asyncio.BufferedProtocol):
 
     def _initialise(self, text: bytes) -> None:
         json = is_announced(text)
+        request = None
         try:
-            request = parse_init(text, self.request if self.request and self.request.preset else None)
+            request = parse_init(text, self._preset)
             if len(request.numbers) * request.batch_size > self._host.limits.atoms:
                 raise LimitError(
                     f"{len(request.numbers)} atoms x {request.batch_size} structures in one message; "
@@ -186,10 +188,13 @@ class Session(asyncio.BufferedProtocol):
             self._release()
             self._bind(request, model)
         except RootstockError as error:
-            self._ipi.refuse(error, announced=json or self._ipi.announced)
-        else:
-            preset = request.preset
-            self._ipi.accept(request.batch_size, announced=json and not preset, await_init=json and preset)
+            batch_size = request.batch_size if request else 1
+            self._ipi.refuse(error, batch_size, announced=json or self._ipi.announced)
+            return
+        if json:
+            self._preset = request if request.preset else None
+        stock = self._preset is not None
+        self._ipi.accept(request.batch_size, announced=not stock, await_init=json and stock)
 
     def _bind(self, request: InitRequest, model: Supervisor) -> None:
         """Make a slot for the system; it is filled as its cell and positions come."""

@@ -63,7 +63,7 @@ def lock(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        _remove(path, os.fstat(fd))
         os.close(fd)
 
 
@@ -85,12 +85,20 @@ def listen(path: Path, mode: int) -> Iterator[socket.socket]:
             sock.bind(os.fspath(path))
         except OSError as error:
             raise AddressError(f"can't listen on {path}: {error.strerror}.") from error
+        ours = path.lstat()
         try:
             path.chmod(mode)
             sock.listen(1024)
             yield sock
         finally:
-            path.unlink(missing_ok=True)
+            _remove(path, ours)
+
+
+def _remove(path: Path, ours: os.stat_result) -> None:
+    """Remove a file of ours, unless somebody has put another in its place meanwhile."""
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(path.lstat(), ours):
+            path.unlink()
 
 
 def _clear(path: Path) -> None:

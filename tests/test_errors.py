@@ -13,7 +13,7 @@ import rootstockd.worker.units
 from rootstock_client import errors
 from rootstock_client.errors import ProtocolError, RootstockError
 
-CLASSES = [RootstockError, *RootstockError._by_code.values()]
+CLASSES = [RootstockError, *RootstockError.by_code.values()]
 
 
 def test_every_class_has_a_code_of_its_own():

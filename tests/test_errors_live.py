@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import shutil
 import socket
@@ -124,7 +125,8 @@ def test_not_the_atoms_of_init(daemon: RunningDaemon, bystander) -> None:
                 side.received(sock.recv_into(side.get_buffer()))
             return message
 
-        sock.sendall(ipi.init_frame(b'{"rootstock": 1, "model": "emt", "numbers": [29, 29, 29, 29], "pbc": [0, 0, 0]}'))
+        system = {"rootstock": 1, "model": "emt", "numbers": [29] * 4, "pbc": [False] * 3}
+        sock.sendall(ipi.init_frame(json.dumps(system).encode()))
         for natoms in (5, 3, 0, 100_000):
             answer = step(natoms)
             assert isinstance(answer.error, InvalidStructureError)
@@ -139,7 +141,7 @@ def test_more_atoms_than_allowed(start_daemon) -> None:
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(30)
         sock.connect(str(small.socket))
-        sock.sendall(ipi.init_frame(b'{"rootstock": 1, "model": "emt", "numbers": [29], "pbc": [0, 0, 0]}'))
+        sock.sendall(ipi.init_frame(b'{"rootstock": 1, "model": "emt", "numbers": [29], "pbc": [false, false, false]}'))
         sock.sendall(ipi.posdata_head(np.eye(3), np.eye(3), 11))
         assert sock.recv(12) == ipi.ERROR
         (size,) = struct.unpack("<i", sock.recv(4))

@@ -11,7 +11,7 @@ from rootstock_client.errors import InvalidInitError, InvalidStructureError
 from rootstockd.init_request import MAX_BATCH_SIZE, InitRequest, is_announced, parse_init
 
 FIELDS = {"rootstock": 1, "model": "emt", "numbers": [29, 29], "pbc": [True, True, False]}
-PRESET = InitRequest(**FIELDS, preset=True)
+PRESET = InitRequest.model_validate_json(json.dumps({**FIELDS, "preset": True}))
 
 
 def text(**changes: object) -> bytes:

@@ -506,17 +506,19 @@ def test_an_error_frame_of_nonsense_is_a_protocol_error(body):
         deliver(asker.side, error(body), [], asker.take)
 
 
-def test_a_side_that_found_an_error_finds_nothing_else():
-    """Asked again it says nothing, or the same: the daemon does ask again, for an evaluation under way."""
-    owner = Owner([1], late=False)
-    deliver(owner.side, init(b""), [], owner.take)
-    feed(owner.side, POSDATA + b"no such word")
-    assert isinstance(owner.side.next_event(), ipi.Evaluate)
+@pytest.mark.parametrize("wrong", [b"no such word", word("INIT") + int32(0, -1)])
+def test_a_side_that_found_an_error_finds_nothing_else(wrong):
+    """Whatever the daemon still does with it, it does not come upon the end of the grammar."""
+    side = engine_in("busy")
+    feed(side, wrong + STATUS)
+    assert side.next_event() is None
+    side.fail(TROUBLE)
     with pytest.raises(ProtocolError):
-        owner.side.next_event()
-    owner.side.fail(TROUBLE)
-    with contextlib.suppress(ProtocolError):
-        assert owner.side.next_event() is None
+        side.next_event()
+    side.fail(TROUBLE)
+    feed(side, STATUS)
+    assert side.next_event() is None
+    assert not side.busy
 
 
 # --- limits
@@ -694,7 +696,7 @@ TABLE: dict[str, dict[str, tuple[Any, Any]]] = {
         "POSDATA": (HELD, HAVEDATA),
         "MISFIT": (HELD, HAVEDATA),
         "GETFORCE": (HELD, READY),
-        "EXIT": (ipi.Close(None), CLOSED),
+        "EXIT": (HELD, CLOSED),
     },
     "havedata": {
         "STATUS": (ipi.Send(HAVEDATA), HAVEDATA),
@@ -784,6 +786,25 @@ def test_a_refused_init_is_answered_once_at_each_getforce():
     assert [side.next_event(), side.next_event()] == [ipi.SendResult(), None]
 
 
+def test_a_failure_that_nobody_asked_for_is_forgotten():
+    side = engine_in("failed")
+    feed(side, POSDATA + GETFORCE)
+    assert isinstance(side.next_event(), ipi.Evaluate)
+    side.finish()
+    assert side.next_event() == ipi.SendResult()
+
+
+def test_a_preset_after_a_refusal_begins_anew():
+    """What was wrong before is no reason to hang up on the stock driver that follows."""
+    side = engine_in("refused")
+    feed(side, init(b"{}") + STATUS + POSDATA)
+    side.next_event()
+    side.accept(await_init=True)
+    assert side.next_event() == ipi.Send(NEEDINIT)
+    with pytest.raises(ProtocolError, match="before INIT"):
+        side.next_event()
+
+
 def test_a_later_refusal_replaces_the_earlier():
     side = engine_in("refused")
     other = InvalidInitError("worse")
@@ -848,11 +869,12 @@ def test_positions_that_fit_nowhere_are_an_error_and_then_forgotten():
     assert isinstance(side.next_event(), ipi.Evaluate)
 
 
-def test_exit_ends_an_evaluation_under_way_and_what_is_behind_it_is_not_read():
+def test_exit_waits_for_an_evaluation_under_way_and_what_is_behind_it_is_not_read():
     side = engine_in("busy")
     feed(side, EXIT + b"no such word")
-    assert side.next_event() == ipi.Close(None)
+    assert side.next_event() is None
     side.finish()
+    assert side.next_event() == ipi.Close(None)
     assert side.next_event() is None
 
 

@@ -235,6 +235,25 @@ def test_killed_in_the_middle_of_an_evaluation(own_daemon: RunningDaemon) -> Non
     small.get_forces()  # the same session goes on
 
 
+def test_client_and_then_worker_killed_in_the_middle_of_an_evaluation(own_daemon: RunningDaemon) -> None:
+    """Nobody is left to repeat it for; the daemon goes on."""
+    code = (
+        "import sys; from ase.build import bulk; from rootstock_client import RootstockClient\n"
+        "atoms = bulk('Cu', cubic=True) * 12; atoms.calc = RootstockClient(sys.argv[1]).calculator('emt')\n"
+        "atoms.get_forces()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(own_daemon.socket)]) as process:
+        wait_for(lambda: any(s["state"] == "busy" for s in own_daemon.client().status()["sessions"]))
+        process.kill()
+    wait_for(lambda: not own_daemon.client().status()["sessions"])
+    os.kill(own_daemon.model("emt")["pid"], signal.SIGKILL)
+    atoms = copper()
+    atoms.calc = own_daemon.client().calculator("emt")
+    assert np.isfinite(atoms.get_potential_energy())
+    assert own_daemon.model("emt")["restarts"] == 1
+    assert "Traceback" not in own_daemon.log.read_text()
+
+
 def test_stop_drains(own_daemon: RunningDaemon) -> None:
     """The evaluation under way ends well; the next is refused in words."""
     atoms = copper(size=10)

@@ -227,6 +227,7 @@ def test_extras_fit_to_the_last_byte():
         slot.set_extras([b"x" * longest])
         assert as_a_driver_reads_it(slot)[0].extras == [b"x" * longest]
         assert not fits(slot, longest + 1)
+        assert os.pread(slot.fd, 2, os.fstat(slot.fd).st_size - 1) == b"x"
 
 
 def fits(slot: Slot, size: int) -> bool:

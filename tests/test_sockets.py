@@ -1,7 +1,9 @@
 """Claiming a socket's address."""
 
 import contextlib
+import fcntl
 import os
+import signal
 import socket
 import stat
 import subprocess
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from rootstock_client.runtime_dir import MAX_SOCKET_PATH
-from rootstockd.sockets import AddressError, listen, make_runtime_dir, take_lock
+from rootstockd.sockets import AddressError, listen, lock, make_runtime_dir
 
 as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
 
@@ -49,6 +51,7 @@ def test_listening(short, mode):
         assert answers(short / "a.sock")
         assert stat.S_IMODE((short / "a.sock").stat().st_mode) == mode
         assert not sock.getblocking()
+    assert not (short / "a.sock").exists()
 
 
 def test_a_stale_socket_of_ours_is_replaced(short):
@@ -75,8 +78,8 @@ def test_what_is_no_socket_is_left_alone_and_named(short, kind):
         case "dangling link":
             path.symlink_to(short / "nowhere")
     before = path.lstat()
-    with pytest.raises(AddressError, match=f"{path} is not a socket; it is left alone"):
-        listen(path, 0o600)
+    with pytest.raises(AddressError, match=f"{path} is not a socket; it is left alone"), listen(path, 0o600):
+        pass
     assert os.path.samestat(path.lstat(), before)
     if kind == "file":
         assert path.read_text() == "precious"
@@ -89,8 +92,11 @@ def test_a_socket_that_somebody_listens_on_is_left_alone_and_named(short):
     with socket.socket(socket.AF_UNIX) as other:
         other.bind(str(path))
         other.listen()
-        with pytest.raises(AddressError, match=f"another program listens on {path}; it is left alone"):
-            listen(path, 0o600)
+        with (
+            pytest.raises(AddressError, match=f"another program listens on {path}; it is left alone"),
+            listen(path, 0o600),
+        ):
+            pass
         assert answers(path)
 
 
@@ -104,8 +110,8 @@ def test_a_busy_socket_is_left_alone(short):
             waiting = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK))
             with contextlib.suppress(BlockingIOError):
                 waiting.connect(str(path))
-        with pytest.raises(AddressError, match="left alone"):
-            listen(path, 0o600)
+        with pytest.raises(AddressError, match="left alone"), listen(path, 0o600):
+            pass
         assert path.is_socket()
 
 
@@ -113,8 +119,8 @@ def test_a_socket_of_another_type_is_left_alone(short):
     path = short / "a.sock"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
         other.bind(str(path))
-        with pytest.raises(AddressError, match="left alone"):
-            listen(path, 0o600)
+        with pytest.raises(AddressError, match="left alone"), listen(path, 0o600):
+            pass
         assert path.is_socket()
 
 
@@ -123,8 +129,8 @@ def test_a_stale_socket_of_somebody_else_is_left_alone_and_named(short):
     path = short / "a.sock"
     stale_socket(path)
     os.chown(path, 12345, -1)
-    with pytest.raises(AddressError, match=f"the socket {path} belongs to uid 12345"):
-        listen(path, 0o600)
+    with pytest.raises(AddressError, match=f"the socket {path} belongs to uid 12345"), listen(path, 0o600):
+        pass
     assert path.is_socket()
 
 
@@ -134,27 +140,34 @@ def test_the_longest_path_and_one_byte_more(short):
     with listen(longest, 0o600):
         assert answers(longest)
     too_long = short / ("x" * (room + 1))
-    with pytest.raises(AddressError, match=f"{too_long} is too long; Unix sockets allow 107 bytes"):
-        listen(too_long, 0o600)
+    with (
+        pytest.raises(AddressError, match=f"{too_long} is too long; Unix sockets allow 107 bytes"),
+        listen(too_long, 0o600),
+    ):
+        pass
     assert not too_long.exists()
 
 
 def test_a_folder_that_is_not_there(short):
-    with pytest.raises(AddressError, match=r"can't listen on .*a\.sock: No such file"):
-        listen(short / "missing" / "a.sock", 0o600)
+    with (
+        pytest.raises(AddressError, match=r"can't listen on .*a\.sock: No such file"),
+        listen(short / "missing" / "a.sock", 0o600),
+    ):
+        pass
 
 
 # --- the lock
 
 
 def take_elsewhere(path: Path) -> subprocess.CompletedProcess[str]:
-    """Another process takes the lock and ends."""
+    """Another process takes the lock and is killed."""
     script = (
-        "import sys\n"
+        "import os, signal, sys\n"
         "from pathlib import Path\n"
-        "from rootstockd.sockets import AddressError, take_lock\n"
+        "from rootstockd.sockets import AddressError, lock\n"
         "try:\n"
-        "    take_lock(Path(sys.argv[1]))\n"
+        "    with lock(Path(sys.argv[1])):\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "except AddressError as error:\n"
         "    sys.exit(str(error))\n"
     )
@@ -165,45 +178,64 @@ def take_elsewhere(path: Path) -> subprocess.CompletedProcess[str]:
 
 def test_the_lock_has_one_holder_who_is_named(short):
     path = short / "a.lock"
-    fd = take_lock(path)
-    try:
+    with lock(path):
         assert path.read_text() == f"{os.getpid()}\n"
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
-        assert not os.get_inheritable(fd)
-        with pytest.raises(AddressError, match=rf"a daemon already runs at {short}/a\.sock \(pid {os.getpid()}\)"):
-            take_lock(path)
         second = take_elsewhere(path)
         assert second.returncode == 1
-        assert f"(pid {os.getpid()})" in second.stderr
+        assert f"a daemon already runs at {short}/a.sock (pid {os.getpid()})" in second.stderr
         assert "rootstockd stop" in second.stderr
+        with pytest.raises(AddressError, match=rf"\(pid {os.getpid()}\)"), lock(path):
+            pass
         assert path.read_text() == f"{os.getpid()}\n"
-    finally:
-        os.close(fd)
-    os.close(take_lock(path))
+    assert not path.exists()
+    with lock(path):
+        assert path.exists()
 
 
-def test_the_lock_of_a_process_that_ended_is_free(short):
+def test_the_lock_of_a_process_that_was_killed_is_free(short):
     path = short / "a.lock"
     done = take_elsewhere(path)
-    assert done.returncode == 0, done.stderr
-    assert path.read_text() != f"{os.getpid()}\n"
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert path.read_text() not in ("", f"{os.getpid()}\n")
     path.write_text("4194304 and much more than a pid\n")
-    fd = take_lock(path)
-    assert path.read_text() == f"{os.getpid()}\n"
-    os.close(fd)
+    with lock(path):
+        assert path.read_text() == f"{os.getpid()}\n"
 
 
 def test_a_lock_file_removed_under_its_holder_guards_nothing(short):
-    """The lock is on the file that lies at the path, not on one that was removed."""
+    """The lock is on the file that lies at the path, not on one that was removed; and that one's holder leaves it."""
     path = short / "a.lock"
-    first = take_lock(path)
-    path.unlink()
-    second = take_lock(path)
-    assert os.path.samestat(os.fstat(second), path.stat())
-    with pytest.raises(AddressError, match="already runs"):
-        take_lock(path)
-    os.close(first)
-    os.close(second)
+    with contextlib.ExitStack() as first, contextlib.ExitStack() as second:
+        first.enter_context(lock(path))
+        path.unlink()
+        second.enter_context(lock(path))
+        with pytest.raises(AddressError, match="already runs"), lock(path):
+            pass
+        first.close()
+        with pytest.raises(AddressError, match="already runs"), lock(path):
+            pass
+
+
+@pytest.mark.parametrize("another", [False, True])
+def test_a_lock_file_removed_while_it_was_opened_is_made_anew(short, monkeypatch, another):
+    """Its holder ended just then, and perhaps another daemon has made its own already."""
+    path = short / "a.lock"
+    flock = fcntl.flock
+    calls = []
+
+    def meanwhile(fd: int, how: int) -> None:
+        if not calls:
+            path.unlink()
+            if another:
+                path.write_text("")
+        calls.append(fd)
+        flock(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", meanwhile)
+    with lock(path):
+        assert len(calls) == 2
+        assert path.read_text() == f"{os.getpid()}\n"
 
 
 @pytest.mark.parametrize("kind", ["link", "folder"])
@@ -215,9 +247,10 @@ def test_a_lock_file_that_is_none_is_left_alone_and_named(short, kind):
         path.symlink_to(target)
     else:
         path.mkdir()
-    with pytest.raises(AddressError, match=f"can't open the lock file {path}"):
-        take_lock(path)
+    with pytest.raises(AddressError, match=f"can't open the lock file {path}"), lock(path):
+        pass
     assert target.read_text() == "precious"
+    assert os.path.lexists(path)
 
 
 # --- the folder

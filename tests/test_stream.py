@@ -65,6 +65,7 @@ def deliver(reader: MessageReader[Any], stream: bytes, cuts: Sequence[int], take
             piece = piece[size:]
         if taken[number % len(taken)]:
             messages += take_all(reader)
+            assert not reader.full  # or nobody would read on
     return messages + take_all(reader)
 
 
@@ -126,6 +127,33 @@ def test_full_again_while_messages_wait():
     assert reader.full
     assert fed == STAGING_SIZE
     assert len(take_all(reader)) == STAGING_SIZE // 100
+
+
+def test_a_long_item_that_is_all_there_leaves_no_room():
+    """And one that lacks a byte is not full, or that byte would never be read."""
+    reader = MessageReader(grammar())
+    reader.feed(item(b"I", bytes(STAGING_SIZE))[:5])
+    assert reader.next_message() is None
+    reader.feed(bytes(STAGING_SIZE - 5))
+    reader.feed(bytes(4))
+    assert not reader.full
+    assert reader.feed(bytes(1)) == 1
+    assert reader.full
+    assert len(reader.get_buffer()) == 0
+    assert take_all(reader) == [(b"I", bytes(STAGING_SIZE))]
+
+
+def test_a_buffer_that_lacks_bytes_of_a_long_item_is_not_full():
+    reader = MessageReader(grammar())
+    long = item(b"I", bytes(2 * STAGING_SIZE))
+    reader.feed(long[:5])
+    assert reader.next_message() is None
+    fed = 5
+    while fed < len(long):
+        assert not reader.full
+        fed += (size := reader.feed(long[fed : fed + STAGING_SIZE]))
+        assert size > 0
+    assert take_all(reader) == [(b"I", bytes(2 * STAGING_SIZE))]
 
 
 def test_large_memory_is_filled_without_staging():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import logging
+import os
+import select
 import subprocess
 import sys
 import time
@@ -14,7 +16,6 @@ import uvloop
 
 from rootstock_client.client import request
 from rootstock_client.errors import RootstockError
-from rootstock_client.runtime_dir import control_socket
 from rootstockd.cli.common import (
     Refused,
     console,
@@ -115,6 +116,7 @@ def run_in_foreground(config: Config) -> None:
     from rootstockd.daemon import Daemon  # ASE and FastAPI: slow to import, and of no use before  # noqa: PLC0415
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
     try:
         uvloop.run(Daemon(config).run())
     except (AddressError, CatalogueError, RootstockError) as error:
@@ -204,25 +206,14 @@ def wait_until_ready(process: subprocess.Popen[bytes], config: Config, log_posit
 
 
 def end(socket: Path, *, force: bool = False) -> None:
-    """Stop a daemon and wait until it is gone.
+    """Stop a daemon and wait until its process is gone.
 
     Raises:
         RootstockError: there is none.
     """
-    lock = control_socket(socket).with_suffix(".lock")
-    request(socket, "POST", "/v1/stop", {"force": force})
-    with console.status("waiting for evaluations under way"):
-        while is_locked(lock):
-            time.sleep(POLL)
-
-
-def is_locked(path: Path) -> bool:
-    """Whether a daemon holds the lock file."""
-    try:
-        with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    return False
+    with contextlib.ExitStack() as stack:
+        process = os.pidfd_open(fetch_status(socket).pid)
+        stack.callback(os.close, process)
+        request(socket, "POST", "/v1/stop", {"force": force})
+        with console.status("waiting for evaluations under way"):
+            select.select([process], [], [])

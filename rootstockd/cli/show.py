@@ -51,7 +51,7 @@ def show(daemon: DaemonStatus) -> None:
     models = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("model", "state", "device", "dtype"):
         models.add_column(heading, no_wrap=True)
-    for heading in ("sessions", "waiting", "evaluations", "per batch", "restarts", "memory"):
+    for heading in ("sessions", "waiting", "evaluations", "mean batch", "restarts", "memory"):
         models.add_column(heading, justify="right")
     for model in daemon.models:
         models.add_row(

@@ -53,12 +53,19 @@ class Catalogue(Mapping[str, Entry]):
     """All models by name.
 
     Args:
-        entries: the entries by name.
+        entries: the entries by name. A name goes before an alias that is spelled the same.
+
+    Raises:
+        CatalogueError: two models have the same alias.
     """
 
     def __init__(self, entries: Mapping[str, Entry]) -> None:
         self._entries = dict(entries)
-        self._aliases = {alias: name for name, entry in self._entries.items() for alias in entry.aliases}
+        self._aliases: dict[str, str] = {}
+        for name, entry in self._entries.items():
+            for alias in set(entry.aliases) - set(self._entries):
+                if (other := self._aliases.setdefault(alias, name)) != name:
+                    raise CatalogueError(f"catalogue: {alias!r} is an alias of both {other!r} and {name!r}")
 
     @classmethod
     def load(cls, extra: Iterable[Path] = ()) -> Catalogue:
@@ -103,7 +110,7 @@ def _read(path: Path) -> dict[str, Entry]:
     try:
         with path.open("rb") as file:
             document = tomllib.load(file)
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise CatalogueError(f"catalogue {path}: {error}") from error
     entries = {}
     for name, fields in document.items():

@@ -114,6 +114,8 @@ class Slot:
         Raises:
             ValueError: they don't fit.
         """
+        if len(extras) != self.frames:
+            raise ValueError(f"extras for {len(extras)} frames where there are {self.frames}")
         tail = b"".join(len(text).to_bytes(4, "little") + text for text in extras)
         end = self._extras + len(tail)
         if end > len(self._bytes):

@@ -6,15 +6,22 @@ over the union of its graphs.
 
 from __future__ import annotations
 
+import contextlib
+import io
+import warnings
 from pathlib import Path
 from typing import Any
 
-import mace
 import numpy as np
 import torch
 from ase.data import chemical_symbols
-from mace import data as mace_data
-from mace.tools import AtomicNumberTable, torch_geometric
+
+with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    # on import, e3nn and mace-torch say things that in a log would pass for the cause of whatever went wrong
+    warnings.simplefilter("ignore")
+    import mace
+    from mace import data as mace_data
+    from mace.tools import AtomicNumberTable, torch_geometric
 
 from rootstockd.worker.engines import EngineError, EngineInfo, ModelSpec, Result, System, Task
 
