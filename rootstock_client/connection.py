@@ -102,6 +102,7 @@ class Connection:
             self._close()
             raise
         if isinstance(answer, ipi.Failure):
+            self._init = b""  # it may have been refused for a reason that passes: say it again next time
             raise answer.error
         assert isinstance(answer, ipi.ForceReady)
         return answer

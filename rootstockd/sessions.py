@@ -188,8 +188,8 @@ class Session(asyncio.BufferedProtocol):
             self._release()
             self._bind(request, model)
         except RootstockError as error:
-            batch_size = request.batch_size if request else 1
-            self._ipi.refuse(error, batch_size, announced=json or self._ipi.announced)
+            batch_size, preset = (request.batch_size, request.preset) if request else (1, False)
+            self._ipi.refuse(error, batch_size, announced=(json or self._ipi.announced) and not preset)
             return
         if json:
             self._preset = request if request.preset else None
@@ -271,6 +271,8 @@ class Session(asyncio.BufferedProtocol):
             return
         if self._evaluation is not None and error is not None:
             self.evaluated(error)
+            if self._closing:  # a stock driver's failure is its end
+                return
         self._closing = True
         if error is not None:
             log.warning("session %d of %s (pid %d) is closed: %s", self.id, self.user, self.pid, error)

@@ -7,6 +7,7 @@ import pickle
 import shutil
 import socket
 import struct
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -29,6 +30,7 @@ from rootstock_client.errors import (
     UnknownModelError,
     UnsupportedError,
 )
+from rootstockd.supervisor import RETRY_AFTER
 
 
 def copper() -> Atoms:
@@ -218,6 +220,17 @@ def test_model_files_that_are_missing_broken_or_something_else(start_daemon, tmp
     atoms.calc = client.calculator("good")
     assert np.isfinite(atoms.get_potential_energy())
     assert "missing" in daemon.run("status").stdout
+
+
+def test_a_refused_init_is_said_again(start_daemon, tmp_path) -> None:
+    """What was refused for a reason that passes is taken when it has passed, by the same calculator."""
+    (tmp_path / "more.toml").write_text('[later]\nfamily = "mace"\nweights = "later.model"\n')
+    daemon = start_daemon("--catalogue", str(tmp_path / "more.toml"))
+    atoms = copper()
+    assert isinstance(failing(atoms, daemon.client(), "later"), ModelLoadError)
+    shutil.copy(EMBEDDED_MODEL, tmp_path / "later.model")
+    time.sleep(RETRY_AFTER)
+    assert np.isfinite(atoms.get_potential_energy())
 
 
 def test_an_engine_that_gives_nan(start_daemon, tmp_path) -> None:

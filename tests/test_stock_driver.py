@@ -24,7 +24,7 @@ class PlainDriver:
         self.sock.connect(str(daemon.socket))
         self.atoms = atoms
         system = {"rootstock": 1, "model": "emt", "numbers": atoms.numbers.tolist(), "pbc": atoms.pbc.tolist()}
-        self.init(json.dumps({**system, "preset": True, **more}).encode())
+        self.init(json.dumps({**system, "preset": True} | more).encode())
 
     def __enter__(self) -> PlainDriver:
         return self
@@ -163,6 +163,13 @@ def test_a_failure_closes_the_connection_after_what_was_sent_is_read(daemon: Run
         driver.send(b"GETFORCE    ")
         assert driver.sock.recv(100) == b""
     assert "position of atom 1 is" in daemon.log.read_text()
+
+
+def test_a_preset_that_is_refused_closes_the_connection(daemon: RunningDaemon, atoms) -> None:
+    """The stock driver behind it would not understand an ERROR."""
+    with PlainDriver(daemon, atoms, model="nonsense") as driver:
+        assert driver.sock.recv(100) == b""
+    assert "no model 'nonsense'" in daemon.log.read_text()
 
 
 def test_an_init_that_says_nothing_where_nothing_was_said_before(daemon: RunningDaemon) -> None:

@@ -16,6 +16,8 @@ from rootstock_client.runtime_dir import SOCKET_NAME, SOCKET_VARIABLE, SYSTEM_DI
 from rootstockd.control.schema import DaemonStatus
 
 console = Console(highlight=False)
+if not console.is_terminal:
+    console.width = 120  # a file or a pipe has room
 
 socket_option = click.option(
     "--socket",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import select
 import subprocess
@@ -12,7 +11,6 @@ import time
 from pathlib import Path
 
 import click
-import uvloop
 
 from rootstock_client.client import request
 from rootstock_client.errors import RootstockError
@@ -28,8 +26,6 @@ from rootstockd.cli.common import (
 from rootstockd.config import Config
 from rootstockd.control.schema import DaemonStatus
 from rootstockd.devices import DeviceError, choose_device
-from rootstockd.models.catalogue import CatalogueError
-from rootstockd.sockets import AddressError
 
 POLL = 0.05
 
@@ -48,6 +44,7 @@ POLL = 0.05
 @socket_option
 @click.option("--log-file", type=click.Path(path_type=Path, resolve_path=True), help="Where the log goes.")
 @click.option("--max-atoms", type=click.IntRange(min=1), help="The most atoms in one message of one session.")
+@click.option("--batch-atoms", type=click.IntRange(min=1), help="The most atoms in one pass over several sessions.")
 @click.option("--foreground", is_flag=True, help="Stay in front, log to the terminal, end with Ctrl-C.")
 def start(
     gpu: int | None,
@@ -57,6 +54,7 @@ def start(
     socket: Path | None,
     log_file: Path | None,
     max_atoms: int | None,
+    batch_atoms: int | None,
     foreground: bool,
 ) -> None:
     """Start a daemon; returns when it is ready."""
@@ -73,10 +71,16 @@ def start(
         models=models,
         catalogues=catalogues,
         log_file=log_file or default_log_file(address),
+        batch_atoms=batch_atoms,
         **({"max_atoms": max_atoms} if max_atoms else {}),
     )
     if foreground:
-        run_in_foreground(config)
+        from rootstockd.serve import StartError, serve  # imports what only a daemon needs  # noqa: PLC0415
+
+        try:
+            serve(config)
+        except StartError as error:
+            raise Refused(error) from error
     else:
         launch(config)
 
@@ -107,22 +111,6 @@ def restart(socket: Path | None) -> None:
     launch(config)
 
 
-def run_in_foreground(config: Config) -> None:
-    """Be the daemon.
-
-    Raises:
-        Refused: it can't start.
-    """
-    from rootstockd.daemon import Daemon  # ASE and FastAPI: slow to import, and of no use before  # noqa: PLC0415
-
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    try:
-        uvloop.run(Daemon(config).run())
-    except (AddressError, CatalogueError, RootstockError) as error:
-        raise Refused(error) from error
-
-
 def launch(config: Config) -> None:
     """Start a daemon in the background and wait until it is ready.
 
@@ -134,7 +122,7 @@ def launch(config: Config) -> None:
     with config.log_file.open("ab") as log:
         position = log.tell()
         process = subprocess.Popen(
-            [sys.executable, "-m", "rootstockd", *start_arguments(config)],
+            [sys.executable, "-m", "rootstockd.serve", config.model_dump_json()],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -163,19 +151,6 @@ def launch(config: Config) -> None:
         f"socket  {config.socket}\nlog     {config.log_file}",
         soft_wrap=True,
     )
-
-
-def start_arguments(config: Config) -> list[str]:
-    """The arguments of `rootstockd` that make a daemon in the foreground with these settings."""
-    device = ["--device", "cpu"] if config.device.kind == "cpu" else ["--gpu", str(config.device.index)]
-    arguments = ["start", "--foreground", *device, "--socket", str(config.socket), "--max-atoms", str(config.max_atoms)]
-    for name in config.models:
-        arguments += ["--model", name]
-    for path in config.catalogues:
-        arguments += ["--catalogue", str(path)]
-    if config.log_file is not None:
-        arguments += ["--log-file", str(config.log_file)]
-    return arguments
 
 
 def wait_until_ready(process: subprocess.Popen[bytes], config: Config, log_position: int) -> DaemonStatus:

@@ -49,21 +49,20 @@ def show(daemon: DaemonStatus) -> None:
         f"{megabytes(daemon.memory)}"
     )
     models = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("model", "state", "device", "dtype"):
+    for heading in ("model", "dtype", "state"):
         models.add_column(heading, no_wrap=True)
-    for heading in ("sessions", "waiting", "evaluations", "mean batch", "restarts", "memory"):
-        models.add_column(heading, justify="right")
+    for heading in ("sessions", "queue", "evaluations", "batch", "memory"):
+        models.add_column(heading, justify="right", no_wrap=True)
     for model in daemon.models:
+        restarts = f", {model.restarts} restarts" if model.restarts else ""
         models.add_row(
             model.name,
-            f"[{_STATE_COLOUR[model.state]}]{model.state}[/]",
-            model.device,
             model.dtype,
+            f"[{_STATE_COLOUR[model.state]}]{model.state}[/]{restarts}",
             str(model.sessions),
             str(model.waiting),
             str(model.evaluations),
             f"{model.evaluations / model.batches:.1f}" if model.batches else "-",
-            str(model.restarts),
             megabytes(model.memory) if model.memory else "-",
         )
     console.print(models if daemon.models else "no model is loaded; the first session that asks for one loads it")

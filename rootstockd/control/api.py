@@ -36,7 +36,7 @@ def make_app(daemon: Daemon) -> FastAPI:
             config=daemon.config,
             memory=resident_memory(os.getpid()) or 0,
             evaluations=sum(model.evaluations for model in daemon.fleet.values()),
-            models=[model_status(model) for model in daemon.fleet.values()],
+            models=[model_status(model, str(daemon.config.device)) for model in daemon.fleet.values()],
             sessions=[session_status(session) for session in daemon.sessions],
         )
 
@@ -66,11 +66,11 @@ def make_app(daemon: Daemon) -> FastAPI:
     return app
 
 
-def model_status(model: Supervisor) -> ModelStatus:
+def model_status(model: Supervisor, device: str) -> ModelStatus:
     """A model as status shows it."""
     return ModelStatus(
         name=model.spec.name,
-        device=model.spec.device,
+        device=device,
         dtype=model.spec.dtype,
         state=model.state.value,
         error=str(model.error) if model.error else None,

@@ -1,0 +1,42 @@
+"""Being the daemon: in front of a terminal, or as the process that `rootstockd start` leaves behind.
+
+`python -m rootstockd.serve CONFIG` takes the whole Config as JSON, so that nothing gets lost between the two.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import uvloop
+
+from rootstock_client.errors import RootstockError
+from rootstockd.config import Config
+from rootstockd.daemon import Daemon
+from rootstockd.models.catalogue import CatalogueError
+from rootstockd.sockets import AddressError
+
+
+class StartError(Exception):
+    """Why the daemon can't start."""
+
+
+def serve(config: Config) -> None:
+    """Run a daemon until it is told to stop.
+
+    Raises:
+        StartError: it can't start.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    try:
+        uvloop.run(Daemon(config).run())
+    except (AddressError, CatalogueError, RootstockError) as error:
+        raise StartError(str(error)) from error
+
+
+if __name__ == "__main__":
+    try:
+        serve(Config.model_validate_json(sys.argv[1]))
+    except StartError as error:
+        sys.exit(f"Error: {error}")

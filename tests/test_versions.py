@@ -1,0 +1,21 @@
+"""What is written in two places is the same in both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import rootstock_client
+import rootstock_client.calculator
+import rootstockd
+from rootstockd import init_request
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_version() -> None:
+    assert rootstock_client.__version__ == rootstockd.__version__
+    assert f"version: {rootstockd.__version__}\n" in (ROOT / "CITATION.cff").read_text().replace('"', "")
+
+
+def test_protocol_version() -> None:
+    assert rootstock_client.calculator.PROTOCOL_VERSION == init_request.PROTOCOL_VERSION
