@@ -11,12 +11,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 from ase import Atoms
-from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
+from ase.calculators.calculator import Calculator, CalculatorSetupError, PropertyNotImplementedError, all_changes
 from ase.stress import full_3x3_to_voigt_6_stress
 
-from rootstock_client import ipi
 from rootstock_client.connection import Connection
-from rootstock_client.errors import InvalidStructureError, UnsupportedError
+from rootstock_client.errors import UnsupportedError
+from rootstock_client.snapshot import Box, Snapshot
 from rootstock_client.units import BOHR, HARTREE
 
 PROTOCOL_VERSION = 1
@@ -48,25 +48,35 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
     def __init__(
         self, socket: str | os.PathLike[str], model: str, *, dtype: str | None = None, head: str | None = None
     ) -> None:
-        super().__init__(model=model, dtype=dtype, head=head)
         self._connect(Path(socket))
+        self.results: dict[str, Any]
+        super().__init__(model=model, dtype=dtype, head=head)
 
     def _connect(self, socket: Path) -> None:
         self._connection = Connection(socket)
         self._lock = threading.RLock()
+        self._seen: Snapshot | None = None
+        self._box: Box | None = None
         self._asked: set[str] = set()
         self._asked_before: set[str] = set()
         self._system: tuple[Any, ...] = ()
         self._init = b""
 
-    # --- what ASE calls
+    # --- what ASE calls. Its own layer compares and copies with generality that costs several times the wire.
+
+    @property
+    def atoms(self) -> Atoms | None:
+        """The structure that `results` belong to, as a copy: what numbers depend on, without tags and the like."""
+        return None if self._seen is None else self._seen.atoms()
+
+    @atoms.setter
+    def atoms(self, atoms: Atoms | None) -> None:
+        self._seen = None if atoms is None else Snapshot(atoms)
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
-        """What has changed since the last evaluation; charge and spin count, other `info` does not."""
-        changes: list[str] = super().check_state(atoms, tol=tol)
-        if not changes and _electrons(atoms) != _electrons(self.atoms):
-            changes.append("info")
-        return changes
+        """What has changed since the last evaluation, exactly; charge and spin count, other `info` does not."""
+        del tol
+        return list(all_changes) if self._seen is None else self._seen.changes(atoms)
 
     def get_property(self, name: str, atoms: Atoms | None = None, allow_calculation: bool = True) -> Any:  # noqa: FBT001,FBT002
         """A property, evaluated if need be; see ASE.
@@ -75,12 +85,19 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
             PropertyNotImplementedError: the model does not have it, or the system has no stress.
             RootstockError: the evaluation failed; the message says why.
         """
+        if name not in self.implemented_properties:
+            raise PropertyNotImplementedError(f"{name} is not among what rootstockd computes")
         with self._lock:
-            if atoms is not None and self.check_state(atoms):
+            if atoms is not None and (self._seen is None or self._seen.changes(atoms)):
+                self._seen, self.results = None, {}
                 self._asked_before, self._asked = self._asked, set()
-            result = super().get_property(name, atoms, allow_calculation)
+            if name not in self.results:
+                if not allow_calculation:
+                    return None
+                self.calculate(atoms, [name])
             self._asked.add(name)
-            return result
+            result = self.results[name]
+            return result.copy() if isinstance(result, np.ndarray) else result
 
     def get_spin_polarized(self) -> bool:
         """Potentials have no spin density. (Without this, ASE gives each instance a method of its own: a cycle.)"""
@@ -93,52 +110,50 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         system_changes: list[str] = all_changes,
     ) -> None:
         """Evaluate `atoms` and fill `results`."""
-        super().calculate(atoms, properties, system_changes)
-        atoms = self.atoms
-        if len(atoms) == 0:
-            raise InvalidStructureError("a structure of zero atoms.", "There is nothing to evaluate.")
+        del system_changes
+        snapshot = self._seen if atoms is None else Snapshot(atoms)
+        if snapshot is None:
+            raise CalculatorSetupError("there are no atoms to evaluate yet")
+        if self._box is None or not self._box.fits(snapshot):
+            self._box = Box(snapshot)
         asked = set(properties or ())
-        has_stress = bool(atoms.pbc.any()) and atoms.cell.rank == 3  # noqa: PLR2004
-        if "stress" in asked and not has_stress:
+        if "stress" in asked and not self._box.has_stress:
             raise PropertyNotImplementedError("stress needs a periodic system with a volume: set cell and pbc")
         wanted = (asked | self._asked | self._asked_before) & _ON_REQUEST
-        if not has_stress:
+        if not self._box.has_stress:
             wanted.discard("stress")
         try:
-            self.results = self._evaluate(atoms, frozenset(wanted))
+            self.results = self._evaluate(snapshot, self._box, frozenset(wanted))
         except UnsupportedError as error:
             raise PropertyNotImplementedError(str(error)) from error
+        self._seen = snapshot
 
     # --- the exchange
 
-    def _evaluate(self, atoms: Atoms, wanted: frozenset[str]) -> dict[str, Any]:
-        cell = atoms.cell.array / BOHR
-        head = ipi.posdata_head(cell, _inverse(cell), len(atoms))
-        positions = np.ascontiguousarray(atoms.positions, dtype=np.float64) / BOHR
+    def _evaluate(self, snapshot: Snapshot, box: Box, wanted: frozenset[str]) -> dict[str, Any]:
+        positions = snapshot.positions / BOHR
         forces = np.empty_like(positions)
-        answer = self._connection.evaluate(self._describe(atoms, wanted), head, positions, forces)
+        answer = self._connection.evaluate(self._describe(snapshot, box, wanted), box.head, positions, forces)
         energy = float(answer.energies[0]) * HARTREE
         forces *= HARTREE / BOHR
         results = {"energy": energy, "free_energy": energy, "forces": forces}
         if "stress" in wanted:
-            results["stress"] = full_3x3_to_voigt_6_stress(answer.virials[0] * (-HARTREE / atoms.get_volume()))
+            results["stress"] = full_3x3_to_voigt_6_stress(answer.virials[0] * (-HARTREE / box.volume))
         if "energies" in wanted:
             results["energies"] = np.array(json.loads(answer.extras[0])["energies"]) * HARTREE
         return results
 
-    def _describe(self, atoms: Atoms, wanted: frozenset[str]) -> bytes:
+    def _describe(self, snapshot: Snapshot, box: Box, wanted: frozenset[str]) -> bytes:
         """The INIT text; made anew only when something in it has changed."""
-        a, b, c = atoms.cell.array
-        left_handed = bool(np.cross(a, b) @ c < 0)
-        electrons = _electrons(atoms)
-        system = (atoms.numbers.tobytes(), atoms.pbc.tobytes(), left_handed, electrons, wanted)
+        electrons = (snapshot.charge, snapshot.spin)
+        system = (snapshot.numbers, snapshot.pbc, box.left_handed, electrons, wanted)
         if system != self._system:
             fields = {
                 "rootstock": PROTOCOL_VERSION,
-                "numbers": atoms.numbers.tolist(),
-                "pbc": atoms.pbc.tolist(),
-                "charge": electrons[0],
-                "spin": electrons[1],
+                "numbers": np.frombuffer(snapshot.numbers, np.int64).tolist(),
+                "pbc": [bool(periodic) for periodic in snapshot.pbc],
+                "charge": snapshot.charge,
+                "spin": snapshot.spin,
                 "want": ["energy", "forces", *sorted(wanted)],
                 **self.parameters,
             }
@@ -161,7 +176,7 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        hidden = ("_connection", "_lock", "_asked", "_asked_before", "_system", "_init")
+        hidden = ("_connection", "_lock", "_seen", "_box", "_asked", "_asked_before", "_system", "_init")
         state = {key: value for key, value in self.__dict__.items() if key not in hidden}
         return {**state, "_socket": self._connection.path}
 
@@ -169,21 +184,3 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         socket = state.pop("_socket")
         self.__dict__.update(state)
         self._connect(socket)
-
-
-def _inverse(cell: ipi.FloatArray) -> ipi.FloatArray:
-    """The inverse, which the protocol wants and nobody needs; zeros where there is none."""
-    try:
-        return np.linalg.inv(cell).astype(np.float64)
-    except np.linalg.LinAlgError:
-        return np.zeros((3, 3))
-
-
-def _electrons(atoms: Atoms) -> tuple[float | None, float | None]:
-    """Total charge (e) and spin multiplicity, as far as `atoms.info` says."""
-
-    def number(key: str) -> float | None:
-        value = atoms.info.get(key)
-        return None if value is None else float(value)
-
-    return number("charge"), number("spin")

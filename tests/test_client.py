@@ -143,6 +143,34 @@ def test_charge_and_spin_start_a_new_evaluation_and_other_info_does_not(daemon: 
     assert evaluations(daemon) == before + 3
 
 
+@pytest.mark.parametrize("charge", ["one", np.nan, [1]])
+def test_a_charge_that_is_none(daemon: RunningDaemon, charge: object) -> None:
+    atoms = copper()
+    atoms.calc = daemon.client().calculator("emt")
+    atoms.info["charge"] = charge
+    with pytest.raises(ValueError, match="atoms.info\\['charge'\\] is"):
+        atoms.get_forces()
+    atoms.info["charge"] = np.float32(1)
+    same(atoms)
+
+
+def test_the_calculator_remembers_its_atoms(daemon: RunningDaemon) -> None:
+    atoms = copper()
+    atoms.info["spin"] = 2
+    atoms.positions = np.asfortranarray(atoms.positions)
+    calculator = atoms.calc = daemon.client().calculator("emt")
+    assert calculator.atoms is None
+    same(atoms)
+    assert calculator.atoms == atoms
+    assert calculator.atoms.info == {"spin": 2}
+    assert calculator.check_state(atoms) == []
+    assert not calculator.calculation_required(atoms, ["energy"])
+    atoms.positions[0, 0] += 1e-13
+    assert calculator.check_state(atoms) == ["positions"]
+    calculator.reset()
+    same(atoms)
+
+
 def test_pickled_and_copied(daemon: RunningDaemon) -> None:
     atoms = copper()
     atoms.calc = daemon.client().calculator("emt", dtype="float64")

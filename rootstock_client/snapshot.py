@@ -1,0 +1,113 @@
+"""What an evaluation depends on, kept to tell at the next call whether it still holds."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+
+from rootstock_client import ipi
+from rootstock_client.errors import InvalidStructureError
+from rootstock_client.units import BOHR
+
+
+class Snapshot:
+    """A structure as it was when it was evaluated. Comparing is on the way of every step: a few microseconds.
+
+    Args:
+        atoms: the structure.
+
+    Raises:
+        InvalidStructureError: it has no atoms, or a charge or spin that is no number.
+    """
+
+    __slots__ = ("_charge", "_spin", "cell", "charge", "numbers", "pbc", "positions", "spin")
+
+    def __init__(self, atoms: Atoms) -> None:
+        self.positions: ipi.FloatArray = np.array(atoms.arrays["positions"], dtype=np.float64, order="C")
+        if len(self.positions) == 0:
+            raise InvalidStructureError("a structure of zero atoms.", "There is nothing to evaluate.")
+        self.numbers: bytes = atoms.arrays["numbers"].astype(np.int64).tobytes()
+        self.cell: bytes = atoms.cell.array.tobytes()
+        self.pbc: bytes = atoms.pbc.tobytes()
+        self._charge, self._spin = atoms.info.get("charge"), atoms.info.get("spin")
+        self.charge, self.spin = _number("charge", self._charge), _number("spin", self._spin)
+
+    def changes(self, atoms: Atoms) -> list[str]:
+        """What is different in `atoms`, in ASE's words."""
+        changes = []
+        if atoms.arrays["numbers"].tobytes() != self.numbers:
+            changes.append("numbers")
+        positions = atoms.arrays["positions"]
+        if positions.shape != self.positions.shape or not (positions == self.positions).all():
+            changes.append("positions")
+        if atoms.cell.array.tobytes() != self.cell:
+            changes.append("cell")
+        if atoms.pbc.tobytes() != self.pbc:
+            changes.append("pbc")
+        for then, key in ((self._charge, "charge"), (self._spin, "spin")):
+            now = atoms.info.get(key)
+            if now is not then and now != then:
+                changes.append("info")
+        return changes
+
+    def atoms(self) -> Atoms:
+        """The structure again."""
+        info = {key: value for key, value in (("charge", self._charge), ("spin", self._spin)) if value is not None}
+        return Atoms(
+            numbers=np.frombuffer(self.numbers, np.int64),
+            positions=self.positions,
+            cell=np.frombuffer(self.cell).reshape(3, 3),
+            pbc=np.frombuffer(self.pbc, dtype=bool),
+            info=info,
+        )
+
+
+class Box:
+    """What follows from cell, boundary conditions and atom count alone, and so is kept while they stay.
+
+    Args:
+        snapshot: the structure whose cell it is.
+    """
+
+    __slots__ = ("_cell", "_natoms", "_pbc", "has_stress", "head", "left_handed", "volume")
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._cell, self._pbc, self._natoms = snapshot.cell, snapshot.pbc, len(snapshot.positions)
+        cell = np.frombuffer(snapshot.cell).reshape(3, 3)
+        a, b, c = cell
+        triple = float(np.cross(a, b) @ c)
+        self.volume = abs(triple)
+        """Å³."""
+        self.left_handed = triple < 0
+        self.has_stress = self.volume > 0 and any(snapshot.pbc)
+        """There is something periodic, and a volume to divide the virial by."""
+        in_bohr = cell / BOHR
+        self.head = ipi.posdata_head(in_bohr, _inverse(in_bohr), self._natoms)
+        """The POSDATA message up to its positions."""
+
+    def fits(self, snapshot: Snapshot) -> bool:
+        """Whether it is still the same."""
+        return snapshot.cell == self._cell and snapshot.pbc == self._pbc and len(snapshot.positions) == self._natoms
+
+
+def _inverse(cell: ipi.FloatArray) -> ipi.FloatArray:
+    """The inverse, which the protocol wants and nobody needs; zeros where there is none."""
+    try:
+        return np.linalg.inv(cell).astype(np.float64)
+    except np.linalg.LinAlgError:
+        return np.zeros((3, 3))
+
+
+def _number(key: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise InvalidStructureError(f"atoms.info[{key!r}] is {value!r}.", "A finite number is needed there, or None.")
+    return number
