@@ -86,13 +86,13 @@ class Init(NamedTuple):
 
 
 class PosData(NamedTuple):
-    """POSDATA: cells (B, 3, 3) in Bohr, rows are lattice vectors. The positions already lie where `place` said.
+    """POSDATA: the B cells and inverses as they came (see `read_cells`). The positions already lie where `place` said.
 
     `error` says why `place` had no room for them; they were read and thrown away.
     """
 
     natoms: int
-    cells: FloatArray
+    cells: bytes
     error: RootstockError | None
 
 
@@ -137,7 +137,12 @@ def _count(value: int, limit: int, what: str) -> int:
     return value
 
 
-def _matrices(data: memoryview, count: int, stride: int) -> FloatArray:
+def read_cells(cells: bytes) -> FloatArray:
+    """The cells of a POSDATA, (B, 3, 3) in Bohr, rows are lattice vectors."""
+    return _matrices(cells, len(cells) // _CELL_PAIR, 18)
+
+
+def _matrices(data: bytes | memoryview, count: int, stride: int) -> FloatArray:
     """`count` 3x3 matrices that lie `stride` doubles apart, transposed from the wire's order; a copy."""
     flat = np.frombuffer(data, "<f8").reshape(count, stride)[:, :9]
     return flat.reshape(count, 3, 3).transpose(0, 2, 1).copy()
@@ -153,9 +158,12 @@ class Send(NamedTuple):
 
 
 class Evaluate(NamedTuple):
-    """Evaluate the structures whose positions have just been placed; then call `finish` or `fail`."""
+    """Evaluate the structures whose positions have just been placed; then call `finish` or `fail`.
 
-    cells: FloatArray
+    `cells` are as they came: compared with the last, they need not be read (`read_cells`) at each step.
+    """
+
+    cells: bytes
 
 
 class SendResult(NamedTuple):
@@ -328,11 +336,11 @@ class EngineSide:
         batch = self.batch_size
         if batch == 1:
             head = yield _CELL_PAIR + 4
-            cells = _matrices(head[:_CELL_PAIR], 1, 18)
+            cells = bytes(head[:_CELL_PAIR])
             (natoms,) = _INT.unpack(head[_CELL_PAIR:])
         else:
             (natoms,) = _INT.unpack((yield 4))
-            cells = _matrices((yield batch * _CELL_PAIR), batch, 18)
+            cells = bytes((yield batch * _CELL_PAIR))
         size = 24 * natoms * batch
         if self._state is _State.NEEDINIT and natoms >= 0:  # refused, for instance as too large: GETFORCE will say so
             yield Skip(size)

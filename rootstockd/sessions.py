@@ -233,15 +233,15 @@ class Session(asyncio.BufferedProtocol):
             )
         return self.slot.positions_bytes
 
-    def _evaluate(self, cells: ipi.FloatArray) -> None:
+    def _evaluate(self, cells: bytes) -> None:
         assert self.request is not None
         try:
             self._host.check_open()
-            check_positions(self.slot.positions)
-            if (as_bytes := cells.tobytes()) != self._checked_cells:
-                check_cells(cells, self.request.pbc)
-                self.slot.cells[:] = cells
-                self._checked_cells = as_bytes
+            if cells != self._checked_cells:
+                arrays = ipi.read_cells(cells)
+                check_cells(arrays, self.request.pbc)
+                self.slot.cells[:] = arrays
+                self._checked_cells = cells
         except RootstockError as error:
             self._ipi.fail(error)
             return
@@ -279,19 +279,6 @@ class Session(asyncio.BufferedProtocol):
         self._ipi.close()
         self._transport.write_eof()
         asyncio.get_running_loop().call_later(LINGER, self._transport.close)
-
-
-def check_positions(positions: np.ndarray[Any, Any]) -> None:
-    """Refuse positions, (frames, natoms, 3), that are not finite.
-
-    Raises:
-        InvalidStructureError: they are not; it names the first.
-    """
-    if math.isfinite(positions.sum()):  # a sum is finite only if all its terms are
-        return
-    for frame, atom, _ in np.argwhere(~np.isfinite(positions)):
-        where = f" of structure {frame}" if len(positions) > 1 else ""
-        raise InvalidStructureError(f"the position of atom {atom}{where} is {positions[frame, atom].tolist()}.")
 
 
 def check_cells(cells: ipi.FloatArray, pbc: tuple[bool, bool, bool]) -> None:

@@ -112,7 +112,10 @@ class WorkerProcess:
         while self._outbox:
             message, fds = self._outbox[0]
             try:
-                socket.send_fds(self._channel, [message], fds)
+                if fds:
+                    socket.send_fds(self._channel, [message], fds)
+                else:
+                    self._channel.send(message)
             except BlockingIOError:
                 self._blocked = True
                 self._loop.add_writer(self._channel, self._flush)

@@ -143,7 +143,7 @@ class Owner:
                 else:
                     self.side.refuse(verdict, announced=True)
             case ipi.Evaluate(cells):
-                self.events.append(("evaluate", cells.tobytes(), bytes(self.memory)))
+                self.events.append(("evaluate", ipi.read_cells(cells).tobytes(), bytes(self.memory)))
                 if not self.late:
                     self.side.finish()
             case ipi.Send(data):
@@ -303,7 +303,7 @@ def test_positions_under_evaluation_are_not_overwritten():
     side.finish()
     event = side.next_event()
     assert isinstance(event, ipi.Evaluate)
-    assert event.cells.tobytes() == second[0].tobytes()
+    assert ipi.read_cells(event.cells).tobytes() == second[0].tobytes()
     assert place == second[2].tobytes()
 
 
@@ -750,7 +750,7 @@ def test_every_message_in_every_state(state, message):
         told = from_having_data
     if told is ipi.Evaluate:
         assert isinstance(event, ipi.Evaluate)
-        assert event.cells.tobytes() == ONE[0].tobytes()
+        assert ipi.read_cells(event.cells).tobytes() == ONE[0].tobytes()
         assert side.busy
     else:
         assert event == (None if told == NOTHING else told)
@@ -858,7 +858,7 @@ def test_after_a_preset_the_driver_still_says_its_own_init():
     feed(side, posdata(cells, inverses, positions))
     event = side.next_event()
     assert isinstance(event, ipi.Evaluate)
-    assert event.cells.tobytes() == cells.tobytes()
+    assert ipi.read_cells(event.cells).tobytes() == cells.tobytes()
 
 
 def test_positions_that_fit_nowhere_are_an_error_and_then_forgotten():
@@ -999,7 +999,7 @@ class Springs(threading.Thread):
                 self.inits.append(event)
                 self.side.accept(self.batch)
             case ipi.Evaluate(cells):
-                self.cells.append(cells)
+                self.cells.append(ipi.read_cells(cells))
                 self.positions.append(self.slot.positions.copy())
                 self.slot.energies[:] = (self.slot.positions**2).sum(axis=(1, 2))
                 self.slot.forces[:] = -2 * self.slot.positions

@@ -26,9 +26,12 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import json
+import math
 import os
 import signal
 import socket
+import struct
+import sys
 import traceback
 from typing import Any
 
@@ -59,8 +62,20 @@ class _Attached:
             self.refusal = error
 
     def tasks(self) -> list[Task]:
-        """One task a frame."""
+        """One task a frame.
+
+        Raises:
+            EngineError: the engine knows no such system, or positions are not finite.
+        """
+        if self.refusal is not None:
+            raise self.refusal
         cells, positions = self.slot.cells * BOHR, self.slot.positions * BOHR
+        if not is_finite(positions):
+            frame, atom = np.argwhere(~np.isfinite(positions))[0][:2]
+            where = f" of structure {frame}" if self.slot.frames > 1 else ""
+            raise EngineError(
+                "invalid-structure", f"the position of atom {atom}{where} is {positions[frame, atom].tolist()} Å."
+            )
         return [Task(self._system, c, p, self.stress, self.energies) for c, p in zip(cells, positions)]
 
     def store(self, results: list[Result]) -> None:
@@ -84,14 +99,18 @@ class _Attached:
                     raise EngineError("unsupported", "the engine computed no per-atom energies")
                 extra["energies"] = (np.asarray(result.energies, np.float64) / HARTREE).tolist()
             extras.append(json.dumps(extra).encode() if extra else b"")
-        # a sum is finite only if all its terms are
-        if not np.isfinite(slot.energies.sum() + slot.forces.sum() + slot.virials.sum()):
+        if not (is_finite(slot.energies) and is_finite(slot.forces) and is_finite(slot.virials)):
             raise EngineError(
                 "evaluation",
                 "the model gave NaN or infinite numbers for this structure",
                 "Look for atoms that lie on top of each other or far outside what the model was trained on.",
             )
         slot.set_extras(extras)
+
+
+def is_finite(array: np.ndarray) -> bool:
+    """Whether all of a contiguous array's numbers are finite: only then their sum is."""
+    return math.isfinite(np.add.reduce(array.reshape(-1)))
 
 
 class Loop:
@@ -108,42 +127,36 @@ class Loop:
 
     def run(self) -> None:
         """Take messages until the daemon hangs up."""
+        space = socket.CMSG_SPACE(4)
         while True:
-            message, fds, _, _ = socket.recv_fds(self._channel, MESSAGE_SIZE, 1)
+            message, ancillary, _, _ = self._channel.recvmsg(MESSAGE_SIZE, space)
             if not message:
                 return
             kind, body = message[:1], message[1:]
             if kind == b"E":
-                self._evaluate([self._slots[i] for i in np.frombuffer(body, "<i4").tolist()])
+                self._evaluate([self._slots[number] for (number,) in struct.iter_unpack("<i", body)])
                 self._channel.send(message)
             elif kind == b"A":
                 fields = json.loads(body)
-                slot = Slot(fds[0], fields["natoms"], fields["frames"])
+                slot = Slot(int.from_bytes(ancillary[0][2][:4], sys.byteorder), fields["natoms"], fields["frames"])
                 self._slots[fields["slot"]] = _Attached(slot, fields, self._engine)
             elif kind == b"D":
                 self._slots.pop(int.from_bytes(body, "little")).slot.close()
 
     def _evaluate(self, batch: list[_Attached]) -> None:
         """One pass for all; if that fails, one each, so that nobody suffers for a batch mate."""
-        good = [attached for attached in batch if attached.refusal is None]
         try:
-            self._pass(good)
+            self._pass(batch)
         except Exception as error:
-            if len(good) == 1:
-                self._report(good[0], error)
+            if len(batch) == 1:
+                self._report(batch[0], error)
             else:
-                for attached in good:
-                    try:
-                        self._pass([attached])
-                    except Exception as own:
-                        self._report(attached, own)
-        for attached in batch:
-            if attached.refusal is not None:
-                self._report(attached, attached.refusal)
+                for attached in batch:
+                    self._evaluate([attached])
 
     def _pass(self, batch: list[_Attached]) -> None:
         tasks = [attached.tasks() for attached in batch]
-        results = iter(self._engine.evaluate([task for frames in tasks for task in frames]) if batch else [])
+        results = iter(self._engine.evaluate([task for frames in tasks for task in frames]))
         for attached, frames in zip(batch, tasks):
             attached.store([next(results) for _ in frames])
 

@@ -238,7 +238,7 @@ def equations_of_state(calc: Calculator) -> dict[str, dict[str, float]]:
 
 def few_atoms(calc: Calculator) -> dict[str, Any]:
     """Look at lone atoms, pairs out of reach and pairs at all distances."""
-    lone, wall, errs, finite = [], [], [], True
+    lone, walls, errs, finite = [], {}, [], True
     for symbol in METALS:
         one, far = Atoms(symbol), Atoms(f"{symbol}2", positions=[[0, 0, 0], [0, 0, 9.0]])
         want = Atoms(symbol, calculator=EMT()).get_potential_energy()
@@ -254,15 +254,26 @@ def few_atoms(calc: Calculator) -> dict[str, Any]:
             pair.calc, reference.calc = calc, EMT()
             force = float(pair.get_forces()[1, 2])
             finite &= bool(np.isfinite([force, pair.get_potential_energy()]).all())
-            if distance < 0.7 * nearest:
-                wall.append(force)
             if distance > SHORTEST * nearest:
                 errs.append(pair.get_potential_energy() - reference.get_potential_energy())
+        # Inwards from the bulk distance: how high, and where, does the wall end?
+        distances = np.arange(1.0, 0.3, -0.02) * nearest
+        energies = []
+        for distance in distances:
+            pair = Atoms([a, b], positions=[[0, 0, 0], [0, 0, distance]], calculator=calc)
+            energies.append(pair.get_potential_energy())
+        well = int(np.argmin(energies[:11]))
+        falls = np.flatnonzero(np.diff(energies[well:]) < 0)
+        top = well + int(falls[0]) if len(falls) else len(energies) - 1
+        walls[f"{a}-{b}"] = (energies[top] - energies[well], distances[top] / nearest)
+    lowest = min(walls, key=lambda name: walls[name][0])
+    farthest = max(walls, key=lambda name: walls[name][1])
     return {
         "finite": finite,
         "lone_atom_max_error_eV": round(float(max(lone)), 9),
         "pair_energy_rmse_eV": round(float(np.sqrt(np.mean(np.square(errs)))), 4),
-        "pair_least_repulsion_below_0.7_of_bulk_distance_eV_per_A": round(min(wall), 3),
+        "lowest_wall_of_a_pair": [lowest, round(float(walls[lowest][0]), 2)],
+        "wall_ends_at_share_of_bulk_distance": [farthest, round(float(walls[farthest][1]), 2)],
     }
 
 
