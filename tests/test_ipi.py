@@ -186,9 +186,8 @@ def driver_scripts(draw: st.DrawFn) -> Script:
         events.append(("init", bead, text))
         refused = draw(st.integers(0, 4)) == 0
         batch = draw(st.sampled_from([1, 1, 2, 3]))
-        batch_known = next((v for v in reversed(verdicts) if isinstance(v, int)), 1)
         verdicts.append(TROUBLE if refused else batch)
-        batch = batch_known if refused else batch
+        batch = 1 if refused else batch
         state = "NEEDINIT" if refused else "READY"
         plan.append(("INIT", len(text), "refused" if refused else batch))
         for what in draw(st.lists(st.sampled_from(["STATUS", "POSDATA", "step", "step"]), max_size=5)):
@@ -387,6 +386,16 @@ def test_an_engine_byte_by_byte(batch):
         ("result", energies.tobytes(), 3, forces.tobytes(), virials.tobytes(), extras),
         ("failure", EvaluationError, TROUBLE.message, TROUBLE.hint),
     ]
+
+
+def test_a_refused_batch_is_read_in_the_layout_it_was_announced_in():
+    side = ipi.EngineSide(lambda _: pytest.fail("positions of a refused system have no place"))
+    feed(side, init(b""))
+    assert isinstance(side.next_event(), ipi.Init)
+    side.refuse(TROUBLE, 2, announced=True)
+    feed(side, posdata(*structures(2, 3, seed=1)) + GETFORCE + STATUS)
+    assert side.next_event() == ipi.Send(error(TROUBLE.to_json()))
+    assert side.next_event() == ipi.Send(word("NEEDINIT"))
 
 
 @pytest.mark.parametrize(
