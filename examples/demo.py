@@ -31,7 +31,7 @@ MODEL = "mace-emt-small"
 DTYPE = "float64"
 JOBS = {"NVE of Cu": "md_nve.py", "relaxation of Cu3Au": "relax_alloy.py", "E(V) of Ni": "equation_of_state.py"}
 PATIENCE = 600  # seconds for any one thing
-TIMED_STEPS = 11
+TURNS, TURN_STEPS, UNCOUNTED = 4, 7, 2
 DYNAMICS_TIME = 20  # seconds that the dynamics may take on an idle machine; its number of steps follows
 
 # What a job does until its first force, and then one step for each line it is sent. The two differ in one line only.
@@ -188,11 +188,16 @@ def measure(folder: Path, device: str) -> dict[str, Any]:
             jobs[way].answer()
             first[way] = time.perf_counter() - start
             console.print(f"first force, {way}: {first[way]:.1f} s")
-        # in turn, so that whatever else the machine does is shared fairly; the first ones still warm torch up
-        for seed in range(1, TIMED_STEPS + 4):
+        # a few steps each in turn, so that whatever else the machine does is shared fairly; the first ones of a turn
+        # do not count: the other side's threads still spin, waiting for work
+        for turn in range(TURNS):
+            seeds = range(1 + turn * TURN_STEPS, 1 + (turn + 1) * TURN_STEPS)
             for way, job in jobs.items():
-                answers[way].append(job.ask(seed))
-    steps = {way: statistics.median(seconds for seconds, _, _ in answers[way][3:]) for way in setups}
+                answers[way] += [job.ask(seed) for seed in seeds]
+    steps = {
+        way: statistics.median(answer[0] for i, answer in enumerate(answers[way]) if i % TURN_STEPS >= UNCOUNTED)
+        for way in setups
+    }
     console.print(f"step, daemon: {1000 * steps['daemon']:.1f} ms, process: {1000 * steps['process']:.1f} ms\n")
     pairs = list(zip(answers["daemon"], answers["process"], strict=True))
     return {
