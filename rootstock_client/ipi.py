@@ -254,8 +254,9 @@ class EngineSide:
             self._state, self._error = _State.HAVEDATA, error
 
     def close(self) -> None:
-        """Nothing more is read."""
+        """Nothing more is read, and nothing is kept: the reader holds on to its owner's memory."""
         self._state = _State.CLOSED
+        self._reader.close()
 
     def next_event(self) -> Event | None:
         """The next thing for the owner to do, or None when more bytes, or the evaluation's end, must come first.

@@ -98,6 +98,12 @@ class MessageReader(Generic[Message]):
                 return None
             self._need = None
 
+    def close(self) -> None:
+        """Give back all memory: what was staged, and what was to be filled. No call may follow."""
+        self._grammar.close()
+        self._need = self._answer = None
+        self._staging = _NOTHING
+
     def _advance(self) -> int | memoryview | Skip | Message:
         if not self._started:
             self._started = True

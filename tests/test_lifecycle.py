@@ -19,6 +19,7 @@ from ase.build import bulk
 from ase.calculators.emt import EMT
 
 from conftest import RunningDaemon, open_descriptors, rootstockd
+from rootstock_client import ipi
 from rootstock_client.errors import ConnectionLostError, DaemonNotFoundError, DrainingError, EvaluationError
 
 
@@ -288,6 +289,27 @@ def test_foreground_ends_with_a_signal(runtime_folder: Path) -> None:
         assert process.wait(20) == 0
         assert process.stderr is not None
         assert "stopped" in process.stderr.read()
+
+
+def test_clients_that_die_anywhere_in_a_message_leave_nothing(own_daemon: RunningDaemon) -> None:
+    """Not even until the garbage collector next runs."""
+    pid, worker = own_daemon.client().status()["pid"], own_daemon.model("emt")["pid"]
+    system = {"rootstock": 1, "model": "emt", "numbers": [29] * 1000, "pbc": [False] * 3}
+    positions = np.arange(3000.0).reshape(-1, 3)
+    stream = ipi.init_frame(json.dumps(system).encode())
+    stream += ipi.posdata_head(np.eye(3), np.eye(3), 1000) + positions.tobytes() + ipi.GETFORCE
+
+    def die(times: int) -> None:
+        for part in np.linspace(0, 1, times):
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.connect(str(own_daemon.socket))
+                sock.sendall(stream[: round(part * len(stream))])
+        wait_for(lambda: not own_daemon.client().status()["sessions"])
+
+    die(2)
+    before = open_descriptors(pid), open_descriptors(worker)
+    die(100)
+    wait_for(lambda: open_descriptors(pid) <= before[0] and open_descriptors(worker) <= before[1], timeout=5)
 
 
 def test_sessions_that_come_and_go_leave_nothing(own_daemon: RunningDaemon) -> None:

@@ -225,7 +225,7 @@ def make_liquid(rng: np.random.Generator) -> Atoms:
 
 
 def make_compressed(rng: np.random.Generator) -> Atoms:
-    """Make a cell far from its volume, so that no hole lies at short distances."""
+    """Make a cell far from its own volume, mostly to learn the repulsion."""
     atoms = make_alloy(rng) if rng.random() < 0.6 else make_pure(rng)
     atoms.set_cell(atoms.cell * rng.uniform(0.78, 1.25), scale_atoms=True)
     return atoms
