@@ -7,6 +7,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
@@ -21,7 +22,7 @@ BIN := $(VENV)/bin
 # so that the demo and the tests find the command `rootstockd` of this environment
 RUN := PATH="$(abspath $(BIN)):$$PATH"
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test bench lint format clean
 
 help: ## this list
 	@echo "make TARGET [VENV=$(VENV)] [PYTHON=$(PYTHON)]"
@@ -33,6 +34,9 @@ demo: $(DEMO_STAMP) ## start a daemon on this machine, run a few jobs with it, s
 
 test: $(TEST_STAMP) lint ## ruff, mypy and the tests
 	@$(RUN) $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: $(DEMO_STAMP) ## measure on this machine, next to others (BENCH_ARGS=--quick: minutes)
+	@$(RUN) $(BIN)/python -m benchmarks.run_local $(BENCH_ARGS)
 
 lint: $(TEST_STAMP) ## ruff and mypy alone
 	@$(BIN)/ruff check
