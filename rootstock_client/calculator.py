@@ -43,6 +43,7 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         head: which of the model's heads.
     """
 
+    discard_results_on_any_change = True
     implemented_properties: ClassVar[list[str]] = ["energy", "free_energy", "forces", "energies", "stress"]
 
     def __init__(
@@ -54,6 +55,7 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
 
     def _connect(self, socket: Path) -> None:
         self._connection = Connection(socket)
+        self._pid = os.getpid()
         self._lock = threading.RLock()
         self._seen: Snapshot | None = None
         self._box: Box | None = None
@@ -87,6 +89,8 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         """
         if name not in self.implemented_properties:
             raise PropertyNotImplementedError(f"{name} is not among what rootstockd computes")
+        if self._pid != os.getpid():  # after a fork: the session is the parent's, and a lock may be held for ever
+            self._connect(self._connection.path)
         with self._lock:
             if atoms is not None and (self._seen is None or self._seen.changes(atoms)):
                 self._seen, self.results = None, {}
@@ -146,7 +150,7 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
     def _describe(self, snapshot: Snapshot, box: Box, wanted: frozenset[str]) -> bytes:
         """The INIT text; made anew only when something in it has changed."""
         electrons = (snapshot.charge, snapshot.spin)
-        system = (snapshot.numbers, snapshot.pbc, box.left_handed, electrons, wanted)
+        system = (snapshot.numbers, snapshot.pbc, box.left_handed, electrons, wanted, dict(self.parameters))
         if system != self._system:
             fields = {
                 "rootstock": PROTOCOL_VERSION,
@@ -176,7 +180,7 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        hidden = ("_connection", "_lock", "_seen", "_box", "_asked", "_asked_before", "_system", "_init")
+        hidden = ("_connection", "_pid", "_lock", "_seen", "_box", "_asked", "_asked_before", "_system", "_init")
         state = {key: value for key, value in self.__dict__.items() if key not in hidden}
         return {**state, "_socket": self._connection.path}
 

@@ -32,6 +32,10 @@ def connect(path: Path) -> socket.socket:
     return sock
 
 
+_AS_SENT = ipi.Limits(atoms=2**31 - 1)
+"""How many atoms are right is for the daemon to say, and for _Target: just as many as were sent."""
+
+
 class _Target:
     """Where a step's forces go. Not a method of Connection: that would be a cycle, and sessions would stay open."""
 
@@ -59,7 +63,7 @@ class Connection:
         self._pid = 0
         self._init = b""
         self._target = _Target()
-        self._side = ipi.DriverSide(self._target)
+        self._side = ipi.DriverSide(self._target, limits=_AS_SENT)
 
     def evaluate(self, init: bytes, head: bytes, positions: ipi.FloatArray, forces: ipi.FloatArray) -> ipi.ForceReady:
         """One step: send a structure, wait for its result.
@@ -84,9 +88,9 @@ class Connection:
                     return self._exchange(self._sock, init, head, positions)
                 except ConnectionLostError:
                     pass  # the daemon was restarted since: an evaluation can be asked for again
-            self._sock = connect(self.path)
+            self._side = ipi.DriverSide(self._target, limits=_AS_SENT)
             self._pid = os.getpid()
-            self._side = ipi.DriverSide(self._target)
+            self._sock = connect(self.path)
             return self._exchange(self._sock, init, head, positions)
 
     def _exchange(self, sock: socket.socket, init: bytes, head: bytes, positions: ipi.FloatArray) -> ipi.ForceReady:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket as socketlib
 import stat
 from pathlib import Path
 
@@ -51,26 +52,35 @@ def is_private(folder: Path, *owners: int) -> bool:
     return stat.S_ISDIR(info.st_mode) and info.st_uid in owners and not info.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
+def _answers(path: Path) -> bool:
+    """Whether somebody listens: a daemon that was killed leaves its socket behind."""
+    with socketlib.socket(socketlib.AF_UNIX, socketlib.SOCK_STREAM) as probe:
+        return probe.connect_ex(os.fspath(path)) == 0
+
+
 def find_socket(socket: str | os.PathLike[str] | None = None) -> Path:
     """The session socket to use, by the order that this module's documentation gives.
 
-    An address that was given outright (argument or environment) is returned as it is, whether or not a daemon is
-    there; the two folders are searched.
+    An address that was given outright (argument or environment) is taken, whether or not a daemon is there; the two
+    folders are searched, and one where a daemon answers goes first.
 
     Raises:
         DaemonNotFoundError: no socket was found.
     """
     if socket is not None:
-        return Path(socket)
+        return Path(socket).absolute()
     if named := os.environ.get(SOCKET_VARIABLE):
-        return Path(named)
+        return Path(named).absolute()
     user = user_runtime_dir()
+    found = []
     if is_private(user, os.getuid()) and (user / SOCKET_NAME).is_socket():
-        return user / SOCKET_NAME
+        found.append(user / SOCKET_NAME)
     system = SYSTEM_DIR / SOCKET_NAME
     with contextlib.suppress(OSError):  # a folder that we may not even look into has nothing for us
         if system.is_socket() and is_private(SYSTEM_DIR, 0, system.lstat().st_uid):
-            return system
+            found.append(system)
+    if found:
+        return next((path for path in found if _answers(path)), found[0])
     raise DaemonNotFoundError(
         f"no rootstockd found: no socket in {user} or {SYSTEM_DIR}, and {SOCKET_VARIABLE} is not set.",
         START_HINT,

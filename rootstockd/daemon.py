@@ -51,7 +51,8 @@ class Daemon:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.catalogue = Catalogue.load(config.catalogues)
-        self.limits = ipi.Limits(atoms=config.max_atoms)
+        # atomic numbers take up to four bytes each; the rest of an INIT is short
+        self.limits = ipi.Limits(atoms=config.max_atoms, init=64 * 1024 + 5 * config.max_atoms)
         self.fleet: dict[WorkerKey, Supervisor] = {}
         self.sessions: set[Session] = set()
         self.state = "starting"
@@ -116,7 +117,7 @@ class Daemon:
         log.info("draining: %d sessions", len(self.sessions))
         deadline = time.monotonic() + self.config.drain_timeout
         while not self._force.is_set() and time.monotonic() < deadline:
-            if not any(session.state == "busy" for session in self.sessions):
+            if not any(session.under_way for session in self.sessions):
                 break
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._force.wait(), 0.02)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 
 from rootstock_client.errors import InvalidInitError, InvalidStructureError
 
@@ -25,7 +25,7 @@ class InitRequest(BaseModel):
     """Version of this protocol."""
     model: str = Field(max_length=200)
     """Catalogue name."""
-    numbers: list[Annotated[int, Field(ge=1, le=118)]]
+    numbers: Annotated[list[Annotated[int, Field(ge=1, le=118)]], FailFast()]
     """Atomic number of each atom."""
     pbc: tuple[bool, bool, bool]
     charge: Annotated[float, Field(allow_inf_nan=False)] | None = None
@@ -97,5 +97,5 @@ def parse_init(text: bytes, preset: InitRequest | None) -> InitRequest:
 
 
 def _describe(problem: Any) -> str:
-    where = ".".join(map(str, problem["loc"]))
-    return f"INIT can't be read: {where + ': ' if where else ''}{problem['msg']}."
+    where = ".".join(map(str, problem["loc"]))[:100]
+    return f"INIT can't be read: {where + ': ' if where else ''}{problem['msg'][:300]}."

@@ -102,6 +102,11 @@ class Session(asyncio.BufferedProtocol):
             return "busy"
         return "idle" if self.request is not None else "new"
 
+    @property
+    def under_way(self) -> bool:
+        """An evaluation waits for the worker or is at it; not one that waits for its driver to read the last result."""
+        return self._evaluation is not None and not self._writing_paused
+
     # --- the transport's side
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -131,6 +136,7 @@ class Session(asyncio.BufferedProtocol):
         self._writing_paused = False
         if self._evaluation is not None:
             self._submit()
+        self._advance()
 
     def eof_received(self) -> None:
         return None  # the transport closes itself
@@ -145,7 +151,8 @@ class Session(asyncio.BufferedProtocol):
     def _advance(self) -> None:
         """Do all that can be done with what has come."""
         try:
-            while not self._closing and (event := self._ipi.next_event()) is not None:
+            # a driver that does not read its answers gets no more of them
+            while not (self._closing or self._writing_paused) and (event := self._ipi.next_event()) is not None:
                 match event:
                     case ipi.SendResult():
                         self._transport.write(self.slot.reply)
@@ -186,8 +193,13 @@ class Session(asyncio.BufferedProtocol):
                 )
             model = self._host.open_model(request)
             self._release()
-            self._bind(request, model)
+            try:
+                self._bind(request, model)
+            except OSError as error:
+                raise LimitError(f"the daemon has no room for another system: {error.strerror}.") from error
         except RootstockError as error:
+            self._release()
+            self.request = None
             batch_size, preset = (request.batch_size, request.preset) if request else (1, False)
             self._ipi.refuse(error, batch_size, announced=(json or self._ipi.announced) and not preset)
             return
@@ -294,7 +306,7 @@ def check_cells(cells: ipi.FloatArray, pbc: tuple[bool, bool, bool]) -> None:
     for cell in cells:
         vectors = cell[list(pbc)]
         lengths = np.linalg.norm(vectors, axis=1)
-        if np.linalg.det(vectors @ vectors.T) <= (1e-6 * lengths.prod()) ** 2:
+        if not np.linalg.det(vectors @ vectors.T) > (1e-6 * lengths.prod()) ** 2:
             raise InvalidStructureError(
                 f"the system is periodic (pbc {list(pbc)}), but its lattice vectors span no volume.",
                 "Set a cell, or switch pbc off.",

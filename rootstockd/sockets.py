@@ -10,7 +10,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from rootstock_client.runtime_dir import MAX_SOCKET_PATH, is_private
+from rootstock_client.runtime_dir import MAX_SOCKET_PATH, SYSTEM_DIR, is_private
 
 
 class AddressError(Exception):
@@ -24,7 +24,9 @@ def make_runtime_dir(folder: Path) -> None:
         AddressError: it can't be made, or somebody else could put sockets of theirs into it.
     """
     try:
-        folder.mkdir(mode=0o755 if os.getuid() == 0 else 0o700, parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder == SYSTEM_DIR:
+            folder.chmod(0o755)  # whatever the umask: all users of the machine come here
     except OSError as error:
         raise AddressError(f"can't make the folder {folder} for the socket: {error.strerror}.") from error
     if not is_private(folder, os.getuid(), 0):

@@ -9,7 +9,7 @@ import logging
 import time
 from typing import Any, Protocol
 
-from rootstock_client.errors import EvaluationError, ModelLoadError, RootstockError, error_from_code
+from rootstock_client.errors import EvaluationError, LimitError, ModelLoadError, RootstockError, error_from_code
 from rootstockd.scheduler import Evaluation, Scheduler
 from rootstockd.worker.engines import EngineInfo, ModelSpec
 from rootstockd.worker.slots import Slot
@@ -99,10 +99,20 @@ class Supervisor:
 
     def _dispatch(self) -> None:
         if self.state is State.READY and self._worker is not None and (batch := self.scheduler.next_batch()):
-            for evaluation in batch:
+            refused: list[tuple[Client, LimitError]] = []
+            for evaluation in list(batch):
                 owner = evaluation.owner
-                self._worker.attach(owner.number, owner.slot, owner.settings)
-            self._worker.evaluate([evaluation.owner.number for evaluation in batch])
+                try:
+                    self._worker.attach(owner.number, owner.slot, owner.settings)
+                except OSError as error:
+                    batch.remove(evaluation)
+                    refused.append((owner, LimitError(f"the daemon can't hand over this structure: {error.strerror}.")))
+            if batch:
+                self._worker.evaluate([evaluation.owner.number for evaluation in batch])
+            for owner, refusal in refused:
+                owner.evaluated(refusal)
+            if refused and not batch:
+                self._dispatch()
 
     def _on_message(self, kind: bytes, body: bytes) -> None:
         if kind == b"E":
@@ -155,7 +165,7 @@ class Supervisor:
         """One worker from its start to its end; how it ended."""
         try:
             self._worker = await WorkerProcess.start(self.spec, self._environment, self._on_message)
-        except OSError as error:
+        except Exception as error:  # or the model would count as loading for ever
             return f"it could not be started: {error}"
         if self._stopping:
             self._worker.kill()

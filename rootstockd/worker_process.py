@@ -51,7 +51,12 @@ class WorkerProcess:
                 *arguments,
                 stdin=asyncio.subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
-                env={**os.environ, "PYTHONPATH": package, "PYTHONUNBUFFERED": "1", **environment},
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])),
+                    "PYTHONUNBUFFERED": "1",
+                    **environment,
+                },
                 cwd="/",
             )
         except BaseException:
@@ -68,11 +73,15 @@ class WorkerProcess:
         return self._process.pid
 
     def attach(self, number: int, slot: Slot, fields: dict[str, Any]) -> None:
-        """Hand it a slot, unless it has that one already."""
+        """Hand it a slot, unless it has that one already.
+
+        Raises:
+            OSError: there is no file descriptor left.
+        """
         if number not in self._attached:
-            self._attached.add(number)
             message = {"slot": number, "natoms": slot.natoms, "frames": slot.frames, **fields}
             self._send(b"A" + json.dumps(message).encode(), [slot.fd])
+            self._attached.add(number)
 
     def detach(self, number: int) -> None:
         """Have it forget a slot."""

@@ -227,6 +227,39 @@ def test_fork_in_the_middle(daemon: RunningDaemon) -> None:
     subprocess.run([sys.executable, "-c", FORKING, str(daemon.socket)], check=True, timeout=60)
 
 
+FORKING_IN_A_STEP = """
+import os, sys, threading
+from ase.build import bulk
+from rootstock_client import RootstockClient
+
+atoms = bulk("Cu", cubic=True)
+calculator = atoms.calc = RootstockClient(sys.argv[1]).calculator("emt")
+atoms.get_forces()
+with calculator._lock, calculator._connection._lock:  # as another thread in the middle of its step has them
+    child = os.fork()
+    if child == 0:
+        thread = threading.Thread(target=lambda: (atoms.rattle(0.1), atoms.get_forces()), daemon=True)
+        thread.start()
+        thread.join(20)
+        os._exit(thread.is_alive())
+_, status = os.waitpid(child, 0)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+def test_fork_while_another_thread_is_in_a_step(daemon: RunningDaemon) -> None:
+    subprocess.run([sys.executable, "-c", FORKING_IN_A_STEP, str(daemon.socket)], check=True, timeout=60)
+
+
+def test_another_model_by_set(daemon: RunningDaemon) -> None:
+    atoms = copper()
+    atoms.calc = daemon.client().calculator("mace-emt-small")
+    before = atoms.get_potential_energy()
+    atoms.calc.set(model="emt")
+    same(atoms)
+    assert atoms.get_potential_energy() != before
+
+
 def test_threads_share_a_client_and_a_calculator(daemon: RunningDaemon) -> None:
     client = daemon.client()
     shared = client.calculator("emt")

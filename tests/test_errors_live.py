@@ -259,12 +259,57 @@ def test_no_daemon(tmp_path, monkeypatch) -> None:
         RootstockClient(tmp_path / "gone.sock").status()
 
 
+SLOPPY = """
+import numpy as np
+from ase.calculators.calculator import Calculator
+
+
+class Sloppy(Calculator):
+    implemented_properties = ["energy", "forces", "stress"]
+    forces = np.zeros((1, 3))
+
+    def calculate(self, atoms=None, properties=("energy",), system_changes=()):
+        self.forces[:] = -atoms.positions  # the same array for each result
+        self.results.update(energy=float((atoms.positions**2).sum() / 2), forces=self.forces)
+        if "stress" in properties:
+            self.results["stress"] = np.ones(6)
+"""
+
+
+def test_a_calculator_that_is_careless_with_its_results(start_daemon, tmp_path, monkeypatch) -> None:
+    """One array for all its results, and last time's left among this time's: no session sees another's numbers."""
+    (tmp_path / "sloppy.py").write_text(SLOPPY)
+    (tmp_path / "more.toml").write_text('[sloppy]\nfamily = "ase"\narguments = { calculator = "sloppy:Sloppy" }\n')
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    daemon = start_daemon("--catalogue", str(tmp_path / "more.toml"))
+    frames = np.array([[[1.0, 0, 0]], [[5.0, 0, 0]]])
+    got = np.zeros_like(frames)
+    side = ipi.DriverSide(lambda _: memoryview(got).cast("B"), batch_size=2)
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(str(daemon.socket))
+        system = {"rootstock": 1, "model": "sloppy", "numbers": [29], "pbc": [True] * 3, "batch_size": 2}
+        cells = np.array([np.eye(3) * 9] * 2)
+        sock.sendall(ipi.init_frame(json.dumps(system).encode()) + ipi.posdata_batch_head(cells, cells, 1))
+        sock.sendall(frames.tobytes() + ipi.GETFORCE)
+        side.expect(ipi.GETFORCE)
+        while side.next_message() is None:
+            side.received(sock.recv_into(side.get_buffer()))
+    assert got[1, 0, 0] == pytest.approx(5 * got[0, 0, 0])
+    atoms = Atoms("Cu", [[1, 0, 0]], cell=[5, 5, 5], pbc=True)
+    atoms.calc = daemon.client().calculator("sloppy")
+    atoms.get_stress()
+    atoms.calc = daemon.client().calculator("sloppy")
+    atoms.get_forces()
+    assert "stress" not in atoms.calc.results
+
+
 def test_batch_mates_are_unharmed(daemon: RunningDaemon) -> None:
     """One structure that fails inside a pass of several: the others get their numbers."""
     good, bad = copper(), Atoms("Cu2", [[0, 0, 0], [0, 0, 0]])
     calculators = [daemon.client().calculator("emt") for _ in range(6)]
     reference = copper()
     reference.calc = EMT()
+    forces = reference.get_forces()
 
     from concurrent.futures import ThreadPoolExecutor
 
@@ -274,7 +319,7 @@ def test_batch_mates_are_unharmed(daemon: RunningDaemon) -> None:
         for _ in range(20):
             atoms.calc.results.clear()
             if number:
-                np.testing.assert_allclose(atoms.get_forces(), reference.get_forces(), atol=1e-9)
+                np.testing.assert_allclose(atoms.get_forces(), forces, atol=1e-9)
             else:
                 with pytest.raises(EvaluationError):
                     atoms.get_forces()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -289,6 +290,31 @@ def test_foreground_ends_with_a_signal(runtime_folder: Path) -> None:
         assert process.wait(20) == 0
         assert process.stderr is not None
         assert "stopped" in process.stderr.read()
+
+
+def test_a_request_that_never_ends_does_not_keep_the_daemon_from_ending(own_daemon: RunningDaemon) -> None:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(str(own_daemon.socket.with_suffix(".control")))
+        sock.sendall(b"POST /v1/stop HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        assert own_daemon.run("stop", timeout=20).returncode == 0
+
+
+def test_a_driver_that_reads_nothing_gets_no_more_than_one_answer(own_daemon: RunningDaemon) -> None:
+    """Its requests wait in its own socket; the daemon's memory does not grow with them."""
+    process = psutil.Process(own_daemon.client().status()["pid"])
+    before = process.memory_info().rss
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(str(own_daemon.socket))
+        sock.setblocking(False)
+        sock.sendall(ipi.init_frame(json.dumps({"rootstock": 1, "k" * 60_000: 1}).encode()))
+        sent = 0
+        with contextlib.suppress(BlockingIOError):
+            while sent < 10_000_000:
+                sent += sock.send(100 * ipi.GETFORCE)
+                time.sleep(0.0005)
+        assert sent < 10_000_000
+        assert process.memory_info().rss - before < 20e6
+        assert own_daemon.client().status()["state"] == "ready"
 
 
 def test_clients_that_die_anywhere_in_a_message_leave_nothing(own_daemon: RunningDaemon) -> None:

@@ -118,8 +118,12 @@ def launch(config: Config) -> None:
         Refused: it can't start, or none of the models it was to load can be loaded.
     """
     assert config.log_file is not None
-    config.log_file.parent.mkdir(parents=True, exist_ok=True)
-    with config.log_file.open("ab") as log:
+    try:
+        config.log_file.parent.mkdir(parents=True, exist_ok=True)
+        log = config.log_file.open("ab")
+    except OSError as error:
+        raise Refused(f"can't write the log {config.log_file}: {error.strerror}. Choose another --log-file.") from error
+    with log:
         position = log.tell()
         process = subprocess.Popen(
             [sys.executable, "-m", "rootstockd.serve", config.model_dump_json()],
@@ -137,19 +141,20 @@ def launch(config: Config) -> None:
         raise
     broken = [model for model in status.models if model.error]
     for model in broken:
-        console.print(f"[red]{model.name}: {model.error}[/]")
+        console.print(f"{model.name}: {model.error}", style="red", markup=False)
     if broken and len(broken) == len(status.models):
         end(config.socket, force=True)
         process.wait()
         raise Refused("no model could be loaded, so the daemon was stopped again.")
-    loaded = [model.name for model in status.models if not model.error]
+    loaded = [model.name for model in status.models if model.state == "ready"]
     name = loaded[0] if loaded else "mace-emt-small"
     console.print(
-        f"[green]ready[/] on {config.device}, models loaded: {', '.join(loaded) or 'none yet'}\n\n"
+        f"ready on {config.device}, models loaded: {', '.join(loaded) or 'none yet'}\n\n"
         f"  from rootstock_client import RootstockClient\n"
         f'  atoms.calc = RootstockClient().calculator("{name}")\n\n'
         f"socket  {config.socket}\nlog     {config.log_file}",
         soft_wrap=True,
+        markup=False,
     )
 
 
@@ -166,7 +171,7 @@ def wait_until_ready(process: subprocess.Popen[bytes], config: Config, log_posit
             except RootstockError:
                 status = None
             if status is not None and status.pid == process.pid:
-                if status.state != "starting":
+                if status.state == "ready":
                     return status
                 loading = [model.name for model in status.models if model.state == "loading"]
                 spinner.update(f"loading {', '.join(loading)}")

@@ -7,6 +7,7 @@ from collections import deque
 from pathlib import Path
 
 import click
+from rich.markup import escape
 from rich.table import Table
 
 from rootstock_client.errors import RootstockError
@@ -56,7 +57,7 @@ def show(daemon: DaemonStatus) -> None:
     for model in daemon.models:
         restarts = f", {model.restarts} restarts" if model.restarts else ""
         models.add_row(
-            model.name,
+            escape(model.name),
             model.dtype,
             f"[{_STATE_COLOUR[model.state]}]{model.state}[/]{restarts}",
             str(model.sessions),
@@ -68,7 +69,7 @@ def show(daemon: DaemonStatus) -> None:
     console.print(models if daemon.models else "no model is loaded; the first session that asks for one loads it")
     for model in daemon.models:
         if model.error:
-            console.print(f"[red]{model.name}: {model.error}[/]")
+            console.print(f"{model.name}: {model.error}", style="red", markup=False)
     if daemon.sessions:
         show_sessions(daemon)
 
@@ -85,7 +86,7 @@ def show_sessions(daemon: DaemonStatus) -> None:
             str(session.id),
             session.user,
             str(session.pid),
-            session.model or "-",
+            escape(session.model or "-"),
             session.state,
             str(session.natoms or "-"),
             str(session.evaluations),
@@ -98,7 +99,9 @@ def show_sessions(daemon: DaemonStatus) -> None:
 
 @click.command()
 @socket_option
-@click.option("-n", "--lines", default=50, show_default=True, help="How many of the last lines.")
+@click.option(
+    "-n", "--lines", type=click.IntRange(min=0), default=50, show_default=True, help="How many of the last lines."
+)
 @click.option("-f", "--follow", is_flag=True, help="Go on as new lines come.")
 def logs(socket: Path | None, lines: int, follow: bool) -> None:
     """Show the log of a daemon, which may have ended."""

@@ -112,7 +112,9 @@ class ControlServer(uvicorn.Server):
     """uvicorn on the daemon's own loop and socket; signals stay the daemon's."""
 
     def __init__(self, daemon: Daemon, sock: socket.socket) -> None:
-        super().__init__(uvicorn.Config(make_app(daemon), log_config=None, access_log=False, lifespan="off"))
+        config = uvicorn.Config(make_app(daemon), log_config=None, access_log=False, lifespan="off")
+        config.timeout_graceful_shutdown = 1  # a request that never ends must not keep the daemon from ending
+        super().__init__(config)
         self._sock = sock
 
     async def run_until_stopped(self) -> None:

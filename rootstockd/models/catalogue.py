@@ -13,7 +13,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from ase.data import atomic_numbers
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 
 from rootstock_client.errors import UnknownModelError
 
@@ -45,8 +46,15 @@ class Entry(BaseModel):
     """Used where the session does not ask for one."""
     licence: str = ""
     aliases: tuple[str, ...] = ()
-    arguments: dict[str, Any] = Field(default_factory=dict)
+    arguments: dict[str, JsonValue] = Field(default_factory=dict)
     """What else the family's `load` takes."""
+
+    @field_validator("elements")
+    @classmethod
+    def _known(cls, symbols: tuple[str, ...]) -> tuple[str, ...]:
+        if unknown := [symbol for symbol in symbols if symbol not in atomic_numbers]:
+            raise ValueError(f"there is no element {', '.join(unknown)}")
+        return symbols
 
 
 class Catalogue(Mapping[str, Entry]):

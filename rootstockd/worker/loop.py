@@ -23,6 +23,7 @@ E   int32 slots                                      the batch is done; results 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import json
@@ -140,6 +141,7 @@ class Loop:
                 fields = json.loads(body)
                 slot = Slot(int.from_bytes(ancillary[0][2][:4], sys.byteorder), fields["natoms"], fields["frames"])
                 self._slots[fields["slot"]] = _Attached(slot, fields, self._engine)
+                del slot
             elif kind == b"D":
                 self._slots.pop(int.from_bytes(body, "little")).slot.close()
 
@@ -162,7 +164,8 @@ class Loop:
 
     def _report(self, attached: _Attached, error: Exception) -> None:
         if not isinstance(error, EngineError):
-            traceback.print_exception(type(error), error, error.__traceback__)  # into the daemon's log
+            with contextlib.suppress(OSError):  # into the daemon's log, which may be full
+                traceback.print_exception(type(error), error, error.__traceback__)
             error = EngineError("evaluation", f"the engine failed: {type(error).__name__}: {error}")
         send(self._channel, b"F", {"slot": attached.number, **error_fields(error)})
 
@@ -190,7 +193,8 @@ def main(channel: socket.socket, spec: ModelSpec) -> int:
     try:
         engine = load_engine(spec)
     except EngineError as error:
-        traceback.print_exc()
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
         send(channel, b"X", error_fields(error))
         return 1
     send(channel, b"R", dataclasses.asdict(engine.info))

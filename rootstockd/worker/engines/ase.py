@@ -49,15 +49,16 @@ class AseEngine:
         wanted = ["energy", "forces"] + ["stress"] * task.stress + ["energies"] * task.energies
         if missing := [name for name in wanted if name not in self.info.properties]:
             raise EngineError("unsupported", f"model {self._name!r} computes no {' and no '.join(missing)}")
+        self._calculator.results = {}  # or what another session asked for would count as computed for this one
         properties = self._calculator.calculate_properties(atoms, wanted)
         virial = None
         if task.stress:
             virial = -voigt_6_to_full_3x3_stress(properties["stress"]) * atoms.get_volume()
         return Result(
             energy=float(properties["energy"]),
-            forces=np.asarray(properties["forces"]),
+            forces=np.array(properties["forces"]),  # a copy: some calculators write each result into the same array
             virial=virial,
-            energies=np.asarray(properties["energies"]) if task.energies else None,
+            energies=np.array(properties["energies"]) if task.energies else None,
         )
 
 

@@ -1,0 +1,1 @@
+"""Benchmarks of rootstockd against what else there is. `python -m benchmarks.run_local --help`."""

@@ -1,0 +1,79 @@
+"""What a result was measured on and with: enough to judge it by, nothing that names the machine."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks.common import REPOSITORY
+
+PACKAGES = ("numpy", "ase", "torch", "mace-torch", "e3nn", "uvloop", "psutil", "matplotlib")
+
+
+def gpus() -> list[str]:
+    """The NVIDIA GPUs of this machine, by model."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    done = subprocess.run(
+        [program, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    return done.stdout.splitlines() if done.returncode == 0 else []
+
+
+def hardware(cpus: list[int]) -> dict[str, Any]:
+    """CPUs, memory, GPUs."""
+    model = platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return {
+        "cpu": model,
+        "architecture": platform.machine(),
+        "cpus": os.cpu_count(),
+        "cpus used": len(cpus),
+        "memory / GB": round(psutil.virtual_memory().total / 1e9, 1),
+        "gpus": gpus(),
+        "load average at the start": [round(load, 2) for load in os.getloadavg()],
+    }
+
+
+def software() -> dict[str, str]:
+    """Versions."""
+    found = {"python": platform.python_version(), "kernel": platform.release(), "rootstockd": _version()}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def _version() -> str:
+    import rootstockd  # noqa: PLC0415
+
+    return rootstockd.__version__
+
+
+def commit() -> str:
+    """The commit, and whether the tree has other changes than in the benchmarks and documents."""
+    git = shutil.which("git")
+    if git is None or not (REPOSITORY / ".git").exists():
+        return "unknown"
+
+    def said(*arguments: str) -> str:
+        done = subprocess.run([git, *arguments], cwd=REPOSITORY, check=False, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    changed = said("status", "--porcelain", "--", "rootstockd", "rootstock_client")
+    return said("rev-parse", "HEAD") + (" with changes" if changed else "")
