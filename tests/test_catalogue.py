@@ -74,7 +74,7 @@ def test_the_nearest_names_are_suggested(write, name, suggested):
         catalogue.resolve(name)
     assert repr(name) in caught.value.message
     assert re.search(rf"Did you mean .*\b{suggested}\b.*\?", caught.value.hint)
-    assert "It has: emt, lj, mace-emt-small, noop, proper." in caught.value.hint
+    assert "It has: emt, lj, mace-emt-small, proper." in caught.value.hint
     with pytest.raises(KeyError):
         catalogue[name]
 

@@ -12,7 +12,7 @@ from rootstockd.cli.show import logs, status
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(rootstockd.__version__, prog_name="rootstockd")
 def main() -> None:
-    r"""Warm machine-learned interatomic potentials behind one daemon a node.
+    """Warm machine-learned interatomic potentials behind one daemon a node.
 
     \b
     rootstockd start --gpu 0        start a daemon (or --device cpu)
@@ -23,7 +23,7 @@ def main() -> None:
     In a job:
         from rootstock_client import RootstockClient
         atoms.calc = RootstockClient().calculator("mace-emt-small")
-    """
+    """  # noqa: D301 - click wants the character \\b itself
 
 
 for command in (start, stop, restart, status, logs):

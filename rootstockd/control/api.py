@@ -56,6 +56,7 @@ def make_app(daemon: Daemon) -> FastAPI:
                 state=states.get(name, "cold"),
             )
             for name, entry in daemon.catalogue.items()
+            if not entry.hidden
         ]
 
     @app.post("/v1/stop", status_code=202)

@@ -46,6 +46,8 @@ class Entry(BaseModel):
     """Used where the session does not ask for one."""
     licence: str = ""
     aliases: tuple[str, ...] = ()
+    hidden: bool = False
+    """Not listed: for measuring and testing."""
     arguments: dict[str, JsonValue] = Field(default_factory=dict)
     """What else the family's `load` takes."""
 
@@ -110,7 +112,7 @@ class Catalogue(Mapping[str, Entry]):
         hint = f"Did you mean {' or '.join(near)}? " if near else ""
         raise UnknownModelError(
             f"this daemon has no model {name[:100]!r}.",
-            f"{hint}It has: {', '.join(sorted(self._entries))}.",
+            f"{hint}It has: {', '.join(sorted(name for name, entry in self._entries.items() if not entry.hidden))}.",
         )
 
 
