@@ -117,7 +117,7 @@ class Daemon:
         log.info("draining: %d sessions", len(self.sessions))
         deadline = time.monotonic() + self.config.drain_timeout
         while not self._force.is_set() and time.monotonic() < deadline:
-            if not any(session.under_way for session in self.sessions):
+            if not any(session.state == "busy" for session in self.sessions):
                 break
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._force.wait(), 0.02)

@@ -102,11 +102,6 @@ class Session(asyncio.BufferedProtocol):
             return "busy"
         return "idle" if self.request is not None else "new"
 
-    @property
-    def under_way(self) -> bool:
-        """An evaluation waits for the worker or is at it; not one that waits for its driver to read the last result."""
-        return self._evaluation is not None and not self._writing_paused
-
     # --- the transport's side
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -134,8 +129,6 @@ class Session(asyncio.BufferedProtocol):
 
     def resume_writing(self) -> None:
         self._writing_paused = False
-        if self._evaluation is not None:
-            self._submit()
         self._advance()
 
     def eof_received(self) -> None:
@@ -151,7 +144,7 @@ class Session(asyncio.BufferedProtocol):
     def _advance(self) -> None:
         """Do all that can be done with what has come."""
         try:
-            # a driver that does not read its answers gets no more of them
+            # a driver that does not read its answers gets no more of them, and nothing evaluated meanwhile
             while not (self._closing or self._writing_paused) and (event := self._ipi.next_event()) is not None:
                 match event:
                     case ipi.SendResult():
@@ -246,7 +239,7 @@ class Session(asyncio.BufferedProtocol):
         return self.slot.positions_bytes
 
     def _evaluate(self, cells: bytes) -> None:
-        assert self.request is not None
+        assert self.request is not None and self._model is not None
         try:
             self._host.check_open()
             if cells != self._checked_cells:
@@ -258,11 +251,6 @@ class Session(asyncio.BufferedProtocol):
             self._ipi.fail(error)
             return
         self._evaluation = Evaluation(self, self.slot.natoms * self.slot.frames)
-        if not self._writing_paused:
-            self._submit()
-
-    def _submit(self) -> None:
-        assert self._model is not None and self._evaluation is not None
         self._model.submit(self._evaluation)
 
     def evaluated(self, error: RootstockError | None) -> None:

@@ -100,10 +100,6 @@ class WorkerProcess:
             self._on_readable()
         return status
 
-    def hang_up(self) -> None:
-        """Ask it to end: it does when it next looks at its socket."""
-        self._hang_up()
-
     def kill(self) -> None:
         """End it now."""
         with contextlib.suppress(ProcessLookupError):
@@ -157,10 +153,11 @@ class WorkerProcess:
         if message:
             self._listener(message[:1], message[1:])
         else:
-            self._hang_up()
+            self.hang_up()
             self.kill()  # a worker without its socket is of no use
 
-    def _hang_up(self) -> None:
+    def hang_up(self) -> None:
+        """Ask it to end: it does when it next looks at its socket."""
         if self._channel.fileno() >= 0:
             self._drop_outbox()
             self._loop.remove_reader(self._channel)
