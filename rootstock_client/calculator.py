@@ -41,17 +41,31 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         model: catalogue name.
         dtype: what the model computes in; the catalogue's choice if None.
         head: which of the model's heads.
+        exact: same structure, same bits, whatever came before and whatever other sessions do: the model's reference
+            implementation, one structure a pass. Slower.
+        tolerance: how far forces may differ from the reference implementation's, in eV/Å. By default 1e-4 in float32
+            and rounding in float64.
     """
 
     discard_results_on_any_change = True
     implemented_properties: ClassVar[list[str]] = ["energy", "free_energy", "forces", "energies", "stress"]
 
     def __init__(
-        self, socket: str | os.PathLike[str], model: str, *, dtype: str | None = None, head: str | None = None
+        self,
+        socket: str | os.PathLike[str],
+        model: str,
+        *,
+        dtype: str | None = None,
+        head: str | None = None,
+        exact: bool = False,
+        tolerance: float | None = None,
     ) -> None:
         self._connect(Path(socket))
         self.results: dict[str, Any]
-        super().__init__(model=model, dtype=dtype, head=head)
+        super().__init__(model=model, dtype=dtype, head=head, exact=exact, tolerance=tolerance)
+
+    backend: str | None
+    """What computed the last result, where the model has several ways to, such as `mace-torch` or `symmetrix`."""
 
     def _connect(self, socket: Path) -> None:
         self._connection = Connection(socket)
@@ -63,6 +77,7 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         self._asked_before: set[str] = set()
         self._system: tuple[Any, ...] = ()
         self._init = b""
+        self._extras, self.backend = b"", None
 
     # --- what ASE calls. Its own layer compares and copies with generality that costs several times the wire.
 
@@ -143,8 +158,13 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         results = {"energy": energy, "free_energy": energy, "forces": forces}
         if "stress" in wanted:
             results["stress"] = full_3x3_to_voigt_6_stress(answer.virials[0] * (-HARTREE / box.volume))
-        if "energies" in wanted:
-            results["energies"] = np.array(json.loads(answer.extras[0])["energies"]) * HARTREE
+        if answer.extras[0] != self._extras:  # the same bytes at nearly every step
+            extras = json.loads(answer.extras[0])
+            self.backend = extras.get("backend")
+            if "energies" in wanted:
+                results["energies"] = np.array(extras["energies"]) * HARTREE
+            else:
+                self._extras = answer.extras[0]
         return results
 
     def _describe(self, snapshot: Snapshot, box: Box, wanted: frozenset[str]) -> bytes:
@@ -180,7 +200,7 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        hidden = ("_connection", "_pid", "_lock", "_seen", "_box", "_asked", "_asked_before", "_system", "_init")
+        hidden = ("_connection", "_pid", "_lock", "_seen", "_box", "_asked", "_asked_before", "_system", "_init", "_extras")
         state = {key: value for key, value in self.__dict__.items() if key not in hidden}
         return {**state, "_socket": self._connection.path}
 

@@ -34,7 +34,13 @@ class RootstockClient:
         self._calculators: weakref.WeakSet[RootstockCalculator] = weakref.WeakSet()
 
     def calculator(
-        self, model: str, *, dtype: Literal["float32", "float64"] | None = None, head: str | None = None
+        self,
+        model: str,
+        *,
+        dtype: Literal["float32", "float64"] | None = None,
+        head: str | None = None,
+        exact: bool = False,
+        tolerance: float | None = None,
     ) -> RootstockCalculator:
         """An ASE calculator that has `model` evaluated by the daemon.
 
@@ -42,10 +48,15 @@ class RootstockClient:
             model: a name from `models()`.
             dtype: what the model computes in; the catalogue's choice for this model if None.
             head: which of the model's heads, where it has several.
+            exact: same structure, same bits, whatever came before and whatever other sessions do.
+            tolerance: how far forces may differ from the model's reference implementation, in eV/Å; by default 1e-4 in
+                float32, and rounding in float64.
         """
         from rootstock_client.calculator import RootstockCalculator  # the one place that needs ASE  # noqa: PLC0415
 
-        calculator = RootstockCalculator(self.socket, model, dtype=dtype, head=head)
+        calculator = RootstockCalculator(
+            self.socket, model, dtype=dtype, head=head, exact=exact, tolerance=tolerance
+        )
         self._calculators.add(calculator)
         return calculator
 

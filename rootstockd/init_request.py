@@ -36,6 +36,10 @@ class InitRequest(BaseModel):
     """Which of the model's heads."""
     dtype: Literal["float32", "float64"] | None = None
     """What to compute in; the catalogue's choice where the session has none."""
+    exact: bool = False
+    """Same structure, same bits: the reference alone, one structure a pass, nothing kept from earlier steps."""
+    tolerance: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """How far forces may differ from the reference's, in eV/Å; by default what the dtype allows (docs/protocol.md)."""
     want: frozenset[Property] | None = None
     """What to compute beside energy and forces. By default what a stock driver expects: stress where pbc is set."""
     batch_size: int = Field(default=1, ge=1, le=MAX_BATCH_SIZE)

@@ -211,6 +211,8 @@ class Session(asyncio.BufferedProtocol):
             "charge": request.charge,
             "spin": request.spin,
             "head": request.head,
+            "exact": request.exact,
+            "tolerance": request.tolerance,
             "stress": request.stress,
             "energies": request.energies,
         }

@@ -55,7 +55,15 @@ class _Attached:
         self.stress: bool = fields["stress"]
         self.energies: bool = fields["energies"]
         pbc = tuple(fields["pbc"])
-        system = System(slot.numbers.copy(), pbc, fields["charge"], fields["spin"], fields["head"])
+        system = System(
+            slot.numbers.copy(),
+            pbc,
+            fields["charge"],
+            fields["spin"],
+            fields["head"],
+            fields["exact"],
+            fields["tolerance"],
+        )
         self.refusal: EngineError | None = None
         try:
             self._system = engine.prepare(system)
@@ -94,7 +102,7 @@ class _Attached:
                 np.multiply(result.virial, 1 / HARTREE, out=slot.virials[frame])
             else:
                 slot.virials[frame] = 0.0  # the driver did not want it and knows it
-            extra = {}
+            extra: dict[str, Any] = {"backend": result.backend} if result.backend else {}
             if self.energies:
                 if result.energies is None:
                     raise EngineError("unsupported", "the engine computed no per-atom energies")

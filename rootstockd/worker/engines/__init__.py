@@ -67,6 +67,10 @@ class System:
     """Spin multiplicity, where the driver gave one."""
     head: str | None = None
     """Which of the model's heads, where it has several."""
+    exact: bool = False
+    """Same structure, same bits, whatever came before and whoever else is in the batch."""
+    tolerance: float | None = None
+    """How far forces may differ from the engine's reference, in eV/Å; None leaves it to the engine."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,8 @@ class Result:
     """(3, 3), eV; -dE/dstrain. None when it was not computed."""
     energies: Array | None = None
     """(natoms,), eV. None when they were not computed."""
+    backend: str = ""
+    """Which of the engine's ways to compute answered, where it has several."""
 
 
 class Engine(Protocol):
