@@ -200,7 +200,18 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        hidden = ("_connection", "_pid", "_lock", "_seen", "_box", "_asked", "_asked_before", "_system", "_init", "_extras")
+        hidden = (
+            "_connection",
+            "_pid",
+            "_lock",
+            "_seen",
+            "_box",
+            "_asked",
+            "_asked_before",
+            "_system",
+            "_init",
+            "_extras",
+        )
         state = {key: value for key, value in self.__dict__.items() if key not in hidden}
         return {**state, "_socket": self._connection.path}
 

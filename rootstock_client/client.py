@@ -54,9 +54,7 @@ class RootstockClient:
         """
         from rootstock_client.calculator import RootstockCalculator  # the one place that needs ASE  # noqa: PLC0415
 
-        calculator = RootstockCalculator(
-            self.socket, model, dtype=dtype, head=head, exact=exact, tolerance=tolerance
-        )
+        calculator = RootstockCalculator(self.socket, model, dtype=dtype, head=head, exact=exact, tolerance=tolerance)
         self._calculators.add(calculator)
         return calculator
 
