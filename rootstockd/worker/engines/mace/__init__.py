@@ -146,7 +146,7 @@ class MaceEngine:
                     self._doubt(fast, difference, f"{len(task.positions)} atoms of elements {task.system.numbers}")
                     return
         moved = {"up": checks.moved(task, _STEP), "down": checks.moved(task, -_STEP), "here": task}
-        slope = checks.slope_error(task, {key: fast.evaluate([value])[0] for key, value in moved.items()}, _STEP)
+        slope = checks.slope_error({key: fast.evaluate([value])[0] for key, value in moved.items()}, _STEP)
         if not slope <= _SLOPE[self._dtype]:
             self._switch_off(f"{fast.name} is switched off: its forces are {slope:.1e} off its energies' slope")
 

@@ -57,7 +57,7 @@ def compare(result: Result, reference: Result) -> Difference:
 
 
 def structures(elements: Sequence[int], head: str, head_index: int) -> Iterator[Task]:
-    """Structures that span a model's elements: crystals, a slab and clusters of eight elements each, at random places."""
+    """Structures that span a model's elements: crystals, slabs and clusters of eight elements each."""
     rng = np.random.default_rng(_SEED)
     kinds = itertools.cycle([(True, True, True), (True, True, False), (False, False, False)])
     for begin in range(0, len(elements), 8):
@@ -72,29 +72,27 @@ def structures(elements: Sequence[int], head: str, head_index: int) -> Iterator[
 
 
 def piece(task: Task, cutoff: float) -> Task:
-    """A structure's first atom and what surrounds it, as a cluster small enough for the reference.
+    """The atom in the middle of a structure and what surrounds it, as a cluster small enough for the reference.
 
     Distances are those of the structure as it lies in its cell, so a cluster at its edge has fewer neighbours; both
     backends are given the same.
     """
     if len(task.positions) <= LARGEST:
         return task
-    distances = np.linalg.norm(task.positions - task.positions[0], axis=1)
+    distances = np.linalg.norm(task.positions - task.positions.mean(axis=0), axis=1)
     nearest = np.argsort(distances)[: LARGEST // 2]
     nearest = nearest[distances[nearest] <= 2 * cutoff]
     system = dataclasses.replace(task.system, numbers=task.system.numbers[nearest], pbc=(False, False, False))
     return Task(system, task.cell, task.positions[nearest], stress=task.stress, energies=False)
 
 
-def slope_error(task: Task, results: dict[str, Result], step: float) -> float:
+def slope_error(results: dict[str, Result], step: float) -> float:
     """How far a force is from the finite difference of the energy, as part of the largest force.
 
     Args:
-        task: the structure.
         results: of the structure (`here`), and with its first atom moved along x by `step` (`up`) and -`step` (`down`).
         step: in Å.
     """
-    del task
     finite = -(results["up"].energy - results["down"].energy) / (2 * step)
     largest = max(1.0, float(np.abs(results["here"].forces).max()))
     return abs(float(results["here"].forces[0, 0]) - finite) / largest

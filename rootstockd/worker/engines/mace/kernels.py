@@ -22,11 +22,12 @@ _REORDER = {"reassoc", "contract", "nsz"}
 
 
 @numba.njit(parallel=True, fastmath=_REORDER, cache=True)
-def convolve(begin, end, first, sender, origin, h, y, w, groups, rows, terms, harmonics, cg, out):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201, PLR0913
+def convolve(begin, end, first, sender, origin, h, y, w, groups, rows, terms, harmonics, cg, out):
     """Messages of the receivers `begin` to `end`.
 
     Args:
-        begin, end: receivers.
+        begin: first receiver.
+        end: last receiver and one.
         first: (N + 1,) each receiver's first edge.
         sender: (E,) atom that each edge comes from.
         origin: the edge that `w` begins with.
@@ -61,9 +62,26 @@ def convolve(begin, end, first, sender, origin, h, y, w, groups, rows, terms, ha
 
 
 @numba.njit(parallel=True, fastmath=_REORDER, cache=True)
-def convolve_back(  # type: ignore[no-untyped-def]  # noqa: PLR0912, PLR0913
-    begin, end, first, sender, origin, h, y, w, groups, rows, terms, harmonics, cg, grad, grad_y, grad_w, grad_h, wants_h  # noqa: ANN001
-):  # noqa: ANN201
+def convolve_back(
+    begin,
+    end,
+    first,
+    sender,
+    origin,
+    h,
+    y,
+    w,
+    groups,
+    rows,
+    terms,
+    harmonics,
+    cg,
+    grad,
+    grad_y,
+    grad_w,
+    grad_h,
+    wants_h,
+):
     """Derivatives of `convolve` by y, w and h; arguments as there, and
 
     Args:
@@ -108,7 +126,7 @@ def convolve_back(  # type: ignore[no-untyped-def]  # noqa: PLR0912, PLR0913
 
 
 @numba.njit(parallel=True, fastmath=_REORDER, cache=True)
-def contract(element, a, terms, coefficients, out):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+def contract(element, a, terms, coefficients, out):
     """Products of messages.
 
     Args:
@@ -137,7 +155,7 @@ def contract(element, a, terms, coefficients, out):  # type: ignore[no-untyped-d
 
 
 @numba.njit(parallel=True, fastmath=_REORDER, cache=True)
-def contract_back(element, a, slopes, powers, coefficients, grad, grad_a):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201, PLR0913
+def contract_back(element, a, slopes, powers, coefficients, grad, grad_a):
     """Derivative of `contract` by the messages; arguments as there, and
 
     Args:

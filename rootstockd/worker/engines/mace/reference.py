@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 
 with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
     # on import, e3nn and mace-torch say things that in a log would pass for the cause of whatever went wrong
@@ -27,7 +26,7 @@ from rootstockd.worker.engines import Array, Result, Task
 __all__ = ["ReferenceBackend", "System", "mace"]
 
 
-@dataclass
+@dataclass(eq=False)
 class System:
     """A session's system, as the backends want it."""
 
