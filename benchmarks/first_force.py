@@ -83,7 +83,7 @@ def _measure(results: Results, settings: Settings, model: models.Model, repeats:
         own = IN_PROCESS.format(weights=str(model.weights), device=settings.device, dtype=model.dtype)
         scripts = {"rootstockd": JOB.format(calculator=here), "MACECalculator": JOB.format(calculator=own)}
         for script in scripts.values():
-            job(script)  # files into the page cache, the daemon's model past its first evaluations
+            job(script, LATER)  # files into the page cache, the daemon's model past its first evaluations
         walls: dict[str, list[float]] = {arm: [] for arm in scripts}
         answers: dict[str, list[float]] = {arm: [] for arm in scripts}
         for _ in range(repeats):

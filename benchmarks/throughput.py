@@ -65,7 +65,7 @@ def run(settings: Settings, results: Results) -> None:
                 for arm in ARMS:
                     # threads of a job's own are a question for CPUs
                     if (arm != OWN_ONE or settings.device == "cpu") and _fits(results, model, count, arm):
-                        _start(stack, groups, settings, results, model, count, arm)
+                        _start(stack, groups, settings, results, model, count, arm, seconds)
                 _measure(results, groups, model, count, turns, seconds)
         _goals(results, settings, model)
 
@@ -84,7 +84,7 @@ def _fits(results: Results, model: models.Model, count: int, arm: str) -> bool:
     return True
 
 
-def _start(  # noqa: PLR0913
+def _start(
     stack: ExitStack,
     groups: dict[str, Group],
     settings: Settings,
@@ -92,8 +92,13 @@ def _start(  # noqa: PLR0913
     model: models.Model,
     count: int,
     arm: str,
+    seconds: float,
 ) -> None:
-    """Start the jobs of an arm, and have each do a step."""
+    """Start the jobs of an arm, let them get warm, and see what memory they take.
+
+    That is seen now, not at the end, because pages of libraries count less in PSS the more processes have them:
+    rootstockd, which comes first, is alone, and those after it gain from those before.
+    """
     before = machine.free_gpu_memory()
     options: dict[str, Any] = {"weights": model.weights, "dtype": model.dtype, "device": settings.device}
     environment: Mapping[str, str] = {"OMP_NUM_THREADS": "1"} if arm == OWN_ONE else {}
@@ -115,10 +120,16 @@ def _start(  # noqa: PLR0913
     try:
         group.all(do="system", natoms=NATOMS)
         group.all(do="steps", count=1)
+        ready = time.perf_counter() - start
+        group.all(do="steps", count=2)
+        group.all(do="run", seconds=seconds)
     except RuntimeError as error:  # out of memory, most likely; the other arms are still worth having
         results.note(f"{model.name}: {count} x {arm} failed: {last_line(error)}")
         return
-    results.add(arm, "until all are ready", "s", [time.perf_counter() - start], **of)
+    results.add(arm, "until all are ready", "s", [ready], **of)
+    taken = memory([*group.shared, *(pid for job in group.jobs for pid in job.pids)])
+    for kind, amount in taken.items():
+        results.add(arm, f"memory ({kind})", "MB", [amount], **of)
     if before is not None and (after := machine.free_gpu_memory()) is not None:
         results.add(arm, "memory (GPU)", "MB", [before - after], **of)
     groups[arm] = group
@@ -128,8 +139,6 @@ def _measure(
     results: Results, groups: Mapping[str, Group], model: models.Model, count: int, turns: int, seconds: float
 ) -> None:
     """Let the arms take turns: one computes while the others wait."""
-    for group in groups.values():
-        group.all(do="steps", count=2)
     for turn in range(turns):
         order = list(groups.values())
         for group in (*order[turn % len(order) :], *order[: turn % len(order)]):
@@ -138,9 +147,6 @@ def _measure(
     for arm, group in groups.items():
         results.add(arm, "evaluations", "1/s", group.rates, **of)
         results.add(arm, "step", "ms", [1_000 * value for value in group.seconds], **of)
-        taken = memory([*group.shared, *(pid for job in group.jobs for pid in job.pids)])
-        for kind, amount in taken.items():
-            results.add(arm, f"memory ({kind})", "MB", [amount], **of)
 
 
 def _goals(results: Results, settings: Settings, model: models.Model) -> None:
