@@ -84,7 +84,7 @@ def _fits(results: Results, model: models.Model, count: int, arm: str) -> bool:
     return True
 
 
-def _start(
+def _start(  # noqa: PLR0913 - what a group of jobs is
     stack: ExitStack,
     groups: dict[str, Group],
     settings: Settings,
