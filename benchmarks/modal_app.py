@@ -33,7 +33,7 @@ image = image.run_commands(f"pip install -c {SOURCE}/constraints.txt -e '{SOURCE
 app = modal.App("rootstockd-benchmarks", image=image)
 
 
-@app.function(gpu="A100", cpu=float(CPUS), memory=131_072, timeout=4 * 3_600)  # type: ignore[untyped-decorator]
+@app.function(gpu="A100", cpu=float(CPUS), memory=131_072, timeout=4 * 3_600)
 def benchmark(arguments: list[str], source: str = SOURCE) -> dict[str, bytes]:
     """Run the benchmarks there; the files that came of it, also where some of them failed.
 
@@ -58,13 +58,13 @@ def fetch(arguments: list[str]) -> None:
         (HERE / "results" / name).write_bytes(content)
 
 
-@app.local_entrypoint()  # type: ignore[untyped-decorator]
+@app.local_entrypoint()
 def benchmark_all() -> None:
     """Everything."""
     fetch(ALL)
 
 
-@app.local_entrypoint()  # type: ignore[untyped-decorator]
+@app.local_entrypoint()
 def benchmark_ipc_overhead() -> None:
     """What a step costs: without a model, and with one."""
     fetch(IPC_OVERHEAD)

@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "software": machine.software(),
         "commit": options.commit or machine.commit(),
     }
-    root, rootstock = peers.rootstock(install=not options.no_install) if "ipc" in names else (None, "not needed")
+    root, rootstock = peers.rootstock(make=not options.no_install) if "ipc" in names else (None, "not needed")
     result["peers"] = {"Rootstock": rootstock, "ASE SocketIO": result["software"].get("ase", "")}
     result["peers"]["MACECalculator"] = result["software"].get("mace-torch", "not installed")
     result["benchmarks"] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -183,6 +184,32 @@ class TestSettling:
         said.append({"name": "m", "state": "failed", "error": "its weights are missing"})
         with pytest.raises(RuntimeError, match="its weights are missing"):
             daemon.wait_settled("m", common.Results("any"))
+
+
+class TestContestants:
+    def test_they_are_pinned_alike_and_compute_the_same(self, tmp_path: Path) -> None:
+        settings = common.Settings(quick=True, device="cpu", folder=tmp_path, rootstock=None)
+        used = common.use_cpus(1)
+        with contextlib.ExitStack() as stack:
+            daemon = stack.enter_context(common.Daemon(settings, "--model", "emt"))
+            spec, environment = daemon.worker_arguments("emt")
+            assert spec["name"] == "emt" and environment["CUDA_VISIBLE_DEVICES"] == ""
+            arms = [
+                common.Child(settings, "rootstockd", socket=daemon.socket, model="emt"),
+                common.Child(settings, "same backend", environment=environment, spec=spec),
+            ]
+            children = stack.enter_context(common.contestants(arms))
+            for one in arms:
+                one.system(32)
+            seconds = common.interleave(arms, blocks=3, steps=2)
+            assert [len(values) for values in seconds.values()] == [6, 6]
+            results = [one.ask(do="result", step=7) for one in arms]
+            pids = [daemon.pid, daemon.worker("emt"), *(pid for one in children.values() for pid in one.pids)]
+            assert [os.sched_getaffinity(pid) for pid in pids] == [set(used)] * 4
+        assert results[0]["energy"] == pytest.approx(results[1]["energy"], abs=1e-9)
+        forces = [[value for row in found["forces"] for value in row] for found in results]
+        assert forces[0] == pytest.approx(forces[1], abs=1e-9)
+        assert max(forces[0]) > 0.01
 
 
 class TestRunLocal:
