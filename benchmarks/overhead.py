@@ -94,7 +94,8 @@ def _measure(
         first, done = {child.arm: child.steps(1)[-1] for child in timed}, 2
     together = sum(first.values())
     steps = 1 if together > 0.5 else 3
-    seconds = interleave(timed, max(1, min(20, int(budget / (together * steps)))), steps)
+    least = 3 if together < budget else 1  # steps of a minute must not take the whole run
+    seconds = interleave(timed, max(least, min(20, int(budget / (together * steps)))), steps)
     for arm, values in seconds.items():
         results.add(arm, "step", "ms", [1_000 * value for value in values], model=model.name, natoms=natoms)
     _accuracy(results, children, model, natoms, done + len(seconds[OURS]))
