@@ -128,9 +128,15 @@ def default_dtype():
 
 
 @cache
+def made(dtype):
+    return make_model(dtype=dtype)
+
+
 def medium(dtype="float64"):
-    """The model of most tests."""
-    return make_model(dtype=getattr(torch, dtype))
+    """The model of most tests; as in a worker, torch's default is its dtype."""
+    model = made(getattr(torch, dtype))
+    torch.set_default_dtype(getattr(torch, dtype))
+    return model
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
