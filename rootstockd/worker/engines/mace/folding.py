@@ -12,16 +12,11 @@ from e3nn import o3
 from rootstockd.worker.engines import Array
 from rootstockd.worker.engines.mace import kernels
 from rootstockd.worker.engines.mace.graph import Graph
+from rootstockd.worker.engines.mace.radial import NotApplicableError, RadialTables
 
-EDGES = 1024
-"""Edges in one pass of the loops: their radial weights stay in the cache."""
 _DEGREES = 3
 _NOTHING = 1e-12
 """Coefficients below this are zeros that were computed."""
-
-
-class NotApplicableError(Exception):
-    """The model has something that is not folded here; it says what."""
 
 
 class Now:
@@ -30,18 +25,11 @@ class Now:
     Args:
         graph: the structures.
         elements: (N,) which of the model's elements each atom is.
+        lengths: (E, 1) of the edges, on the way to whose derivative everything is.
     """
 
-    def __init__(self, graph: Graph, elements: Array) -> None:
-        self.graph, self.elements = graph, elements
-        self.chunks: list[tuple[int, int]] = []
-        begin, atoms = 0, len(graph.first) - 1
-        while begin < atoms:
-            end = int(np.searchsorted(graph.first, graph.first[begin] + EDGES, side="right")) - 1
-            end = min(max(end, begin + 1), atoms)
-            self.chunks.append((begin, end))
-            begin = end
-        self.longest = max((int(graph.first[e] - graph.first[b]) for b, e in self.chunks), default=0)
+    def __init__(self, graph: Graph, elements: Array, lengths: torch.Tensor) -> None:
+        self.graph, self.elements, self.lengths = graph, elements, lengths
         present, self.by_element = np.unique(elements, return_inverse=True)
         self.present: list[int] = present.tolist()
         # rows of each element, one after another, and the way back
@@ -60,51 +48,40 @@ class Shared:
 # --- convolution
 
 
-class Hidden(torch.nn.Module):
-    """A radial network without its last, linear layer."""
-
-    def __init__(self, network: Any) -> None:
-        super().__init__()
-        *layers, last = list(network)
-        if getattr(last, "act", None) is not None or not hasattr(last, "h_in"):
-            raise NotApplicableError("a radial network whose last layer is not linear")
-        self.layers = torch.nn.ModuleList(layers)
-        scale = (float(last.h_in) * float(last.var_in) / float(last.var_out)) ** -0.5
-        self.last = (last.weight * scale).detach().contiguous()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
 class Convolution(torch.nn.Module):
     """Stands in for a block's `conv_tp`, by mace-torch's own hook for fused ones.
 
     Args:
         product: the e3nn tensor product.
-        last: (hidden, P x K) the last layer of the radial network.
+        radial: the weights of its paths.
         shared: where `Now` is.
         constant: the senders' features don't depend on positions, as in the first layer.
     """
 
-    def __init__(self, product: Any, last: torch.Tensor, shared: Shared, *, constant: bool) -> None:
+    def __init__(self, product: Any, radial: RadialTables, shared: Shared, *, constant: bool) -> None:
         super().__init__()
         channels = {mul for mul, _ in [*product.irreps_in1, *product.irreps_out]}
         if len(channels) != 1 or any(mul != 1 for mul, _ in product.irreps_in2):
             raise NotApplicableError("a tensor product of unequal channels")
         self.channels = channels.pop()
         self.inputs, self.outputs = _blocks(product.irreps_in1), _blocks(product.irreps_out)
-        self.paths = len(product.instructions)
         self.rows = sum(size for _, _, size in self.outputs)
-        self.last, self.shared, self.constant = last, shared, constant
-        self.plan = _plan(product, self.inputs, self.outputs, last.dtype)
+        self.radial, self.shared, self.constant = radial, shared, constant
+        radial.shape = (len(product.instructions), self.channels)
+        self.plan = _plan(product, self.inputs, self.outputs, radial.dtype)
 
     def forward(
-        self, features: torch.Tensor, harmonics: torch.Tensor, hidden: torch.Tensor, _edges: torch.Tensor
+        self, features: torch.Tensor, harmonics: torch.Tensor, _weights: torch.Tensor, _edges: torch.Tensor
     ) -> torch.Tensor:
         h = _rows_first(features, self.inputs, self.channels)
-        return _channels_first(_Convolve.apply(h, harmonics, hidden, self), self.outputs)
+        return _channels_first(_Convolve.apply(h, harmonics, self.shared.now.lengths, self), self.outputs)
+
+
+class Unused(torch.nn.Module):
+    """Stands in for a block's radial network, whose weights the convolution has in tables."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
 
 
 def _blocks(irreps: Any) -> list[tuple[int, int, int]]:
@@ -114,16 +91,15 @@ def _blocks(irreps: Any) -> list[tuple[int, int, int]]:
 
 def _rows_first(x: torch.Tensor, blocks: list[tuple[int, int, int]], channels: int) -> torch.Tensor:
     """From e3nn's layout (channels x components, irrep after irrep) to (N, rows, channels)."""
-    parts = [x[:, start:stop].reshape(len(x), channels, size).transpose(1, 2) for start, stop, size in blocks]
+    pieces = x.split([stop - start for start, stop, _ in blocks], 1)
+    parts = [piece.reshape(len(x), channels, size).transpose(1, 2) for piece, (_, _, size) in zip(pieces, blocks)]
     return (torch.cat(parts, 1) if len(parts) > 1 else parts[0]).contiguous()
 
 
 def _channels_first(x: torch.Tensor, blocks: list[tuple[int, int, int]]) -> torch.Tensor:
     """The way back."""
-    parts, row = [], 0
-    for _, _, size in blocks:
-        parts.append(x[:, row : row + size].transpose(1, 2).reshape(len(x), -1))
-        row += size
+    # split, because the derivative of a slice is an array of zeros with the slice in it
+    parts = [piece.transpose(1, 2).reshape(len(x), -1) for piece in x.split([size for _, _, size in blocks], 1)]
     return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
 
@@ -132,17 +108,16 @@ def _plan(product: Any, inputs: Any, outputs: Any, dtype: torch.dtype) -> tuple[
     input_row = np.cumsum([0, *(size for _, _, size in inputs)])
     output_row = np.cumsum([0, *(size for _, _, size in outputs)])
     harmonic = [part.start for part in product.irreps_in2.slices()]
-    groups: list[tuple[int, int]] = []
-    rows, terms, harmonics = [0], [], []
+    paths, groups, rows, terms, harmonics = [0], [], [0], [], []
     cg: list[float] = []
-    for path, instruction in enumerate(product.instructions):
+    for instruction in product.instructions:
         if instruction.connection_mode != "uvu" or not instruction.has_weight:
             raise NotApplicableError(f"a tensor product in mode {instruction.connection_mode}")
         one, two, out = instruction.i_in1, instruction.i_in2, instruction.i_out
         degrees = (product.irreps_in1[one].ir.l, product.irreps_in2[two].ir.l, product.irreps_out[out].ir.l)
         table = o3.wigner_3j(*degrees, dtype=torch.float64).numpy() * float(instruction.path_weight)
         for a in range(table.shape[0]):
-            groups.append((path, int(input_row[one]) + a))
+            groups.append(int(input_row[one]) + a)
             for c in range(table.shape[2]):
                 begin = len(cg)
                 for b in np.flatnonzero(np.abs(table[a, :, c]) > _NOTHING):
@@ -151,7 +126,9 @@ def _plan(product: Any, inputs: Any, outputs: Any, dtype: torch.dtype) -> tuple[
                 if len(cg) > begin:
                     terms.append((int(output_row[out]) + c, begin, len(cg)))
             rows.append(len(terms))
+        paths.append(len(groups))
     return (
+        np.array(paths, np.int64),
         np.array(groups, np.int64),
         np.array(rows, np.int64),
         np.array(terms, np.int64),
@@ -166,39 +143,27 @@ def _numpy(dtype: torch.dtype) -> Any:
 
 class _Convolve(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h: torch.Tensor, y: torch.Tensor, hidden: torch.Tensor, of: Convolution) -> torch.Tensor:
-        now, first = of.shared.now, of.shared.now.graph.first
+    def forward(ctx: Any, h: torch.Tensor, y: torch.Tensor, lengths: torch.Tensor, of: Convolution) -> torch.Tensor:
+        now = of.shared.now
         out = torch.empty((h.shape[0], of.rows, of.channels), dtype=h.dtype)
         y = y.contiguous()
-        for begin, end in now.chunks:
-            origin, stop = int(first[begin]), int(first[end])
-            w = torch.mm(hidden[origin:stop], of.last).view(-1, of.paths, of.channels).numpy()
-            kernels.convolve(
-                begin, end, first, now.graph.sender, origin, h.numpy(), y.numpy(), w, *of.plan, out.numpy()
-            )
-        ctx.of, ctx.now = of, now
-        ctx.save_for_backward(h, y, hidden)
+        ctx.of, ctx.now, ctx.radial = of, now, of.radial.look_up(lengths.numpy(), now)
+        kernels.convolve(now.graph.first, now.graph.sender, h.numpy(), y.numpy(), *ctx.radial, *of.plan, out.numpy())
+        ctx.save_for_backward(h, y)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        of, now, first = ctx.of, ctx.now, ctx.now.graph.first
-        h, y, hidden = ctx.saved_tensors
-        by_rows = grad.contiguous().numpy()
-        by_y, by_hidden = torch.zeros_like(y), torch.empty_like(hidden)
-        by_w = torch.empty((now.longest, of.paths, of.channels), dtype=h.dtype)
+        of, now = ctx.of, ctx.now
+        h, y = ctx.saved_tensors
+        by_y, by_x = torch.zeros_like(y), torch.empty((len(y), 1), dtype=y.dtype)
         wanted = not of.constant
         by_h = torch.zeros((kernels.threads(), *(h.shape if wanted else (1, 1, 1))), dtype=h.dtype)
-        for begin, end in now.chunks:
-            origin, stop = int(first[begin]), int(first[end])
-            w = torch.mm(hidden[origin:stop], of.last).view(-1, of.paths, of.channels).numpy()
-            chunk = by_w[: stop - origin]
-            kernels.convolve_back(
-                begin, end, first, now.graph.sender, origin, h.numpy(), y.numpy(), w, *of.plan,
-                by_rows, by_y.numpy(), chunk.numpy(), by_h.numpy(), wanted,
-            )  # fmt: skip
-            torch.mm(chunk.view(stop - origin, -1), of.last.T, out=by_hidden[origin:stop])
-        return by_h.sum(0) if wanted else None, by_y, by_hidden, None
+        kernels.convolve_back(
+            now.graph.first, now.graph.sender, h.numpy(), y.numpy(), *ctx.radial, *of.plan,
+            grad.contiguous().numpy(), by_y.numpy(), by_x.numpy()[:, 0], by_h.numpy(), wanted,
+        )  # fmt: skip
+        return by_h.sum(0) if wanted else None, by_y, by_x * of.radial.per_length, None
 
 
 # --- contraction

@@ -2,8 +2,8 @@
 
 Three things of the model are replaced; all else stays mace-torch's own code:
 
-- the tensor product of an edge, its radial weights' last layer and the sum over neighbours become one loop
-  (`kernels.convolve`), whose derivatives are formed directly;
+- the tensor product of an edge and the sum over neighbours become one loop (`kernels.convolve`), whose derivatives are
+  formed directly, with the radial networks in tables (`radial`);
 - the symmetric contraction of U tensors, weights and one-hot elements is folded, once for each element, into the
   coefficients of a polynomial (`kernels.contract`);
 - the tensor product with one-hot elements becomes a matrix for each element.
@@ -20,16 +20,9 @@ import numpy as np
 import torch
 
 from rootstockd.worker.engines import Result, Task
-from rootstockd.worker.engines.mace.folding import (
-    ByElement,
-    Contraction,
-    Convolution,
-    Hidden,
-    NotApplicableError,
-    Now,
-    Shared,
-)
+from rootstockd.worker.engines.mace.folding import ByElement, Contraction, Convolution, Now, Shared, Unused
 from rootstockd.worker.engines.mace.graph import Graph, Neighbours
+from rootstockd.worker.engines.mace.radial import NotApplicableError, RadialTables
 from rootstockd.worker.engines.mace.reference import System
 
 
@@ -59,6 +52,7 @@ class FusedBackend:
             raise NotApplicableError(
                 f"a model of class {type(model).__name__} with inputs beside elements and positions"
             )
+        dtype = next(model.parameters()).dtype
         self._model = _twin(model)
         self._model.interactions = _twin(model.interactions, deep=True)
         self._model.products = _twin(model.products, deep=True)
@@ -66,14 +60,17 @@ class FusedBackend:
         for layer, (interaction, product) in enumerate(zip(self._model.interactions, self._model.products)):
             if not all(hasattr(interaction, name) for name in ("conv_tp", "conv_tp_weights", "skip_tp", "linear_up")):
                 raise NotApplicableError(f"an interaction of class {type(interaction).__name__}")
-            hidden = Hidden(interaction.conv_tp_weights)
-            interaction.conv_tp = Convolution(interaction.conv_tp, hidden.last, self._shared, constant=layer == 0)
-            interaction.conv_tp_weights = hidden
+            radial = RadialTables(
+                model.radial_embedding, interaction.conv_tp_weights, model.atomic_numbers, float(model.r_max), dtype
+            )
+            interaction.conv_tp = Convolution(interaction.conv_tp, radial, self._shared, constant=layer == 0)
+            interaction.conv_tp_weights = Unused()
             interaction.conv_fusion = True
             interaction.skip_tp = ByElement(interaction.skip_tp, self._shared)
             product.symmetric_contractions = Contraction(product.symmetric_contractions, self._shared)
         self._elements = np.array(model.atomic_numbers.tolist())
-        self._dtype = next(model.parameters()).dtype
+        self._dtype = dtype
+        self._needs_radial = any(hasattr(interaction, "density_fn") for interaction in model.interactions)
         self._neighbours = Neighbours(float(model.r_max))
 
     def evaluate(self, tasks: list[Task]) -> list[Result]:
@@ -82,8 +79,8 @@ class FusedBackend:
         graph = self._neighbours.graph(tasks, [system.pbc for system in systems])
         elements = np.searchsorted(self._elements, np.concatenate([system.numbers for system in systems]))
         heads = np.concatenate([np.full(len(system.numbers), system.head_index) for system in systems])
-        self._shared.now = Now(graph, elements)
         vectors = torch.from_numpy(graph.vectors).to(self._dtype).requires_grad_()
+        self._shared.now = Now(graph, elements, torch.linalg.vector_norm(vectors, dim=1, keepdim=True))
         per_atom, interaction = self._energies(graph, vectors, torch.from_numpy(elements), torch.from_numpy(heads))
         if len(graph.sender):
             (slope,) = torch.autograd.grad(interaction.sum(), vectors)
@@ -118,11 +115,13 @@ class FusedBackend:
         every = torch.arange(len(elements))
         attributes = torch.nn.functional.one_hot(elements, len(self._elements)).to(self._dtype)
         edges = torch.from_numpy(np.stack([graph.sender, graph.receiver]))
-        lengths = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+        lengths = self._shared.now.lengths
         alone = model.atomic_energies_fn(attributes)[every, heads]
         features = model.node_embedding(attributes)
         harmonics = model.spherical_harmonics(vectors)
-        radial, cutoff = model.radial_embedding(lengths, attributes, edges, model.atomic_numbers)
+        radial, cutoff = lengths, None
+        if self._needs_radial:
+            radial, cutoff = model.radial_embedding(lengths, attributes, edges, model.atomic_numbers)
         parts, layers = [], []
         if hasattr(model, "pair_repulsion"):
             parts.append(model.pair_repulsion_fn(lengths, attributes, edges, model.atomic_numbers))

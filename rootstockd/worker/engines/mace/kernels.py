@@ -3,7 +3,7 @@
 Two operations and their derivatives. Shapes: N atoms, E edges sorted by receiver, K channels, P paths of the tensor
 product, S spherical harmonics, H rows of a sender's features, C rows of a message, M components of a product.
 
-*Convolution* (`convolve`, `convolve_back`):
+*Convolution* (`convolve`, `convolve_back`), where W are polynomials of the edge's length, piece by piece:
 ``A[i, c, k] = sum over edges (j -> i) of sum over a, b of cg[path, a, b, c] h[j, a, k] Y[edge, b] W[edge, path, k]``
 
 *Contraction* (`contract`, `contract_back`): a polynomial in the rows of one atom's message, channel by channel, whose
@@ -22,55 +22,65 @@ _REORDER = {"reassoc", "contract", "nsz"}
 
 
 @numba.njit(parallel=True, fastmath=_REORDER, cache=True)
-def convolve(begin, end, first, sender, origin, h, y, w, groups, rows, terms, harmonics, cg, out):
-    """Messages of the receivers `begin` to `end`.
+def convolve(first, sender, h, y, tables, piece, x, paths, groups, rows, terms, harmonics, cg, out):
+    """Messages.
 
     Args:
-        begin: first receiver.
-        end: last receiver and one.
         first: (N + 1,) each receiver's first edge.
         sender: (E,) atom that each edge comes from.
-        origin: the edge that `w` begins with.
         h: (N, H, K) senders' features.
         y: (E, S) spherical harmonics.
-        w: (edges of this chunk, P, K) radial weights.
-        groups: (groups, 2) path and row of `h`.
+        tables: (pieces, 6, P, K) coefficients of the radial weights, of x^0 first.
+        piece: (E,) which piece an edge's length lies in.
+        x: (E,) where in it, from -1 to 1.
+        paths: (P + 1,) each path's first group.
+        groups: (groups,) row of `h`.
         rows: (groups + 1,) each group's first term.
         terms: (terms, 3) row of `out`, and the first and last of its harmonics.
         harmonics: (harmonics,) column of `y`.
         cg: (harmonics,) coefficients.
-        out: (N, C, K), whose rows `begin` to `end` are written.
+        out: (N, C, K), overwritten.
     """
     channels = h.shape[2]
-    for i in numba.prange(begin, end):
+    for i in numba.prange(first.shape[0] - 1):
+        weight = np.empty(channels, h.dtype)
         product = np.empty(channels, h.dtype)
         message = out[i]
         message[:] = 0
         for e in range(first[i], first[i + 1]):
-            j = sender[e]
-            for group in range(groups.shape[0]):
-                weight, feature = w[e - origin, groups[group, 0]], h[j, groups[group, 1]]
+            table, at, feature = tables[piece[e]], x[e], h[sender[e]]
+            for path in range(paths.shape[0] - 1):
                 for k in range(channels):
-                    product[k] = weight[k] * feature[k]
-                for term in range(rows[group], rows[group + 1]):
-                    angular = h.dtype.type(0)
-                    for b in range(terms[term, 1], terms[term, 2]):
-                        angular += cg[b] * y[e, harmonics[b]]
-                    row = message[terms[term, 0]]
+                    weight[k] = table[0, path, k] + at * (
+                        table[1, path, k]
+                        + at
+                        * (
+                            table[2, path, k]
+                            + at * (table[3, path, k] + at * (table[4, path, k] + at * table[5, path, k]))
+                        )
+                    )
+                for group in range(paths[path], paths[path + 1]):
                     for k in range(channels):
-                        row[k] += angular * product[k]
+                        product[k] = weight[k] * feature[groups[group], k]
+                    for term in range(rows[group], rows[group + 1]):
+                        angular = h.dtype.type(0)
+                        for b in range(terms[term, 1], terms[term, 2]):
+                            angular += cg[b] * y[e, harmonics[b]]
+                        row = message[terms[term, 0]]
+                        for k in range(channels):
+                            row[k] += angular * product[k]
 
 
 @numba.njit(parallel=True, fastmath=_REORDER, cache=True)
 def convolve_back(
-    begin,
-    end,
     first,
     sender,
-    origin,
     h,
     y,
-    w,
+    tables,
+    piece,
+    x,
+    paths,
     groups,
     rows,
     terms,
@@ -78,51 +88,73 @@ def convolve_back(
     cg,
     grad,
     grad_y,
-    grad_w,
+    grad_x,
     grad_h,
     wants_h,
 ):
-    """Derivatives of `convolve` by y, w and h; arguments as there, and
+    """Derivatives of `convolve` by y, x and h; arguments as there, and
 
     Args:
         grad: (N, C, K) derivative by the messages.
         grad_y: (E, S), added to.
-        grad_w: (edges of this chunk, P, K), overwritten.
+        grad_x: (E,), overwritten.
         grad_h: (threads, N, H, K), added to; each thread has its own, because edges of many receivers share a sender.
         wants_h: whether `grad_h` is wanted.
     """
     channels = h.shape[2]
     threads = grad_h.shape[0]
-    zero = h.dtype.type(0)
+    atoms = first.shape[0] - 1
+    zero, two, three, four, five = h.dtype.type(0), h.dtype.type(2), h.dtype.type(3), h.dtype.type(4), h.dtype.type(5)
     for thread in numba.prange(threads):
+        weight = np.empty(channels, h.dtype)
+        slope = np.empty(channels, h.dtype)
         product = np.empty(channels, h.dtype)
         total = np.empty(channels, h.dtype)
-        for i in range(begin + (end - begin) * thread // threads, begin + (end - begin) * (thread + 1) // threads):
+        for i in range(atoms * thread // threads, atoms * (thread + 1) // threads):
             for e in range(first[i], first[i + 1]):
                 j = sender[e]
-                grad_w[e - origin] = 0
-                for group in range(groups.shape[0]):
-                    weight, feature = w[e - origin, groups[group, 0]], h[j, groups[group, 1]]
+                table, at, feature = tables[piece[e]], x[e], h[j]
+                by_x = zero
+                for path in range(paths.shape[0] - 1):
                     for k in range(channels):
-                        product[k] = weight[k] * feature[k]
-                        total[k] = zero
-                    for term in range(rows[group], rows[group + 1]):
-                        angular, by_angular = zero, zero
-                        for b in range(terms[term, 1], terms[term, 2]):
-                            angular += cg[b] * y[e, harmonics[b]]
-                        row = grad[i, terms[term, 0]]
+                        weight[k] = table[0, path, k] + at * (
+                            table[1, path, k]
+                            + at
+                            * (
+                                table[2, path, k]
+                                + at * (table[3, path, k] + at * (table[4, path, k] + at * table[5, path, k]))
+                            )
+                        )
+                        slope[k] = table[1, path, k] + at * (
+                            two * table[2, path, k]
+                            + at
+                            * (
+                                three * table[3, path, k]
+                                + at * (four * table[4, path, k] + at * five * table[5, path, k])
+                            )
+                        )
+                    for group in range(paths[path], paths[path + 1]):
+                        source = groups[group]
                         for k in range(channels):
-                            total[k] += angular * row[k]
-                            by_angular += row[k] * product[k]
-                        for b in range(terms[term, 1], terms[term, 2]):
-                            grad_y[e, harmonics[b]] += cg[b] * by_angular
-                    by_weight = grad_w[e - origin, groups[group, 0]]
-                    for k in range(channels):
-                        by_weight[k] += total[k] * feature[k]
-                    if wants_h:
-                        by_feature = grad_h[thread, j, groups[group, 1]]
+                            product[k] = weight[k] * feature[source, k]
+                            total[k] = zero
+                        for term in range(rows[group], rows[group + 1]):
+                            angular, by_angular = zero, zero
+                            for b in range(terms[term, 1], terms[term, 2]):
+                                angular += cg[b] * y[e, harmonics[b]]
+                            row = grad[i, terms[term, 0]]
+                            for k in range(channels):
+                                total[k] += angular * row[k]
+                                by_angular += row[k] * product[k]
+                            for b in range(terms[term, 1], terms[term, 2]):
+                                grad_y[e, harmonics[b]] += cg[b] * by_angular
                         for k in range(channels):
-                            by_feature[k] += total[k] * weight[k]
+                            by_x += total[k] * feature[source, k] * slope[k]
+                        if wants_h:
+                            by_feature = grad_h[thread, j, source]
+                            for k in range(channels):
+                                by_feature[k] += total[k] * weight[k]
+                grad_x[e] = by_x
 
 
 @numba.njit(parallel=True, fastmath=_REORDER, cache=True)

@@ -1,0 +1,139 @@
+"""Radial weights as tables: what a network makes of an edge's length is a smooth function.
+
+Each weight of each path and channel is a polynomial of fifth degree on each of many equal pieces of [0, cutoff],
+through the network's own values (in double precision) at the six Chebyshev points of the piece. There are as many
+pieces as it takes to be as exact as the model's dtype.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from rootstockd.worker.engines import Array
+
+if TYPE_CHECKING:
+    from rootstockd.worker.engines.mace.folding import Now
+
+DEGREE = 5
+MAX_PIECES = 4096
+MAX_BYTES = 2 * 2**30
+"""Of the tables of one layer, where they depend on the elements."""
+EXACT = {torch.float32: 2e-8, torch.float64: 1e-14}
+"""How far a table may be from its network, as part of the largest weight."""
+
+
+class NotApplicableError(Exception):
+    """The model, or a structure, has something that is not folded here; it says what."""
+
+
+class RadialTables:
+    """The weights of one layer.
+
+    Args:
+        embedding: the model's radial embedding.
+        network: the layer's radial network.
+        atomic_numbers: the model's elements.
+        cutoff: in Å.
+        dtype: the model's.
+    """
+
+    shape: tuple[int, int]
+    """Paths and channels."""
+
+    def __init__(
+        self, embedding: Any, network: Any, atomic_numbers: torch.Tensor, cutoff: float, dtype: torch.dtype
+    ) -> None:
+        self._layers = list(network)
+        if not all(hasattr(layer, name) for layer in self._layers for name in ("h_in", "var_in", "var_out", "weight")):
+            raise NotApplicableError("a radial network of an unknown kind")
+        self._embedding, self._atomic_numbers, self._cutoff, self.dtype = embedding, atomic_numbers, cutoff, dtype
+        self._by_pair = hasattr(embedding, "distance_transform")
+        self._pieces = self._enough()
+        self._index: dict[tuple[int, int], int] = {}
+        self._tables: Array = np.empty(0)
+        self._kept: tuple[list[int], Array] = ([], np.empty(0))
+        self._width = cutoff / self._pieces
+        self.per_length = 2.0 / self._width
+        """dx/dr of every piece."""
+
+    def look_up(self, lengths: Array, now: Now) -> tuple[Array, Array, Array]:
+        """Tables, piece and x of each edge: see `kernels.convolve`.
+
+        Args:
+            lengths: (E, 1), Å.
+            now: whose edges these are.
+        """
+        scaled = lengths[:, 0].astype(np.float64) / self._width
+        piece = np.minimum(scaled.astype(np.int64), self._pieces - 1)
+        x = (2.0 * (scaled - piece) - 1.0).astype(lengths.dtype)
+        offsets = self._offsets(now.present if self._by_pair else [0])
+        if self._by_pair:
+            piece += offsets[now.by_element[now.graph.sender], now.by_element[now.graph.receiver]]
+        return self._tables, piece, x
+
+    def _offsets(self, present: list[int]) -> Array:
+        """Where the tables of each pair of these elements begin; made when first asked for."""
+        if present != self._kept[0]:
+            pairs = [pair for pair in itertools.combinations_with_replacement(present, 2) if pair not in self._index]
+            if pairs:
+                self._add(pairs)
+            rows = [[self._index[min(a, b), max(a, b)] for b in present] for a in present]
+            self._kept = (present, np.array(rows) * self._pieces)
+        return self._kept[1]
+
+    def _add(self, pairs: list[tuple[int, int]]) -> None:
+        one = self._pieces * (DEGREE + 1) * self.shape[0] * self.shape[1] * self.dtype.itemsize
+        if self._by_pair and one * (len(self._index) + len(pairs)) > MAX_BYTES:
+            raise NotApplicableError(f"tables for {len(pairs)} more pairs of elements would take too much memory")
+        made = [self._table(pair, self._pieces).reshape(self._pieces, DEGREE + 1, *self.shape) for pair in pairs]
+        dtype = np.float64 if self.dtype == torch.float64 else np.float32
+        fresh = np.concatenate(made).astype(dtype)
+        self._tables = fresh if not self._index else np.concatenate([self._tables, fresh])
+        self._index.update({pair: len(self._index) + number for number, pair in enumerate(pairs)})
+
+    def _table(self, pair: tuple[int, int], pieces: int) -> Array:
+        """(pieces, 6, weights) coefficients."""
+        nodes = np.cos(np.pi * (np.arange(DEGREE + 1) + 0.5) / (DEGREE + 1))
+        inverse = np.linalg.inv(np.vander(nodes, increasing=True))
+        width = self._cutoff / pieces
+        lengths = (np.arange(pieces)[:, None] + 0.5 * (nodes + 1.0)) * width
+        values = self._weights(lengths.reshape(-1), pair).reshape(pieces, DEGREE + 1, -1)
+        return np.asarray(np.einsum("cn,pnw->pcw", inverse, values))
+
+    def _enough(self) -> int:
+        """Pieces that make the table as exact as the dtype, judged by the pair of the model's first element."""
+        between = np.array([-0.97, -0.31, 0.55])
+        pieces = 64
+        while pieces < MAX_PIECES:
+            width = self._cutoff / pieces
+            lengths = (np.arange(pieces)[:, None] + 0.5 * (between + 1.0)) * width
+            right = self._weights(lengths.reshape(-1), (0, 0)).reshape(pieces, len(between), -1)
+            found = np.einsum(
+                "xc,pcw->pxw", np.vander(between, DEGREE + 1, increasing=True), self._table((0, 0), pieces)
+            )
+            if np.abs(found - right).max() <= EXACT[self.dtype] * np.abs(right).max():
+                return pieces
+            pieces *= 2
+        return pieces
+
+    def _weights(self, lengths: Array, pair: tuple[int, int]) -> Array:
+        """(lengths, weights): the network itself, in double precision."""
+        with torch.no_grad():
+            r = torch.from_numpy(lengths)[:, None]
+            attributes = torch.nn.functional.one_hot(torch.tensor(pair), len(self._atomic_numbers)).double()
+            edges = torch.tensor([[0], [1]]).expand(2, len(lengths))
+            x, cutoff = self._embedding(r, attributes, edges, self._atomic_numbers)
+            x = x.double()
+            for layer in self._layers:
+                # e3nn's layer, whose own forward would insist on the model's dtype
+                if layer.act is None:
+                    x = x @ (layer.weight.double() / (layer.h_in * layer.var_in / layer.var_out) ** 0.5)
+                else:
+                    x = layer.act(x @ (layer.weight.double() / (layer.h_in * layer.var_in) ** 0.5)) * layer.var_out**0.5
+            if cutoff is not None:
+                x = x * cutoff.double()
+        return x.numpy()
