@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from rootstock_client import ipi
+from rootstock_client.driver_side import DriverSide
 from rootstock_client.errors import EvaluationError, InvalidInitError, InvalidStructureError, ProtocolError
 from rootstock_client.stream import STAGING_SIZE
 from rootstockd.worker.slots import Slot
@@ -340,7 +341,7 @@ class Asker:
     """What a client is to the driver's side, with a record of the answers."""
 
     def __init__(self, batch: int = 1, limits: ipi.Limits = LIMITS) -> None:
-        self.side = ipi.DriverSide(self.place, batch, limits)
+        self.side = DriverSide(self.place, batch, limits)
         self.answers: list[Any] = []
         self.memory = bytearray()
 
@@ -420,7 +421,7 @@ def test_forces_that_the_client_has_no_room_for_are_refused():
     def no_room(natoms: int) -> memoryview:
         raise InvalidStructureError(f"{natoms} atoms")
 
-    side = ipi.DriverSide(no_room)
+    side = DriverSide(no_room)
     side.expect(GETFORCE)
     feed(side, forceready(np.zeros(1), np.zeros((1, 7, 3)), np.zeros((1, 3, 3)), [b""]))
     with pytest.raises(ProtocolError, match="7 atoms"):
@@ -618,7 +619,7 @@ def test_a_declared_length_takes_no_memory(frame):
             side.accept()
             stream = word("POSDATA") + bytes(144) + int32(limits.atoms)
         case _:
-            side = ipi.DriverSide(only_two_atoms, limits=limits)
+            side = DriverSide(only_two_atoms, limits=limits)
             side.expect(GETFORCE)
             take = side.next_message
             empty = forceready(np.ones(1), np.ones((1, 2, 3)), np.ones((1, 3, 3)), [])
@@ -1175,7 +1176,7 @@ def test_ase_as_engine_is_understood_and_understands():
             Path(f"/tmp/ipi_{name}").unlink()
     with sock:
         sock.settimeout(20)
-        side = ipi.DriverSide(lambda natoms: memoryview(forces).cast("B") if natoms == 4 else pytest.fail(str(natoms)))
+        side = DriverSide(lambda natoms: memoryview(forces).cast("B") if natoms == 4 else pytest.fail(str(natoms)))
         cell = atoms.cell.array / units.Bohr
         head = ipi.posdata_head(cell, np.linalg.inv(cell), 4)
         sock.sendall(STATUS + head + (atoms.positions / units.Bohr).tobytes() + STATUS + GETFORCE + STATUS + EXIT)
