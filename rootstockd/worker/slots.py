@@ -87,7 +87,10 @@ class Slot:
         self.energies = view((frames,), "<f8", energies)
         self.forces = view((frames, natoms, 3), "<f8", forces)
         self.virials = view((frames, 3, 3), "<f8", virials)
+        self.results = view((3 * (natoms + 3) * frames,), "<f8", forces)
+        """Forces and virials, flat."""
         whole = memoryview(self._map)
+        self.cells_bytes = whole[cells:positions]
         self.positions_bytes = whole[positions:reply]
         self._bytes = whole
         self._sizes = whole[:_HEAD].cast("q")

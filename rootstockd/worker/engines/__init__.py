@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -73,22 +73,20 @@ class System:
     """How far forces may differ from the engine's reference, in eV/Å; None leaves it to the engine."""
 
 
-@dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     """One structure to evaluate, and what is wanted beside energy and forces."""
 
     system: Any
     """What the engine's `prepare` made of the System."""
     cell: Array
-    """(3, 3), Å, rows are lattice vectors."""
+    """(3, 3), Å, rows are lattice vectors; the same object as at the last step where it has not changed."""
     positions: Array
     """(natoms, 3), Å."""
     stress: bool
     energies: bool
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(NamedTuple):
     """What came of a Task."""
 
     energy: float
