@@ -323,14 +323,19 @@ class EngineSide:
             ProtocolError: what came is not the protocol; the connection can only be closed.
         """
         # while BUSY nothing is read on: what comes next may be positions, for the place that the worker looks at
+        reader = self._reader
         while self._state is not _BUSY and self._state is not _CLOSED:
-            if self._error is not None and not self.announced:
-                self._state = _CLOSED  # a stock driver knows no errors, only a closed connection
-                return Close(self._error)
-            if self._reader.between and (event := self._whole()) is not None:
-                return event
+            if self._error is not None:
+                if not self.announced:
+                    self._state = _CLOSED  # a stock driver knows no errors, only a closed connection
+                    return Close(self._error)
+            elif reader.between:
+                if reader.start == reader.end:
+                    return None
+                if (event := self._whole()) is not None:
+                    return event
             try:
-                message = self._reader.next_message()
+                message = reader.next_message()
                 event = None if message is None else self._react(message)
             except ProtocolError:
                 self._state = _CLOSED
@@ -344,24 +349,24 @@ class EngineSide:
 
         The grammar would say the same, in several times as long; whatever is in any way special is left to it.
         """
-        reader, start = self._reader, self._reader.start
-        have = reader.end - start
-        if self._state is _HAVEDATA and self._error is None and have >= HEADER_SIZE:
+        reader = self._reader
+        start, end = reader.start, reader.end
+        if self._state is _HAVEDATA and end - start >= HEADER_SIZE:
             if reader.staging[start : start + HEADER_SIZE] == GETFORCE:
                 reader.start = start + HEADER_SIZE
                 self._state = _READY
                 return _SEND_RESULT
-        elif self._state is _READY and self.batch_size == 1 and have >= _POSDATA_HEAD.size:
+        elif self._state is _READY and self.batch_size == 1 and end - start >= _POSDATA_HEAD.size:
             word, cells, natoms = _POSDATA_HEAD.unpack_from(reader.staging, start)
             first = start + _POSDATA_HEAD.size
-            end = first + 24 * natoms
-            if word != POSDATA or not 0 <= natoms <= self._limits.atoms or end > reader.end:
+            behind = first + 24 * natoms
+            if word != POSDATA or not 0 <= natoms <= self._limits.atoms or behind > end:
                 return None
             try:
-                self._place(natoms)[:] = reader.staging[first:end]
+                self._place(natoms)[:] = reader.staging[first:behind]
             except RootstockError:
                 return None
-            reader.start = end
+            reader.start = behind
             self._state = _BUSY
             if cells != self._evaluate.cells:
                 self._evaluate = Evaluate(cells)

@@ -119,6 +119,9 @@ class Session(asyncio.BufferedProtocol):
         if not self._closing:
             self._ipi.received(nbytes)
             self._advance()
+            if self._ipi.full and not self._closing:  # a driver that runs ahead of its results waits
+                self._reading_paused = True
+                self._transport.pause_reading()
 
     def pause_writing(self) -> None:
         self._writing_paused = True
@@ -156,18 +159,9 @@ class Session(asyncio.BufferedProtocol):
             if self._ipi.announced:
                 self._transport.write(ipi.error_frame(error))
             self.end(error)
-        self._adjust_reading()
-
-    def _adjust_reading(self) -> None:
-        """Read while there is room; a driver that runs ahead of its results waits."""
-        if self._closing:
-            return
-        if self._ipi.full != self._reading_paused:
-            self._reading_paused = not self._reading_paused
-            if self._reading_paused:
-                self._transport.pause_reading()
-            else:
-                self._transport.resume_reading()
+        if self._reading_paused and not self._closing and not self._ipi.full:
+            self._reading_paused = False
+            self._transport.resume_reading()
 
     def _initialise(self, text: bytes) -> None:
         json = is_announced(text)

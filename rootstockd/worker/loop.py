@@ -143,8 +143,14 @@ class _Attached:
         self._backend = backends.pop() if len(backends) == 1 else None
 
 
+_FEW = 10_000
+"""So many numbers BLAS multiplies in one thread, and does not wake others up that would be in an engine's way."""
+
+
 def is_finite(array: np.ndarray) -> bool:
-    """Whether all of a contiguous array's numbers are finite: only then their sum is."""
+    """Whether all of a contiguous array's numbers are finite: only then their sum is, or that of their squares."""
+    if array.size <= _FEW and math.isfinite(np.vdot(array, array)):  # the fastest of all; infinite for enormous ones
+        return True
     return math.isfinite(np.add.reduce(array, None))
 
 
