@@ -90,8 +90,8 @@ class DriverSide:
         except RootstockError:
             return None
         reader.start = end
-        texts = [bytes(reader.staging[extras:end])]
-        return ForceReady(natoms, energy, bytes(reader.staging[virial : virial + _VIRIAL]), texts)
+        texts = [reader.staging[extras:end].tobytes()]
+        return ForceReady(natoms, energy, reader.staging[virial : virial + _VIRIAL].tobytes(), texts)
 
     def _grammar(self) -> Grammar[EngineMessage]:
         while True:

@@ -11,7 +11,7 @@ import socket
 import struct
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ class WorkerProcess:
         self._process, self._channel, self._listener = process, channel, listener
         self.attached: set[int] = set()
         """Numbers of the slots that it has."""
-        self._outbox: deque[tuple[bytes, list[int]]] = deque()
+        self._outbox: deque[tuple[bytes, int | None]] = deque()
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(channel, self._on_readable)
 
@@ -79,8 +79,10 @@ class WorkerProcess:
         Raises:
             OSError: there is no file descriptor left.
         """
+        fd = os.dup(slot.fd)  # the slot may be closed before its turn comes
         message = {"slot": number, "natoms": slot.natoms, "frames": slot.frames, **fields}
-        self._send(b"A" + json.dumps(message).encode(), [slot.fd])
+        self._send(b"A" + json.dumps(message).encode())
+        self._send(b"M", fd)
         self.attached.add(number)
 
     def detach(self, number: int) -> None:
@@ -105,39 +107,37 @@ class WorkerProcess:
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
 
-    def _send(self, message: bytes, fds: Sequence[int] = ()) -> None:
-        """Send, or queue behind what the worker has not had time to read."""
-        if self._outbox or not self._sent(message, fds):
-            # the descriptor may be closed before its turn comes
-            self._outbox.append((message, [os.dup(fd) for fd in fds]))
+    def _send(self, message: bytes, fd: int | None = None) -> None:
+        """Send, or queue behind what the worker has not had time to read; `fd` is closed when it is off."""
+        if self._outbox or not self._sent(message, fd):
+            self._outbox.append((message, fd))
             self._loop.add_writer(self._channel, self._flush)
 
-    def _sent(self, message: bytes, fds: Sequence[int]) -> bool:
+    def _sent(self, message: bytes, fd: int | None) -> bool:
         """Whether the message is off: False where the socket is full."""
         try:
-            if fds:
-                socket.send_fds(self._channel, [message], fds)
-            else:
+            if fd is None:
                 self._channel.send(message)
+            else:
+                socket.send_fds(self._channel, [message], [fd])
         except BlockingIOError:
             return False
         except OSError:
             pass  # it is dead or dying, and `wait` will say so
+        if fd is not None:
+            os.close(fd)
         return True
 
     def _flush(self) -> None:
         while self._outbox:
-            message, fds = self._outbox[0]
-            if not self._sent(message, fds):
+            if not self._sent(*self._outbox[0]):
                 return
             self._outbox.popleft()
-            for fd in fds:
-                os.close(fd)
         self._loop.remove_writer(self._channel)
 
     def _drop_outbox(self) -> None:
-        for _, fds in self._outbox:
-            for fd in fds:
+        for _, fd in self._outbox:
+            if fd is not None:
                 os.close(fd)
         self._outbox.clear()
 

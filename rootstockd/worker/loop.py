@@ -6,7 +6,8 @@ message says what it is:
 === ================================================ ===========================================================
 to the worker
 ----------------------------------------------------------------------------------------------------------------
-A   JSON: slot, natoms, frames, pbc, charge, ...      a new slot, its descriptor beside the message
+A   JSON: slot, natoms, frames, pbc, charge, ...      a new slot; M follows
+M   -                                                its descriptor is beside this message
 D   int32 slot                                       forget the slot
 E   int32 slots                                      evaluate these, as one batch
 === ================================================ ===========================================================
@@ -32,7 +33,6 @@ import math
 import os
 import signal
 import socket
-import sys
 import traceback
 from typing import Any
 
@@ -168,22 +168,20 @@ class Loop:
 
     def run(self) -> None:
         """Take messages until the daemon hangs up."""
-        space = socket.CMSG_SPACE(4)
-        while True:
-            message, ancillary, _, _ = self._channel.recvmsg(MESSAGE_SIZE, space)
-            if not message:
-                return
+        channel, slots = self._channel, self._slots
+        while message := channel.recv(MESSAGE_SIZE):  # not recvmsg, which costs more and is needed for M alone
             kind, body = message[:1], message[1:]
             if kind == b"E":
-                self._evaluate([self._slots[number] for number in array.array("i", body)])
-                self._channel.send(message)
+                self._evaluate([slots[number] for number in array.array("i", body)])
+                channel.send(message)
             elif kind == b"A":
                 fields = json.loads(body)
-                slot = Slot(int.from_bytes(ancillary[0][2][:4], sys.byteorder), fields["natoms"], fields["frames"])
-                self._slots[fields["slot"]] = _Attached(slot, fields, self._engine)
+                _, descriptors, _, _ = socket.recv_fds(channel, 1, 1)
+                slot = Slot(descriptors[0], fields["natoms"], fields["frames"])
+                slots[fields["slot"]] = _Attached(slot, fields, self._engine)
                 del slot
             elif kind == b"D":
-                self._slots.pop(int.from_bytes(body, "little")).slot.close()
+                slots.pop(int.from_bytes(body, "little")).slot.close()
 
     def _evaluate(self, batch: list[_Attached]) -> None:
         """One pass for all; if that fails, one each, so that nobody suffers for a batch mate."""
