@@ -28,7 +28,8 @@ from rootstock_client.stream import Grammar, MessageReader, Skip
 
 _HEAD = struct.Struct(f"<{HEADER_SIZE}s8si")
 """FORCEREADY for one structure up to its forces."""
-_VIRIAL = 72
+_TAIL = struct.Struct("<72si")
+"""And what is behind them: the virial, and how long the extras are."""
 
 
 @dataclass
@@ -77,21 +78,20 @@ class DriverSide:
             return None
         word, energy, natoms = _HEAD.unpack_from(reader.staging, start)
         forces = start + _HEAD.size
-        virial = forces + 24 * natoms
-        extras = virial + _VIRIAL + INT.size
+        tail = forces + 24 * natoms
+        extras = tail + _TAIL.size
         if word != FORCEREADY or not 0 <= natoms <= self.limits.atoms or extras > reader.end:
             return None
-        (size,) = INT.unpack_from(reader.staging, extras - INT.size)
+        virial, size = _TAIL.unpack_from(reader.staging, tail)
         end = extras + size
         if not 0 <= size <= self.limits.extras or end > reader.end:
             return None
         try:
-            self.place(natoms)[:] = reader.staging[forces:virial]
+            self.place(natoms)[:] = reader.staging[forces:tail]
         except RootstockError:
             return None
         reader.start = end
-        texts = [reader.staging[extras:end].tobytes()]
-        return ForceReady(natoms, energy, reader.staging[virial : virial + _VIRIAL].tobytes(), texts)
+        return ForceReady(natoms, energy, virial, [reader.staging[extras:end].tobytes()])
 
     def _grammar(self) -> Grammar[EngineMessage]:
         while True:
@@ -117,7 +117,7 @@ class DriverSide:
         except RootstockError as error:
             raise ProtocolError(str(error)) from error
         yield target
-        virials = bytes((yield _VIRIAL * batch))
+        virials = bytes((yield 72 * batch))
         extras = []
         for _ in range(batch):
             (size,) = INT.unpack((yield 4))

@@ -68,12 +68,15 @@ class MessageReader(Generic[Message]):
     def get_buffer(self, sizehint: int = -1) -> memoryview:
         """Where the next bytes of the stream go; empty only when `full`."""
         del sizehint  # asyncio's idea of a good size
+        if self.between and self.start == self.end and len(self.staging) == STAGING_SIZE:
+            self.start = self.end = 0
+            return self.staging
         need = self._need
         if isinstance(need, memoryview) and self.start == self.end and self._filled < len(need):
             self._direct = True
             return need[self._filled :]
         self._make_room()
-        return self.staging[self.end :] if self.end else self.staging
+        return self.staging[self.end :]
 
     def received(self, size: int) -> None:
         """`size` bytes were written into the buffer that `get_buffer` gave last."""
