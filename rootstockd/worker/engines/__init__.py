@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -73,7 +73,8 @@ class System:
     """How far forces may differ from the engine's reference, in eV/Å; None leaves it to the engine."""
 
 
-class Task(NamedTuple):
+@dataclass  # not frozen: one is made for each structure and step, and frozen ones take three times as long
+class Task:
     """One structure to evaluate, and what is wanted beside energy and forces."""
 
     system: Any
@@ -86,7 +87,8 @@ class Task(NamedTuple):
     energies: bool
 
 
-class Result(NamedTuple):
+@dataclass
+class Result:
     """What came of a Task."""
 
     energy: float
