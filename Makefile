@@ -35,7 +35,7 @@ demo: $(DEMO_STAMP) ## start a daemon on this machine, run a few jobs with it, s
 test: $(TEST_STAMP) lint ## ruff, mypy and the tests
 	@$(RUN) $(BIN)/python -m pytest $(PYTEST_ARGS)
 
-bench: $(DEMO_STAMP) ## measure on this machine, next to others (BENCH_ARGS=--quick: minutes)
+bench: $(TEST_STAMP) ## measure on this machine, next to others (BENCH_ARGS=--quick: minutes, --gpu-checks: all that needs a GPU)
 	@$(RUN) $(BIN)/python -m benchmarks.run_local $(BENCH_ARGS)
 
 lint: $(TEST_STAMP) ## ruff and mypy alone
@@ -66,6 +66,6 @@ $(DEMO_STAMP): $(INPUTS) | $(BIN)/python
 	@touch $@
 
 $(TEST_STAMP): $(INPUTS) | $(BIN)/python
-	@echo "installing rootstockd, mace-torch, torch, pytest, ruff and mypy into $(VENV): a few minutes the first time"
+	@echo "installing rootstockd, mace-torch, torch, pytest, ruff, mypy and what the benchmarks need into $(VENV): a few minutes the first time"
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[daemon,mace,dev]'
 	@touch $@ $(DEMO_STAMP)

@@ -10,7 +10,7 @@ command                              answer
 {"do": "system", "natoms": N}        {}: from now on N copper atoms
 {"do": "steps", "count": K}          {"seconds": [...]}: K steps, each with new positions
 {"do": "run", "seconds": T}          {"seconds": [...], "elapsed": t}: as many steps as fit into T
-{"do": "versions"}                   {"package": "version", ...}
+{"do": "result", "step": K}          {"energy": eV, "forces": eV/Å, "backend": ...}: at the positions of the Kth step
 {"do": "quit"}                       {}, and it ends
 ==================================== ==================================================================================
 """
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import array
 import contextlib
-import importlib.metadata
 import json
 import os
 import socket
@@ -94,7 +93,8 @@ class Arm:
     def __init__(self, options: dict[str, Any]) -> None:
         self.options = options
         self.atoms: Any = None
-        self._places: list[Any] = []
+        self.backend: str | None = None
+        self._lattice: Any = None
         self._step = 0
 
     def calculator(self) -> Any:
@@ -103,18 +103,22 @@ class Arm:
 
     def system(self, natoms: int) -> None:
         """Take up a system of so many atoms."""
+        self.atoms = copper(natoms)
+        self._lattice = self.atoms.positions.copy()
+        self._step = 0
+        self.atoms.calc = self.calculator()
+
+    def place(self, step: int) -> Any:
+        """The positions of a step: the same for all contestants, and never the same twice for one."""
         import numpy as np  # noqa: PLC0415
 
-        self.atoms = copper(natoms)
-        rng = np.random.default_rng(1)
-        shape = self.atoms.positions.shape
-        self._places = [self.atoms.positions + rng.uniform(-0.03, 0.03, shape) for _ in range(3)]
-        self.atoms.calc = self.calculator()
+        rng = np.random.default_rng([self.options.get("seed", 1), step])
+        return self._lattice + rng.uniform(-0.03, 0.03, self._lattice.shape)
 
     def move(self) -> None:
         """New positions."""
         self._step += 1
-        self.atoms.positions[:] = self._places[self._step % len(self._places)]
+        self.atoms.positions[:] = self.place(self._step)
 
     def step(self) -> float:
         """One step; its seconds."""
@@ -122,6 +126,12 @@ class Arm:
         start = time.perf_counter()
         self.atoms.get_forces()
         return time.perf_counter() - start
+
+    def result(self, step: int) -> dict[str, Any]:
+        """What it computes at the positions of a step."""
+        self.atoms.positions[:] = self.place(step)
+        forces = self.atoms.get_forces().tolist()
+        return {"energy": float(self.atoms.get_potential_energy()), "forces": forces, "backend": self.backend}
 
     def close(self) -> None:
         """Whatever must be ended."""
@@ -135,13 +145,15 @@ class NoopInProcess(Arm):
 
 
 class Rootstockd(Arm):
-    """Options: socket, model, dtype."""
+    """Options: socket, model."""
 
     def calculator(self) -> Any:
         from rootstock_client import RootstockClient  # noqa: PLC0415
 
-        client = RootstockClient(self.options["socket"])
-        return client.calculator(self.options["model"], dtype=self.options.get("dtype"))
+        return RootstockClient(self.options["socket"]).calculator(self.options["model"])
+
+    def result(self, step: int) -> dict[str, Any]:
+        return {**super().result(step), "backend": self.atoms.calc.backend}
 
 
 class Wire(Rootstockd):
@@ -160,7 +172,7 @@ class Wire(Rootstockd):
         numbers, pbc, want = self.atoms.numbers.tolist(), [True] * 3, ["energy", "forces"]
         init = {"rootstock": 1, "model": self.options["model"], "numbers": numbers, "pbc": pbc, "want": want}
         self._init = json.dumps(init).encode()
-        self._positions = [np.ascontiguousarray(places / BOHR) for places in self._places]
+        self._positions = [self.place(step) / BOHR for step in range(3)]
         self._forces = np.empty_like(self._positions[0])
         self._connection = Connection(Path(self.options["socket"]))
 
@@ -236,7 +248,7 @@ class Echo(Arm):
         theirs.close()
         self._buffers: list[Any] = [
             bytes(HEADER + CELLS + 4),
-            memoryview(self.atoms.positions).cast("B"),
+            memoryview(self._lattice).cast("B"),
             bytes(HEADER),
         ]
         self._answer = memoryview(bytearray(reply))
@@ -339,6 +351,41 @@ class Mace(Arm):
         return self._calculator
 
 
+class SameBackend(Arm):
+    """What a worker computes with, in this process: its engine, its ModelSpec. Options: spec."""
+
+    _engine: Any = None
+    _system: Any = None
+    _last: Any = None
+
+    def calculator(self) -> Any:
+        return None
+
+    def system(self, natoms: int) -> None:
+        from rootstockd.worker.engines import ModelSpec, System, load_engine  # noqa: PLC0415
+
+        super().system(natoms)
+        if self._engine is None:
+            self._engine = load_engine(ModelSpec(**self.options["spec"]))
+        self._system = self._engine.prepare(System(self.atoms.numbers, (True, True, True)))
+
+    def _task(self, step: int) -> Any:
+        from rootstockd.worker.engines import Task  # noqa: PLC0415
+
+        return Task(self._system, self.atoms.cell.array, self.place(step), stress=False, energies=False)
+
+    def step(self) -> float:
+        self._step += 1
+        task = self._task(self._step)
+        start = time.perf_counter()
+        self._last = self._engine.evaluate([task])[0]
+        return time.perf_counter() - start
+
+    def result(self, step: int) -> dict[str, Any]:
+        found = self._last if step == self._step else self._engine.evaluate([self._task(step)])[0]
+        return {"energy": found.energy, "forces": found.forces.tolist(), "backend": found.backend or None}
+
+
 ARMS: dict[str, type[Arm]] = {
     "noop in process": NoopInProcess,
     "rootstockd": Rootstockd,
@@ -348,16 +395,9 @@ ARMS: dict[str, type[Arm]] = {
     "ASE SocketIO": SocketIO,
     "Rootstock": Rootstock,
     "MACECalculator": Mace,
+    "MACECalculator, float64": Mace,
+    "same backend": SameBackend,
 }
-
-
-def versions() -> dict[str, str]:
-    """The packages of this environment that matter."""
-    found = {"python": sys.version.split()[0]}
-    for package in ("numpy", "ase", "rootstock", "mace-torch", "torch"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
 
 
 def obey(arm: Arm, command: dict[str, Any]) -> dict[str, Any]:
@@ -374,8 +414,8 @@ def obey(arm: Arm, command: dict[str, Any]) -> dict[str, Any]:
         while (elapsed := time.perf_counter() - start) < command["seconds"] or not seconds:
             seconds.append(arm.step())
         return {"seconds": seconds, "elapsed": elapsed}
-    elif what == "versions":
-        return versions()
+    elif what == "result":
+        return arm.result(command["step"])
     elif what == "quit":
         arm.close()
     return {}

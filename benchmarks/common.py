@@ -26,6 +26,8 @@ REPOSITORY = HERE.parent
 CHILD = HERE / "child.py"
 PATIENCE = 600.0
 """Seconds that any one answer may take."""
+SETTLING = 900.0
+"""Seconds that a model may take until its fastest way to compute is ready."""
 
 
 # --- numbers
@@ -92,6 +94,11 @@ class Results:
         return None
 
 
+def last_line(error: Exception) -> str:
+    """What a traceback ends with: the rest would name this machine's paths."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+
+
 def ratio(one: float | None, other: float | None) -> float | None:
     """One over the other, where both are there."""
     return None if one is None or not other else one / other
@@ -108,6 +115,12 @@ class Settings:
     """For whatever a run leaves behind; removed at its end."""
     rootstock: Path | None
     """The root of a Rootstock installation, where it could be made."""
+    sizes: tuple[int, ...] = ()
+    """Numbers of atoms instead of a benchmark's own."""
+
+    def choose(self, full: tuple[int, ...], quick: tuple[int, ...]) -> tuple[int, ...]:
+        """The sizes for a benchmark over systems of many sizes."""
+        return self.sizes or (quick if self.quick else full)
 
 
 # --- the machine
@@ -198,9 +211,39 @@ class Daemon:
         """The daemon's own process."""
         return int(self.status["pid"])
 
+    def _model(self, name: str) -> dict[str, Any]:
+        return next(entry for entry in self.status["models"] if entry["name"] == name)
+
     def worker(self, model: str) -> int:
         """The process of a model's worker."""
-        return next(int(entry["pid"]) for entry in self.status["models"] if entry["name"] == model)
+        return int(self._model(model)["pid"])
+
+    def worker_arguments(self, model: str) -> tuple[dict[str, Any], dict[str, str]]:
+        """What its worker was started with: the ModelSpec's fields, and the environment."""
+        process = psutil.Process(self.worker(model))
+        return json.loads(process.cmdline()[-1]), process.environ()
+
+    def wait_settled(self, model: str, results: Results, timeout: float = SETTLING) -> None:
+        """Wait until no faster worker is about to replace the model's present one.
+
+        A worker may begin with one way to compute while a faster one is prepared; a measurement that begins before
+        the change is one of both.
+
+        Raises:
+            RuntimeError: the model is broken, or has not settled in time.
+        """
+        start = time.monotonic()
+        while True:
+            entry = self._model(model)
+            if entry["state"] == "failed":
+                raise RuntimeError(f"{model} can't be measured: {entry['error']}")
+            # a daemon that says nothing of it never replaces a worker
+            if entry["state"] == "ready" and entry.get("settled", True):
+                break
+            if time.monotonic() - start > timeout:
+                raise RuntimeError(f"{model} has not settled within {timeout:.0f} s")
+            time.sleep(0.2)
+        results.note(f"{model}: settled {time.monotonic() - start:.1f} s after the daemon was ready")
 
 
 # --- contestants

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import models
-from benchmarks.common import Daemon, Results, Settings, ratio
+from benchmarks.common import PATIENCE, Daemon, Results, Settings, ratio
 
 NATOMS = 64
 LATER = 5
@@ -20,19 +21,18 @@ JOB = """
 import json, sys, time
 from ase.build import bulk
 atoms = bulk("Cu", cubic=True) * (2, 2, 4)
-atoms.rattle(0.03, seed=1)
+atoms.rattle(0.03, seed=int(sys.argv[1]))
 begin = time.perf_counter()
 {calculator}
 ready = time.perf_counter()
 atoms.get_forces()
 first = time.perf_counter()
 later = []
-if len(sys.argv) > 1:  # not where the whole process is timed
-    for seed in range(int(sys.argv[1])):
-        atoms.rattle(0.01, seed=seed)
-        start = time.perf_counter()
-        atoms.get_forces()
-        later.append(time.perf_counter() - start)
+for _ in range(int(sys.argv[2])):
+    atoms.rattle(0.01, seed=len(later))
+    start = time.perf_counter()
+    atoms.get_forces()
+    later.append(time.perf_counter() - start)
 print("answer", json.dumps({{"to the first force": first - begin, "first call": first - ready, "later": later}}))
 """
 CLIENT = "from rootstock_client import RootstockClient"
@@ -42,10 +42,21 @@ from mace.calculators import MACECalculator
 atoms.calc = MACECalculator(model_paths={weights!r}, device={device!r}, default_dtype={dtype!r})"""
 
 
-def job(script: str, *arguments: str) -> tuple[float, dict[str, Any]]:
-    """Run it in a new process: wall time from its start to its end, and what it measured within."""
+_seeds = itertools.count(1)
+
+
+def job(script: str, later: int = 0) -> tuple[float, dict[str, Any]]:
+    """Run it in a new process: wall time from its start to its end, and what it measured within.
+
+    No two jobs have the same structure, since a worker may remember those it has seen.
+
+    Args:
+        script: the job.
+        later: how many more forces it computes after its first.
+    """
+    command = [sys.executable, "-c", script, str(next(_seeds)), str(later)]
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", script, *arguments], check=False, capture_output=True, text=True)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=PATIENCE)
     wall = time.perf_counter() - start
     answers = [line for line in done.stdout.splitlines() if line.startswith("answer ")]
     if done.returncode != 0 or not answers:
@@ -53,9 +64,8 @@ def job(script: str, *arguments: str) -> tuple[float, dict[str, Any]]:
     return wall, json.loads(answers[-1].removeprefix("answer "))
 
 
-def run(settings: Settings) -> Results:
+def run(settings: Settings, results: Results) -> None:
     """The benchmark."""
-    results = Results("first_force")
     repeats = 3 if settings.quick else 7
     results.parameters = {"atoms": NATOMS, "processes of each": repeats}
     _noop(results, settings, repeats)
@@ -64,16 +74,16 @@ def run(settings: Settings) -> Results:
         model = models.embedded() if name == models.EMBEDDED else models.random(settings, name)
         _measure(results, settings, model, repeats)
     _goals(results, names)
-    return results
 
 
 def _measure(results: Results, settings: Settings, model: models.Model, repeats: int) -> None:
     with Daemon(settings, "--model", model.name, *model.options) as daemon:
+        daemon.wait_settled(model.name, results)
         here = f"{CLIENT}\n" + THROUGH_DAEMON.format(socket=str(daemon.socket), model=model.name)
         own = IN_PROCESS.format(weights=str(model.weights), device=settings.device, dtype=model.dtype)
         scripts = {"rootstockd": JOB.format(calculator=here), "MACECalculator": JOB.format(calculator=own)}
         for script in scripts.values():
-            job(script)  # files into the page cache, the daemon's model past its first evaluations
+            job(script, LATER)  # files into the page cache, the daemon's model past its first evaluations
         walls: dict[str, list[float]] = {arm: [] for arm in scripts}
         answers: dict[str, list[float]] = {arm: [] for arm in scripts}
         for _ in range(repeats):
@@ -83,7 +93,7 @@ def _measure(results: Results, settings: Settings, model: models.Model, repeats:
                 answers[arm].append(answer["to the first force"])
         over = [
             1_000 * (answer["first call"] - statistics.median(answer["later"]))
-            for _, answer in (job(scripts["rootstockd"], str(LATER)) for _ in range(repeats))
+            for _, answer in (job(scripts["rootstockd"], LATER) for _ in range(repeats))
         ]
     for arm in scripts:
         results.add(arm, "whole process", "s", walls[arm], model=model.name)
@@ -104,10 +114,10 @@ def _noop(results: Results, settings: Settings, repeats: int) -> None:
 
 def _goals(results: Results, names: list[str]) -> None:
     for name in names:
-        for quantity, what, goal in (
-            ("whole process", "whole process, MACECalculator's over rootstockd's", 6),
-            ("to the first force", "from import mace over from RootstockClient() to the first force", 40),
-        ):
+        wanted = [("whole process", "whole process, MACECalculator's over rootstockd's", 6)]
+        if name == models.EMBEDDED:  # with larger models the evaluation itself is most of it
+            wanted += [("to the first force", "from import mace over from RootstockClient() to the first force", 40)]
+        for quantity, what, goal in wanted:
             ours = results.find("rootstockd", quantity, model=name)
             theirs = results.find("MACECalculator", quantity, model=name)
             results.goal(f"{name}: {what}", ratio(theirs, ours), goal, at_least=True)

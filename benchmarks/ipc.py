@@ -15,10 +15,9 @@ MICRO = 1e6
 PEERS = ("ASE SocketIO", "Rootstock")
 
 
-def run(settings: Settings) -> Results:
+def run(settings: Settings, results: Results) -> None:
     """The benchmark."""
-    results = Results("ipc")
-    sizes = QUICK if settings.quick else SIZES
+    sizes = settings.choose(SIZES, QUICK)
     results.parameters = {"atoms": sizes, "model": "noop"}
     with ExitStack() as stack:
         daemon = stack.enter_context(Daemon(settings, "--model", "noop"))
@@ -34,7 +33,6 @@ def run(settings: Settings) -> Results:
             _measure(results, children, natoms, settings)
         _cpu(results, children["wire"], daemon, sizes, settings)
     _goals(results, sizes)
-    return results
 
 
 def _measure(results: Results, children: dict[str, Child], natoms: int, settings: Settings) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pynvml
 
 from benchmarks.common import REPOSITORY
 
@@ -31,6 +32,18 @@ def gpus() -> list[str]:
         timeout=30,
     )
     return done.stdout.splitlines() if done.returncode == 0 else []
+
+
+def free_gpu_memory() -> float | None:
+    """Free memory of the first GPU, in MB; None where there is none."""
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    try:
+        return float(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0)).free) / 1e6
+    finally:
+        pynvml.nvmlShutdown()
 
 
 def hardware(cpus: list[int]) -> dict[str, Any]:

@@ -1,37 +1,82 @@
-"""A step with a real model: through the daemon, and by MACECalculator in the job's own process."""
+"""A step with a real model: through the daemon, and in the job's process by MACECalculator and by the same backend."""
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import psutil
+
 from benchmarks import models
-from benchmarks.common import Child, Daemon, Results, Settings, contestants, interleave, ratio
+from benchmarks.common import Child, Daemon, Results, Settings, contestants, interleave, last_line, peak, ratio
 
-SIZES = (4, 32, 108, 256, 500, 864, 1_372)
-QUICK = (4, 32, 108)
-OURS, OWN = "rootstockd", "MACECalculator"
+SIZES = (4, 32, 64, 108, 256, 500, 864, 1_372)
+QUICK = (4, 32, 64, 108)
+OURS, OWN, SAME, EXACT = "rootstockd", "MACECalculator", "same backend", "MACECalculator, float64"
+TIMED = (OURS, OWN, SAME)
+SMALL, LARGE = 64, 864
+"""The goals against the same backend: for systems of `SMALL` atoms, and from `LARGE` on."""
+DOUBLE_UP_TO = 256
+"""Atoms in the largest system that is computed in float64 as well, which takes several times as long and as much."""
+WARM_UP = 4
+"""Steps until torch has compiled what it compiles."""
+ROOM = 0.7
+"""How much of the free memory one contestant may be expected to take."""
 
 
-def run(settings: Settings) -> Results:
+def run(settings: Settings, results: Results) -> None:
     """The benchmark."""
-    results = Results("overhead")
-    sizes = QUICK if settings.quick else SIZES
-    longest, budget = (1.0, 10.0) if settings.quick else (15.0, 60.0)
-    results.parameters = {"atoms": sizes, "longest step / s": longest, "seconds for a size": budget}
-    chosen = [models.embedded(), models.random(settings, "mp0-small-random")]
-    if not settings.quick:
-        chosen.append(models.random(settings, "mp0-medium-random"))
-    for model in chosen:
-        with Daemon(settings, "--model", model.name, *model.options) as daemon:
-            own: dict[str, Any] = {"weights": model.weights, "dtype": model.dtype, "device": settings.device}
-            through: dict[str, Any] = {"socket": daemon.socket, "model": model.name}
-            with contestants([Child(settings, OURS, **through), Child(settings, OWN, **own)]) as children:
-                for natoms in sizes:
+    sizes = settings.choose(SIZES, QUICK)
+    longest, budget = (2.0, 8.0) if settings.quick else (100.0, 45.0)
+    results.parameters = {"atoms": sizes, "longest step / s": longest, "seconds for a size": budget, "backends": {}}
+    names = ["mp0-small-random"] if settings.quick else ["mp0-small-random", "mp0-medium-random"]
+    for model in (models.embedded(), *(models.random(settings, name) for name in names)):
+        with ExitStack() as stack:
+            daemon = stack.enter_context(Daemon(settings, "--model", model.name, *model.options))
+            daemon.wait_settled(model.name, results)
+            children = stack.enter_context(contestants(_arms(settings, daemon, model)))
+            for arm in TIMED:
+                children[arm].system(min(sizes), warm_up=WARM_UP)
+            workers = {**{arm: child.pids[0] for arm, child in children.items()}, OURS: daemon.worker(model.name)}
+            for natoms in sizes:
+                if not _fits(results, model, natoms, workers):
+                    break
+                try:
                     if not _measure(results, children, model, natoms, longest, budget):
                         break
+                except RuntimeError as error:  # smaller ones are still worth having
+                    results.note(f"{model.name}, {natoms} atoms failed: {last_line(error)}")
+                    break
         _goals(results, model, sizes)
-    return results
+
+
+def _arms(settings: Settings, daemon: Daemon, model: models.Model) -> list[Child]:
+    spec, environment = daemon.worker_arguments(model.name)
+    own: dict[str, Any] = {"weights": model.weights, "device": settings.device}
+    arms = [
+        Child(settings, OURS, socket=daemon.socket, model=model.name),
+        Child(settings, OWN, dtype=model.dtype, **own),
+        Child(settings, SAME, environment=environment, spec=spec),
+    ]
+    if model.dtype != "float64":
+        arms.append(Child(settings, EXACT, dtype="float64", **own))
+    return arms
+
+
+def _fits(results: Results, model: models.Model, natoms: int, workers: Mapping[str, int]) -> bool:
+    """Whether memory suffices, going by what the last size took; it is about proportional to the atoms."""
+    last = max((s["of"]["natoms"] for s in results.samples if s["of"].get("model") == model.name), default=natoms)
+    free = ROOM * psutil.virtual_memory().available
+    wanted = natoms / last * max(peak(pid) for pid in workers.values())
+    if last < natoms and wanted > free:
+        left = f"{wanted / 1e9:.1f} GB would be wanted and {free / 1e9:.1f} GB may be used"
+        results.note(f"{model.name}: systems of {natoms} atoms and more left out, {left}")
+        return False
+    return True
 
 
 def _measure(
@@ -43,32 +88,58 @@ def _measure(
     budget: float,
 ) -> bool:
     """Measure one size; False where larger ones would take too long."""
-    first = sum(child.system(natoms, warm_up=2)[-1] for child in children.values())
-    steps = 1 if first > 0.5 else 3
-    blocks = max(2, min(20, int(budget / (first * steps))))
-    seconds = interleave(list(children.values()), blocks, steps)
+    timed = [children[arm] for arm in TIMED]
+    first, done = {child.arm: child.system(natoms)[-1] for child in timed}, 1
+    if sum(first.values()) < budget / 4:  # or else there is no time for a better idea of it
+        first, done = {child.arm: child.steps(1)[-1] for child in timed}, 2
+    together = sum(first.values())
+    steps = 1 if together > 0.5 else 3
+    least = 3 if together < budget else 1  # steps of a minute must not take the whole run
+    seconds = interleave(timed, max(least, min(20, int(budget / (together * steps)))), steps)
     for arm, values in seconds.items():
         results.add(arm, "step", "ms", [1_000 * value for value in values], model=model.name, natoms=natoms)
-    if first / 2 > longest:
-        results.note(f"{model.name}: systems of more than {natoms} atoms left out, a step takes {first / 2:.1f} s")
-        return False
-    return True
+    _accuracy(results, children, model, natoms, done + len(seconds[OURS]))
+    slowest = max(statistics.median(values) for values in seconds.values())
+    if slowest > longest:
+        results.note(f"{model.name}: systems of more than {natoms} atoms left out, a step takes {slowest:.1f} s")
+    return slowest <= longest
+
+
+def _accuracy(results: Results, children: dict[str, Child], model: models.Model, natoms: int, step: int) -> None:
+    """How far apart they are at one structure, and what computed it: at the last step's, which they know."""
+    found = {arm: child.ask(do="result", step=step) for arm, child in children.items() if arm != EXACT}
+    if EXACT in children and natoms <= DOUBLE_UP_TO:
+        children[EXACT].ask(do="system", natoms=natoms)
+        found[EXACT] = children[EXACT].ask(do="result", step=step)
+    elif model.dtype == "float64":
+        found[EXACT] = found[OWN]
+    of = {"model": model.name, "natoms": natoms}
+    for arm, other, words in ((OURS, OWN, OWN), (OURS, EXACT, "float64"), (OWN, EXACT, "float64")):
+        if arm in found and other in found and found[arm] is not found[other]:
+            apart = abs(found[arm]["energy"] - found[other]["energy"]) / natoms
+            results.add(arm, f"energy of an atom, off {words}", "eV", [apart], **of)
+            apart = float(np.abs(np.subtract(found[arm]["forces"], found[other]["forces"])).max())
+            results.add(arm, f"largest force component, off {words}", "eV/Å", [apart], **of)
+    backends = {arm: found[arm]["backend"] for arm in (OURS, SAME)}
+    if backends[OURS] != backends[SAME]:
+        results.note(f"{model.name}, {natoms} atoms: computed by {backends[OURS]}, but {backends[SAME]} in process")
+    results.parameters["backends"].setdefault(model.name, {})[str(natoms)] = backends[OURS]
 
 
 def _goals(results: Results, model: models.Model, sizes: tuple[int, ...]) -> None:
-    ratios = {
-        natoms: value
-        for natoms in sizes
-        if (value := ratio(*(results.find(arm, "step", model=model.name, natoms=natoms) for arm in (OURS, OWN))))
-    }
-    for natoms, value in ratios.items():
-        if model.name == models.EMBEDDED:
-            results.goal(f"{model.name}, {natoms} atoms: step over MACECalculator's", value, 0.7)
-        elif natoms >= 32:
-            results.goal(f"{model.name}, {natoms} atoms: step over MACECalculator's", value, 0.25)
-    results.goal(
-        f"{model.name}, any size: step over MACECalculator's, the worst", max(ratios.values(), default=None), 1
-    )
+    def over(arm: str, natoms: int) -> float | None:
+        return ratio(*(results.find(one, "step", model=model.name, natoms=natoms) for one in (OURS, arm)))
+
+    for natoms in sizes:
+        what = f"{model.name}, {natoms} atoms: step over"
+        limit = 0.7
+        if model.name != models.EMBEDDED:
+            limit = 1.0 if natoms < 32 else 0.25 if natoms < LARGE else 0.15
+        results.goal(f"{what} MACECalculator's", over(OWN, natoms), limit)
+        if natoms == SMALL or natoms >= LARGE:
+            results.goal(f"{what} the same backend's", over(SAME, natoms), 1.05 if natoms == SMALL else 1.01)
+    ratios = [value for natoms in sizes if (value := over(OWN, natoms)) is not None]
+    results.goal(f"{model.name}, any size: step over MACECalculator's, the worst", max(ratios, default=None), 1)
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
@@ -78,6 +149,6 @@ def plot(results: dict[str, Any], path: Path) -> None:
     names = list(dict.fromkeys(sample["of"]["model"] for sample in results["samples"]))
     figure, axes = plots.figure("A step through the daemon and in the job's own process", panels=len(names))
     for axis, name in zip(axes if len(names) > 1 else [axes], names, strict=True):
-        plots.lines(axis, results, "step", "natoms", (OURS, OWN), model=name)
+        plots.lines(axis, results, "step", "natoms", TIMED, model=name)
         plots.label(axis, "atoms", "time of a step / ms", log="xy", title=name)
     plots.save(figure, path)

@@ -40,12 +40,14 @@ def python_of(root: Path) -> Path:
     return root / "envs" / CHECKPOINT / "bin" / "python"
 
 
-def rootstock() -> tuple[Path | None, str]:
+def rootstock(*, make: bool) -> tuple[Path | None, str]:
     """The root of an installation, made now if there is none in the cache; and its version, or why there is none."""
     root = Path(platformdirs.user_cache_dir("rootstockd-benchmarks")) / f"rootstock-{VERSION}"
     environment = root / "envs" / CHECKPOINT
     source = environment / "env_source.py"
     if not source.exists():
+        if not make:
+            return None, "not measured, it has no environment yet"
         try:
             shutil.rmtree(root, ignore_errors=True)
             subprocess.run(

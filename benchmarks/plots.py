@@ -16,6 +16,8 @@ COLOURS = {
     "Rootstock": "#b3541e",
     "ASE SocketIO": "#5b4b8a",
     "MACECalculator": "#a23b72",
+    "same backend": "#5b4b8a",
+    "rootstockd, no batches": "#7cb518",
     "MACECalculator, OMP_NUM_THREADS=1": "#d68fb2",
     "echo": "#777777",
     "echo server": "#777777",

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import datetime as dt
 import importlib
+import importlib.util
 import json
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -15,41 +17,45 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine, peers, report
-from benchmarks.common import HERE, Results, Settings, use_cpus
+from benchmarks.common import HERE, REPOSITORY, Results, Settings, last_line, use_cpus
 
 BENCHMARKS = ("ipc", "first_force", "throughput", "scale", "overhead", "size")
 WITHOUT_MODELS = ("ipc", "scale", "size")
 SCHEMA = 1
 
 
-def run(names: list[str], *, quick: bool, cpus: int, device: str) -> dict[str, Any]:
-    """Run these benchmarks; what goes into the file. One that fails is noted, and the others go on."""
-    used = use_cpus(cpus)
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Run the benchmarks; what goes into the file. One that fails is noted, and the others go on."""
+    names = chosen(options)
+    gpus = machine.gpus()
+    device = ("cuda" if gpus else "cpu") if options.device == "auto" else options.device
+    used = use_cpus(options.cpus)
     result: dict[str, Any] = {
         "schema": SCHEMA,
         "created": dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
-        "quick": quick,
+        "quick": options.quick,
         "device": device,
         "hardware": machine.hardware(used),
         "software": machine.software(),
-        "commit": machine.commit(),
+        "commit": options.commit or machine.commit(),
     }
-    root, rootstock = peers.rootstock() if "ipc" in names else (None, "not needed")
+    root, rootstock = peers.rootstock(make=not options.no_install) if "ipc" in names else (None, "not needed")
     result["peers"] = {"Rootstock": rootstock, "ASE SocketIO": result["software"].get("ase", "")}
     result["peers"]["MACECalculator"] = result["software"].get("mace-torch", "not installed")
     result["benchmarks"] = {}
     with tempfile.TemporaryDirectory(prefix="rsd-bench-") as folder:
-        settings = Settings(quick, device, Path(folder), root)
+        settings = Settings(options.quick, device, Path(folder), root, options.sizes)
         for name in names:
-            print(f"{name}: {(importlib.import_module(f'benchmarks.{name}').__doc__ or '').strip()}", flush=True)
+            benchmark = importlib.import_module(f"benchmarks.{name}")
+            print(f"{name}: {(benchmark.__doc__ or '').strip()}", flush=True)
+            results = Results(name)
             start = time.perf_counter()
             try:
-                results: Results = importlib.import_module(f"benchmarks.{name}").run(settings)
-            except Exception as error:  # the others are still worth having
+                benchmark.run(settings, results)
+            except Exception as error:  # what it found before, and the others, are still worth having
                 print(error, file=sys.stderr)
-                results = Results(name)
-                last = (str(error).strip().splitlines() or [""])[-1]  # a traceback would name this machine's paths
-                results.note(f"failed: {type(error).__name__}: {last}")
+                results.note(f"failed: {type(error).__name__}: {last_line(error)}")
+                results.goal("runs to its end", None, 1)
             result["benchmarks"][name] = {
                 "seconds": round(time.perf_counter() - start, 1),
                 "parameters": results.parameters,
@@ -60,49 +66,89 @@ def run(names: list[str], *, quick: bool, cpus: int, device: str) -> dict[str, A
     return result
 
 
+def chosen(options: argparse.Namespace) -> list[str]:
+    """Which benchmarks the command line asks for."""
+    names = [name for name in BENCHMARKS if not options.only or name in options.only]
+    return [name for name in names if name in WITHOUT_MODELS] if options.ipc_only else names
+
+
 def write(result: dict[str, Any], folder: Path, label: str) -> Path:
     """The file and its plots, beside each other."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{label}.json"
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no matplotlib: there are no plots", file=sys.stderr)
+        return path
     for name, benchmark in result["benchmarks"].items():
         if benchmark["samples"]:
             importlib.import_module(f"benchmarks.{name}").plot(benchmark, folder / f"{label}-{name}.svg")
     return path
 
 
-def main() -> int:
-    """Read the command line, run, write, report."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a few minutes in all, less to be relied on")
-    parser.add_argument(
-        "--ipc-only", action="store_true", help=f"what needs no ML package: {', '.join(WITHOUT_MODELS)}"
+def failed(result: dict[str, Any]) -> list[str]:
+    """The benchmarks that did not come to their end."""
+    found = result["benchmarks"].items()
+    return [name for name, benchmark in found if any(note.startswith("failed: ") for note in benchmark["notes"])]
+
+
+def gpu_tests() -> int:
+    """The tests that need a GPU; pytest's exit status."""
+    return subprocess.run([sys.executable, "-m", "pytest", "-m", "gpu"], cwd=REPOSITORY, check=False).returncode
+
+
+def sizes(text: str) -> tuple[int, ...]:
+    """`10,100`."""
+    return tuple(sorted({int(part) for part in text.split(",")}))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(prog="python -m benchmarks.run_local", description=__doc__)
+    made.add_argument("--quick", action="store_true", help="a few minutes in all, less to be relied on")
+    made.add_argument("--ipc-only", action="store_true", help=f"what needs no ML package: {', '.join(WITHOUT_MODELS)}")
+    made.add_argument("--only", action="append", choices=BENCHMARKS, help="this one; may be given repeatedly")
+    made.add_argument(
+        "--sizes", type=sizes, default=(), metavar="N,N", help="atoms, in the benchmarks over systems of many sizes"
     )
-    parser.add_argument("--only", action="append", choices=BENCHMARKS, help="this one; may be given repeatedly")
-    parser.add_argument("--gpu-checks", action="store_true", help="say what of a GPU there is to measure, and end")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--cpus", type=int, default=2, help="how many CPUs all processes together may use (default 2)")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="the folder for what comes of it")
-    parser.add_argument("--label", help="name of the result (by default the time)")
-    options = parser.parse_args()
+    made.add_argument(
+        "--gpu-checks", action="store_true", help="the tests that need a GPU, then the benchmarks; nothing without one"
+    )
+    made.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    made.add_argument("--cpus", type=int, default=2, help="how many CPUs all processes together may use (default 2)")
+    made.add_argument("--no-install", action="store_true", help="make no environment for peers that have none yet")
+    made.add_argument("--commit", help="what to say is measured, where there is no git checkout to ask")
+    made.add_argument("--results", type=Path, default=HERE / "results", help="the folder for what comes of it")
+    made.add_argument("--label", help="name of the result (by default the time)")
+    return made
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Read the command line, run, write, report; 1 if something could not be measured or a GPU test failed."""
+    options = parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that daemons are stopped
-    gpus = machine.gpus()
+    status = 0
     if options.gpu_checks:
-        print("\n".join(gpus) if gpus else "no NVIDIA GPU here: everything runs on the CPU")
-        return 0
-    device = ("cuda" if gpus else "cpu") if options.device == "auto" else options.device
-    names = [name for name in BENCHMARKS if not options.only or name in options.only]
-    if options.ipc_only:
-        names = [name for name in names if name in WITHOUT_MODELS]
-    if shutil.which("git") is None:
+        gpus = machine.gpus()
+        if not gpus:
+            print("There is no NVIDIA GPU here (nvidia-smi lists none): nothing was checked.")
+            return 0
+        print("\n".join(gpus), flush=True)
+        status = gpu_tests()
+        options.device = "cuda"
+    if shutil.which("git") is None and not options.commit:
         print("no git: the result will not say which commit it is of", file=sys.stderr)
     label = options.label or dt.datetime.now().astimezone().strftime("%Y-%m-%d-%H%M")
-    result = run(names, quick=options.quick, cpus=options.cpus, device=device)
+    result = run(options)
     path = write(result, options.results, label)
     print()
     print("\n".join(report.goals(result)))
     print(f"written: {path}")
-    return 0
+    if status:
+        print(f"the tests that need a GPU did not pass: pytest ended with status {status}", file=sys.stderr)
+    if failures := failed(result):
+        print(f"not measured to the end: {', '.join(failures)}", file=sys.stderr)
+    return int(bool(status or failures))
 
 
 if __name__ == "__main__":

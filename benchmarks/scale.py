@@ -21,9 +21,8 @@ def jain(counts: list[int]) -> float:
     return sum(counts) ** 2 / (len(counts) * sum(count**2 for count in counts))
 
 
-def run(settings: Settings) -> Results:
+def run(settings: Settings, results: Results) -> None:
     """The benchmark."""
-    results = Results("scale")
     idle, active = (200, 50) if settings.quick else (1_000, 200)
     rounds, seconds = (3, 1.0) if settings.quick else (8, 2.0)
     results.parameters = {"idle": idle, "active": active, "atoms": NATOMS, "rounds": rounds, "seconds": seconds}
@@ -76,7 +75,6 @@ def run(settings: Settings) -> Results:
     results.goal("the daemon's memory of a session (RSS), KB", grown["daemon"], 100)
     share = ratio(results.find("rootstockd", "requests"), results.find("echo server", "requests"))
     results.goal("requests/s over the echo server's", share, 0.5, at_least=True)
-    return results
 
 
 def plot(results: dict[str, Any], path: Path) -> None:

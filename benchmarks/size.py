@@ -1,4 +1,4 @@
-"""One session with more and more atoms: does an atom keep its price?"""
+"""One session with more and more atoms, up to what memory holds: does an atom keep its price?"""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from typing import Any
 
 import psutil
 
-from benchmarks.common import Child, Daemon, Results, Settings, contestants, peak, ratio, reset_peak
+from benchmarks.common import Child, Daemon, Results, Settings, contestants, last_line, peak, ratio, reset_peak
 
-SIZES = (10_000, 30_000, 100_000, 300_000, 1_000_000, 3_000_000)
+SIZES = (10_000, 30_000, 100_000, 300_000, 1_000_000, 3_000_000, 10_000_000, 30_000_000)
 QUICK = (10_000, 100_000, 1_000_000)
 BYTES = 2_000
 """Roughly what an atom takes in all processes together: sizes that leave no room are left out."""
 FLAT = 1.5
 
 
-def run(settings: Settings) -> Results:
+def run(settings: Settings, results: Results) -> None:
     """The benchmark."""
-    results = Results("size")
-    results.parameters = {"atoms": QUICK if settings.quick else SIZES, "model": "noop"}
-    with Daemon(settings, "--model", "noop", "--max-atoms", str(max(SIZES))) as daemon:
+    sizes = settings.choose(SIZES, QUICK)
+    results.parameters = {"atoms": sizes, "model": "noop"}
+    with Daemon(settings, "--model", "noop", "--max-atoms", str(max(sizes))) as daemon:
         pids = {"daemon": daemon.pid, "worker": daemon.worker("noop")}
-        for natoms in QUICK if settings.quick else SIZES:
+        for natoms in sizes:
             if BYTES * natoms > psutil.virtual_memory().available:
                 results.note(f"{natoms:,} atoms left out: not enough memory is free")
                 break
@@ -35,7 +35,7 @@ def run(settings: Settings) -> Results:
                 try:
                     first = child.system(natoms)[0]
                 except RuntimeError as error:  # smaller ones are still worth having
-                    results.note(f"{natoms:,} atoms failed: {str(error).strip().splitlines()[-1]}")
+                    results.note(f"{natoms:,} atoms failed: {last_line(error)}")
                     break
                 seconds = child.steps(max(5, min(100, 1_000_000 // natoms)))
                 grown = {name: peak(pid) - before[name] for name, pid in pids.items()}
@@ -44,7 +44,6 @@ def run(settings: Settings) -> Results:
             for name, size in grown.items():
                 results.add(name, "peak memory (RSS), for an atom", "bytes", [size / natoms], natoms=natoms)
     _goals(results)
-    return results
 
 
 def _goals(results: Results) -> None:

@@ -2,7 +2,8 @@
 
 Batch what is waiting, never wait for a batch: while the worker is busy evaluations pile up, and its next pass takes
 all that fit the budget, in the order in which they came. A session has at most one evaluation here, so first come,
-first served is fair between sessions.
+first served is fair between sessions. The budget shrinks where larger batches turn out to be slower than their parts
+(`CostCurve`), and where they did not fit the device's memory (`back_off`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 from typing import Generic, TypeVar
+
+from rootstockd.cost_curve import CostCurve
 
 Owner = TypeVar("Owner")
 
@@ -43,6 +46,7 @@ class Scheduler(Generic[Owner]):
 
     def __init__(self, batch_atoms: int) -> None:
         self.batch_atoms = batch_atoms
+        self.costs = CostCurve()
         self.waiting: deque[Evaluation[Owner]] = deque()
         self.running: list[Evaluation[Owner]] = []
 
@@ -64,19 +68,30 @@ class Scheduler(Generic[Owner]):
         if self.running or not self.waiting:
             return []
         batch, atoms = [self.waiting.popleft()], 0
+        budget = self.batch_atoms if self.costs.limit is None else min(self.batch_atoms, self.costs.limit)
         while self.waiting and not batch[0].attempts:
             atoms += batch[-1].atoms
             following = self.waiting[0]
-            if following.attempts or atoms + following.atoms > self.batch_atoms:
+            if following.attempts or atoms + following.atoms > budget:
                 break
             batch.append(self.waiting.popleft())
         self.running = batch
         return batch
 
-    def finished(self) -> list[Evaluation[Owner]]:
-        """The worker is done with its batch, which is returned."""
+    def finished(self, seconds: float | None = None) -> list[Evaluation[Owner]]:
+        """The worker is done with its batch, which is returned.
+
+        Args:
+            seconds: how long it took, where that says what a batch of this size costs.
+        """
         batch, self.running = self.running, []
+        if seconds is not None and batch:
+            self.costs.learn(sum(evaluation.atoms for evaluation in batch), seconds)
         return batch
+
+    def back_off(self) -> None:
+        """The batch under way did not fit the device's memory: smaller ones from now on."""
+        self.batch_atoms = max(1, sum(evaluation.atoms for evaluation in self.running) // 2)
 
     def worker_lost(self) -> list[Evaluation[Owner]]:
         """The worker died. What it was at goes back to the front; what killed too many is returned, given up."""

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from rootstock_client import RootstockClient
+from rootstockd.devices import gpu_names
 
 # Test processes and their workers share few cores: threads that wait for each other would take most of the time.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -29,12 +30,21 @@ def rootstockd(*arguments: str | Path, timeout: float = 120, **options: Any) -> 
     return subprocess.run(command, check=False, capture_output=True, text=True, timeout=timeout, **options)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need a GPU are skipped where there is none."""
+    needing = [item for item in items if item.get_closest_marker("gpu")]
+    if needing and not gpu_names():
+        for item in needing:
+            item.add_marker(pytest.mark.skip(reason="there is no NVIDIA GPU here"))
+
+
 @dataclass
 class RunningDaemon:
     """A daemon that a test may talk to."""
 
     folder: Path
     options: tuple[str, ...] = ()
+    device: tuple[str, ...] = ("--device", "cpu")
     socket: Path = field(init=False)
 
     def __post_init__(self) -> None:
@@ -45,7 +55,7 @@ class RunningDaemon:
         return self.folder / "log"
 
     def start(self) -> RunningDaemon:
-        done = self.run("start", "--device", "cpu", "--log-file", self.log, *self.options)
+        done = self.run("start", *self.device, "--log-file", self.log, *self.options)
         assert done.returncode == 0, done.stderr + done.stdout + self.log.read_text()
         return self
 
@@ -74,9 +84,9 @@ def start_daemon(runtime_folder: Path) -> Iterator[Callable[..., RunningDaemon]]
     """Start a daemon with more options than the common one; it is stopped at the end."""
     with contextlib.ExitStack() as stack:
 
-        def start(*options: str) -> RunningDaemon:
+        def start(*options: str, device: tuple[str, ...] = ("--device", "cpu")) -> RunningDaemon:
             folder = Path(tempfile.mkdtemp(dir=runtime_folder))
-            daemon = RunningDaemon(folder, options)
+            daemon = RunningDaemon(folder, options, device)
             stack.callback(daemon.stop)
             return daemon.start()
 

@@ -52,6 +52,8 @@ class EngineInfo:
     """Atomic numbers it knows; empty where it does not say."""
     backend: str = ""
     """What computes, with versions, for people."""
+    note: str = ""
+    """What people should know of it, such as why nothing faster computes."""
 
 
 @dataclass(frozen=True)

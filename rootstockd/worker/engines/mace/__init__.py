@@ -1,0 +1,209 @@
+"""MACE: mace-torch as the reference, and beside it whatever is faster and was found to give the same numbers.
+
+A backend is compared with the reference when the model loads (`checks.structures`), and on the first structure of
+every session, whose answer is the reference's own. One that differs by more than the model's dtype allows is switched
+off; one that differs by more than a session tolerates is not used for that session.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from ase.data import chemical_symbols
+
+from rootstockd.worker.engines import EngineError, EngineInfo, ModelSpec, Result, Task
+from rootstockd.worker.engines import System as Wanted
+from rootstockd.worker.engines.mace import checks
+from rootstockd.worker.engines.mace.reference import ReferenceBackend, System, mace
+
+log = logging.getLogger(__name__)
+
+_STEP = 1e-3
+_SLOPE = {"float32": 2e-2, "float64": 1e-4}
+"""How far a force may be from a finite difference of the energy: the sanity check of forces, not of rounding."""
+
+
+class Backend(Protocol):
+    """One way to evaluate a MACE model."""
+
+    name: str
+
+    def evaluate(self, tasks: list[Task]) -> list[Result]:
+        """Evaluate a batch; results in the same order."""
+
+
+class MaceEngine:
+    """A MACE model on one device.
+
+    Args:
+        model: the model, on its device and in its dtype.
+        spec: what was asked for.
+        reference: mace-torch.
+        fast: what is faster, if anything is.
+        why: where nothing is, the reason.
+    """
+
+    def __init__(self, model: Any, spec: ModelSpec, reference: Backend, fast: Backend | None, why: str = "") -> None:
+        self._name, self._dtype = spec.name, spec.dtype
+        self._reference, self._fast = reference, fast
+        self._elements = [int(z) for z in model.atomic_numbers]
+        self._heads: list[str] = list(getattr(model, "heads", None) or ["Default"])
+        self._cutoff = float(model.r_max)
+        self._versions = f"mace-torch {mace.__version__}, torch {torch.__version__}, {spec.device}"
+        self.info = EngineInfo(
+            properties=("energy", "free_energy", "forces", "stress", "energies"),
+            elements=tuple(self._elements),
+            backend=f"{(fast or reference).name} ({self._versions})",
+            note=why,
+        )
+        if fast is not None:
+            self._check_model(fast)
+
+    def prepare(self, system: Wanted) -> System:
+        """What the backends need to know."""
+        unknown = sorted(set(system.numbers.tolist()) - set(self._elements))
+        if unknown:
+            symbols = ", ".join(chemical_symbols[z] if z < len(chemical_symbols) else str(z) for z in unknown)
+            raise EngineError("unknown-element", f"model {self._name!r} does not know {symbols}")
+        head = self._head(system.head)
+        return System(
+            numbers=system.numbers,
+            pbc=system.pbc,
+            head=head,
+            head_index=self._heads.index(head),
+            # mace-torch's own defaults for what a structure does not say: no charge, a singlet
+            properties={"total_charge": system.charge or 0.0, "total_spin": system.spin or 1.0},
+            exact=system.exact,
+            tolerance=checks.TOLERANCE[self._dtype] if system.tolerance is None else system.tolerance,
+        )
+
+    def _head(self, wanted: str | None) -> str:
+        """The head to use; without a choice the only one, or the one called default, as MACECalculator picks it."""
+        if wanted is not None:
+            if wanted in self._heads:
+                return wanted
+        elif len(self._heads) == 1:
+            return self._heads[0]
+        else:
+            for head in self._heads:
+                if head.lower() == "default":
+                    return head
+        raise EngineError(
+            "unsupported",
+            f"model {self._name!r} has no head {wanted!r}" if wanted else f"model {self._name!r} has several heads",
+            f"Name one of its heads: {', '.join(self._heads)}.",
+        )
+
+    def evaluate(self, tasks: list[Task]) -> list[Result]:
+        """Those that want to be exact alone and by the reference, first structures by both, all others in one pass."""
+        results: dict[int, Result] = {}
+        together = []
+        for index, task in enumerate(tasks):
+            system: System = task.system
+            if system.exact:
+                results[index] = self._reference.evaluate([task])[0]
+            elif self._fast is not None and system.unchecked:
+                results[index] = self._first(task, self._fast)
+            else:
+                together.append(index)
+        if together:
+            backend = self._fast or self._reference
+            answers = backend.evaluate([tasks[index] for index in together])
+            results.update(zip(together, answers))
+        return [results[index] for index in range(len(tasks))]
+
+    # --- checks
+
+    def _first(self, task: Task, fast: Backend) -> Result:
+        """A session's first structure."""
+        system: System = task.system
+        sample = checks.piece(task, self._cutoff)
+        reference, result = self._reference.evaluate([sample])[0], fast.evaluate([sample])[0]
+        system.unchecked = False
+        difference = checks.compare(result, reference)
+        if not difference.within(system.tolerance):
+            system.exact = True  # the reference, for this session
+            self._doubt(fast, difference, f"the first structure of a session ({len(sample.positions)} atoms)")
+            return self._reference.evaluate([task])[0]
+        return reference if sample is task else fast.evaluate([task])[0]
+
+    def _check_model(self, fast: Backend) -> None:
+        """Compare on structures that span the model's elements, and forces once with energies."""
+        for number, head in enumerate(self._heads):
+            for task in checks.structures(self._elements, head, number):
+                reference = self._reference.evaluate([task])[0]
+                try:
+                    result = fast.evaluate([task])[0]
+                except Exception as error:  # whatever it is, the reference is still there
+                    self._switch_off(f"{fast.name} is switched off: {type(error).__name__}: {error}")
+                    return
+                difference = checks.compare(result, reference)
+                if not difference.within(checks.TOLERANCE[self._dtype]):
+                    self._doubt(fast, difference, f"{len(task.positions)} atoms of elements {task.system.numbers}")
+                    return
+        moved = {"up": checks.moved(task, _STEP), "down": checks.moved(task, -_STEP), "here": task}
+        slope = checks.slope_error({key: fast.evaluate([value])[0] for key, value in moved.items()}, _STEP)
+        if not slope <= _SLOPE[self._dtype]:
+            self._switch_off(f"{fast.name} is switched off: its forces are {slope:.1e} off its energies' slope")
+
+    def _doubt(self, fast: Backend, difference: checks.Difference, where: str) -> None:
+        text = f"model {self._name!r}: {fast.name} differs from {self._reference.name} by {difference} on {where}"
+        log.warning("%s", text)
+        if not difference.within(checks.TOLERANCE[self._dtype]):
+            self._switch_off(f"{fast.name} is switched off: it differs by {difference}")
+
+    def _switch_off(self, why: str) -> None:
+        log.warning("model %r: %s", self._name, why)
+        self._fast = None
+        self.info = replace(self.info, backend=f"{self._reference.name} ({self._versions})", note=why)
+
+
+def load(spec: ModelSpec) -> MaceEngine:
+    """Load a MACE model file.
+
+    Raises:
+        EngineError: the file is missing or is no MACE model, or the device is not there.
+    """
+    if spec.device.startswith("cuda") and not torch.cuda.is_available():
+        raise EngineError(
+            "model-load",
+            f"model {spec.name!r}: torch {torch.__version__} sees no CUDA device",
+            "Install a CUDA build of torch beside the daemon, or start it with `--device cpu`.",
+        )
+    path = Path(spec.weights)
+    if not path.is_file():
+        raise EngineError("model-load", f"model {spec.name!r}: its weights {path} are missing")
+    dtype = {"float32": torch.float32, "float64": torch.float64}[spec.dtype]
+    try:
+        # weights are code: the catalogue, which is the operator's, says which files are ever opened
+        model = torch.load(path, map_location=spec.device, weights_only=False)
+        model = model.to(device=spec.device, dtype=dtype)
+        torch.set_default_dtype(dtype)
+        for parameter in model.parameters():
+            parameter.requires_grad = False
+        reference = ReferenceBackend(model, spec.device)
+    except Exception as error:
+        text = f"model {spec.name!r}: {path} is not a MACE model that mace-torch {mace.__version__} can read: {error}"
+        raise EngineError("model-load", text) from error
+    fast, why = _accelerate(model, spec)
+    return MaceEngine(model, spec, reference, fast, why)
+
+
+def _accelerate(model: Any, spec: ModelSpec) -> tuple[Backend | None, str]:
+    """The fastest backend that fits model and device, or why there is none."""
+    try:
+        if spec.device == "cpu":
+            from rootstockd.worker.engines.mace.fused import FusedBackend  # noqa: PLC0415 - numba is slow to import
+
+            return FusedBackend(model), ""
+        from rootstockd.worker.engines.mace.cueq import accelerated  # noqa: PLC0415
+
+        return accelerated(model, spec.device), ""
+    except ImportError as error:
+        return None, f"not accelerated: {error}"
+    except Exception as error:  # the reference is still there
+        return None, f"not accelerated: {type(error).__name__}: {error}"

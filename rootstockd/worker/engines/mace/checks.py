@@ -1,0 +1,105 @@
+"""No backend is believed: each is compared with the reference, on these structures and on every session's first."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rootstockd.worker.engines import Array, Result, Task
+from rootstockd.worker.engines.mace.reference import System
+
+TOLERANCE = {"float32": 1e-4, "float64": 1e-9}
+"""How far a backend's forces may differ from the reference's where a session does not say: eV/Å, and by this part of
+the largest force where that is over 1 eV/Å. What float64 allows is rounding."""
+LARGEST = 500
+"""Atoms of a session's first structure up to which it is compared whole; of a larger one, a cluster is."""
+_SPACING = 2.6
+_SEED = 20_261_124
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far two backends are apart on one structure."""
+
+    force: float
+    """Largest component, eV/Å."""
+    energy: float
+    """eV an atom."""
+    virial: float
+    """Largest component, eV an atom; 0 where it was not asked for."""
+    scale: float
+    """The largest force component of the reference, but at least 1: what `within` is relative to."""
+
+    def within(self, tolerance: float) -> bool:
+        """Whether all of it is tolerable; a NaN never is."""
+        return max(self.force, self.energy, self.virial) <= tolerance * self.scale
+
+    def __str__(self) -> str:
+        return f"{self.force:.1e} eV/Å, {self.energy:.1e} eV an atom, virial {self.virial:.1e} eV an atom"
+
+
+def compare(result: Result, reference: Result) -> Difference:
+    """How far `result` is from `reference`."""
+    natoms = len(reference.forces)
+    virial = 0.0
+    if reference.virial is not None and result.virial is not None:
+        virial = float(np.abs(result.virial - reference.virial).max()) / natoms
+    return Difference(
+        force=float(np.abs(result.forces - reference.forces).max()),
+        energy=abs(result.energy - reference.energy) / natoms,
+        virial=virial,
+        scale=max(1.0, float(np.abs(reference.forces).max())),
+    )
+
+
+def structures(elements: Sequence[int], head: str, head_index: int) -> Iterator[Task]:
+    """Structures that span a model's elements: crystals, slabs and clusters of eight elements each."""
+    rng = np.random.default_rng(_SEED)
+    kinds = itertools.cycle([(True, True, True), (True, True, False), (False, False, False)])
+    for begin in range(0, len(elements), 8):
+        chosen = [*elements[begin : begin + 8]] * 8
+        numbers = np.array(chosen[:8] if len(elements) > 8 else chosen[: max(8, len(elements))])  # noqa: PLR2004
+        grid = np.array(list(itertools.product(range(2), repeat=3)), float)
+        cell = _SPACING * 2 * (np.eye(3) + rng.uniform(-0.05, 0.05, (3, 3)))
+        positions = grid @ cell / 2 + rng.uniform(-0.2, 0.2, grid.shape)
+        pbc = next(kinds)
+        system = System(numbers, pbc, head, head_index, {"total_charge": 0.0, "total_spin": 1.0}, False, 0.0)  # noqa: FBT003
+        yield Task(system, cell, positions, stress=True, energies=True)
+
+
+def piece(task: Task, cutoff: float) -> Task:
+    """The atom in the middle of a structure and what surrounds it, as a cluster small enough for the reference.
+
+    Distances are those of the structure as it lies in its cell, so a cluster at its edge has fewer neighbours; both
+    backends are given the same.
+    """
+    if len(task.positions) <= LARGEST:
+        return task
+    distances = np.linalg.norm(task.positions - task.positions.mean(axis=0), axis=1)
+    nearest = np.argsort(distances)[: LARGEST // 2]
+    nearest = nearest[distances[nearest] <= 2 * cutoff]
+    system = dataclasses.replace(task.system, numbers=task.system.numbers[nearest], pbc=(False, False, False))
+    return Task(system, task.cell, task.positions[nearest], stress=task.stress, energies=False)
+
+
+def slope_error(results: dict[str, Result], step: float) -> float:
+    """How far a force is from the finite difference of the energy, as part of the largest force.
+
+    Args:
+        results: of the structure (`here`), and with its first atom moved along x by `step` (`up`) and -`step` (`down`).
+        step: in Å.
+    """
+    finite = -(results["up"].energy - results["down"].energy) / (2 * step)
+    largest = max(1.0, float(np.abs(results["here"].forces).max()))
+    return abs(float(results["here"].forces[0, 0]) - finite) / largest
+
+
+def moved(task: Task, step: float) -> Task:
+    """The structure with its first atom moved along x."""
+    positions: Array = task.positions.copy()
+    positions[0, 0] += step
+    return dataclasses.replace(task, positions=positions)

@@ -1,0 +1,103 @@
+"""MACE through mace-torch, unchanged: the reference that everything else is checked against.
+
+The graph is built by mace-torch's own code, so that results equal its MACECalculator's. A batch is one forward pass
+over the union of its graphs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    # on import, e3nn and mace-torch say things that in a log would pass for the cause of whatever went wrong
+    warnings.simplefilter("ignore")
+    import mace
+    from mace import data as mace_data
+    from mace.tools import AtomicNumberTable, torch_geometric
+
+from rootstockd.worker.engines import Array, Result, Task
+
+__all__ = ["ReferenceBackend", "System", "mace"]
+
+
+@dataclass(eq=False)
+class System:
+    """A session's system, as the backends want it."""
+
+    numbers: Array
+    """(natoms,) atomic numbers."""
+    pbc: tuple[bool, bool, bool]
+    head: str
+    head_index: int
+    properties: dict[str, float]
+    """What mace-torch calls total_charge and total_spin."""
+    exact: bool
+    """Only the reference, alone, will do."""
+    tolerance: float
+    """How far forces may differ from the reference's, in eV/Å."""
+    unchecked: bool = field(default=True)
+    """Its first structure has not come yet."""
+
+
+class ReferenceBackend:
+    """A MACE model on one device, as mace-torch evaluates it.
+
+    Args:
+        model: the model, on its device and in its dtype.
+        device: torch's name of the device.
+        name: what results are said to come from.
+    """
+
+    def __init__(self, model: Any, device: str, name: str = "mace-torch") -> None:
+        self.name = name
+        self._model, self._device = model, device
+        self._elements = AtomicNumberTable([int(z) for z in model.atomic_numbers])
+        self._heads: list[str] = list(getattr(model, "heads", None) or ["Default"])
+        self._cutoff = float(model.r_max)
+
+    def _graph(self, task: Task) -> Any:
+        system: System = task.system
+        configuration = mace_data.Configuration(
+            atomic_numbers=system.numbers,
+            positions=task.positions,
+            cell=task.cell,
+            pbc=system.pbc,
+            head=system.head,
+            properties=system.properties,
+            property_weights={},
+        )
+        return mace_data.AtomicData.from_config(
+            configuration, z_table=self._elements, cutoff=self._cutoff, heads=self._heads
+        )
+
+    def evaluate(self, tasks: list[Task]) -> list[Result]:
+        """One forward pass over the union of the tasks' graphs."""
+        batch = torch_geometric.Batch.from_data_list([self._graph(task) for task in tasks]).to(self._device)
+        stress = any(task.stress for task in tasks)
+        output = self._model(batch.to_dict(), training=False, compute_force=True, compute_stress=stress)
+        energies = output["energy"].detach().cpu().double().numpy()
+        forces = output["forces"].detach().cpu().double().numpy()
+        virials = output["virials"].detach().cpu().double().numpy() if stress else None
+        node_energies = (
+            output["node_energy"].detach().cpu().double().numpy() if any(t.energies for t in tasks) else None
+        )
+        ends = np.cumsum([len(task.positions) for task in tasks])
+        results = []
+        for index, (task, end) in enumerate(zip(tasks, ends)):
+            atoms = slice(end - len(task.positions), end)
+            results.append(
+                Result(
+                    energy=float(energies[index]),
+                    forces=forces[atoms],
+                    virial=virials[index] if virials is not None and task.stress else None,
+                    energies=node_energies[atoms] if node_energies is not None and task.energies else None,
+                    backend=self.name,
+                )
+            )
+        return results

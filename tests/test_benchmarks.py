@@ -1,0 +1,349 @@
+"""The benchmarks' own arithmetic, one short run of them, and all of the Modal app that needs no account."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+if not (REPOSITORY / "benchmarks").is_dir():
+    pytest.skip("the benchmarks are not here: this is no checkout", allow_module_level=True)
+
+from benchmarks import child, common, machine, models, report, run_local  # noqa: E402
+
+SHORT = ["--only", "ipc", "--quick", "--sizes", "10,100", "--no-install"]
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    """A benchmark pins the process that it runs in."""
+    cpus = os.sched_getaffinity(0)
+    yield
+    os.sched_setaffinity(0, cpus)
+
+
+def result(step: float, limit: float) -> dict[str, Any]:
+    """What a run of one benchmark writes."""
+    results = common.Results("ipc")
+    results.add("rootstockd", "step", "µs", [step, 1.02 * step, 1.04 * step], natoms=100)
+    results.goal("step over the echo", step / 100, limit)
+    results.goal("step over a peer that is not there", None, 1)
+    results.note("a note")
+    hardware = {"cpu": "a CPU", "architecture": "x86_64", "cpus": 4, "cpus used": 2, "gpus": []}
+    return {
+        "schema": run_local.SCHEMA,
+        "created": "2026-01-01T00:00:00+00:00",
+        "quick": True,
+        "device": "cpu",
+        "hardware": {**hardware, "load average at the start": [0.5, 0.5, 0.5]},
+        "software": {"python": "3.12.0", "rootstockd": "0.1.0"},
+        "commit": "0123456789abcdef",
+        "peers": {},
+        "benchmarks": {"ipc": {"goals": results.goals, "notes": results.notes, "samples": results.samples}},
+    }
+
+
+class TestNumbers:
+    def test_summary(self) -> None:
+        found = common.summary([4.0, 1.0, 3.0, 2.0, 5.0])
+        assert found == {"median": 3.0, "q1": 2.0, "q3": 4.0, "min": 1.0, "max": 5.0, "count": 5}
+        assert common.summary([7.0])["q1"] == common.summary([7.0])["q3"] == 7.0
+
+    @pytest.mark.parametrize(
+        ("value", "at_least", "met"),
+        [
+            (0.9, False, True),
+            (1.0, False, True),
+            (1.1, False, False),
+            (1.1, True, True),
+            (0.9, True, False),
+            (None, False, False),
+            (None, True, False),
+        ],
+    )
+    def test_a_goal(self, value: float | None, at_least: bool, met: bool) -> None:
+        results = common.Results("any")
+        results.goal("what", value, 1, at_least=at_least)
+        assert results.goals == [
+            {"what": "what", "value": value, "goal": f"{'>=' if at_least else '<='} 1", "met": met}
+        ]
+
+    def test_a_ratio_needs_both(self) -> None:
+        assert common.ratio(1.0, 4.0) == 0.25
+        assert common.ratio(None, 4.0) is common.ratio(1.0, None) is None
+
+    def test_find_looks_at_all_that_is_asked(self) -> None:
+        results = common.Results("any")
+        for natoms in (10, 20):
+            results.add("arm", "step", "s", [float(natoms)], model="m", natoms=natoms)
+        assert results.find("arm", "step", natoms=20) == 20.0
+        assert results.find("arm", "step", natoms=20, model="other") is None
+        assert results.find("other", "step", natoms=20) is None
+
+    @pytest.mark.parametrize("natoms", [4, 32, 64, 108, 256, 500, 864, 1372, 10, 1, 1000, 4000])
+    def test_copper_has_the_atoms_that_were_asked_for(self, natoms: int) -> None:
+        a, b, c = child.repeats(natoms)
+        assert 4 * a * b * c >= natoms
+        atoms = child.copper(natoms)
+        assert len(atoms) == natoms and all(atoms.pbc)
+
+    @pytest.mark.parametrize(
+        ("natoms", "cells"), [(4, (1, 1, 1)), (64, (2, 2, 4)), (864, (6, 6, 6)), (1372, (7, 7, 7))]
+    )
+    def test_blocks_are_as_cubic_as_can_be(self, natoms: int, cells: tuple[int, int, int]) -> None:
+        assert child.repeats(natoms) == cells
+
+    def test_contestants_get_the_same_positions_and_never_the_same_twice(self) -> None:
+        one, other = child.NoopInProcess({}), child.NoopInProcess({})
+        for arm in (one, other):
+            arm.system(32)
+        assert (one.place(5) == other.place(5)).all()
+        assert (one.place(5) != one.place(6)).any()
+
+    def test_the_cache_of_a_random_model_depends_on_the_recipe(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        pytest.importorskip("mace", reason="names hold mace-torch's version, which is not installed")
+        before = models.cached("mp0-small-random")
+        assert before == models.cached("mp0-small-random") != models.cached("mp0-medium-random")
+        monkeypatch.setattr(models, "SEED", models.SEED + 1)
+        assert models.cached("mp0-small-random") != before
+        assert "random" in before.name
+
+
+class TestReport:
+    def test_one(self) -> None:
+        shown = "\n".join(report.one(result(50.0, 1)))
+        assert "2 of 4 CPUs" in shown and "0123456789ab" in shown and "- a note" in shown
+        assert "| rootstockd | step | natoms 100 | 51 µs | 50.5 … 51.5 | 3 |" in shown
+        goals = [line for line in shown.splitlines() if line.startswith("| ipc |")]
+        assert "not measured **missed**" in goals[0]  # missed ones first
+        assert "0.5 met" in goals[1]
+
+    def test_two(self) -> None:
+        shown = "\n".join(report.two(result(50.0, 1), result(200.0, 1)))
+        (line,) = (line for line in shown.splitlines() if "natoms 100" in line)
+        assert line == "| ipc | rootstockd | step | natoms 100 | 51 µs | 204 µs | 4.00 |  |"
+        assert "0.5 met | 2 **missed**" in shown
+
+    def test_quartiles_that_overlap_are_said_to(self) -> None:
+        assert "quartiles overlap" in "\n".join(report.two(result(50.0, 1), result(50.1, 1)))
+
+    def test_the_command_compares_files(self, tmp_path: Path) -> None:
+        paths = []
+        for name, step in (("a", 50.0), ("b", 100.0)):
+            paths.append(tmp_path / f"{name}.json")
+            paths[-1].write_text(json.dumps(result(step, 1)))
+        command = [sys.executable, "-m", "benchmarks.report", *paths]
+        done = subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True)
+        assert "| 2.00 |" in done.stdout
+
+
+class TestSettling:
+    """Daemon.wait_settled, with what a daemon may say."""
+
+    @pytest.fixture
+    def said(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+        answers: list[dict[str, Any]] = []
+        status = property(lambda _: {"models": [answers.pop(0) if len(answers) > 1 else answers[0]]})
+        monkeypatch.setattr(common.Daemon, "status", status)
+        monkeypatch.setattr(common.time, "sleep", lambda _: None)
+        return answers
+
+    @pytest.fixture
+    def daemon(self, tmp_path: Path) -> common.Daemon:
+        return common.Daemon(common.Settings(quick=True, device="cpu", folder=tmp_path, rootstock=None))
+
+    def test_it_waits(self, daemon: common.Daemon, said: list[dict[str, Any]]) -> None:
+        said += [{"name": "m", "state": state, "settled": False} for state in ("ready", "ready", "loading")]
+        said += [{"name": "m", "state": "ready", "settled": True}]
+        results = common.Results("any")
+        daemon.wait_settled("m", results)
+        assert len(said) == 1 and said[0]["settled"]
+        assert results.notes[0].startswith("m: settled ")
+
+    def test_a_daemon_that_says_nothing_of_it_has_settled(
+        self, daemon: common.Daemon, said: list[dict[str, Any]]
+    ) -> None:
+        said.append({"name": "m", "state": "ready"})
+        daemon.wait_settled("m", common.Results("any"), timeout=0)
+
+    def test_it_does_not_wait_for_ever(self, daemon: common.Daemon, said: list[dict[str, Any]]) -> None:
+        said.append({"name": "m", "state": "ready", "settled": False})
+        with pytest.raises(RuntimeError, match="has not settled within 0 s"):
+            daemon.wait_settled("m", common.Results("any"), timeout=0)
+
+    def test_a_broken_model_is_not_waited_for(self, daemon: common.Daemon, said: list[dict[str, Any]]) -> None:
+        said.append({"name": "m", "state": "failed", "error": "its weights are missing"})
+        with pytest.raises(RuntimeError, match="its weights are missing"):
+            daemon.wait_settled("m", common.Results("any"))
+
+
+class TestContestants:
+    def test_they_are_pinned_alike_and_compute_the_same(self, tmp_path: Path) -> None:
+        settings = common.Settings(quick=True, device="cpu", folder=tmp_path, rootstock=None)
+        used = common.use_cpus(1)
+        with contextlib.ExitStack() as stack:
+            daemon = stack.enter_context(common.Daemon(settings, "--model", "emt"))
+            spec, environment = daemon.worker_arguments("emt")
+            assert spec["name"] == "emt" and environment["CUDA_VISIBLE_DEVICES"] == ""
+            arms = [
+                common.Child(settings, "rootstockd", socket=daemon.socket, model="emt"),
+                common.Child(settings, "same backend", environment=environment, spec=spec),
+            ]
+            children = stack.enter_context(common.contestants(arms))
+            for one in arms:
+                one.system(32)
+            seconds = common.interleave(arms, blocks=3, steps=2)
+            assert [len(values) for values in seconds.values()] == [6, 6]
+            results = [one.ask(do="result", step=7) for one in arms]
+            pids = [daemon.pid, daemon.worker("emt"), *(pid for one in children.values() for pid in one.pids)]
+            assert [os.sched_getaffinity(pid) for pid in pids] == [set(used)] * 4
+        assert results[0]["energy"] == pytest.approx(results[1]["energy"], abs=1e-9)
+        forces = [[value for row in found["forces"] for value in row] for found in results]
+        assert forces[0] == pytest.approx(forces[1], abs=1e-9)
+        assert max(forces[0]) > 0.01
+
+
+class TestRunLocal:
+    def test_a_short_run(self, tmp_path: Path) -> None:
+        command = [sys.executable, "-m", "benchmarks.run_local", *SHORT, "--results", tmp_path, "--label", "short"]
+        done = subprocess.run(command, cwd=REPOSITORY, check=False, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+        check_short(json.loads((tmp_path / "short.json").read_text()))
+        assert (tmp_path / "short-ipc.svg").read_text().rstrip().endswith("</svg>")
+
+    def test_what_failed_is_said_and_what_it_found_is_kept(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        from benchmarks import ipc
+
+        def run(settings: common.Settings, results: common.Results) -> None:
+            assert settings.choose((1, 2), (3,)) == (10, 100)
+            results.add("rootstockd", "step", "µs", [1.0], natoms=10)
+            raise RuntimeError("Traceback of many lines\nOSError: no more")
+
+        monkeypatch.setattr(ipc, "run", run)
+        assert run_local.main([*SHORT, "--results", str(tmp_path), "--label", "bad"]) == 1
+        found = json.loads((tmp_path / "bad.json").read_text())["benchmarks"]["ipc"]
+        assert [sample["median"] for sample in found["samples"]] == [1.0]
+        assert found["notes"] == ["failed: RuntimeError: OSError: no more"]
+        assert [goal["met"] for goal in found["goals"]] == [False]
+        assert "not measured to the end: ipc" in capsys.readouterr().err
+
+    def test_ipc_only_leaves_out_what_needs_a_model(self) -> None:
+        assert run_local.chosen(run_local.parser().parse_args(["--ipc-only"])) == ["ipc", "scale", "size"]
+        assert run_local.chosen(run_local.parser().parse_args(["--ipc-only", "--only", "overhead"])) == []
+        assert run_local.chosen(run_local.parser().parse_args([])) == list(run_local.BENCHMARKS)
+
+    def test_gpu_checks_without_a_gpu(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(machine, "gpus", list)
+        monkeypatch.setattr(run_local, "run", lambda options: pytest.fail("there is nothing to run"))
+        assert run_local.main(["--gpu-checks"]) == 0
+        assert "nothing was checked" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("status", [0, 1])
+    def test_gpu_checks_with_a_gpu(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int) -> None:
+        done = []
+
+        def run(options: Any) -> dict[str, Any]:
+            done.append(options.device)
+            return result(50.0, 1)
+
+        monkeypatch.setattr(machine, "gpus", lambda: ["a GPU"])
+        monkeypatch.setattr(run_local, "gpu_tests", lambda: done.append("tests") or status)
+        monkeypatch.setattr(run_local, "run", run)
+        monkeypatch.setattr(run_local, "write", lambda *_: tmp_path)
+        assert run_local.main(["--gpu-checks"]) == status
+        assert done == ["tests", "cuda"]
+
+
+def check_short(found: dict[str, Any]) -> None:
+    """What a result of SHORT must have."""
+    assert found["schema"] == run_local.SCHEMA
+    assert found["hardware"]["cpus used"] <= 2 and found["software"]["rootstockd"]
+    assert found["commit"] and found["quick"] is True
+    assert {"Rootstock", "ASE SocketIO", "MACECalculator"} <= found["peers"].keys()
+    (ipc,) = found["benchmarks"].values()
+    assert ipc["parameters"]["atoms"] == [10, 100]
+    assert not [note for note in ipc["notes"] if note.startswith("failed")]
+    steps = {(s["arm"], s["of"]["natoms"]): s for s in ipc["samples"] if s["quantity"] == "step"}
+    for arm in ("rootstockd", "wire", "worker", "echo", "ASE SocketIO", "noop in process"):
+        for natoms in (10, 100):
+            sample = steps[arm, natoms]
+            assert sample["unit"] == "µs" and sample["count"] == 100
+            assert 0 < sample["min"] <= sample["q1"] <= sample["median"] <= sample["q3"] <= sample["max"]
+    assert steps["echo", 10]["median"] < steps["rootstockd", 10]["median"]
+    goals = {goal["what"]: goal for goal in ipc["goals"]}
+    assert not goals["1,000 atoms: step over Rootstock's"]["met"]  # that size was not asked for
+    assert goals["1,000 atoms: step over Rootstock's"]["value"] is None
+
+
+class TestModal:
+    """All but what Modal itself does."""
+
+    @pytest.fixture
+    def app(self) -> Any:
+        pytest.importorskip("modal", reason="modal is not installed (pip install 'rootstockd[dev]')")
+        from benchmarks import modal_app
+
+        return modal_app
+
+    def test_its_entry_points(self, app: Any) -> None:
+        from modal.app import LocalEntrypoint
+
+        assert isinstance(app.benchmark_all, LocalEntrypoint)
+        assert isinstance(app.benchmark_ipc_overhead, LocalEntrypoint)
+
+    def test_the_image_copies_files_that_are_there(self, app: Any) -> None:
+        assert all((REPOSITORY / name).is_dir() for name in app.PARTS)
+        assert all((REPOSITORY / name).is_file() for name in app.FILES)
+
+    @pytest.mark.parametrize(
+        ("entry", "names"),
+        [("benchmark_all", list(run_local.BENCHMARKS)), ("benchmark_ipc_overhead", ["ipc", "overhead"])],
+    )
+    def test_an_entry_point_passes_what_run_local_understands_and_keeps_what_comes(
+        self, app: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, entry: str, names: list[str]
+    ) -> None:
+        passed: list[list[str]] = []
+
+        class Remote:
+            @staticmethod
+            def remote(arguments: list[str]) -> dict[str, bytes]:
+                passed.append(arguments)
+                return {"modal.json": b"{}"}
+
+        (tmp_path / "results").mkdir()
+        monkeypatch.setattr(app, "benchmark", Remote)
+        monkeypatch.setattr(app, "HERE", tmp_path)
+        getattr(app, entry).info.raw_f()
+        options = run_local.parser().parse_args(passed[0])
+        assert run_local.chosen(options) == names
+        assert options.commit
+        assert (tmp_path / "results" / "modal.json").read_bytes() == b"{}"
+
+    def test_the_remote_function_gives_files_back(self, app: Any, tmp_path: Path) -> None:
+        for name in app.PARTS:  # what the image copies, and nothing else
+            shutil.copytree(REPOSITORY / name, tmp_path / name, ignore=shutil.ignore_patterns("results", "__pycache__"))
+        for name in app.FILES:
+            shutil.copy(REPOSITORY / name, tmp_path)
+        files = app.benchmark.local([*SHORT, "--commit", "of the caller"], str(tmp_path))
+        assert files.keys() == {"modal.json", "modal-ipc.svg"}
+        found = json.loads(files["modal.json"])
+        check_short(found)
+        assert found["commit"] == "of the caller"
+        assert files["modal-ipc.svg"].rstrip().endswith(b"</svg>")
+
+    def test_the_remote_function_says_when_there_is_nothing(self, app: Any) -> None:
+        with pytest.raises(RuntimeError, match="ended with status 2"):
+            app.benchmark.local(["--no-such-option"], str(REPOSITORY))

@@ -1,0 +1,358 @@
+"""The fused MACE against mace-torch in this process: many architectures, many structures, and no belief."""
+
+import importlib
+import itertools
+import logging
+import warnings
+from functools import cache
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("mace")
+
+from ase import Atoms  # noqa: E402
+from ase.build import bulk, fcc111, molecule  # noqa: E402
+
+from rootstockd.worker.engines import EngineError, ModelSpec, Result, System, Task  # noqa: E402
+from rootstockd.worker.engines.mace import MaceEngine, checks  # noqa: E402
+from rootstockd.worker.engines.mace.fused import FusedBackend, NotApplicableError  # noqa: E402
+from rootstockd.worker.engines.mace.graph import usable_cell  # noqa: E402
+from rootstockd.worker.engines.mace.reference import ReferenceBackend  # noqa: E402
+
+ELEMENTS = [1, 6, 8, 13, 29]
+
+ARCHITECTURES = {
+    "as MACE-MP-0 medium": {},
+    "as MACE-MP-0 small": {"hidden": "8x0e"},
+    "large": {"hidden": "8x0e + 8x1o + 8x2e"},
+    "density, as the embedded model": {
+        "first": "RealAgnosticDensityInteractionBlock",
+        "block": "RealAgnosticDensityResidualInteractionBlock",
+    },
+    "not residual first": {"first": "RealAgnosticInteractionBlock"},
+    "one layer": {"num_interactions": 1, "hidden": "8x0e"},
+    "three layers, low order": {"num_interactions": 3, "correlation": 2, "max_ell": 2},
+    "correlation 1": {"correlation": 1},
+    "two heads": {"heads": ["one", "other"], "energies": [[1.0, 2.0, 3.0, 4.0, 5.0], [0.5, 0.25, 0.0, -1.0, -2.0]]},
+    "repulsion and Agnesi": {"pair_repulsion": True, "distance_transform": "Agnesi"},
+    "without shift": {"plain": True},
+}
+
+
+def make_model(
+    hidden="8x0e + 8x1o",
+    first="RealAgnosticResidualInteractionBlock",
+    block="RealAgnosticResidualInteractionBlock",
+    energies=(1.0, 2.0, 3.0, 4.0, 5.0),
+    plain=False,
+    dtype=torch.float64,
+    **options,
+):
+    """A small MACE with seeded random weights."""
+    modules = importlib.import_module("mace.modules")
+    o3 = importlib.import_module("e3nn.o3")
+    torch.manual_seed(7)
+    torch.set_default_dtype(dtype)
+    fields = {
+        "r_max": 4.5,
+        "num_bessel": 6,
+        "num_polynomial_cutoff": 5,
+        "max_ell": 3,
+        "interaction_cls": modules.interaction_classes[block],
+        "interaction_cls_first": modules.interaction_classes[first],
+        "num_interactions": 2,
+        "num_elements": len(ELEMENTS),
+        "hidden_irreps": o3.Irreps(hidden),
+        "MLP_irreps": o3.Irreps("4x0e"),
+        "atomic_energies": np.array(energies),
+        "avg_num_neighbors": 8.0,
+        "atomic_numbers": ELEMENTS,
+        "correlation": 3,
+        "gate": torch.nn.functional.silu,
+        "radial_MLP": [8, 8],
+        **options,
+    }
+    heads = len(fields.get("heads", ["Default"]))
+    scale, shift = ([20.0, 15.0], [0.1, 0.3]) if heads > 1 else (20.0, 0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit, which e3nn uses
+        if plain:
+            return modules.MACE(**fields)
+        return modules.ScaleShiftMACE(atomic_inter_scale=scale, atomic_inter_shift=shift, **fields)
+
+
+def engine(model, dtype="float64"):
+    return MaceEngine(model, ModelSpec("test", "mace", "cpu", dtype), ReferenceBackend(model, "cpu"), None)
+
+
+def structures() -> dict[str, Atoms]:
+    rng = np.random.default_rng(3)
+    alloy = bulk("Cu", cubic=True) * (2, 2, 1)
+    alloy.numbers[::3] = 13
+    slab = fcc111("Al", (2, 2, 2), vacuum=6.0, periodic=False)
+    slab.pbc = (True, True, False)
+    wire = Atoms("CuAlO", [[0, 0, 0], [1.7, 0.2, 0], [3.1, -0.3, 0.1]], cell=[5, 0, 0], pbc=(True, False, False))
+    left = bulk("Cu", cubic=True)
+    left.set_cell(left.cell.array[[1, 0, 2]], scale_atoms=False)
+    found = {
+        "one atom in a small cell": bulk("Cu"),
+        "alloy": alloy,
+        "slab without a cell across": slab,
+        "wire": wire,
+        "molecule": molecule("CH3CH2OH"),
+        "left-handed": left,
+        "an atom alone": Atoms("O"),
+        "out of reach": Atoms("O2", [[0, 0, 0], [0, 0, 9.0]]),
+        "dense": bulk("C", "diamond", 3.0, cubic=True),
+    }
+    for atoms in found.values():
+        atoms.positions += rng.uniform(-0.05, 0.05, atoms.positions.shape)
+    return found
+
+
+STRUCTURES = structures()
+
+
+def task(of: MaceEngine, atoms: Atoms, **options) -> Task:
+    pbc = tuple(bool(p) for p in atoms.pbc)
+    system = of.prepare(System(atoms.numbers, pbc, **options))
+    return Task(system, atoms.cell.array, atoms.positions, stress=True, energies=True)
+
+
+@pytest.fixture(autouse=True)
+def default_dtype():
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@cache
+def made(dtype):
+    return make_model(dtype=dtype)
+
+
+def medium(dtype="float64"):
+    """The model of most tests; as in a worker, torch's default is its dtype."""
+    model = made(getattr(torch, dtype))
+    torch.set_default_dtype(getattr(torch, dtype))
+    return model
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_fused_is_mace_torch_to_rounding(architecture):
+    model = make_model(**ARCHITECTURES[architecture])
+    of, reference, fused = engine(model), ReferenceBackend(model, "cpu"), FusedBackend(model)
+    largest = 0.0
+    for name, atoms in STRUCTURES.items():
+        one = task(of, atoms, head=model.heads[-1])
+        right, result = reference.evaluate([one])[0], fused.evaluate([one])[0]
+        assert result.backend == "fused"
+        difference = checks.compare(result, right)
+        assert difference.within(1e-11), f"{name}: {difference}"
+        np.testing.assert_allclose(result.energies, right.energies, rtol=0, atol=1e-11 * max(1, abs(right.energy)))
+        np.testing.assert_array_equal(result.virial, result.virial.T)
+        largest = max(largest, np.abs(right.forces).max())
+    assert largest > 0.05, "forces too small to be worth comparing"
+
+
+def test_fused_in_single_precision():
+    model = medium("float32")
+    of, reference, fused = engine(model, "float32"), ReferenceBackend(model, "cpu"), FusedBackend(model)
+    for name, atoms in STRUCTURES.items():
+        one = task(of, atoms)
+        difference = checks.compare(fused.evaluate([one])[0], reference.evaluate([one])[0])
+        assert difference.within(2e-5), f"{name}: {difference}"
+
+
+def test_a_batch_is_its_parts():
+    model = medium()
+    of, fused = engine(model), FusedBackend(model)
+    tasks = [task(of, atoms) for atoms in STRUCTURES.values()]
+    for order in (tasks, tasks[::-1], tasks[3:6]):
+        for alone, together in zip([fused.evaluate([one])[0] for one in order], fused.evaluate(order), strict=True):
+            assert checks.compare(together, alone).within(1e-12)
+            assert together.forces.shape == alone.forces.shape
+
+
+def test_forces_and_virial_are_slopes_of_the_energy():
+    model = medium()
+    of, fused = engine(model), FusedBackend(model)
+    atoms = STRUCTURES["alloy"]
+    result = fused.evaluate([task(of, atoms)])[0]
+
+    def energy(positions, cell):
+        moved = Atoms(atoms.numbers, positions, cell=cell, pbc=True)
+        return fused.evaluate([task(of, moved)])[0].energy
+
+    step, cell = 1e-4, atoms.cell.array
+    for atom, axis in itertools.product((0, 5), range(3)):
+        shift = np.zeros_like(atoms.positions)
+        shift[atom, axis] = step
+        slope = (energy(atoms.positions + shift, cell) - energy(atoms.positions - shift, cell)) / (2 * step)
+        assert result.forces[atom, axis] == pytest.approx(-slope, rel=1e-6, abs=1e-6)
+    for i, j in itertools.product(range(3), repeat=2):
+        strain = np.zeros((3, 3))
+        strain[i, j] += step / 2
+        strain[j, i] += step / 2
+        up, down = np.eye(3) + strain, np.eye(3) - strain
+        slope = (energy(atoms.positions @ up, cell @ up) - energy(atoms.positions @ down, cell @ down)) / (2 * step)
+        assert result.virial[i, j] == pytest.approx(-slope, rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("change", [{"correlation": 4, "max_ell": 1, "hidden": "2x0e"}])
+def test_what_is_not_folded_is_refused(change):
+    with pytest.raises(NotApplicableError):
+        FusedBackend(make_model(**change))
+
+
+def test_a_model_with_further_inputs_is_refused():
+    model = make_model(max_ell=1, hidden="2x0e")
+    model.joint_embedding = torch.nn.Identity()
+    with pytest.raises(NotApplicableError, match="inputs"):
+        FusedBackend(model)
+
+
+def test_cells_are_completed_where_pbc_is_off():
+    cell = np.array([[3.0, 1.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    whole = usable_cell(cell, (True, False, False))
+    assert abs(np.linalg.det(whole)) > 1
+    np.testing.assert_array_equal(whole[0], cell[0])
+    np.testing.assert_allclose(whole[1:] @ cell[0], 0, atol=1e-12)
+    assert cell[1].tolist() == [0, 0, 0], "the caller's cell is left alone"
+
+
+# --- belief
+
+
+class Wrong:
+    """A backend that is off by something."""
+
+    name = "wrong"
+
+    def __init__(self, model, shift=0.0, after=0, stretch=1.0):
+        self._backend, self._shift, self._after, self._stretch = ReferenceBackend(model, "cpu"), shift, after, stretch
+        self.calls = 0
+
+    def evaluate(self, tasks):
+        self.calls += 1
+        off = self._shift if self.calls > self._after else 0.0
+        return [
+            Result(r.energy, self._stretch * r.forces + off, r.virial, r.energies, self.name)
+            for r in self._backend.evaluate(tasks)
+        ]
+
+
+def watched(model, fast, dtype="float64"):
+    return MaceEngine(model, ModelSpec("test", "mace", "cpu", dtype), ReferenceBackend(model, "cpu"), fast)
+
+
+def test_a_backend_that_is_right_is_used_after_the_first_structure():
+    model = medium()
+    of = watched(model, FusedBackend(model))
+    assert of.info.backend.startswith("fused") and not of.info.note
+    one = task(of, STRUCTURES["alloy"])
+    backends = [of.evaluate([one])[0].backend for _ in range(3)]
+    assert backends == ["mace-torch", "fused", "fused"], "the first answer is the reference's own"
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_a_backend_that_is_wrong_is_switched_off_at_loading(dtype, caplog):
+    model = medium(dtype)
+    with caplog.at_level(logging.WARNING):
+        of = watched(model, Wrong(model, shift=1e-2), dtype)
+    assert of.info.backend.startswith("mace-torch")
+    assert "1.0e-02 eV/Å" in of.info.note and "1.0e-02 eV/Å" in caplog.text
+    one = task(of, STRUCTURES["alloy"])
+    assert [of.evaluate([one])[0].backend for _ in range(2)] == ["mace-torch"] * 2
+
+
+def test_a_backend_that_fails_or_gives_nan_is_switched_off():
+    model = medium()
+
+    class Failing:
+        name = "failing"
+
+        def evaluate(self, tasks):
+            raise RuntimeError("no kernel for this device")
+
+    assert "no kernel for this device" in watched(model, Failing()).info.note
+    assert "nan" in watched(model, Wrong(model, shift=np.nan)).info.note
+
+
+def test_forces_that_are_no_slope_of_the_energy_are_found():
+    # reference and backend agree, so that only the finite difference can tell
+    model = medium()
+    lying = Wrong(model, stretch=1.5)
+    lying.name = "lying"
+    of = MaceEngine(model, ModelSpec("test", "mace", "cpu", "float64"), lying, lying)
+    assert "slope" in of.info.note
+
+
+def test_a_backend_that_is_wrong_on_a_sessions_structure_is_switched_off_for_all(caplog):
+    model = medium()
+    loading = Wrong(model)
+    watched(model, loading)
+    of = watched(model, Wrong(model, shift=0.1, after=loading.calls))
+    assert of.info.backend.startswith("wrong")
+    first, second = task(of, STRUCTURES["alloy"]), task(of, STRUCTURES["dense"])
+    before = of.info
+    with caplog.at_level(logging.WARNING):
+        assert of.evaluate([first, second])[0].backend == "mace-torch"
+    assert of.info is not before, "whoever holds the old one sees that something changed"
+    assert of.info.backend.startswith("mace-torch") and "1.0e-01" in of.info.note
+    assert "first structure" in caplog.text
+    assert {r.backend for r in of.evaluate([first, second])} == {"mace-torch"}
+
+
+def test_what_a_session_tolerates_is_its_own_choice():
+    model = medium("float32")
+    loading = Wrong(model)
+    watched(model, loading, "float32")
+    of = watched(model, Wrong(model, shift=3e-5, after=loading.calls), "float32")
+    strict, easy = task(of, STRUCTURES["dense"], tolerance=1e-6), task(of, STRUCTURES["dense"])
+    for one, then in ((strict, "mace-torch"), (easy, "wrong")):
+        assert of.evaluate([one])[0].backend == "mace-torch"
+        assert of.evaluate([one])[0].backend == then
+    assert of.info.backend.startswith("wrong")
+
+
+def test_exact_means_the_same_bits_whatever_the_batch():
+    model = medium("float32")
+    of = watched(model, FusedBackend(model), "float32")
+    others = [task(of, atoms) for atoms in STRUCTURES.values()]
+    of.evaluate(others)
+    exact = task(of, STRUCTURES["alloy"], exact=True)
+    alone = of.evaluate([exact])[0]
+    for batch in ([*others, exact], [exact, *others], [others[0], exact, exact]):
+        result = of.evaluate(batch)[next(n for n, one in enumerate(batch) if one is exact)]
+        assert result.backend == "mace-torch"
+        assert result.energy == alone.energy
+        assert result.forces.tobytes() == alone.forces.tobytes()
+        assert result.virial.tobytes() == alone.virial.tobytes()
+
+
+def test_of_a_large_structure_a_piece_is_compared():
+    model = medium()
+    of = watched(model, FusedBackend(model))
+    atoms = bulk("Cu", cubic=True) * (5, 5, 6)
+    assert len(atoms) > checks.LARGEST
+    one = task(of, atoms)
+    sample = checks.piece(one, 4.5)
+    assert 100 < len(sample.positions) <= checks.LARGEST // 2
+    assert len(sample.system.numbers) == len(sample.positions)
+    assert [len(of.evaluate([one])[0].forces) for _ in range(2)] == [len(atoms)] * 2
+
+
+def test_structures_for_checking_span_all_elements_and_every_kind_of_periodicity():
+    elements = list(range(1, 84))
+    made = list(checks.structures(elements, "Default", 0))
+    assert {int(z) for one in made for z in one.system.numbers} == set(elements)
+    assert {one.system.pbc for one in made} == {(True, True, True), (True, True, False), (False, False, False)}
+    for one in made:
+        assert len(one.system.numbers) == len(one.positions)
+
+
+def test_an_unknown_element_is_refused():
+    with pytest.raises(EngineError, match="Au"):
+        task(engine(medium()), Atoms("Au"))
