@@ -212,7 +212,8 @@ class Worker(Arm):
         slot.positions[0] = self.atoms.positions
         fields: dict[str, Any] = {"slot": self._number, "natoms": natoms, "frames": 1, "pbc": [True] * 3}
         fields.update(charge=None, spin=None, head=None, exact=False, tolerance=None, stress=False, energies=False)
-        socket.send_fds(self._channel, [b"A" + json.dumps(fields).encode()], [slot.fd])
+        self._channel.send(b"A" + json.dumps(fields).encode())
+        socket.send_fds(self._channel, [b"M"], [slot.fd])
 
     def calculator(self) -> Any:
         return None

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from rootstock_client import ipi
+from rootstock_client.driver_side import DriverSide
 from rootstock_client.errors import ConnectionLostError, DaemonNotFoundError, InvalidStructureError
 from rootstock_client.runtime_dir import START_HINT
 
@@ -63,7 +64,7 @@ class Connection:
         self._pid = 0
         self._init = b""
         self._target = _Target()
-        self._side = ipi.DriverSide(self._target, limits=_AS_SENT)
+        self._side = DriverSide(self._target, limits=_AS_SENT)
 
     def evaluate(self, init: bytes, head: bytes, positions: ipi.FloatArray, forces: ipi.FloatArray) -> ipi.ForceReady:
         """One step: send a structure, wait for its result.
@@ -88,18 +89,20 @@ class Connection:
                     return self._exchange(self._sock, init, head, positions)
                 except ConnectionLostError:
                     pass  # the daemon was restarted since: an evaluation can be asked for again
-            self._side = ipi.DriverSide(self._target, limits=_AS_SENT)
+            self._side = DriverSide(self._target, limits=_AS_SENT)
             self._pid = os.getpid()
             self._sock = connect(self.path)
             return self._exchange(self._sock, init, head, positions)
 
     def _exchange(self, sock: socket.socket, init: bytes, head: bytes, positions: ipi.FloatArray) -> ipi.ForceReady:
-        buffers: list[bytes | memoryview] = [head, memoryview(positions).cast("B"), ipi.GETFORCE]
+        buffers: list[bytes | ipi.FloatArray] = [head, positions, ipi.GETFORCE]
+        size = len(head) + positions.nbytes + len(ipi.GETFORCE)
         if init is not self._init:
-            buffers.insert(0, ipi.init_frame(init))
+            buffers.insert(0, frame := ipi.init_frame(init))
+            size += len(frame)
         try:
             self._init = init
-            send_all(sock, buffers)
+            send_all(sock, buffers, size)
             self._side.expect(ipi.GETFORCE)
             answer = self._receive(sock)
         except BaseException:  # whatever it was, the next answer would be the wrong one
@@ -113,7 +116,7 @@ class Connection:
 
     def _receive(self, sock: socket.socket) -> ipi.EngineMessage:
         side = self._side
-        while (message := side.next_message()) is None:
+        while True:
             try:
                 size = sock.recv_into(side.get_buffer())
             except OSError as error:
@@ -121,7 +124,8 @@ class Connection:
             if size == 0:
                 raise self._lost()
             side.received(size)
-        return message
+            if (message := side.next_message()) is not None:
+                return message
 
     def _lost(self) -> ConnectionLostError:
         return ConnectionLostError(
@@ -144,19 +148,14 @@ class Connection:
             self._close()
 
 
-def send_all(sock: socket.socket, buffers: list[bytes | memoryview]) -> None:
-    """Send all buffers, in one system call where the socket takes them.
+def send_all(sock: socket.socket, buffers: list[bytes | ipi.FloatArray], size: int) -> None:
+    """Send all buffers, of so many bytes together, in one system call where the socket takes them.
 
     Raises:
         ConnectionLostError: the other side is gone.
     """
     try:
-        sent = sock.sendmsg(buffers)
-        for buffer in buffers:
-            if sent < len(buffer):
-                sock.sendall(memoryview(buffer)[sent:])
-                sent = 0
-            else:
-                sent -= len(buffer)
+        if (sent := sock.sendmsg(buffers)) < size:
+            sock.sendall(memoryview(b"".join(buffers))[sent:])
     except (BrokenPipeError, ConnectionResetError) as error:
         raise ConnectionLostError("rootstockd closed the connection.") from error

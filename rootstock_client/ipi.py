@@ -1,4 +1,4 @@
-"""The i-PI wire protocol without I/O: messages, and the state machine of each role.
+"""The i-PI wire protocol without I/O: messages, and the engine's state machine; `driver_side` has the driver's.
 
 Bytes go in, messages come out, and nothing here knows a socket, so the daemon, the client and the tests all use the
 same code. The *driver* moves the atoms (i-PI calls it the server); the *engine* answers with forces (i-PI's client).
@@ -33,7 +33,7 @@ from __future__ import annotations
 import enum
 import struct
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -45,9 +45,11 @@ from rootstock_client.stream import Grammar, MessageReader, Skip
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 
 HEADER_SIZE = 12
-_INT = struct.Struct("<i")
+INT = struct.Struct("<i")
 _TWO_INTS = struct.Struct("<ii")
 _CELL_PAIR = 2 * 9 * 8
+_POSDATA_HEAD = struct.Struct(f"<{HEADER_SIZE}s{_CELL_PAIR}si")
+"""POSDATA for one structure up to its positions."""
 
 
 def header(word: str) -> bytes:
@@ -110,13 +112,32 @@ class StatusReply(NamedTuple):
     state: bytes
 
 
-class ForceReady(NamedTuple):
-    """FORCEREADY: energies (B,) in Hartree, virials (B, 3, 3) in Hartree; forces already lie where `place` said."""
+class ForceReady:
+    """FORCEREADY. The forces already lie where `place` said; the rest is read when it is looked at.
 
-    energies: FloatArray
-    natoms: int
-    virials: FloatArray
-    extras: list[bytes]
+    Args:
+        natoms: atoms of each of the B structures.
+        energies: as they came.
+        virials: as they came.
+        extras: B texts.
+    """
+
+    __slots__ = ("_energies", "_virials", "extras", "natoms")
+    __match_args__ = ("energies", "natoms", "virials", "extras")
+
+    def __init__(self, natoms: int, energies: bytes, virials: bytes, extras: list[bytes]) -> None:
+        self.natoms, self.extras = natoms, extras
+        self._energies, self._virials = energies, virials
+
+    @property
+    def energies(self) -> FloatArray:
+        """(B,), Hartree."""
+        return np.frombuffer(self._energies, "<f8")
+
+    @property
+    def virials(self) -> FloatArray:
+        """(B, 3, 3), Hartree."""
+        return _matrices(self._virials, len(self._virials) // 72, 9)
 
 
 class Failure(NamedTuple):
@@ -131,7 +152,8 @@ Place: TypeAlias = Callable[[int], memoryview]
 """Given an atom count, where to put 3 x 8 x natoms x B bytes. Raises a RootstockError to have them thrown away."""
 
 
-def _count(value: int, limit: int, what: str) -> int:
+def checked_count(value: int, limit: int, what: str) -> int:
+    """A size that a message declares, refused before memory is taken for it."""
     if not 0 <= value <= limit:
         raise ProtocolError(f"a message declares {value} {what}; the limit is {limit}")
     return value
@@ -146,6 +168,37 @@ def _matrices(data: bytes | memoryview, count: int, stride: int) -> FloatArray:
     """`count` 3x3 matrices that lie `stride` doubles apart, transposed from the wire's order; a copy."""
     flat = np.frombuffer(data, "<f8").reshape(count, stride)[:, :9]
     return flat.reshape(count, 3, 3).transpose(0, 2, 1).copy()
+
+
+# --- frames -----------------------------------------------------------------------------------------------------------
+
+
+def init_frame(text: bytes, bead: int = 0) -> bytes:
+    """An INIT message."""
+    return INIT + _TWO_INTS.pack(bead, len(text)) + text
+
+
+def posdata_head(cell: FloatArray, inverse: FloatArray, natoms: int) -> bytes:
+    """A POSDATA message up to its positions, for one structure.
+
+    Args:
+        cell: (3, 3), Bohr, rows are lattice vectors.
+        inverse: (3, 3), its inverse.
+        natoms: how many positions follow.
+    """
+    return POSDATA + cell.T.tobytes() + inverse.T.tobytes() + INT.pack(natoms)
+
+
+def posdata_batch_head(cells: FloatArray, inverses: FloatArray, natoms: int) -> bytes:
+    """The same for a batch: cells and inverses are (B, 3, 3)."""
+    pairs = np.stack([cells, inverses], axis=1).transpose(0, 1, 3, 2)
+    return POSDATA + INT.pack(natoms) + pairs.tobytes()
+
+
+def error_frame(error: RootstockError) -> bytes:
+    """An ERROR message."""
+    body = error.to_json()
+    return ERROR + INT.pack(len(body)) + body
 
 
 # --- the engine's side ------------------------------------------------------------------------------------------------
@@ -190,6 +243,10 @@ class _State(enum.Enum):
     CLOSED = enum.auto()
 
 
+_NEEDINIT, _READY, _BUSY, _HAVEDATA, _CLOSED = _State
+_SEND_RESULT = SendResult()
+
+
 class EngineSide:
     """The engine's role: what the daemon plays towards every driver.
 
@@ -206,8 +263,9 @@ class EngineSide:
         self._place = place
         self._limits = limits or Limits()
         self._reader: MessageReader[DriverMessage] = MessageReader(self._grammar())
-        self._state = _State.NEEDINIT
+        self._state = _NEEDINIT
         self._error: RootstockError | None = None
+        self._evaluate = Evaluate(b"")
         self.batch_size = 1
         self.announced = False
         """The driver announced itself as one of rootstockd's own: it understands ERROR."""
@@ -217,7 +275,7 @@ class EngineSide:
     @property
     def busy(self) -> bool:
         """An evaluation is under way."""
-        return self._state is _State.BUSY
+        return self._state is _BUSY
 
     @property
     def full(self) -> bool:
@@ -233,7 +291,7 @@ class EngineSide:
             await_init: the system was given in advance; the driver that follows still has its own INIT to say.
         """
         self.batch_size, self.announced, self._error = batch_size, announced, None
-        self._state = _State.NEEDINIT if await_init else _State.READY
+        self._state = _NEEDINIT if await_init else _READY
 
     def refuse(self, error: RootstockError, batch_size: int = 1, *, announced: bool = False) -> None:
         """The INIT just handed out is no good: every GETFORCE is answered with `error` until a better one comes.
@@ -241,21 +299,21 @@ class EngineSide:
         A driver that runs ahead sends POSDATA all the same, in the layout of its `batch_size`.
         """
         self.batch_size, self.announced, self._error = batch_size, announced, error
-        self._state = _State.NEEDINIT
+        self._state = _NEEDINIT
 
     def finish(self) -> None:
         """The evaluation is done and its result can be sent."""
-        if self._state is _State.BUSY:
-            self._state = _State.HAVEDATA
+        if self._state is _BUSY:
+            self._state = _HAVEDATA
 
     def fail(self, error: RootstockError) -> None:
         """The evaluation came to nothing."""
-        if self._state is _State.BUSY:
-            self._state, self._error = _State.HAVEDATA, error
+        if self._state is _BUSY:
+            self._state, self._error = _HAVEDATA, error
 
     def close(self) -> None:
         """Nothing more is read, and nothing is kept: the reader holds on to its owner's memory."""
-        self._state = _State.CLOSED
+        self._state = _CLOSED
         self._reader.close()
 
     def next_event(self) -> Event | None:
@@ -265,24 +323,60 @@ class EngineSide:
             ProtocolError: what came is not the protocol; the connection can only be closed.
         """
         # while BUSY nothing is read on: what comes next may be positions, for the place that the worker looks at
-        while self._state not in (_State.BUSY, _State.CLOSED):
-            if self._error is not None and not self.announced:
-                self._state = _State.CLOSED  # a stock driver knows no errors, only a closed connection
-                return Close(self._error)
+        reader = self._reader
+        while self._state is not _BUSY and self._state is not _CLOSED:
+            if self._error is not None:
+                if not self.announced:
+                    self._state = _CLOSED  # a stock driver knows no errors, only a closed connection
+                    return Close(self._error)
+            elif reader.between:
+                if reader.start == reader.end:
+                    return None
+                if (event := self._whole()) is not None:
+                    return event
             try:
-                message = self._reader.next_message()
+                message = reader.next_message()
                 event = None if message is None else self._react(message)
             except ProtocolError:
-                self._state = _State.CLOSED
+                self._state = _CLOSED
                 raise
             if message is None or event is not None:
                 return event
         return None
 
+    def _whole(self) -> Event | None:
+        """The next event if it is the plainest there is and all of it has come, as a driver's steps have.
+
+        The grammar would say the same, in several times as long; whatever is in any way special is left to it.
+        """
+        reader = self._reader
+        start, end = reader.start, reader.end
+        if self._state is _HAVEDATA and end - start >= HEADER_SIZE:
+            if reader.staging[start : start + HEADER_SIZE] == GETFORCE:
+                reader.start = start + HEADER_SIZE
+                self._state = _READY
+                return _SEND_RESULT
+        elif self._state is _READY and self.batch_size == 1 and end - start >= _POSDATA_HEAD.size:
+            word, cells, natoms = _POSDATA_HEAD.unpack_from(reader.staging, start)
+            first = start + _POSDATA_HEAD.size
+            behind = first + 24 * natoms
+            if word != POSDATA or not 0 <= natoms <= self._limits.atoms or behind > end:
+                return None
+            try:
+                self._place(natoms)[:] = reader.staging[first:behind]
+            except RootstockError:
+                return None
+            reader.start = behind
+            self._state = _BUSY
+            if cells != self._evaluate.cells:
+                self._evaluate = Evaluate(cells)
+            return self._evaluate
+        return None
+
     def _react(self, message: DriverMessage) -> Event | None:
         match message:
             case Status():
-                return Send({_State.NEEDINIT: NEEDINIT, _State.READY: READY}.get(self._state, HAVEDATA))
+                return Send({_NEEDINIT: NEEDINIT, _READY: READY}.get(self._state, HAVEDATA))
             case Init():
                 return message
             case PosData():
@@ -290,29 +384,29 @@ class EngineSide:
             case GetForce():
                 return self._getforce()
             case Exit():
-                self._state = _State.CLOSED
+                self._state = _CLOSED
                 return Close(None)
 
     def _posdata(self, message: PosData) -> Event | None:
-        if self._state is _State.NEEDINIT:
+        if self._state is _NEEDINIT:
             if self._error is None:
                 raise ProtocolError("POSDATA before INIT: the engine does not know the species yet")
             return None  # the INIT was refused: GETFORCE will say why
         self._error = message.error
         if message.error is not None:
-            self._state = _State.HAVEDATA
+            self._state = _HAVEDATA
             return None
-        self._state = _State.BUSY
+        self._state = _BUSY
         return Evaluate(message.cells)
 
     def _getforce(self) -> Event:
         error = self._error
-        if self._state is _State.NEEDINIT and error is not None:
+        if self._state is _NEEDINIT and error is not None:
             return Send(error_frame(error))
-        if self._state is not _State.HAVEDATA:
+        if self._state is not _HAVEDATA:
             raise ProtocolError("GETFORCE without POSDATA: there is no result to send")
-        self._state, self._error = _State.READY, None
-        return SendResult() if error is None else Send(error_frame(error))
+        self._state, self._error = _READY, None
+        return _SEND_RESULT if error is None else Send(error_frame(error))
 
     def _grammar(self) -> Grammar[DriverMessage]:
         limits = self._limits
@@ -326,7 +420,7 @@ class EngineSide:
                 yield Status()
             elif word == INIT:
                 bead, size = _TWO_INTS.unpack((yield _TWO_INTS.size))
-                text = bytes((yield _count(size, limits.init, "bytes of INIT")))
+                text = bytes((yield checked_count(size, limits.init, "bytes of INIT")))
                 yield Init(bead, text)
             elif word == EXIT:
                 yield Exit()
@@ -338,15 +432,17 @@ class EngineSide:
         if batch == 1:
             head = yield _CELL_PAIR + 4
             cells = bytes(head[:_CELL_PAIR])
-            (natoms,) = _INT.unpack(head[_CELL_PAIR:])
+            (natoms,) = INT.unpack(head[_CELL_PAIR:])
         else:
-            (natoms,) = _INT.unpack((yield 4))
+            (natoms,) = INT.unpack((yield 4))
             cells = bytes((yield batch * _CELL_PAIR))
         size = 24 * natoms * batch
-        if self._state is _State.NEEDINIT and natoms >= 0:  # refused, for instance as too large: GETFORCE will say so
+        if self._state is _NEEDINIT and natoms >= 0:  # refused, for instance as too large: GETFORCE will say so
             yield Skip(size)
             return PosData(natoms, cells, self._error)
-        _count(natoms, self._limits.atoms // batch, "atoms" if batch == 1 else f"atoms in each of {batch} structures")
+        checked_count(
+            natoms, self._limits.atoms // batch, "atoms" if batch == 1 else f"atoms in each of {batch} structures"
+        )
         try:
             target = self._place(natoms)
         except RootstockError as error:
@@ -354,105 +450,3 @@ class EngineSide:
             return PosData(natoms, cells, error)
         yield target
         return PosData(natoms, cells, None)
-
-
-def error_frame(error: RootstockError) -> bytes:
-    """An ERROR message."""
-    body = error.to_json()
-    return ERROR + _INT.pack(len(body)) + body
-
-
-# --- the driver's side ------------------------------------------------------------------------------------------------
-
-
-def init_frame(text: bytes, bead: int = 0) -> bytes:
-    """An INIT message."""
-    return INIT + _TWO_INTS.pack(bead, len(text)) + text
-
-
-def posdata_head(cell: FloatArray, inverse: FloatArray, natoms: int) -> bytes:
-    """A POSDATA message up to its positions, for one structure.
-
-    Args:
-        cell: (3, 3), Bohr, rows are lattice vectors.
-        inverse: (3, 3), its inverse.
-        natoms: how many positions follow.
-    """
-    return POSDATA + cell.T.tobytes() + inverse.T.tobytes() + _INT.pack(natoms)
-
-
-def posdata_batch_head(cells: FloatArray, inverses: FloatArray, natoms: int) -> bytes:
-    """The same for a batch: cells and inverses are (B, 3, 3)."""
-    pairs = np.stack([cells, inverses], axis=1).transpose(0, 1, 3, 2)
-    return POSDATA + _INT.pack(natoms) + pairs.tobytes()
-
-
-@dataclass
-class DriverSide:
-    """The driver's role: what a client plays towards the daemon.
-
-    Send what the frame functions above give, say with `expect` which answers it calls for, and take those with
-    `next_message`, as with EngineSide.
-
-    Args:
-        place: where to put the forces of `natoms` atoms.
-    """
-
-    place: Place
-    batch_size: int = 1
-    limits: Limits = field(default_factory=Limits)
-
-    def __post_init__(self) -> None:
-        self._reader: MessageReader[EngineMessage] = MessageReader(self._grammar())
-        self._expected: list[bytes] = []
-        self.get_buffer = self._reader.get_buffer
-        self.received = self._reader.received
-
-    def expect(self, request: bytes) -> None:
-        """A STATUS or a GETFORCE has been sent."""
-        self._expected.append(request)
-
-    def next_message(self) -> EngineMessage | None:
-        """The next answer, or None when more bytes must come first.
-
-        Raises:
-            ProtocolError: an answer that is none, or one that nobody asked for.
-        """
-        message = self._reader.next_message()
-        if message is None:
-            return None
-        asked = self._expected.pop(0) if self._expected else None
-        if asked is None or isinstance(message, StatusReply) != (asked == STATUS):
-            raise ProtocolError(f"an answer of {type(message).__name__} to {asked.decode() if asked else 'nothing'}")
-        return message
-
-    def _grammar(self) -> Grammar[EngineMessage]:
-        while True:
-            word = bytes((yield HEADER_SIZE))
-            if word in (NEEDINIT, READY, HAVEDATA):
-                yield StatusReply(word)
-            elif word == FORCEREADY:
-                yield (yield from self._read_forceready())
-            elif word == ERROR:
-                (size,) = _INT.unpack((yield 4))
-                yield Failure(RootstockError.from_json(bytes((yield _count(size, self.limits.extras, "bytes")))))
-            else:
-                raise ProtocolError(f"an engine's message can't begin with {word!r}")
-
-    def _read_forceready(self) -> Generator[int | memoryview | Skip | EngineMessage, memoryview, ForceReady]:
-        batch = self.batch_size
-        head = yield 8 * batch + 4
-        energies = np.frombuffer(head[: 8 * batch], "<f8").copy()
-        (natoms,) = _INT.unpack(head[8 * batch :])
-        _count(natoms, self.limits.atoms // batch, "atoms")
-        try:
-            target = self.place(natoms)
-        except RootstockError as error:
-            raise ProtocolError(str(error)) from error
-        yield target
-        virials = _matrices((yield 72 * batch), batch, 9)
-        extras = []
-        for _ in range(batch):
-            (size,) = _INT.unpack((yield 4))
-            extras.append(bytes((yield _count(size, self.limits.extras, "bytes of extras"))))
-        return ForceReady(energies, natoms, virials, extras)

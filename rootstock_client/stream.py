@@ -29,50 +29,62 @@ Message = TypeVar("Message")
 Grammar: TypeAlias = Generator["int | memoryview | Skip | Message", memoryview, None]
 
 _NOTHING = memoryview(b"")
+_waste = memoryview(bytearray(STAGING_SIZE))
+"""What comes for a reader that is closed goes here."""
 
 
 class MessageReader(Generic[Message]):
     """Runs a grammar over a stream.
 
     Write into `get_buffer()`, say how much with `received()`, take messages with `next_message()` until it gives None.
+
+    While `between` says that the grammar has seen nothing of the next message, its owner may take it out of
+    `staging[start:end]` by itself, if it is all there, and move `start` behind it: that is several times as fast.
     """
+
+    __slots__ = ("_answer", "_direct", "_filled", "_grammar", "_need", "_started", "between", "end", "staging", "start")
 
     def __init__(self, grammar: Grammar[Message]) -> None:
         self._grammar = grammar
-        self._staging = memoryview(bytearray(STAGING_SIZE))
-        self._start = self._end = 0
+        self.staging = memoryview(bytearray(STAGING_SIZE))
+        self.start = self.end = 0
+        self.between = True
         self._need: int | memoryview | Skip | None = None
         self._filled = 0
         self._direct = False
-        self._answer: memoryview | None = None
+        self._answer = _NOTHING
         self._started = False
 
     @property
     def full(self) -> bool:
         """The staging buffer has no room: messages must be taken before more bytes can be received."""
-        return self._end - self._start == len(self._staging) and not self._starved
+        return self.end - self.start == len(self.staging) and not self._starved
 
     @property
     def _starved(self) -> bool:
         """The grammar waits for more contiguous bytes than the staging buffer holds so far."""
-        return isinstance(self._need, int) and self._need > self._end - self._start
+        return isinstance(self._need, int) and self._need > self.end - self.start
 
     def get_buffer(self, sizehint: int = -1) -> memoryview:
         """Where the next bytes of the stream go; empty only when `full`."""
         del sizehint  # asyncio's idea of a good size
+        if self.between and self.start == self.end and len(self.staging) == STAGING_SIZE:
+            self.start = self.end = 0
+            return self.staging
         need = self._need
-        self._direct = isinstance(need, memoryview) and self._start == self._end and self._filled < len(need)
-        if self._direct:
-            return cast(memoryview, need)[self._filled :]
+        if isinstance(need, memoryview) and self.start == self.end and self._filled < len(need):
+            self._direct = True
+            return need[self._filled :]
         self._make_room()
-        return self._staging[self._end :]
+        return self.staging[self.end :]
 
     def received(self, size: int) -> None:
         """`size` bytes were written into the buffer that `get_buffer` gave last."""
         if self._direct:
+            self._direct = False
             self._filled += size
         else:
-            self._end += size
+            self.end += size
 
     def feed(self, data: bytes) -> int:
         """Copy in as much of `data` as there is room for, and say how much that was."""
@@ -88,10 +100,15 @@ class MessageReader(Generic[Message]):
         Raises:
             Whatever the grammar raises; it is over then.
         """
+        if self.between:
+            if self.start == self.end:
+                return None
+            self.between = False
         while True:
             if self._need is None:
                 need = self._advance()
                 if not isinstance(need, (int, memoryview, Skip)):
+                    self.between = True
                     return need
                 self._need, self._filled = need, 0
             if not self._satisfy():
@@ -99,47 +116,47 @@ class MessageReader(Generic[Message]):
             self._need = None
 
     def close(self) -> None:
-        """Give back all memory: what was staged, and what was to be filled. No call may follow."""
+        """Give back all memory: what was staged, and what was to be filled. What `get_buffer` gives then is lost."""
         self._grammar.close()
-        self._need = self._answer = None
-        self._staging = _NOTHING
+        self._need, self._answer, self._direct = None, _NOTHING, False
+        self.staging, self.start, self.end = _waste, 0, 0
 
     def _advance(self) -> int | memoryview | Skip | Message:
         if not self._started:
             self._started = True
             return next(self._grammar)
-        answer, self._answer = self._answer, None
-        return self._grammar.send(answer if answer is not None else _NOTHING)
+        answer, self._answer = self._answer, _NOTHING
+        return self._grammar.send(answer)
 
     def _satisfy(self) -> bool:
         """Give the grammar what it needs from the staging buffer, if that is all there."""
-        need, have = self._need, self._end - self._start
+        need, have = self._need, self.end - self.start
         if isinstance(need, int):
             if have < need:
                 return False
-            self._answer = self._staging[self._start : self._start + need].toreadonly()
-            self._start += need
+            self._answer = self.staging[self.start : self.start + need].toreadonly()
+            self.start += need
             return True
         total = need.size if isinstance(need, Skip) else len(cast(memoryview, need))
         take = min(have, total - self._filled)
         if isinstance(need, memoryview):
-            need[self._filled : self._filled + take] = self._staging[self._start : self._start + take]
-        self._start += take
+            need[self._filled : self._filled + take] = self.staging[self.start : self.start + take]
+        self.start += take
         self._filled += take
         return self._filled == total
 
     def _make_room(self) -> None:
         """Bring what is staged to the front; grow, by doubling, only as bytes of a long item really arrive."""
-        have = self._end - self._start
+        have = self.end - self.start
         if have == 0:
-            self._start = self._end = 0
-            if len(self._staging) > STAGING_SIZE and not (isinstance(self._need, int) and self._need > STAGING_SIZE):
-                self._staging = memoryview(bytearray(STAGING_SIZE))
+            self.start = self.end = 0
+            if len(self.staging) > STAGING_SIZE and not (isinstance(self._need, int) and self._need > STAGING_SIZE):
+                self.staging = memoryview(bytearray(STAGING_SIZE))
             return
-        if self._end < len(self._staging):
+        if self.end < len(self.staging):
             return
-        staging = self._staging
+        staging = self.staging
         if have == len(staging) and self._starved:
             staging = memoryview(bytearray(2 * len(staging)))
-        staging[:have] = self._staging[self._start : self._end]
-        self._staging, self._start, self._end = staging, 0, have
+        staging[:have] = self.staging[self.start : self.end]
+        self.staging, self.start, self.end = staging, 0, have

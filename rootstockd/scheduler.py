@@ -20,7 +20,7 @@ MAX_ATTEMPTS = 2
 """An evaluation under which this many workers died is given up."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Evaluation(Generic[Owner]):
     """One session's structures on their way to a result.
 

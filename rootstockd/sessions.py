@@ -28,8 +28,6 @@ _session_numbers = itertools.count(1)
 LINGER = 2.0
 """Seconds that a connection we end is still read: i-PI hangs when a socket closes on what it has just sent."""
 _UCRED = struct.Struct("3i")
-_waste = memoryview(bytearray(64 * 1024))
-"""What still comes on a connection that we end goes here, unread."""
 
 
 class Host(Protocol):
@@ -80,6 +78,7 @@ class Session(asyncio.BufferedProtocol):
         self.settings: dict[str, Any] = {}
         self._host = host
         self._ipi = ipi.EngineSide(self._place, host.limits)
+        self.get_buffer = self._ipi.get_buffer  # type: ignore[method-assign]  # one call less for each read
         self._transport: asyncio.Transport
         self._preset: InitRequest | None = None
         self._model: Supervisor | None = None
@@ -116,13 +115,13 @@ class Session(asyncio.BufferedProtocol):
             self._transport.write(ipi.error_frame(error))
             self.end(error)
 
-    def get_buffer(self, _sizehint: int) -> memoryview:
-        return _waste if self._closing else self._ipi.get_buffer()
-
     def buffer_updated(self, nbytes: int) -> None:
         if not self._closing:
             self._ipi.received(nbytes)
             self._advance()
+            if self._ipi.full and not self._closing:  # a driver that runs ahead of its results waits
+                self._reading_paused = True
+                self._transport.pause_reading()
 
     def pause_writing(self) -> None:
         self._writing_paused = True
@@ -146,33 +145,23 @@ class Session(asyncio.BufferedProtocol):
         try:
             # a driver that does not read its answers gets no more of them, and nothing evaluated meanwhile
             while not (self._closing or self._writing_paused) and (event := self._ipi.next_event()) is not None:
-                match event:
-                    case ipi.SendResult():
-                        self._transport.write(self.slot.reply)
-                    case ipi.Evaluate(cells):
-                        self._evaluate(cells)
-                    case ipi.Send(data):
-                        self._transport.write(data)
-                    case ipi.Init(_, text):
-                        self._initialise(text)
-                    case ipi.Close(error):
-                        self.end(error)
+                if isinstance(event, ipi.Evaluate):  # not `match`: it takes its time, and this is a step's way
+                    self._evaluate(event.cells)
+                elif isinstance(event, ipi.SendResult):
+                    self._transport.write(self.slot.reply)
+                elif isinstance(event, ipi.Send):
+                    self._transport.write(event.data)
+                elif isinstance(event, ipi.Init):
+                    self._initialise(event.text)
+                else:
+                    self.end(event.error)
         except ProtocolError as error:
             if self._ipi.announced:
                 self._transport.write(ipi.error_frame(error))
             self.end(error)
-        self._adjust_reading()
-
-    def _adjust_reading(self) -> None:
-        """Read while there is room; a driver that runs ahead of its results waits."""
-        if self._closing:
-            return
-        if self._ipi.full != self._reading_paused:
-            self._reading_paused = not self._reading_paused
-            if self._reading_paused:
-                self._transport.pause_reading()
-            else:
-                self._transport.resume_reading()
+        if self._reading_paused and not self._closing and not self._ipi.full:
+            self._reading_paused = False
+            self._transport.resume_reading()
 
     def _initialise(self, text: bytes) -> None:
         json = is_announced(text)

@@ -90,7 +90,8 @@ class Supervisor:
             evaluation.owner.evaluated(self.error)
             return
         self.scheduler.submit(evaluation)
-        self._dispatch()
+        if not self.scheduler.running:
+            self._dispatch()
 
     def release(self, number: int) -> None:
         """A slot will not be used again."""
@@ -98,31 +99,41 @@ class Supervisor:
             self._worker.detach(number)
 
     def _dispatch(self) -> None:
-        if self.state is State.READY and self._worker is not None and (batch := self.scheduler.next_batch()):
-            refused: list[tuple[Client, LimitError]] = []
-            for evaluation in list(batch):
-                owner = evaluation.owner
-                try:
-                    self._worker.attach(owner.number, owner.slot, owner.settings)
-                except OSError as error:
-                    batch.remove(evaluation)
-                    refused.append((owner, LimitError(f"the daemon can't hand over this structure: {error.strerror}.")))
-            if batch:
-                self._worker.evaluate([evaluation.owner.number for evaluation in batch])
-            for owner, refusal in refused:
-                owner.evaluated(refusal)
-            if refused and not batch:
-                self._dispatch()
+        worker = self._worker
+        if worker is None or self.state is not State.READY or not (batch := self.scheduler.next_batch()):
+            return
+        numbers: list[int] = []
+        refused: list[tuple[Evaluation[Client], LimitError]] = []
+        for evaluation in batch:
+            owner = evaluation.owner
+            try:
+                if owner.number not in worker.attached:
+                    worker.attach(owner.number, owner.slot, owner.settings)
+            except OSError as error:
+                refusal = LimitError(f"the daemon can't hand over this structure: {error.strerror}.")
+                refused.append((evaluation, refusal))
+            else:
+                numbers.append(owner.number)
+        if numbers:
+            worker.evaluate(numbers)
+        for evaluation, refusal in refused:
+            batch.remove(evaluation)
+            evaluation.owner.evaluated(refusal)
+        if refused and not batch:
+            self._dispatch()
 
     def _on_message(self, kind: bytes, body: bytes) -> None:
         if kind == b"E":
             batch, failures = self.scheduler.finished(), self._failures
-            self._failures = {}
-            self._dispatch()  # first the device, then the answers
+            if failures:
+                self._failures = {}
+            if self.scheduler.waiting:
+                self._dispatch()  # first the device, then the answers
             self.batches += 1
             self.evaluations += len(batch)
             for evaluation in batch:
-                evaluation.owner.evaluated(failures.get(evaluation.owner.number))
+                owner = evaluation.owner
+                owner.evaluated(failures.get(owner.number) if failures else None)
             return
         fields = json.loads(body)
         if kind == b"F":

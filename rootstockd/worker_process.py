@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import socket
+import struct
 import sys
 from collections import deque
 from collections.abc import Callable
@@ -33,9 +34,9 @@ class WorkerProcess:
 
     def __init__(self, process: asyncio.subprocess.Process, channel: socket.socket, listener: Listener) -> None:
         self._process, self._channel, self._listener = process, channel, listener
-        self._attached: set[int] = set()
-        self._outbox: deque[tuple[bytes, list[int]]] = deque()
-        self._blocked = False
+        self.attached: set[int] = set()
+        """Numbers of the slots that it has."""
+        self._outbox: deque[tuple[bytes, int | None]] = deque()
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(channel, self._on_readable)
 
@@ -73,25 +74,26 @@ class WorkerProcess:
         return self._process.pid
 
     def attach(self, number: int, slot: Slot, fields: dict[str, Any]) -> None:
-        """Hand it a slot, unless it has that one already.
+        """Hand it a slot that it has not yet.
 
         Raises:
             OSError: there is no file descriptor left.
         """
-        if number not in self._attached:
-            message = {"slot": number, "natoms": slot.natoms, "frames": slot.frames, **fields}
-            self._send(b"A" + json.dumps(message).encode(), [slot.fd])
-            self._attached.add(number)
+        fd = os.dup(slot.fd)  # the slot may be closed before its turn comes
+        message = {"slot": number, "natoms": slot.natoms, "frames": slot.frames, **fields}
+        self._send(b"A" + json.dumps(message).encode())
+        self._send(b"M", fd)
+        self.attached.add(number)
 
     def detach(self, number: int) -> None:
         """Have it forget a slot."""
-        if number in self._attached:
-            self._attached.remove(number)
+        if number in self.attached:
+            self.attached.remove(number)
             self._send(b"D" + number.to_bytes(4, "little"))
 
     def evaluate(self, numbers: list[int]) -> None:
         """Have it evaluate these slots in one batch; it says E when it is done."""
-        self._send(b"E" + b"".join(number.to_bytes(4, "little") for number in numbers))
+        self._send(struct.pack(f"<c{len(numbers)}i", b"E", *numbers))
 
     async def wait(self) -> int:
         """Until the process is gone; its exit status, negative for a signal."""
@@ -105,39 +107,37 @@ class WorkerProcess:
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
 
-    def _send(self, message: bytes, fds: list[int] | None = None) -> None:
-        """Send, or queue behind what the worker has not had time to read."""
-        # the descriptor may be closed before its turn comes
-        item = (message, [os.dup(fd) for fd in fds or []])
-        self._outbox.append(item)
-        if len(self._outbox) == 1:
-            self._flush()
+    def _send(self, message: bytes, fd: int | None = None) -> None:
+        """Send, or queue behind what the worker has not had time to read; `fd` is closed when it is off."""
+        if self._outbox or not self._sent(message, fd):
+            self._outbox.append((message, fd))
+            self._loop.add_writer(self._channel, self._flush)
+
+    def _sent(self, message: bytes, fd: int | None) -> bool:
+        """Whether the message is off: False where the socket is full."""
+        try:
+            if fd is None:
+                self._channel.send(message)
+            else:
+                socket.send_fds(self._channel, [message], [fd])
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass  # it is dead or dying, and `wait` will say so
+        if fd is not None:
+            os.close(fd)
+        return True
 
     def _flush(self) -> None:
         while self._outbox:
-            message, fds = self._outbox[0]
-            try:
-                if fds:
-                    socket.send_fds(self._channel, [message], fds)
-                else:
-                    self._channel.send(message)
-            except BlockingIOError:
-                self._blocked = True
-                self._loop.add_writer(self._channel, self._flush)
+            if not self._sent(*self._outbox[0]):
                 return
-            except OSError:  # it is dead or dying, and `wait` will say so
-                self._drop_outbox()
-                break
             self._outbox.popleft()
-            for fd in fds:
-                os.close(fd)
-        if self._blocked:
-            self._blocked = False
-            self._loop.remove_writer(self._channel)
+        self._loop.remove_writer(self._channel)
 
     def _drop_outbox(self) -> None:
-        for _, fds in self._outbox:
-            for fd in fds:
+        for _, fd in self._outbox:
+            if fd is not None:
                 os.close(fd)
         self._outbox.clear()
 

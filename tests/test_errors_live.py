@@ -19,6 +19,7 @@ from ase.calculators.emt import EMT
 
 from conftest import EMBEDDED_MODEL, RunningDaemon
 from rootstock_client import RootstockClient, RootstockError, ipi
+from rootstock_client.driver_side import DriverSide
 from rootstock_client.errors import (
     DaemonNotFoundError,
     EvaluationError,
@@ -117,7 +118,7 @@ def test_not_the_atoms_of_init(daemon: RunningDaemon, bystander) -> None:
         sock.settimeout(30)
         sock.connect(str(daemon.socket))
         forces = np.zeros((4, 3))
-        side = ipi.DriverSide(lambda natoms: memoryview(forces).cast("B"))
+        side = DriverSide(lambda natoms: memoryview(forces).cast("B"))
 
         def step(natoms: int):
             sock.sendall(ipi.posdata_head(np.eye(3) * 8, np.eye(3) / 8, natoms))
@@ -284,7 +285,7 @@ def test_a_calculator_that_is_careless_with_its_results(start_daemon, tmp_path, 
     daemon = start_daemon("--catalogue", str(tmp_path / "more.toml"))
     frames = np.array([[[1.0, 0, 0]], [[5.0, 0, 0]]])
     got = np.zeros_like(frames)
-    side = ipi.DriverSide(lambda _: memoryview(got).cast("B"), batch_size=2)
+    side = DriverSide(lambda _: memoryview(got).cast("B"), batch_size=2)
     with socket.socket(socket.AF_UNIX) as sock:
         sock.connect(str(daemon.socket))
         system = {"rootstock": 1, "model": "sloppy", "numbers": [29], "pbc": [True] * 3, "batch_size": 2}

@@ -26,8 +26,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from rootstock_client import ipi
+from rootstock_client.driver_side import DriverSide
 from rootstock_client.errors import EvaluationError, InvalidInitError, InvalidStructureError, ProtocolError
-from rootstock_client.stream import STAGING_SIZE
+from rootstock_client.stream import STAGING_SIZE, MessageReader
 from rootstockd.worker.slots import Slot
 
 LIMITS = ipi.Limits(atoms=20_000, init=200_000, extras=200_000)
@@ -340,7 +341,7 @@ class Asker:
     """What a client is to the driver's side, with a record of the answers."""
 
     def __init__(self, batch: int = 1, limits: ipi.Limits = LIMITS) -> None:
-        self.side = ipi.DriverSide(self.place, batch, limits)
+        self.side = DriverSide(self.place, batch, limits)
         self.answers: list[Any] = []
         self.memory = bytearray()
 
@@ -420,11 +421,76 @@ def test_forces_that_the_client_has_no_room_for_are_refused():
     def no_room(natoms: int) -> memoryview:
         raise InvalidStructureError(f"{natoms} atoms")
 
-    side = ipi.DriverSide(no_room)
+    side = DriverSide(no_room)
     side.expect(GETFORCE)
     feed(side, forceready(np.zeros(1), np.zeros((1, 7, 3)), np.zeros((1, 3, 3)), [b""]))
     with pytest.raises(ProtocolError, match="7 atoms"):
         side.next_message()
+
+
+# --- what has come whole is read without the grammar, and means what it means with it
+
+
+@settings(deadline=None, max_examples=100)
+@given(script=driver_scripts(), cuts=st.lists(st.floats(0, 1), max_size=6), late=st.booleans())
+def test_a_driver_means_the_same_without_the_short_way(script, cuts, late):
+    edges = [round(cut * len(script.stream)) for cut in cuts]
+    owners = [Owner(script.said, late=late), Owner(script.said, late=late)]
+    deliver(owners[0].side, script.stream, edges, owners[0].take)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ipi.EngineSide, "_whole", lambda _: None)
+        deliver(owners[1].side, script.stream, edges, owners[1].take)
+    assert owners[0].events == owners[1].events
+
+
+@settings(deadline=None, max_examples=100)
+@given(script=engine_scripts(), cuts=st.lists(st.floats(0, 1), max_size=6))
+def test_an_engine_means_the_same_without_the_short_way(script, cuts):
+    edges = [round(cut * len(script.stream)) for cut in cuts]
+    askers = [Asker(script.batch), Asker(script.batch)]
+    for asker in askers:
+        for request in script.said:
+            asker.side.expect(request)
+    deliver(askers[0].side, script.stream, edges, askers[0].take)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DriverSide, "_whole", lambda _: None)
+        deliver(askers[1].side, script.stream, edges, askers[1].take)
+    assert askers[0].answers == askers[1].answers
+
+
+def test_a_step_that_has_come_whole_needs_no_grammar(monkeypatch):
+    owner, asker = Owner([1]), Asker()
+    deliver(owner.side, init(b""), [], owner.take)
+    monkeypatch.setattr(MessageReader, "next_message", lambda _: pytest.fail("the grammar was asked"))
+    feed(owner.side, POSDATA + GETFORCE)
+    owner.take()
+    assert [event[0] for event in owner.events] == ["init", "evaluate", "result"]
+    asker.side.expect(GETFORCE)
+    feed(asker.side, forceready(np.ones(1), np.ones((1, 2, 3)), np.ones((1, 3, 3)), [b"{}"]))
+    assert asker.side.next_message().extras == [b"{}"]
+
+
+@pytest.mark.parametrize("size", range(12))
+def test_what_an_earlier_step_left_in_memory_counts_for_nothing(size):
+    """Where the staging buffer is used again, the bytes behind the last that came are those of before."""
+    owner = Owner([1])
+    deliver(owner.side, init(b""), [], owner.take)
+    feed(owner.side, POSDATA + GETFORCE)
+    owner.take()
+    feed(owner.side, POSDATA + GETFORCE[:size])
+    owner.take()
+    assert [event[0] for event in owner.events[3:]] == ["evaluate"]
+    feed(owner.side, GETFORCE[size:])
+    owner.take()
+    assert [event[0] for event in owner.events[3:]] == ["evaluate", "result"]
+
+
+def test_what_comes_for_a_side_that_is_closed_is_lost():
+    side = engine_in("ready")
+    side.close()
+    assert len(side.get_buffer(-1)) > 0
+    assert side.next_event() is None
+    assert not side.full
 
 
 # --- what we write is what i-PI writes
@@ -618,7 +684,7 @@ def test_a_declared_length_takes_no_memory(frame):
             side.accept()
             stream = word("POSDATA") + bytes(144) + int32(limits.atoms)
         case _:
-            side = ipi.DriverSide(only_two_atoms, limits=limits)
+            side = DriverSide(only_two_atoms, limits=limits)
             side.expect(GETFORCE)
             take = side.next_message
             empty = forceready(np.ones(1), np.ones((1, 2, 3)), np.ones((1, 3, 3)), [])
@@ -1175,7 +1241,7 @@ def test_ase_as_engine_is_understood_and_understands():
             Path(f"/tmp/ipi_{name}").unlink()
     with sock:
         sock.settimeout(20)
-        side = ipi.DriverSide(lambda natoms: memoryview(forces).cast("B") if natoms == 4 else pytest.fail(str(natoms)))
+        side = DriverSide(lambda natoms: memoryview(forces).cast("B") if natoms == 4 else pytest.fail(str(natoms)))
         cell = atoms.cell.array / units.Bohr
         head = ipi.posdata_head(cell, np.linalg.inv(cell), 4)
         sock.sendall(STATUS + head + (atoms.positions / units.Bohr).tobytes() + STATUS + GETFORCE + STATUS + EXIT)

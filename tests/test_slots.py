@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from rootstock_client import ipi
+from rootstock_client.driver_side import DriverSide
 from rootstock_client.stream import STAGING_SIZE
 from rootstockd.worker.slots import Slot
 
@@ -44,7 +45,7 @@ def as_a_driver_reads_it(slot: Slot) -> tuple[ipi.ForceReady, np.ndarray]:
         assert natoms == slot.natoms
         return memoryview(memory)
 
-    side = ipi.DriverSide(place, slot.frames)
+    side = DriverSide(place, slot.frames)
     side.expect(ipi.GETFORCE)
     reply = bytes(slot.reply)
     at = 0

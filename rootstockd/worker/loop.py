@@ -6,7 +6,8 @@ message says what it is:
 === ================================================ ===========================================================
 to the worker
 ----------------------------------------------------------------------------------------------------------------
-A   JSON: slot, natoms, frames, pbc, charge, ...      a new slot, its descriptor beside the message
+A   JSON: slot, natoms, frames, pbc, charge, ...      a new slot; M follows
+M   -                                                its descriptor is beside this message
 D   int32 slot                                       forget the slot
 E   int32 slots                                      evaluate these, as one batch
 === ================================================ ===========================================================
@@ -23,6 +24,7 @@ E   int32 slots                                      the batch is done; results 
 
 from __future__ import annotations
 
+import array
 import contextlib
 import ctypes
 import dataclasses
@@ -31,8 +33,6 @@ import math
 import os
 import signal
 import socket
-import struct
-import sys
 import traceback
 from typing import Any
 
@@ -46,6 +46,10 @@ MESSAGE_SIZE = 64 * 1024
 _PR_SET_PDEATHSIG = 1
 
 
+_BOHR, _PER_HARTREE, _FORCE = np.array(BOHR), np.array(1 / HARTREE), np.array(BOHR / HARTREE)
+"""Arrays: numpy takes several times as long to look at a float."""
+
+
 class _Attached:
     """A slot and what the engine keeps for its system, or why the engine refuses it."""
 
@@ -54,6 +58,12 @@ class _Attached:
         self.number: int = fields["slot"]
         self.stress: bool = fields["stress"]
         self.energies: bool = fields["energies"]
+        self._positions, self._forces, self._virials = list(slot.positions), list(slot.forces), list(slot.virials)
+        self._cells: list[np.ndarray] = []
+        self._seen = b""
+        """The cells as they were at the last step."""
+        self._backend: str | None = None
+        """What the extras in the slot say, if that is all that they say."""
         pbc = tuple(fields["pbc"])
         system = System(
             slot.numbers.copy(),
@@ -65,61 +75,83 @@ class _Attached:
             fields["tolerance"],
         )
         self.refusal: EngineError | None = None
+        self._system: Any = None
         try:
             self._system = engine.prepare(system)
         except EngineError as error:
             self.refusal = error
 
-    def tasks(self) -> list[Task]:
-        """One task a frame.
+    def add_tasks(self, tasks: list[Task]) -> None:
+        """One task a frame. What is in it belongs to the engine, so that it may keep it.
 
         Raises:
             EngineError: the engine knows no such system, or positions are not finite.
         """
         if self.refusal is not None:
             raise self.refusal
-        cells, positions = self.slot.cells * BOHR, self.slot.positions * BOHR
-        if not is_finite(positions):
-            frame, atom = np.argwhere(~np.isfinite(positions))[0][:2]
-            where = f" of structure {frame}" if self.slot.frames > 1 else ""
-            raise EngineError(
-                "invalid-structure", f"the position of atom {atom}{where} is {positions[frame, atom].tolist()} Å."
-            )
-        return [Task(self._system, c, p, self.stress, self.energies) for c, p in zip(cells, positions)]
+        if (cells := self.slot.cells_bytes.tobytes()) != self._seen:
+            self._seen, self._cells = cells, list(self.slot.cells * _BOHR)
+        for frame, bohr in enumerate(self._positions):
+            positions = bohr * _BOHR
+            if not is_finite(positions):
+                (atom, _), where = np.argwhere(~np.isfinite(positions))[0], f" of structure {frame}"
+                where = where if self.slot.frames > 1 else ""
+                raise EngineError(
+                    "invalid-structure", f"the position of atom {atom}{where} is {positions[atom].tolist()} Å."
+                )
+            tasks.append(Task(self._system, self._cells[frame], positions, self.stress, self.energies))
 
     def store(self, results: list[Result]) -> None:
         """Write what the engine gave into the reply, in atomic units, if it is fit to be seen."""
-        slot, extras = self.slot, []
+        slot, told = self.slot, not self.energies
+        finite = True
         for frame, result in enumerate(results):
             forces = np.asarray(result.forces)
-            if forces.shape != (slot.natoms, 3):
+            out = self._forces[frame]
+            if forces.shape != out.shape:
                 raise EngineError("evaluation", f"the engine gave forces of shape {forces.shape}")
-            slot.energies[frame] = result.energy / HARTREE
-            np.multiply(forces, BOHR / HARTREE, out=slot.forces[frame])
-            if self.stress:
+            np.multiply(forces, _FORCE, out)
+            energy = float(result.energy) / HARTREE
+            finite = finite and math.isfinite(energy)
+            slot.energies[frame] = energy
+            if self.stress:  # else they are zeros and stay so: the driver did not want it and knows it
                 if result.virial is None:
                     raise EngineError("unsupported", "the engine computed no stress")
-                np.multiply(result.virial, 1 / HARTREE, out=slot.virials[frame])
-            else:
-                slot.virials[frame] = 0.0  # the driver did not want it and knows it
+                np.multiply(result.virial, _PER_HARTREE, self._virials[frame])
+            told = told and result.backend == self._backend
+        if not (finite and is_finite(slot.results)):
+            raise EngineError(
+                "evaluation",
+                "the model gave NaN or infinite numbers for this structure",
+                "Look for atoms that lie on top of each other or far outside what the model was trained on.",
+            )
+        if not told:
+            self._tell(results)
+
+    def _tell(self, results: list[Result]) -> None:
+        """Write the extras. Without per-atom energies they stay the same for thousands of steps."""
+        extras = []
+        for result in results:
             extra: dict[str, Any] = {"backend": result.backend} if result.backend else {}
             if self.energies:
                 if result.energies is None:
                     raise EngineError("unsupported", "the engine computed no per-atom energies")
                 extra["energies"] = (np.asarray(result.energies, np.float64) / HARTREE).tolist()
             extras.append(json.dumps(extra).encode() if extra else b"")
-        if not (is_finite(slot.energies) and is_finite(slot.forces) and is_finite(slot.virials)):
-            raise EngineError(
-                "evaluation",
-                "the model gave NaN or infinite numbers for this structure",
-                "Look for atoms that lie on top of each other or far outside what the model was trained on.",
-            )
-        slot.set_extras(extras)
+        self.slot.set_extras(extras)
+        backends = {result.backend for result in results}
+        self._backend = backends.pop() if len(backends) == 1 else None
+
+
+_FEW = 10_000
+"""So many numbers BLAS multiplies in one thread, and does not wake others up that would be in an engine's way."""
 
 
 def is_finite(array: np.ndarray) -> bool:
-    """Whether all of a contiguous array's numbers are finite: only then their sum is."""
-    return math.isfinite(np.add.reduce(array.reshape(-1)))
+    """Whether all of a contiguous array's numbers are finite: only then their sum is, or that of their squares."""
+    if array.size <= _FEW and math.isfinite(np.vdot(array, array)):  # the fastest of all; infinite for enormous ones
+        return True
+    return math.isfinite(np.add.reduce(array, None))
 
 
 class Loop:
@@ -136,22 +168,20 @@ class Loop:
 
     def run(self) -> None:
         """Take messages until the daemon hangs up."""
-        space = socket.CMSG_SPACE(4)
-        while True:
-            message, ancillary, _, _ = self._channel.recvmsg(MESSAGE_SIZE, space)
-            if not message:
-                return
+        channel, slots = self._channel, self._slots
+        while message := channel.recv(MESSAGE_SIZE):  # not recvmsg, which costs more and is needed for M alone
             kind, body = message[:1], message[1:]
             if kind == b"E":
-                self._evaluate([self._slots[number] for (number,) in struct.iter_unpack("<i", body)])
-                self._channel.send(message)
+                self._evaluate([slots[number] for number in array.array("i", body)])
+                channel.send(message)
             elif kind == b"A":
                 fields = json.loads(body)
-                slot = Slot(int.from_bytes(ancillary[0][2][:4], sys.byteorder), fields["natoms"], fields["frames"])
-                self._slots[fields["slot"]] = _Attached(slot, fields, self._engine)
+                _, descriptors, _, _ = socket.recv_fds(channel, 1, 1)
+                slot = Slot(descriptors[0], fields["natoms"], fields["frames"])
+                slots[fields["slot"]] = _Attached(slot, fields, self._engine)
                 del slot
             elif kind == b"D":
-                self._slots.pop(int.from_bytes(body, "little")).slot.close()
+                slots.pop(int.from_bytes(body, "little")).slot.close()
 
     def _evaluate(self, batch: list[_Attached]) -> None:
         """One pass for all; if that fails, one each, so that nobody suffers for a batch mate."""
@@ -165,10 +195,17 @@ class Loop:
                     self._evaluate([attached])
 
     def _pass(self, batch: list[_Attached]) -> None:
-        tasks = [attached.tasks() for attached in batch]
-        results = iter(self._engine.evaluate([task for frames in tasks for task in frames]))
-        for attached, frames in zip(batch, tasks):
-            attached.store([next(results) for _ in frames])
+        tasks: list[Task] = []
+        for attached in batch:
+            attached.add_tasks(tasks)
+        results = self._engine.evaluate(tasks)
+        if len(results) != len(tasks):
+            raise EngineError("evaluation", f"the engine gave {len(results)} results for {len(tasks)} structures")
+        start = 0
+        for attached in batch:
+            end = start + attached.slot.frames
+            attached.store(results[start:end])
+            start = end
 
     def _report(self, attached: _Attached, error: Exception) -> None:
         if not isinstance(error, EngineError):

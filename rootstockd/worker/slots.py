@@ -87,9 +87,14 @@ class Slot:
         self.energies = view((frames,), "<f8", energies)
         self.forces = view((frames, natoms, 3), "<f8", forces)
         self.virials = view((frames, 3, 3), "<f8", virials)
+        self.results = view((3 * (natoms + 3) * frames,), "<f8", forces)
+        """Forces and virials, flat."""
         whole = memoryview(self._map)
+        self.cells_bytes = whole[cells:positions]
         self.positions_bytes = whole[positions:reply]
         self._bytes = whole
+        self._sizes = whole[:_HEAD].cast("q")
+        self._last_reply = whole[:0]
         if fresh:
             self._head[:3] = MAGIC, natoms, frames
             whole[reply:energies] = FORCEREADY
@@ -126,7 +131,10 @@ class Slot:
     @property
     def reply(self) -> memoryview:
         """The FORCEREADY message, ready to be sent."""
-        return self._bytes[self._reply : self._reply + int(self._head[3])]
+        size = self._sizes[3]
+        if size != len(self._last_reply):  # else it is the one that was sent last
+            self._last_reply = self._bytes[self._reply : self._reply + size]
+        return self._last_reply
 
     def close(self) -> None:
         """Give the descriptor back; the memory goes when the last view of it does."""

@@ -75,21 +75,21 @@ class System:
     """How far forces may differ from the engine's reference, in eV/Å; None leaves it to the engine."""
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: one is made for each structure and step, and frozen ones take three times as long
 class Task:
     """One structure to evaluate, and what is wanted beside energy and forces."""
 
     system: Any
     """What the engine's `prepare` made of the System."""
     cell: Array
-    """(3, 3), Å, rows are lattice vectors."""
+    """(3, 3), Å, rows are lattice vectors; the same object as at the last step where it has not changed."""
     positions: Array
     """(natoms, 3), Å."""
     stress: bool
     energies: bool
 
 
-@dataclass(frozen=True)
+@dataclass
 class Result:
     """What came of a Task."""
 
