@@ -149,7 +149,7 @@ def test_fused_is_mace_torch_to_rounding(architecture):
         right, result = reference.evaluate([one])[0], fused.evaluate([one])[0]
         assert result.backend == "fused"
         difference = checks.compare(result, right)
-        assert difference.within(1e-11), f"{name}: {difference}"
+        assert difference.within(5e-11), f"{name}: {difference}"
         np.testing.assert_allclose(result.energies, right.energies, rtol=0, atol=1e-11 * max(1, abs(right.energy)))
         np.testing.assert_array_equal(result.virial, result.virial.T)
         largest = max(largest, np.abs(right.forces).max())

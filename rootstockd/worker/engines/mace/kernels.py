@@ -30,7 +30,7 @@ def convolve(first, sender, h, y, tables, piece, x, paths, groups, rows, terms, 
         sender: (E,) atom that each edge comes from.
         h: (N, H, K) senders' features.
         y: (E, S) spherical harmonics.
-        tables: (pieces, 6, P, K) coefficients of the radial weights, of x^0 first.
+        tables: (pieces, degree + 1, P, K) coefficients of the radial weights, of x^0 first.
         piece: (E,) which piece an edge's length lies in.
         x: (E,) where in it, from -1 to 1.
         paths: (P + 1,) each path's first group.
@@ -42,6 +42,7 @@ def convolve(first, sender, h, y, tables, piece, x, paths, groups, rows, terms, 
         out: (N, C, K), overwritten.
     """
     channels = h.shape[2]
+    degree = tables.shape[1] - 1
     for i in numba.prange(first.shape[0] - 1):
         weight = np.empty(channels, h.dtype)
         product = np.empty(channels, h.dtype)
@@ -50,15 +51,10 @@ def convolve(first, sender, h, y, tables, piece, x, paths, groups, rows, terms, 
         for e in range(first[i], first[i + 1]):
             table, at, feature = tables[piece[e]], x[e], h[sender[e]]
             for path in range(paths.shape[0] - 1):
-                for k in range(channels):
-                    weight[k] = table[0, path, k] + at * (
-                        table[1, path, k]
-                        + at
-                        * (
-                            table[2, path, k]
-                            + at * (table[3, path, k] + at * (table[4, path, k] + at * table[5, path, k]))
-                        )
-                    )
+                weight[:] = table[degree, path]
+                for power in range(degree - 1, -1, -1):
+                    for k in range(channels):
+                        weight[k] = table[power, path, k] + at * weight[k]
                 for group in range(paths[path], paths[path + 1]):
                     for k in range(channels):
                         product[k] = weight[k] * feature[groups[group], k]
@@ -104,7 +100,8 @@ def convolve_back(
     channels = h.shape[2]
     threads = grad_h.shape[0]
     atoms = first.shape[0] - 1
-    zero, two, three, four, five = h.dtype.type(0), h.dtype.type(2), h.dtype.type(3), h.dtype.type(4), h.dtype.type(5)
+    degree = tables.shape[1] - 1
+    zero = h.dtype.type(0)
     for thread in numba.prange(threads):
         weight = np.empty(channels, h.dtype)
         slope = np.empty(channels, h.dtype)
@@ -116,23 +113,12 @@ def convolve_back(
                 table, at, feature = tables[piece[e]], x[e], h[j]
                 by_x = zero
                 for path in range(paths.shape[0] - 1):
-                    for k in range(channels):
-                        weight[k] = table[0, path, k] + at * (
-                            table[1, path, k]
-                            + at
-                            * (
-                                table[2, path, k]
-                                + at * (table[3, path, k] + at * (table[4, path, k] + at * table[5, path, k]))
-                            )
-                        )
-                        slope[k] = table[1, path, k] + at * (
-                            two * table[2, path, k]
-                            + at
-                            * (
-                                three * table[3, path, k]
-                                + at * (four * table[4, path, k] + at * five * table[5, path, k])
-                            )
-                        )
+                    weight[:] = table[degree, path]
+                    slope[:] = zero
+                    for power in range(degree - 1, -1, -1):
+                        for k in range(channels):
+                            slope[k] = weight[k] + at * slope[k]
+                            weight[k] = table[power, path, k] + at * weight[k]
                     for group in range(paths[path], paths[path + 1]):
                         source = groups[group]
                         for k in range(channels):

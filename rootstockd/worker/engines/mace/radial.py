@@ -1,8 +1,8 @@
 """Radial weights as tables: what a network makes of an edge's length is a smooth function.
 
-Each weight of each path and channel is a polynomial of fifth degree on each of many equal pieces of [0, cutoff],
-through the network's own values (in double precision) at the six Chebyshev points of the piece. There are as many
-pieces as it takes to be as exact as the model's dtype.
+Each weight of each path and channel is a polynomial on each of some equal pieces of [0, cutoff], through the network's
+own values (in double precision) at the Chebyshev points of the piece. There are as many pieces as it takes to be as
+exact as the model's dtype.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from rootstockd.worker.engines import Array
 if TYPE_CHECKING:
     from rootstockd.worker.engines.mace.folding import Now
 
-DEGREE = 5
-MAX_PIECES = 4096
+DEGREE = {torch.float32: 5, torch.float64: 7}
+"""Of the polynomials: measured, a higher degree or more pieces only add rounding to the derivative."""
+MAX_PIECES = 512
 MAX_BYTES = 2 * 2**30
 """Of the tables of one layer, where they depend on the elements."""
-EXACT = {torch.float32: 2e-8, torch.float64: 1e-14}
+EXACT = {torch.float32: 2e-8, torch.float64: 3e-14}
 """How far a table may be from its network, as part of the largest weight."""
 
 
@@ -52,6 +53,7 @@ class RadialTables:
             raise NotApplicableError("a radial network of an unknown kind")
         self._embedding, self._atomic_numbers, self._cutoff, self.dtype = embedding, atomic_numbers, cutoff, dtype
         self._by_pair = hasattr(embedding, "distance_transform")
+        self._degree = DEGREE[dtype]
         self._pieces = self._enough()
         self._index: dict[tuple[int, int], int] = {}
         self._tables: Array = np.empty(0)
@@ -86,34 +88,33 @@ class RadialTables:
         return self._kept[1]
 
     def _add(self, pairs: list[tuple[int, int]]) -> None:
-        one = self._pieces * (DEGREE + 1) * self.shape[0] * self.shape[1] * self.dtype.itemsize
+        one = self._pieces * (self._degree + 1) * self.shape[0] * self.shape[1] * self.dtype.itemsize
         if self._by_pair and one * (len(self._index) + len(pairs)) > MAX_BYTES:
             raise NotApplicableError(f"tables for {len(pairs)} more pairs of elements would take too much memory")
-        made = [self._table(pair, self._pieces).reshape(self._pieces, DEGREE + 1, *self.shape) for pair in pairs]
+        made = [self._table(pair, self._pieces).reshape(self._pieces, self._degree + 1, *self.shape) for pair in pairs]
         dtype = np.float64 if self.dtype == torch.float64 else np.float32
         fresh = np.concatenate(made).astype(dtype)
         self._tables = fresh if not self._index else np.concatenate([self._tables, fresh])
         self._index.update({pair: len(self._index) + number for number, pair in enumerate(pairs)})
 
     def _table(self, pair: tuple[int, int], pieces: int) -> Array:
-        """(pieces, 6, weights) coefficients."""
-        nodes = np.cos(np.pi * (np.arange(DEGREE + 1) + 0.5) / (DEGREE + 1))
-        inverse = np.linalg.inv(np.vander(nodes, increasing=True))
+        """(pieces, degree + 1, weights) coefficients."""
+        nodes, coefficients = _chebyshev(self._degree)
         width = self._cutoff / pieces
         lengths = (np.arange(pieces)[:, None] + 0.5 * (nodes + 1.0)) * width
-        values = self._weights(lengths.reshape(-1), pair).reshape(pieces, DEGREE + 1, -1)
-        return np.asarray(np.einsum("cn,pnw->pcw", inverse, values))
+        values = self._weights(lengths.reshape(-1), pair).reshape(pieces, self._degree + 1, -1)
+        return np.asarray(np.einsum("cn,pnw->pcw", coefficients, values))
 
     def _enough(self) -> int:
         """Pieces that make the table as exact as the dtype, judged by the pair of the model's first element."""
         between = np.array([-0.97, -0.31, 0.55])
-        pieces = 64
+        pieces = 16
         while pieces < MAX_PIECES:
             width = self._cutoff / pieces
             lengths = (np.arange(pieces)[:, None] + 0.5 * (between + 1.0)) * width
             right = self._weights(lengths.reshape(-1), (0, 0)).reshape(pieces, len(between), -1)
             found = np.einsum(
-                "xc,pcw->pxw", np.vander(between, DEGREE + 1, increasing=True), self._table((0, 0), pieces)
+                "xc,pcw->pxw", np.vander(between, self._degree + 1, increasing=True), self._table((0, 0), pieces)
             )
             if np.abs(found - right).max() <= EXACT[self.dtype] * np.abs(right).max():
                 return pieces
@@ -136,4 +137,16 @@ class RadialTables:
                     x = layer.act(x @ (layer.weight.double() / (layer.h_in * layer.var_in) ** 0.5)) * layer.var_out**0.5
             if cutoff is not None:
                 x = x * cutoff.double()
-        return x.numpy()
+        return np.asarray(x.numpy())
+
+
+def _chebyshev(degree: int) -> tuple[Array, Array]:
+    """The Chebyshev points, and the matrix from values there to a polynomial's coefficients, x^0 first."""
+    count = degree + 1
+    nodes = np.cos(np.pi * (np.arange(count) + 0.5) / count)
+    series = 2.0 / count * np.cos(np.outer(np.arange(count), np.arccos(nodes)))
+    series[0] /= 2.0
+    powers = np.zeros((count, count))
+    for order in range(count):
+        powers[: order + 1, order] = np.polynomial.chebyshev.cheb2poly([0] * order + [1])
+    return nodes, np.asarray(powers @ series)
