@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from rootstock_client.runtime_dir import SYSTEM_DIR, control_socket
 
-CPU_BATCH_ATOMS = 512
+CPU_BATCH_ATOMS = 2_048
 GPU_BATCH_ATOMS = 16_384
 
 

@@ -50,6 +50,12 @@ class Scheduler(Generic[Owner]):
         self.waiting: deque[Evaluation[Owner]] = deque()
         self.running: list[Evaluation[Owner]] = []
 
+    @property
+    def budget(self) -> int:
+        """Atoms in a batch of several evaluations, at most."""
+        limit = self.costs.limit
+        return self.batch_atoms if limit is None else min(self.batch_atoms, limit)
+
     def submit(self, evaluation: Evaluation[Owner]) -> None:
         """Queue an evaluation."""
         self.waiting.append(evaluation)
@@ -68,7 +74,7 @@ class Scheduler(Generic[Owner]):
         if self.running or not self.waiting:
             return []
         batch, atoms = [self.waiting.popleft()], 0
-        budget = self.batch_atoms if self.costs.limit is None else min(self.batch_atoms, self.costs.limit)
+        budget = self.budget
         while self.waiting and not batch[0].attempts:
             atoms += batch[-1].atoms
             following = self.waiting[0]

@@ -202,6 +202,7 @@ class Session(asyncio.BufferedProtocol):
             "head": request.head,
             "exact": request.exact,
             "tolerance": request.tolerance,
+            "session": self.id,
             "stress": request.stress,
             "energies": request.energies,
         }

@@ -65,7 +65,7 @@ class Supervisor:
         self._failures: dict[int, RootstockError] = {}
         self._settled = asyncio.Event()
         self._stopping = False
-        self._ended_at = 0.0
+        self._ended_at = self._sent = 0.0
         self._task = asyncio.create_task(self._keep_warm(), name=f"supervisor {spec.name}")
 
     @property
@@ -115,6 +115,7 @@ class Supervisor:
             else:
                 numbers.append(owner.number)
         if numbers:
+            self._sent = time.perf_counter()
             worker.evaluate(numbers)
         for evaluation, refusal in refused:
             batch.remove(evaluation)
@@ -124,27 +125,42 @@ class Supervisor:
 
     def _on_message(self, kind: bytes, body: bytes) -> None:
         if kind == b"E":
-            batch, failures = self.scheduler.finished(), self._failures
-            if failures:
-                self._failures = {}
-            if self.scheduler.waiting:
-                self._dispatch()  # first the device, then the answers
-            self.batches += 1
-            self.evaluations += len(batch)
-            for evaluation in batch:
-                owner = evaluation.owner
-                owner.evaluated(failures.get(owner.number) if failures else None)
-            return
-        fields = json.loads(body)
+            self._done()
+        elif kind == b"O":
+            self.scheduler.back_off()
+            atoms = self.scheduler.batch_atoms
+            log.warning("model %s: no memory for a batch; they have %d atoms at most now", self.spec.name, atoms)
+        else:
+            self._told(kind, json.loads(body))
+
+    def _done(self) -> None:
+        """The batch is done."""
+        batch, failures = self.scheduler.finished(time.perf_counter() - self._sent), self._failures
+        if failures:
+            self._failures = {}
+        if self.scheduler.waiting:
+            self._dispatch()  # first the device, then the answers
+        self.batches += 1
+        self.evaluations += len(batch)
+        for evaluation in batch:
+            owner = evaluation.owner
+            owner.evaluated(failures.get(owner.number) if failures else None)
+
+    def _told(self, kind: bytes, fields: dict[str, Any]) -> None:
+        """What the worker says in JSON."""
         if kind == b"F":
             self._failures[fields["slot"]] = error_from_code(fields["code"], fields["message"], fields["hint"])
-        elif kind == b"R":
-            self.info = EngineInfo(**fields)
-            self._set_state(State.READY)
-            log.info("model %s is ready on %s (%s)", self.spec.name, self.spec.device, self.info.backend)
-            self._dispatch()
         elif kind == b"X":
             self.error = error_from_code(fields["code"], fields["message"], fields["hint"])
+        else:
+            self.info = EngineInfo(**fields)
+            where = f"{self.spec.device} ({self.info.backend})"
+            if kind == b"R":
+                log.info("model %s is ready on %s", self.spec.name, where)
+                self._set_state(State.READY)
+                self._dispatch()
+            if self.info.note:
+                log.warning("model %s on %s: %s", self.spec.name, where, self.info.note)
 
     # --- the worker's life
 

@@ -115,9 +115,14 @@ def structures() -> dict[str, Atoms]:
 STRUCTURES = structures()
 
 
-def task(of: MaceEngine, atoms: Atoms, **options) -> Task:
+sessions = itertools.count()
+
+
+def task(of: MaceEngine, atoms: Atoms, session=None, **options) -> Task:
+    """A structure of a session, by default of a new one."""
     pbc = tuple(bool(p) for p in atoms.pbc)
-    system = of.prepare(System(atoms.numbers, pbc, **options))
+    session = next(sessions) if session is None else session
+    system = of.prepare(System(atoms.numbers, pbc, session=session, **options))
     return Task(system, atoms.cell.array, atoms.positions, stress=True, energies=True)
 
 
@@ -254,6 +259,22 @@ def test_a_backend_that_is_right_is_used_after_the_first_structure():
     one = task(of, STRUCTURES["alloy"])
     backends = [of.evaluate([one])[0].backend for _ in range(3)]
     assert backends == ["mace-torch", "fused", "fused"], "the first answer is the reference's own"
+
+
+def test_one_comparison_does_for_a_sessions_systems_of_the_same_elements():
+    model = medium()
+    of = watched(model, FusedBackend(model))
+
+    def backend(name, session, **options):
+        return of.evaluate([task(of, STRUCTURES[name], session, **options)])[0].backend
+
+    assert backend("dense", 1) == "mace-torch"
+    assert backend("dense", 1) == "fused", "a new INIT of the same session"
+    assert backend("dense", 2) == "mace-torch", "another session"
+    assert backend("alloy", 1) == "mace-torch", "other elements"
+    assert backend("alloy", 1, tolerance=1e-3) == "mace-torch", "another tolerance"
+    assert backend("alloy", 1, exact=True) == "mace-torch"
+    assert backend("alloy", 1) == "fused"
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])

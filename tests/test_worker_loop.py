@@ -20,7 +20,7 @@ from rootstockd.worker.slots import Slot
 from rootstockd.worker.units import BOHR, HARTREE
 
 FIELDS: dict[str, Any] = {"pbc": [True] * 3, "charge": None, "spin": None, "head": None, "exact": False}
-FIELDS |= {"tolerance": None, "stress": False, "energies": False}
+FIELDS |= {"tolerance": None, "session": 0, "stress": False, "energies": False}
 
 
 @dataclass

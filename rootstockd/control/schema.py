@@ -21,6 +21,10 @@ class ModelStatus(BaseModel):
     error: str | None
     backend: str | None
     """What computes, with versions."""
+    note: str | None
+    """What people should know of it, such as why nothing faster computes."""
+    batch_atoms: int
+    """The most atoms in one forward pass, as learnt so far."""
     pid: int | None
     memory: int | None
     """Resident memory of the worker in bytes."""

@@ -18,7 +18,9 @@ to the daemon
 R   JSON: EngineInfo                                 the model is loaded
 X   JSON: code, message, hint                        the model can't be loaded; the worker ends
 F   JSON: slot, code, message, hint                  this slot's evaluation failed
+O                                                    the batch did not fit the device's memory; it is done in parts
 E   int32 slots                                      the batch is done; results lie in the slots
+I   JSON: EngineInfo                                 something in it has changed
 === ================================================ ===========================================================
 """
 
@@ -73,6 +75,7 @@ class _Attached:
             fields["head"],
             fields["exact"],
             fields["tolerance"],
+            fields["session"],
         )
         self.refusal: EngineError | None = None
         self._system: Any = None
@@ -164,6 +167,7 @@ class Loop:
 
     def __init__(self, channel: socket.socket, engine: Engine) -> None:
         self._channel, self._engine = channel, engine
+        self._info = engine.info
         self._slots: dict[int, _Attached] = {}
 
     def run(self) -> None:
@@ -174,6 +178,9 @@ class Loop:
             if kind == b"E":
                 self._evaluate([slots[number] for number in array.array("i", body)])
                 channel.send(message)
+                if self._engine.info is not self._info:
+                    self._info = self._engine.info
+                    send(channel, b"I", dataclasses.asdict(self._info))
             elif kind == b"A":
                 fields = json.loads(body)
                 _, descriptors, _, _ = socket.recv_fds(channel, 1, 1)
@@ -184,15 +191,23 @@ class Loop:
                 slots.pop(int.from_bytes(body, "little")).slot.close()
 
     def _evaluate(self, batch: list[_Attached]) -> None:
-        """One pass for all; if that fails, one each, so that nobody suffers for a batch mate."""
+        """One pass for all; if that fails, one each, so that nobody suffers for a mate; halves if memory lacks."""
         try:
             self._pass(batch)
+            return
+        except MemoryError as error:
+            if len(batch) == 1:
+                self._report(batch[0], too_large(batch[0].slot, error))
+                return
+            self._channel.send(b"O")
+            parts = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
         except Exception as error:
             if len(batch) == 1:
                 self._report(batch[0], error)
-            else:
-                for attached in batch:
-                    self._evaluate([attached])
+                return
+            parts = [[attached] for attached in batch]
+        for part in parts:
+            self._evaluate(part)
 
     def _pass(self, batch: list[_Attached]) -> None:
         tasks: list[Task] = []
@@ -213,6 +228,16 @@ class Loop:
                 traceback.print_exception(type(error), error, error.__traceback__)
             error = EngineError("evaluation", f"the engine failed: {type(error).__name__}: {error}")
         send(self._channel, b"F", {"slot": attached.number, **error_fields(error)})
+
+
+def too_large(slot: Slot, error: MemoryError) -> EngineError:
+    """What a driver is told whose structure does not fit the device's memory."""
+    structures = f" x {slot.frames} structures" if slot.frames > 1 else ""
+    return EngineError(
+        "limit",
+        f"{slot.natoms} atoms{structures} do not fit the device's memory: {error}",
+        "Use a smaller structure or float32, or wait until others leave more memory free.",
+    )
 
 
 def error_fields(error: EngineError) -> dict[str, str]:

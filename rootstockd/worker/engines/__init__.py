@@ -73,6 +73,8 @@ class System:
     """Same structure, same bits, whatever came before and whoever else is in the batch."""
     tolerance: float | None = None
     """How far forces may differ from the engine's reference, in eV/Å; None leaves it to the engine."""
+    session: int = 0
+    """Whose system it is: what was found out about one system of a session may count for its next."""
 
 
 @dataclass  # not frozen: one is made for each structure and step, and frozen ones take three times as long

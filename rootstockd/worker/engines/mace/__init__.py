@@ -18,10 +18,15 @@ from ase.data import chemical_symbols
 from rootstockd.worker.engines import EngineError, EngineInfo, ModelSpec, Result, Task
 from rootstockd.worker.engines import System as Wanted
 from rootstockd.worker.engines.mace import checks
+from rootstockd.worker.engines.mace.radial import NotApplicableError
 from rootstockd.worker.engines.mace.reference import ReferenceBackend, System, mace
 
 log = logging.getLogger(__name__)
 
+WARM_UP = 3
+"""Evaluations until torch has compiled what it compiles, so that no job waits for it."""
+REMEMBERED = 100_000
+"""Sessions' systems whose first structure was compared; past that all are forgotten, and compared again."""
 _STEP = 1e-3
 _SLOPE = {"float32": 2e-2, "float64": 1e-4}
 """How far a force may be from a finite difference of the energy: the sanity check of forces, not of rounding."""
@@ -49,6 +54,7 @@ class MaceEngine:
 
     def __init__(self, model: Any, spec: ModelSpec, reference: Backend, fast: Backend | None, why: str = "") -> None:
         self._name, self._dtype = spec.name, spec.dtype
+        self._checked: set[object] = set()
         self._reference, self._fast = reference, fast
         self._elements = [int(z) for z in model.atomic_numbers]
         self._heads: list[str] = list(getattr(model, "heads", None) or ["Default"])
@@ -70,6 +76,7 @@ class MaceEngine:
             symbols = ", ".join(chemical_symbols[z] if z < len(chemical_symbols) else str(z) for z in unknown)
             raise EngineError("unknown-element", f"model {self._name!r} does not know {symbols}")
         head = self._head(system.head)
+        elements = tuple(sorted(set(system.numbers.tolist())))
         return System(
             numbers=system.numbers,
             pbc=system.pbc,
@@ -79,6 +86,7 @@ class MaceEngine:
             properties={"total_charge": system.charge or 0.0, "total_spin": system.spin or 1.0},
             exact=system.exact,
             tolerance=checks.TOLERANCE[self._dtype] if system.tolerance is None else system.tolerance,
+            check=None if system.exact else (system.session, elements, system.pbc, head, system.tolerance),
         )
 
     def _head(self, wanted: str | None) -> str:
@@ -99,14 +107,25 @@ class MaceEngine:
         )
 
     def evaluate(self, tasks: list[Task]) -> list[Result]:
-        """Those that want to be exact alone and by the reference, first structures by both, all others in one pass."""
+        """Those that want to be exact alone and by the reference, first structures by both, all others in one pass.
+
+        Raises:
+            MemoryError: the device has not enough for them.
+        """
+        try:
+            return self._evaluate(tasks)
+        except torch.OutOfMemoryError as error:
+            torch.cuda.empty_cache()
+            raise MemoryError(str(error).split(". ")[0]) from error
+
+    def _evaluate(self, tasks: list[Task]) -> list[Result]:
         results: dict[int, Result] = {}
         together = []
         for index, task in enumerate(tasks):
             system: System = task.system
             if system.exact:
                 results[index] = self._reference.evaluate([task])[0]
-            elif self._fast is not None and system.unchecked:
+            elif self._fast is not None and system.check not in self._checked:
                 results[index] = self._first(task, self._fast)
             else:
                 together.append(index)
@@ -122,8 +141,16 @@ class MaceEngine:
         """A session's first structure."""
         system: System = task.system
         sample = checks.piece(task, self._cutoff)
-        reference, result = self._reference.evaluate([sample])[0], fast.evaluate([sample])[0]
-        system.unchecked = False
+        reference = self._reference.evaluate([sample])[0]
+        try:
+            result = fast.evaluate([sample])[0]
+        except NotApplicableError as error:
+            log.warning("model %r: %s: this session has %s", self._name, error, self._reference.name)
+            system.exact = True
+            return reference if sample is task else self._reference.evaluate([task])[0]
+        if len(self._checked) >= REMEMBERED:
+            self._checked.clear()
+        self._checked.add(system.check)
         difference = checks.compare(result, reference)
         if not difference.within(system.tolerance):
             system.exact = True  # the reference, for this session
@@ -135,9 +162,11 @@ class MaceEngine:
         """Compare on structures that span the model's elements, and forces once with energies."""
         for number, head in enumerate(self._heads):
             for task in checks.structures(self._elements, head, number):
-                reference = self._reference.evaluate([task])[0]
+                for _ in range(WARM_UP):
+                    reference = self._reference.evaluate([task])[0]
                 try:
-                    result = fast.evaluate([task])[0]
+                    for _ in range(WARM_UP):
+                        result = fast.evaluate([task])[0]
                 except Exception as error:  # whatever it is, the reference is still there
                     self._switch_off(f"{fast.name} is switched off: {type(error).__name__}: {error}")
                     return

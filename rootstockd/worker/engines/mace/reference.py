@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -41,8 +41,9 @@ class System:
     """Only the reference, alone, will do."""
     tolerance: float
     """How far forces may differ from the reference's, in eV/Å."""
-    unchecked: bool = field(default=True)
-    """Its first structure has not come yet."""
+    check: object = None
+    """What stands for it among systems whose first structure was compared: one comparison does for a session's systems
+    of the same elements, periodicity and head."""
 
 
 class ReferenceBackend:
