@@ -163,7 +163,7 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         if "stress" in wanted:
             results["stress"] = full_3x3_to_voigt_6_stress(answer.virials[0] * (-HARTREE / box.volume))
         if answer.extras[0] != self._extras:  # the same bytes at nearly every step
-            extras = json.loads(answer.extras[0])
+            extras = json.loads(answer.extras[0] or b"{}")
             self.backend = extras.get("backend")
             if "energies" in wanted:
                 results["energies"] = np.array(extras["energies"]) * HARTREE

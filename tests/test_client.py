@@ -255,8 +255,10 @@ def test_another_model_by_set(daemon: RunningDaemon) -> None:
     atoms = copper()
     atoms.calc = daemon.client().calculator("mace-emt-small")
     before = atoms.get_potential_energy()
+    assert atoms.calc.backend == "mace-torch"
     atoms.calc.set(model="emt")
     same(atoms)
+    assert atoms.calc.backend is None, "EMT has but one way to compute"
     assert atoms.get_potential_energy() != before
 
 
