@@ -26,8 +26,6 @@ REPOSITORY = HERE.parent
 CHILD = HERE / "child.py"
 PATIENCE = 600.0
 """Seconds that any one answer may take."""
-SETTLING = 900.0
-"""Seconds that a model may take until its fastest way to compute is ready."""
 
 
 # --- numbers
@@ -222,28 +220,6 @@ class Daemon:
         """What its worker was started with: the ModelSpec's fields, and the environment."""
         process = psutil.Process(self.worker(model))
         return json.loads(process.cmdline()[-1]), process.environ()
-
-    def wait_settled(self, model: str, results: Results, timeout: float = SETTLING) -> None:
-        """Wait until no faster worker is about to replace the model's present one.
-
-        A worker may begin with one way to compute while a faster one is prepared; a measurement that begins before
-        the change is one of both.
-
-        Raises:
-            RuntimeError: the model is broken, or has not settled in time.
-        """
-        start = time.monotonic()
-        while True:
-            entry = self._model(model)
-            if entry["state"] == "failed":
-                raise RuntimeError(f"{model} can't be measured: {entry['error']}")
-            # a daemon that says nothing of it never replaces a worker
-            if entry["state"] == "ready" and entry.get("settled", True):
-                break
-            if time.monotonic() - start > timeout:
-                raise RuntimeError(f"{model} has not settled within {timeout:.0f} s")
-            time.sleep(0.2)
-        results.note(f"{model}: settled {time.monotonic() - start:.1f} s after the daemon was ready")
 
 
 # --- contestants

@@ -78,7 +78,6 @@ def run(settings: Settings, results: Results) -> None:
 
 def _measure(results: Results, settings: Settings, model: models.Model, repeats: int) -> None:
     with Daemon(settings, "--model", model.name, *model.options) as daemon:
-        daemon.wait_settled(model.name, results)
         here = f"{CLIENT}\n" + THROUGH_DAEMON.format(socket=str(daemon.socket), model=model.name)
         own = IN_PROCESS.format(weights=str(model.weights), device=settings.device, dtype=model.dtype)
         scripts = {"rootstockd": JOB.format(calculator=here), "MACECalculator": JOB.format(calculator=own)}

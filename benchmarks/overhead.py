@@ -37,7 +37,6 @@ def run(settings: Settings, results: Results) -> None:
     for model in (models.embedded(), *(models.random(settings, name) for name in names)):
         with ExitStack() as stack:
             daemon = stack.enter_context(Daemon(settings, "--model", model.name, *model.options))
-            daemon.wait_settled(model.name, results)
             children = stack.enter_context(contestants(_arms(settings, daemon, model)))
             for arm in TIMED:
                 children[arm].system(min(sizes), warm_up=WARM_UP)

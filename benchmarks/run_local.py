@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ WITHOUT_MODELS = ("ipc", "scale", "size")
 SCHEMA = 1
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Run the benchmarks; what goes into the file. One that fails is noted, and the others go on."""
+def run(options: argparse.Namespace, save: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
+    """Run the benchmarks that were asked for; what goes into the file. It is saved after each: a long run may be cut."""
     names = chosen(options)
     gpus = machine.gpus()
     device = ("cuda" if gpus else "cpu") if options.device == "auto" else options.device
@@ -63,6 +64,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 "notes": results.notes,
                 "samples": results.samples,
             }
+            save(result)
     return result
 
 
@@ -139,7 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
     if shutil.which("git") is None and not options.commit:
         print("no git: the result will not say which commit it is of", file=sys.stderr)
     label = options.label or dt.datetime.now().astimezone().strftime("%Y-%m-%d-%H%M")
-    result = run(options)
+    result = run(options, lambda so_far: write(so_far, options.results, label))
     path = write(result, options.results, label)
     print()
     print("\n".join(report.goals(result)))

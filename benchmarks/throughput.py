@@ -107,7 +107,6 @@ def _start(  # noqa: PLR0913 - what a group of jobs is
     if arm in {OURS, UNBATCHED}:
         extra = ["--batch-atoms", "1"] if arm == UNBATCHED else []
         daemon = stack.enter_context(Daemon(settings, "--model", model.name, *model.options, *extra))
-        daemon.wait_settled(model.name, results)
         options, child = {"socket": daemon.socket, "model": model.name}, OURS
         shared = [daemon.pid, daemon.worker(model.name)]
     start = time.perf_counter()

@@ -92,9 +92,10 @@ STRUCTURES: dict[str, Callable[[], Atoms]] = {
 
 
 def close(ours: object, theirs: object, dtype: str, atoms: int = 1) -> None:
-    """float64: within 1e-9 (eV, eV/Å, eV/Å³). float32: 3e-5 and 1e-5 of the largest, mace-torch's own rounding (for each of so many
-    atoms): it subtracts positions and sums energies in float32, and ours in float64."""
-    tolerance = 1e-9 if dtype == "float64" else 3e-5 * atoms + 1e-5 * np.abs(theirs).max()
+    """float64: within 1e-9 (eV, eV/Å, eV/Å³). float32: mace-torch's own rounding; it subtracts positions and sums the
+    energies of all `atoms` in float32, and ours does in float64."""
+    rounding = 3e-5 * atoms + 1e-5 * np.abs(theirs).max()
+    tolerance = 1e-9 if dtype == "float64" else rounding
     np.testing.assert_allclose(np.asarray(ours), np.asarray(theirs), rtol=0, atol=tolerance)
 
 

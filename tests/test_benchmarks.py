@@ -146,46 +146,6 @@ class TestReport:
         assert "| 2.00 |" in done.stdout
 
 
-class TestSettling:
-    """Daemon.wait_settled, with what a daemon may say."""
-
-    @pytest.fixture
-    def said(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-        answers: list[dict[str, Any]] = []
-        status = property(lambda _: {"models": [answers.pop(0) if len(answers) > 1 else answers[0]]})
-        monkeypatch.setattr(common.Daemon, "status", status)
-        monkeypatch.setattr(common.time, "sleep", lambda _: None)
-        return answers
-
-    @pytest.fixture
-    def daemon(self, tmp_path: Path) -> common.Daemon:
-        return common.Daemon(common.Settings(quick=True, device="cpu", folder=tmp_path, rootstock=None))
-
-    def test_it_waits(self, daemon: common.Daemon, said: list[dict[str, Any]]) -> None:
-        said += [{"name": "m", "state": state, "settled": False} for state in ("ready", "ready", "loading")]
-        said += [{"name": "m", "state": "ready", "settled": True}]
-        results = common.Results("any")
-        daemon.wait_settled("m", results)
-        assert len(said) == 1 and said[0]["settled"]
-        assert results.notes[0].startswith("m: settled ")
-
-    def test_a_daemon_that_says_nothing_of_it_has_settled(
-        self, daemon: common.Daemon, said: list[dict[str, Any]]
-    ) -> None:
-        said.append({"name": "m", "state": "ready"})
-        daemon.wait_settled("m", common.Results("any"), timeout=0)
-
-    def test_it_does_not_wait_for_ever(self, daemon: common.Daemon, said: list[dict[str, Any]]) -> None:
-        said.append({"name": "m", "state": "ready", "settled": False})
-        with pytest.raises(RuntimeError, match="has not settled within 0 s"):
-            daemon.wait_settled("m", common.Results("any"), timeout=0)
-
-    def test_a_broken_model_is_not_waited_for(self, daemon: common.Daemon, said: list[dict[str, Any]]) -> None:
-        said.append({"name": "m", "state": "failed", "error": "its weights are missing"})
-        with pytest.raises(RuntimeError, match="its weights are missing"):
-            daemon.wait_settled("m", common.Results("any"))
-
-
 class TestContestants:
     def test_they_are_pinned_alike_and_compute_the_same(self, tmp_path: Path) -> None:
         settings = common.Settings(quick=True, device="cpu", folder=tmp_path, rootstock=None)
