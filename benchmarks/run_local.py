@@ -26,7 +26,7 @@ SCHEMA = 1
 
 
 def run(options: argparse.Namespace, save: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
-    """Run the benchmarks that were asked for; what goes into the file. It is saved after each: a long run may be cut."""
+    """Run the benchmarks that were asked for; what goes into the file. Saved after each: a long run may be cut."""
     names = chosen(options)
     gpus = machine.gpus()
     device = ("cuda" if gpus else "cpu") if options.device == "auto" else options.device

@@ -215,7 +215,7 @@ class TestRunLocal:
     def test_gpu_checks_with_a_gpu(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int) -> None:
         done = []
 
-        def run(options: Any) -> dict[str, Any]:
+        def run(options: Any, _save: Any) -> dict[str, Any]:
             done.append(options.device)
             return result(50.0, 1)
 
