@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from rootstockd.worker.engines import Result, Task
+from rootstockd.worker.engines.mace import kernels
 from rootstockd.worker.engines.mace.folding import ByElement, Contraction, Convolution, Now, Shared, Unused
 from rootstockd.worker.engines.mace.graph import Graph, Neighbours
 from rootstockd.worker.engines.mace.radial import NotApplicableError, RadialTables
@@ -57,6 +58,7 @@ class FusedBackend:
         self._model.interactions = _twin(model.interactions, deep=True)
         self._model.products = _twin(model.products, deep=True)
         self._shared = Shared()
+        kernels.use_threads(torch.get_num_threads())  # which follows OMP_NUM_THREADS
         for layer, (interaction, product) in enumerate(zip(self._model.interactions, self._model.products)):
             if not all(hasattr(interaction, name) for name in ("conv_tp", "conv_tp_weights", "skip_tp", "linear_up")):
                 raise NotApplicableError(f"an interaction of class {type(interaction).__name__}")

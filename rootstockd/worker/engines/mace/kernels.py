@@ -17,6 +17,8 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+DEGREE = 7
+"""Of the polynomials in `tables`; a constant, so that loops over it are unrolled."""
 # sums may be reordered, so that they vectorise; NaN and infinities keep their meaning
 _REORDER = {"reassoc", "contract", "nsz"}
 
@@ -30,7 +32,7 @@ def convolve(first, sender, h, y, tables, piece, x, paths, groups, rows, terms, 
         sender: (E,) atom that each edge comes from.
         h: (N, H, K) senders' features.
         y: (E, S) spherical harmonics.
-        tables: (pieces, degree + 1, P, K) coefficients of the radial weights, of x^0 first.
+        tables: (pieces, DEGREE + 1, P, K) coefficients of the radial weights, of x^0 first.
         piece: (E,) which piece an edge's length lies in.
         x: (E,) where in it, from -1 to 1.
         paths: (P + 1,) each path's first group.
@@ -42,7 +44,6 @@ def convolve(first, sender, h, y, tables, piece, x, paths, groups, rows, terms, 
         out: (N, C, K), overwritten.
     """
     channels = h.shape[2]
-    degree = tables.shape[1] - 1
     for i in numba.prange(first.shape[0] - 1):
         weight = np.empty(channels, h.dtype)
         product = np.empty(channels, h.dtype)
@@ -51,10 +52,11 @@ def convolve(first, sender, h, y, tables, piece, x, paths, groups, rows, terms, 
         for e in range(first[i], first[i + 1]):
             table, at, feature = tables[piece[e]], x[e], h[sender[e]]
             for path in range(paths.shape[0] - 1):
-                weight[:] = table[degree, path]
-                for power in range(degree - 1, -1, -1):
-                    for k in range(channels):
-                        weight[k] = table[power, path, k] + at * weight[k]
+                for k in range(channels):
+                    value = table[DEGREE, path, k]
+                    for power in range(DEGREE - 1, -1, -1):
+                        value = table[power, path, k] + at * value
+                    weight[k] = value
                 for group in range(paths[path], paths[path + 1]):
                     for k in range(channels):
                         product[k] = weight[k] * feature[groups[group], k]
@@ -100,7 +102,6 @@ def convolve_back(
     channels = h.shape[2]
     threads = grad_h.shape[0]
     atoms = first.shape[0] - 1
-    degree = tables.shape[1] - 1
     zero = h.dtype.type(0)
     for thread in numba.prange(threads):
         weight = np.empty(channels, h.dtype)
@@ -113,12 +114,13 @@ def convolve_back(
                 table, at, feature = tables[piece[e]], x[e], h[j]
                 by_x = zero
                 for path in range(paths.shape[0] - 1):
-                    weight[:] = table[degree, path]
-                    slope[:] = zero
-                    for power in range(degree - 1, -1, -1):
-                        for k in range(channels):
-                            slope[k] = weight[k] + at * slope[k]
-                            weight[k] = table[power, path, k] + at * weight[k]
+                    for k in range(channels):
+                        value, rise = table[DEGREE, path, k], zero
+                        for power in range(DEGREE - 1, -1, -1):
+                            rise = value + at * rise
+                            value = table[power, path, k] + at * value
+                        weight[k] = value
+                        slope[k] = rise
                     for group in range(paths[path], paths[path + 1]):
                         source = groups[group]
                         for k in range(channels):
@@ -200,6 +202,11 @@ def contract_back(element, a, slopes, powers, coefficients, grad, grad_a):
             else:
                 for k in range(channels):
                     row[k] += factor[k] * by_row[k]
+
+
+def use_threads(count: int) -> None:
+    """Use so many threads, or as many as there are."""
+    numba.set_num_threads(max(1, min(count, numba.config.NUMBA_NUM_THREADS)))
 
 
 def threads() -> int:

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 
 from rootstockd.worker.engines import Array
+from rootstockd.worker.engines.mace.kernels import DEGREE
 
 if TYPE_CHECKING:
     from rootstockd.worker.engines.mace.folding import Now
 
-DEGREE = {torch.float32: 5, torch.float64: 7}
-"""Of the polynomials: measured, a higher degree or more pieces only add rounding to the derivative."""
 MAX_PIECES = 512
+"""Measured: a higher degree, or more pieces than it takes, only adds rounding to the derivative in float64."""
 MAX_BYTES = 2 * 2**30
 """Of the tables of one layer, where they depend on the elements."""
 EXACT = {torch.float32: 2e-8, torch.float64: 3e-14}
@@ -53,7 +53,6 @@ class RadialTables:
             raise NotApplicableError("a radial network of an unknown kind")
         self._embedding, self._atomic_numbers, self._cutoff, self.dtype = embedding, atomic_numbers, cutoff, dtype
         self._by_pair = hasattr(embedding, "distance_transform")
-        self._degree = DEGREE[dtype]
         self._pieces = self._enough()
         self._index: dict[tuple[int, int], int] = {}
         self._tables: Array = np.empty(0)
@@ -88,10 +87,10 @@ class RadialTables:
         return self._kept[1]
 
     def _add(self, pairs: list[tuple[int, int]]) -> None:
-        one = self._pieces * (self._degree + 1) * self.shape[0] * self.shape[1] * self.dtype.itemsize
+        one = self._pieces * (DEGREE + 1) * self.shape[0] * self.shape[1] * self.dtype.itemsize
         if self._by_pair and one * (len(self._index) + len(pairs)) > MAX_BYTES:
             raise NotApplicableError(f"tables for {len(pairs)} more pairs of elements would take too much memory")
-        made = [self._table(pair, self._pieces).reshape(self._pieces, self._degree + 1, *self.shape) for pair in pairs]
+        made = [self._table(pair, self._pieces).reshape(self._pieces, DEGREE + 1, *self.shape) for pair in pairs]
         dtype = np.float64 if self.dtype == torch.float64 else np.float32
         fresh = np.concatenate(made).astype(dtype)
         self._tables = fresh if not self._index else np.concatenate([self._tables, fresh])
@@ -99,10 +98,10 @@ class RadialTables:
 
     def _table(self, pair: tuple[int, int], pieces: int) -> Array:
         """(pieces, degree + 1, weights) coefficients."""
-        nodes, coefficients = _chebyshev(self._degree)
+        nodes, coefficients = _chebyshev(DEGREE)
         width = self._cutoff / pieces
         lengths = (np.arange(pieces)[:, None] + 0.5 * (nodes + 1.0)) * width
-        values = self._weights(lengths.reshape(-1), pair).reshape(pieces, self._degree + 1, -1)
+        values = self._weights(lengths.reshape(-1), pair).reshape(pieces, DEGREE + 1, -1)
         return np.asarray(np.einsum("cn,pnw->pcw", coefficients, values))
 
     def _enough(self) -> int:
@@ -114,7 +113,7 @@ class RadialTables:
             lengths = (np.arange(pieces)[:, None] + 0.5 * (between + 1.0)) * width
             right = self._weights(lengths.reshape(-1), (0, 0)).reshape(pieces, len(between), -1)
             found = np.einsum(
-                "xc,pcw->pxw", np.vander(between, self._degree + 1, increasing=True), self._table((0, 0), pieces)
+                "xc,pcw->pxw", np.vander(between, DEGREE + 1, increasing=True), self._table((0, 0), pieces)
             )
             if np.abs(found - right).max() <= EXACT[self.dtype] * np.abs(right).max():
                 return pieces
