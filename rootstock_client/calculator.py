@@ -45,8 +45,9 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         head: which of the model's heads.
         exact: same structure, same bits, whatever came before and whatever other sessions do: the model's reference
             implementation, one structure a pass. Slower.
-        tolerance: how far forces may differ from the reference implementation's, in eV/Å. By default 1e-4 in float32
-            and rounding in float64.
+        tolerance: how far a faster implementation's forces may differ from the reference's on the first structure, in
+            eV/Å, and by this part of the largest force where that is over 1 eV/Å; energies (in eV an atom) and virials
+            likewise. By default 1e-4 in float32 and 1e-9, rounding, in float64.
     """
 
     discard_results_on_any_change = True
@@ -64,10 +65,16 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
     ) -> None:
         self._connect(Path(socket))
         self.results: dict[str, Any]
-        super().__init__(model=model, dtype=dtype, head=head, exact=exact, tolerance=tolerance)
+        super().__init__(
+            model=model,
+            dtype=None if dtype is None else np.dtype(dtype).name,  # numpy.float32 is as good as "float32"
+            head=head,
+            exact=bool(exact),
+            tolerance=None if tolerance is None else float(tolerance),
+        )
 
     backend: str | None
-    """What computed the last result, where the model has several ways to, such as `mace-torch` or `symmetrix`."""
+    """What computed the last result, where the model has several ways to, such as `mace-torch` or `fused`."""
 
     def _connect(self, socket: Path) -> None:
         self._connection = Connection(socket)

@@ -49,8 +49,7 @@ class RootstockClient:
             dtype: what the model computes in; the catalogue's choice for this model if None.
             head: which of the model's heads, where it has several.
             exact: same structure, same bits, whatever came before and whatever other sessions do.
-            tolerance: how far forces may differ from the model's reference implementation, in eV/Å; by default 1e-4 in
-                float32, and rounding in float64.
+            tolerance: how far a faster implementation may differ from the reference, in eV/Å; see RootstockCalculator.
         """
         from rootstock_client.calculator import RootstockCalculator  # the one place that needs ASE  # noqa: PLC0415
 

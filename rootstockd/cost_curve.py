@@ -4,10 +4,12 @@ from __future__ import annotations
 
 WORSE = 1.2
 """A larger batch may cost this much more an atom before it counts as slower: timings are noisy."""
-WEIGHT = 0.2
-"""How much the newest timing counts."""
-PATIENCE = 500
-"""Batches after which a size that was found slow is tried again: whatever else used the device may be gone."""
+FASTER, SLOWER = 0.5, 0.05
+"""How much the newest timing counts: much where it is faster, little where something else may have got in its way."""
+ENOUGH = 3
+"""Batches of a size until it can be found slow."""
+PATIENCE = 300
+"""Batches after which all is learnt anew: whatever else used the device may be gone, and structures may be others."""
 
 
 class CostCurve:
@@ -15,25 +17,29 @@ class CostCurve:
 
     def __init__(self) -> None:
         self._rates: dict[int, float] = {}
+        self._counts: dict[int, int] = {}
         self._learnt = 0
         self.limit: int | None = None
         """The most atoms that a batch of several evaluations should have; None while no size is known to be slow."""
 
     def learn(self, atoms: int, seconds: float) -> None:
         """A batch of so many atoms took so long."""
-        size = atoms.bit_length()
-        rate = seconds / atoms
-        known = self._rates.get(size)
-        self._rates[size] = rate if known is None else known + WEIGHT * (rate - known)
         self._learnt += 1
         if self.limit is not None and self._learnt % PATIENCE == 0:
-            self._rates = {other: rate for other, rate in self._rates.items() if 2**other <= self.limit}
+            self._rates.clear()
+            self._counts.clear()
+        size, rate = atoms.bit_length(), seconds / atoms
+        known = self._rates.get(size, rate)
+        self._rates[size] = known + (FASTER if rate < known else SLOWER) * (rate - known)
+        self._counts[size] = self._counts.get(size, 0) + 1
         self._find_limit()
 
     def _find_limit(self) -> None:
         cheapest = float("inf")
         self.limit = None
         for size in sorted(self._rates):
+            if self._counts[size] < ENOUGH:
+                continue
             rate = self._rates[size]
             if rate > WORSE * cheapest:
                 self.limit = 2 ** (size - 1) - 1  # the largest batch of the size below

@@ -135,9 +135,11 @@ class Supervisor:
 
     def _done(self) -> None:
         """The batch is done."""
-        batch, failures = self.scheduler.finished(time.perf_counter() - self._sent), self._failures
+        failures = self._failures
         if failures:
             self._failures = {}
+        # a failure takes as long as it takes, and says nothing of what evaluations cost
+        batch = self.scheduler.finished(None if failures else time.perf_counter() - self._sent)
         if self.scheduler.waiting:
             self._dispatch()  # first the device, then the answers
         self.batches += 1

@@ -4,15 +4,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rootstockd.cost_curve import PATIENCE, WORSE, CostCurve
+from rootstockd.cost_curve import ENOUGH, PATIENCE, WORSE, CostCurve
 from rootstockd.scheduler import Evaluation, Scheduler
 
 
 def learnt(costs: dict[int, float]) -> CostCurve:
-    """What is known after a batch of each size, seconds by atoms."""
+    """What is known after some batches of each size, seconds by atoms."""
     curve = CostCurve()
-    for atoms, seconds in costs.items():
-        curve.learn(atoms, seconds)
+    for _ in range(ENOUGH):
+        for atoms, seconds in costs.items():
+            curve.learn(atoms, seconds)
     return curve
 
 
@@ -41,6 +42,25 @@ def test_one_slow_batch_among_many_does_not_count():
     assert curve.limit is None
 
 
+def test_a_size_is_not_found_slow_before_it_was_tried_some_times():
+    curve = learnt({10: 1.0})
+    for _ in range(ENOUGH - 1):
+        curve.learn(100, 30.0)
+        assert curve.limit is None
+    curve.learn(100, 30.0)
+    assert curve.limit == 63
+
+
+def test_one_timing_that_is_far_too_short_does_not_end_batching_for_good():
+    curve = learnt({54: 0.05, 1000: 0.5})
+    for _ in range(ENOUGH):
+        curve.learn(8, 1e-5)
+    assert curve.limit is not None
+    for _ in range(PATIENCE):
+        curve.learn(54, 0.05)
+    assert curve.limit is None
+
+
 def test_a_size_that_was_slow_is_tried_again():
     curve = learnt({10: 1.0, 100: 30.0})
     assert curve.limit == 63
@@ -50,7 +70,7 @@ def test_a_size_that_was_slow_is_tried_again():
 
 
 @given(st.lists(st.tuples(st.integers(1, 10**6), st.floats(1e-6, 1e3)), max_size=50))
-def test_the_limit_never_forbids_the_cheapest_size(costs):
+def test_the_limit_leaves_room_for_an_atom(costs):
     curve = CostCurve()
     for atoms, seconds in costs:
         curve.learn(atoms, seconds)
@@ -68,8 +88,9 @@ def test_a_scheduler_makes_no_batch_that_was_found_slower_than_its_parts():
         assert scheduler.finished(seconds) == batch
         return done
 
-    assert run([100], 1.0) == [100]
-    assert run([100] * 3, 9.0) == [100] * 3  # three times as slow as one by one
+    for _ in range(ENOUGH):
+        assert run([100], 1.0) == [100]
+        assert run([100] * 3, 9.0) == [100] * 3  # three times as slow as one by one
     assert run([100] * 3, 1.0) == [100] * 2  # what fits below the slow size
     assert run([500], 5.0) == [100]  # the one that was left
     assert run([], 5.0) == [500]  # a single evaluation runs whatever its size

@@ -14,11 +14,12 @@ pytest.importorskip("mace")
 
 from ase import Atoms  # noqa: E402
 from ase.build import bulk, fcc111, molecule  # noqa: E402
+from ase.neighborlist import neighbor_list  # noqa: E402
 
 from rootstockd.worker.engines import EngineError, ModelSpec, Result, System, Task  # noqa: E402
 from rootstockd.worker.engines.mace import MaceEngine, checks  # noqa: E402
 from rootstockd.worker.engines.mace.fused import FusedBackend, NotApplicableError  # noqa: E402
-from rootstockd.worker.engines.mace.graph import usable_cell  # noqa: E402
+from rootstockd.worker.engines.mace.graph import Neighbours  # noqa: E402
 from rootstockd.worker.engines.mace.reference import ReferenceBackend  # noqa: E402
 
 ELEMENTS = [1, 6, 8, 13, 29]
@@ -218,13 +219,46 @@ def test_a_model_with_further_inputs_is_refused():
         FusedBackend(model)
 
 
-def test_cells_are_completed_where_pbc_is_off():
-    cell = np.array([[3.0, 1.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
-    whole = usable_cell(cell, (True, False, False))
-    assert abs(np.linalg.det(whole)) > 1
-    np.testing.assert_array_equal(whole[0], cell[0])
-    np.testing.assert_allclose(whole[1:] @ cell[0], 0, atol=1e-12)
-    assert cell[1].tolist() == [0, 0, 0], "the caller's cell is left alone"
+def neighbours(atoms, cutoff=4.5):
+    """Pairs and distances, by ASE."""
+    i, j, d = neighbor_list("ijd", atoms, cutoff)
+    return sorted(zip(i.tolist(), j.tolist(), d.round(6).tolist(), strict=True))
+
+
+AWKWARD = {
+    "flown off": Atoms("Cu3", [[0, 0, 0], [1e4, 0, 0], [3, 0, 0]]),
+    "desorbed from a slab": Atoms("Cu2", [[0, 0, 0], [1, 1, 3e3]], cell=[5, 5, 0], pbc=(True, True, False)),
+    "beside a wire": Atoms(
+        "Cu3", [[0, 0, 0], [0, 40, 9], [0, 41, 9]], cell=[[3, 1, 0], [0] * 3, [0] * 3], pbc=(1, 0, 0)
+    ),
+    "skewed": Atoms("Cu2", [[0, 0, 0], [1, 1, 1]], cell=[[3, 0, 0], [50, 3, 0], [-40, 60, 3]], pbc=True),
+    "skewed slab": Atoms("Cu", [[0, 0, 0]], cell=[[3, 0, 0], [40, 3, 0], [7, 7, 7]], pbc=(True, True, False)),
+    "far outside": Atoms("Cu2", [[500, 0, 0], [1, 1, -900]], cell=[4, 4, 4], pbc=True),
+}
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+def test_awkward_cells_have_the_neighbours_that_ase_finds(name):
+    atoms = AWKWARD[name]
+    before = atoms.copy()
+    one = task(engine(medium()), atoms)
+    graph = Neighbours(4.5).graph([one], [one.system.pbc])
+    lengths = np.linalg.norm(graph.vectors, axis=1).round(6)
+    found = sorted(zip(graph.receiver.tolist(), graph.sender.tolist(), lengths.tolist(), strict=True))
+    right = neighbours(atoms)
+    assert [pair[:2] for pair in found] == [pair[:2] for pair in right]
+    np.testing.assert_allclose([pair[2] for pair in found], [pair[2] for pair in right], atol=2e-6)
+    assert atoms == before, "what was handed in is left alone"
+
+
+@pytest.mark.parametrize("far", [1e6, 1e9, 1e18, 1e200])
+@pytest.mark.parametrize("pbc", [(False,) * 3, (True, True, False), (True, False, False)])
+def test_an_atom_at_the_end_of_the_world_kills_nobody(far, pbc):
+    atoms = Atoms("Cu3", [[0, 0, 0], [0.1, 0.2, far], [1, 2, 1]], cell=[5, 5, 5], pbc=pbc)
+    one = task(engine(medium()), atoms)
+    graph = Neighbours(4.5).graph([one], [one.system.pbc])
+    assert (0, 2) in set(zip(graph.receiver.tolist(), graph.sender.tolist(), strict=True))
+    assert not np.isin(graph.sender[graph.receiver == 1], [0, 2]).any()
 
 
 # --- belief
@@ -310,20 +344,52 @@ def test_forces_that_are_no_slope_of_the_energy_are_found():
     assert "slope" in of.info.note
 
 
-def test_a_backend_that_is_wrong_on_a_sessions_structure_is_switched_off_for_all(caplog):
+def test_a_backend_that_is_wrong_on_a_sessions_structure_is_not_used_for_that_session(caplog):
     model = medium()
     loading = Wrong(model)
     watched(model, loading)
-    of = watched(model, Wrong(model, shift=0.1, after=loading.calls))
+    wrong = Wrong(model, shift=0.1, after=loading.calls)
+    of = watched(model, wrong)
     assert of.info.backend.startswith("wrong")
-    first, second = task(of, STRUCTURES["alloy"]), task(of, STRUCTURES["dense"])
     before = of.info
     with caplog.at_level(logging.WARNING):
-        assert of.evaluate([first, second])[0].backend == "mace-torch"
+        assert of.evaluate([task(of, STRUCTURES["alloy"], 1)])[0].backend == "mace-torch"
     assert of.info is not before, "whoever holds the old one sees that something changed"
-    assert of.info.backend.startswith("mace-torch") and "1.0e-01" in of.info.note
+    assert "1.0e-01" in of.info.note and "session 1" in of.info.note
     assert "first structure" in caplog.text
-    assert {r.backend for r in of.evaluate([first, second])} == {"mace-torch"}
+    assert of.evaluate([task(of, STRUCTURES["alloy"], 1)])[0].backend == "mace-torch", "a new INIT changes nothing"
+    wrong._shift = 0.0
+    assert of.evaluate([task(of, STRUCTURES["alloy"], 2)])[0].backend == "mace-torch"
+    assert of.evaluate([task(of, STRUCTURES["alloy"], 2)])[0].backend == "wrong", "others are not concerned"
+
+
+def test_a_structure_without_finite_numbers_concerns_its_session_alone():
+    model = medium()
+    of = watched(model, FusedBackend(model))
+    coincident = Atoms("Cu2", [[0, 0, 0], [0, 0, 0]])
+    assert not np.isfinite(of.evaluate([task(of, coincident, 1)])[0].forces).all(), "for the worker to refuse"
+    assert of.evaluate([task(of, STRUCTURES["alloy"], 2)])[0].backend == "mace-torch"
+    assert of.evaluate([task(of, STRUCTURES["alloy"], 2)])[0].backend == "fused"
+
+
+def test_stress_is_compared_even_where_only_forces_are_asked_for():
+    model = medium()
+
+    class WrongVirial(Wrong):
+        def evaluate(self, tasks):
+            found = super().evaluate(tasks)
+            off = 0.1 if self.calls > self._after else 0.0
+            return [
+                Result(r.energy, r.forces, None if r.virial is None else r.virial + off, r.energies, "wrong")
+                for r in found
+            ]
+
+    loading = WrongVirial(model)
+    watched(model, loading)
+    of = watched(model, WrongVirial(model, after=loading.calls))
+    one = task(of, STRUCTURES["alloy"])
+    forces = Task(one.system, one.cell, one.positions, stress=False, energies=False)
+    assert [of.evaluate([forces])[0].backend for _ in range(2)] == ["mace-torch"] * 2
 
 
 def test_what_a_session_tolerates_is_its_own_choice():
@@ -363,6 +429,24 @@ def test_of_a_large_structure_a_piece_is_compared():
     assert 100 < len(sample.positions) <= checks.LARGEST // 2
     assert len(sample.system.numbers) == len(sample.positions)
     assert [len(of.evaluate([one])[0].forces) for _ in range(2)] == [len(atoms)] * 2
+
+
+def test_a_large_structure_may_have_an_empty_middle():
+    model = medium()
+    of = watched(model, FusedBackend(model))
+    one = bulk("Cu", cubic=True) * (5, 5, 3)
+    other = one.copy()
+    other.positions[:, 0] += 80
+    atoms = one + other
+    atoms.pbc = False
+    assert len(of.evaluate([task(of, atoms)])[0].forces) == 600
+
+
+@pytest.mark.parametrize("wrong", ["force", "energy", "virial"])
+def test_nan_is_never_within_a_tolerance(wrong):
+    fields = {"force": 0.0, "energy": 0.0, "virial": 0.0, "scale": 1.0}
+    assert checks.Difference(**fields).within(0.0)
+    assert not checks.Difference(**{**fields, wrong: np.nan}).within(1e9)
 
 
 def test_structures_for_checking_span_all_elements_and_every_kind_of_periodicity():

@@ -1,8 +1,9 @@
 """MACE: mace-torch as the reference, and beside it whatever is faster and was found to give the same numbers.
 
 A backend is compared with the reference when the model loads (`checks.structures`), and on the first structure of
-every session, whose answer is the reference's own. One that differs by more than the model's dtype allows is switched
-off; one that differs by more than a session tolerates is not used for that session.
+every session, whose answer is the reference's own. One that differs at loading is switched off; one that differs on a
+session's structure is not used for that session: others' structures, which may be ill-conditioned, are no reason to
+take it from all.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ class MaceEngine:
 
     def __init__(self, model: Any, spec: ModelSpec, reference: Backend, fast: Backend | None, why: str = "") -> None:
         self._name, self._dtype = spec.name, spec.dtype
-        self._checked: set[object] = set()
+        self._trusted: dict[object, bool] = {}
+        self._untrusted = 0
         self._reference, self._fast = reference, fast
         self._elements = [int(z) for z in model.atomic_numbers]
         self._heads: list[str] = list(getattr(model, "heads", None) or ["Default"])
@@ -86,7 +88,8 @@ class MaceEngine:
             properties={"total_charge": system.charge or 0.0, "total_spin": system.spin or 1.0},
             exact=system.exact,
             tolerance=checks.TOLERANCE[self._dtype] if system.tolerance is None else system.tolerance,
-            check=None if system.exact else (system.session, elements, system.pbc, head, system.tolerance),
+            session=system.session,
+            check=(system.session, elements, system.pbc, head, system.tolerance),
         )
 
     def _head(self, wanted: str | None) -> str:
@@ -125,38 +128,48 @@ class MaceEngine:
             system: System = task.system
             if system.exact:
                 results[index] = self._reference.evaluate([task])[0]
-            elif self._fast is not None and system.check not in self._checked:
-                results[index] = self._first(task, self._fast)
+            elif self._fast is not None and (trusted := self._trusted.get(system.check)) is not True:
+                first = trusted is None
+                results[index] = self._first(task, self._fast) if first else self._reference.evaluate([task])[0]
             else:
                 together.append(index)
         if together:
-            backend = self._fast or self._reference
-            answers = backend.evaluate([tasks[index] for index in together])
+            chosen = [tasks[index] for index in together]
+            try:
+                answers = (self._fast or self._reference).evaluate(chosen)
+            except NotApplicableError:  # tables for all of these together would be too large
+                answers = self._reference.evaluate(chosen)
             results.update(zip(together, answers))
         return [results[index] for index in range(len(tasks))]
 
     # --- checks
 
     def _first(self, task: Task, fast: Backend) -> Result:
-        """A session's first structure."""
+        """A session's first structure: the verdict holds for all its systems of the same elements."""
         system: System = task.system
+        task = replace(task, stress=True, energies=True)  # so that whatever may be asked for later is compared
         sample = checks.piece(task, self._cutoff)
         reference = self._reference.evaluate([sample])[0]
+        whole = reference if sample is task else None
+        if len(self._trusted) >= REMEMBERED:
+            self._trusted.clear()
         try:
-            result = fast.evaluate([sample])[0]
+            difference = checks.compare(fast.evaluate([sample])[0], reference)
+            if whole is None:
+                whole = fast.evaluate([task])[0]
+            trusted = difference.within(system.tolerance)
+            why = f"{fast.name} differs from {self._reference.name} by {difference}"
         except NotApplicableError as error:
-            log.warning("model %r: %s: this session has %s", self._name, error, self._reference.name)
-            system.exact = True
-            return reference if sample is task else self._reference.evaluate([task])[0]
-        if len(self._checked) >= REMEMBERED:
-            self._checked.clear()
-        self._checked.add(system.check)
-        difference = checks.compare(result, reference)
-        if not difference.within(system.tolerance):
-            system.exact = True  # the reference, for this session
-            self._doubt(fast, difference, f"the first structure of a session ({len(sample.positions)} atoms)")
-            return self._reference.evaluate([task])[0]
-        return reference if sample is task else fast.evaluate([task])[0]
+            trusted, why = False, str(error)
+        self._trusted[system.check] = trusted
+        if not trusted:
+            self._untrusted += 1
+            text = f"{why}, on the first structure ({len(sample.positions)} atoms) of session {system.session}"
+            log.warning("model %r: %s, which gets %s", self._name, text, self._reference.name)
+            self._note(f"{self._untrusted} sessions' systems are computed by {self._reference.name}; the last: {text}")
+        if whole is None or (sample is not task and not trusted):
+            whole = self._reference.evaluate([task])[0]
+        return whole
 
     def _check_model(self, fast: Backend) -> None:
         """Compare on structures that span the model's elements, and forces once with energies."""
@@ -172,23 +185,21 @@ class MaceEngine:
                     return
                 difference = checks.compare(result, reference)
                 if not difference.within(checks.TOLERANCE[self._dtype]):
-                    self._doubt(fast, difference, f"{len(task.positions)} atoms of elements {task.system.numbers}")
+                    self._switch_off(f"{fast.name} is switched off: it differs by {difference}")
                     return
         moved = {"up": checks.moved(task, _STEP), "down": checks.moved(task, -_STEP), "here": task}
         slope = checks.slope_error({key: fast.evaluate([value])[0] for key, value in moved.items()}, _STEP)
         if not slope <= _SLOPE[self._dtype]:
             self._switch_off(f"{fast.name} is switched off: its forces are {slope:.1e} off its energies' slope")
 
-    def _doubt(self, fast: Backend, difference: checks.Difference, where: str) -> None:
-        text = f"model {self._name!r}: {fast.name} differs from {self._reference.name} by {difference} on {where}"
-        log.warning("%s", text)
-        if not difference.within(checks.TOLERANCE[self._dtype]):
-            self._switch_off(f"{fast.name} is switched off: it differs by {difference}")
-
     def _switch_off(self, why: str) -> None:
         log.warning("model %r: %s", self._name, why)
         self._fast = None
-        self.info = replace(self.info, backend=f"{self._reference.name} ({self._versions})", note=why)
+        self._note(why)
+
+    def _note(self, text: str) -> None:
+        backend = f"{(self._fast or self._reference).name} ({self._versions})"
+        self.info = replace(self.info, backend=backend, note=text)
 
 
 def load(spec: ModelSpec) -> MaceEngine:

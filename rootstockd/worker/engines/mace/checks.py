@@ -17,6 +17,7 @@ TOLERANCE = {"float32": 1e-4, "float64": 1e-9}
 the largest force where that is over 1 eV/Å. What float64 allows is rounding."""
 LARGEST = 500
 """Atoms of a session's first structure up to which it is compared whole; of a larger one, a cluster is."""
+NEUTRAL = {"total_charge": 0.0, "total_spin": 1.0}
 _SPACING = 2.6
 _SEED = 20_261_124
 
@@ -36,7 +37,7 @@ class Difference:
 
     def within(self, tolerance: float) -> bool:
         """Whether all of it is tolerable; a NaN never is."""
-        return max(self.force, self.energy, self.virial) <= tolerance * self.scale
+        return all(value <= tolerance * self.scale for value in (self.force, self.energy, self.virial))
 
     def __str__(self) -> str:
         return f"{self.force:.1e} eV/Å, {self.energy:.1e} eV an atom, virial {self.virial:.1e} eV an atom"
@@ -67,19 +68,20 @@ def structures(elements: Sequence[int], head: str, head_index: int) -> Iterator[
         cell = _SPACING * 2 * (np.eye(3) + rng.uniform(-0.05, 0.05, (3, 3)))
         positions = grid @ cell / 2 + rng.uniform(-0.2, 0.2, grid.shape)
         pbc = next(kinds)
-        system = System(numbers, pbc, head, head_index, {"total_charge": 0.0, "total_spin": 1.0}, False, 0.0)  # noqa: FBT003
+        system = System(numbers, pbc, head, head_index, NEUTRAL, exact=False, tolerance=0.0, session=0, check=0)
         yield Task(system, cell, positions, stress=True, energies=True)
 
 
 def piece(task: Task, cutoff: float) -> Task:
-    """The atom in the middle of a structure and what surrounds it, as a cluster small enough for the reference.
+    """The atom nearest to the middle of a structure and what surrounds it, as a cluster small enough for the reference.
 
     Distances are those of the structure as it lies in its cell, so a cluster at its edge has fewer neighbours; both
     backends are given the same.
     """
     if len(task.positions) <= LARGEST:
         return task
-    distances = np.linalg.norm(task.positions - task.positions.mean(axis=0), axis=1)
+    central = np.argmin(np.linalg.norm(task.positions - task.positions.mean(axis=0), axis=1))
+    distances = np.linalg.norm(task.positions - task.positions[central], axis=1)
     nearest = np.argsort(distances)[: LARGEST // 2]
     nearest = nearest[distances[nearest] <= 2 * cutoff]
     system = dataclasses.replace(task.system, numbers=task.system.numbers[nearest], pbc=(False, False, False))

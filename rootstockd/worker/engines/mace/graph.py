@@ -7,8 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import vesin
+from ase.geometry.minkowski_reduction import minkowski_reduce
 
 from rootstockd.worker.engines import Array, Task
+
+_SKEWED = 0.1
+"""A cell whose volume is less than this part of the product of its lengths is reduced."""
+
+_NOWHERE = 1e15
+"""Å; so far away a position has no digits left to say where it is across."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,7 @@ class Neighbours:
     """
 
     def __init__(self, cutoff: float) -> None:
+        self._cutoff = cutoff
         # one thread: the lists are a hundredth of an evaluation, and more threads only get in the way of its own
         self._list = vesin.NeighborList(cutoff=cutoff, full_list=True, sorted=True, n_threads=1)
 
@@ -42,17 +50,14 @@ class Neighbours:
         """The union of the tasks' graphs."""
         receivers, senders, vectors, ends, atoms = [], [], [], [], 0
         for task, periodic in zip(tasks, pbc):
+            cell, positions = manageable(task.cell, task.positions, periodic, self._cutoff)
             i, j, d = self._list.compute(
-                points=np.ascontiguousarray(task.positions),
-                box=usable_cell(task.cell, periodic),
-                periodic=np.array(periodic),
-                quantities="ijD",
-                copy=False,
+                points=positions, box=cell, periodic=np.array(periodic), quantities="ijD", copy=False
             )
             receivers.append(i.astype(np.int64) + atoms)
             senders.append(j.astype(np.int64) + atoms)
             vectors.append(-d)
-            atoms += len(task.positions)
+            atoms += len(positions)
             ends.append(atoms)
         receiver = _joined(receivers)
         first = np.searchsorted(receiver, np.arange(atoms + 1))
@@ -63,16 +68,41 @@ def _joined(parts: list[Array]) -> Array:
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def usable_cell(cell: Array, pbc: tuple[bool, bool, bool]) -> Array:
-    """A cell of full rank: lattice vectors without pbc may be zero or anything, and are replaced by normals."""
-    if all(pbc):
-        return cell
-    if not any(pbc):
-        return np.eye(3)
-    whole = cell.copy()
+def manageable(cell: Array, positions: Array, pbc: tuple[bool, bool, bool], cutoff: float) -> tuple[Array, Array]:
+    """A cell and positions with the same neighbours at the same distances, such that a list of cells does not explode.
+
+    Lattice vectors without pbc become normals of the others; wide gaps along them are narrowed, so that an atom that
+    flew off costs nothing; a cell so skewed that a sphere reaches many of its images is reduced.
+    """
+    positions = np.ascontiguousarray(positions)
     periodic = [axis for axis in range(3) if pbc[axis]]
-    # the last rows of v span what the periodic vectors leave
-    normals = np.linalg.svd(cell[periodic])[2][len(periodic) :]
+    normals = np.eye(3)
+    if periodic:
+        cell = _reduced(cell, pbc)
+        # the last rows of v span what the periodic vectors leave
+        normals = np.linalg.svd(cell[periodic])[2][len(periodic) :]
+    if len(normals) == 0:
+        return cell, positions
+    whole = cell.copy()
     for axis, normal in zip((axis for axis in range(3) if not pbc[axis]), normals):
-        whole[axis] = normal * np.linalg.norm(cell[periodic[0]])
-    return whole
+        whole[axis] = normal
+        along = positions @ normal
+        order = np.argsort(along, kind="stable")
+        gaps = np.diff(along[order])
+        if (gaps > 2.0 * cutoff).any():
+            moved = np.empty(len(order))
+            moved[order] = np.concatenate([[0.0], np.cumsum(np.minimum(gaps, 2.0 * cutoff))])
+            across = positions - along[:, None] * normal
+            across -= (across @ normal)[:, None] * normal  # what rounding left of a long way
+            across[np.abs(along) > _NOWHERE] = 0.0
+            positions = across + moved[:, None] * normal
+    return whole, positions
+
+
+def _reduced(cell: Array, pbc: tuple[bool, bool, bool]) -> Array:
+    """A cell of the same lattice with short vectors, where this one is so skewed that a search would be long."""
+    vectors = cell[list(pbc)]
+    volume = np.sqrt(max(np.linalg.det(vectors @ vectors.T), 0.0))
+    if volume > _SKEWED * np.prod(np.linalg.norm(vectors, axis=1)):
+        return cell
+    return np.ascontiguousarray(minkowski_reduce(cell, pbc=pbc)[0])

@@ -7,7 +7,6 @@ exact as the model's dtype.
 
 from __future__ import annotations
 
-import itertools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,9 +53,9 @@ class RadialTables:
         self._embedding, self._atomic_numbers, self._cutoff, self.dtype = embedding, atomic_numbers, cutoff, dtype
         self._by_pair = hasattr(embedding, "distance_transform")
         self._pieces = self._enough()
-        self._index: dict[tuple[int, int], int] = {}
+        self._index: dict[int, int] = {}
+        """Which table a pair of elements has; the pair is one number, so that edges can be looked up at once."""
         self._tables: Array = np.empty(0)
-        self._kept: tuple[list[int], Array] = ([], np.empty(0))
         self._width = cutoff / self._pieces
         self.per_length = 2.0 / self._width
         """dx/dr of every piece."""
@@ -71,30 +70,37 @@ class RadialTables:
         scaled = lengths[:, 0].astype(np.float64) / self._width
         piece = np.minimum(scaled.astype(np.int64), self._pieces - 1)
         x = (2.0 * (scaled - piece) - 1.0).astype(lengths.dtype)
-        offsets = self._offsets(now.present if self._by_pair else [0])
         if self._by_pair:
-            piece += offsets[now.by_element[now.graph.sender], now.by_element[now.graph.receiver]]
+            count = len(self._atomic_numbers)
+            sender, receiver = now.elements[now.graph.sender], now.elements[now.graph.receiver]
+            pairs = np.minimum(sender, receiver) * count + np.maximum(sender, receiver)
+            there = np.flatnonzero(np.bincount(pairs, minlength=1)).tolist()
+        else:
+            pairs, there = np.zeros(1, np.int64), [0]
+        missing = [pair for pair in there if pair not in self._index]
+        if missing:
+            self._add(missing)
+        if self._by_pair:
+            begins = np.zeros(count * count, np.int64)
+            begins[there] = [self._index[pair] * self._pieces for pair in there]
+            piece += begins[pairs]
         return self._tables, piece, x
 
-    def _offsets(self, present: list[int]) -> Array:
-        """Where the tables of each pair of these elements begin; made when first asked for."""
-        if present != self._kept[0]:
-            pairs = [pair for pair in itertools.combinations_with_replacement(present, 2) if pair not in self._index]
-            if pairs:
-                self._add(pairs)
-            rows = [[self._index[min(a, b), max(a, b)] for b in present] for a in present]
-            self._kept = (present, np.array(rows) * self._pieces)
-        return self._kept[1]
-
-    def _add(self, pairs: list[tuple[int, int]]) -> None:
+    def _add(self, pairs: list[int]) -> None:
         one = self._pieces * (DEGREE + 1) * self.shape[0] * self.shape[1] * self.dtype.itemsize
         if self._by_pair and one * (len(self._index) + len(pairs)) > MAX_BYTES:
             raise NotApplicableError(f"tables for {len(pairs)} more pairs of elements would take too much memory")
-        made = [self._table(pair, self._pieces).reshape(self._pieces, DEGREE + 1, *self.shape) for pair in pairs]
+        made = [
+            self._table(divmod(pair, len(self._atomic_numbers)), self._pieces).reshape(
+                self._pieces, DEGREE + 1, *self.shape
+            )
+            for pair in pairs
+        ]
         dtype = np.float64 if self.dtype == torch.float64 else np.float32
         fresh = np.concatenate(made).astype(dtype)
         self._tables = fresh if not self._index else np.concatenate([self._tables, fresh])
-        self._index.update({pair: len(self._index) + number for number, pair in enumerate(pairs)})
+        for pair in pairs:
+            self._index[pair] = len(self._index)
 
     def _table(self, pair: tuple[int, int], pieces: int) -> Array:
         """(pieces, degree + 1, weights) coefficients."""

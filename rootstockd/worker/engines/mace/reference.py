@@ -41,9 +41,10 @@ class System:
     """Only the reference, alone, will do."""
     tolerance: float
     """How far forces may differ from the reference's, in eV/Å."""
-    check: object = None
+    session: int
+    check: object
     """What stands for it among systems whose first structure was compared: one comparison does for a session's systems
-    of the same elements, periodicity and head."""
+    of the same elements, periodicity, head and tolerance."""
 
 
 class ReferenceBackend:
