@@ -114,6 +114,7 @@ class Settings:
     rootstock: Path | None
     """The root of a Rootstock installation, where it could be made."""
     sizes: tuple[int, ...] = ()
+    jobs: tuple[int, ...] = ()
     """Numbers of atoms instead of a benchmark's own."""
 
     def choose(self, full: tuple[int, ...], quick: tuple[int, ...]) -> tuple[int, ...]:

@@ -31,7 +31,7 @@ ROOM = 0.7
 def run(settings: Settings, results: Results) -> None:
     """The benchmark."""
     sizes = settings.choose(SIZES, QUICK)
-    longest, budget = (2.0, 8.0) if settings.quick else (100.0, 45.0)
+    longest, budget = (2.0, 8.0) if settings.quick else (100.0, 15.0)
     results.parameters = {"atoms": sizes, "longest step / s": longest, "seconds for a size": budget, "backends": {}}
     names = ["mp0-small-random"] if settings.quick else ["mp0-small-random", "mp0-medium-random"]
     for model in (models.embedded(), *(models.random(settings, name) for name in names)):

@@ -20,7 +20,8 @@ from typing import Any
 from benchmarks import machine, peers, report
 from benchmarks.common import HERE, REPOSITORY, Results, Settings, last_line, use_cpus
 
-BENCHMARKS = ("ipc", "first_force", "throughput", "scale", "overhead", "size")
+BENCHMARKS = ("ipc", "scale", "size", "first_force", "overhead", "throughput")
+"""Short ones first: a run that is cut has more of them."""
 WITHOUT_MODELS = ("ipc", "scale", "size")
 SCHEMA = 1
 
@@ -45,7 +46,7 @@ def run(options: argparse.Namespace, save: Callable[[dict[str, Any]], object]) -
     result["peers"]["MACECalculator"] = result["software"].get("mace-torch", "not installed")
     result["benchmarks"] = {}
     with tempfile.TemporaryDirectory(prefix="rsd-bench-") as folder:
-        settings = Settings(options.quick, device, Path(folder), root, options.sizes)
+        settings = Settings(options.quick, device, Path(folder), root, options.sizes, options.jobs)
         for name in names:
             benchmark = importlib.import_module(f"benchmarks.{name}")
             print(f"{name}: {(benchmark.__doc__ or '').strip()}", flush=True)
@@ -113,6 +114,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--sizes", type=sizes, default=(), metavar="N,N", help="atoms, in the benchmarks over systems of many sizes"
     )
+    made.add_argument("--jobs", type=sizes, default=(), metavar="N,N", help="how many jobs at once, in throughput")
     made.add_argument(
         "--gpu-checks", action="store_true", help="the tests that need a GPU, then the benchmarks; nothing without one"
     )

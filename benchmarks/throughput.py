@@ -52,8 +52,8 @@ class Group:
 
 def run(settings: Settings, results: Results) -> None:
     """The benchmark."""
-    jobs = QUICK if settings.quick else JOBS
-    turns, seconds = (2, 1.5) if settings.quick else (4, 4.0)
+    jobs = settings.jobs or (QUICK if settings.quick else JOBS)
+    turns, seconds = (2, 1.5) if settings.quick else (3, 3.0)
     results.parameters = {"atoms": NATOMS, "jobs": jobs, "turns": turns, "seconds of each": seconds}
     chosen = [models.embedded()]
     if not settings.quick:
