@@ -156,7 +156,7 @@ class Supervisor:
             self.error = error_from_code(fields["code"], fields["message"], fields["hint"])
         else:
             self.info = EngineInfo(**fields)
-            where = f"{self.spec.device} ({self.info.backend})"
+            where = f"{self.spec.device} in {self.spec.dtype} ({self.info.backend})"
             if kind == b"R":
                 log.info("model %s is ready on %s", self.spec.name, where)
                 self._set_state(State.READY)

@@ -4,6 +4,7 @@ FD is the descriptor of its end of the socket, SPEC a ModelSpec as JSON.
 """
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -15,6 +16,8 @@ from rootstockd.worker.loop import die_with_parent, main
 if __name__ == "__main__":
     # a terminal's Ctrl-C is for the daemon, which then drains its workers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # into the daemon's log, whose lines look the same
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     die_with_parent()
     status = main(socket.socket(fileno=int(sys.argv[1])), ModelSpec(**json.loads(sys.argv[2])))
     sys.stdout.flush()

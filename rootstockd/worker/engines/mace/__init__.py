@@ -159,8 +159,8 @@ class MaceEngine:
                 whole = fast.evaluate([task])[0]
             trusted = difference.within(system.tolerance)
             why = f"{fast.name} differs from {self._reference.name} by {difference}"
-        except NotApplicableError as error:
-            trusted, why = False, str(error)
+        except Exception as error:  # the reference has answered
+            trusted, why = False, f"{fast.name}: {type(error).__name__}: {error}"
         self._trusted[system.check] = trusted
         if not trusted:
             self._untrusted += 1
