@@ -72,7 +72,9 @@ def show(daemon: DaemonStatus) -> None:
             console.print(f"{model.name}: {model.error}", style="red", markup=False)
         elif model.backend:
             note = f"; {model.note}" if model.note else ""
-            console.print(f"{model.name} {model.dtype}: {model.backend}{note}", style="yellow" if note else "dim", markup=False)
+            console.print(
+                f"{model.name} {model.dtype}: {model.backend}{note}", style="yellow" if note else "dim", markup=False
+            )
     if daemon.sessions:
         show_sessions(daemon)
 
