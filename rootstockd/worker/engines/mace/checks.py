@@ -62,8 +62,7 @@ def structures(elements: Sequence[int], head: str, head_index: int) -> Iterator[
     rng = np.random.default_rng(_SEED)
     kinds = itertools.cycle([(True, True, True), (True, True, False), (False, False, False)])
     for begin in range(0, len(elements), 8):
-        chosen = [*elements[begin : begin + 8]] * 8
-        numbers = np.array(chosen[:8] if len(elements) > 8 else chosen[: max(8, len(elements))])  # noqa: PLR2004
+        numbers = np.array(([*elements[begin : begin + 8]] * 8)[:8])
         grid = np.array(list(itertools.product(range(2), repeat=3)), float)
         cell = _SPACING * 2 * (np.eye(3) + rng.uniform(-0.05, 0.05, (3, 3)))
         positions = grid @ cell / 2 + rng.uniform(-0.2, 0.2, grid.shape)

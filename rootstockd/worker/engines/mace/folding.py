@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from e3nn import o3
 from rootstockd.worker.engines import Array
 from rootstockd.worker.engines.mace import kernels
 from rootstockd.worker.engines.mace.graph import Graph
-from rootstockd.worker.engines.mace.radial import NotApplicableError, RadialTables
+from rootstockd.worker.engines.mace.radial import PAIR, NotApplicableError, RadialTables
 
 _DEGREES = 3
 _NOTHING = 1e-12
@@ -37,6 +38,13 @@ class Now:
         self.rows = torch.from_numpy(order)
         self.back = torch.from_numpy(np.argsort(order, kind="stable"))
         self.counts: list[int] = np.bincount(self.by_element).tolist()
+
+    @cached_property
+    def pairs(self) -> tuple[Array, Array]:
+        """(E,) the number of the pair of elements that each edge joins (see `radial.PAIR`), and which there are."""
+        sender, receiver = self.elements[self.graph.sender], self.elements[self.graph.receiver]
+        pairs = PAIR * np.minimum(sender, receiver) + np.maximum(sender, receiver)
+        return pairs, np.flatnonzero(np.bincount(pairs, minlength=1))
 
 
 class Shared:
@@ -64,8 +72,8 @@ class Convolution(torch.nn.Module):
         if len(channels) != 1 or any(mul != 1 for mul, _ in product.irreps_in2):
             raise NotApplicableError("a tensor product of unequal channels")
         self.channels = channels.pop()
-        self.inputs, self.outputs = _blocks(product.irreps_in1), _blocks(product.irreps_out)
-        self.rows = sum(size for _, _, size in self.outputs)
+        self.inputs = [ir.dim for _, ir in product.irreps_in1]
+        self.outputs = [ir.dim for _, ir in product.irreps_out]
         self.radial, self.shared, self.constant = radial, shared, constant
         radial.shape = (len(product.instructions), self.channels)
         self.plan = _plan(product, self.inputs, self.outputs, radial.dtype)
@@ -84,29 +92,30 @@ class Unused(torch.nn.Module):
         return x
 
 
-def _blocks(irreps: Any) -> list[tuple[int, int, int]]:
-    """Of each irrep: where it starts and stops in a feature vector, and how many components it has."""
-    return [(part.start, part.stop, ir.dim) for part, (_, ir) in zip(irreps.slices(), irreps)]
+def _rows_first(x: torch.Tensor, sizes: list[int], channels: int) -> torch.Tensor:
+    """From e3nn's layout (channels x components, irrep after irrep) to (N, rows, channels).
 
-
-def _rows_first(x: torch.Tensor, blocks: list[tuple[int, int, int]], channels: int) -> torch.Tensor:
-    """From e3nn's layout (channels x components, irrep after irrep) to (N, rows, channels)."""
-    pieces = x.split([stop - start for start, stop, _ in blocks], 1)
-    parts = [piece.reshape(len(x), channels, size).transpose(1, 2) for piece, (_, _, size) in zip(pieces, blocks)]
+    Args:
+        x: (N, features).
+        sizes: components of each irrep.
+        channels: of each irrep.
+    """
+    # split, because the derivative of a slice is an array of zeros with the slice in it
+    pieces = x.split([channels * size for size in sizes], 1)
+    parts = [piece.reshape(len(x), channels, size).transpose(1, 2) for piece, size in zip(pieces, sizes)]
     return (torch.cat(parts, 1) if len(parts) > 1 else parts[0]).contiguous()
 
 
-def _channels_first(x: torch.Tensor, blocks: list[tuple[int, int, int]]) -> torch.Tensor:
+def _channels_first(x: torch.Tensor, sizes: list[int]) -> torch.Tensor:
     """The way back."""
-    # split, because the derivative of a slice is an array of zeros with the slice in it
-    parts = [piece.transpose(1, 2).reshape(len(x), -1) for piece in x.split([size for _, _, size in blocks], 1)]
+    parts = [piece.transpose(1, 2).reshape(len(x), -1) for piece in x.split(sizes, 1)]
     return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
 
-def _plan(product: Any, inputs: Any, outputs: Any, dtype: torch.dtype) -> tuple[Array, ...]:
+def _plan(product: Any, inputs: list[int], outputs: list[int], dtype: torch.dtype) -> tuple[Array, ...]:
     """The Clebsch-Gordan coefficients of all paths as the loops want them: see `kernels.convolve`."""
-    input_row = np.cumsum([0, *(size for _, _, size in inputs)])
-    output_row = np.cumsum([0, *(size for _, _, size in outputs)])
+    input_row = np.cumsum([0, *inputs])
+    output_row = np.cumsum([0, *outputs])
     harmonic = [part.start for part in product.irreps_in2.slices()]
     paths, groups, rows, terms, harmonics = [0], [], [0], [], []
     cg: list[float] = []
@@ -145,7 +154,7 @@ class _Convolve(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: torch.Tensor, y: torch.Tensor, lengths: torch.Tensor, of: Convolution) -> torch.Tensor:
         now = of.shared.now
-        out = torch.empty((h.shape[0], of.rows, of.channels), dtype=h.dtype)
+        out = torch.empty((h.shape[0], sum(of.outputs), of.channels), dtype=h.dtype)
         y = y.contiguous()
         ctx.of, ctx.now, ctx.radial = of, now, of.radial.look_up(lengths.numpy(), now)
         kernels.convolve(now.graph.first, now.graph.sender, h.numpy(), y.numpy(), *ctx.radial, *of.plan, out.numpy())
@@ -180,14 +189,14 @@ class Contraction(torch.nn.Module):
     def __init__(self, original: Any, shared: Shared) -> None:
         super().__init__()
         self.shared = shared
-        self.parts = list(getattr(original, "contractions", ()))
-        if not self.parts or any(part.correlation > _DEGREES for part in self.parts):
+        parts = list(getattr(original, "contractions", ()))
+        if not parts or any(part.correlation > _DEGREES for part in parts):
             raise NotApplicableError("a symmetric contraction of a kind, or a correlation, that is not known")
-        self.outputs: list[tuple[int, int, int]] = []
+        self.outputs: list[int] = []
         terms: list[tuple[int, ...]] = []
         self._folds: list[tuple[torch.Tensor, torch.Tensor]] = []
         components = 0
-        for part in self.parts:
+        for part in parts:
             size = 1
             for degree in range(1, part.correlation + 1):
                 tensor = part.U_tensors(degree).double()
@@ -200,7 +209,7 @@ class Contraction(torch.nn.Module):
                     part.weights_max if degree == part.correlation else part.weights[part.correlation - 1 - degree]
                 )
                 self._folds.append((matrix, weights.detach()))
-            self.outputs.append((0, 0, size))
+            self.outputs.append(size)
             components += size
         self.components = components
         self.terms = np.array(terms, np.int64).reshape(-1, 4)

@@ -22,6 +22,8 @@ MAX_PIECES = 512
 """Measured: a higher degree, or more pieces than it takes, only adds rounding to the derivative in float64."""
 MAX_BYTES = 2 * 2**30
 """Of the tables of one layer, where they depend on the elements."""
+PAIR = 128
+"""A pair of the model's elements has the number PAIR x the lesser + the greater: there are fewer elements."""
 EXACT = {torch.float32: 2e-8, torch.float64: 3e-14}
 """How far a table may be from its network, as part of the largest weight."""
 
@@ -70,19 +72,13 @@ class RadialTables:
         scaled = lengths[:, 0].astype(np.float64) / self._width
         piece = np.minimum(scaled.astype(np.int64), self._pieces - 1)
         x = (2.0 * (scaled - piece) - 1.0).astype(lengths.dtype)
-        if self._by_pair:
-            count = len(self._atomic_numbers)
-            sender, receiver = now.elements[now.graph.sender], now.elements[now.graph.receiver]
-            pairs = np.minimum(sender, receiver) * count + np.maximum(sender, receiver)
-            there = np.flatnonzero(np.bincount(pairs, minlength=1)).tolist()
-        else:
-            pairs, there = np.zeros(1, np.int64), [0]
-        missing = [pair for pair in there if pair not in self._index]
+        pairs, there = now.pairs if self._by_pair else (piece, np.zeros(1, np.int64))
+        missing = [pair for pair in there.tolist() if pair not in self._index]
         if missing:
             self._add(missing)
         if self._by_pair:
-            begins = np.zeros(count * count, np.int64)
-            begins[there] = [self._index[pair] * self._pieces for pair in there]
+            begins = np.zeros(PAIR * PAIR, np.int64)
+            begins[there] = [self._index[pair] * self._pieces for pair in there.tolist()]
             piece += begins[pairs]
         return self._tables, piece, x
 
@@ -91,9 +87,7 @@ class RadialTables:
         if self._by_pair and one * (len(self._index) + len(pairs)) > MAX_BYTES:
             raise NotApplicableError(f"tables for {len(pairs)} more pairs of elements would take too much memory")
         made = [
-            self._table(divmod(pair, len(self._atomic_numbers)), self._pieces).reshape(
-                self._pieces, DEGREE + 1, *self.shape
-            )
+            self._table(divmod(pair, PAIR), self._pieces).reshape(self._pieces, DEGREE + 1, *self.shape)
             for pair in pairs
         ]
         dtype = np.float64 if self.dtype == torch.float64 else np.float32
