@@ -48,6 +48,8 @@ class Config(BaseModel):
     max_sessions: int = Field(default=10_000, ge=1)
     batch_atoms: int | None = Field(default=None, ge=1)
     """Atoms in one forward pass over several sessions' structures."""
+    confine: bool = True
+    """Whether workers give away the rights that they need not; an entry of a catalogue may say no for its model."""
     log_file: Path | None = None
     """Where a daemon in the background writes its log."""
     drain_timeout: float = Field(default=60.0, ge=0)

@@ -25,6 +25,7 @@ from rootstockd.sessions import LINGER, Session
 from rootstockd.sockets import listen, lock, make_runtime_dir
 from rootstockd.supervisor import Supervisor
 from rootstockd.worker.engines import ModelSpec
+from rootstockd.worker_folders import remove_left_behind
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ class Daemon:
         allow_many_descriptors()
         with contextlib.ExitStack() as ours:
             ours.enter_context(lock(self.config.lock))
+            remove_left_behind()
             control = ControlServer(self, ours.enter_context(listen(self.config.control, 0o600)))
             sessions = ours.enter_context(listen(self.config.socket, 0o666 if self.config.shared else 0o600))
             self._watch_signals()
@@ -188,7 +190,10 @@ class Daemon:
         model = self.fleet.get(key)
         if model is None or model.worth_replacing:
             device = self.config.device
-            spec = ModelSpec(name, entry.family, device.kind, dtype, str(entry.weights or ""), entry.arguments)
+            weights, confine = str(entry.weights or ""), self.config.confine and entry.confine
+            spec = ModelSpec(
+                name, entry.family, device.kind, dtype, weights, entry.sha256.lower(), confine, entry.arguments
+            )
             model = Supervisor(spec, device.environment, self.config.batch_budget)
             self.fleet[key] = model
         return model

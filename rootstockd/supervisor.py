@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import functools
 import json
 import logging
 import time
@@ -21,6 +22,12 @@ MAX_FAILED_STARTS = 3
 """Workers in a row that died before they were ready, until the model counts as broken."""
 RETRY_AFTER = 10.0
 """Seconds until a broken model may be tried again."""
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """Log what is true of the machine and would be said again by every worker."""
+    log.warning("%s", text)
 
 
 class State(enum.Enum):
@@ -58,6 +65,8 @@ class Supervisor:
         self.state = State.LOADING
         self.error: RootstockError | None = None
         self.info: EngineInfo | None = None
+        self.unconfined: list[str] = [] if spec.confine else ["the configuration or the catalogue says confine = false"]
+        """Why its workers have more rights than they need."""
         self.evaluations = self.batches = self.restarts = self.clients = 0
         self.scheduler: Scheduler[Client] = Scheduler(batch_atoms)
         self._environment = environment
@@ -154,6 +163,10 @@ class Supervisor:
             self._failures[fields["slot"]] = error_from_code(fields["code"], fields["message"], fields["hint"])
         elif kind == b"X":
             self.error = error_from_code(fields["code"], fields["message"], fields["hint"])
+        elif kind == b"C":
+            self.unconfined = fields["missing"]
+            for what in self.unconfined:
+                warn_once(f"workers are not wholly confined: {what} (SECURITY.md)")
         else:
             self.info = EngineInfo(**fields)
             where = f"{self.spec.device} in {self.spec.dtype} ({self.info.backend})"

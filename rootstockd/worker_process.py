@@ -18,6 +18,7 @@ from typing import Any
 import rootstockd
 from rootstockd.worker.engines import ModelSpec
 from rootstockd.worker.slots import Slot
+from rootstockd.worker_folders import WorkerFolders
 
 MESSAGE_SIZE = 64 * 1024
 Listener = Callable[[bytes, bytes], None]
@@ -40,10 +41,17 @@ class WorkerProcess:
         process: the process.
         channel: the daemon's end of its socket.
         listener: told each message: its first byte, and the rest.
+        folders: where it may write, if it is confined.
     """
 
-    def __init__(self, process: asyncio.subprocess.Process, channel: socket.socket, listener: Listener) -> None:
-        self._process, self._channel, self._listener = process, channel, listener
+    def __init__(
+        self,
+        process: asyncio.subprocess.Process,
+        channel: socket.socket,
+        listener: Listener,
+        folders: WorkerFolders | None,
+    ) -> None:
+        self._process, self._channel, self._listener, self._folders = process, channel, listener, folders
         self.attached: set[int] = set()
         """Numbers of the slots that it has."""
         self._outbox: deque[tuple[bytes, int | None]] = deque()
@@ -53,10 +61,15 @@ class WorkerProcess:
     @classmethod
     async def start(cls, spec: ModelSpec, environment: dict[str, str], listener: Listener) -> WorkerProcess:
         """Start a worker that loads `spec`; it says R when it is ready."""
+        folders = WorkerFolders(spec) if spec.confine else None
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             package = str(Path(rootstockd.__file__).parent.parent)
             arguments = ["-m", "rootstockd.worker", str(theirs.fileno()), json.dumps(dataclasses.asdict(spec))]
+            if folders is not None:
+                confinement = {"folders": [folders.scratch, folders.cache], "gpu": spec.device != "cpu"}
+                arguments.append(json.dumps(confinement))
+                environment = environment | folders.environment
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 *arguments,
@@ -73,11 +86,13 @@ class WorkerProcess:
             )
         except BaseException:
             ours.close()
+            if folders is not None:
+                folders.remove()
             raise
         finally:
             theirs.close()
         ours.setblocking(False)  # noqa: FBT003 - the socket module has no other way
-        return cls(process, ours, listener)
+        return cls(process, ours, listener, folders)
 
     @property
     def pid(self) -> int:
@@ -111,6 +126,8 @@ class WorkerProcess:
         status = await self._process.wait()
         while self._channel.fileno() >= 0:  # its last words
             self._on_readable()
+        if self._folders is not None:
+            await asyncio.to_thread(self._folders.remove)
         return status
 
     def kill(self) -> None:

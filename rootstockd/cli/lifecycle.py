@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -65,6 +66,7 @@ def start(
     except DeviceError as error:
         raise Refused(error) from error
     address = socket_to_make(socket)
+    limits: dict[str, Any] = {"max_atoms": max_atoms} if max_atoms else {}
     config = Config(
         socket=address,
         device=chosen,
@@ -72,7 +74,7 @@ def start(
         catalogues=catalogues,
         log_file=log_file or default_log_file(address),
         batch_atoms=batch_atoms,
-        **({"max_atoms": max_atoms} if max_atoms else {}),
+        **limits,
     )
     if foreground:
         from rootstockd.serve import StartError, serve  # imports what only a daemon needs  # noqa: PLC0415

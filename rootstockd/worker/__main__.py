@@ -1,6 +1,7 @@
-"""`python -m rootstockd.worker FD SPEC`: a worker, started by the daemon and by nobody else.
+"""`python -m rootstockd.worker FD SPEC [CONFINEMENT]`: a worker, started by the daemon and by nobody else.
 
-FD is the descriptor of its end of the socket, SPEC a ModelSpec as JSON.
+FD is the descriptor of its end of the socket, SPEC a ModelSpec as JSON, CONFINEMENT what `confine` takes as JSON;
+without it the worker keeps its rights.
 """
 
 import json
@@ -10,8 +11,7 @@ import signal
 import socket
 import sys
 
-from rootstockd.worker.engines import ModelSpec
-from rootstockd.worker.loop import die_with_parent, main
+from rootstockd.worker.confine import confine, die_with_parent
 
 if __name__ == "__main__":
     # a terminal's Ctrl-C is for the daemon, which then drains its workers
@@ -19,7 +19,16 @@ if __name__ == "__main__":
     # into the daemon's log, whose lines look the same
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     die_with_parent()
-    status = main(socket.socket(fileno=int(sys.argv[1])), ModelSpec(**json.loads(sys.argv[2])))
+    missing = confine(**json.loads(sys.argv[3])) if len(sys.argv) > 3 else None  # noqa: PLR2004
+
+    # only now: numpy starts threads when it is imported
+    from rootstockd.worker.engines import ModelSpec
+    from rootstockd.worker.loop import main, send
+
+    channel = socket.socket(fileno=int(sys.argv[1]))
+    if missing is not None:
+        send(channel, b"C", {"missing": missing})
+    status = main(channel, ModelSpec(**json.loads(sys.argv[2])))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)  # torch's own teardown takes long and has nothing left to do

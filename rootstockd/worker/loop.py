@@ -15,6 +15,7 @@ E   int32 slots                                      evaluate these, as one batc
 === ================================================ ===========================================================
 to the daemon
 ----------------------------------------------------------------------------------------------------------------
+C   JSON: missing                                    it has given its rights away, but for what these texts say
 R   JSON: EngineInfo                                 the model is loaded
 X   JSON: code, message, hint                        the model can't be loaded; the worker ends
 F   JSON: slot, code, message, hint                  this slot's evaluation failed
@@ -28,12 +29,9 @@ from __future__ import annotations
 
 import array
 import contextlib
-import ctypes
 import dataclasses
 import json
 import math
-import os
-import signal
 import socket
 import traceback
 from typing import Any
@@ -45,7 +43,6 @@ from rootstockd.worker.slots import Slot
 from rootstockd.worker.units import BOHR, HARTREE
 
 MESSAGE_SIZE = 64 * 1024
-_PR_SET_PDEATHSIG = 1
 
 
 _BOHR, _PER_HARTREE, _FORCE = np.array(BOHR), np.array(1 / HARTREE), np.array(BOHR / HARTREE)
@@ -248,14 +245,6 @@ def error_fields(error: EngineError) -> dict[str, str]:
 def send(channel: socket.socket, kind: bytes, fields: dict[str, Any]) -> None:
     """Send one JSON message."""
     channel.send(kind + json.dumps(fields).encode())
-
-
-def die_with_parent() -> None:
-    """Have the kernel kill this process when the daemon dies, even in the middle of a computation."""
-    parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died just before
-        os._exit(1)
 
 
 def main(channel: socket.socket, spec: ModelSpec) -> int:

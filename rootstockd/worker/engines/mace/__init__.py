@@ -8,15 +8,15 @@ take it from all.
 
 from __future__ import annotations
 
+import io
 import logging
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from ase.data import chemical_symbols
 
-from rootstockd.worker.engines import EngineError, EngineInfo, ModelSpec, Result, Task
+from rootstockd.worker.engines import EngineError, EngineInfo, ModelSpec, Result, Task, read_weights
 from rootstockd.worker.engines import System as Wanted
 from rootstockd.worker.engines.mace import checks
 from rootstockd.worker.engines.mace.radial import NotApplicableError
@@ -216,21 +216,19 @@ def load(spec: ModelSpec) -> MaceEngine:
             f"model {spec.name!r}: torch {torch.__version__} sees no CUDA device",
             "Install a CUDA build of torch beside the daemon, or start it with `--device cpu`.",
         )
-    path = Path(spec.weights)
-    if not path.is_file():
-        raise EngineError("model-load", f"model {spec.name!r}: its weights {path} are missing")
+    weights = read_weights(spec)
     dtype = {"float32": torch.float32, "float64": torch.float64}[spec.dtype]
     try:
-        # weights are code: the catalogue, which is the operator's, says which files are ever opened
-        model = torch.load(path, map_location=spec.device, weights_only=False)
+        # weights are code: the catalogue, which is the operator's, says which file this is, and what is in it
+        model = torch.load(io.BytesIO(weights), map_location=spec.device, weights_only=False)
         model = model.to(device=spec.device, dtype=dtype)
         torch.set_default_dtype(dtype)
         for parameter in model.parameters():
             parameter.requires_grad = False
         reference = ReferenceBackend(model, spec.device)
     except Exception as error:
-        text = f"model {spec.name!r}: {path} is not a MACE model that mace-torch {mace.__version__} can read: {error}"
-        raise EngineError("model-load", text) from error
+        text = f"model {spec.name!r}: {spec.weights} is not a MACE model that mace-torch {mace.__version__} can read"
+        raise EngineError("model-load", f"{text}: {error}") from error
     fast, why = _accelerate(model, spec)
     return MaceEngine(model, spec, reference, fast, why)
 
