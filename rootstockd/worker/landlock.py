@@ -27,6 +27,7 @@ _RIGHTS = ((1, _WRITE_FILE), (1, _CHANGE_FOLDER), (2, _REFER), (_TRUNCATE_SINCE,
 """What to take, and the ABI that has it."""
 _TCP, _SCOPES = 0b11, 0b11
 """To bind and to connect; abstract sockets and signals."""
+NONE = "this kernel has no Landlock: workers can write wherever the daemon's user can"
 _SIZES = ((1, 8), (4, 16), (6, 24))
 """Of the attributes above: files, then TCP, then scopes."""
 
@@ -57,7 +58,7 @@ def restrict(writable: Iterable[str]) -> str:
     """
     version = abi()
     if not version:
-        return "no Landlock in this kernel: it can write wherever the daemon's user can"
+        return NONE
     handled = sum(right for since, right in _RIGHTS if version >= since)
     attributes = struct.pack("=QQQ", handled, _TCP, _SCOPES)
     size = max(size for since, size in _SIZES if version >= since)
@@ -71,9 +72,9 @@ def restrict(writable: Iterable[str]) -> str:
         finally:
             os.close(ruleset)
     except OSError as error:
-        return f"no Landlock ({error}): it can write wherever the daemon's user can"
+        return f"{NONE} ({error})"
     if version < _TRUNCATE_SINCE:
-        return f"Landlock of this kernel (ABI {version}) does not keep it from emptying files of the daemon's user"
+        return f"Landlock of this kernel (ABI {version}) does not keep workers from emptying files of the daemon's user"
     return ""
 
 
