@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import subprocess
 import sys
@@ -105,6 +106,11 @@ def own_daemon(start_daemon: Callable[..., RunningDaemon]) -> Generator[RunningD
     running = start_daemon("--model", "emt")
     yield running
     running.stop()
+
+
+def sha256(path: Path) -> str:
+    """What a catalogue says of a model's file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def open_descriptors(pid: int) -> int:

@@ -126,7 +126,7 @@ def test_nothing_that_can_be_loaded(runtime_folder: Path) -> None:
     catalogue.write_text('[x]\nfamily = "mace"\nwights = "x.model"\n')
     done = rootstockd("start", "--device", "cpu", "--socket", address, "--log-file", log, "--catalogue", catalogue)
     assert "wights" in done.stderr
-    catalogue.write_text('[x]\nfamily = "mace"\nweights = "x.model"\n')
+    catalogue.write_text(f'[x]\nfamily = "mace"\nweights = "x.model"\nsha256 = "{"0" * 64}"\n')
     arguments = ["--socket", address, "--log-file", log, "--catalogue", catalogue, "--model", "x"]
     done = rootstockd("start", "--device", "cpu", *arguments)
     assert done.returncode != 0

@@ -139,7 +139,7 @@ def _read(path: Path) -> dict[str, Entry]:
             entry = entry.model_copy(update={"weights": path.parent / entry.weights})
         if entry.weights is not None and not entry.sha256:
             missing = f"catalogue {path}: model {name!r}: weights need a sha256"
-            raise CatalogueError(f"{missing}. {_pin(entry.weights)}")
+            raise CatalogueError(f"{missing}; {_pin(entry.weights)}")
         entries[name] = entry
     return entries
 
@@ -147,9 +147,9 @@ def _read(path: Path) -> dict[str, Entry]:
 def _pin(weights: Path) -> str:
     """What to write, for the file as it is now."""
     if not weights.is_file():
-        return f"There is no file {weights} to tell it from."
+        return f"there is no file {weights} to tell it from."
     try:
         digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     except OSError as error:
-        return f"The file can't be read to tell it: {error}."
-    return f'If you trust {weights} as it is now, add this line:\nsha256 = "{digest}"'
+        return f"the file can't be read to tell it: {error}."
+    return f'if you trust {weights} as it is now, add this line:\nsha256 = "{digest}"'
