@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -22,6 +23,7 @@ from ase.calculators.emt import EMT
 from conftest import RunningDaemon, open_descriptors, rootstockd
 from rootstock_client import ipi
 from rootstock_client.errors import ConnectionLostError, DaemonNotFoundError, DrainingError, EvaluationError
+from rootstockd.cli.lifecycle import open_log
 
 
 def copper(size: int = 1):
@@ -133,6 +135,34 @@ def test_nothing_that_can_be_loaded(runtime_folder: Path) -> None:
     assert "no model could be loaded" in done.stderr
     assert "x.model are missing" in done.stdout.replace("\n", " ")
     assert not address.exists()
+
+
+def test_the_log_is_its_owners_alone(runtime_folder: Path) -> None:
+    folder = runtime_folder / "logs"
+    log, elsewhere = folder / "new" / "log", runtime_folder / "elsewhere"
+    with open_log(log) as file:
+        file.write(b"one\n")
+    with open_log(log) as file:
+        file.write(b"two\n")
+    assert log.read_text() == "one\ntwo\n"
+    assert stat.S_IMODE(log.stat().st_mode) == 0o600
+    assert stat.S_IMODE(log.parent.stat().st_mode) == 0o700
+    (folder / "link").symlink_to(elsewhere)
+    with pytest.raises(OSError, match="symbolic link"):
+        open_log(folder / "link")
+    assert not elsewhere.exists()
+    open_log(Path("/dev/null")).close()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
+def test_a_log_of_somebody_else_is_not_written_to(runtime_folder: Path) -> None:
+    log = runtime_folder / "theirs"
+    log.write_text("theirs")
+    os.chown(log, 12345, 12345)
+    done = rootstockd("start", "--device", "cpu", "--socket", runtime_folder / "l.sock", "--log-file", log)
+    assert done.returncode != 0
+    assert f"can't write the log {log}: it belongs to uid 12345. Choose another --log-file." in done.stderr
+    assert log.read_text() == "theirs"
 
 
 def test_what_lies_at_the_address(start_daemon, runtime_folder: Path) -> None:
