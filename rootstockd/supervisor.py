@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import enum
 import functools
-import json
 import logging
 import time
 from typing import Any, Protocol
 
-from rootstock_client.errors import EvaluationError, LimitError, ModelLoadError, RootstockError, error_from_code
+from rootstock_client.errors import EvaluationError, LimitError, ModelLoadError, RootstockError
 from rootstockd.scheduler import Evaluation, Scheduler
 from rootstockd.worker.engines import EngineInfo, ModelSpec
 from rootstockd.worker.slots import Slot
+from rootstockd.worker_messages import Confined, Failure, Said, parse
 from rootstockd.worker_process import WorkerProcess
 
 log = logging.getLogger(__name__)
@@ -140,7 +140,15 @@ class Supervisor:
             atoms = self.scheduler.batch_atoms
             log.warning("model %s: no memory for a batch; they have %d atoms at most now", self.spec.name, atoms)
         else:
-            self._told(kind, json.loads(body))
+            try:
+                said = parse(kind, body)
+            except ValueError as error:
+                what = str(error).partition("\n")[0][:200]
+                log.warning("model %s: its worker says what makes no sense, and is ended: %s", self.spec.name, what)
+                if self._worker is not None:
+                    self._worker.kill()
+            else:
+                self._told(kind, said)
 
     def _done(self) -> None:
         """The batch is done."""
@@ -157,18 +165,19 @@ class Supervisor:
             owner = evaluation.owner
             owner.evaluated(failures.get(owner.number) if failures else None)
 
-    def _told(self, kind: bytes, fields: dict[str, Any]) -> None:
+    def _told(self, kind: bytes, said: Said) -> None:
         """What the worker says in JSON."""
-        if kind == b"F":
-            self._failures[fields["slot"]] = error_from_code(fields["code"], fields["message"], fields["hint"])
-        elif kind == b"X":
-            self.error = error_from_code(fields["code"], fields["message"], fields["hint"])
-        elif kind == b"C":
-            self.unconfined = fields["missing"]
-            for what in self.unconfined:
+        if isinstance(said, Confined):
+            self.unconfined = said.missing
+            for what in said.missing:
                 warn_once(f"workers are not wholly confined: {what} (SECURITY.md)")
+        elif isinstance(said, Failure):
+            if kind == b"F":
+                self._failures[said.slot] = said.error
+            else:
+                self.error = said.error
         else:
-            self.info = EngineInfo(**fields)
+            self.info = said
             where = f"{self.spec.device} in {self.spec.dtype} ({self.info.backend})"
             if kind == b"R":
                 log.info("model %s is ready on %s", self.spec.name, where)

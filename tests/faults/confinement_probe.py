@@ -80,7 +80,7 @@ def in_a_thread(attempt: Callable[[], object]) -> None:
 def attempts(victim: Path, theirs: str) -> dict[str, Callable[[], object]]:
     """Everything to try. `victim` is a file of the daemon's user, `theirs` a socket that somebody listens on."""
     beside = victim.parent
-    cache = Path(os.environ.get("NUMBA_CACHE_DIR", "/nowhere/numba")).parent
+    cache = Path(os.environ.get("NUMBA_CACHE_DIR", "/tmp/nowhere/numba")).parent
 
     def connect() -> None:
         with socket.socket(socket.AF_UNIX) as sock:

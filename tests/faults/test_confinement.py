@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import json
@@ -19,7 +20,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import liar
 import pytest
+from ase import Atoms
 from ase.build import bulk
 
 from conftest import RunningDaemon
@@ -301,3 +304,34 @@ def test_the_numbers_are_the_kernels(column: int, header: str) -> None:
     ours = {name: numbers[column] for name, numbers in {**seccomp._REFUSED, "clone3": seccomp._CLONE3}.items()}
     younger = {name for name, number in ours.items() if (number or 0) > max(kernel.values())}
     assert {name: number for name, number in ours.items() if name not in younger and kernel.get(name) != number} == {}
+
+
+# --- what a worker says
+
+
+@pytest.fixture(scope="module")
+def lying(start_daemon: Callable[..., RunningDaemon], tmp_path_factory: pytest.TempPathFactory) -> RunningDaemon:
+    folder = tmp_path_factory.mktemp("liar")
+    (folder / "more.toml").write_text('[liar]\nfamily = "ase"\narguments = { calculator = "liar:Liar" }\n')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(HERE), prepend=os.pathsep)
+        return start_daemon("--catalogue", str(folder / "more.toml"), "--model", "liar", "--model", "emt")
+
+
+@pytest.mark.parametrize("lie", liar.LIES, ids=lambda lie: repr(lie[:12]))
+def test_a_worker_that_lies_to_the_daemon(lying: RunningDaemon, lie: bytes) -> None:
+    """Its own sessions get what it says, or an error; the daemon and other models go on, and so does this one."""
+    pid = lying.client().status()["pid"]
+    restarts = lying.model("liar")["restarts"]
+    atoms = Atoms([liar.LIES.index(lie) + 1], [[0, 0, 0]])
+    atoms.calc = lying.client().calculator("liar")
+    with contextlib.suppress(RootstockError):
+        atoms.get_forces()
+    assert evaluate(lying, "emt") < 1
+    honest = Atoms([118], [[0, 0, 0]])
+    honest.calc = lying.client().calculator("liar")
+    until(lambda: lying.model("liar")["state"] == "ready")
+    assert honest.get_potential_energy() == pytest.approx(1.0)
+    assert lying.client().status()["pid"] == pid
+    nonsense = lie[:1] not in b"EO" and lie != liar.LIES[4]
+    assert (lying.model("liar")["restarts"] > restarts) is nonsense
