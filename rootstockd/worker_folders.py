@@ -54,7 +54,7 @@ class WorkerFolders:
 
     def remove(self) -> None:
         """Remove the scratch folder."""
-        shutil.rmtree(self.scratch, ignore_errors=True)
+        _remove(self.scratch)
         os.close(self._lock)
 
 
@@ -80,11 +80,18 @@ def remove_left_behind() -> None:
         try:
             if os.fstat(folder).st_uid == os.getuid():
                 fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path, ignore_errors=True)
+                _remove(path)
         except BlockingIOError:
             pass
         finally:
             os.close(folder)
+
+
+def _remove(path: str | Path) -> None:
+    try:
+        shutil.rmtree(path)
+    except (OSError, RecursionError) as error:  # a model may have made whatever it liked there
+        log.warning("could not remove %s: %s", path, error)
 
 
 def _prefix() -> str:

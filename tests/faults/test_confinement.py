@@ -195,6 +195,25 @@ def _is_free(daemon: RunningDaemon) -> bool:
     return True
 
 
+def test_scratch_that_can_not_be_removed_holds_nobody_up(start_daemon: Callable[..., RunningDaemon]) -> None:
+    """A thousand folders in each other are more than Python's recursion goes through."""
+    daemon = start_daemon("--model", "emt")
+    pid = daemon.model("emt")["pid"]
+    scratch = Path(environment(pid)["TMPDIR"])
+    folder = os.open(scratch, os.O_RDONLY)
+    for _ in range(1500):
+        os.mkdir("d", dir_fd=folder)
+        below = os.open("d", os.O_RDONLY, dir_fd=folder)
+        os.close(folder)
+        folder = below
+    os.close(folder)
+    os.kill(pid, signal.SIGKILL)
+    assert evaluate(daemon, "emt") < 1
+    if scratch.exists():  # Python 3.13 goes through without recursion
+        assert f"could not remove {scratch}" in daemon.log.read_text()
+        subprocess.run(["rm", "-rf", scratch], check=True)
+
+
 COMPILED = """
 import numba
 import numpy as np
