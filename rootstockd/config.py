@@ -16,7 +16,7 @@ GPU_BATCH_ATOMS = 16_384
 class Device(BaseModel):
     """Where a model computes."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["cpu", "cuda"]
     index: int = 0
@@ -36,6 +36,8 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    file: Path | None = None
+    """Where these settings come from, but for what the command line said."""
     socket: Path
     """The session socket; the control socket and the lock lie beside it."""
     device: Device

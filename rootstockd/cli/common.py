@@ -35,10 +35,8 @@ class Refused(click.ClickException):
         super().__init__(str(error))
 
 
-def socket_to_make(socket: Path | None) -> Path:
-    """Where a new daemon puts its session socket: as told, or the user's runtime directory (root: the system's)."""
-    if socket is not None:
-        return socket.absolute()
+def default_socket() -> Path:
+    """Where a new daemon puts its session socket: the user's runtime directory (root: the system's)."""
     return (SYSTEM_DIR if os.geteuid() == 0 else user_runtime_dir()) / SOCKET_NAME
 
 

@@ -18,12 +18,13 @@ from rootstockd.cli.common import (
     Refused,
     console,
     default_log_file,
+    default_socket,
     fetch_status,
     socket_in_use,
     socket_option,
-    socket_to_make,
 )
 from rootstockd.config import Config
+from rootstockd.config_file import ConfigError, make_config
 from rootstockd.control.schema import DaemonStatus
 from rootstockd.devices import DeviceError, choose_device
 
@@ -45,6 +46,12 @@ POLL = 0.05
 @click.option("--log-file", type=click.Path(path_type=Path, resolve_path=True), help="Where the log goes.")
 @click.option("--max-atoms", type=click.IntRange(min=1), help="The most atoms in one message of one session.")
 @click.option("--batch-atoms", type=click.IntRange(min=1), help="The most atoms in one pass over several sessions.")
+@click.option(
+    "--config",
+    "file",
+    type=click.Path(path_type=Path, resolve_path=True),
+    help="A TOML file of settings; what is given here goes before it.",
+)
 @click.option("--foreground", is_flag=True, help="Stay in front, log to the terminal, end with Ctrl-C.")
 def start(
     gpu: int | None,
@@ -55,6 +62,7 @@ def start(
     log_file: Path | None,
     max_atoms: int | None,
     batch_atoms: int | None,
+    file: Path | None,
     foreground: bool,
 ) -> None:
     """Start a daemon; returns when it is ready."""
@@ -64,16 +72,21 @@ def start(
         chosen = choose_device(gpu=gpu, cpu=device == "cpu")
     except DeviceError as error:
         raise Refused(error) from error
-    address = socket_to_make(socket)
-    config = Config(
-        socket=address,
-        device=chosen,
-        models=models,
-        catalogues=catalogues,
-        log_file=log_file or default_log_file(address),
-        batch_atoms=batch_atoms,
-        **({"max_atoms": max_atoms} if max_atoms else {}),
-    )
+    flags = {
+        "socket": socket.absolute() if socket else None,
+        "device": chosen if gpu is not None or device == "cpu" else None,
+        "models": models or None,
+        "catalogues": catalogues or None,
+        "log_file": log_file,
+        "max_atoms": max_atoms,
+        "batch_atoms": batch_atoms,
+    }
+    try:
+        config = make_config(flags, file, {"socket": default_socket(), "device": chosen})
+    except ConfigError as error:
+        raise Refused(error) from error
+    if config.log_file is None:
+        config = config.model_copy(update={"log_file": default_log_file(config.socket)})
     if foreground:
         from rootstockd.serve import StartError, serve  # imports what only a daemon needs  # noqa: PLC0415
 

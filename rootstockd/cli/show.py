@@ -16,10 +16,10 @@ from rootstockd.cli.common import (
     Refused,
     console,
     default_log_file,
+    default_socket,
     fetch_status,
     socket_in_use,
     socket_option,
-    socket_to_make,
 )
 from rootstockd.control.schema import DaemonStatus
 
@@ -131,7 +131,7 @@ def log_file(socket: Path | None) -> Path:
         told = fetch_status(find_socket(socket)).config.log_file
     except RootstockError:
         told = None
-    return told or default_log_file(socket_to_make(socket))
+    return told or default_log_file(socket.absolute() if socket else default_socket())
 
 
 def duration(seconds: float) -> str:
