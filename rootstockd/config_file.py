@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from rootstockd.config import Config
 
@@ -58,13 +58,14 @@ def make_config(flags: dict[str, Any], file: Path | None, defaults: dict[str, An
 def describe(problem: Any) -> str:
     """A pydantic error in a line, with the nearest right key for a wrong one."""
     *parents, key = problem["loc"]
+    where = ".".join(map(str, problem["loc"]))
     if problem["type"] != "extra_forbidden":
-        return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}."
-    model: type[BaseModel] = Config
+        return f"{where}: {problem['msg']}."
+    model: Any = Config
     for parent in parents:
-        field = model.model_fields.get(str(parent))
-        if field and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            model = field.annotation
+        if parent in model.model_fields:  # else it is a key of our user's own choice, such as a login name
+            kind = model.model_fields[parent].annotation
+            model = (get_args(kind) or (kind,))[-1]
     near = difflib.get_close_matches(str(key), model.model_fields, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else f"; there are: {', '.join(model.model_fields)}."
-    return f"there is no setting {'.'.join(map(str, problem['loc']))!r}{hint}"
+    return f"there is no setting {where!r}{hint}"

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from ase.data import atomic_numbers, chemical_symbols
 
 from rootstock_client import ipi
-from rootstock_client.errors import DrainingError, LimitError, UnknownElementError
+from rootstock_client.errors import DrainingError, UnknownElementError
+from rootstockd.accounts import Accounts
 from rootstockd.config import Config
 from rootstockd.control.api import ControlServer
 from rootstockd.init_request import InitRequest
@@ -54,6 +55,7 @@ class Daemon:
         # atomic numbers take up to four bytes each; the rest of an INIT is short
         self.limits = ipi.Limits(atoms=config.max_atoms, init=64 * 1024 + 5 * config.max_atoms)
         self.fleet: dict[WorkerKey, Supervisor] = {}
+        self.accounts = Accounts(config)
         self.sessions: set[Session] = set()
         self.state = "starting"
         self.since = time.time()
@@ -146,20 +148,12 @@ class Daemon:
             raise stopping_error()
 
     def session_opened(self, session: Session) -> None:
-        """Count a session in.
-
-        Raises:
-            LimitError: there are too many.
-        """
-        if len(self.sessions) >= self.config.max_sessions:
-            raise LimitError(
-                f"this daemon has its {self.config.max_sessions} sessions already.", "Try again when one has ended."
-            )
+        """A session has come."""
         self.sessions.add(session)
         self._all_gone.clear()
 
     def session_closed(self, session: Session) -> None:
-        """Count a session out."""
+        """A session has gone."""
         self.sessions.discard(session)
         if not self.sessions:
             self._all_gone.set()

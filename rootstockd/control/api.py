@@ -81,7 +81,7 @@ def model_status(model: Supervisor, device: str) -> ModelStatus:
         pid=model.pid,
         memory=resident_memory(model.pid) if model.pid else None,
         sessions=model.clients,
-        waiting=len(model.scheduler.waiting),
+        waiting=model.scheduler.waiting,
         evaluations=model.evaluations,
         batches=model.batches,
         restarts=model.restarts,
