@@ -82,7 +82,9 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     file: Path | None = None
-    """Where these settings come from, but for what the command line said."""
+    """Where these settings come from, but for those in `flags`."""
+    flags: tuple[str, ...] = ()
+    """What the command line said."""
     socket: Path
     """The session socket; the control socket and the lock lie beside it."""
     device: Device

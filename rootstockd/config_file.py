@@ -16,6 +16,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+RELOADED = {"access", "limits", "users", "catalogues", "max_sessions", "total_atoms", "drain_timeout"}
+"""Settings that a running daemon takes over when it reads its file again."""
+
 
 class ConfigError(Exception):
     """A setting that can't be used: where it stands, and what is wrong with it."""
@@ -46,7 +49,24 @@ def make_config(flags: dict[str, Any], file: Path | None, defaults: dict[str, An
         ConfigError: a key or a value is wrong.
     """
     given = read_config_file(file) if file else {}
-    fields = {**defaults, **given, **{key: value for key, value in flags.items() if value is not None}, "file": file}
+    said = {key: value for key, value in flags.items() if value is not None}
+    return _validate({**defaults, **given, **said, "file": file, "flags": tuple(said)}, given, file)
+
+
+def read_again(config: Config) -> Config:
+    """A daemon's settings as they would be if it were started again, with the same command and its file as it is now.
+
+    Raises:
+        ConfigError: a key or a value is wrong, or the file is gone.
+    """
+    if config.file is None:
+        return config
+    given = {key: value for key, value in read_config_file(config.file).items() if key not in config.flags}
+    kept = config.model_dump(include={"file", "flags", "socket", "device", "log_file", *config.flags})
+    return _validate({**kept, **given}, given, config.file)
+
+
+def _validate(fields: dict[str, Any], given: dict[str, Any], file: Path | None) -> Config:
     try:
         return Config.model_validate(fields)
     except ValidationError as error:

@@ -210,7 +210,7 @@ class Session(asyncio.BufferedProtocol):
             "energies": request.energies,
         }
         self.request, self._model, self._checked_cells = request, model, b""
-        model.clients += 1
+        model.join()
 
     def _release(self) -> None:
         """Give back what the current system holds."""
@@ -223,7 +223,7 @@ class Session(asyncio.BufferedProtocol):
             self.account.queued -= 1
         self._host.accounts.give_back(self.account, self.slot.natoms * self.slot.frames)
         self._model.release(self.number)
-        self._model.clients -= 1
+        self._model.leave()
         self._model = None
         self.slot.close()
         del self.slot  # its memory goes now, not when the garbage collector next runs
