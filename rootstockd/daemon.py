@@ -22,7 +22,7 @@ from rootstockd.config import Config
 from rootstockd.config_file import RELOADED, ConfigError, read_again
 from rootstockd.control.api import ControlServer
 from rootstockd.init_request import InitRequest
-from rootstockd.models.catalogue import Catalogue, Entry
+from rootstockd.models.catalogue import Catalogue, CatalogueError, Entry
 from rootstockd.sessions import LINGER, Session
 from rootstockd.sockets import listen, lock, make_runtime_dir
 from rootstockd.supervisor import Supervisor
@@ -127,7 +127,7 @@ class Daemon:
         try:
             self.reload()
         except (ConfigError, CatalogueError) as error:
-            log.error("not reloaded, all stays as it is: %s", error)
+            log.error("not reloaded, all stays as it is: %s", error)  # noqa: TRY400 - its trace says nothing
 
     # --- the four parts of its life
 

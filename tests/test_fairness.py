@@ -141,8 +141,6 @@ def test_sessions_of_one_user_share_by_atoms():
 
 users = st.integers(1, 4)
 some_jobs = st.lists(st.tuples(users, st.integers(1, 500), st.sampled_from([2e-4, 1e-2])), min_size=2, max_size=30)
-    st.tuples(users, st.integers(1, 500), st.sampled_from([0.0002, 0.01])), min_size=2, max_size=30
-)
 
 
 @settings(deadline=None, max_examples=40)
