@@ -1,4 +1,4 @@
-"""`start`, `stop` and `restart`."""
+"""`start`, `stop`, `restart` and `reload`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import click
 
@@ -21,13 +21,14 @@ from rootstockd.cli.common import (
     Refused,
     console,
     default_log_file,
+    default_socket,
     fetch_status,
     socket_in_use,
     socket_option,
-    socket_to_make,
 )
 from rootstockd.config import Config
-from rootstockd.control.schema import DaemonStatus
+from rootstockd.config_file import ConfigError, make_config, read_again
+from rootstockd.control.schema import DaemonStatus, ReloadReport
 from rootstockd.devices import DeviceError, choose_device
 
 POLL = 0.05
@@ -48,6 +49,12 @@ POLL = 0.05
 @click.option("--log-file", type=click.Path(path_type=Path, resolve_path=True), help="Where the log goes.")
 @click.option("--max-atoms", type=click.IntRange(min=1), help="The most atoms in one message of one session.")
 @click.option("--batch-atoms", type=click.IntRange(min=1), help="The most atoms in one pass over several sessions.")
+@click.option(
+    "--config",
+    "file",
+    type=click.Path(path_type=Path, resolve_path=True),
+    help="A TOML file of settings; what is given here goes before it.",
+)
 @click.option("--foreground", is_flag=True, help="Stay in front, log to the terminal, end with Ctrl-C.")
 def start(
     gpu: int | None,
@@ -58,6 +65,7 @@ def start(
     log_file: Path | None,
     max_atoms: int | None,
     batch_atoms: int | None,
+    file: Path | None,
     foreground: bool,
 ) -> None:
     """Start a daemon; returns when it is ready."""
@@ -67,17 +75,21 @@ def start(
         chosen = choose_device(gpu=gpu, cpu=device == "cpu")
     except DeviceError as error:
         raise Refused(error) from error
-    address = socket_to_make(socket)
-    limits: dict[str, Any] = {"max_atoms": max_atoms} if max_atoms else {}
-    config = Config(
-        socket=address,
-        device=chosen,
-        models=models,
-        catalogues=catalogues,
-        log_file=log_file or default_log_file(address),
-        batch_atoms=batch_atoms,
-        **limits,
-    )
+    flags = {
+        "socket": socket.absolute() if socket else None,
+        "device": chosen if gpu is not None or device == "cpu" else None,
+        "models": models or None,
+        "catalogues": catalogues or None,
+        "log_file": log_file,
+        "max_atoms": max_atoms,
+        "batch_atoms": batch_atoms,
+    }
+    try:
+        config = make_config(flags, file, {"socket": default_socket(), "device": chosen})
+    except ConfigError as error:
+        raise Refused(error) from error
+    if config.log_file is None:
+        config = config.model_copy(update={"log_file": default_log_file(config.socket)})
     if foreground:
         from rootstockd.serve import StartError, serve  # imports what only a daemon needs  # noqa: PLC0415
 
@@ -105,14 +117,32 @@ def stop(socket: Path | None, force: bool) -> None:
 @click.command()
 @socket_option
 def restart(socket: Path | None) -> None:
-    """Stop the daemon and start it again as it was started."""
+    """Stop the daemon and start it again, with the same options and its configuration file as it is now."""
     address = socket_in_use(socket)
     try:
-        config = fetch_status(address).config
-        end(address)
+        running = fetch_status(address).config
+        config = read_again(running) if running else None
+        end(address)  # which refuses whoever may not
+    except (RootstockError, ConfigError) as error:
+        raise Refused(error) from error
+    assert config is not None
+    launch(config)
+
+
+@click.command()
+@socket_option
+def reload(socket: Path | None) -> None:
+    """Have the daemon read its configuration file and its catalogues again; no job notices."""
+    try:
+        answer = request(socket_in_use(socket), "POST", "/v1/reload")
     except RootstockError as error:
         raise Refused(error) from error
-    launch(config)
+    report = ReloadReport.model_validate(answer)
+    console.print("reloaded")
+    if report.restart_needed:
+        console.print(
+            f"changed, but only a restart takes them over: {', '.join(report.restart_needed)}", style="yellow"
+        )
 
 
 def launch(config: Config) -> None:

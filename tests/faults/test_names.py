@@ -160,13 +160,14 @@ def test_dtypes_and_what_else_init_may_say(trapped: Any) -> None:
 
 
 def test_the_control_socket(trapped: Any) -> None:
-    """It has three routes; none takes a name."""
+    """It has four routes; none takes a name."""
     daemon, folder = trapped
     routes = request(daemon.socket, "GET", "/openapi.json")["paths"]
     assert {(route, *sorted(methods)) for route, methods in routes.items()} == {
         ("/v1/status", "get"),
         ("/v1/models", "get"),
         ("/v1/stop", "post"),
+        ("/v1/reload", "post"),
     }
     for name in names(folder):
         with pytest.raises(RootstockError):

@@ -161,7 +161,7 @@ def read_weights(spec: ModelSpec) -> bytes:
             f"model {name!r}: its weights {path} have the SHA-256 {actual}, where the catalogue says {spec.sha256}: "
             "the file is another, or was changed or damaged. It was not loaded",
             f'Put the right file back; or, if you trust this one, write sha256 = "{actual}" into the catalogue '
-            "and `rootstockd restart`.",
+            "and `rootstockd reload`.",
         )
     return data
 
