@@ -175,14 +175,14 @@ def test_another_user_leaves_our_socket_alone(short, kind):
 @as_root
 def test_another_user_can_not_write_to_our_folder_nor_put_theirs_in_its_place(short):
     ours = short / "ours"
-    make_runtime_dir(ours)
+    make_runtime_dir(ours, shared=False)
     short.chmod(0o1777)  # as /tmp
     for attack in (ours.rmdir, lambda: ours.rename(short / "moved"), lambda: (ours / "a.sock").write_text("")):
         assert "PermissionError" in as_user(12345, attack)
     theirs = short / "theirs"
     assert as_user(12345, lambda: theirs.mkdir(mode=0o700)) == ""
     with pytest.raises(AddressError, match="belongs to somebody else"):
-        make_runtime_dir(theirs)
+        make_runtime_dir(theirs, shared=False)
 
 
 def test_the_longest_path_and_one_byte_more(short):
@@ -338,7 +338,7 @@ def test_a_link_to_a_folder_is_refused(short):
     (short / "real").mkdir(mode=0o700)
     (short / "link").symlink_to(short / "real")
     with pytest.raises(AddressError, match="they could stand in for the daemon"):
-        make_runtime_dir(short / "link")
+        make_runtime_dir(short / "link", shared=False)
 
 
 def test_a_folder_that_can_not_be_made(short):
