@@ -187,9 +187,11 @@ class Daemon:
         key = WorkerKey(name, dtype)
         model = self.fleet.get(key)
         if model is None or model.worth_replacing:
-            device = self.config.device
-            spec = ModelSpec(name, entry.family, device.kind, dtype, str(entry.weights or ""), entry.arguments)
-            model = Supervisor(spec, device.environment, self.config.batch_budget)
+            config = self.config
+            spec = ModelSpec(name, entry.family, config.device.kind, dtype, str(entry.weights or ""), entry.arguments)
+            model = Supervisor(
+                spec, config.worker_environment, config.batch_budget, config.hang_timeout, config.load_timeout
+            )
             self.fleet[key] = model
         return model
 

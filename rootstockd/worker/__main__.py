@@ -3,15 +3,18 @@
 FD is the descriptor of its end of the socket, SPEC a ModelSpec as JSON.
 """
 
+import contextlib
 import json
 import logging
 import os
 import signal
 import socket
 import sys
+import traceback
 
 from rootstockd.worker.engines import ModelSpec
 from rootstockd.worker.loop import die_with_parent, main
+from rootstockd.worker.memory import limit_memory
 
 if __name__ == "__main__":
     # a terminal's Ctrl-C is for the daemon, which then drains its workers
@@ -19,7 +22,14 @@ if __name__ == "__main__":
     # into the daemon's log, whose lines look the same
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     die_with_parent()
-    status = main(socket.socket(fileno=int(sys.argv[1])), ModelSpec(**json.loads(sys.argv[2])))
-    sys.stdout.flush()
-    sys.stderr.flush()
+    limit_memory()
+    status = 1
+    try:
+        status = main(socket.socket(fileno=int(sys.argv[1])), ModelSpec(**json.loads(sys.argv[2])))
+    except BaseException:  # whatever it is, the process must end, and threads that an engine left must not keep it
+        with contextlib.suppress(Exception):
+            traceback.print_exc()
+    with contextlib.suppress(Exception):  # the log may be full
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(status)  # torch's own teardown takes long and has nothing left to do
