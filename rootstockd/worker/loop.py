@@ -27,7 +27,6 @@ I   JSON: EngineInfo                                 something in it has changed
 from __future__ import annotations
 
 import array
-import contextlib
 import ctypes
 import dataclasses
 import json
@@ -35,12 +34,12 @@ import math
 import os
 import signal
 import socket
-import traceback
 from typing import Any
 
 import numpy as np
 
 from rootstockd.worker.engines import Engine, EngineError, ModelSpec, Result, System, Task, load_engine
+from rootstockd.worker.failures import describe, out_of_memory, print_error, shortage
 from rootstockd.worker.memory import memory_limit, trim
 from rootstockd.worker.slots import Slot
 from rootstockd.worker.units import BOHR, HARTREE
@@ -231,19 +230,15 @@ class Loop:
         try:
             self._pass(batch)
             return
-        except MemoryError as error:
+        except BaseException as error:  # an engine that calls sys.exit() has failed like any other
+            memory_lacked, parts = out_of_memory(error), []
             if len(batch) == 1:
-                self._report(batch[0], too_large(batch[0].slot, error))
-                parts = []
-            else:
+                self._report(batch[0], too_large(batch[0].slot, error) if memory_lacked else error)
+            elif memory_lacked:
                 self._channel.send(b"O")
                 parts = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
-            memory_lacked = True
-        except BaseException as error:  # an engine that calls sys.exit() has failed like any other
-            if len(batch) == 1:
-                self._report(batch[0], error)
-                return
-            parts, memory_lacked = [[attached] for attached in batch], False
+            else:
+                parts = [[attached] for attached in batch]
         if memory_lacked:  # only now is what the failed pass had in its hands free
             trim()
         for part in parts:
@@ -269,14 +264,15 @@ class Loop:
         send(self._channel, b"F", {"slot": attached.number, **error_fields(error)})
 
 
-def too_large(slot: Slot, error: MemoryError) -> EngineError:
+def too_large(slot: Slot, error: BaseException) -> EngineError:
     """What a driver is told whose structure does not fit the device's memory."""
     structures = f" x {slot.frames} structures" if slot.frames > 1 else ""
     limit = memory_limit()
+    reason = f": {text}" if (text := shortage(error)) else ""
     allowed = f" (a worker may use {limit / 2**30:.2f} GiB here)" if limit else ""
     return EngineError(
         "limit",
-        f"{slot.natoms} atoms{structures} do not fit the device's memory{allowed}: {describe(error)}.",
+        f"{slot.natoms} atoms{structures} do not fit the device's memory{allowed}{reason}.",
         "Use a smaller structure or float32, or wait until others leave more memory free.",
     )
 
@@ -284,23 +280,6 @@ def too_large(slot: Slot, error: MemoryError) -> EngineError:
 def error_fields(error: EngineError) -> dict[str, str]:
     """An EngineError as JSON fields, short enough for one message."""
     return {"code": error.code, "message": error.message[:2000], "hint": error.hint[:2000]}
-
-
-def describe(error: BaseException) -> str:
-    """An exception in words; not every one can say itself."""
-    try:
-        text = str(error).strip(". \n")
-    except Exception:
-        text = ""
-    if isinstance(error, MemoryError) and text:
-        return text
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def print_error(error: BaseException) -> None:
-    """Into the daemon's log, which may be full."""
-    with contextlib.suppress(Exception):
-        traceback.print_exception(type(error), error, error.__traceback__)
 
 
 def send(channel: socket.socket, kind: bytes, fields: dict[str, Any]) -> None:

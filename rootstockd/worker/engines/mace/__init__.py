@@ -21,6 +21,7 @@ from rootstockd.worker.engines import System as Wanted
 from rootstockd.worker.engines.mace import checks
 from rootstockd.worker.engines.mace.radial import NotApplicableError
 from rootstockd.worker.engines.mace.reference import ReferenceBackend, System, mace
+from rootstockd.worker.failures import out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -117,9 +118,12 @@ class MaceEngine:
         """
         try:
             return self._evaluate(tasks)
-        except torch.OutOfMemoryError as error:
-            torch.cuda.empty_cache()
-            raise MemoryError(str(error).split(". ")[0]) from error
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            text = str(error)
+        torch.cuda.empty_cache()  # not before here, where what the failed pass had in its hands is free
+        raise MemoryError(text)
 
     def _evaluate(self, tasks: list[Task]) -> list[Result]:
         results: dict[int, Result] = {}
@@ -160,6 +164,10 @@ class MaceEngine:
             trusted = difference.within(system.tolerance)
             why = f"{fast.name} differs from {self._reference.name} by {difference}"
         except Exception as error:  # the reference has answered
+            if out_of_memory(error):  # which says nothing of its numbers: they are compared next time
+                if whole is None:
+                    raise
+                return whole
             trusted, why = False, f"{fast.name}: {type(error).__name__}: {error}"
         self._trusted[system.check] = trusted
         if not trusted:
