@@ -283,11 +283,14 @@ class Supervisor:
         return self._hang_limit.seconds(sum(sizes), max(sizes))
 
     def _worker_lost(self, end: End) -> None:
-        self._failures.clear()
+        failures, self._failures = self._failures, {}
         if self.error is not None:
             for evaluation in self.scheduler.clear():
                 evaluation.owner.evaluated(self.error)
             return
+        for evaluation in [e for e in self.scheduler.running if e.owner.number in failures]:
+            self.scheduler.withdraw(evaluation)  # what became of it was said before the end
+            evaluation.owner.evaluated(failures[evaluation.owner.number])
         for evaluation in self.scheduler.worker_lost(end.how, blame=end.blamed):
             error = EvaluationError(
                 f"model {self.spec.name!r}: {evaluation.attempts} workers ended over this structure: "

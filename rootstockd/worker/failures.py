@@ -6,8 +6,8 @@ import contextlib
 import errno
 import traceback
 
-_TORCH = ("DefaultCPUAllocator: ", "CUDA out of memory", "CUDA error: out of memory", "ALLOC_FAILED", "std::bad_alloc")
-"""How torch says that memory lacked, with exceptions of one class for whatever goes wrong."""
+_NO_MEMORY = ("allocate memory", "failed to allocate", "out of memory", "alloc_failed", "bad_alloc")
+"""What libraries say that have one class of exception for whatever goes wrong: torch, cuBLAS, matscipy, C++."""
 
 
 def text_of(error: BaseException) -> str:
@@ -34,11 +34,11 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether it says that memory lacked."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
-    return isinstance(error, RuntimeError) and any(words in text_of(error) for words in _TORCH)
+    return isinstance(error, RuntimeError) and any(words in text_of(error).lower() for words in _NO_MEMORY)
 
 
 def shortage(error: BaseException) -> str:
     """What such an exception says of how much there was, and how much was wanted; empty if nothing."""
     text = text_of(error)
-    begin = max(text.find(_TORCH[0]), 0)  # torch puts the place in its source before it
+    begin = max(text.find("DefaultCPUAllocator: "), 0)  # torch puts the place in its source before it
     return ". ".join(text[begin:].split(". ")[:3]).strip(". \n")

@@ -38,7 +38,16 @@ from typing import Any
 
 import numpy as np
 
-from rootstockd.worker.engines import Engine, EngineError, ModelSpec, Result, System, Task, load_engine
+from rootstockd.worker.engines import (
+    Engine,
+    EngineBrokenError,
+    EngineError,
+    ModelSpec,
+    Result,
+    System,
+    Task,
+    load_engine,
+)
 from rootstockd.worker.failures import describe, out_of_memory, print_error, shortage
 from rootstockd.worker.memory import memory_limit, trim
 from rootstockd.worker.slots import Slot
@@ -231,13 +240,17 @@ class Loop:
             self._pass(batch)
             return
         except BaseException as error:  # an engine that calls sys.exit() has failed like any other
-            memory_lacked, parts = out_of_memory(error), []
+            broken = isinstance(error, EngineBrokenError)
+            cause = (error.__cause__ or error) if broken else error
+            memory_lacked, parts = out_of_memory(cause), []
             if len(batch) == 1:
-                self._report(batch[0], too_large(batch[0].slot, error) if memory_lacked else error)
-            elif memory_lacked:
+                self._report(batch[0], too_large(batch[0].slot, cause) if memory_lacked else cause)
+            if broken:  # the daemon has those it heard nothing of repeated, by a fresh worker
+                raise
+            if len(batch) > 1 and memory_lacked:
                 self._channel.send(b"O")
                 parts = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
-            else:
+            elif len(batch) > 1:
                 parts = [[attached] for attached in batch]
         if memory_lacked:  # only now is what the failed pass had in its hands free
             trim()

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from ase.data import chemical_symbols
 
-from rootstockd.worker.engines import EngineError, EngineInfo, ModelSpec, Result, Task
+from rootstockd.worker.engines import EngineBrokenError, EngineError, EngineInfo, ModelSpec, Result, Task
 from rootstockd.worker.engines import System as Wanted
 from rootstockd.worker.engines.mace import checks
 from rootstockd.worker.engines.mace.radial import NotApplicableError
@@ -115,11 +115,14 @@ class MaceEngine:
 
         Raises:
             MemoryError: the device has not enough for them.
+            EngineBrokenError: the device, or a library, is in disorder.
         """
         try:
             return self._evaluate(tasks)
         except RuntimeError as error:
             if not out_of_memory(error):
+                if "CUDA error" in str(error):  # from here on it answers everything with this error
+                    raise EngineBrokenError from error
                 raise
             text = str(error)
         torch.cuda.empty_cache()  # not before here, where what the failed pass had in its hands is free
@@ -163,6 +166,8 @@ class MaceEngine:
                 whole = fast.evaluate([task])[0]
             trusted = difference.within(system.tolerance)
             why = f"{fast.name} differs from {self._reference.name} by {difference}"
+        except EngineBrokenError:
+            raise
         except Exception as error:  # the reference has answered
             if out_of_memory(error):  # which says nothing of its numbers: they are compared next time
                 if whole is None:
