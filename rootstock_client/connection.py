@@ -12,7 +12,7 @@ import numpy as np
 
 from rootstock_client import ipi
 from rootstock_client.driver_side import DriverSide
-from rootstock_client.errors import ConnectionLostError, DaemonNotFoundError, InvalidStructureError
+from rootstock_client.errors import AccessDeniedError, ConnectionLostError, DaemonNotFoundError, InvalidStructureError
 from rootstock_client.runtime_dir import START_HINT
 
 
@@ -21,10 +21,17 @@ def connect(path: Path) -> socket.socket:
 
     Raises:
         DaemonNotFoundError: nobody answers there.
+        AccessDeniedError: the socket is not open to this user.
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         sock.connect(os.fspath(path))
+    except PermissionError as error:
+        sock.close()
+        raise AccessDeniedError(
+            f"the socket {path} is not open to you.",
+            "Use a daemon of your own, or ask whoever runs this one to put you into its access.socket_group.",
+        ) from error
     except OSError as error:
         sock.close()
         raise DaemonNotFoundError(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from rootstockd.config import Config
 
@@ -15,6 +15,9 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+RELOADED = {"access", "limits", "users", "catalogues", "max_sessions", "total_atoms", "drain_timeout"}
+"""Settings that a running daemon takes over when it reads its file again."""
 
 
 class ConfigError(Exception):
@@ -46,7 +49,24 @@ def make_config(flags: dict[str, Any], file: Path | None, defaults: dict[str, An
         ConfigError: a key or a value is wrong.
     """
     given = read_config_file(file) if file else {}
-    fields = {**defaults, **given, **{key: value for key, value in flags.items() if value is not None}, "file": file}
+    said = {key: value for key, value in flags.items() if value is not None}
+    return _validate({**defaults, **given, **said, "file": file, "flags": tuple(said)}, given, file)
+
+
+def read_again(config: Config) -> Config:
+    """A daemon's settings as they would be if it were started again, with the same command and its file as it is now.
+
+    Raises:
+        ConfigError: a key or a value is wrong, or the file is gone.
+    """
+    if config.file is None:
+        return config
+    given = {key: value for key, value in read_config_file(config.file).items() if key not in config.flags}
+    kept = config.model_dump(include={"file", "flags", "socket", "device", "log_file", *config.flags})
+    return _validate({**kept, **given}, given, config.file)
+
+
+def _validate(fields: dict[str, Any], given: dict[str, Any], file: Path | None) -> Config:
     try:
         return Config.model_validate(fields)
     except ValidationError as error:
@@ -58,13 +78,14 @@ def make_config(flags: dict[str, Any], file: Path | None, defaults: dict[str, An
 def describe(problem: Any) -> str:
     """A pydantic error in a line, with the nearest right key for a wrong one."""
     *parents, key = problem["loc"]
+    where = ".".join(map(str, problem["loc"]))
     if problem["type"] != "extra_forbidden":
-        return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}."
-    model: type[BaseModel] = Config
+        return f"{where}: {problem['msg']}."
+    model: Any = Config
     for parent in parents:
-        field = model.model_fields.get(str(parent))
-        if field and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            model = field.annotation
+        if parent in model.model_fields:  # else it is a key of our user's own choice, such as a login name
+            kind = model.model_fields[parent].annotation
+            model = (get_args(kind) or (kind,))[-1]
     near = difflib.get_close_matches(str(key), model.model_fields, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else f"; there are: {', '.join(model.model_fields)}."
-    return f"there is no setting {'.'.join(map(str, problem['loc']))!r}{hint}"
+    return f"there is no setting {where!r}{hint}"

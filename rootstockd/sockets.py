@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import shutil
 import socket
 import stat
 from collections.abc import Iterator
@@ -17,16 +18,21 @@ class AddressError(Exception):
     """A socket address that this daemon can't have: why, and what to do."""
 
 
-def make_runtime_dir(folder: Path) -> None:
+def make_runtime_dir(folder: Path, *, shared: bool) -> None:
     """Make the folder for the sockets, for its owner alone to write to; an existing one must be as safe.
+
+    Args:
+        folder: the folder.
+        shared: others shall find the sockets in it. Only one that is made here, or the system's, is opened for them.
 
     Raises:
         AddressError: it can't be made, or somebody else could put sockets of theirs into it.
     """
     try:
+        made = not folder.exists()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if folder == SYSTEM_DIR:
-            folder.chmod(0o755)  # whatever the umask: all users of the machine come here
+        if folder == SYSTEM_DIR or (shared and made):
+            folder.chmod(0o755)  # whatever the umask
     except OSError as error:
         raise AddressError(f"can't make the folder {folder} for the socket: {error.strerror}.") from error
     if not is_private(folder, os.getuid(), 0):
@@ -70,7 +76,7 @@ def lock(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def listen(path: Path, mode: int) -> Iterator[socket.socket]:
+def listen(path: Path, mode: int, group: str | None = None) -> Iterator[socket.socket]:
     """Listen on a Unix socket at `path`, whose lock must be ours already; the path goes with it.
 
     A socket of ours that nobody listens on is what a daemon that died left behind, and is replaced. Anything else is
@@ -89,11 +95,20 @@ def listen(path: Path, mode: int) -> Iterator[socket.socket]:
             raise AddressError(f"can't listen on {path}: {error.strerror}.") from error
         ours = path.lstat()
         try:
+            if group is not None:
+                _give_to(path, group)
             path.chmod(mode)
             sock.listen(1024)
             yield sock
         finally:
             _remove(path, ours)
+
+
+def _give_to(path: Path, group: str) -> None:
+    try:
+        shutil.chown(path, group=group)
+    except (OSError, LookupError) as error:
+        raise AddressError(f"can't give {path} to the group {group!r} (access.socket_group): {error}.") from error
 
 
 def _remove(path: Path, ours: os.stat_result) -> None:

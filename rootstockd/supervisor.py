@@ -84,6 +84,7 @@ class Supervisor:
         self._failures: dict[int, RootstockError] = {}
         self._settled = asyncio.Event()
         self._stopping = asyncio.Event()
+        self.retired = False
         self._hang_limit, self._load_timeout = HangLimit(hang_timeout), load_timeout
         self._tick = min(TICK, hang_timeout / 10, load_timeout / 10)
         self._ended_at = self._sent = 0.0
@@ -102,6 +103,29 @@ class Supervisor:
     def worth_replacing(self) -> bool:
         """The model was found broken long enough ago to try it again."""
         return self.state is State.FAILED and time.monotonic() > self._ended_at + RETRY_AFTER
+
+    # --- who has it
+
+    def join(self) -> None:
+        """One more system of a session is bound to this model."""
+        self.clients += 1
+
+    def leave(self) -> None:
+        """One less."""
+        self.clients -= 1
+        self._end_if_unwanted()
+
+    def retire(self) -> None:
+        """No new sessions come: end with the last that is there."""
+        self.retired = True
+        self._end_if_unwanted()
+
+    def _end_if_unwanted(self) -> None:
+        if self.retired and not self.clients and not self._stopping.is_set():
+            self._stopping.set()
+            if self._worker is not None:
+                self._worker.hang_up()
+                self._worker.kill()
 
     # --- evaluations
 

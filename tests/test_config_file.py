@@ -37,6 +37,9 @@ def test_flags_go_before_the_file_and_the_file_before_defaults(write):
         ("max_atoms = -1", "max_atoms: "),
         ('[device]\nkind = "cpu"\nindx = 2', "no setting 'device.indx'; did you mean 'index'?"),
         ("max_atoms = ", "config.toml: "),
+        ("[access]\nuser = ['a']", "no setting 'access.user'; did you mean 'users'?"),
+        ("[users.alice]\nsesions = 2", "no setting 'users.alice.sesions'; did you mean 'sessions'?"),
+        ("[users.alice]\nshare = 0", "users.alice.share: "),
     ],
 )
 def test_what_is_wrong_is_said(write, text, words):

@@ -21,7 +21,7 @@ if not console.is_terminal:
 
 socket_option = click.option(
     "--socket",
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, readable=False),
     envvar=SOCKET_VARIABLE,
     show_envvar=True,
     help="The daemon's session socket.",

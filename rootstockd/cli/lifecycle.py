@@ -1,4 +1,4 @@
-"""`start`, `stop` and `restart`."""
+"""`start`, `stop`, `restart` and `reload`."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from rootstockd.cli.common import (
     socket_option,
 )
 from rootstockd.config import Config
-from rootstockd.config_file import ConfigError, make_config
-from rootstockd.control.schema import DaemonStatus
+from rootstockd.config_file import ConfigError, make_config, read_again
+from rootstockd.control.schema import DaemonStatus, ReloadReport
 from rootstockd.devices import DeviceError, choose_device
 
 POLL = 0.05
@@ -114,14 +114,32 @@ def stop(socket: Path | None, force: bool) -> None:
 @click.command()
 @socket_option
 def restart(socket: Path | None) -> None:
-    """Stop the daemon and start it again as it was started."""
+    """Stop the daemon and start it again, with the same options and its configuration file as it is now."""
     address = socket_in_use(socket)
     try:
-        config = fetch_status(address).config
-        end(address)
+        running = fetch_status(address).config
+        config = read_again(running) if running else None
+        end(address)  # which refuses whoever may not
+    except (RootstockError, ConfigError) as error:
+        raise Refused(error) from error
+    assert config is not None
+    launch(config)
+
+
+@click.command()
+@socket_option
+def reload(socket: Path | None) -> None:
+    """Have the daemon read its configuration file and its catalogues again; no job notices."""
+    try:
+        answer = request(socket_in_use(socket), "POST", "/v1/reload")
     except RootstockError as error:
         raise Refused(error) from error
-    launch(config)
+    report = ReloadReport.model_validate(answer)
+    console.print("reloaded")
+    if report.restart_needed:
+        console.print(
+            f"changed, but only a restart takes them over: {', '.join(report.restart_needed)}", style="yellow"
+        )
 
 
 def launch(config: Config) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,23 @@ QUIET, SEGFAULT, ABORT, EXIT, LEAVE, SLEEP, LOOP, MEMORY, NAN, SLOW = range(10)
 SLOWLY = 1.0
 """Seconds that SLOW takes, with a right result."""
 _HEIGHT = 100.0
+
+
+def _loop() -> None:
+    while True:
+        pass
+
+
+_DEEDS: dict[int, Callable[[], Any]] = {
+    SEGFAULT: lambda: ctypes.string_at(0),
+    ABORT: os.abort,
+    EXIT: lambda: os._exit(3),
+    LEAVE: lambda: sys.exit(3),
+    SLEEP: lambda: time.sleep(1e6),
+    LOOP: _loop,
+    MEMORY: lambda: np.empty((2**50, 3)),
+    SLOW: lambda: time.sleep(SLOWLY),
+}
 
 
 def behave(atoms: Any, what: int) -> Any:
@@ -35,23 +53,7 @@ class Hostile(Calculator):
 
     def calculate(self, atoms: Any = None, properties: Any = ("energy",), system_changes: Any = all_changes) -> None:
         what = round(atoms.positions[0, 2] / _HEIGHT)
-        if what == SEGFAULT:
-            ctypes.string_at(0)
-        elif what == ABORT:
-            os.abort()
-        elif what == EXIT:
-            os._exit(3)
-        elif what == LEAVE:
-            sys.exit(3)
-        elif what == SLEEP:
-            time.sleep(1e6)
-        elif what == LOOP:
-            while True:
-                pass
-        elif what == MEMORY:
-            np.empty((2**50, 3))
-        elif what == SLOW:
-            time.sleep(SLOWLY)
+        _DEEDS.get(what, int)()
         emt = EMT()
         emt.calculate(atoms, properties, system_changes)
         self.results = dict(emt.results)
