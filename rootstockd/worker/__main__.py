@@ -21,11 +21,12 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # into the daemon's log, whose lines look the same
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    die_with_parent()
+    channel = socket.socket(fileno=int(sys.argv[1]))
+    die_with_parent(channel)
     limit_memory()
     status = 1
     try:
-        status = main(socket.socket(fileno=int(sys.argv[1])), ModelSpec(**json.loads(sys.argv[2])))
+        status = main(channel, ModelSpec(**json.loads(sys.argv[2])))
     except BaseException:  # whatever it is, the process must end, and threads that an engine left must not keep it
         with contextlib.suppress(Exception):
             traceback.print_exc()

@@ -27,6 +27,7 @@ I   JSON: EngineInfo                                 something in it has changed
 from __future__ import annotations
 
 import array
+import contextlib
 import ctypes
 import dataclasses
 import json
@@ -300,12 +301,12 @@ def send(channel: socket.socket, kind: bytes, fields: dict[str, Any]) -> None:
     channel.send(kind + json.dumps(fields).encode())
 
 
-def die_with_parent() -> None:
+def die_with_parent(channel: socket.socket) -> None:
     """Have the kernel kill this process when the daemon dies, even in the middle of a computation."""
-    parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died just before
-        os._exit(1)
+    with contextlib.suppress(BlockingIOError):
+        if not channel.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):  # it died before
+            os._exit(1)
 
 
 def main(channel: socket.socket, spec: ModelSpec) -> int:

@@ -321,11 +321,13 @@ def test_a_daemon_that_was_stopped_kills_nobody(fresh: RunningDaemon, worker_too
     processes = [status["pid"], worker] if worker_too else [status["pid"]]
     atoms = behave(slab(), hostile.SLOW)
     with under_way(fresh, atoms) as outcome:
+        time.sleep(hostile.SLOWLY / 2)
         for process in processes:
             os.kill(process, signal.SIGSTOP)
         time.sleep(2 * HANG_TIMEOUT)
         for process in processes:
             os.kill(process, signal.SIGCONT)
+            time.sleep(HANG_TIMEOUT / 4)  # the worker comes back a little later
         np.testing.assert_allclose(outcome.result(), expected(atoms), atol=1e-9)
     assert fresh.model("hostile")["pid"] == worker
 
@@ -411,6 +413,19 @@ def test_a_daemon_stops_while_its_worker_hangs(start_hostile, at: str) -> None:
         assert isinstance(outcome.result(), RootstockError)
     assert not psutil.wait_procs(family, timeout=10)[1]
     assert "Traceback" not in daemon.log.read_text()
+
+
+def test_a_worker_whose_daemon_dies_while_it_starts_ends_too(start_hostile) -> None:
+    """Before it has asked the kernel to kill it then."""
+    daemon = start_hostile(load="", broken=("hang", 1_000_000))
+    process = psutil.Process(daemon.client().status()["pid"])
+    with ThreadPoolExecutor(1) as pool:
+        outcome = pool.submit(evaluate, daemon, slab(), "broken")
+        wait_for(process.children)
+        (worker,) = process.children()
+        process.kill()
+        assert isinstance(outcome.result(), RootstockError)
+    assert not psutil.wait_procs([worker], timeout=20)[1]
 
 
 # --- memory, for real
