@@ -25,16 +25,20 @@ class HangLimit:
         self._slowest = 0.0
         self.largest = 0
         """Atoms of the largest evaluation that was done."""
+        self.ordinary = 0.0
+        """Seconds up to which a batch teaches nothing, whatever its size."""
 
     def learn(self, atoms: int, largest: int, seconds: float) -> None:
         """A batch of so many atoms, the largest of its evaluations so many, took so long."""
         self.largest = max(self.largest, largest)
         rate = seconds / max(FEW, atoms)
         self._slowest = max(self._slowest, rate)
+        self.ordinary = FEW * self._slowest
 
     def new_system(self) -> None:
         """A system comes whose first structure will say anew how slow it may be."""
         self._slowest *= FORGET
+        self.ordinary = FEW * self._slowest
 
     def seconds(self, atoms: int, largest: int) -> float:
         """How long a batch of so many atoms, the largest of its evaluations so many, may take."""

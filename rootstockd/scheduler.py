@@ -18,7 +18,6 @@ import heapq
 import itertools
 import math
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -174,33 +173,40 @@ class Scheduler(Generic[Owner]):
         if self._again:
             self.running = [self._again.popleft()]
         else:
-            self.running = list(self._fill())
+            self.running = self._fill()
         self.waiting -= len(self.running)
         return self.running
 
-    def _fill(self) -> Iterator[Evaluation[Owner]]:
+    def _fill(self) -> list[Evaluation[Owner]]:
         """A batch, in fair order; what does not fit is not overtaken."""
-        budget, costs = self.budget, self.costs
-        turns = _Turns(self._turns()) if len(self._users) > 1 else None
+        budget, costs, users = self.budget, self.costs, self._users
+        turns = _Turns(self._turns()) if len(users) > 1 else None
+        user = self._next_user()
+        batch: list[Evaluation[Owner]] = []
         atoms = 0
-        while user := self._next_user():
+        while user.queue:
             following = user.queue[0][2].atoms
             atoms += following
-            fits = atoms <= budget and (turns is None or turns.allow(user.uid, costs.seconds(atoms)))
-            if not fits and atoms > following:
-                return
-            self._now = user.start
-            user.start += costs.seconds(following) / user.share
+            if batch and atoms > budget:
+                break
+            if turns is not None:
+                fits = turns.allow(user.uid, costs.seconds(atoms))
+                if batch and not fits:
+                    break
+                self._now = user.start
+                user.start += costs.seconds(following) / user.share
             user.last = self._batches
-            yield user.pop()
+            batch.append(user.pop())
+            if turns is not None:
+                user = self._next_user()
+        return batch
 
-    def _next_user(self) -> _User[Owner] | None:
-        """Whose turn it is, if anything waits."""
+    def _next_user(self) -> _User[Owner]:
+        """Whose turn it is: of those who wait, whoever had least. If nobody does, it is anybody."""
         users = self._users.values()
         if len(users) == 1:  # as it mostly is
-            (user,) = users
-            return user if user.queue else None
-        return min((user for user in users if user.queue), key=lambda user: user.start, default=None)
+            return next(iter(users))
+        return min(users, key=lambda user: (not user.queue, user.start))
 
     def _turns(self) -> dict[int, float]:
         """The turns of those who want the worker, and forget those who don't and have had no more than others."""

@@ -88,6 +88,8 @@ class Supervisor:
         self._hang_limit, self._load_timeout = HangLimit(hang_timeout), load_timeout
         self._tick = min(TICK, hang_timeout / 10, load_timeout / 10)
         self._ended_at = self._sent = 0.0
+        self._new = False
+        """Something in the batch under way is in it for the first time."""
         self._task = asyncio.create_task(self._keep_warm(), name=f"supervisor {spec.name}")
 
     @property
@@ -158,6 +160,7 @@ class Supervisor:
                 if owner.number not in worker.attached:
                     worker.attach(owner.number, owner.slot, owner.settings)
                     self._hang_limit.new_system()
+                    self._new = True
             except OSError as error:
                 refusal = LimitError(f"the daemon can't hand over this structure: {error.strerror}.")
                 refused.append((evaluation, refusal))
@@ -194,21 +197,19 @@ class Supervisor:
         if failures:
             self._failures = {}
         seconds = time.perf_counter() - self._sent
+        new, self._new = self._new, False
         # a failure takes as long as it takes, and says nothing of what evaluations cost
         batch = self.scheduler.finished(None if failures else seconds)
         if self.scheduler.waiting:
             self._dispatch()  # first the device, then the answers
         self.batches += 1
         self.evaluations += len(batch)
-        atoms = largest = 0
         for evaluation in batch:
             owner = evaluation.owner
-            error = failures.get(owner.number) if failures else None
-            owner.evaluated(error)
-            if error is None:
-                atoms += evaluation.atoms
-                largest = max(largest, evaluation.atoms)
-        self._hang_limit.learn(atoms, largest, seconds)
+            owner.evaluated(failures.get(owner.number) if failures else None)
+        if new or seconds > self._hang_limit.ordinary:
+            sizes = [evaluation.atoms for evaluation in batch if evaluation.owner.number not in failures]
+            self._hang_limit.learn(sum(sizes), max(sizes, default=0), seconds)
 
     def _told(self, kind: bytes, fields: dict[str, Any]) -> None:
         """What the worker says in JSON."""

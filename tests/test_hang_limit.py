@@ -67,3 +67,15 @@ def test_what_was_done_once_may_take_as_long_again(batches):
         limit.learn(atoms, atoms, seconds)
     for atoms, seconds in batches:
         assert limit.seconds(atoms, atoms) > seconds
+
+
+@given(st.lists(st.tuples(st.integers(1, 10**6), st.floats(1e-6, 1e4)), min_size=1, max_size=30))
+def test_an_ordinary_batch_teaches_nothing(batches):
+    """So that it need not be told."""
+    limit = HangLimit(1.0)
+    limit.learn(10**6, 10**6, 1.0)
+    for atoms, seconds in batches:
+        before = limit.seconds(1000, 1000)
+        ordinary = seconds <= limit.ordinary
+        limit.learn(atoms, atoms, seconds)
+        assert limit.seconds(1000, 1000) == before or not ordinary

@@ -78,7 +78,7 @@ def users() -> Iterator[dict[str, int]]:
 def open_folder() -> Iterator[Path]:
     """A folder that all users may look into."""
     with tempfile.TemporaryDirectory(prefix="rootstockd-") as folder:
-        os.chmod(folder, 0o755)
+        Path(folder).chmod(0o755)
         yield Path(folder)
 
 
@@ -186,9 +186,8 @@ def test_only_administrators_stop_and_reload(start):
 
 
 def test_limits_are_a_users_own(start):
-    daemon = start(
-        f'[access]\ngroups = ["{GROUP}"]\n[limits]\nsessions = 3\natoms = 100\n[users.rsd-bob]\nsessions = 5\natoms = 8\n'
-    )
+    limits = "[limits]\nsessions = 3\natoms = 100\n[users.rsd-bob]\nsessions = 5\natoms = 8\n"
+    daemon = start(f'[access]\ngroups = ["{GROUP}"]\n{limits}')
     with job("rsd-alice", daemon, 5) as answers:
         assert [isinstance(answer, float) for answer in answers] == [True] * 3 + [False] * 2
         assert answers[3:] == ["limit"] * 2
