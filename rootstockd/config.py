@@ -45,7 +45,10 @@ class Config(BaseModel):
     """Files of further models."""
     max_atoms: int = Field(default=1_000_000, ge=1)
     """Atoms in one message of one session."""
+    total_atoms: int = Field(default=100_000_000, ge=1)
+    """Atoms of all sessions' structures together; each takes about 90 bytes."""
     max_sessions: int = Field(default=10_000, ge=1)
+    """Sessions at a time; fewer where the limit of open files (`ulimit -n`) does not allow so many."""
     batch_atoms: int | None = Field(default=None, ge=1)
     """Atoms in one forward pass over several sessions' structures."""
     log_file: Path | None = None

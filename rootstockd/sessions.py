@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import logging
 import math
@@ -15,7 +16,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from rootstock_client import ipi
-from rootstock_client.errors import InvalidStructureError, LimitError, ProtocolError, RootstockError
+from rootstock_client.errors import InvalidStructureError, LimitError, RootstockError
 from rootstockd.init_request import InitRequest, is_announced, parse_init
 from rootstockd.scheduler import Evaluation
 from rootstockd.supervisor import Client, Supervisor
@@ -59,6 +60,26 @@ class Host(Protocol):
     def session_closed(self, session: Session) -> None:
         """A connection went."""
 
+    def reserve_staging(self, session: Session, size: int) -> None:
+        """A long INIT is about to come.
+
+        Raises:
+            LimitError: too many are under way.
+        """
+
+    def release_staging(self, session: Session) -> None:
+        """It has come."""
+
+    def reserve_atoms(self, session: Session, atoms: int) -> None:
+        """A session is about to take memory for so many atoms.
+
+        Raises:
+            LimitError: there are too many.
+        """
+
+    def release_atoms(self, session: Session) -> None:
+        """It has given that back."""
+
 
 class Session(asyncio.BufferedProtocol):
     """A session: an i-PI engine towards its driver, a client towards its model's supervisor.
@@ -77,7 +98,7 @@ class Session(asyncio.BufferedProtocol):
         self.slot: Slot
         self.settings: dict[str, Any] = {}
         self._host = host
-        self._ipi = ipi.EngineSide(self._place, host.limits)
+        self._ipi = ipi.EngineSide(self._place, host.limits, functools.partial(host.reserve_staging, self))
         self.get_buffer = self._ipi.get_buffer  # type: ignore[method-assign]  # one call less for each read
         self._transport: asyncio.Transport
         self._preset: InitRequest | None = None
@@ -153,10 +174,12 @@ class Session(asyncio.BufferedProtocol):
                     self._transport.write(event.data)
                 elif isinstance(event, ipi.Init):
                     self._initialise(event.text)
+                    self._host.release_staging(self)
                 else:
                     self.end(event.error)
-        except ProtocolError as error:
-            if self._ipi.announced:
+        except RootstockError as error:
+            # a stock driver says no INIT that is too long to be staged
+            if self._ipi.announced or isinstance(error, LimitError):
                 self._transport.write(ipi.error_frame(error))
             self.end(error)
         if self._reading_paused and not self._closing and not self._ipi.full:
@@ -177,8 +200,10 @@ class Session(asyncio.BufferedProtocol):
             self._release()
             try:
                 self._bind(request, model)
-            except OSError as error:
-                raise LimitError(f"the daemon has no room for another system: {error.strerror}.") from error
+            except (OSError, MemoryError) as error:
+                self._host.release_atoms(self)
+                why = (isinstance(error, OSError) and error.strerror) or "out of memory"
+                raise LimitError(f"the daemon has no room for another system: {why}.", "Try again later.") from error
         except RootstockError as error:
             self._release()
             self.request = None
@@ -192,6 +217,8 @@ class Session(asyncio.BufferedProtocol):
 
     def _bind(self, request: InitRequest, model: Supervisor) -> None:
         """Make a slot for the system; it is filled as its cell and positions come."""
+        atoms = len(request.numbers) * request.batch_size
+        self._host.reserve_atoms(self, atoms)
         self.slot = Slot.create(len(request.numbers), request.batch_size)
         self.slot.numbers[:] = request.numbers
         self.number = next(_slot_numbers)
@@ -221,6 +248,7 @@ class Session(asyncio.BufferedProtocol):
         self._model = None
         self.slot.close()
         del self.slot  # its memory goes now, not when the garbage collector next runs
+        self._host.release_atoms(self)
 
     def _place(self, natoms: int) -> memoryview:
         if natoms != self.slot.natoms:
@@ -270,7 +298,8 @@ class Session(asyncio.BufferedProtocol):
             log.warning("session %d of %s (pid %d) is closed: %s", self.id, self.user, self.pid, error)
         self._ipi.close()
         self._transport.write_eof()
-        asyncio.get_running_loop().call_later(LINGER, self._transport.close)
+        # not close, which waits for a driver that does not read
+        asyncio.get_running_loop().call_later(LINGER, self._transport.abort)
 
 
 def check_cells(cells: ipi.FloatArray, pbc: tuple[bool, bool, bool]) -> None:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import pwd
 import socket
 import stat
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
 from rootstock_client.runtime_dir import MAX_SOCKET_PATH, SYSTEM_DIR, is_private
+
+_UCRED = struct.Struct("3i")
 
 
 class AddressError(Exception):
@@ -94,6 +98,43 @@ def listen(path: Path, mode: int) -> Iterator[socket.socket]:
             yield sock
         finally:
             _remove(path, ours)
+
+
+@contextlib.contextmanager
+def claim_gpu(uuid: str) -> Iterator[None]:
+    """Be the one daemon of this machine on a GPU.
+
+    The claim is an abstract socket's name, which the kernel gives to one process, and takes back when that ends.
+
+    Raises:
+        AddressError: another process has it.
+    """
+    address = f"\0rootstockd-gpu-{uuid}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as claim:
+        try:
+            claim.bind(address)
+        except OSError as error:
+            raise AddressError(
+                f"a daemon already uses the GPU {uuid}: {_listener(address)}. Its sockets are elsewhere; use that one, "
+                "have it stopped, or choose another device with --gpu."
+            ) from error
+        claim.listen(1024)  # nobody is ever accepted: to connect is enough to see who listens
+        yield
+
+
+def _listener(address: str) -> str:
+    """Who listens at an address, as the kernel says."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        try:
+            probe.connect(address)
+            pid, uid, _ = _UCRED.unpack(probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+        except OSError:
+            return "which one, it does not say"
+    try:
+        user = pwd.getpwuid(uid).pw_name
+    except KeyError:
+        user = f"uid {uid}"
+    return f"pid {pid} of {user}"
 
 
 def _remove(path: Path, ours: os.stat_result) -> None:

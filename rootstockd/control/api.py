@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 import psutil
 import uvicorn
 from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
 
 import rootstockd
+from rootstockd.control.limits import MAX_HEAD, BoundedBody, BoundedProtocol, invalid_request
 from rootstockd.control.schema import CatalogueEntry, DaemonStatus, ModelStatus, SessionStatus, StopRequest
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 def make_app(daemon: Daemon) -> FastAPI:
     """The control API of a daemon."""
     app = FastAPI(title="rootstockd", version=rootstockd.__version__)
+    app.add_exception_handler(RequestValidationError, invalid_request)
 
     @app.get("/v1/status")
     async def status() -> DaemonStatus:
@@ -115,7 +118,15 @@ class ControlServer(uvicorn.Server):
     """uvicorn on the daemon's own loop and socket; signals stay the daemon's."""
 
     def __init__(self, daemon: Daemon, sock: socket.socket) -> None:
-        config = uvicorn.Config(make_app(daemon), log_config=None, access_log=False, lifespan="off")
+        config = uvicorn.Config(
+            BoundedBody(make_app(daemon)),
+            http=BoundedProtocol,
+            ws="none",
+            h11_max_incomplete_event_size=MAX_HEAD,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+        )
         config.timeout_graceful_shutdown = 1  # a request that never ends must not keep the daemon from ending
         super().__init__(config)
         self._sock = sock
