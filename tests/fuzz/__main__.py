@@ -131,7 +131,7 @@ def against_daemon(count: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="rootstockd-") as folder:
         address = Path(folder) / "d.sock"
         command = [sys.executable, "-m", "rootstockd"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
         options = ["--device", "cpu", "--model", "emt", "--model", "noop", "--max-atoms", "60"]
         options += ["--socket", str(address), "--log-file", f"{folder}/log"]
         subprocess.run([*command, "start", *options], check=True, env=environment, stdout=subprocess.DEVNULL)

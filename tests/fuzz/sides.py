@@ -33,6 +33,8 @@ from rootstockd.sessions import check_cells
 
 LIMITS = ipi.Limits(atoms=60, init=3000, extras=2000)
 """Small ones, so that streams which reach them are short."""
+LONG = ipi.Limits(atoms=9000, init=300_000, extras=300_000)
+"""For streams of messages that are longer than the staging buffer."""
 
 
 @dataclass

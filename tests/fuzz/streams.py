@@ -52,7 +52,7 @@ def cell(rng: random.Random) -> bytes:
     return struct.pack("<9d", 9, 0, 0, 0, 9, 0, 0, 0, 9)
 
 
-def init_text(rng: random.Random, natoms: int, batch: int) -> bytes:
+def init_text(rng: random.Random, natoms: int, batch: int, *, long: bool) -> bytes:
     if chance(rng, 6):
         return rng.choice(TEXTS)
     fields = {"rootstock": 1, "model": "noop", "numbers": [29] * natoms, "pbc": [chance(rng, 2)] * 3}
@@ -66,12 +66,15 @@ def init_text(rng: random.Random, natoms: int, batch: int) -> bytes:
     if chance(rng, 20):
         del fields[rng.choice(list(fields))]
     text = json.dumps(fields).encode()
+    if long:
+        text += b" " * rng.choice((0, 60_000, 65_536 - len(text), 150_000))
     return text[: rng.randrange(len(text))] if chance(rng, 40) else text
 
 
-def driver_stream(rng: random.Random) -> bytes:
-    """What a driver might say."""
-    natoms, batch = rng.choice((1, 2, 3)), 1
+def driver_stream(rng: random.Random, *, long: bool = False) -> bytes:
+    """What a driver might say; with `long`, in messages that do not fit the staging buffer."""
+    sizes = (2, 2729, 2731, 2995) if long else (1, 2, 3)
+    natoms, batch = rng.choice(sizes), 1
     parts = []
     for _ in range(rng.randrange(1, 9)):
         what = rng.randrange(12) if parts else rng.choice((0, 1, 1, 1, 1, 2))
@@ -79,8 +82,8 @@ def driver_stream(rng: random.Random) -> bytes:
             parts.append(ipi.STATUS)
         elif what in (1, 2):
             batch = rng.choice((1, 1, 1, 2, 3))
-            natoms = 60 // batch + chance(rng, 2) if chance(rng, 25) else rng.choice((1, 2, 3))
-            text = init_text(rng, natoms, batch)
+            natoms = 60 // batch + chance(rng, 2) if chance(rng, 25) else rng.choice(sizes)
+            text = init_text(rng, natoms, batch, long=long)
             parts += [ipi.INIT, size_field(rng, 0), size_field(rng, len(text)), text]
         elif what < 9:
             count = size_field(rng, natoms)
@@ -99,7 +102,7 @@ def driver_stream(rng: random.Random) -> bytes:
     return b"".join(parts)
 
 
-def engine_stream(rng: random.Random, asked: list[str], natoms: int, batch: int) -> bytes:
+def engine_stream(rng: random.Random, asked: list[str], natoms: int, batch: int, *, long: bool = False) -> bytes:
     """What an engine might answer."""
     parts = []
     for request in asked:
@@ -120,7 +123,7 @@ def engine_stream(rng: random.Random, asked: list[str], natoms: int, batch: int)
             parts += [ipi.FORCEREADY, doubles(rng, batch), count, doubles(rng, 3 * natoms * batch)]
             parts.append(doubles(rng, 9 * batch))
             for _ in range(batch):
-                extras = b'{"backend":"x"}'[: rng.choice((0, 0, 5, 15))] * rng.choice((1, 1, 20))
+                extras = b'{"backend":"x"}'[: rng.choice((0, 0, 5, 15))] * rng.choice((1, 1, 10_000 if long else 20))
                 parts += [size_field(rng, len(extras)), extras]
     return b"".join(parts)
 
