@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 
 import rootstockd
-from rootstockd.control.limits import MAX_HEAD, BoundedBody, BoundedProtocol, invalid_request
+from rootstockd.control.limits import MAX_HEAD, REFUSALS, BoundedBody, BoundedProtocol, invalid_request
 from rootstockd.control.schema import CatalogueEntry, DaemonStatus, ModelStatus, SessionStatus, StopRequest
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def make_app(daemon: Daemon) -> FastAPI:
     """The control API of a daemon."""
-    app = FastAPI(title="rootstockd", version=rootstockd.__version__)
+    app = FastAPI(title="rootstockd", version=rootstockd.__version__, responses=REFUSALS)
     app.add_exception_handler(RequestValidationError, invalid_request)
 
     @app.get("/v1/status")

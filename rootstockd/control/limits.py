@@ -23,6 +23,12 @@ DEADLINE = 10.0
 
 Reason: TypeAlias = tuple[int, str]
 TOO_LARGE: Reason = (413, f"a request's body may have {MAX_BODY} bytes")
+REFUSALS: dict[int | str, dict[str, object]] = {
+    400: {"description": "The request can't be read."},
+    413: {"description": "Its body is too large."},
+    503: {"description": "Too many connections are open."},
+}
+"""What any request may be told, for the API's description."""
 TOO_MANY: Reason = (503, f"{MAX_CONNECTIONS} connections to the control socket are open already; try again")
 
 
