@@ -427,8 +427,7 @@ class EngineSide:
                 bead, size = _TWO_INTS.unpack((yield _TWO_INTS.size))
                 if checked_count(size, limits.init, "bytes of INIT") > STAGING_SIZE:
                     self._reserve(size)
-                text = bytes((yield size))
-                yield Init(bead, text)
+                yield Init(bead, bytes((yield size)))  # no name for the text: the generator would keep it
             elif word == EXIT:
                 yield Exit()
             else:

@@ -16,7 +16,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from rootstock_client import ipi
-from rootstock_client.errors import InvalidStructureError, LimitError, RootstockError
+from rootstock_client.errors import InvalidStructureError, LimitError, RootstockError, error_from_code
 from rootstockd.init_request import InitRequest, is_announced, parse_init
 from rootstockd.scheduler import Evaluation
 from rootstockd.supervisor import Client, Supervisor
@@ -208,6 +208,8 @@ class Session(asyncio.BufferedProtocol):
             self._release()
             self.request = None
             batch_size, preset = (request.batch_size, request.preset) if request else (1, False)
+            # as new: its traceback holds the text of the INIT
+            error = error_from_code(error.code, error.message, error.hint)
             self._ipi.refuse(error, batch_size, announced=(json or self._ipi.announced) and not preset)
             return
         if json:

@@ -77,8 +77,8 @@ class GoodSession:
 def throw(socket_path: Path, stream: bytes, cuts: Sequence[int], *, wait: bool) -> None:
     """One connection: the stream in pieces, and then gone, after its answers or at once."""
     with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(0.05)
         sock.connect(os.fspath(socket_path))
+        sock.settimeout(0.05)
         with contextlib.suppress(OSError):
             for start, end in zip([0, *sorted(cuts)], [*sorted(cuts), len(stream)], strict=True):
                 sock.sendall(stream[start:end])
