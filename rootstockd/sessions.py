@@ -300,8 +300,7 @@ class Session(asyncio.BufferedProtocol):
             log.warning("session %d of %s (pid %d) is closed: %s", self.id, self.user, self.pid, error)
         self._ipi.close()
         self._transport.write_eof()
-        # not close, which waits for a driver that does not read
-        asyncio.get_running_loop().call_later(LINGER, self._transport.abort)
+        asyncio.get_running_loop().call_later(LINGER, self._transport.close)
 
 
 def check_cells(cells: ipi.FloatArray, pbc: tuple[bool, bool, bool]) -> None:

@@ -178,18 +178,6 @@ def test_a_slow_reader_gets_all_of_it(daemon: RunningDaemon, good) -> None:
     assert data[:12] == data[reply : reply + 12] == ipi.FORCEREADY
 
 
-def test_one_that_is_closed_and_does_not_read_is_gone_soon(daemon: RunningDaemon, good) -> None:
-    """A last ERROR that does not fit its socket keeps neither the descriptor nor the session."""
-    with connect(daemon) as sock:
-        sock.sendall(system(1))
-        send_until_stuck(sock, ipi.STATUS * 1000, 64 * MB)
-        many_errors = ipi.init_frame(b"{") + ipi.GETFORCE * 5000 + b"GIVEFORCE   "
-        sock.settimeout(0.3)
-        with contextlib.suppress(OSError):
-            sock.sendall(many_errors)
-    live.settled(daemon.client(), 1)
-
-
 def long_init(size: int) -> bytes:
     return ipi.INIT + (0).to_bytes(4, "little") + size.to_bytes(4, "little") + b"{" + b" " * (size - 2)
 

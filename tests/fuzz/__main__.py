@@ -26,7 +26,6 @@ sys.path[:0] = [str(HERE), str(REPOSITORY)]
 
 import check  # noqa: E402
 import live  # noqa: E402
-
 from rootstock_client import driver_side, ipi, stream  # noqa: E402
 from rootstock_client.client import RootstockClient  # noqa: E402
 

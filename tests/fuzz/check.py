@@ -6,10 +6,10 @@ import random
 from collections.abc import Sequence
 
 import numpy as np
-import streams
-from sides import LIMITS, LONG, Outcome, play_driver, play_engine, read_driver, read_engine
 
+import streams
 from rootstock_client import ipi
+from sides import LIMITS, LONG, Outcome, play_driver, play_engine, read_driver, read_engine
 
 ONE_LONG_IN = 100
 """One of so many inputs has messages that are longer than the staging buffer."""

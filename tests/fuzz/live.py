@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import psutil
-import streams
 from ase.build import bulk
 from ase.calculators.emt import EMT
 
+import streams
 from rootstock_client import RootstockClient
 
 

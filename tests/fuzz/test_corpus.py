@@ -17,10 +17,10 @@ import socket
 from pathlib import Path
 
 import pytest
-from sides import Outcome, play_driver, play_engine, read_driver, read_engine
 
 from conftest import RunningDaemon
 from rootstock_client import ipi
+from sides import Outcome, play_driver, play_engine, read_driver, read_engine
 
 CORPUS = Path(__file__).resolve().parent.parent / "corpus"
 INDEX = json.loads((CORPUS / "index.json").read_text())

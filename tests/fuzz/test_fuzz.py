@@ -5,14 +5,14 @@ from __future__ import annotations
 import random
 
 import pytest
-import streams
-from check import random_input
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from sides import EnginePlayer, deliver, read_driver
 
+import streams
+from check import random_input
 from rootstock_client import ipi
+from sides import EnginePlayer, deliver, read_driver
 
 SEEDS = [streams.driver_stream(random.Random(seed)) for seed in range(20)]
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # cells whose volume is no double
