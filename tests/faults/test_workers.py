@@ -47,7 +47,8 @@ def start_hostile(start_daemon, tmp_path_factory) -> Iterator[Callable[..., Runn
             for name, (what, times) in at_loading.items():
                 options = f'{{ what = "{what}", times = {times}, counter = "{folder}/{number}-{name}" }}'
                 arguments = f'{{ calculator = "hostile:AtLoading", options = {options} }}'
-                entries.append(f'[{name}]\nfamily = "ase"\narguments = {arguments}\n')
+                # it keeps count in a file
+                entries.append(f'[{name}]\nfamily = "ase"\nconfine = false\narguments = {arguments}\n')
             catalogue, config = folder / f"{number}-catalogue.toml", folder / f"{number}-config.toml"
             catalogue.write_text("\n".join(entries))
             config.write_text(f"hang_timeout = {HANG_TIMEOUT}\nload_timeout = {LOAD_TIMEOUT}\n")
