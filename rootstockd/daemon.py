@@ -225,7 +225,10 @@ class Daemon:
             self.retired = [other for other in self.retired if other.clients] + [model]
             model = None
         if model is None or model.worth_replacing:
-            model = Supervisor(spec, device.environment, self.config.batch_budget)
+            config = self.config
+            model = Supervisor(
+                spec, config.worker_environment, config.batch_budget, config.hang_timeout, config.load_timeout
+            )
             self.fleet[key] = model
         return model
 

@@ -15,6 +15,7 @@ import ctypes
 import os
 import resource
 import signal
+import socket
 import struct
 import threading
 from pathlib import Path
@@ -32,12 +33,12 @@ _CAP_DAC_READ_SEARCH = 2
 _GPU_DEVICES = ("nvidia*", "nvhost*", "nvmap", "nvgpu", "dxg")
 
 
-def die_with_parent() -> None:
+def die_with_parent(channel: socket.socket) -> None:
     """Have the kernel kill this process when the daemon dies, even in the middle of a computation."""
-    parent = os.getppid()
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died just before
-        os._exit(1)
+    with contextlib.suppress(BlockingIOError):
+        if not channel.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):  # it died before
+            os._exit(1)
 
 
 def confine(folders: Sequence[str], *, gpu: bool) -> List[str]:

@@ -27,6 +27,10 @@ class EngineError(Exception):
         self.code, self.message, self.hint = code, message, hint
 
 
+class EngineBrokenError(Exception):
+    """An evaluation failed in a way after which the process can't be trusted; its cause says how. The worker ends."""
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """What to load: all that makes two workers give different numbers, and where."""
@@ -131,6 +135,7 @@ class Engine(Protocol):
 
         Raises:
             EngineError: this batch can't be evaluated. Any other exception counts as one without a hint.
+            EngineBrokenError: nor can any other.
         """
 
 

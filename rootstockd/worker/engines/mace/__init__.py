@@ -16,11 +16,20 @@ from typing import Any, Protocol
 import torch
 from ase.data import chemical_symbols
 
-from rootstockd.worker.engines import EngineError, EngineInfo, ModelSpec, Result, Task, read_weights
+from rootstockd.worker.engines import (
+    EngineBrokenError,
+    EngineError,
+    EngineInfo,
+    ModelSpec,
+    Result,
+    Task,
+    read_weights,
+)
 from rootstockd.worker.engines import System as Wanted
 from rootstockd.worker.engines.mace import checks
 from rootstockd.worker.engines.mace.radial import NotApplicableError
 from rootstockd.worker.engines.mace.reference import ReferenceBackend, System, mace
+from rootstockd.worker.failures import out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -114,12 +123,18 @@ class MaceEngine:
 
         Raises:
             MemoryError: the device has not enough for them.
+            EngineBrokenError: the device, or a library, is in disorder.
         """
         try:
             return self._evaluate(tasks)
-        except torch.OutOfMemoryError as error:
-            torch.cuda.empty_cache()
-            raise MemoryError(str(error).split(". ")[0]) from error
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                if "CUDA error" in str(error):  # from here on it answers everything with this error
+                    raise EngineBrokenError from error
+                raise
+            text = str(error)
+        torch.cuda.empty_cache()  # not before here, where what the failed pass had in its hands is free
+        raise MemoryError(text)
 
     def _evaluate(self, tasks: list[Task]) -> list[Result]:
         results: dict[int, Result] = {}
@@ -159,7 +174,13 @@ class MaceEngine:
                 whole = fast.evaluate([task])[0]
             trusted = difference.within(system.tolerance)
             why = f"{fast.name} differs from {self._reference.name} by {difference}"
+        except EngineBrokenError:
+            raise
         except Exception as error:  # the reference has answered
+            if out_of_memory(error):  # which says nothing of its numbers: they are compared next time
+                if whole is None:
+                    raise
+                return whole
             trusted, why = False, f"{fast.name}: {type(error).__name__}: {error}"
         self._trusted[system.check] = trusted
         if not trusted:
