@@ -311,27 +311,27 @@ def test_a_lock_file_that_is_none_is_left_alone_and_named(short, kind):
 def test_a_folder_is_made_for_its_owner_alone_to_write_to(short):
     old = os.umask(0)
     try:
-        make_runtime_dir(short / "a" / "b")
+        make_runtime_dir(short / "a" / "b", shared=False)
     finally:
         os.umask(old)
     assert stat.S_IMODE((short / "a" / "b").stat().st_mode) & 0o022 == 0
-    make_runtime_dir(short / "a" / "b")
+    make_runtime_dir(short / "a" / "b", shared=False)
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o1777, 0o770])
 def test_a_folder_that_others_may_write_to_is_refused(short, mode):
     short.chmod(mode)
     with pytest.raises(AddressError, match="they could stand in for the daemon"):
-        make_runtime_dir(short)
+        make_runtime_dir(short, shared=False)
     short.chmod(0o700)
-    make_runtime_dir(short)
+    make_runtime_dir(short, shared=False)
 
 
 @as_root
 def test_a_folder_of_somebody_else_is_refused(short):
     os.chown(short, 12345, -1)
     with pytest.raises(AddressError, match="belongs to somebody else"):
-        make_runtime_dir(short)
+        make_runtime_dir(short, shared=False)
 
 
 def test_a_link_to_a_folder_is_refused(short):
@@ -346,7 +346,7 @@ def test_a_folder_that_can_not_be_made(short):
     (short / "file").write_text("")
     for folder in (short / "file", short / "file" / "below"):
         with pytest.raises(AddressError, match=f"can't make the folder {folder}"):
-            make_runtime_dir(folder)
+            make_runtime_dir(folder, shared=False)
 
 
 # --- the claim on a GPU
