@@ -35,7 +35,7 @@ PATIENCE = 60.0
 
 @pytest.fixture(scope="module")
 def start_hostile(start_daemon, tmp_path_factory) -> Iterator[Callable[..., RunningDaemon]]:
-    """Start a daemon whose catalogue has calculators of `hostile`; models at loading as `name="what times"`."""
+    """Start a daemon whose catalogue has calculators of `hostile`; those `at_loading` count in a file, unconfined."""
     folder = tmp_path_factory.mktemp("hostile")
     with pytest.MonkeyPatch.context() as patch:
         path = [str(Path(hostile.__file__).parent), os.environ.get("PYTHONPATH", "")]
@@ -47,7 +47,7 @@ def start_hostile(start_daemon, tmp_path_factory) -> Iterator[Callable[..., Runn
             for name, (what, times) in at_loading.items():
                 options = f'{{ what = "{what}", times = {times}, counter = "{folder}/{number}-{name}" }}'
                 arguments = f'{{ calculator = "hostile:AtLoading", options = {options} }}'
-                entries.append(f'[{name}]\nfamily = "ase"\narguments = {arguments}\n')
+                entries.append(f'[{name}]\nfamily = "ase"\nconfine = false\narguments = {arguments}\n')
             catalogue, config = folder / f"{number}-catalogue.toml", folder / f"{number}-config.toml"
             catalogue.write_text("\n".join(entries))
             config.write_text(f"hang_timeout = {HANG_TIMEOUT}\nload_timeout = {LOAD_TIMEOUT}\n")
