@@ -148,12 +148,10 @@ def test_sessions_that_are_ever_new_do_not_starve_an_old_one():
     scheduler.submit(Evaluation("new", 10))
     served = []
     for number in range(200):
-        scheduler.submit(Evaluation(f"new {number}", 10))
         scheduler.next_batch()
         (done,) = scheduler.finished()
         served.append(done.owner)
-        if done.owner == "old":
-            scheduler.submit(Evaluation("old", 100))
+        scheduler.submit(Evaluation("old", 100) if done.owner == "old" else Evaluation(f"new {number}", 10))
     assert served.count("old") == pytest.approx(200 / 11, abs=2)
 
 
