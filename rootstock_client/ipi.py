@@ -278,6 +278,11 @@ class EngineSide:
         return self._state is _BUSY
 
     @property
+    def owes_answer(self) -> bool:
+        """The driver has sent a structure and not been given its result: it is under way, or not asked for yet."""
+        return self._state in (_BUSY, _HAVEDATA)
+
+    @property
     def full(self) -> bool:
         """There is no room for more bytes until events are taken: stop reading."""
         return self._reader.full

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from ase.data import atomic_numbers, chemical_symbols
 
 from rootstock_client import ipi
-from rootstock_client.errors import DrainingError, LimitError, UnknownElementError
+from rootstock_client.errors import DaemonFullError, DrainingError, UnknownElementError
 from rootstockd.config import Config
 from rootstockd.control.api import ControlServer
 from rootstockd.init_request import InitRequest
@@ -111,16 +111,22 @@ class Daemon:
         return server
 
     async def _drain(self, server: asyncio.Server) -> None:
-        """Take no new connections and no new evaluations; let those under way end."""
+        """Take no new evaluations; let those under way end, and their drivers fetch the results.
+
+        The door stays open meanwhile: whoever comes is told that the daemon is stopping, and may wait for the next.
+        """
         self.state = "draining"
-        server.close()
         log.info("draining: %d sessions", len(self.sessions))
+        fetched_by = time.monotonic() + LINGER
         deadline = time.monotonic() + self.config.drain_timeout
-        while not self._force.is_set() and time.monotonic() < deadline:
-            if not any(session.state == "busy" for session in self.sessions):
+        while not self._force.is_set() and (now := time.monotonic()) < deadline:
+            if any(session.state == "busy" for session in self.sessions):
+                fetched_by = now + LINGER
+            elif now > fetched_by or not any(session.owes_answer for session in self.sessions):
                 break
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._force.wait(), 0.02)
+        server.close()
         for session in list(self.sessions):
             session.end(stopping_error())
         with contextlib.suppress(asyncio.TimeoutError):
@@ -149,10 +155,10 @@ class Daemon:
         """Count a session in.
 
         Raises:
-            LimitError: there are too many.
+            DaemonFullError: there are too many.
         """
         if len(self.sessions) >= self.config.max_sessions:
-            raise LimitError(
+            raise DaemonFullError(
                 f"this daemon has its {self.config.max_sessions} sessions already.", "Try again when one has ended."
             )
         self.sessions.add(session)

@@ -15,7 +15,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from rootstock_client import ipi
-from rootstock_client.errors import InvalidStructureError, LimitError, ProtocolError, RootstockError
+from rootstock_client.errors import DrainingError, InvalidStructureError, LimitError, ProtocolError, RootstockError
 from rootstockd.init_request import InitRequest, is_announced, parse_init
 from rootstockd.scheduler import Evaluation
 from rootstockd.supervisor import Client, Supervisor
@@ -100,6 +100,11 @@ class Session(asyncio.BufferedProtocol):
         if self._evaluation is not None:
             return "busy"
         return "idle" if self.request is not None else "new"
+
+    @property
+    def owes_answer(self) -> bool:
+        """Its driver waits for a result, or has yet to fetch one, or all of it."""
+        return not self._closing and (self._ipi.owes_answer or self._writing_paused)
 
     # --- the transport's side
 
@@ -270,7 +275,9 @@ class Session(asyncio.BufferedProtocol):
             log.warning("session %d of %s (pid %d) is closed: %s", self.id, self.user, self.pid, error)
         self._ipi.close()
         self._transport.write_eof()
-        asyncio.get_running_loop().call_later(LINGER, self._transport.close)
+        # a driver of ours repeats the step that it may just be sending; others would choke on a socket closed at once
+        linger = 0.0 if self._ipi.announced and isinstance(error, DrainingError) else LINGER
+        asyncio.get_running_loop().call_later(linger, self._transport.close)
 
 
 def check_cells(cells: ipi.FloatArray, pbc: tuple[bool, bool, bool]) -> None:
