@@ -89,6 +89,7 @@ class Jobs:
         self._start()
 
     def _start(self) -> None:
+        self._ready = threading.Event()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.chaos_jobs", json.dumps(self._task)],
             stdin=subprocess.PIPE,
@@ -104,14 +105,25 @@ class Jobs:
     def _listen(self, process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None
         for line in process.stdout:
-            if line.endswith("\n"):  # one that was killed may have said half of it
-                self._tally.told(json.loads(line))
+            if not line.endswith("\n"):  # one that was killed may have said half of it
+                continue
+            words = json.loads(line)
+            if "ready" in words:
+                self._ready.set()
+            else:
+                self._tally.told(words)
 
     def kill(self) -> None:
         """End it in the middle of whatever it does, and start another."""
         self._process.kill()
         self._clear()
         self._start()
+        self.wait_until_ready()
+
+    def wait_until_ready(self) -> None:
+        """Until all its sessions are open: where there is no daemon, a job that never had one may fail."""
+        if not self._ready.wait(60):
+            raise RuntimeError("jobs did not open their sessions within 60 s")
 
     def end(self, deadline: float) -> bool:
         """Have it finish its rounds; whether it did, and ended well."""
@@ -255,6 +267,8 @@ def run(seconds: float, seed: int, log: Path) -> dict[str, Any]:
                 jobs = [
                     Jobs({**task, "sessions": sessions[part::PROCESSES]}, tally, words) for part in range(PROCESSES)
                 ]
+                for job in jobs:
+                    job.wait_until_ready()
                 victim = chaos_faults.Victim(daemon, rng, lambda: rng.choice(jobs).kill())
                 try:
                     faults, wrong = disturb(victim, time.monotonic() + seconds, write)

@@ -78,6 +78,12 @@ class Session:
         with self._client.calculator(self.model, exact=True) as calculator:
             np.savez(self.file, **self.trajectory(calculator))
 
+    def begin(self) -> None:
+        """Open the session: a job that has none yet may fail where there is no daemon just then."""
+        atoms = bulk("Cu", cubic=True)
+        atoms.calc = self._calculator
+        atoms.get_potential_energy()
+
     def play(self) -> float | None:
         """One round, compared; how far off it was where that is too far."""
         with np.load(self.file) as reference:
@@ -131,6 +137,9 @@ def main() -> None:
         for session in sessions:
             session.reference()
         return
+    for session in sessions:
+        session.begin()
+    say(ready=True)
     before = descriptors()
     enough = threading.Event()
     threads = [threading.Thread(target=session.run, args=(enough,)) for session in sessions]
@@ -140,7 +149,7 @@ def main() -> None:
     enough.set()
     for thread in threads:
         thread.join()
-    say(descriptors_left=descriptors() - before)
+    say(descriptors_left=descriptors() + len(sessions) - before)  # they were open then
 
 
 if __name__ == "__main__":

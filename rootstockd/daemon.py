@@ -58,6 +58,7 @@ class Daemon:
         self.state = "starting"
         self.since = time.time()
         self._preload = [self.catalogue.resolve(name) for name in config.models]
+        self._replaced = False
         self._stop = asyncio.Event()
         self._force = asyncio.Event()
         self._all_gone = asyncio.Event()
@@ -74,7 +75,8 @@ class Daemon:
         with contextlib.ExitStack() as ours:
             ours.enter_context(lock(self.config.lock))
             control = ControlServer(self, ours.enter_context(listen(self.config.control, 0o600)))
-            sessions = ours.enter_context(listen(self.config.socket, 0o666 if self.config.shared else 0o600))
+            mode = 0o666 if self.config.shared else 0o600
+            sessions = ours.enter_context(listen(self.config.socket, mode, lambda: self._replaced))
             self._watch_signals()
             control_task = asyncio.create_task(control.run_until_stopped(), name="control")
             try:
@@ -88,8 +90,9 @@ class Daemon:
                 await control_task
         log.info("stopped")
 
-    def stop(self, *, force: bool = False) -> None:
-        """Begin to drain; asked twice, or with `force`, wait for nothing."""
+    def stop(self, *, force: bool = False, replaced: bool = False) -> None:
+        """Begin to drain; asked twice, or with `force`, wait for nothing. When `replaced`, leave the address."""
+        self._replaced |= replaced
         if force or self._stop.is_set():
             self._force.set()
         self._stop.set()

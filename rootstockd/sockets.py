@@ -7,7 +7,7 @@ import fcntl
 import os
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rootstock_client.runtime_dir import MAX_SOCKET_PATH, SYSTEM_DIR, is_private
@@ -70,8 +70,8 @@ def lock(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def listen(path: Path, mode: int) -> Iterator[socket.socket]:
-    """Listen on a Unix socket at `path`, whose lock must be ours already; the path goes with it.
+def listen(path: Path, mode: int, keep: Callable[[], bool] = lambda: False) -> Iterator[socket.socket]:
+    """Listen on a Unix socket at `path`, whose lock must be ours already; the path goes with it unless we `keep` it.
 
     A socket of ours that nobody listens on is what a daemon that died left behind, and is replaced. Anything else is
     left alone.
@@ -93,7 +93,8 @@ def listen(path: Path, mode: int) -> Iterator[socket.socket]:
             sock.listen(1024)
             yield sock
         finally:
-            _remove(path, ours)
+            if not keep():
+                _remove(path, ours)
 
 
 def _remove(path: Path, ours: os.stat_result) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from leaks import no_leaks
+from leaks import no_leaks, pytest_runtest_makereport
 from rootstock_client import RootstockClient
 from rootstockd.devices import gpu_names
 
@@ -24,7 +24,7 @@ from rootstockd.devices import gpu_names
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["ROOTSTOCKD_PATIENCE"] = "60"  # a test that waits for a daemon that nobody starts should say so
 
-__all__ = ["no_leaks"]  # found here by pytest
+__all__ = ["no_leaks", "pytest_runtest_makereport"]  # found here by pytest
 
 MARK = "ROOTSTOCKD_TEST_DAEMON"
 """A variable that a daemon and its workers are started with: the daemon's folder."""

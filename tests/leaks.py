@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +104,23 @@ def what_stays(before: Counter[str], daemon: Any = None, grace: float = GRACE) -
     return []
 
 
+_failed = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    item.stash[_failed] = item.stash.get(_failed, False) or report.failed
+    return report
+
+
 @pytest.fixture(autouse=True)
 def no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
     """A test that keeps what it took fails."""
     daemon = request.getfixturevalue("daemon") if "daemon" in request.fixturenames else None
     before = held(daemon)
     yield
-    if request.node.get_closest_marker("may_leak") is None and (leaked := what_stays(before, daemon)):
+    if request.node.stash.get(_failed, False) or request.node.get_closest_marker("may_leak") is not None:
+        return  # what failed is held by its traceback
+    if leaked := what_stays(before, daemon):
         pytest.fail("this test leaks:\n  " + "\n  ".join(leaked), pytrace=False)

@@ -116,7 +116,7 @@ def restart(socket: Path | None) -> None:
         config = fetch_status(address).config
         with daemon_process(address) as process:
             with contextlib.suppress(ConnectionLostError):  # it was on its way down already
-                request(address, "POST", "/v1/stop")
+                request(address, "POST", "/v1/stop", {"replaced": True})
             launch(config, after=process)
     except RootstockError as error:
         raise Refused(error) from error

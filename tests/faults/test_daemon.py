@@ -131,6 +131,7 @@ def end_jobs() -> Iterator[list[Job]]:
     yield jobs
     for job in jobs:
         job.end()
+    jobs.clear()
 
 
 @pytest.mark.parametrize("fate", FATES)
