@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import numpy.random  # here and now: another user may not be able to read it
 import uvloop
 
 from rootstock_client import ipi
@@ -38,7 +39,9 @@ def messages(natoms: int, model: str) -> tuple[bytes, bytes, int]:
     rng = np.random.default_rng(1)
     side = 3.6 * np.ceil((natoms / 4) ** (1 / 3)) / BOHR
     cell = np.eye(3) * side
-    positions = rng.uniform(0, side, (natoms, 3))
+    edge = int(np.ceil(natoms ** (1 / 3)))
+    grid = np.stack(np.meshgrid(*[np.arange(edge)] * 3), axis=-1).reshape(-1, 3)[:natoms]
+    positions = (grid + rng.uniform(-0.1, 0.1, (natoms, 3))) * side / edge  # no two on top of each other
     fields = {"rootstock": 1, "model": model, "numbers": [29] * natoms, "pbc": [True] * 3, "want": ["energy", "forces"]}
     request = ipi.posdata_head(cell, np.linalg.inv(cell), natoms) + positions.tobytes() + ipi.GETFORCE
     return ipi.init_frame(json.dumps(fields).encode()), request, NOTHING_EXTRA + 24 * natoms
@@ -110,7 +113,10 @@ class EchoServer(asyncio.BufferedProtocol):
 
 
 class Load:
-    """The sessions. Options: socket, model (empty for the echo server)."""
+    """The sessions. Options: socket, model (empty for the echo server), uid and gid of another user to be.
+
+    The model must say nothing extra.
+    """
 
     def __init__(self, options: dict[str, Any]) -> None:
         self._path, self._model = options["socket"], options["model"]
@@ -133,7 +139,7 @@ class Load:
     async def _connect(self, idle: int, active: int, natoms: int) -> dict[str, Any]:
         init, request, reply = messages(natoms, self._model)
         if self._model:
-            self._check(init, natoms)
+            self._check(init, request, natoms)
         buffer = bytearray(reply)
         for _ in range(idle + active):
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -147,12 +153,12 @@ class Load:
         self._active = self._jobs[-active:]
         return {"reply": reply}
 
-    def _check(self, init: bytes, natoms: int) -> None:
+    def _check(self, init: bytes, request: bytes, natoms: int) -> None:
         """That an answer is as long as we think."""
         connection = Connection(Path(self._path))
-        zeros = np.zeros((natoms, 3))
-        head = ipi.posdata_head(np.eye(3), np.eye(3), natoms)
-        answer = connection.evaluate(init[20:], head, np.arange(3.0 * natoms).reshape(natoms, 3), zeros)
+        head = len(request) - len(ipi.GETFORCE) - 24 * natoms
+        positions = np.frombuffer(request, "<f8", 3 * natoms, head).reshape(natoms, 3)
+        answer = connection.evaluate(init[20:], request[:head], positions, np.zeros((natoms, 3)))
         assert answer.extras == [b""]
         connection.close()
 
@@ -180,5 +186,9 @@ async def drive(options: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     chosen = json.loads(sys.argv[1])
+    if "uid" in chosen:
+        os.setgroups([])
+        os.setgid(chosen["gid"])
+        os.setuid(chosen["uid"])
     # only the server is told the size in advance
     uvloop.run(serve_echo(chosen) if "natoms" in chosen else drive(chosen))

@@ -143,6 +143,8 @@ def request(
         ) from error
     finally:
         connection.close()
+    if response.status in (http.client.FORBIDDEN, http.client.CONFLICT):
+        raise RootstockError.from_json(answer)
     if response.status >= http.client.BAD_REQUEST:
         text = answer[:500].decode(errors="replace")
         raise RootstockError(f"rootstockd refused {method} {path}: {response.status} {response.reason} {text}")

@@ -12,6 +12,7 @@ import numpy as np
 from rootstock_client import ipi
 from rootstock_client.driver_side import DriverSide
 from rootstock_client.errors import (
+    AccessDeniedError,
     ConnectionLostError,
     DaemonFullError,
     DaemonNotFoundError,
@@ -44,11 +45,18 @@ def connect(path: Path, timeout: float | None = None) -> socket.socket:
     Raises:
         DaemonNotFoundError: nobody answers there.
         TimeoutError: somebody is there and takes no connection.
+        AccessDeniedError: the socket is not open to this user.
     """
     sock = _Socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         sock.settimeout(timeout)
         sock.connect(os.fspath(path))
+    except PermissionError as error:
+        sock.close()
+        raise AccessDeniedError(
+            f"the socket {path} is not open to you.",
+            "Use a daemon of your own, or ask whoever runs this one to put you into its access.socket_group.",
+        ) from error
     except OSError as error:
         sock.close()
         if isinstance(error, (TimeoutError, BlockingIOError)):  # with a timeout a full queue is EAGAIN, at once

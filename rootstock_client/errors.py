@@ -121,6 +121,12 @@ class DrainingError(RootstockError):
     code = "draining"
 
 
+class AccessDeniedError(RootstockError, PermissionError):
+    """The daemon's configuration does not let this user do that."""
+
+    code = "access-denied"
+
+
 class LimitError(RootstockError):
     """More than the daemon's configuration allows."""
 

@@ -16,7 +16,7 @@ GPU_BATCH_ATOMS = 16_384
 class Device(BaseModel):
     """Where a model computes."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["cpu", "cuda"]
     index: int = 0
@@ -31,11 +31,60 @@ class Device(BaseModel):
         return {"CUDA_VISIBLE_DEVICES": "" if self.kind == "cpu" else str(self.index)}
 
 
+class Access(BaseModel):
+    """Who may do what, by login and group name. A daemon in a private folder needs none of this."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    users: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()
+    """Who may have structures evaluated. With neither users nor groups it is whoever can open the socket."""
+    admins: tuple[str, ...] = ()
+    """Who, beside root and the daemon's own user, may stop and reload it and see what others do."""
+    socket_group: str | None = None
+    """A group that both sockets are given to, with mode 0660. Without one the session socket is open to all users of
+    the machine, if others may use the daemon at all, and the control socket to the daemon's own user."""
+
+    @property
+    def restricted(self) -> bool:
+        """Whether only some may use the daemon."""
+        return bool(self.users or self.groups)
+
+
+class Quota(BaseModel):
+    """What one user may have."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sessions: int = Field(default=2_000, ge=0)
+    queued: int | None = Field(default=None, ge=0)
+    """Evaluations that wait or run at once; None for one in each session."""
+    atoms: int = Field(default=20_000_000, ge=0)
+    """Atoms in all sessions together; each takes about 80 bytes."""
+    share: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """How much of a model's time the user gets where several want it, relative to others."""
+
+
+class OwnQuota(BaseModel):
+    """What differs for one user from what others may have."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sessions: int | None = Field(default=None, ge=0)
+    queued: int | None = Field(default=None, ge=0)
+    atoms: int | None = Field(default=None, ge=0)
+    share: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+
+
 class Config(BaseModel):
     """A daemon's settings."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    file: Path | None = None
+    """Where these settings come from, but for those in `flags`."""
+    flags: tuple[str, ...] = ()
+    """What the command line said."""
     socket: Path
     """The session socket; the control socket and the lock lie beside it."""
     device: Device
@@ -46,6 +95,13 @@ class Config(BaseModel):
     max_atoms: int = Field(default=1_000_000, ge=1)
     """Atoms in one message of one session."""
     max_sessions: int = Field(default=10_000, ge=1)
+    total_atoms: int = Field(default=50_000_000, ge=1)
+    """Atoms in all sessions together."""
+    access: Access = Access()
+    limits: Quota = Quota()
+    """What each user may have."""
+    users: dict[str, OwnQuota] = Field(default_factory=dict)
+    """Exceptions to `limits`, by login name."""
     batch_atoms: int | None = Field(default=None, ge=1)
     """Atoms in one forward pass over several sessions' structures."""
     log_file: Path | None = None
@@ -65,8 +121,13 @@ class Config(BaseModel):
 
     @property
     def shared(self) -> bool:
-        """Whether this is the system's daemon, which every user of the machine may use."""
-        return self.socket.parent == SYSTEM_DIR
+        """Whether others than the daemon's own user may reach it: the system's daemon, or one with lists of them."""
+        return self.socket.parent == SYSTEM_DIR or self.access.restricted or self.access.socket_group is not None
+
+    def quota(self, user: str) -> Quota:
+        """What a user may have."""
+        own = self.users.get(user)
+        return self.limits.model_copy(update=own.model_dump(exclude_none=True)) if own else self.limits
 
     @property
     def batch_budget(self) -> int:

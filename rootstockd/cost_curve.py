@@ -11,6 +11,9 @@ ENOUGH = 3
 PATIENCE = 300
 """Batches after which all is learnt anew: whatever else used the device may be gone, and structures may be others."""
 
+UNKNOWN = 1e-4
+"""Seconds an atom until the first batch is done."""
+
 
 class CostCurve:
     """Seconds an atom, by powers of two of the atoms in a batch."""
@@ -33,6 +36,14 @@ class CostCurve:
         self._rates[size] = known + (FASTER if rate < known else SLOWER) * (rate - known)
         self._counts[size] = self._counts.get(size, 0) + 1
         self._find_limit()
+
+    def seconds(self, atoms: int) -> float:
+        """What a batch of so many atoms probably costs; as for the nearest smaller size where none was that large."""
+        rates, size = self._rates, atoms.bit_length()
+        if (rate := rates.get(size)) is None:
+            below = [known for known in rates if known < size]
+            rate = rates[max(below) if below else min(rates)] if rates else UNKNOWN
+        return rate * atoms
 
     def _find_limit(self) -> None:
         cheapest = float("inf")

@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from ase.data import atomic_numbers, chemical_symbols
 
 from rootstock_client import ipi
-from rootstock_client.errors import DaemonFullError, DrainingError, UnknownElementError
+from rootstock_client.errors import DrainingError, UnknownElementError
+from rootstockd.accounts import Accounts
 from rootstockd.config import Config
+from rootstockd.config_file import RELOADED, ConfigError, read_again
 from rootstockd.control.api import ControlServer
 from rootstockd.init_request import InitRequest
-from rootstockd.models.catalogue import Catalogue, Entry
+from rootstockd.models.catalogue import Catalogue, CatalogueError, Entry
 from rootstockd.sessions import LINGER, Session
 from rootstockd.sockets import listen, lock, make_runtime_dir
 from rootstockd.supervisor import Supervisor
@@ -54,6 +56,9 @@ class Daemon:
         # atomic numbers take up to four bytes each; the rest of an INIT is short
         self.limits = ipi.Limits(atoms=config.max_atoms, init=64 * 1024 + 5 * config.max_atoms)
         self.fleet: dict[WorkerKey, Supervisor] = {}
+        self.accounts = Accounts(config)
+        self.retired: list[Supervisor] = []
+        """What the catalogue had before it was changed, while sessions still use it."""
         self.sessions: set[Session] = set()
         self.state = "starting"
         self.since = time.time()
@@ -70,13 +75,15 @@ class Daemon:
         Raises:
             AddressError: the sockets can't be had.
         """
-        make_runtime_dir(self.config.socket.parent)
+        make_runtime_dir(self.config.socket.parent, shared=self.config.shared)
         allow_many_descriptors()
         with contextlib.ExitStack() as ours:
             ours.enter_context(lock(self.config.lock))
-            control = ControlServer(self, ours.enter_context(listen(self.config.control, 0o600)))
-            mode = 0o666 if self.config.shared else 0o600
-            sessions = ours.enter_context(listen(self.config.socket, mode, lambda: self._replaced))
+            group = self.config.access.socket_group
+            mode = 0o600 if group is None else 0o660
+            control = ControlServer(self, ours.enter_context(listen(self.config.control, mode, group)))
+            mode = 0o666 if self.config.shared and group is None else mode
+            sessions = ours.enter_context(listen(self.config.socket, mode, group, keep=lambda: self._replaced))
             self._watch_signals()
             control_task = asyncio.create_task(control.run_until_stopped(), name="control")
             try:
@@ -96,6 +103,33 @@ class Daemon:
         if force or self._stop.is_set():
             self._force.set()
         self._stop.set()
+
+    def reload(self) -> list[str]:
+        """Read the configuration and the catalogues again; nothing is dropped that is there.
+
+        Returns:
+            The settings that have changed and need a restart.
+
+        Raises:
+            ConfigError, CatalogueError: something in them is wrong; all stays as it is.
+        """
+        fresh = read_again(self.config)
+        catalogue = Catalogue.load(fresh.catalogues)
+        changed = {name for name in Config.model_fields if getattr(fresh, name) != getattr(self.config, name)}
+        self.config = self.config.model_copy(update={name: getattr(fresh, name) for name in changed & RELOADED})
+        self.catalogue = catalogue
+        self.accounts.apply(self.config)
+        restart_needed = sorted(changed - RELOADED)
+        for name in restart_needed:
+            log.warning("%s has changed and takes effect with the next restart", name)
+        log.info("reloaded")
+        return restart_needed
+
+    def _on_hangup(self) -> None:
+        try:
+            self.reload()
+        except (ConfigError, CatalogueError) as error:
+            log.error("not reloaded, all stays as it is: %s", error)  # noqa: TRY400 - its trace says nothing
 
     # --- the four parts of its life
 
@@ -136,12 +170,13 @@ class Daemon:
             await asyncio.wait_for(self._all_gone.wait(), LINGER)
 
     async def _end_workers(self) -> None:
-        await asyncio.gather(*(model.stop(stopping_error()) for model in self.fleet.values()))
+        await asyncio.gather(*(model.stop(stopping_error()) for model in [*self.fleet.values(), *self.retired]))
 
     def _watch_signals(self) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop)
+        loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
 
     # --- what sessions need
 
@@ -155,20 +190,12 @@ class Daemon:
             raise stopping_error()
 
     def session_opened(self, session: Session) -> None:
-        """Count a session in.
-
-        Raises:
-            DaemonFullError: there are too many.
-        """
-        if len(self.sessions) >= self.config.max_sessions:
-            raise DaemonFullError(
-                f"this daemon has its {self.config.max_sessions} sessions already.", "Try again when one has ended."
-            )
+        """A session has come."""
         self.sessions.add(session)
         self._all_gone.clear()
 
     def session_closed(self, session: Session) -> None:
-        """Count a session out."""
+        """A session has gone."""
         self.sessions.discard(session)
         if not self.sessions:
             self._all_gone.set()
@@ -193,11 +220,14 @@ class Daemon:
         return model
 
     def _supervisor(self, name: str, entry: Entry, dtype: str) -> Supervisor:
-        key = WorkerKey(name, dtype)
+        key, device = WorkerKey(name, dtype), self.config.device
+        spec = ModelSpec(name, entry.family, device.kind, dtype, str(entry.weights or ""), entry.arguments)
         model = self.fleet.get(key)
+        if model is not None and model.spec != spec:  # the catalogue has been changed since
+            model.retire()
+            self.retired = [other for other in self.retired if other.clients] + [model]
+            model = None
         if model is None or model.worth_replacing:
-            device = self.config.device
-            spec = ModelSpec(name, entry.family, device.kind, dtype, str(entry.weights or ""), entry.arguments)
             model = Supervisor(spec, device.environment, self.config.batch_budget)
             self.fleet[key] = model
         return model

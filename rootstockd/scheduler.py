@@ -1,13 +1,21 @@
 """What one worker does next: evaluations in, batches out. No sockets and no clock, so that tests walk every path.
 
 Batch what is waiting, never wait for a batch: while the worker is busy evaluations pile up, and its next pass takes
-all that fit the budget, in the order in which they came. A session has at most one evaluation here, so first come,
-first served is fair between sessions. The budget shrinks where larger batches turn out to be slower than their parts
-(`CostCurve`), and where they did not fit the device's memory (`back_off`).
+all that fit the budget. The budget shrinks where larger batches turn out to be slower than their parts (`CostCurve`),
+and where they did not fit the device's memory (`back_off`).
+
+Who goes first is decided by start-time fair queueing (Goyal, Vin, Cheng, SIGCOMM 1996), between users by the seconds
+that their evaluations cost over their shares, and between one user's sessions by atoms. Where several users want the
+worker, a batch takes no longer than the turn of anybody who waits for others in it: the time of their own evaluation
+times the sum of all shares over theirs. So a step takes at most twice as long as on a device of their share's speed:
+once for the batch under way, once for its own.
 """
 
 from __future__ import annotations
 
+import heapq
+import itertools
+import math
 from collections import deque
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -18,6 +26,8 @@ Owner = TypeVar("Owner")
 
 MAX_ATTEMPTS = 2
 """An evaluation under which this many workers died is given up."""
+STILL_HERE = 4
+"""Batches after a user's last evaluation in which more of them are expected: a driver computes, too."""
 
 
 @dataclass(eq=False, slots=True)
@@ -25,16 +35,71 @@ class Evaluation(Generic[Owner]):
     """One session's structures on their way to a result.
 
     Args:
-        owner: whoever is told how it ended.
+        owner: whoever is told how it ended: a session.
         atoms: how large it is.
+        user: whose it is.
+        share: how much of the worker that user gets, relative to others.
     """
 
     owner: Owner
     atoms: int
+    user: int = 0
+    share: float = 1.0
     attempts: int = 0
     """How many workers died under it."""
     withdrawn: bool = False
     """Nobody wants its result any more."""
+
+
+class _User(Generic[Owner]):
+    """One user's queue. Of the virtual times, `start` is where the user's next evaluation starts."""
+
+    __slots__ = ("_prune_at", "atoms", "last", "now", "queue", "sessions", "share", "start", "uid")
+
+    def __init__(self, uid: int, start: float) -> None:
+        self.uid, self.start = uid, start
+        self.share = 1.0
+        self._prune_at = 16
+        self.queue: list[tuple[float, int, Evaluation[Owner]]] = []
+        self.sessions: dict[Owner, float] = {}
+        """Where each session's next evaluation starts, among the user's own; only those ahead of `now`."""
+        self.now = 0.0
+        self.atoms = 0
+        """Of the latest evaluation."""
+        self.last = 0
+        """The batch that it was in."""
+
+    def push(self, evaluation: Evaluation[Owner], number: int) -> None:
+        self.share, self.atoms = evaluation.share, evaluation.atoms
+        start = max(self.now, self.sessions.get(evaluation.owner, 0.0))
+        heapq.heappush(self.queue, (start, number, evaluation))
+
+    def pop(self) -> Evaluation[Owner]:
+        self.now, _, evaluation = heapq.heappop(self.queue)
+        self.sessions[evaluation.owner] = self.now + evaluation.atoms
+        if len(self.sessions) > self._prune_at:
+            self.sessions = {owner: start for owner, start in self.sessions.items() if start > self.now}
+            self._prune_at = 2 * len(self.sessions) + 16
+        return evaluation
+
+
+class _Turns:
+    """How long a batch may take, by whose evaluations are in it.
+
+    Args:
+        turns: the turn of each user who wants the worker, in seconds, by uid.
+    """
+
+    def __init__(self, turns: dict[int, float]) -> None:
+        self._all, self._shortest = min((seconds, uid) for uid, seconds in turns.items())
+        self._others = min((seconds for uid, seconds in turns.items() if uid != self._shortest), default=math.inf)
+        self._in_it: set[int] = set()
+
+    def allow(self, uid: int, seconds: float) -> bool:
+        """Whether the batch may take so long with this user's evaluation in it. Nobody waits for themselves."""
+        self._in_it.add(uid)
+        alone = len(self._in_it) == 1 and uid == self._shortest
+        return seconds <= (self._others if alone else self._all)
 
 
 class Scheduler(Generic[Owner]):
@@ -47,8 +112,16 @@ class Scheduler(Generic[Owner]):
     def __init__(self, batch_atoms: int) -> None:
         self.batch_atoms = batch_atoms
         self.costs = CostCurve()
-        self.waiting: deque[Evaluation[Owner]] = deque()
         self.running: list[Evaluation[Owner]] = []
+        self.waiting = 0
+        """How many evaluations."""
+        self._again: deque[Evaluation[Owner]] = deque()
+        """Those under which a worker died: they go first, and alone."""
+        self._users: dict[int, _User[Owner]] = {}
+        self._now = 0.0
+        """Virtual time: the start of the latest evaluation that was dispatched."""
+        self._batches = 0
+        self._numbers = itertools.count()
 
     @property
     def budget(self) -> int:
@@ -58,13 +131,25 @@ class Scheduler(Generic[Owner]):
 
     def submit(self, evaluation: Evaluation[Owner]) -> None:
         """Queue an evaluation."""
-        self.waiting.append(evaluation)
+        self.waiting += 1
+        user = self._users.get(evaluation.user)
+        if user is None:
+            user = self._users[evaluation.user] = _User(evaluation.user, self._now)
+        elif not user.queue and user.start < self._now:
+            user.start = self._now  # nobody saves up time by not using it
+        user.push(evaluation, next(self._numbers))
 
     def withdraw(self, evaluation: Evaluation[Owner]) -> None:
         """Forget an evaluation. One that runs can't be stopped, but it is not repeated."""
         evaluation.withdrawn = True
-        if evaluation in self.waiting:
-            self.waiting.remove(evaluation)
+        user = self._users.get(evaluation.user)
+        if user and any(entry[2] is evaluation for entry in user.queue):
+            user.queue = [entry for entry in user.queue if entry[2] is not evaluation]
+            heapq.heapify(user.queue)
+            self.waiting -= 1
+        elif evaluation in self._again:
+            self._again.remove(evaluation)
+            self.waiting -= 1
 
     def next_batch(self) -> list[Evaluation[Owner]]:
         """What the idle worker shall do now; empty while it is busy or when nothing waits.
@@ -73,16 +158,51 @@ class Scheduler(Generic[Owner]):
         """
         if self.running or not self.waiting:
             return []
-        batch, atoms = [self.waiting.popleft()], 0
-        budget = self.budget
-        while self.waiting and not batch[0].attempts:
-            atoms += batch[-1].atoms
-            following = self.waiting[0]
-            if following.attempts or atoms + following.atoms > budget:
+        self._batches += 1
+        if self._again:
+            self.running = [self._again.popleft()]
+        else:
+            self.running = self._fill()
+        self.waiting -= len(self.running)
+        return self.running
+
+    def _fill(self) -> list[Evaluation[Owner]]:
+        """A batch, in fair order; what does not fit is not overtaken."""
+        budget, costs, users = self.budget, self.costs, self._users
+        turns = _Turns(self._turns()) if len(users) > 1 else None
+        user = self._next_user()
+        batch: list[Evaluation[Owner]] = []
+        atoms = 0
+        while user.queue:
+            following = user.queue[0][2].atoms
+            atoms += following
+            if batch and atoms > budget:
                 break
-            batch.append(self.waiting.popleft())
-        self.running = batch
+            if turns is not None:
+                fits = turns.allow(user.uid, costs.seconds(atoms))
+                if batch and not fits:
+                    break
+                self._now = user.start
+                user.start += costs.seconds(following) / user.share
+            user.last = self._batches
+            batch.append(user.pop())
+            if turns is not None:
+                user = self._next_user()
         return batch
+
+    def _next_user(self) -> _User[Owner]:
+        """Whose turn it is: of those who wait, whoever had least. If nobody does, it is anybody."""
+        users = self._users.values()
+        if len(users) == 1:  # as it mostly is
+            return next(iter(users))
+        return min(users, key=lambda user: (not user.queue, user.start))
+
+    def _turns(self) -> dict[int, float]:
+        """The turns of those who want the worker, and forget those who don't and have had no more than others."""
+        wanting = [user for user in self._users.values() if user.queue or self._batches - user.last <= STILL_HERE]
+        self._users = {uid: user for uid, user in self._users.items() if user in wanting or user.start > self._now}
+        shares = sum(user.share for user in wanting)
+        return {user.uid: self.costs.seconds(user.atoms) * shares / user.share for user in wanting}
 
     def finished(self, seconds: float | None = None) -> list[Evaluation[Owner]]:
         """The worker is done with its batch, which is returned.
@@ -104,11 +224,17 @@ class Scheduler(Generic[Owner]):
         batch = [evaluation for evaluation in self.finished() if not evaluation.withdrawn]
         for evaluation in batch:
             evaluation.attempts += 1
-        self.waiting.extendleft(reversed([e for e in batch if e.attempts < MAX_ATTEMPTS]))
+        again = [e for e in batch if e.attempts < MAX_ATTEMPTS]
+        self._again.extendleft(reversed(again))
+        self.waiting += len(again)
         return [e for e in batch if e.attempts >= MAX_ATTEMPTS]
 
     def clear(self) -> list[Evaluation[Owner]]:
         """Give up everything, and return it."""
-        everything = self.finished() + list(self.waiting)
-        self.waiting.clear()
+        everything = self.finished() + list(self._again)
+        for user in self._users.values():
+            everything += [entry[2] for entry in sorted(user.queue, key=lambda entry: entry[:2])]
+        self._again.clear()
+        self._users.clear()
+        self.waiting = 0
         return everything

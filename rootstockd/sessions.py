@@ -6,9 +6,6 @@ import asyncio
 import itertools
 import logging
 import math
-import pwd
-import socket
-import struct
 import time
 from typing import Any, Protocol, cast
 
@@ -16,6 +13,7 @@ import numpy as np
 
 from rootstock_client import ipi
 from rootstock_client.errors import DrainingError, InvalidStructureError, LimitError, ProtocolError, RootstockError
+from rootstockd.accounts import Account, Accounts, peer_of, user_name
 from rootstockd.init_request import InitRequest, is_announced, parse_init
 from rootstockd.scheduler import Evaluation
 from rootstockd.supervisor import Client, Supervisor
@@ -27,13 +25,13 @@ _slot_numbers = itertools.count(1)
 _session_numbers = itertools.count(1)
 LINGER = 2.0
 """Seconds that a connection we end is still read: i-PI hangs when a socket closes on what it has just sent."""
-_UCRED = struct.Struct("3i")
 
 
 class Host(Protocol):
     """What a session needs of the daemon."""
 
     limits: ipi.Limits
+    accounts: Accounts
 
     def check_open(self) -> None:
         """Whether new work is taken.
@@ -50,14 +48,10 @@ class Host(Protocol):
         """
 
     def session_opened(self, session: Session) -> None:
-        """A connection came.
-
-        Raises:
-            LimitError: there are too many.
-        """
+        """A connection came, and is let in."""
 
     def session_closed(self, session: Session) -> None:
-        """A connection went."""
+        """It went."""
 
 
 class Session(asyncio.BufferedProtocol):
@@ -70,6 +64,7 @@ class Session(asyncio.BufferedProtocol):
     def __init__(self, host: Host) -> None:
         self.id = next(_session_numbers)
         self.pid = self.uid = -1
+        self.account: Account | None = None
         self.since = time.time()
         self.evaluations = 0
         self.request: InitRequest | None = None
@@ -89,10 +84,7 @@ class Session(asyncio.BufferedProtocol):
     @property
     def user(self) -> str:
         """Login name of whoever opened the connection, as the kernel says."""
-        try:
-            return pwd.getpwuid(self.uid).pw_name
-        except KeyError:
-            return str(self.uid)
+        return self.account.name if self.account else user_name(self.uid)
 
     @property
     def state(self) -> str:
@@ -112,13 +104,15 @@ class Session(asyncio.BufferedProtocol):
         self._transport = cast(asyncio.Transport, transport)
         # a buffer that isn't empty pauses us: the slot must not change while it is being sent
         self._transport.set_write_buffer_limits(high=0)
-        sock = transport.get_extra_info("socket")
-        self.pid, self.uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+        peer = peer_of(transport.get_extra_info("socket"))
+        self.pid, self.uid = peer.pid, peer.uid
         try:
-            self._host.session_opened(self)
-        except LimitError as error:
+            self.account = self._host.accounts.open_session(peer)
+        except RootstockError as error:
             self._transport.write(ipi.error_frame(error))
             self.end(error)
+        else:
+            self._host.session_opened(self)
 
     def buffer_updated(self, nbytes: int) -> None:
         if not self._closing:
@@ -141,7 +135,9 @@ class Session(asyncio.BufferedProtocol):
     def connection_lost(self, _exc: Exception | None) -> None:
         self._ipi.close()
         self._release()
-        self._host.session_closed(self)
+        if self.account is not None:
+            self._host.accounts.close_session(self.account)
+            self._host.session_closed(self)
 
     # --- the protocol's side
 
@@ -197,7 +193,14 @@ class Session(asyncio.BufferedProtocol):
 
     def _bind(self, request: InitRequest, model: Supervisor) -> None:
         """Make a slot for the system; it is filled as its cell and positions come."""
-        self.slot = Slot.create(len(request.numbers), request.batch_size)
+        assert self.account is not None
+        atoms = len(request.numbers) * request.batch_size
+        self._host.accounts.take(self.account, atoms)
+        try:
+            self.slot = Slot.create(len(request.numbers), request.batch_size)
+        except OSError:
+            self._host.accounts.give_back(self.account, atoms)
+            raise
         self.slot.numbers[:] = request.numbers
         self.number = next(_slot_numbers)
         self.settings = {
@@ -212,17 +215,20 @@ class Session(asyncio.BufferedProtocol):
             "energies": request.energies,
         }
         self.request, self._model, self._checked_cells = request, model, b""
-        model.clients += 1
+        model.join()
 
     def _release(self) -> None:
         """Give back what the current system holds."""
         if self._model is None:
             return
+        assert self.account is not None
         if self._evaluation is not None:
             self._model.scheduler.withdraw(self._evaluation)
             self._evaluation = None
+            self.account.queued -= 1
+        self._host.accounts.give_back(self.account, self.slot.natoms * self.slot.frames)
         self._model.release(self.number)
-        self._model.clients -= 1
+        self._model.leave()
         self._model = None
         self.slot.close()
         del self.slot  # its memory goes now, not when the garbage collector next runs
@@ -236,7 +242,8 @@ class Session(asyncio.BufferedProtocol):
         return self.slot.positions_bytes
 
     def _evaluate(self, cells: bytes) -> None:
-        assert self.request is not None and self._model is not None
+        account = self.account
+        assert self.request is not None and self._model is not None and account is not None
         try:
             self._host.check_open()
             if cells != self._checked_cells:
@@ -244,17 +251,19 @@ class Session(asyncio.BufferedProtocol):
                 check_cells(arrays, self.request.pbc)
                 self.slot.cells[:] = arrays
                 self._checked_cells = cells
+            account.enqueue()
         except RootstockError as error:
             self._ipi.fail(error)
             return
-        self._evaluation = Evaluation(self, self.slot.natoms * self.slot.frames)
+        self._evaluation = Evaluation(self, self.slot.natoms * self.slot.frames, account.uid, account.quota.share)
         self._model.submit(self._evaluation)
 
     def evaluated(self, error: RootstockError | None) -> None:
         """The supervisor's word: the result lies in the slot, or there is none."""
-        if self._evaluation is None:
+        if self._evaluation is None or self.account is None:
             return  # the driver has gone, or gone on, meanwhile
         self._evaluation = None
+        self.account.queued -= 1
         if error is None:
             self.evaluations += 1
             self._ipi.finish()

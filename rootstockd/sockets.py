@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import shutil
 import socket
 import stat
 from collections.abc import Callable, Iterator
@@ -17,16 +18,21 @@ class AddressError(Exception):
     """A socket address that this daemon can't have: why, and what to do."""
 
 
-def make_runtime_dir(folder: Path) -> None:
+def make_runtime_dir(folder: Path, *, shared: bool) -> None:
     """Make the folder for the sockets, for its owner alone to write to; an existing one must be as safe.
+
+    Args:
+        folder: the folder.
+        shared: others shall find the sockets in it. Only one that is made here, or the system's, is opened for them.
 
     Raises:
         AddressError: it can't be made, or somebody else could put sockets of theirs into it.
     """
     try:
+        made = not folder.exists()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if folder == SYSTEM_DIR:
-            folder.chmod(0o755)  # whatever the umask: all users of the machine come here
+        if folder == SYSTEM_DIR or (shared and made):
+            folder.chmod(0o755)  # whatever the umask
     except OSError as error:
         raise AddressError(f"can't make the folder {folder} for the socket: {error.strerror}.") from error
     if not is_private(folder, os.getuid(), 0):
@@ -70,7 +76,9 @@ def lock(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def listen(path: Path, mode: int, keep: Callable[[], bool] = lambda: False) -> Iterator[socket.socket]:
+def listen(
+    path: Path, mode: int, group: str | None = None, *, keep: Callable[[], bool] = lambda: False
+) -> Iterator[socket.socket]:
     """Listen on a Unix socket at `path`, whose lock must be ours already; the path goes with it unless we `keep` it.
 
     A socket of ours that nobody listens on is what a daemon that died left behind, and is replaced. Anything else is
@@ -81,20 +89,33 @@ def listen(path: Path, mode: int, keep: Callable[[], bool] = lambda: False) -> I
     """
     if len(os.fsencode(path)) > MAX_SOCKET_PATH:
         raise AddressError(f"the socket path {path} is too long; Unix sockets allow {MAX_SOCKET_PATH} bytes.")
-    _clear(path)
+    _check_free(path)
+    unseen = path.with_suffix(".new")  # nobody sees a socket that is not open to all that it is to be open to
+    unseen.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as sock:
         try:
-            sock.bind(os.fspath(path))
+            sock.bind(os.fspath(unseen))
         except OSError as error:
             raise AddressError(f"can't listen on {path}: {error.strerror}.") from error
-        ours = path.lstat()
+        ours = unseen.lstat()
         try:
-            path.chmod(mode)
+            if group is not None:
+                _give_to(unseen, group)
+            unseen.chmod(mode)
             sock.listen(1024)
+            unseen.rename(path)
             yield sock
         finally:
+            _remove(unseen, ours)
             if not keep():
                 _remove(path, ours)
+
+
+def _give_to(path: Path, group: str) -> None:
+    try:
+        shutil.chown(path, group=group)
+    except (OSError, LookupError) as error:
+        raise AddressError(f"can't give {path} to the group {group!r} (access.socket_group): {error}.") from error
 
 
 def _remove(path: Path, ours: os.stat_result) -> None:
@@ -104,7 +125,7 @@ def _remove(path: Path, ours: os.stat_result) -> None:
             path.unlink()
 
 
-def _clear(path: Path) -> None:
+def _check_free(path: Path) -> None:
     try:
         info = path.lstat()
     except FileNotFoundError:
@@ -120,7 +141,6 @@ def _clear(path: Path) -> None:
         try:
             probe.connect(os.fspath(path))
         except ConnectionRefusedError:
-            path.unlink()
             return
         except OSError as error:
             raise AddressError(f"can't tell whether somebody listens on {path} ({error}); it is left alone.") from error

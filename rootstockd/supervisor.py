@@ -64,7 +64,7 @@ class Supervisor:
         self._worker: WorkerProcess | None = None
         self._failures: dict[int, RootstockError] = {}
         self._settled = asyncio.Event()
-        self._stopping = False
+        self._stopping = self.retired = False
         self._ended_at = self._sent = 0.0
         self._task = asyncio.create_task(self._keep_warm(), name=f"supervisor {spec.name}")
 
@@ -81,6 +81,29 @@ class Supervisor:
     def worth_replacing(self) -> bool:
         """The model was found broken long enough ago to try it again."""
         return self.state is State.FAILED and time.monotonic() > self._ended_at + RETRY_AFTER
+
+    # --- who has it
+
+    def join(self) -> None:
+        """One more system of a session is bound to this model."""
+        self.clients += 1
+
+    def leave(self) -> None:
+        """One less."""
+        self.clients -= 1
+        self._end_if_unwanted()
+
+    def retire(self) -> None:
+        """No new sessions come: end with the last that is there."""
+        self.retired = True
+        self._end_if_unwanted()
+
+    def _end_if_unwanted(self) -> None:
+        if self.retired and not self.clients and not self._stopping:
+            self._stopping = True
+            if self._worker is not None:
+                self._worker.hang_up()
+                self._worker.kill()
 
     # --- evaluations
 

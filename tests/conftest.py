@@ -61,13 +61,12 @@ class RunningDaemon:
     options: tuple[str, ...] = ()
     device: tuple[str, ...] = ("--device", "cpu")
     socket: Path = field(init=False)
+    log: Path = field(init=False)
 
     def __post_init__(self) -> None:
         self.socket = self.folder / "rootstockd.sock"
 
-    @property
-    def log(self) -> Path:
-        return self.folder / "log"
+        self.log = self.folder / "log"
 
     def start(self) -> RunningDaemon:
         done = self.run("start", *self.device, "--log-file", self.log, *self.options)

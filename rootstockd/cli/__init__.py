@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 import rootstockd
-from rootstockd.cli.lifecycle import restart, start, stop
+from rootstockd.cli.lifecycle import reload, restart, start, stop
 from rootstockd.cli.show import logs, status
 
 
@@ -26,5 +26,5 @@ def main() -> None:
     """  # noqa: D301 - click wants the character \\b itself
 
 
-for command in (start, stop, restart, status, logs):
+for command in (start, stop, restart, reload, status, logs):
     main.add_command(command)

@@ -21,7 +21,7 @@ if not console.is_terminal:
 
 socket_option = click.option(
     "--socket",
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, readable=False),
     envvar=SOCKET_VARIABLE,
     show_envvar=True,
     help="The daemon's session socket.",
@@ -35,10 +35,8 @@ class Refused(click.ClickException):
         super().__init__(str(error))
 
 
-def socket_to_make(socket: Path | None) -> Path:
-    """Where a new daemon puts its session socket: as told, or the user's runtime directory (root: the system's)."""
-    if socket is not None:
-        return socket.absolute()
+def default_socket() -> Path:
+    """Where a new daemon puts its session socket: the user's runtime directory (root: the system's)."""
     return (SYSTEM_DIR if os.geteuid() == 0 else user_runtime_dir()) / SOCKET_NAME
 
 

@@ -1,4 +1,4 @@
-"""`start`, `stop` and `restart`."""
+"""`start`, `stop`, `restart` and `reload`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import contextlib
 import os
 import select
 import signal
-import socket as socketlib
-import struct
 import subprocess
 import sys
 import time
@@ -18,25 +16,32 @@ import click
 
 from rootstock_client.client import request
 from rootstock_client.connection import connect
-from rootstock_client.errors import ConnectionLostError, DaemonNotFoundError, NotAnsweringError, RootstockError
+from rootstock_client.errors import (
+    AccessDeniedError,
+    ConnectionLostError,
+    DaemonNotFoundError,
+    NotAnsweringError,
+    RootstockError,
+)
 from rootstock_client.runtime_dir import START_HINT, control_socket
+from rootstockd.accounts import peer_of
 from rootstockd.cli.common import (
     Refused,
     console,
     default_log_file,
+    default_socket,
     fetch_status,
     socket_in_use,
     socket_option,
-    socket_to_make,
 )
 from rootstockd.config import Config
-from rootstockd.control.schema import DaemonStatus
+from rootstockd.config_file import ConfigError, make_config, read_again
+from rootstockd.control.schema import DaemonStatus, ReloadReport
 from rootstockd.devices import DeviceError, choose_device
 
 POLL = 0.05
 FORCE_TIMEOUT = 5.0
 """Seconds that a daemon has to answer `stop --force`, and then to end, before it is killed."""
-_UCRED = struct.Struct("3i")
 
 
 @click.command()
@@ -54,6 +59,12 @@ _UCRED = struct.Struct("3i")
 @click.option("--log-file", type=click.Path(path_type=Path, resolve_path=True), help="Where the log goes.")
 @click.option("--max-atoms", type=click.IntRange(min=1), help="The most atoms in one message of one session.")
 @click.option("--batch-atoms", type=click.IntRange(min=1), help="The most atoms in one pass over several sessions.")
+@click.option(
+    "--config",
+    "file",
+    type=click.Path(path_type=Path, resolve_path=True),
+    help="A TOML file of settings; what is given here goes before it.",
+)
 @click.option("--foreground", is_flag=True, help="Stay in front, log to the terminal, end with Ctrl-C.")
 def start(
     gpu: int | None,
@@ -64,6 +75,7 @@ def start(
     log_file: Path | None,
     max_atoms: int | None,
     batch_atoms: int | None,
+    file: Path | None,
     foreground: bool,
 ) -> None:
     """Start a daemon; returns when it is ready."""
@@ -73,16 +85,21 @@ def start(
         chosen = choose_device(gpu=gpu, cpu=device == "cpu")
     except DeviceError as error:
         raise Refused(error) from error
-    address = socket_to_make(socket)
-    config = Config(
-        socket=address,
-        device=chosen,
-        models=models,
-        catalogues=catalogues,
-        log_file=log_file or default_log_file(address),
-        batch_atoms=batch_atoms,
-        **({"max_atoms": max_atoms} if max_atoms else {}),
-    )
+    flags = {
+        "socket": socket.absolute() if socket else None,
+        "device": chosen if gpu is not None or device == "cpu" else None,
+        "models": models or None,
+        "catalogues": catalogues or None,
+        "log_file": log_file,
+        "max_atoms": max_atoms,
+        "batch_atoms": batch_atoms,
+    }
+    try:
+        config = make_config(flags, file, {"socket": default_socket(), "device": chosen})
+    except ConfigError as error:
+        raise Refused(error) from error
+    if config.log_file is None:
+        config = config.model_copy(update={"log_file": default_log_file(config.socket)})
     if foreground:
         from rootstockd.serve import StartError, serve  # imports what only a daemon needs  # noqa: PLC0415
 
@@ -110,16 +127,34 @@ def stop(socket: Path | None, force: bool) -> None:
 @click.command()
 @socket_option
 def restart(socket: Path | None) -> None:
-    """Stop the daemon and start it again as it was started."""
+    """Stop the daemon and start it again, with the same options and its configuration file as it is now."""
     address = socket_in_use(socket)
     try:
-        config = fetch_status(address).config
+        running = fetch_status(address).config
+        config = read_again(running) if running else None
         with daemon_process(address) as process:
             with contextlib.suppress(ConnectionLostError):  # it was on its way down already
-                request(address, "POST", "/v1/stop", {"replaced": True})
+                request(address, "POST", "/v1/stop", {"replaced": True})  # which refuses whoever may not
+            assert config is not None
             launch(config, after=process)
+    except (RootstockError, ConfigError) as error:
+        raise Refused(error) from error
+
+
+@click.command()
+@socket_option
+def reload(socket: Path | None) -> None:
+    """Have the daemon read its configuration file and its catalogues again; no job notices."""
+    try:
+        answer = request(socket_in_use(socket), "POST", "/v1/reload")
     except RootstockError as error:
         raise Refused(error) from error
+    report = ReloadReport.model_validate(answer)
+    console.print("reloaded")
+    if report.restart_needed:
+        console.print(
+            f"changed, but only a restart takes them over: {', '.join(report.restart_needed)}", style="yellow"
+        )
 
 
 def launch(config: Config, *, after: int | None = None) -> None:
@@ -219,7 +254,7 @@ def daemon_process(socket: Path) -> Iterator[int]:
         raise NotAnsweringError(f"rootstockd at {socket} takes no connection.", "Find it with `ps`.") from error
     with contextlib.ExitStack() as stack:
         with sock:
-            pid, _, _ = _UCRED.unpack(sock.getsockopt(socketlib.SOL_SOCKET, socketlib.SO_PEERCRED, _UCRED.size))
+            pid = peer_of(sock).pid
             process = -1
             with contextlib.suppress(OSError):  # it is gone, or pid is 0: in another namespace
                 process = os.pidfd_open(pid)
@@ -247,5 +282,8 @@ def end(socket: Path, *, force: bool = False) -> None:
                 raise
             limit = 0.0
         if not select.select([process], [], [], limit)[0]:
-            signal.pidfd_send_signal(process, signal.SIGKILL)
+            try:
+                signal.pidfd_send_signal(process, signal.SIGKILL)
+            except PermissionError as error:
+                raise AccessDeniedError("the daemon does not end, and is not yours to kill.") from error
             select.select([process], [], [])

@@ -16,10 +16,10 @@ from rootstockd.cli.common import (
     Refused,
     console,
     default_log_file,
+    default_socket,
     fetch_status,
     socket_in_use,
     socket_option,
-    socket_to_make,
 )
 from rootstockd.control.schema import DaemonStatus
 
@@ -45,7 +45,7 @@ def status(socket: Path | None, as_json: bool) -> None:
 def show(daemon: DaemonStatus) -> None:
     """Print a status for people."""
     console.print(
-        f"rootstockd {daemon.version} [{_STATE_COLOUR[daemon.state]}]{daemon.state}[/] on {daemon.config.device}, "
+        f"rootstockd {daemon.version} [{_STATE_COLOUR[daemon.state]}]{daemon.state}[/] on {daemon.device}, "
         f"pid {daemon.pid}, up {duration(time.time() - daemon.since)}, {daemon.evaluations} evaluations, "
         f"{megabytes(daemon.memory)}"
     )
@@ -77,6 +77,8 @@ def show(daemon: DaemonStatus) -> None:
             )
     if daemon.sessions:
         show_sessions(daemon)
+    if daemon.other_sessions:
+        console.print(f"{daemon.other_sessions} sessions of others")
 
 
 def show_sessions(daemon: DaemonStatus) -> None:
@@ -128,10 +130,11 @@ def logs(socket: Path | None, lines: int, follow: bool) -> None:
 def log_file(socket: Path | None) -> Path:
     """The log of the daemon that runs, or of the one that ran."""
     try:
-        told = fetch_status(find_socket(socket)).config.log_file
+        config = fetch_status(find_socket(socket)).config
+        told = config.log_file if config else None
     except RootstockError:
         told = None
-    return told or default_log_file(socket_to_make(socket))
+    return told or default_log_file(socket.absolute() if socket else default_socket())
 
 
 def duration(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import socket
@@ -10,10 +11,23 @@ from typing import TYPE_CHECKING
 
 import psutil
 import uvicorn
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI, Request
+from fastapi.responses import Response
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 import rootstockd
-from rootstockd.control.schema import CatalogueEntry, DaemonStatus, ModelStatus, SessionStatus, StopRequest
+from rootstock_client.errors import AccessDeniedError, RootstockError
+from rootstockd.accounts import peer_of, user_name
+from rootstockd.config_file import ConfigError
+from rootstockd.control.schema import (
+    CatalogueEntry,
+    DaemonStatus,
+    ModelStatus,
+    ReloadReport,
+    SessionStatus,
+    StopRequest,
+)
+from rootstockd.models.catalogue import CatalogueError
 
 if TYPE_CHECKING:
     from rootstockd.daemon import Daemon
@@ -25,19 +39,41 @@ def make_app(daemon: Daemon) -> FastAPI:
     """The control API of a daemon."""
     app = FastAPI(title="rootstockd", version=rootstockd.__version__)
 
+    @app.exception_handler(RootstockError)
+    async def refuse(_request: Request, error: RootstockError) -> Response:
+        status = 403 if isinstance(error, AccessDeniedError) else 409
+        return Response(error.to_json(), status, media_type="application/json")
+
+    def admin(request: Request) -> None:
+        uid = caller(request)
+        if not daemon.accounts.is_admin(uid):
+            raise AccessDeniedError(
+                f"{user_name(uid)} does not administer this daemon.",
+                "Only its own user, root, and those in access.admins of its configuration do.",
+            )
+
     @app.get("/v1/status")
-    async def status() -> DaemonStatus:
-        """What the daemon is doing."""
+    async def status(request: Request) -> DaemonStatus:
+        """What the daemon is doing; of others' sessions only their number, unless an administrator asks."""
+        uid = caller(request)
+        everything = daemon.accounts.is_admin(uid)
+        shown = [session for session in daemon.sessions if everything or session.uid == uid]
         return DaemonStatus(
             version=rootstockd.__version__,
             pid=os.getpid(),
             state=daemon.state,
             since=daemon.since,
-            config=daemon.config,
+            device=str(daemon.config.device),
+            config=daemon.config if everything else None,
             memory=resident_memory(os.getpid()) or 0,
             evaluations=sum(model.evaluations for model in daemon.fleet.values()),
-            models=[model_status(model, str(daemon.config.device)) for model in daemon.fleet.values()],
-            sessions=[session_status(session) for session in daemon.sessions],
+            models=[
+                model_status(model, str(daemon.config.device))
+                for model in [*daemon.fleet.values(), *daemon.retired]
+                if model.pid or not model.retired
+            ],
+            sessions=[session_status(session) for session in shown],
+            other_sessions=len(daemon.sessions) - len(shown),
         )
 
     @app.get("/v1/models")
@@ -59,12 +95,26 @@ def make_app(daemon: Daemon) -> FastAPI:
             if not entry.hidden
         ]
 
-    @app.post("/v1/stop", status_code=202)
+    @app.post("/v1/stop", status_code=202, dependencies=[Depends(admin)])
     async def stop(request: StopRequest) -> None:
         """Drain and end."""
         daemon.stop(force=request.force, replaced=request.replaced)
 
+    @app.post("/v1/reload", dependencies=[Depends(admin)])
+    async def reload() -> ReloadReport:
+        """Read the configuration and the catalogues again."""
+        try:
+            return ReloadReport(restart_needed=daemon.reload())
+        except (ConfigError, CatalogueError) as error:
+            raise RootstockError(f"nothing was changed: {error}") from error
+
     return app
+
+
+def caller(request: Request) -> int:
+    """The uid of whoever asks."""
+    assert request.client is not None
+    return int(request.client.host)
 
 
 def model_status(model: Supervisor, device: str) -> ModelStatus:
@@ -81,7 +131,7 @@ def model_status(model: Supervisor, device: str) -> ModelStatus:
         pid=model.pid,
         memory=resident_memory(model.pid) if model.pid else None,
         sessions=model.clients,
-        waiting=len(model.scheduler.waiting),
+        waiting=model.scheduler.waiting,
         evaluations=model.evaluations,
         batches=model.batches,
         restarts=model.restarts,
@@ -111,11 +161,20 @@ def resident_memory(pid: int) -> int | None:
         return None
 
 
+class PeerProtocol(H11Protocol):
+    """HTTP whose client has a uid for a host and a process id for a port."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        peer = peer_of(transport.get_extra_info("socket"))
+        self.client = (str(peer.uid), peer.pid)
+
+
 class ControlServer(uvicorn.Server):
     """uvicorn on the daemon's own loop and socket; signals stay the daemon's."""
 
     def __init__(self, daemon: Daemon, sock: socket.socket) -> None:
-        config = uvicorn.Config(make_app(daemon), log_config=None, access_log=False, lifespan="off")
+        config = uvicorn.Config(make_app(daemon), log_config=None, access_log=False, lifespan="off", http=PeerProtocol)
         config.timeout_graceful_shutdown = 1  # a request that never ends must not keep the daemon from ending
         super().__init__(config)
         self._sock = sock

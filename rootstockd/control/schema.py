@@ -60,13 +60,17 @@ class DaemonStatus(BaseModel):
     state: str
     """starting, ready or draining."""
     since: float
-    config: Config
-    """What it was started with."""
+    device: str
+    config: Config | None
+    """Its settings; administrators alone see them."""
     memory: int
     """Resident memory of the daemon itself in bytes."""
     evaluations: int
     models: list[ModelStatus]
     sessions: list[SessionStatus]
+    """One's own; an administrator's answer has all."""
+    other_sessions: int
+    """How many more there are."""
 
 
 class CatalogueEntry(BaseModel):
@@ -90,3 +94,10 @@ class StopRequest(BaseModel):
     """Do not wait for evaluations under way."""
     replaced: bool = False
     """Another daemon takes its place at once: leave the sockets, so that whoever comes in between knows to wait."""
+
+
+class ReloadReport(BaseModel):
+    """What came of reading the configuration again."""
+
+    restart_needed: list[str]
+    """Settings that have changed in the file and take effect with the next restart."""

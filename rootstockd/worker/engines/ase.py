@@ -70,6 +70,12 @@ def load(spec: ModelSpec) -> AseEngine:
     Raises:
         EngineError: it can't be made.
     """
+    if unknown := sorted(set(spec.arguments) - {"calculator", "options"}):
+        raise EngineError(
+            "model-load",
+            f"model {spec.name!r}: no such arguments: {', '.join(unknown)}",
+            "In the catalogue, keyword arguments of the calculator go into `options`.",
+        )
     target = str(spec.arguments["calculator"])
     try:
         module, name = target.split(":")

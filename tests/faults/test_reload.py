@@ -1,0 +1,160 @@
+"""SIGHUP and `reload` under load: rules change, and no evaluation is dropped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import bulk
+from ase.calculators.emt import EMT
+
+from conftest import RunningDaemon
+from rootstock_client import RootstockClient
+from rootstock_client.errors import LimitError, UnknownModelError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path
+
+
+@pytest.fixture
+def configured(folder: Path, start_daemon: Callable[..., RunningDaemon]) -> Iterator[RunningDaemon]:
+    """A daemon with a configuration file and a catalogue of its own, both to be changed."""
+    (folder / "models.toml").write_text(entry("Cu EMT", asap_cutoff=False))
+    (folder / "config.toml").write_text(f'catalogues = ["{folder / "models.toml"}"]\n')
+    running = start_daemon("--model", "emt", "--config", str(folder / "config.toml"))
+    yield running
+    running.stop()
+
+
+def entry(description: str, *, asap_cutoff: bool) -> str:
+    arguments = (
+        f'{{ calculator = "ase.calculators.emt:EMT", options = {{ asap_cutoff = {str(asap_cutoff).lower()} }} }}'
+    )
+    return f'[mine]\nfamily = "ase"\ndescription = "{description}"\narguments = {arguments}\n'
+
+
+def crystal(seed: int) -> Atoms:
+    atoms = bulk("Cu", cubic=True)
+    atoms.rattle(0.05, seed=seed)
+    return atoms
+
+
+def pid(daemon: RunningDaemon) -> int:
+    return int(daemon.client().status()["pid"])
+
+
+def test_no_evaluation_is_dropped(configured, folder):
+    daemon = configured
+    process = pid(daemon)
+    wrong: list[str] = []
+    done = [0, 0, 0]
+    end = threading.Event()
+
+    def job(number: int) -> None:
+        try:
+            atoms = crystal(number)
+            expected = {}
+            with RootstockClient(daemon.socket) as client:
+                atoms.calc = client.calculator("emt")
+                while not end.is_set():
+                    shift = done[number] % 7
+                    moved = atoms.copy()
+                    moved.positions[0, 0] += 0.01 * shift
+                    moved.calc = EMT()
+                    if shift not in expected:
+                        expected[shift] = moved.get_forces()
+                    moved.calc = atoms.calc
+                    np.testing.assert_allclose(moved.get_forces(), expected[shift], rtol=0, atol=1e-9)
+                    done[number] += 1
+        except BaseException as error:
+            wrong.append(f"{type(error).__name__}: {error}")
+
+    threads = [threading.Thread(target=job, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    config = folder / "config.toml"
+    good = config.read_text()
+    for turn in range(30):
+        config.write_text(good + ("max_sessions = 50\n" if turn % 2 else "max_session = 50\n"))
+        os.kill(process, signal.SIGHUP)
+        time.sleep(0.05)
+    before = list(done)
+    deadline = time.monotonic() + 60
+    while not all(now > then for now, then in zip(done, before, strict=True)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    end.set()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert all(now > then for now, then in zip(done, before, strict=True))
+    assert pid(daemon) == process
+    assert daemon.model("emt")["restarts"] == 0
+    words = daemon.log.read_text()
+    assert "reloaded" in words and "there is no setting 'max_session'; did you mean 'max_sessions'?" in words
+
+
+def test_a_wrong_file_changes_nothing_and_says_why(configured, folder):
+    good = (folder / "config.toml").read_text()
+    for text, words in (
+        ("max_sessions = 0\n" + good, "max_sessions"),
+        ('catalogues = ["/nowhere.toml"]\n', "/nowhere.toml"),
+        ("= 3", "config.toml"),
+    ):
+        (folder / "config.toml").write_text(text)
+        done = configured.run("reload")
+        assert done.returncode == 1 and "nothing was changed" in done.stderr and words in done.stderr
+    assert json.loads(configured.run("status", "--json").stdout)["config"]["max_sessions"] == 10_000
+    (folder / "config.toml").write_text(good + "batch_atoms = 7\n[limits]\natoms = 3\n")
+    done = configured.run("reload")
+    assert done.returncode == 0 and "batch_atoms" in done.stdout
+    atoms = crystal(1)
+    atoms.calc = configured.client().calculator("emt")
+    with pytest.raises(LimitError, match="4 atoms more"):
+        atoms.get_potential_energy()
+
+
+def test_a_changed_model_is_a_new_worker_and_sessions_keep_the_old(configured, folder):
+    old, new = crystal(1), crystal(1)
+    expected = []
+    for asap_cutoff in (False, True):
+        old.calc = EMT(asap_cutoff=asap_cutoff)
+        expected.append(old.get_potential_energy())
+    assert expected[0] != expected[1]
+    old.calc = configured.client().calculator("mine")
+    assert old.get_potential_energy() == pytest.approx(expected[0], abs=1e-12)
+    first = configured.model("mine")["pid"]
+    (folder / "models.toml").write_text(entry("the same with another cutoff", asap_cutoff=True))
+    assert configured.run("reload").returncode == 0
+    new.calc = configured.client().calculator("mine")
+    assert new.get_potential_energy() == pytest.approx(expected[1], abs=1e-12)
+    old.rattle(0.01)
+    reference = old.copy()
+    reference.calc = EMT()
+    assert old.get_potential_energy() == pytest.approx(reference.get_potential_energy(), abs=1e-12)
+    running = {model["pid"] for model in configured.client().status()["models"] if model["name"] == "mine"}
+    assert len(running) == 2 and first in running
+    old.calc.close()
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{first}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{first}").exists()
+    new.rattle(0.01)
+    new.get_potential_energy()
+    (folder / "models.toml").write_text("")
+    assert configured.run("reload").returncode == 0
+    new.rattle(0.01)
+    new.get_potential_energy()  # the session has it still
+    other = crystal(2)
+    other.calc = configured.client().calculator("mine")
+    with pytest.raises(UnknownModelError):
+        other.get_potential_energy()

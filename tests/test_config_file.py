@@ -1,0 +1,60 @@
+"""Settings from a TOML file, and the words for those that are wrong."""
+
+from pathlib import Path
+
+import pytest
+
+from rootstockd.config_file import ConfigError, make_config
+
+DEFAULTS = {"socket": "/run/x/rootstockd.sock", "device": {"kind": "cpu"}}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text: str) -> Path:
+        path = tmp_path / "config.toml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_flags_go_before_the_file_and_the_file_before_defaults(write):
+    file = write('models = ["emt"]\nmax_atoms = 10\nbatch_atoms = 7\nsocket = "/a/b.sock"\n')
+    config = make_config({"max_atoms": 20, "models": None}, file, DEFAULTS)
+    assert (config.max_atoms, config.models, config.batch_atoms) == (20, ("emt",), 7)
+    assert config.socket == Path("/a/b.sock")
+    assert config.device.kind == "cpu"
+    assert config.file == file
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("max_atom = 3", "no setting 'max_atom'; did you mean 'max_atoms'?"),
+        ("nonsense = 3", "no setting 'nonsense'; there are: "),
+        ('max_atoms = "many"', "max_atoms: "),
+        ("max_atoms = -1", "max_atoms: "),
+        ('[device]\nkind = "cpu"\nindx = 2', "no setting 'device.indx'; did you mean 'index'?"),
+        ("max_atoms = ", "config.toml: "),
+        ("[access]\nuser = ['a']", "no setting 'access.user'; did you mean 'users'?"),
+        ("[users.alice]\nsesions = 2", "no setting 'users.alice.sesions'; did you mean 'sessions'?"),
+        ("[users.alice]\nshare = 0", "users.alice.share: "),
+    ],
+)
+def test_what_is_wrong_is_said(write, text, words):
+    with pytest.raises(ConfigError) as caught:
+        make_config({}, write(text), DEFAULTS)
+    assert words in str(caught.value)
+    assert "config.toml" in str(caught.value)
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(ConfigError, match="No such file"):
+        make_config({}, tmp_path / "none.toml", DEFAULTS)
+
+
+def test_a_wrong_flag_is_not_blamed_on_the_file(write):
+    with pytest.raises(ConfigError) as caught:
+        make_config({"max_atoms": -1}, write(""), DEFAULTS)
+    assert "config.toml" not in str(caught.value)

@@ -1,0 +1,214 @@
+"""Several Unix users and one daemon: real users, made up for these tests, who can't be told apart but by the kernel."""
+
+from __future__ import annotations
+
+import contextlib
+import grp
+import json
+import os
+import pwd
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import RunningDaemon
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be several users")
+
+USERS = ("rsd-alice", "rsd-bob", "rsd-carol")
+GROUP = "rsd-chem"
+"""Alice's and Bob's second group."""
+
+BECOME = """
+import json, os, pwd, sys
+import encodings.idna, http.client
+from ase.build import bulk
+import rootstock_client.calculator
+from rootstock_client import RootstockClient
+from rootstock_client.errors import RootstockError
+from rootstockd.cli import main
+import rich._unicode_data, rich.status
+name, *arguments = sys.argv[1:]
+user = pwd.getpwnam(name)
+os.initgroups(name, user.pw_gid)
+os.setgid(user.pw_gid)
+os.setuid(user.pw_uid)
+"""
+"""All is imported before: a user need not be able to read the environment that the tests run in."""
+JOB = """
+socket, sessions, repeat = arguments[0], int(arguments[1]), int(arguments[2])
+answers, kept = [], []
+for number in range(sessions):
+    atoms = bulk("Cu", cubic=True) * (repeat, repeat, repeat)
+    atoms.calc = RootstockClient(socket).calculator("emt")
+    kept.append(atoms)
+    try:
+        answers.append(atoms.get_potential_energy())
+    except RootstockError as error:
+        answers.append(error.code)
+print(json.dumps(answers), flush=True)
+sys.stdin.read()
+"""
+COMMAND = "main(arguments)"
+
+
+@pytest.fixture(scope="session")
+def users() -> Iterator[dict[str, int]]:
+    """Three users of this machine, and a group."""
+    subprocess.run(["groupadd", GROUP], check=True)
+    made = []
+    try:
+        for name in USERS:
+            groups = ["--groups", GROUP] if name != "rsd-carol" else []
+            subprocess.run(["useradd", "--no-create-home", "--user-group", *groups, name], check=True)
+            made.append(name)
+        yield {name: pwd.getpwnam(name).pw_uid for name in USERS}
+    finally:
+        for name in made:
+            subprocess.run(["userdel", name], check=True)
+        subprocess.run(["groupdel", GROUP], check=True)
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that all users may look into."""
+    with tempfile.TemporaryDirectory(prefix="rootstockd-") as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+@pytest.fixture
+def start(open_folder: Path, users: dict[str, int]) -> Iterator[Callable[[str], RunningDaemon]]:
+    """A daemon with a configuration, in a folder that users reach."""
+    with contextlib.ExitStack() as stack:
+
+        def start(config: str) -> RunningDaemon:
+            file = open_folder / "config.toml"
+            file.write_text(config)
+            daemon = RunningDaemon(open_folder / "run", ("--model", "emt", "--config", str(file)))
+            daemon.log = open_folder / "log"
+            stack.callback(daemon.stop)
+            return daemon.start()
+
+        yield start
+
+
+def as_user(name: str, what: str, *arguments: str) -> subprocess.Popen[str]:
+    """Do something as a user, with all that a login gives and nothing of root's."""
+    return subprocess.Popen(
+        [sys.executable, "-c", BECOME + what, name, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@contextlib.contextmanager
+def job(name: str, daemon: RunningDaemon, sessions: int = 1, repeat: int = 1) -> Iterator[list[float | str]]:
+    """A user's process with so many sessions; what each got: an energy, or an error's code. They stay open."""
+    with as_user(name, JOB, str(daemon.socket), str(sessions), str(repeat)) as process:
+        assert process.stdout is not None and process.stderr is not None
+        line = process.stdout.readline()
+        assert line, process.stderr.read()
+        yield json.loads(line)
+        process.communicate()
+
+
+def command_for(name: str, daemon: RunningDaemon, *command: str) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of a user's `rootstockd COMMAND`."""
+    with as_user(name, COMMAND, *command, "--socket", str(daemon.socket)) as process:
+        out, err = process.communicate(timeout=60)
+        return process.returncode, out, err
+
+
+def status_for(name: str, daemon: RunningDaemon) -> dict[str, Any]:
+    """What `rootstockd status` says to a user."""
+    _, out, err = command_for(name, daemon, "status", "--json")
+    assert out, err
+    return json.loads(out)
+
+
+def test_without_lists_a_daemon_is_its_owners_alone(start):
+    daemon = start("")
+    with job("rsd-alice", daemon) as answers:
+        assert answers == ["access-denied"]
+    assert daemon.socket.stat().st_mode & 0o777 == 0o600
+
+
+def test_users_and_groups_may_use_it_and_others_may_not(start):
+    daemon = start(f'[access]\nusers = ["rsd-carol"]\ngroups = ["{GROUP}"]\n')
+    for name in USERS:
+        with job(name, daemon) as (answer,):
+            assert isinstance(answer, float), f"{name}: {answer}"
+    assert daemon.run("stop").returncode == 0
+    (daemon.folder.parent / "config.toml").write_text('[access]\nusers = ["rsd-carol", "nobody-of-that-name"]\n')
+    daemon.start()
+    with job("rsd-carol", daemon) as (answer,):
+        assert isinstance(answer, float)
+    with job("rsd-alice", daemon) as answers:
+        assert answers == ["access-denied"]
+    assert "nobody-of-that-name" in daemon.log.read_text()
+
+
+def test_a_group_of_the_socket_keeps_others_out_and_lets_its_members_ask(start):
+    daemon = start(f'[access]\nsocket_group = "{GROUP}"\nadmins = ["rsd-bob"]\n')
+    for path in (daemon.socket, daemon.socket.with_suffix(".control")):
+        assert path.stat().st_mode & 0o777 == 0o660
+        assert path.stat().st_gid == grp.getgrnam(GROUP).gr_gid
+    with job("rsd-carol", daemon) as answers:
+        assert answers == ["access-denied"]
+    with job("rsd-alice", daemon), job("rsd-bob", daemon):
+        mine = status_for("rsd-alice", daemon)
+        assert [session["user"] for session in mine["sessions"]] == ["rsd-alice"]
+        assert (mine["other_sessions"], mine["config"]) == (1, None)
+        everything = status_for("rsd-bob", daemon)
+        assert {session["user"] for session in everything["sessions"]} == {"rsd-alice", "rsd-bob"}
+        assert everything["other_sessions"] == 0 and everything["config"]
+        status, _, words = command_for("rsd-carol", daemon, "status")
+        assert status == 1 and "is not open to you" in words, words
+
+
+def test_only_administrators_stop_and_reload(start):
+    daemon = start(f'[access]\nsocket_group = "{GROUP}"\nadmins = ["rsd-bob"]\n')
+    for command in ("stop", "reload", "restart"):
+        status, _, words = command_for("rsd-alice", daemon, command)
+        assert status == 1 and "rsd-alice does not administer this daemon" in words
+    assert command_for("rsd-bob", daemon, "reload")[0] == 0
+    with job("rsd-alice", daemon) as (answer,):
+        assert isinstance(answer, float)
+    assert command_for("rsd-bob", daemon, "stop")[0] == 0
+
+
+def test_limits_are_a_users_own(start):
+    limits = "[limits]\nsessions = 3\natoms = 100\n[users.rsd-bob]\nsessions = 5\natoms = 8\n"
+    daemon = start(f'[access]\ngroups = ["{GROUP}"]\n{limits}')
+    with job("rsd-alice", daemon, 5) as answers:
+        assert [isinstance(answer, float) for answer in answers] == [True] * 3 + [False] * 2
+        assert answers[3:] == ["limit"] * 2
+        with job("rsd-bob", daemon, 7) as theirs:  # 4 atoms each: two sessions' worth
+            assert theirs[2:] == ["limit"] * 5
+            assert [isinstance(answer, float) for answer in theirs[:2]] == [True] * 2
+    with job("rsd-alice", daemon, 2, 3) as answers:  # 108 atoms
+        assert answers == ["limit"] * 2
+    with job("rsd-alice", daemon, 3) as answers:  # what ended was counted out
+        assert all(isinstance(answer, float) for answer in answers)
+
+
+def test_new_rules_hold_for_what_comes_and_leave_what_is_there(start):
+    daemon = start(f'[access]\ngroups = ["{GROUP}"]\n')
+    file = daemon.folder.parent / "config.toml"
+    with job("rsd-alice", daemon):
+        file.write_text('[access]\nusers = ["rsd-carol"]\n')
+        assert daemon.run("reload").returncode == 0
+        status = json.loads(daemon.run("status", "--json").stdout)
+        assert [session["user"] for session in status["sessions"]] == ["rsd-alice"]
+        with job("rsd-alice", daemon) as answers:
+            assert answers == ["access-denied"]
+        with job("rsd-carol", daemon) as (answer,):
+            assert isinstance(answer, float)
