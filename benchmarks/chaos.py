@@ -30,7 +30,8 @@ from benchmarks import chaos_faults, machine
 from benchmarks.common import HERE, REPOSITORY, Daemon, Settings, use_cpus
 from rootstockd.config import Config
 
-MODELS = ("emt", "lj", "mace-emt-small")
+PRELOADED = ("emt", "lj")
+"""MACE is loaded when a session asks: while it loads, faults go on."""
 KINDS = (
     {"model": "emt", "exact": True},
     {"model": "lj", "exact": True},
@@ -200,8 +201,8 @@ def marked(mark: str) -> list[int]:
 
 
 def start_options(folder: Path) -> list[str]:
-    """Models to preload, and a short deadline for workers that hang, where this version has one."""
-    options = [option for model in MODELS for option in ("--model", model)]
+    """Models to load first, and a short deadline for workers that hang, where this version has one."""
+    options = [option for model in PRELOADED for option in ("--model", model)]
     if can_hang():
         settings = folder / "settings.toml"
         settings.write_text("hang_timeout = 5.0\n")

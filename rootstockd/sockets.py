@@ -90,7 +90,8 @@ def listen(
     if len(os.fsencode(path)) > MAX_SOCKET_PATH:
         raise AddressError(f"the socket path {path} is too long; Unix sockets allow {MAX_SOCKET_PATH} bytes.")
     _check_free(path)
-    unseen = path.with_suffix(".new")  # nobody sees a socket that is not open to all that it is to be open to
+    # nobody shall see a socket that is not open yet; the other name is no longer than the right one
+    unseen = path.with_name(path.name[:-1] + ("-" if path.name.endswith("~") else "~"))
     unseen.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as sock:
         try:

@@ -268,5 +268,6 @@ def main(channel: socket.socket, spec: ModelSpec) -> int:
         send(channel, b"X", error_fields(error))
         return 1
     send(channel, b"R", dataclasses.asdict(engine.info))
-    Loop(channel, engine).run()
+    with contextlib.suppress(ConnectionResetError, BrokenPipeError):  # the daemon has died; so shall we, by PDEATHSIG
+        Loop(channel, engine).run()
     return 0
