@@ -278,9 +278,9 @@ class EngineSide:
         return self._state is _BUSY
 
     @property
-    def owes_answer(self) -> bool:
-        """The driver has sent a structure and not been given its result: it is under way, or not asked for yet."""
-        return self._state in (_BUSY, _HAVEDATA)
+    def unfetched(self) -> bool:
+        """There is a result that the driver has not asked for yet."""
+        return self._state is _HAVEDATA
 
     @property
     def full(self) -> bool:

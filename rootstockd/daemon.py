@@ -157,9 +157,9 @@ class Daemon:
         fetched_by = time.monotonic() + LINGER
         deadline = time.monotonic() + self.config.drain_timeout
         while not self._force.is_set() and (now := time.monotonic()) < deadline:
-            if any(session.state == "busy" for session in self.sessions):
+            if any(session.under_way for session in self.sessions):
                 fetched_by = now + LINGER
-            elif now > fetched_by or not any(session.owes_answer for session in self.sessions):
+            elif now > fetched_by or not any(session.unfetched for session in self.sessions):
                 break
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._force.wait(), 0.02)

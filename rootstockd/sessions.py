@@ -16,7 +16,7 @@ from rootstock_client.errors import DrainingError, InvalidStructureError, LimitE
 from rootstockd.accounts import Account, Accounts, peer_of, user_name
 from rootstockd.init_request import InitRequest, is_announced, parse_init
 from rootstockd.scheduler import Evaluation
-from rootstockd.supervisor import Client, Supervisor
+from rootstockd.supervisor import Client, State, Supervisor
 from rootstockd.worker.slots import Slot
 
 log = logging.getLogger(__name__)
@@ -94,9 +94,19 @@ class Session(asyncio.BufferedProtocol):
         return "idle" if self.request is not None else "new"
 
     @property
-    def owes_answer(self) -> bool:
-        """Its driver waits for a result, or has yet to fetch one, or all of it."""
-        return not self._closing and (self._ipi.owes_answer or self._writing_paused)
+    def under_way(self) -> bool:
+        """It has an evaluation that a stopping daemon waits for.
+
+        That is any but one whose model is yet to load, where the driver is told so and can ask the next daemon.
+        """
+        if self._evaluation is None or self._model is None:
+            return False
+        return self._model.state is State.READY or not self._ipi.announced
+
+    @property
+    def unfetched(self) -> bool:
+        """Its driver has yet to fetch a result, or the rest of it."""
+        return not self._closing and (self._ipi.unfetched or self._writing_paused)
 
     # --- the transport's side
 

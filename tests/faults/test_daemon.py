@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -352,6 +353,41 @@ def test_a_driver_that_never_fetches_does_not_keep_the_daemon(own_daemon: Runnin
         sock.sendall(ipi.init_frame(text) + ipi.posdata_head(np.eye(3), np.eye(3), 1) + bytes(24) + ipi.STATUS)
         assert sock.recv(12, socket.MSG_WAITALL) == ipi.HAVEDATA
         assert own_daemon.run("stop", timeout=30).returncode == 0
+
+
+SLOW = """
+import time
+from ase.calculators.emt import EMT
+
+class Slow(EMT):
+    def __init__(self):
+        super().__init__()
+        time.sleep(60)
+"""
+
+
+def test_a_model_that_is_loading_is_not_waited_for(start_daemon, tmp_path: Path, monkeypatch) -> None:
+    """The job that wants it is told, and asks the next daemon."""
+    (tmp_path / "slow_to_load.py").write_text(SLOW)
+    (tmp_path / "more.toml").write_text('[slow]\nfamily = "ase"\narguments = { calculator = "slow_to_load:Slow" }\n')
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    daemon = start_daemon("--catalogue", str(tmp_path / "more.toml"))
+    atoms = copper()
+    atoms.calc = daemon.client(patience=0).calculator("slow")
+    outcome: list[BaseException] = []
+
+    def step() -> None:
+        try:
+            atoms.get_forces()
+        except DrainingError as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=step)
+    thread.start()
+    wait_for(lambda: any(session["state"] == "busy" for session in daemon.client().status()["sessions"]))
+    assert daemon.run("stop", timeout=30).returncode == 0
+    thread.join()
+    assert outcome
 
 
 def test_a_daemon_that_hangs(own_daemon: RunningDaemon) -> None:
