@@ -153,7 +153,7 @@ class Connection:
                 outage.wait(error, patience)
             except RootstockError:
                 outage.over()
-                self.met = True
+                self.met = met or connected
                 raise
             else:
                 outage.over()
