@@ -221,7 +221,7 @@ class Daemon:
     def worker_arguments(self, model: str) -> tuple[dict[str, Any], dict[str, str]]:
         """What its worker was started with: the ModelSpec's fields, and the environment."""
         process = psutil.Process(self.worker(model))
-        return json.loads(process.cmdline()[-1]), process.environ()
+        return json.loads(process.cmdline()[4]), process.environ()  # python -m rootstockd.worker FD SPEC ...
 
 
 # --- contestants

@@ -67,7 +67,8 @@ def random(settings: Settings, name: str) -> Model:
         if done.returncode != 0:
             raise RuntimeError(f"{name} could not be made: {done.stderr[-2000:]}")
     catalogue = settings.folder / f"{name}.toml"
-    catalogue.write_text(f'[{name}]\nfamily = "mace"\nweights = "{weights}"\ndtype = "float32"\n')
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    catalogue.write_text(f'[{name}]\nfamily = "mace"\nweights = "{weights}"\nsha256 = "{digest}"\ndtype = "float32"\n')
     return Model(name, weights, "float32", ("--catalogue", str(catalogue)))
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from rootstock_client.runtime_dir import SYSTEM_DIR, control_socket
+from rootstockd.worker.memory import MEMORY_VARIABLE
 
 CPU_BATCH_ATOMS = 2_048
 GPU_BATCH_ATOMS = 16_384
@@ -104,10 +105,18 @@ class Config(BaseModel):
     """Exceptions to `limits`, by login name."""
     batch_atoms: int | None = Field(default=None, ge=1)
     """Atoms in one forward pass over several sessions' structures."""
+    confine: bool = True
+    """Whether workers give away the rights that they need not; an entry of a catalogue may say no for its model."""
     log_file: Path | None = None
     """Where a daemon in the background writes its log."""
     drain_timeout: float = Field(default=60.0, ge=0)
     """Seconds that a stopping daemon gives evaluations under way."""
+    hang_timeout: float = Field(default=60.0, gt=0)
+    """Seconds that any batch may take; a slow model gets more (`HangLimit`). After that its worker is replaced."""
+    load_timeout: float = Field(default=600.0, gt=0)
+    """Seconds that a worker may take to load its model."""
+    worker_memory: int | None = Field(default=None, ge=2**28)
+    """Bytes of memory that a worker on a CPU may use (RLIMIT_DATA); without it, as many as the machine has."""
 
     @property
     def control(self) -> Path:
@@ -128,6 +137,12 @@ class Config(BaseModel):
         """What a user may have."""
         own = self.users.get(user)
         return self.limits.model_copy(update=own.model_dump(exclude_none=True)) if own else self.limits
+
+    @property
+    def worker_environment(self) -> dict[str, str]:
+        """Variables for workers."""
+        limited = self.worker_memory is not None and self.device.kind == "cpu"
+        return {**self.device.environment, **({MEMORY_VARIABLE: str(self.worker_memory)} if limited else {})}
 
     @property
     def batch_budget(self) -> int:

@@ -27,6 +27,7 @@ from rootstockd.sessions import LINGER, Session
 from rootstockd.sockets import listen, lock, make_runtime_dir
 from rootstockd.supervisor import Supervisor
 from rootstockd.worker.engines import ModelSpec
+from rootstockd.worker_folders import remove_left_behind
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +80,7 @@ class Daemon:
         allow_many_descriptors()
         with contextlib.ExitStack() as ours:
             ours.enter_context(lock(self.config.lock))
+            remove_left_behind()
             group = self.config.access.socket_group
             mode = 0o600 if group is None else 0o660
             control = ControlServer(self, ours.enter_context(listen(self.config.control, mode, group)))
@@ -221,14 +223,20 @@ class Daemon:
 
     def _supervisor(self, name: str, entry: Entry, dtype: str) -> Supervisor:
         key, device = WorkerKey(name, dtype), self.config.device
-        spec = ModelSpec(name, entry.family, device.kind, dtype, str(entry.weights or ""), entry.arguments)
+        weights, confine = str(entry.weights or ""), self.config.confine and entry.confine
+        spec = ModelSpec(
+            name, entry.family, device.kind, dtype, weights, entry.sha256.lower(), confine, entry.arguments
+        )
         model = self.fleet.get(key)
         if model is not None and model.spec != spec:  # the catalogue has been changed since
             model.retire()
             self.retired = [other for other in self.retired if other.clients] + [model]
             model = None
         if model is None or model.worth_replacing:
-            model = Supervisor(spec, device.environment, self.config.batch_budget)
+            config = self.config
+            model = Supervisor(
+                spec, config.worker_environment, config.batch_budget, config.hang_timeout, config.load_timeout
+            )
             self.fleet[key] = model
         return model
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+from pathlib import Path
+
 import pynvml
 
 from rootstockd.config import Device
@@ -37,12 +41,19 @@ def choose_device(*, gpu: int | None = None, cpu: bool = False) -> Device:
     if cpu:
         return Device(kind="cpu")
     names = gpu_names()
-    if gpu is None:
-        return Device(kind="cuda") if names else Device(kind="cpu")
-    if gpu < len(names):
-        return Device(kind="cuda", index=gpu)
+    if gpu is None and not names:
+        return Device(kind="cpu")
+    if (gpu or 0) < len(names):
+        make_device_files()
+        return Device(kind="cuda", index=gpu or 0)
     found = ", ".join(f"{i} ({name})" for i, name in enumerate(names)) or "none"
     raise DeviceError(
         f"this machine has no GPU {gpu}; NVIDIA GPUs found: {found}. "
         "To compute on the CPU instead: `rootstockd start --device cpu`."
     )
+
+
+def make_device_files(uvm: Path = Path("/dev/nvidia-uvm")) -> None:
+    """Have made what the first use of CUDA since the machine started makes: a confined worker can't do that."""
+    if not uvm.exists() and (command := shutil.which("nvidia-modprobe")):
+        subprocess.run([command, "-u", "-c", "0"], check=False, capture_output=True, timeout=60)

@@ -2,7 +2,8 @@
 
 Batch what is waiting, never wait for a batch: while the worker is busy evaluations pile up, and its next pass takes
 all that fit the budget. The budget shrinks where larger batches turn out to be slower than their parts (`CostCurve`),
-and where they did not fit the device's memory (`back_off`).
+and where they did not fit the device's memory (`back_off`), from where it slowly
+grows again.
 
 Who goes first is decided by start-time fair queueing (Goyal, Vin, Cheng, SIGCOMM 1996), between users by the seconds
 that their evaluations cost over their shares, and between one user's sessions by atoms. Where several users want the
@@ -24,8 +25,12 @@ from rootstockd.cost_curve import CostCurve
 
 Owner = TypeVar("Owner")
 
-MAX_ATTEMPTS = 2
-"""An evaluation under which this many workers died is given up."""
+MAX_BLAMED = 2
+"""An evaluation that seems to have killed this many workers is given up."""
+MAX_ATTEMPTS = 5
+"""So is one under which this many workers ended for whatever reason: the kernel may kill them for want of memory."""
+GROW_AFTER = 300
+"""Batches after which larger ones are tried again where memory lacked once: whatever else had it may be gone."""
 STILL_HERE = 4
 """Batches after a user's last evaluation in which more of them are expected: a driver computes, too."""
 
@@ -47,6 +52,10 @@ class Evaluation(Generic[Owner]):
     share: float = 1.0
     attempts: int = 0
     """How many workers died under it."""
+    blamed: int = 0
+    """How many of them it may have killed itself."""
+    ends: tuple[str, ...] = ()
+    """How they ended, in words."""
     withdrawn: bool = False
     """Nobody wants its result any more."""
 
@@ -110,7 +119,9 @@ class Scheduler(Generic[Owner]):
     """
 
     def __init__(self, batch_atoms: int) -> None:
-        self.batch_atoms = batch_atoms
+        self.batch_atoms = self._most = batch_atoms
+        self._good = 0
+        """Batches since the last time that memory lacked."""
         self.costs = CostCurve()
         self.running: list[Evaluation[Owner]] = []
         self.waiting = 0
@@ -213,21 +224,37 @@ class Scheduler(Generic[Owner]):
         batch, self.running = self.running, []
         if seconds is not None and batch:
             self.costs.learn(sum(evaluation.atoms for evaluation in batch), seconds)
+            if self.batch_atoms < self._most:
+                self._recover()
         return batch
+
+    def _recover(self) -> None:
+        self._good += 1
+        if self._good % GROW_AFTER == 0:
+            self.batch_atoms = min(self._most, self.batch_atoms + self.batch_atoms // 4 + 1)
 
     def back_off(self) -> None:
         """The batch under way did not fit the device's memory: smaller ones from now on."""
         self.batch_atoms = max(1, sum(evaluation.atoms for evaluation in self.running) // 2)
+        self._good = 0
 
-    def worker_lost(self) -> list[Evaluation[Owner]]:
-        """The worker died. What it was at goes back to the front; what killed too many is returned, given up."""
+    def worker_lost(self, how: str = "", *, blame: bool = True) -> list[Evaluation[Owner]]:
+        """The worker died. What it was at goes back to the front; what killed too many is returned, given up.
+
+        Args:
+            how: how it ended, in words.
+            blame: it may have died of what it was at.
+        """
         batch = [evaluation for evaluation in self.finished() if not evaluation.withdrawn]
         for evaluation in batch:
             evaluation.attempts += 1
-        again = [e for e in batch if e.attempts < MAX_ATTEMPTS]
+            evaluation.blamed += blame
+            evaluation.ends += (how,)
+        given_up = [e for e in batch if e.blamed >= MAX_BLAMED or e.attempts >= MAX_ATTEMPTS]
+        again = [e for e in batch if e not in given_up]
         self._again.extendleft(reversed(again))
         self.waiting += len(again)
-        return [e for e in batch if e.attempts >= MAX_ATTEMPTS]
+        return given_up
 
     def clear(self) -> list[Evaluation[Owner]]:
         """Give up everything, and return it."""

@@ -285,7 +285,8 @@ class Session(asyncio.BufferedProtocol):
         """Say no more; let the driver read what was said, and read what it still says, before closing."""
         if self._closing:
             return
-        if self._evaluation is not None and error is not None:
+        if self._evaluation is not None and error is not None and self._model is not None:
+            self._model.scheduler.withdraw(self._evaluation)  # or it would outlive its slot
             self.evaluated(error)
             if self._closing:  # a stock driver's failure is its end
                 return

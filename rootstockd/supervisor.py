@@ -3,24 +3,41 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
-import json
+import functools
 import logging
 import time
 from typing import Any, Protocol
 
-from rootstock_client.errors import EvaluationError, LimitError, ModelLoadError, RootstockError, error_from_code
-from rootstockd.scheduler import Evaluation, Scheduler
+from rootstock_client.errors import EvaluationError, LimitError, ModelLoadError, RootstockError
+from rootstockd.hang_limit import HangLimit
+from rootstockd.scheduler import MAX_BLAMED, Evaluation, Scheduler
 from rootstockd.worker.engines import EngineInfo, ModelSpec
 from rootstockd.worker.slots import Slot
-from rootstockd.worker_process import WorkerProcess
+from rootstockd.worker_messages import Confined, Failure, Said, parse
+from rootstockd.worker_process import End, WorkerProcess
 
 log = logging.getLogger(__name__)
 
-MAX_FAILED_STARTS = 3
+MAX_FAILED_STARTS = 5
 """Workers in a row that died before they were ready, until the model counts as broken."""
+MAX_HUNG_STARTS = 2
+"""The same, of those that took longer to load than they may."""
+PAUSES = (0.0, 0.0, 0.5, 1.0, 2.0)
+"""Seconds before the next start, by failed starts in a row."""
+TICK = 1.0
+"""Seconds between looks at how long the worker has been at something, at most."""
+STOP_PATIENCE = 10.0
+"""Seconds that a stopping daemon waits for a killed worker, which may be stuck in the kernel."""
 RETRY_AFTER = 10.0
 """Seconds until a broken model may be tried again."""
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """Log what is true of the machine and would be said again by every worker."""
+    log.warning("%s", text)
 
 
 class State(enum.Enum):
@@ -51,21 +68,37 @@ class Supervisor:
         spec: the model.
         environment: variables for its workers.
         batch_atoms: the most atoms in one forward pass.
+        hang_timeout: seconds that any batch may take.
+        load_timeout: seconds that loading may take.
     """
 
-    def __init__(self, spec: ModelSpec, environment: dict[str, str], batch_atoms: int) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        environment: dict[str, str],
+        batch_atoms: int,
+        hang_timeout: float,
+        load_timeout: float,
+    ) -> None:
         self.spec = spec
         self.state = State.LOADING
         self.error: RootstockError | None = None
         self.info: EngineInfo | None = None
+        self.unconfined: list[str] = [] if spec.confine else ["the configuration or the catalogue says confine = false"]
+        """Why its workers have more rights than they need."""
         self.evaluations = self.batches = self.restarts = self.clients = 0
         self.scheduler: Scheduler[Client] = Scheduler(batch_atoms)
         self._environment = environment
         self._worker: WorkerProcess | None = None
         self._failures: dict[int, RootstockError] = {}
         self._settled = asyncio.Event()
-        self._stopping = self.retired = False
+        self._stopping = asyncio.Event()
+        self.retired = False
+        self._hang_limit, self._load_timeout = HangLimit(hang_timeout), load_timeout
+        self._tick = min(TICK, hang_timeout / 10, load_timeout / 10)
         self._ended_at = self._sent = 0.0
+        self._new = False
+        """Something in the batch under way is in it for the first time."""
         self._task = asyncio.create_task(self._keep_warm(), name=f"supervisor {spec.name}")
 
     @property
@@ -99,8 +132,8 @@ class Supervisor:
         self._end_if_unwanted()
 
     def _end_if_unwanted(self) -> None:
-        if self.retired and not self.clients and not self._stopping:
-            self._stopping = True
+        if self.retired and not self.clients and not self._stopping.is_set():
+            self._stopping.set()
             if self._worker is not None:
                 self._worker.hang_up()
                 self._worker.kill()
@@ -123,7 +156,10 @@ class Supervisor:
 
     def _dispatch(self) -> None:
         worker = self._worker
-        if worker is None or self.state is not State.READY or not (batch := self.scheduler.next_batch()):
+        if worker is None or not worker.usable or self.state is not State.READY:
+            return
+        batch = self.scheduler.next_batch()
+        if not batch:
             return
         numbers: list[int] = []
         refused: list[tuple[Evaluation[Client], LimitError]] = []
@@ -132,6 +168,8 @@ class Supervisor:
             try:
                 if owner.number not in worker.attached:
                     worker.attach(owner.number, owner.slot, owner.settings)
+                    self._hang_limit.new_system()
+                    self._new = True
             except OSError as error:
                 refusal = LimitError(f"the daemon can't hand over this structure: {error.strerror}.")
                 refused.append((evaluation, refusal))
@@ -154,15 +192,25 @@ class Supervisor:
             atoms = self.scheduler.batch_atoms
             log.warning("model %s: no memory for a batch; they have %d atoms at most now", self.spec.name, atoms)
         else:
-            self._told(kind, json.loads(body))
+            try:
+                said = parse(kind, body)
+            except ValueError as error:
+                what = str(error).partition("\n")[0][:200]
+                log.warning("model %s: its worker says what makes no sense, and is ended: %s", self.spec.name, what)
+                if self._worker is not None:  # whatever it sends now can't be trusted, nor what it computes
+                    self._worker.kill(End("it sent what is no message", blamed=True))
+            else:
+                self._told(kind, said)
 
     def _done(self) -> None:
         """The batch is done."""
         failures = self._failures
         if failures:
             self._failures = {}
+        seconds = time.perf_counter() - self._sent
+        new, self._new = self._new, False
         # a failure takes as long as it takes, and says nothing of what evaluations cost
-        batch = self.scheduler.finished(None if failures else time.perf_counter() - self._sent)
+        batch = self.scheduler.finished(None if failures else seconds)
         if self.scheduler.waiting:
             self._dispatch()  # first the device, then the answers
         self.batches += 1
@@ -170,15 +218,28 @@ class Supervisor:
         for evaluation in batch:
             owner = evaluation.owner
             owner.evaluated(failures.get(owner.number) if failures else None)
+        if new or seconds > self._hang_limit.ordinary:
+            sizes = [evaluation.atoms for evaluation in batch if evaluation.owner.number not in failures]
+            self._hang_limit.learn(sum(sizes), max(sizes, default=0), seconds)
 
-    def _told(self, kind: bytes, fields: dict[str, Any]) -> None:
+    def _told(self, kind: bytes, said: Said) -> None:
         """What the worker says in JSON."""
-        if kind == b"F":
-            self._failures[fields["slot"]] = error_from_code(fields["code"], fields["message"], fields["hint"])
-        elif kind == b"X":
-            self.error = error_from_code(fields["code"], fields["message"], fields["hint"])
+        if isinstance(said, Confined):
+            self.unconfined = said.missing
+            for what in said.missing:
+                warn_once(f"workers are not wholly confined: {what} (SECURITY.md)")
+        elif isinstance(said, Failure):
+            error = said.error
+            if isinstance(error, LimitError):
+                if largest := self._hang_limit.largest:
+                    error.message += f" The largest that this model has evaluated had {largest} atoms."
+                log.warning("model %s: %s", self.spec.name, error.message)
+            if kind == b"F":
+                self._failures[said.slot] = error
+            else:
+                self.error = error
         else:
-            self.info = EngineInfo(**fields)
+            self.info = said
             where = f"{self.spec.device} in {self.spec.dtype} ({self.info.backend})"
             if kind == b"R":
                 log.info("model %s is ready on %s", self.spec.name, where)
@@ -191,49 +252,98 @@ class Supervisor:
 
     async def _keep_warm(self) -> None:
         """Start workers, one after another as they die, until the model is broken or no longer wanted."""
-        failed_starts = 0
-        while not self._stopping:
+        failed: list[End] = []
+        while not self._stopping.is_set():
             self._set_state(State.LOADING)
-            how = await self._run_worker()
-            if self._stopping:
+            end = await self._run_worker()
+            if self._stopping.is_set():
                 return
-            failed_starts = failed_starts + 1 if self.state is State.LOADING else 0
-            log.warning("the worker of %s ended: %s", self.spec.name, how)
-            if failed_starts >= MAX_FAILED_STARTS and self.error is None:
+            failed = [*failed, end] if self.state is State.LOADING else []
+            log.warning("the worker of %s ended: %s", self.spec.name, end.how)
+            if self.error is None and (
+                len(failed) >= MAX_FAILED_STARTS or sum(start.hung for start in failed) >= MAX_HUNG_STARTS
+            ):
+                ends = "; ".join(start.how for start in failed)
                 self.error = ModelLoadError(
-                    f"model {self.spec.name!r}: {failed_starts} workers ended before they were ready, the last: {how}",
+                    f"model {self.spec.name!r}: {len(failed)} workers ended before they were ready: {ends}.",
                     "`rootstockd logs` has what they printed.",
                 )
-            self._worker_lost(how)
+            self._worker_lost(end)
             if self.error is not None:
                 log.error("%s", self.error)
                 self._ended_at = time.monotonic()
                 self._set_state(State.FAILED)
                 return
             self.restarts += 1
-            await asyncio.sleep(0.1 * failed_starts)
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), PAUSES[len(failed)])
 
-    async def _run_worker(self) -> str:
-        """One worker from its start to its end; how it ended."""
+    async def _run_worker(self) -> End:
+        """One worker from its start to its end."""
         try:
-            self._worker = await WorkerProcess.start(self.spec, self._environment, self._on_message)
+            worker = self._worker = await WorkerProcess.start(self.spec, self._environment, self._on_message)
         except Exception as error:  # or the model would count as loading for ever
-            return f"it could not be started: {error}"
-        if self._stopping:
-            self._worker.kill()
-        status = await self._worker.wait()
-        self._worker = None
-        return f"signal {-status}" if status < 0 else f"exit status {status}"
+            return End(f"it could not be started: {error}", blamed=True)
+        if self._stopping.is_set():
+            worker.kill()
+        watch = asyncio.create_task(self._watch(worker), name=f"watch {self.spec.name}")
+        try:
+            return await worker.wait()
+        finally:
+            watch.cancel()
+            self._worker = None
 
-    def _worker_lost(self, how: str) -> None:
-        self._failures.clear()
-        given_up = self.scheduler.worker_lost() if self.error is None else self.scheduler.clear()
-        for evaluation in given_up:
-            message = (
-                f"model {self.spec.name!r}: {evaluation.attempts} workers ended over this structure, the last: {how}"
+    async def _watch(self, worker: WorkerProcess) -> None:
+        """Kill a worker that is at one thing for too long.
+
+        Time is counted in looks at it: while the daemon itself is stopped, or the whole machine, none goes by.
+        """
+        began, looks = -1.0, 0
+        while True:
+            await asyncio.sleep(self._tick)
+            loading, running = self.state is State.LOADING, self.scheduler.running
+            if not loading and (not running or self._sent != began):
+                began, looks = self._sent, 0
+                continue
+            looks += 1
+            waited = looks * self._tick
+            limit = self._load_timeout if loading else self._batch_limit(running)
+            if waited < limit:
+                continue
+            while worker.look():  # its answer may have come while nobody looked
+                pass
+            if self.state is State.LOADING if loading else self.scheduler.running and self._sent == began:
+                what = "loading" if loading else "an evaluation"
+                how = f"it hung: {what} took {waited:.3g} s where {limit:.3g} s is the limit"
+                end = End(how, blamed=True, hung=True)
+                log.warning("model %s: worker %d is killed, %s", self.spec.name, worker.pid, end.how)
+                worker.kill(end)
+                return
+
+    def _batch_limit(self, batch: list[Evaluation[Client]]) -> float:
+        sizes = [evaluation.atoms for evaluation in batch]
+        return self._hang_limit.seconds(sum(sizes), max(sizes))
+
+    def _worker_lost(self, end: End) -> None:
+        failures, self._failures = self._failures, {}
+        if self.error is not None:
+            for evaluation in self.scheduler.clear():
+                evaluation.owner.evaluated(self.error)
+            return
+        for evaluation in [e for e in self.scheduler.running if e.owner.number in failures]:
+            self.scheduler.withdraw(evaluation)  # what became of it was said before the end
+            evaluation.owner.evaluated(failures[evaluation.owner.number])
+        for evaluation in self.scheduler.worker_lost(end.how, blame=end.blamed):
+            error = EvaluationError(
+                f"model {self.spec.name!r}: {evaluation.attempts} workers ended over this structure: "
+                f"{'; '.join(evaluation.ends)}.",
+                "The model itself is up again; look at the structure, and at `rootstockd logs`."
+                if evaluation.blamed >= MAX_BLAMED
+                else "These signals come from outside: from the kernel when memory runs out (see `dmesg`), or from "
+                "people. Try again, or use a smaller structure.",
             )
-            hint = "The model itself is up again; look at the structure, and at `rootstockd logs`."
-            evaluation.owner.evaluated(self.error or EvaluationError(message, hint))
+            log.warning("%s", error.message)
+            evaluation.owner.evaluated(error)
 
     def _set_state(self, state: State) -> None:
         self.state = state
@@ -242,10 +352,12 @@ class Supervisor:
 
     async def stop(self, error: RootstockError) -> None:
         """End the worker; what still waits is told `error`."""
-        self._stopping = True
+        self._stopping.set()
         for evaluation in self.scheduler.clear():
             evaluation.owner.evaluated(error)
         if self._worker is not None:
             self._worker.hang_up()
             self._worker.kill()  # it holds nothing that wants saving
-        await self._task
+        await asyncio.wait([self._task], timeout=STOP_PATIENCE)
+        if not self._task.done():
+            log.error("model %s: its worker was killed, but does not end; it is left to the kernel", self.spec.name)

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import signal
 import socket
 import struct
 import sys
@@ -18,8 +19,13 @@ from typing import Any
 import rootstockd
 from rootstockd.worker.engines import ModelSpec
 from rootstockd.worker.slots import Slot
+from rootstockd.worker_folders import WorkerFolders
 
 MESSAGE_SIZE = 64 * 1024
+GRACE = 5.0
+"""Seconds that a worker without its socket has to end by itself, so that it is seen what it died of."""
+FOREIGN = {signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT}
+"""What people, programs and a kernel out of memory send, and what no computation does to itself by mistake."""
 Listener = Callable[[bytes, bytes], None]
 TUNING = {
     # memory of one step is there for the next: giving it back and faulting it in anew cost up to two thirds of a step
@@ -33,6 +39,17 @@ TUNING = {
 """Variables for a worker that can't be set once it runs; one that the daemon was started with goes before."""
 
 
+@dataclasses.dataclass(frozen=True)
+class End:
+    """How a worker ended."""
+
+    how: str
+    """In words."""
+    blamed: bool
+    """It may have been its own doing, or that of what it was at: not a signal from somewhere else."""
+    hung: bool = False
+
+
 class WorkerProcess:
     """A running worker. `rootstockd.worker.loop` has the messages.
 
@@ -40,23 +57,41 @@ class WorkerProcess:
         process: the process.
         channel: the daemon's end of its socket.
         listener: told each message: its first byte, and the rest.
+        folders: where it may write, if it is confined.
     """
 
-    def __init__(self, process: asyncio.subprocess.Process, channel: socket.socket, listener: Listener) -> None:
-        self._process, self._channel, self._listener = process, channel, listener
+    def __init__(
+        self,
+        process: asyncio.subprocess.Process,
+        channel: socket.socket,
+        listener: Listener,
+        folders: WorkerFolders | None,
+    ) -> None:
+        self._process, self._channel, self._listener, self._folders = process, channel, listener, folders
         self.attached: set[int] = set()
         """Numbers of the slots that it has."""
+        self.usable = True
+        """It has not ended, and listens."""
         self._outbox: deque[tuple[bytes, int | None]] = deque()
+        self._verdict: End | None = None
+        """Why it was killed, if the daemon did it."""
         self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(channel, self._on_readable)
+        self._loop.add_reader(channel, self.look)
 
     @classmethod
     async def start(cls, spec: ModelSpec, environment: dict[str, str], listener: Listener) -> WorkerProcess:
         """Start a worker that loads `spec`; it says R when it is ready."""
+        folders = WorkerFolders(spec) if spec.confine else None
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        process: asyncio.subprocess.Process | None = None
         try:
+            ours.setblocking(False)  # noqa: FBT003 - the socket module has no other way
             package = str(Path(rootstockd.__file__).parent.parent)
             arguments = ["-m", "rootstockd.worker", str(theirs.fileno()), json.dumps(dataclasses.asdict(spec))]
+            if folders is not None:
+                confinement = {"folders": [folders.scratch, folders.cache], "gpu": spec.device != "cpu"}
+                arguments.append(json.dumps(confinement))
+                environment = environment | folders.environment
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 *arguments,
@@ -71,13 +106,16 @@ class WorkerProcess:
                 },
                 cwd="/",
             )
+            return cls(process, ours, listener, folders)
         except BaseException:
             ours.close()
+            if process is not None:
+                process.kill()
+            if folders is not None:
+                folders.remove()
             raise
         finally:
             theirs.close()
-        ours.setblocking(False)  # noqa: FBT003 - the socket module has no other way
-        return cls(process, ours, listener)
 
     @property
     def pid(self) -> int:
@@ -106,15 +144,23 @@ class WorkerProcess:
         """Have it evaluate these slots in one batch; it says E when it is done."""
         self._send(struct.pack(f"<c{len(numbers)}i", b"E", *numbers))
 
-    async def wait(self) -> int:
-        """Until the process is gone; its exit status, negative for a signal."""
+    async def wait(self) -> End:
+        """Until the process is gone, and all it said is heard."""
         status = await self._process.wait()
-        while self._channel.fileno() >= 0:  # its last words
-            self._on_readable()
-        return status
+        self.usable = False
+        while self.look():
+            pass
+        if self._folders is not None:
+            await asyncio.to_thread(self._folders.remove)
+        return self._verdict if status == -signal.SIGKILL and self._verdict else ending(status)
 
-    def kill(self) -> None:
-        """End it now."""
+    def kill(self, verdict: End | None = None) -> None:
+        """End it now.
+
+        Args:
+            verdict: what `wait` shall say of it.
+        """
+        self._verdict = self._verdict or verdict
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
 
@@ -152,25 +198,41 @@ class WorkerProcess:
                 os.close(fd)
         self._outbox.clear()
 
-    def _on_readable(self) -> None:
+    def look(self) -> bool:
+        """Take the next message; whether there was one."""
         try:
             message = self._channel.recv(MESSAGE_SIZE)
         except BlockingIOError:
-            if self._process.returncode is None:
-                return
+            if self.usable:
+                return False
             message = b""
         except OSError:
             message = b""
         if message:
             self._listener(message[:1], message[1:])
-        else:
+            return True
+        if self._channel.fileno() >= 0:
             self.hang_up()
-            self.kill()  # a worker without its socket is of no use
+            # a worker without its socket is of no use, but as a rule it is dying already
+            self._loop.call_later(GRACE, self.kill, End("it closed its connection and was killed", blamed=True))
+        return False
 
     def hang_up(self) -> None:
         """Ask it to end: it does when it next looks at its socket."""
+        self.usable = False
         if self._channel.fileno() >= 0:
             self._drop_outbox()
             self._loop.remove_reader(self._channel)
             self._loop.remove_writer(self._channel)
             self._channel.close()
+
+
+def ending(status: int) -> End:
+    """What an exit status, negative for a signal, says."""
+    if status >= 0:
+        return End(f"exit status {status}", blamed=True)
+    try:
+        name = f" ({signal.Signals(-status).name})"
+    except ValueError:
+        name = ""
+    return End(f"signal {-status}{name}", blamed=-status not in FOREIGN)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import subprocess
 import sys
@@ -149,6 +150,11 @@ def daemon(start_shared_daemon: Callable[..., RunningDaemon]) -> RunningDaemon:
 def own_daemon(start_daemon: Callable[..., RunningDaemon]) -> RunningDaemon:
     """A daemon that a test may harm, with EMT warm."""
     return start_daemon("--model", "emt")
+
+
+def sha256(path: Path) -> str:
+    """What a catalogue says of a model's file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def open_descriptors(pid: int) -> int:

@@ -10,6 +10,8 @@ from rootstockd.models.catalogue import Catalogue, CatalogueError, Entry
 
 EMT = 'family = "ase"\narguments = { calculator = "ase.calculators.emt:EMT" }\n'
 
+PIN = f'sha256 = "{"0" * 64}"\n'
+
 
 @pytest.fixture
 def write(tmp_path):
@@ -42,10 +44,31 @@ def test_more_files_add_and_override_entry_by_entry(write):
 
 
 def test_relative_weights_start_at_their_file(write, tmp_path):
-    path = write('[a]\nfamily = "mace"\nweights = "sub/a.model"\n[b]\nfamily = "mace"\nweights = "/abs/b.model"\n')
+    path = write(
+        f'[a]\nfamily = "mace"\nweights = "sub/a.model"\n{PIN}[b]\nfamily = "mace"\nweights = "/abs/b.model"\n{PIN}'
+    )
     catalogue = Catalogue.load([path])
     assert catalogue["a"].weights == tmp_path / "sub/a.model"
     assert catalogue["b"].weights == Path("/abs/b.model")
+
+
+def test_weights_need_their_sha256_which_is_told(write, tmp_path):
+    path = write('[a]\nfamily = "mace"\nweights = "a.model"\n')
+    with pytest.raises(CatalogueError, match=f"there is no file {tmp_path}/a.model"):
+        Catalogue.load([path])
+    (tmp_path / "a.model").write_bytes(b"abc")
+    with pytest.raises(CatalogueError, match="model 'a': weights need a sha256") as caught:
+        Catalogue.load([path])
+    line = str(caught.value).splitlines()[-1]
+    assert line == 'sha256 = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"'
+    path = write(f'[a]\nfamily = "mace"\nweights = "a.model"\n{line}\n')
+    assert Catalogue.load([path])["a"].sha256 in line
+
+
+@pytest.mark.parametrize("wrong", ["abc", "0" * 63, "0" * 65, "g" * 64, "0" * 64 + "\\n"])
+def test_a_sha256_that_is_none(write, wrong):
+    with pytest.raises(CatalogueError, match="model 'a': sha256: String should match"):
+        Catalogue.load([write(f'[a]\nfamily = "mace"\nweights = "a.model"\nsha256 = "{wrong}"\n')])
 
 
 def test_aliases(write):

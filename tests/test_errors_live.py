@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 import socket
@@ -17,7 +18,7 @@ from ase.build import bulk
 from ase.calculators.calculator import PropertyNotImplementedError
 from ase.calculators.emt import EMT
 
-from conftest import EMBEDDED_MODEL, RunningDaemon
+from conftest import EMBEDDED_MODEL, RunningDaemon, sha256
 from rootstock_client import RootstockClient, RootstockError, ipi
 from rootstock_client.driver_side import DriverSide
 from rootstock_client.errors import (
@@ -204,15 +205,23 @@ def test_model_files_that_are_missing_broken_or_something_else(start_daemon, tmp
     truncated.write_bytes(EMBEDDED_MODEL.read_bytes()[:10_000])
     other.write_bytes(pickle.dumps({"not": "a model"}))
     shutil.copy(EMBEDDED_MODEL, tmp_path / "good.model")
+    (tmp_path / "changed.model").write_bytes(EMBEDDED_MODEL.read_bytes() + b"!")
     (tmp_path / "more.toml").write_text(
         "\n".join(
-            f'[{name}]\nfamily = "mace"\nweights = "{name}.model"' for name in ("missing", "truncated", "other", "good")
+            f'[{name}]\nfamily = "mace"\nweights = "{name}.model"\nsha256 = "{sha256(source)}"'
+            for name, source in {
+                "missing": EMBEDDED_MODEL,
+                "truncated": truncated,
+                "other": other,
+                "good": EMBEDDED_MODEL,
+                "changed": EMBEDDED_MODEL,
+            }.items()
         )
         + '\n[nothing]\nfamily = "nothing"\n'
     )
     daemon = start_daemon("--catalogue", str(tmp_path / "more.toml"), "--model", "emt", "--model", "missing")
     client = daemon.client()
-    for name in ("missing", "truncated", "other", "nothing"):
+    for name in ("missing", "truncated", "other", "changed", "nothing"):
         error = failing(copper(), client, name)
         assert isinstance(error, ModelLoadError), error
         assert name in str(error)
@@ -221,11 +230,16 @@ def test_model_files_that_are_missing_broken_or_something_else(start_daemon, tmp
     atoms.calc = client.calculator("good")
     assert np.isfinite(atoms.get_potential_energy())
     assert "missing" in daemon.run("status").stdout
+    text = daemon.model("changed")["error"]
+    actual, expected = sha256(tmp_path / "changed.model"), sha256(EMBEDDED_MODEL)
+    for word in (str(tmp_path / "changed.model"), actual, expected, "not loaded", f'sha256 = "{actual}"'):
+        assert word in text
 
 
 def test_a_refused_init_is_said_again(start_daemon, tmp_path) -> None:
     """What was refused for a reason that passes is taken when it has passed, by the same calculator."""
-    (tmp_path / "more.toml").write_text('[later]\nfamily = "mace"\nweights = "later.model"\n')
+    pin = f'sha256 = "{sha256(EMBEDDED_MODEL)}"\n'
+    (tmp_path / "more.toml").write_text(f'[later]\nfamily = "mace"\nweights = "later.model"\n{pin}')
     daemon = start_daemon("--catalogue", str(tmp_path / "more.toml"))
     atoms = copper()
     assert isinstance(failing(atoms, daemon.client(), "later"), ModelLoadError)
@@ -281,7 +295,7 @@ def test_a_calculator_that_is_careless_with_its_results(start_daemon, tmp_path, 
     """One array for all its results, and last time's left among this time's: no session sees another's numbers."""
     (tmp_path / "sloppy.py").write_text(SLOPPY)
     (tmp_path / "more.toml").write_text('[sloppy]\nfamily = "ase"\narguments = { calculator = "sloppy:Sloppy" }\n')
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     daemon = start_daemon("--catalogue", str(tmp_path / "more.toml"))
     frames = np.array([[[1.0, 0, 0]], [[5.0, 0, 0]]])
     got = np.zeros_like(frames)

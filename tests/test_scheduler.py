@@ -5,7 +5,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from rootstockd.scheduler import MAX_ATTEMPTS, Evaluation, Scheduler
+from rootstockd.scheduler import GROW_AFTER, MAX_ATTEMPTS, MAX_BLAMED, Evaluation, Scheduler
 
 BUDGET = 100
 
@@ -84,18 +84,28 @@ def test_what_waited_under_a_worker_that_died_runs_alone_and_first():
     assert scheduler.next_batch() == [late]
 
 
-def test_what_killed_too_many_workers_is_given_up():
+@pytest.mark.parametrize(("blame", "deaths"), [(True, MAX_BLAMED), (False, MAX_ATTEMPTS)])
+def test_what_killed_too_many_workers_is_given_up(blame, deaths):
     scheduler, (bad, good) = queue(10, 10)
     assert scheduler.next_batch() == [bad, good]
-    for attempt in range(1, MAX_ATTEMPTS):
-        assert scheduler.worker_lost() == []
-        assert bad.attempts == attempt
+    for death in range(1, deaths):
+        assert scheduler.worker_lost(f"end {death}", blame=blame) == []
+        assert bad.attempts == death
         assert scheduler.next_batch() == [bad]
-    assert scheduler.worker_lost() == [bad]
-    assert bad.attempts == MAX_ATTEMPTS
+    assert scheduler.worker_lost("the last", blame=blame) == [bad]
+    assert bad.ends == (*(f"end {death}" for death in range(1, deaths)), "the last")
     assert scheduler.next_batch() == [good]
     assert scheduler.finished() == [good]
     assert scheduler.next_batch() == []
+
+
+def test_deaths_that_were_not_its_fault_do_not_hasten_the_end():
+    scheduler, (one,) = queue(10)
+    for blame in (False, True, False):
+        scheduler.next_batch()
+        assert scheduler.worker_lost("", blame=blame) == []
+    scheduler.next_batch()
+    assert scheduler.worker_lost("", blame=True) == [one]
 
 
 def test_a_worker_that_dies_idle_costs_nobody_an_attempt():
@@ -147,6 +157,32 @@ def test_clear_gives_up_what_runs_and_what_waits():
     assert scheduler.clear() == [a, b, c]
     assert scheduler.next_batch() == []
     assert scheduler.finished() == []
+
+
+def test_batches_grow_again_where_memory_lacked_once():
+    scheduler, _ = queue()
+
+    def run(*atoms: int) -> None:
+        for size in atoms:
+            scheduler.submit(Evaluation("", size))
+        scheduler.next_batch()
+        scheduler.finished(0.001)
+
+    for _ in range(2):
+        for _ in range(4):
+            scheduler.submit(Evaluation("", 25))
+        scheduler.next_batch()
+        scheduler.back_off()
+        scheduler.finished(0.001)
+    sizes = [scheduler.batch_atoms]
+    for batch in range(10 * GROW_AFTER):
+        run(10)
+        if scheduler.batch_atoms != sizes[-1]:
+            assert (batch + 2) % GROW_AFTER == 0
+            sizes.append(scheduler.batch_atoms)
+    assert sizes[0] < sizes[1] < sizes[2] < BUDGET
+    assert sizes == sorted(sizes)
+    assert sizes[-1] == BUDGET
 
 
 class Story(RuleBasedStateMachine):
@@ -203,11 +239,11 @@ class Story(RuleBasedStateMachine):
         self.running = []
         self.end(batch)
 
-    @rule()
-    def worker_lost(self):
-        given_up = self.scheduler.worker_lost()
+    @rule(blame=st.booleans())
+    def worker_lost(self, blame):
+        given_up = self.scheduler.worker_lost("it ended", blame=blame)
         for evaluation in self.running:
-            if evaluation.attempts >= MAX_ATTEMPTS:
+            if evaluation.attempts >= MAX_ATTEMPTS or evaluation.blamed >= MAX_BLAMED:
                 assert self.running == [evaluation]  # what was suspect ran alone
                 assert evaluation in given_up or evaluation in self.unwanted
             elif evaluation in self.unwanted and evaluation not in given_up:
@@ -241,6 +277,7 @@ class Story(RuleBasedStateMachine):
         assert self.scheduler.running == self.running
         assert self.scheduler.waiting == len(self.live) - len(self.running)
         assert all(evaluation.attempts < MAX_ATTEMPTS for evaluation in self.live)
+        assert all(evaluation.blamed < MAX_BLAMED for evaluation in self.live)
 
 
 Story.TestCase.settings = settings(deadline=None, max_examples=80, stateful_step_count=40)

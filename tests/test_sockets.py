@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,24 @@ def stale_socket(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(path))
         sock.listen()
+
+
+def as_user(uid: int, act: Callable[[], object]) -> str:
+    """Have a child do it that has become another user; what it raised."""
+    reading, writing = os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            os.setgid(uid)
+            os.setuid(uid)
+            act()
+        except BaseException as error:
+            os.write(writing, f"{type(error).__name__}: {error}".encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    os.waitpid(child, 0)
+    with os.fdopen(reading, encoding="utf-8") as words:
+        return words.read()
 
 
 # --- listen
@@ -132,6 +151,38 @@ def test_a_stale_socket_of_somebody_else_is_left_alone_and_named(short):
     with pytest.raises(AddressError, match=f"the socket {path} belongs to uid 12345"), listen(path, 0o600):
         pass
     assert path.is_socket()
+
+
+@as_root
+@pytest.mark.parametrize("kind", ["stale", "live"])
+def test_another_user_leaves_our_socket_alone(short, kind):
+    """Even in a folder that is theirs, where they could remove it."""
+    path = short / "a.sock"
+    os.chown(short, 12345, 12345)
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(path))
+        if kind == "live":
+            sock.listen()
+
+        def claim() -> None:
+            with listen(path, 0o600):
+                pass
+
+        assert f"the socket {path} belongs to uid 0; it is left alone" in as_user(12345, claim)
+        assert path.is_socket()
+
+
+@as_root
+def test_another_user_can_not_write_to_our_folder_nor_put_theirs_in_its_place(short):
+    ours = short / "ours"
+    make_runtime_dir(ours, shared=False)
+    short.chmod(0o1777)  # as /tmp
+    for attack in (ours.rmdir, lambda: ours.rename(short / "moved"), lambda: (ours / "a.sock").write_text("")):
+        assert "PermissionError" in as_user(12345, attack)
+    theirs = short / "theirs"
+    assert as_user(12345, lambda: theirs.mkdir(mode=0o700)) == ""
+    with pytest.raises(AddressError, match="belongs to somebody else"):
+        make_runtime_dir(theirs, shared=False)
 
 
 def test_the_longest_path_and_one_byte_more(short):
@@ -280,6 +331,14 @@ def test_a_folder_of_somebody_else_is_refused(short):
     os.chown(short, 12345, -1)
     with pytest.raises(AddressError, match="belongs to somebody else"):
         make_runtime_dir(short)
+
+
+def test_a_link_to_a_folder_is_refused(short):
+    """Whoever made the link could lead it elsewhere later."""
+    (short / "real").mkdir(mode=0o700)
+    (short / "link").symlink_to(short / "real")
+    with pytest.raises(AddressError, match="they could stand in for the daemon"):
+        make_runtime_dir(short / "link", shared=False)
 
 
 def test_a_folder_that_can_not_be_made(short):

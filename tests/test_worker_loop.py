@@ -65,7 +65,9 @@ class Daemon:
         """The messages of those that failed."""
         self.channel.send(b"E" + b"".join(number.to_bytes(4, "little") for number in numbers))
         failures = {}
-        while (message := self.channel.recv(65536))[:1] == b"F":
+        while (message := self.channel.recv(65536))[:1] in {b"F", b"O"}:
+            if message == b"O":
+                continue
             fields = json.loads(message[1:])
             failures[fields["slot"]] = fields["message"]
         assert message[:1] == b"E"
@@ -152,20 +154,132 @@ def test_energies_of_atoms_are_told_at_each_step():
             assert json.loads(bytes(slot.reply[slot_end(slot) :])) == {"energies": [value, value]}
 
 
-@pytest.mark.parametrize(
-    ("result", "message"),
-    [
-        (Result(float("nan"), np.zeros((2, 3)), np.zeros((3, 3))), "NaN"),
-        (Result(0.0, np.full((2, 3), np.inf), np.zeros((3, 3))), "NaN"),
-        (Result(0.0, np.zeros((2, 3)), np.full((3, 3), np.nan)), "NaN"),
-        (Result(0.0, np.zeros((1, 3)), np.zeros((3, 3))), "shape"),
-        (Result(0.0, np.zeros((2, 3))), "no stress"),
-    ],
-)
-def test_what_is_no_result_never_counts_as_one(result, message):
-    with worker(Engine(lambda tasks: [result] * len(tasks))) as daemon:
-        daemon.attach(stress=True)
-        assert message in daemon.evaluate(1)[1]
+class Unspeakable(RuntimeError):
+    def __str__(self) -> str:
+        raise ValueError
+
+
+def result(
+    energy: Any = 1.0, forces: Any = None, virial: Any = None, energies: Any = None, backend: Any = ""
+) -> Result:
+    """A right one, but for what is given."""
+    return Result(
+        energy,
+        np.zeros((2, 3)) if forces is None else forces,
+        np.zeros((3, 3)) if virial is None else virial,
+        np.zeros(2) if energies is None else energies,
+        backend,
+    )
+
+
+def raising(error: BaseException) -> Callable[[], Any]:
+    def answer() -> None:
+        raise error
+
+    return answer
+
+
+HOSTILE: dict[str, tuple[Callable[[], Any], str]] = {
+    "energy NaN": (lambda: result(energy=float("nan")), "NaN"),
+    "energy infinite": (lambda: result(energy=np.float32(1e38) * np.float32(1e38)), "NaN"),
+    "energy of several": (lambda: result(energy=np.zeros(2)), "energy of shape (2,)"),
+    "energy complex": (lambda: result(energy=1 + 1j), "energy of shape () and type complex128"),
+    "energy a text": (lambda: result(energy="1.0"), "energy"),
+    "energy None": (lambda: Result(None, np.zeros((2, 3)), np.zeros((3, 3)), np.zeros(2)), "energy"),  # type: ignore[arg-type]
+    "energy a truth": (lambda: result(energy=True), "energy of shape () and type bool"),
+    "forces infinite": (lambda: result(forces=np.full((2, 3), np.inf)), "NaN"),
+    "forces NaN in one place": (lambda: result(forces=np.array([[0, 0, 0], [0, np.nan, 0]])), "NaN"),
+    "forces of one atom": (lambda: result(forces=np.zeros((1, 3))), "forces of shape (1, 3)"),
+    "forces that would broadcast": (lambda: result(forces=np.zeros(3)), "forces of shape (3,)"),
+    "forces transposed": (lambda: result(forces=np.zeros((3, 2))), "forces of shape (3, 2)"),
+    "forces complex": (lambda: result(forces=np.zeros((2, 3), complex)), "type complex128"),
+    "forces objects": (lambda: result(forces=np.full((2, 3), None)), "type object"),
+    "forces texts": (lambda: result(forces=np.full((2, 3), "1.0")), "forces of shape (2, 3) and type <U3"),
+    "forces ragged": (lambda: result(forces=[[0, 0, 0], [0]]), "ValueError"),
+    "forces masked": (lambda: result(forces=np.ma.masked_equal(np.ones((2, 3)), 1.0)), "NaN"),
+    "forces too large for float64": (lambda: result(forces=np.full((2, 3), np.longdouble("1e400"))), "NaN"),
+    "forces too large for float32": (lambda: result(forces=np.full((2, 3), 1e38, np.float32) * np.float32(9)), "NaN"),
+    "virial NaN": (lambda: result(virial=np.full((3, 3), np.nan)), "NaN"),
+    "virial that would broadcast": (lambda: result(virial=np.zeros(3)), "virial of shape (3,)"),
+    "virial of Voigt": (lambda: result(virial=np.zeros(6)), "virial of shape (6,)"),
+    "virial a number": (lambda: result(virial=0.0), "virial of shape ()"),
+    "virial complex": (lambda: result(virial=np.zeros((3, 3), complex)), "virial"),
+    "no virial": (lambda: Result(0.0, np.zeros((2, 3))), "no stress"),
+    "energies NaN": (lambda: result(energies=np.array([0, np.nan])), "NaN"),
+    "energies too few": (lambda: result(energies=np.zeros(1)), "per-atom energies of shape (1,)"),
+    "energies too many": (lambda: result(energies=np.zeros(3)), "per-atom energies of shape (3,)"),
+    "energies one number": (lambda: result(energies=0.0), "per-atom energies of shape ()"),
+    "no energies": (lambda: Result(0.0, np.zeros((2, 3)), np.zeros((3, 3))), "no per-atom energies"),
+    "a backend without end": (lambda: result(backend="x" * 10_000), "do not fit"),
+    "a backend that is none": (lambda: result(backend=np.zeros(2)), "engine failed"),
+    "None": (lambda: None, "engine failed"),
+    "a text": (lambda: "1.0", "engine failed"),
+    "SystemExit": (raising(SystemExit(0)), "SystemExit: 0"),
+    "KeyboardInterrupt": (raising(KeyboardInterrupt()), "KeyboardInterrupt"),
+    "GeneratorExit": (raising(GeneratorExit()), "GeneratorExit"),
+    "an error that can't be said": (raising(Unspeakable()), "engine failed: Unspeakable"),
+    "an error that says too much": (raising(ValueError("\N{SKULL}" * 100_000)), "ValueError: "),
+    "memory": (raising(MemoryError()), "2 atoms do not fit the device's memory."),
+    "memory of numpy": (lambda: np.empty((2**50, 3)), "device's memory: Unable to allocate"),
+    "memory of torch": (
+        raising(RuntimeError("[enforce fail at x.cpp:1] . DefaultCPUAllocator: can't allocate memory: 9 bytes. Error")),
+        "2 atoms do not fit the device's memory: DefaultCPUAllocator: can't allocate memory: 9 bytes",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
+@pytest.mark.parametrize("name", HOSTILE)
+def test_what_is_no_result_never_counts_as_one(name: str) -> None:
+    """Nor does it harm batch mates, or the next evaluation."""
+    answer, message = HOSTILE[name]
+
+    def evaluate(tasks: list[Task]) -> list[Any]:
+        return [answer() if task.system.numbers[0] == 13 else result(energy=HARTREE) for task in tasks]
+
+    with worker(Engine(evaluate)) as daemon:
+        wanted = {"stress": True, "energies": True}
+        mates = [daemon.attach(**wanted), daemon.attach(number=13, **wanted), daemon.attach(**wanted)]
+        failures = daemon.evaluate(1, 2, 3)
+        assert list(failures) == [2]
+        assert message in failures[2]
+        assert daemon.evaluate(2) == failures
+        assert [mates[0].energies[0], mates[2].energies[0]] == [1.0, 1.0]
+        mates[0].energies[:] = 0
+        assert daemon.evaluate(1) == {}
+        assert mates[0].energies[0] == 1.0
+
+
+def test_whole_numbers_and_float32_are_numbers():
+    forces = np.arange(6).reshape(2, 3)
+    given = iter([forces, forces.astype(np.float32), forces.tolist(), forces.astype(">f8"), np.asfortranarray(forces)])
+    with worker(Engine(lambda _: [result(np.int64(1), next(given), np.eye(3, dtype=int))])) as daemon:
+        slot = daemon.attach(stress=True)
+        for _ in range(5):
+            slot.forces[:] = 0
+            assert daemon.evaluate(1) == {}
+            assert np.allclose(slot.forces, forces * BOHR / HARTREE)
+            assert np.allclose(slot.virials, np.eye(3) / HARTREE)
+
+
+def test_a_system_that_can_not_be_prepared_is_one_failure(monkeypatch):
+    """Whatever an engine raises there; and it is tried again, since memory may have lacked for a moment."""
+    engine = Engine(plain)
+    errors = iter([ValueError("no"), MemoryError(), SystemExit(1)])
+
+    def prepare(system: System) -> Any:
+        if system.numbers[0] == 13 and (error := next(errors, None)) is not None:
+            raise error
+        return system
+
+    monkeypatch.setattr(engine, "prepare", prepare)
+    with worker(engine) as daemon:
+        good, _ = daemon.attach(), daemon.attach(number=13)
+        assert "ValueError: no" in daemon.evaluate(2)[2]
+        assert "memory" in daemon.evaluate(2)[2]
+        assert "SystemExit" in daemon.evaluate(2)[2]
+        assert daemon.evaluate(1, 2) == {}
+        assert np.allclose(good.energies, 2)
 
 
 @pytest.mark.parametrize("given", [[], [Result(0.0, np.zeros((2, 3)))] * 2])

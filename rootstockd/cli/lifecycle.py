@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import signal
+import stat
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import click
 
@@ -169,8 +172,7 @@ def launch(config: Config, *, after: int | None = None) -> None:
     """
     assert config.log_file is not None
     try:
-        config.log_file.parent.mkdir(parents=True, exist_ok=True)
-        log = config.log_file.open("ab")
+        log = open_log(config.log_file)
     except OSError as error:
         raise Refused(f"can't write the log {config.log_file}: {error.strerror}. Choose another --log-file.") from error
     predecessor = () if after is None else (after,)
@@ -208,6 +210,22 @@ def launch(config: Config, *, after: int | None = None) -> None:
         soft_wrap=True,
         markup=False,
     )
+
+
+def open_log(path: Path) -> BinaryIO:
+    """Open a log for its daemon to write, and for nobody else to read.
+
+    Raises:
+        OSError: it can't be, or somebody else could read or change it.
+    """
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # no link: in a folder like /tmp somebody may have put one there, to a file of ours
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    info = os.fstat(fd)
+    if stat.S_ISREG(info.st_mode) and info.st_uid != os.geteuid():
+        os.close(fd)
+        raise PermissionError(errno.EPERM, f"it belongs to uid {info.st_uid}")
+    return os.fdopen(fd, "ab")
 
 
 def wait_until_ready(process: subprocess.Popen[bytes], config: Config, log_position: int) -> DaemonStatus:

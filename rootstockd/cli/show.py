@@ -75,6 +75,9 @@ def show(daemon: DaemonStatus) -> None:
             console.print(
                 f"{model.name} {model.dtype}: {model.backend}{note}", style="yellow" if note else "dim", markup=False
             )
+    for why in sorted({why for model in daemon.models for why in model.unconfined}):
+        names = ", ".join(model.name for model in daemon.models if why in model.unconfined)
+        console.print(f"{names}: not wholly confined: {why}", style="yellow", markup=False)
     if daemon.sessions:
         show_sessions(daemon)
     if daemon.other_sessions:

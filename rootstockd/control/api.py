@@ -127,6 +127,7 @@ def model_status(model: Supervisor, device: str) -> ModelStatus:
         error=str(model.error) if model.error else None,
         backend=model.info.backend if model.info else None,
         note=(model.info.note or None) if model.info else None,
+        unconfined=model.unconfined,
         batch_atoms=model.scheduler.budget,
         pid=model.pid,
         memory=resident_memory(model.pid) if model.pid else None,

@@ -23,6 +23,8 @@ class ModelStatus(BaseModel):
     """What computes, with versions."""
     note: str | None
     """What people should know of it, such as why nothing faster computes."""
+    unconfined: list[str]
+    """Why its workers have more rights than they need; empty where they have not."""
     batch_atoms: int
     """The most atoms in one forward pass, as learnt so far."""
     pid: int | None

@@ -7,6 +7,7 @@ overrides an earlier one, entry by entry. Model files are code, so no client eve
 from __future__ import annotations
 
 import difflib
+import hashlib
 import sys
 from collections.abc import Iterable, Mapping
 from importlib import resources
@@ -40,6 +41,8 @@ class Entry(BaseModel):
     """Engine family: which module of `rootstockd.worker.engines` evaluates it."""
     description: str = ""
     weights: Path | None = None
+    sha256: str = Field(default="", pattern=r"^([0-9a-fA-F]{64})?$")
+    """Of the weights, which are code: no other file is loaded."""
     elements: tuple[str, ...] = ()
     """Symbols of the elements it knows; empty where only the loaded model can say."""
     dtype: Literal["float32", "float64"] = "float64"
@@ -50,6 +53,8 @@ class Entry(BaseModel):
     """Not listed: for measuring and testing."""
     arguments: dict[str, JsonValue] = Field(default_factory=dict)
     """What else the family's `load` takes."""
+    confine: bool = True
+    """Whether its workers give away the rights that they need not (SECURITY.md)."""
 
     @field_validator("elements")
     @classmethod
@@ -132,5 +137,19 @@ def _read(path: Path) -> dict[str, Entry]:
             raise CatalogueError(f"catalogue {path}: model {name!r}: {where}: {first['msg']}") from error
         if entry.weights is not None and not entry.weights.is_absolute():
             entry = entry.model_copy(update={"weights": path.parent / entry.weights})
+        if entry.weights is not None and not entry.sha256:
+            missing = f"catalogue {path}: model {name!r}: weights need a sha256"
+            raise CatalogueError(f"{missing}; {_pin(entry.weights)}")
         entries[name] = entry
     return entries
+
+
+def _pin(weights: Path) -> str:
+    """What to write, for the file as it is now."""
+    if not weights.is_file():
+        return f"there is no file {weights} to tell it from."
+    try:
+        digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    except OSError as error:
+        return f"the file can't be read to tell it: {error}."
+    return f'if you trust {weights} as it is now, add this line:\nsha256 = "{digest}"'

@@ -1,25 +1,44 @@
-"""`python -m rootstockd.worker FD SPEC`: a worker, started by the daemon and by nobody else.
+"""`python -m rootstockd.worker FD SPEC [CONFINEMENT]`: a worker, started by the daemon and by nobody else.
 
-FD is the descriptor of its end of the socket, SPEC a ModelSpec as JSON.
+FD is the descriptor of its end of the socket, SPEC a ModelSpec as JSON, CONFINEMENT what `confine` takes as JSON;
+without it the worker keeps its rights.
 """
 
+import contextlib
 import json
 import logging
 import os
 import signal
 import socket
 import sys
+import traceback
 
-from rootstockd.worker.engines import ModelSpec
-from rootstockd.worker.loop import die_with_parent, main
+from rootstockd.worker.confine import confine, die_with_parent
+from rootstockd.worker.memory import limit_memory
 
 if __name__ == "__main__":
     # a terminal's Ctrl-C is for the daemon, which then drains its workers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # into the daemon's log, whose lines look the same
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    die_with_parent()
-    status = main(socket.socket(fileno=int(sys.argv[1])), ModelSpec(**json.loads(sys.argv[2])))
-    sys.stdout.flush()
-    sys.stderr.flush()
+    channel = socket.socket(fileno=int(sys.argv[1]))
+    die_with_parent(channel)
+    limit_memory()
+    missing = confine(**json.loads(sys.argv[3])) if len(sys.argv) > 3 else None  # noqa: PLR2004
+
+    # only now: numpy starts threads when it is imported
+    from rootstockd.worker.engines import ModelSpec
+    from rootstockd.worker.loop import main, send
+
+    status = 1
+    try:
+        if missing is not None:
+            send(channel, b"C", {"missing": missing})
+        status = main(channel, ModelSpec(**json.loads(sys.argv[2])))
+    except BaseException:  # whatever it is, the process must end, and threads that an engine left must not keep it
+        with contextlib.suppress(Exception):
+            traceback.print_exc()
+    with contextlib.suppress(Exception):  # the log may be full
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(status)  # torch's own teardown takes long and has nothing left to do

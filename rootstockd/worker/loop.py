@@ -15,6 +15,7 @@ E   int32 slots                                      evaluate these, as one batc
 === ================================================ ===========================================================
 to the daemon
 ----------------------------------------------------------------------------------------------------------------
+C   JSON: missing                                    it has given its rights away, but for what these texts say
 R   JSON: EngineInfo                                 the model is loaded
 X   JSON: code, message, hint                        the model can't be loaded; the worker ends
 F   JSON: slot, code, message, hint                  this slot's evaluation failed
@@ -27,33 +28,43 @@ I   JSON: EngineInfo                                 something in it has changed
 from __future__ import annotations
 
 import array
-import contextlib
-import ctypes
 import dataclasses
 import json
 import math
-import os
-import signal
 import socket
-import traceback
 from typing import Any
 
 import numpy as np
 
-from rootstockd.worker.engines import Engine, EngineError, ModelSpec, Result, System, Task, load_engine
+from rootstockd.worker.engines import (
+    Engine,
+    EngineBrokenError,
+    EngineError,
+    ModelSpec,
+    Result,
+    System,
+    Task,
+    load_engine,
+)
+from rootstockd.worker.failures import describe, out_of_memory, print_error, shortage
+from rootstockd.worker.memory import memory_limit, trim
 from rootstockd.worker.slots import Slot
 from rootstockd.worker.units import BOHR, HARTREE
 
 MESSAGE_SIZE = 64 * 1024
-_PR_SET_PDEATHSIG = 1
 
 
 _BOHR, _PER_HARTREE, _FORCE = np.array(BOHR), np.array(1 / HARTREE), np.array(BOHR / HARTREE)
 """Arrays: numpy takes several times as long to look at a float."""
 
 
+_UNPREPARED = object()
+
+
 class _Attached:
-    """A slot and what the engine keeps for its system, or why the engine refuses it."""
+    """A slot and what the engine keeps for its system."""
+
+    _system: Any
 
     def __init__(self, slot: Slot, fields: dict[str, Any], engine: Engine) -> None:
         self.slot = slot
@@ -67,7 +78,7 @@ class _Attached:
         self._backend: str | None = None
         """What the extras in the slot say, if that is all that they say."""
         pbc = tuple(fields["pbc"])
-        system = System(
+        self._wanted = System(
             slot.numbers.copy(),
             pbc,
             fields["charge"],
@@ -77,12 +88,7 @@ class _Attached:
             fields["tolerance"],
             fields["session"],
         )
-        self.refusal: EngineError | None = None
-        self._system: Any = None
-        try:
-            self._system = engine.prepare(system)
-        except EngineError as error:
-            self.refusal = error
+        self._engine, self._system = engine, _UNPREPARED
 
     def add_tasks(self, tasks: list[Task]) -> None:
         """One task a frame. What is in it belongs to the engine, so that it may keep it.
@@ -90,8 +96,8 @@ class _Attached:
         Raises:
             EngineError: the engine knows no such system, or positions are not finite.
         """
-        if self.refusal is not None:
-            raise self.refusal
+        if self._system is _UNPREPARED:  # not when it comes: whatever is wrong with it fails one evaluation, no more
+            self._system = self._engine.prepare(self._wanted)
         if (cells := self.slot.cells_bytes.tobytes()) != self._seen:
             self._seen, self._cells = cells, list(self.slot.cells * _BOHR)
         for frame, bohr in enumerate(self._positions):
@@ -109,25 +115,27 @@ class _Attached:
         slot, told = self.slot, not self.energies
         finite = True
         for frame, result in enumerate(results):
-            forces = np.asarray(result.forces)
+            forces = result.forces
             out = self._forces[frame]
-            if forces.shape != out.shape:
-                raise EngineError("evaluation", f"the engine gave forces of shape {forces.shape}")
+            if forces.__class__ is not np.ndarray or forces.dtype is not _FLOAT or forces.shape != out.shape:
+                forces = real_numbers(forces, out.shape, "forces")
             np.multiply(forces, _FORCE, out)
-            energy = float(result.energy) / HARTREE
+            energy = result.energy
+            if energy.__class__ is not float:
+                energy = real_numbers(energy, (), "energy").item()
+            energy /= HARTREE
             finite = finite and math.isfinite(energy)
             slot.energies[frame] = energy
             if self.stress:  # else they are zeros and stay so: the driver did not want it and knows it
                 if result.virial is None:
                     raise EngineError("unsupported", "the engine computed no stress")
-                np.multiply(result.virial, _PER_HARTREE, self._virials[frame])
+                virial = result.virial
+                if virial.__class__ is not np.ndarray or virial.dtype is not _FLOAT or virial.shape != (3, 3):
+                    virial = real_numbers(virial, (3, 3), "virial")
+                np.multiply(virial, _PER_HARTREE, self._virials[frame])
             told = told and result.backend == self._backend
         if not (finite and is_finite(slot.results)):
-            raise EngineError(
-                "evaluation",
-                "the model gave NaN or infinite numbers for this structure",
-                "Look for atoms that lie on top of each other or far outside what the model was trained on.",
-            )
+            raise not_finite()
         if not told:
             self._tell(results)
 
@@ -139,11 +147,44 @@ class _Attached:
             if self.energies:
                 if result.energies is None:
                     raise EngineError("unsupported", "the engine computed no per-atom energies")
-                extra["energies"] = (np.asarray(result.energies, np.float64) / HARTREE).tolist()
+                energies = real_numbers(result.energies, (self.slot.natoms,), "per-atom energies") / HARTREE
+                if not is_finite(energies):
+                    raise not_finite()
+                extra["energies"] = energies.tolist()
             extras.append(json.dumps(extra).encode() if extra else b"")
         self.slot.set_extras(extras)
         backends = {result.backend for result in results}
         self._backend = backends.pop() if len(backends) == 1 else None
+
+
+_FLOAT = np.dtype(np.float64)
+
+
+def real_numbers(given: Any, shape: tuple[int, ...], what: str) -> np.ndarray:
+    """What an engine gave as float64, where it is what it should be: numpy would broadcast, parse and unmask.
+
+    Raises:
+        EngineError: it is something else.
+    """
+    numbers = np.ma.filled(given, np.nan) if np.ma.isMaskedArray(given) else np.array(given)
+    if numbers.dtype.kind not in "fiu" or numbers.shape != shape:
+        raise EngineError(
+            "evaluation",
+            f"the engine gave {what} of shape {numbers.shape} and type {numbers.dtype} where {shape} of real numbers "
+            "were due",
+            "This is a defect of the model's code; `rootstockd logs` may have more.",
+        )
+    with np.errstate(over="ignore"):  # infinity is found with the rest
+        return numbers.astype(np.float64)
+
+
+def not_finite() -> EngineError:
+    """What is said of numbers that are none."""
+    return EngineError(
+        "evaluation",
+        "the model gave NaN or infinite numbers for this structure",
+        "Look for atoms that lie on top of each other or far outside what the model was trained on.",
+    )
 
 
 _FEW = 10_000
@@ -195,17 +236,21 @@ class Loop:
         try:
             self._pass(batch)
             return
-        except MemoryError as error:
+        except BaseException as error:  # an engine that calls sys.exit() has failed like any other
+            broken = isinstance(error, EngineBrokenError)
+            cause = (error.__cause__ or error) if broken else error
+            memory_lacked, parts = out_of_memory(cause), []
             if len(batch) == 1:
-                self._report(batch[0], too_large(batch[0].slot, error))
-                return
-            self._channel.send(b"O")
-            parts = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
-        except Exception as error:
-            if len(batch) == 1:
-                self._report(batch[0], error)
-                return
-            parts = [[attached] for attached in batch]
+                self._report(batch[0], too_large(batch[0].slot, cause) if memory_lacked else cause)
+            if broken:  # the daemon has those it heard nothing of repeated, by a fresh worker
+                raise
+            if len(batch) > 1 and memory_lacked:
+                self._channel.send(b"O")
+                parts = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
+            elif len(batch) > 1:
+                parts = [[attached] for attached in batch]
+        if memory_lacked:  # only now is what the failed pass had in its hands free
+            trim()
         for part in parts:
             self._evaluate(part)
 
@@ -222,27 +267,29 @@ class Loop:
             attached.store(results[start:end])
             start = end
 
-    def _report(self, attached: _Attached, error: Exception) -> None:
+    def _report(self, attached: _Attached, error: BaseException) -> None:
         if not isinstance(error, EngineError):
-            with contextlib.suppress(OSError):  # into the daemon's log, which may be full
-                traceback.print_exception(type(error), error, error.__traceback__)
-            error = EngineError("evaluation", f"the engine failed: {type(error).__name__}: {error}")
+            print_error(error)
+            error = EngineError("evaluation", f"the engine failed: {describe(error)}")
         send(self._channel, b"F", {"slot": attached.number, **error_fields(error)})
 
 
-def too_large(slot: Slot, error: MemoryError) -> EngineError:
+def too_large(slot: Slot, error: BaseException) -> EngineError:
     """What a driver is told whose structure does not fit the device's memory."""
     structures = f" x {slot.frames} structures" if slot.frames > 1 else ""
+    limit = memory_limit()
+    reason = f": {text}" if (text := shortage(error)) else ""
+    allowed = f" (a worker may use {limit / 2**30:.2f} GiB here)" if limit else ""
     return EngineError(
         "limit",
-        f"{slot.natoms} atoms{structures} do not fit the device's memory: {error}",
+        f"{slot.natoms} atoms{structures} do not fit the device's memory{allowed}{reason}.",
         "Use a smaller structure or float32, or wait until others leave more memory free.",
     )
 
 
 def error_fields(error: EngineError) -> dict[str, str]:
     """An EngineError as JSON fields, short enough for one message."""
-    return {"code": error.code, "message": error.message[:4000], "hint": error.hint[:4000]}
+    return {"code": error.code, "message": error.message[:2000], "hint": error.hint[:2000]}
 
 
 def send(channel: socket.socket, kind: bytes, fields: dict[str, Any]) -> None:
@@ -250,21 +297,18 @@ def send(channel: socket.socket, kind: bytes, fields: dict[str, Any]) -> None:
     channel.send(kind + json.dumps(fields).encode())
 
 
-def die_with_parent() -> None:
-    """Have the kernel kill this process when the daemon dies, even in the middle of a computation."""
-    parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died just before
-        os._exit(1)
-
-
 def main(channel: socket.socket, spec: ModelSpec) -> int:
     """Load and serve; the process's exit status."""
     try:
         engine = load_engine(spec)
-    except EngineError as error:
-        with contextlib.suppress(OSError):
-            traceback.print_exc()
+    except BaseException as error:  # it may be somebody's code that calls sys.exit()
+        print_error(error)
+        if not isinstance(error, EngineError):
+            error = EngineError(
+                "model-load",
+                f"model {spec.name!r} can't be loaded: {describe(error)}",
+                "`rootstockd logs` has the traceback.",
+            )
         send(channel, b"X", error_fields(error))
         return 1
     send(channel, b"R", dataclasses.asdict(engine.info))

@@ -6,7 +6,10 @@ An engine computes in ASE's units and conventions: eV, Å, rows of a cell are la
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import os
+import stat
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -24,6 +27,10 @@ class EngineError(Exception):
         self.code, self.message, self.hint = code, message, hint
 
 
+class EngineBrokenError(Exception):
+    """An evaluation failed in a way after which the process can't be trusted; its cause says how. The worker ends."""
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """What to load: all that makes two workers give different numbers, and where."""
@@ -38,6 +45,10 @@ class ModelSpec:
     """`float32` or `float64`."""
     weights: str = ""
     """Path of the weights."""
+    sha256: str = ""
+    """What `read_weights` must find there, in hexadecimal."""
+    confine: bool = True
+    """Whether workers give their rights away; see `rootstockd.worker.confine`."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """What else the family's `load` takes."""
 
@@ -124,7 +135,40 @@ class Engine(Protocol):
 
         Raises:
             EngineError: this batch can't be evaluated. Any other exception counts as one without a hint.
+            EngineBrokenError: nor can any other.
         """
+
+
+def read_weights(spec: ModelSpec) -> bytes:
+    """The model's file, read once: what was hashed is what gets loaded, whatever becomes of the path meanwhile.
+
+    Raises:
+        EngineError: it can't be read, or is not the file that the catalogue means.
+    """
+    name, path = spec.name, spec.weights
+    try:
+        # without waiting, or a pipe at this place would hold the worker for ever
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with open(fd, "rb") as file:  # noqa: PTH123 - a descriptor, not a path
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise EngineError("model-load", f"model {name!r}: its weights {path} are no regular file")
+            data = file.read()
+    except FileNotFoundError as error:
+        raise EngineError("model-load", f"model {name!r}: its weights {path} are missing") from error
+    except OSError as error:
+        raise EngineError(
+            "model-load", f"model {name!r}: its weights {path} can't be read: {error.strerror}"
+        ) from error
+    actual = hashlib.sha256(data).hexdigest()
+    if actual != spec.sha256:
+        raise EngineError(
+            "model-load",
+            f"model {name!r}: its weights {path} have the SHA-256 {actual}, where the catalogue says {spec.sha256}: "
+            "the file is another, or was changed or damaged. It was not loaded",
+            f'Put the right file back; or, if you trust this one, write sha256 = "{actual}" into the catalogue '
+            "and `rootstockd reload`.",
+        )
+    return data
 
 
 def load_engine(spec: ModelSpec) -> Engine:

@@ -8,19 +8,28 @@ take it from all.
 
 from __future__ import annotations
 
+import io
 import logging
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from ase.data import chemical_symbols
 
-from rootstockd.worker.engines import EngineError, EngineInfo, ModelSpec, Result, Task
+from rootstockd.worker.engines import (
+    EngineBrokenError,
+    EngineError,
+    EngineInfo,
+    ModelSpec,
+    Result,
+    Task,
+    read_weights,
+)
 from rootstockd.worker.engines import System as Wanted
 from rootstockd.worker.engines.mace import checks
 from rootstockd.worker.engines.mace.radial import NotApplicableError
 from rootstockd.worker.engines.mace.reference import ReferenceBackend, System, mace
+from rootstockd.worker.failures import out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -114,12 +123,18 @@ class MaceEngine:
 
         Raises:
             MemoryError: the device has not enough for them.
+            EngineBrokenError: the device, or a library, is in disorder.
         """
         try:
             return self._evaluate(tasks)
-        except torch.OutOfMemoryError as error:
-            torch.cuda.empty_cache()
-            raise MemoryError(str(error).split(". ")[0]) from error
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                if "CUDA error" in str(error):  # from here on it answers everything with this error
+                    raise EngineBrokenError from error
+                raise
+            text = str(error)
+        torch.cuda.empty_cache()  # not before here, where what the failed pass had in its hands is free
+        raise MemoryError(text)
 
     def _evaluate(self, tasks: list[Task]) -> list[Result]:
         results: dict[int, Result] = {}
@@ -159,7 +174,13 @@ class MaceEngine:
                 whole = fast.evaluate([task])[0]
             trusted = difference.within(system.tolerance)
             why = f"{fast.name} differs from {self._reference.name} by {difference}"
+        except EngineBrokenError:
+            raise
         except Exception as error:  # the reference has answered
+            if out_of_memory(error):  # which says nothing of its numbers: they are compared next time
+                if whole is None:
+                    raise
+                return whole
             trusted, why = False, f"{fast.name}: {type(error).__name__}: {error}"
         self._trusted[system.check] = trusted
         if not trusted:
@@ -216,21 +237,19 @@ def load(spec: ModelSpec) -> MaceEngine:
             f"model {spec.name!r}: torch {torch.__version__} sees no CUDA device",
             "Install a CUDA build of torch beside the daemon, or start it with `--device cpu`.",
         )
-    path = Path(spec.weights)
-    if not path.is_file():
-        raise EngineError("model-load", f"model {spec.name!r}: its weights {path} are missing")
+    weights = read_weights(spec)
     dtype = {"float32": torch.float32, "float64": torch.float64}[spec.dtype]
     try:
-        # weights are code: the catalogue, which is the operator's, says which files are ever opened
-        model = torch.load(path, map_location=spec.device, weights_only=False)
+        # weights are code: the catalogue, which is the operator's, says which file this is, and what is in it
+        model = torch.load(io.BytesIO(weights), map_location=spec.device, weights_only=False)
         model = model.to(device=spec.device, dtype=dtype)
         torch.set_default_dtype(dtype)
         for parameter in model.parameters():
             parameter.requires_grad = False
         reference = ReferenceBackend(model, spec.device)
     except Exception as error:
-        text = f"model {spec.name!r}: {path} is not a MACE model that mace-torch {mace.__version__} can read: {error}"
-        raise EngineError("model-load", text) from error
+        text = f"model {spec.name!r}: {spec.weights} is not a MACE model that mace-torch {mace.__version__} can read"
+        raise EngineError("model-load", f"{text}: {error}") from error
     fast, why = _accelerate(model, spec)
     return MaceEngine(model, spec, reference, fast, why)
 

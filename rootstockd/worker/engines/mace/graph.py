@@ -9,7 +9,8 @@ import numpy as np
 import vesin
 from ase.geometry.minkowski_reduction import minkowski_reduce
 
-from rootstockd.worker.engines import Array, Task
+from rootstockd.worker.engines import Array, EngineBrokenError, Task
+from rootstockd.worker.failures import out_of_memory
 
 _SKEWED = 0.1
 """A cell whose volume is less than this part of the product of its lengths is reduced."""
@@ -51,9 +52,7 @@ class Neighbours:
         receivers, senders, vectors, ends, atoms = [], [], [], [], 0
         for task, periodic in zip(tasks, pbc):
             cell, positions = manageable(task.cell, task.positions, periodic, self._cutoff)
-            i, j, d = self._list.compute(
-                points=positions, box=cell, periodic=np.array(periodic), quantities="ijD", copy=False
-            )
+            i, j, d = self._compute(positions, cell, np.array(periodic))
             receivers.append(i.astype(np.int64) + atoms)
             senders.append(j.astype(np.int64) + atoms)
             vectors.append(-d)
@@ -62,6 +61,15 @@ class Neighbours:
         receiver = _joined(receivers)
         first = np.searchsorted(receiver, np.arange(atoms + 1))
         return Graph(receiver, _joined(senders), _joined(vectors), first, np.array(ends))
+
+    def _compute(self, positions: Array, cell: Array, periodic: Array) -> tuple[Array, Array, Array]:
+        try:
+            i, j, d = self._list.compute(points=positions, box=cell, periodic=periodic, quantities="ijD", copy=False)
+        except RuntimeError as error:
+            if out_of_memory(error):  # vesin 0.6 has freed arrays by now that it will write to next time
+                raise EngineBrokenError from error
+            raise
+        return i, j, d
 
 
 def _joined(parts: list[Array]) -> Array:

@@ -14,8 +14,14 @@ Everything here is deterministic for a given number of threads.
 
 from __future__ import annotations
 
+import warnings
+
 import numba
 import numpy as np
+from numba.core.errors import NumbaSystemWarning
+
+# a confined worker has no /dev/shm for the lock that would guard other processes' use of numba: there are none
+warnings.filterwarnings("ignore", "Could not obtain multiprocessing lock", NumbaSystemWarning)
 
 DEGREE = 7
 """Of the polynomials in `tables`; a constant, so that loops over it are unrolled."""

@@ -1,0 +1,44 @@
+"""What an exception says, whoever raised it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import traceback
+
+_NO_MEMORY = ("allocate memory", "failed to allocate", "out of memory", "alloc_failed", "bad_alloc")
+"""What libraries say that have one class of exception for whatever goes wrong: torch, cuBLAS, matscipy, C++."""
+
+
+def text_of(error: BaseException) -> str:
+    """Its text; not every exception can say it."""
+    try:
+        return str(error)
+    except Exception:
+        return ""
+
+
+def describe(error: BaseException) -> str:
+    """Its class and its text."""
+    text = text_of(error)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def print_error(error: BaseException) -> None:
+    """Into the daemon's log, which may be full."""
+    with contextlib.suppress(Exception):
+        traceback.print_exception(type(error), error, error.__traceback__)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether it says that memory lacked."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    return isinstance(error, RuntimeError) and any(words in text_of(error).lower() for words in _NO_MEMORY)
+
+
+def shortage(error: BaseException) -> str:
+    """What such an exception says of how much there was, and how much was wanted; empty if nothing."""
+    text = text_of(error)
+    begin = max(text.find("DefaultCPUAllocator: "), 0)  # torch puts the place in its source before it
+    return ". ".join(text[begin:].split(". ")[:3]).strip(". \n")

@@ -1,0 +1,119 @@
+"""The only folders a worker may write to: scratch that goes with it, and a cache that stays.
+
+Both are the daemon's user's alone (0700). What lies in a cache is loaded as code by the model's next worker, so every
+model has its own: one whose file is malicious can prepare nothing for another's workers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import platformdirs
+
+from rootstock_client.runtime_dir import is_private
+from rootstockd.worker.engines import ModelSpec
+
+log = logging.getLogger(__name__)
+
+_CACHES = {
+    "NUMBA_CACHE_DIR": "numba",
+    "TRITON_CACHE_DIR": "triton",
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "CUDA_CACHE_PATH": "cuda",
+}
+"""Variables that tell compilers where to keep what they made."""
+
+
+class WorkerFolders:
+    """One worker's folders. The scratch folder exists, and is locked, until `remove`.
+
+    Args:
+        spec: the worker's model.
+
+    Raises:
+        OSError: there is no room for scratch.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.scratch, self._lock = _make_scratch()
+        self.cache = _cache(spec) or self.scratch
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables that lead a worker to its folders."""
+        caches = {variable: f"{self.cache}/{name}" for variable, name in _CACHES.items()}
+        return {"TMPDIR": self.scratch, **caches}
+
+    def remove(self) -> None:
+        """Remove the scratch folder."""
+        _remove(self.scratch)
+        os.close(self._lock)
+
+
+def _make_scratch() -> tuple[str, int]:
+    """A new folder, and the descriptor that keeps it locked: an unlocked one counts as a dead daemon's."""
+    while True:
+        path = tempfile.mkdtemp(prefix=_prefix())
+        with contextlib.suppress(FileNotFoundError):  # another daemon was faster, and has removed it
+            folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            if os.path.exists(path):
+                return path, folder
+            os.close(folder)
+
+
+def remove_left_behind() -> None:
+    """Remove the scratch folders of daemons of ours that were killed: nobody holds their locks."""
+    for path in Path(tempfile.gettempdir()).glob(f"{_prefix()}*"):
+        try:
+            folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            continue
+        try:
+            if os.fstat(folder).st_uid == os.getuid():
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove(path)
+        except BlockingIOError:
+            pass
+        finally:
+            os.close(folder)
+
+
+def _remove(path: str | Path) -> None:
+    try:
+        shutil.rmtree(path)
+    except (OSError, RecursionError) as error:  # a model may have made whatever it liked there
+        log.warning("could not remove %s: %s", path, error)
+
+
+def _prefix() -> str:
+    return f"rootstockd-worker-{os.getuid()}-"
+
+
+def _cache(spec: ModelSpec) -> str | None:
+    """The model's cache, if there is a place for it."""
+    what = json.dumps([spec.family, spec.sha256 or spec.name, spec.arguments], sort_keys=True)
+    caches = platformdirs.user_cache_path("rootstockd") / "compiled"
+    folder = caches / hashlib.sha256(what.encode()).hexdigest()[:16]
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for path in (caches, folder):
+            if not is_private(path, os.getuid()):
+                raise PermissionError(0, "it belongs to somebody else, or others may write to it", str(path))
+    except OSError as error:
+        log.warning(
+            "model %s: what is compiled for it will be compiled again by each worker: %s: %s",
+            spec.name,
+            error.filename,
+            error.strerror,
+        )
+        return None
+    return str(folder)

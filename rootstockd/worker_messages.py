@@ -1,0 +1,56 @@
+"""What a worker says in JSON, checked: a worker runs a model's code, and may say anything."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from rootstock_client.errors import RootstockError, error_from_code
+from rootstockd.worker.engines import EngineInfo
+
+
+class Failure(BaseModel):
+    """An evaluation that failed (`F`, with its slot), or a model that can't be loaded (`X`)."""
+
+    model_config = ConfigDict(strict=True)
+
+    code: str
+    message: str
+    hint: str
+    slot: int = 0
+
+    @property
+    def error(self) -> RootstockError:
+        """As sessions are told of it."""
+        return error_from_code(self.code, self.message, self.hint)
+
+
+class Confined(BaseModel):
+    """A worker that has given its rights away (`C`)."""
+
+    model_config = ConfigDict(strict=True)
+
+    missing: Annotated[list[str], Field(max_length=100)]
+    """All but what these say."""
+
+
+Said = Failure | Confined | EngineInfo
+_KINDS: dict[bytes, TypeAdapter[Said]] = {
+    b"F": TypeAdapter(Failure),
+    b"X": TypeAdapter(Failure),
+    b"C": TypeAdapter(Confined),
+    b"R": TypeAdapter(EngineInfo),
+    b"I": TypeAdapter(EngineInfo),
+}
+
+
+def parse(kind: bytes, body: bytes) -> Said:
+    """What the message says.
+
+    Raises:
+        ValueError: it makes no sense.
+    """
+    if kind not in _KINDS:
+        raise ValueError(f"there is no message {kind!r}")
+    return _KINDS[kind].validate_json(body)

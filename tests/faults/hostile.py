@@ -1,0 +1,89 @@
+"""Calculators for a worker that misbehave on purpose, as the structure says."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase.calculators.calculator import Calculator, all_changes
+from ase.calculators.emt import EMT
+
+QUIET, SEGFAULT, ABORT, EXIT, LEAVE, SLEEP, LOOP, MEMORY, NAN, SLOW = range(10)
+"""What an evaluation does; the height of the first atom in 100 Å says which (`behave`)."""
+SLOWLY = 1.0
+"""Seconds that SLOW takes, with a right result."""
+_HEIGHT = 100.0
+
+
+def _loop() -> None:
+    while True:
+        pass
+
+
+_DEEDS: dict[int, Callable[[], Any]] = {
+    SEGFAULT: lambda: ctypes.string_at(0),
+    ABORT: os.abort,
+    EXIT: lambda: os._exit(3),
+    LEAVE: lambda: sys.exit(3),
+    SLEEP: lambda: time.sleep(1e6),
+    LOOP: _loop,
+    MEMORY: lambda: np.empty((2**50, 3)),
+    SLOW: lambda: time.sleep(SLOWLY),
+}
+
+
+def behave(atoms: Any, what: int) -> Any:
+    """A copy of a structure in a cell without pbc along z, moved up to where it does `what`."""
+    moved = atoms.copy()
+    moved.positions[:, 2] += _HEIGHT * what - moved.positions[0, 2]
+    return moved
+
+
+class Hostile(Calculator):
+    """EMT without a memory of earlier structures, so that results don't depend on who came before."""
+
+    implemented_properties = ("energy", "free_energy", "forces", "energies")
+
+    def calculate(self, atoms: Any = None, properties: Any = ("energy",), system_changes: Any = all_changes) -> None:
+        what = round(atoms.positions[0, 2] / _HEIGHT)
+        _DEEDS.get(what, int)()
+        emt = EMT()
+        emt.calculate(atoms, properties, system_changes)
+        self.results = dict(emt.results)
+        if what == NAN:
+            self.results["forces"] = np.full((len(atoms), 3), np.nan)
+
+
+class AtLoading(Hostile):
+    """Misbehaves when it is made.
+
+    Args:
+        what: segfault, kill, exit, hang or raise.
+        times: how often, counted in `counter`; after that all is well.
+    """
+
+    def __init__(self, what: str, counter: str, times: int = 1_000_000) -> None:
+        super().__init__()
+        with Path(counter).open("a+") as file:
+            file.write("x")
+            file.flush()
+            file.seek(0)
+            if len(file.read()) > times:
+                return
+        if what == "segfault":
+            ctypes.string_at(0)
+        elif what == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif what == "exit":
+            os._exit(3)
+        elif what == "hang":
+            time.sleep(1e6)
+        else:
+            sys.exit("not today")

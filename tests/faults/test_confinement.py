@@ -1,0 +1,356 @@
+"""What a worker can't do any more, tried from inside real workers; SECURITY.md promises it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import json
+import os
+import platform
+import re
+import signal
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import liar
+import pytest
+from ase import Atoms
+from ase.build import bulk
+
+from conftest import RunningDaemon
+from rootstock_client import RootstockError
+from rootstockd.config import Config, Device
+from rootstockd.worker import landlock, seccomp
+
+HERE = Path(__file__).parent
+COLUMN = 0 if platform.machine() == "x86_64" else 1
+REFUSED = [numbers[COLUMN] for numbers in seccomp._REFUSED.values() if numbers[COLUMN] is not None]
+SUPPORTED = platform.machine() in seccomp._AUDIT and "Seccomp:" in Path("/proc/self/status").read_text()
+pytestmark = pytest.mark.skipif(
+    not (SUPPORTED and landlock.abi() >= 6), reason="a kernel without seccomp or Landlock 6"
+)
+
+
+def until(condition: Callable[[], Any], seconds: float = 60) -> Any:
+    """Wait for it; what it gave."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, condition
+        time.sleep(0.02)
+    return found
+
+
+def evaluate(daemon: RunningDaemon, model: str) -> float:
+    atoms = bulk("Cu")
+    atoms.calc = daemon.client().calculator(model)
+    return float(atoms.get_potential_energy())
+
+
+def environment(pid: int) -> dict[str, str]:
+    variables = Path(f"/proc/{pid}/environ").read_bytes().decode().rstrip("\0").split("\0")
+    return dict(variable.split("=", 1) for variable in variables)
+
+
+@pytest.fixture(scope="module")
+def catalogue(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Models of this test's own: one confined, one not, and one that numba compiles."""
+    folder = tmp_path_factory.mktemp("confinement")
+    victim = folder / "precious"
+    victim.write_text("precious")
+    with socket.socket(socket.AF_UNIX) as listening:
+        address = f"\0rootstockd-test-{os.getpid()}"  # abstract: a path would be too long for pytest's folders
+        listening.bind(address)
+        listening.listen(100)
+        options = f'options = {{ victim = "{victim}", theirs = {json.dumps(address)}, refused = %s }}'
+        calculator = 'calculator = "confinement_probe:Probe"'
+        (folder / "more.toml").write_text(
+            f'[confined]\nfamily = "ase"\narguments = {{ {calculator}, {options % REFUSED} }}\n'
+            f'[free]\nfamily = "ase"\nconfine = false\narguments = {{ {calculator}, {options % []} }}\n'
+            '[compiled]\nfamily = "ase"\narguments = { calculator = "compiled:Compiled" }\n'
+        )
+        yield folder / "more.toml"
+
+
+@pytest.fixture(scope="module")
+def probed(
+    start_daemon: Callable[..., RunningDaemon], catalogue: Path, tmp_path_factory: pytest.TempPathFactory
+) -> RunningDaemon:
+    with pytest.MonkeyPatch.context() as patch:
+        (catalogue.parent / "compiled.py").write_text(COMPILED)
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), str(catalogue.parent)]), prepend=os.pathsep)
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        return start_daemon("--catalogue", str(catalogue), "--model", "confined")
+
+
+def report(daemon: RunningDaemon, model: str) -> dict[str, Any]:
+    with pytest.raises(RootstockError) as caught:
+        evaluate(daemon, model)
+    return dict(json.loads(str(caught.value).split("REPORT", 1)[1].split("\n")[0]))
+
+
+def test_what_a_model_can_not_do_and_what_it_can(probed: RunningDaemon, catalogue: Path) -> None:
+    victim = catalogue.parent / "precious"
+    victim.write_text("precious")
+    told = report(probed, "confined")
+    wrong = {
+        what: how
+        for what, how in told["found"].items()
+        if how not in (("done",) if what.startswith("allowed") else ("EPERM", "EACCES", "EXDEV"))
+    }
+    assert wrong == {}
+    assert told["not refused"] == {}
+    assert victim.read_text() == "precious"
+    assert probed.model("confined")["unconfined"] == []
+
+
+def test_no_rights_are_left(probed: RunningDaemon) -> None:
+    state = report(probed, "confined")["state"]
+    assert state["NoNewPrivs"] == "1"
+    assert state["Seccomp"] == "2"
+    assert state["core"] == [0, 0]
+    for key in ("CapEff", "CapPrm", "CapBnd"):
+        assert int(state[key], 16) & ~(1 << 2) == 0 or (key == "CapBnd" and os.getuid() != 0)
+    assert int(state["CapAmb"], 16) == 0
+
+
+def test_a_model_that_needs_more_may_have_it(probed: RunningDaemon) -> None:
+    """`confine = false` in the catalogue. Also: what the test above tries does work where nothing forbids it."""
+    told = report(probed, "free")
+    forbidden = {
+        what
+        for what, how in told["found"].items()
+        if how in ("EPERM", "EACCES")
+        and what.partition(":")[0] in ("network", "file", "daemon")
+        and what not in ("daemon: ptrace", "daemon: memory")  # Yama may forbid them to everybody
+    }
+    assert forbidden == set()
+    assert told["state"]["NoNewPrivs"] == told["state"]["Seccomp"] == "0"
+    assert "confine = false" in probed.model("free")["unconfined"][0]
+    assert "free: not wholly confined" in probed.run("status").stdout
+
+
+def test_the_worker_of_a_daemon_with_many_sessions_has_its_own_descriptors_only(
+    start_daemon: Callable[..., RunningDaemon],
+) -> None:
+    """Its end of one socket, nothing to read, and the log."""
+    daemon = start_daemon("--model", "emt")
+    atoms = [bulk("Cu") for _ in range(30)]
+    for each in atoms:
+        each.calc = daemon.client().calculator("emt")
+        each.get_potential_energy()
+    until(lambda: len(daemon.client().status()["sessions"]) == len(atoms))
+    evaluate(daemon, "lj")  # a worker that is started among them
+    folder = Path(f"/proc/{daemon.model('lj')['pid']}/fd")
+    files = [str(link.readlink()) for link in folder.iterdir()]
+    sockets = [file for file in files if file.startswith("socket:")]
+    slots = [file for file in files if "rootstockd-slot" in file]
+    assert len(sockets) == 1
+    assert len(slots) <= 1  # of its own session
+    assert set(files) - set(sockets) - set(slots) == {"/dev/null", str(daemon.log)}
+
+
+# --- folders
+
+
+def test_scratch_is_private_and_goes_with_the_worker(start_daemon: Callable[..., RunningDaemon]) -> None:
+    daemon = start_daemon("--model", "emt")
+    pid = daemon.model("emt")["pid"]
+    scratch = Path(environment(pid)["TMPDIR"])
+    assert stat.S_IMODE(scratch.stat().st_mode) == 0o700
+    (scratch / "left").write_text("behind")
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: not scratch.exists())
+    evaluate(daemon, "emt")
+    second = Path(environment(daemon.model("emt")["pid"])["TMPDIR"])
+    assert second.exists()
+    daemon.stop()
+    assert not second.exists()
+
+
+def test_scratch_of_a_daemon_that_was_killed_is_removed_by_the_next(start_daemon: Callable[..., RunningDaemon]) -> None:
+    living, dead = start_daemon("--model", "emt"), start_daemon("--model", "emt")
+    kept, left = (Path(environment(daemon.model("emt")["pid"])["TMPDIR"]) for daemon in (living, dead))
+    os.kill(dead.client().status()["pid"], signal.SIGKILL)
+    until(lambda: _is_free(dead))
+    assert left.exists()
+    dead.start()
+    assert not left.exists()
+    assert kept.exists()
+
+
+def _is_free(daemon: RunningDaemon) -> bool:
+    with daemon.socket.with_suffix(".lock").open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+def test_scratch_that_can_not_be_removed_holds_nobody_up(start_daemon: Callable[..., RunningDaemon]) -> None:
+    """A thousand folders in each other are more than Python's recursion goes through."""
+    daemon = start_daemon("--model", "emt")
+    pid = daemon.model("emt")["pid"]
+    scratch = Path(environment(pid)["TMPDIR"])
+    folder = os.open(scratch, os.O_RDONLY)
+    for _ in range(1500):
+        os.mkdir("d", dir_fd=folder)
+        below = os.open("d", os.O_RDONLY, dir_fd=folder)
+        os.close(folder)
+        folder = below
+    os.close(folder)
+    os.kill(pid, signal.SIGKILL)
+    assert evaluate(daemon, "emt") < 1
+    if scratch.exists():  # Python 3.13 goes through without recursion
+        assert f"could not remove {scratch}" in daemon.log.read_text()
+        subprocess.run(["rm", "-rf", scratch], check=True)
+
+
+COMPILED = """
+import numba
+import numpy as np
+from ase.calculators.calculator import Calculator
+
+
+@numba.njit(cache=True)
+def compiled(x):
+    return x + 1
+
+
+class Compiled(Calculator):
+    implemented_properties = ("energy", "forces")
+
+    def calculate(self, atoms=None, properties=("energy",), system_changes=()):
+        compiled(1.0)
+        hits = sum(compiled.stats.cache_hits.values())
+        self.results = {"energy": float(hits), "forces": np.zeros((len(atoms), 3))}
+"""
+
+
+def test_what_was_compiled_is_there_for_the_models_next_worker_alone(probed: RunningDaemon) -> None:
+    pytest.importorskip("numba")
+    assert evaluate(probed, "compiled") == 0
+    pid = probed.model("compiled")["pid"]
+    os.kill(pid, signal.SIGKILL)
+    assert evaluate(probed, "compiled") == 1
+    folders = {
+        Path(environment(probed.model(name)["pid"])["NUMBA_CACHE_DIR"]).parent for name in ("compiled", "confined")
+    }
+    assert len(folders) == 2
+    assert {stat.S_IMODE(folder.stat().st_mode) for folder in folders} == {0o700}
+
+
+def test_a_cache_that_others_may_write_to_is_not_used(
+    start_daemon: Callable[..., RunningDaemon], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = tmp_path / "rootstockd" / "compiled"
+    compiled.mkdir(parents=True)
+    compiled.chmod(0o777)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    daemon = start_daemon("--model", "emt")
+    variables = environment(daemon.model("emt")["pid"])
+    assert variables["NUMBA_CACHE_DIR"].startswith(variables["TMPDIR"])
+    assert f"{compiled}: it belongs to somebody else, or others may write to it" in daemon.log.read_text()
+
+
+# --- where it can't be had
+
+
+def refuse(*numbers: int) -> None:
+    """From here on these system calls fail for this process and its children, as on a kernel that has them not."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    steps = [struct.pack("=HBBI", 0x20, 0, 0, 0)]
+    for number in numbers:
+        steps += [struct.pack("=HBBI", 0x15, 0, 1, number), struct.pack("=HBBI", 0x06, 0, 0, 0x00050000 | 38)]  # ENOSYS
+    program = b"".join([*steps, struct.pack("=HBBI", 0x06, 0, 0, 0x7FFF0000)])
+    assert libc.prctl(38, 1, 0, 0, 0) == 0
+    assert libc.prctl(22, 2, ctypes.byref(seccomp._Program(len(program) // 8, program)), 0, 0) == 0
+
+
+def test_without_landlock_it_goes_on_and_says_so_once(runtime_folder: Path) -> None:
+    folder = runtime_folder / "no-landlock"
+    folder.mkdir(mode=0o700)
+    daemon = RunningDaemon(folder)
+    arguments = ["--device", "cpu", "--log-file", daemon.log, "--model", "emt", "--model", "lj"]
+    started = daemon.run("start", *arguments, preexec_fn=lambda: refuse(444))
+    try:
+        assert started.returncode == 0, started.stderr
+        assert daemon.model("lj")["unconfined"] == [landlock.NONE]
+        assert daemon.log.read_text().count(landlock.NONE) == 1
+        assert f"emt, lj: not wholly confined: {landlock.NONE}" in daemon.run("status").stdout
+        status = Path(f"/proc/{daemon.model('emt')['pid']}/status").read_text()
+        assert re.search(r"^Seccomp_filters:\s+2$", status, re.MULTILINE)
+        assert evaluate(daemon, "emt") < 1
+    finally:
+        daemon.stop()
+
+
+def test_the_configuration_can_turn_it_off(runtime_folder: Path) -> None:
+    folder = runtime_folder / "free"
+    folder.mkdir(mode=0o700)
+    daemon = RunningDaemon(folder)
+    config = Config(socket=daemon.socket, device=Device(kind="cpu"), models=("emt",), confine=False)
+    with daemon.log.open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "rootstockd.serve", config.model_dump_json()], stdout=log, stderr=log
+        )
+    try:
+        until(lambda: "ready on /" in daemon.log.read_text())
+        assert "confine = false" in daemon.model("emt")["unconfined"][0]
+        assert "TMPDIR" not in set(environment(daemon.model("emt")["pid"])) - set(os.environ)
+    finally:
+        daemon.stop()
+        process.wait(60)
+
+
+@pytest.mark.parametrize(
+    ("column", "header"),
+    [(0, "/usr/include/x86_64-linux-gnu/asm/unistd_64.h"), (1, "/usr/include/asm-generic/unistd.h")],
+)
+def test_the_numbers_are_the_kernels(column: int, header: str) -> None:
+    if not Path(header).exists():
+        pytest.skip(f"there is no {header}")
+    pattern = r"#define __NR(?:3264)?_(\w+)\s+(\d+)"
+    kernel = {name: int(number) for name, number in re.findall(pattern, Path(header).read_text())}
+    ours = {name: numbers[column] for name, numbers in {**seccomp._REFUSED, "clone3": seccomp._CLONE3}.items()}
+    younger = {name for name, number in ours.items() if (number or 0) > max(kernel.values())}
+    assert {name: number for name, number in ours.items() if name not in younger and kernel.get(name) != number} == {}
+
+
+# --- what a worker says
+
+
+@pytest.fixture(scope="module")
+def lying(start_daemon: Callable[..., RunningDaemon], tmp_path_factory: pytest.TempPathFactory) -> RunningDaemon:
+    folder = tmp_path_factory.mktemp("liar")
+    (folder / "more.toml").write_text('[liar]\nfamily = "ase"\narguments = { calculator = "liar:Liar" }\n')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(HERE), prepend=os.pathsep)
+        return start_daemon("--catalogue", str(folder / "more.toml"), "--model", "liar", "--model", "emt")
+
+
+@pytest.mark.parametrize("lie", liar.LIES, ids=lambda lie: repr(lie[:12]))
+def test_a_worker_that_lies_to_the_daemon(lying: RunningDaemon, lie: bytes) -> None:
+    """Its own sessions get what it says, or an error; the daemon and other models go on, and so does this one."""
+    pid = lying.client().status()["pid"]
+    restarts = lying.model("liar")["restarts"]
+    atoms = Atoms([liar.LIES.index(lie) + 1], [[0, 0, 0]])
+    atoms.calc = lying.client().calculator("liar")
+    with contextlib.suppress(RootstockError):
+        atoms.get_forces()
+    assert evaluate(lying, "emt") < 1
+    honest = Atoms([118], [[0, 0, 0]])
+    honest.calc = lying.client().calculator("liar")
+    until(lambda: lying.model("liar")["state"] == "ready")
+    assert honest.get_potential_energy() == pytest.approx(1.0)
+    assert lying.client().status()["pid"] == pid
+    nonsense = lie[:1] not in b"EO" and lie != liar.LIES[4]
+    assert (lying.model("liar")["restarts"] > restarts) is nonsense

@@ -1,0 +1,463 @@
+"""Workers that crash, hang, lie or run out of memory, and what their sessions see of it: next to nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from ase import Atoms, units
+from ase.build import bulk, fcc111
+from ase.calculators.emt import EMT
+from ase.md.verlet import VelocityVerlet
+
+import hostile
+from conftest import RunningDaemon
+from hostile import behave
+from rootstock_client.errors import EvaluationError, LimitError, ModelLoadError, RootstockError
+
+HANG_TIMEOUT = 2.0
+LOAD_TIMEOUT = 3.0
+PATIENCE = 60.0
+
+
+@pytest.fixture(scope="module")
+def start_hostile(start_daemon, tmp_path_factory) -> Iterator[Callable[..., RunningDaemon]]:
+    """Start a daemon whose catalogue has calculators of `hostile`; models at loading as `name="what times"`."""
+    folder = tmp_path_factory.mktemp("hostile")
+    with pytest.MonkeyPatch.context() as patch:
+        path = [str(Path(hostile.__file__).parent), os.environ.get("PYTHONPATH", "")]
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, path)))
+
+        def start(load: str = "hostile", **at_loading: tuple[str, int]) -> RunningDaemon:
+            number = len(list(folder.iterdir()))
+            entries = ['[hostile]\nfamily = "ase"\narguments = { calculator = "hostile:Hostile" }\n']
+            for name, (what, times) in at_loading.items():
+                options = f'{{ what = "{what}", times = {times}, counter = "{folder}/{number}-{name}" }}'
+                arguments = f'{{ calculator = "hostile:AtLoading", options = {options} }}'
+                entries.append(f'[{name}]\nfamily = "ase"\narguments = {arguments}\n')
+            catalogue, config = folder / f"{number}-catalogue.toml", folder / f"{number}-config.toml"
+            catalogue.write_text("\n".join(entries))
+            config.write_text(f"hang_timeout = {HANG_TIMEOUT}\nload_timeout = {LOAD_TIMEOUT}\n")
+            options = ["--model", load] if load else []
+            return start_daemon("--config", str(config), "--catalogue", str(catalogue), *options)
+
+        yield start
+
+
+@pytest.fixture(scope="module")
+def daemon(start_hostile) -> RunningDaemon:
+    """With a hostile model, warm."""
+    return start_hostile()
+
+
+@pytest.fixture(scope="module")
+def troubled(start_hostile) -> RunningDaemon:
+    """With models that don't load, or not at once."""
+    never = {what: (what, 1_000_000) for what in ("segfault", "kill", "exit", "hang", "raise")}
+    return start_hostile(shaky=("segfault", 4), killed=("kill", 4), **never)
+
+
+@pytest.fixture
+def fresh(start_hostile) -> Iterator[RunningDaemon]:
+    """The same, and all it has seen was quick: a batch may take HANG_TIMEOUT, no more."""
+    running = start_hostile()
+    evaluate(running, slab())
+    yield running
+    running.stop()
+
+
+def slab(seed: int = 1) -> Atoms:
+    atoms = fcc111("Cu", (2, 2, 2), vacuum=5.0)
+    atoms.rattle(0.1, seed=seed)
+    return atoms
+
+
+def expected(atoms: Atoms) -> Any:
+    reference = atoms.copy()
+    reference.calc = EMT()
+    return reference.get_forces()
+
+
+def wait_for(condition: Callable[[], Any], timeout: float = PATIENCE) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.01)
+
+
+def evaluate(daemon: RunningDaemon, atoms: Atoms, model: str = "hostile") -> Any:
+    """Forces, or the error."""
+    atoms = atoms.copy()
+    with daemon.client().calculator(model) as atoms.calc:
+        try:
+            return atoms.get_forces()
+        except RootstockError as error:
+            return error
+
+
+@contextlib.contextmanager
+def mates(daemon: RunningDaemon, count: int = 3) -> Iterator[None]:
+    """Other sessions step meanwhile, get every number right and no error, and get on afterwards."""
+    over = threading.Event()
+    steps = [0] * count
+
+    def job(number: int) -> None:
+        atoms = slab(number)
+        with daemon.client().calculator("hostile") as calculator:
+            while not over.is_set():
+                atoms.rattle(0.01, seed=steps[number])
+                atoms.calc = calculator
+                np.testing.assert_allclose(atoms.get_forces(), expected(atoms), atol=1e-9)
+                steps[number] += 1
+
+    with ThreadPoolExecutor(count) as pool:
+        jobs = [pool.submit(job, number) for number in range(count)]
+
+        def get_on() -> None:
+            seen = list(steps)
+            wait_for(
+                lambda: all(job.done() or now > then + 3 for job, now, then in zip(jobs, steps, seen, strict=True))
+            )
+
+        try:
+            get_on()
+            yield
+            get_on()
+        finally:
+            over.set()
+        for done in jobs:
+            done.result()
+
+
+@contextlib.contextmanager
+def under_way(daemon: RunningDaemon, atoms: Atoms) -> Iterator[Future[Any]]:
+    """An evaluation that the worker is at."""
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(evaluate, daemon, atoms)
+        wait_for(lambda: busy(daemon))
+        yield future
+
+
+def busy(daemon: RunningDaemon) -> bool:
+    """Whether a worker is well into the evaluation of the one session."""
+    status = daemon.client().status()
+    (model,) = status["models"]
+    return bool(
+        model["state"] == "ready" and model["waiting"] == 0 and [s["state"] for s in status["sessions"]] == ["busy"]
+    )
+
+
+# --- crashes
+
+
+@pytest.mark.parametrize(
+    ("deed", "end"),
+    [
+        (hostile.SEGFAULT, r"signal 11 \(SIGSEGV\); signal 11 \(SIGSEGV\)"),
+        (hostile.ABORT, r"signal 6 \(SIGABRT\); signal 6 \(SIGABRT\)"),
+        (hostile.EXIT, "exit status 3; exit status 3"),
+    ],
+)
+def test_a_structure_that_kills_its_worker_is_given_up_after_two(daemon: RunningDaemon, deed: int, end: str) -> None:
+    before = daemon.model("hostile")
+    with mates(daemon):
+        bad = behave(slab(), deed)
+        bad.calc = daemon.client().calculator("hostile")
+        with pytest.raises(EvaluationError, match=f"'hostile': 2 workers ended over this structure: {end}"):
+            bad.get_forces()
+        bad.positions[:] = slab().positions  # the same session goes on
+        np.testing.assert_allclose(bad.get_forces(), expected(slab()), atol=1e-9)
+        bad.calc.close()
+    after = daemon.model("hostile")
+    assert after["restarts"] == before["restarts"] + 2
+    assert after["state"] == "ready"
+
+
+@pytest.mark.parametrize(
+    ("deed", "error", "words"),
+    [
+        (hostile.LEAVE, EvaluationError, "the engine failed: SystemExit: 3"),
+        (hostile.NAN, EvaluationError, "NaN or infinite"),
+        (hostile.MEMORY, LimitError, "8 atoms do not fit the device's memory: Unable to allocate.* had 8 atoms"),
+    ],
+)
+def test_a_structure_that_fails_costs_no_worker(daemon: RunningDaemon, deed: int, error: type, words: str) -> None:
+    before = daemon.model("hostile")["pid"]
+    with mates(daemon), pytest.raises(error, match=words):
+        raise evaluate(daemon, behave(slab(), deed))
+    assert daemon.model("hostile")["pid"] == before
+
+
+def test_several_bad_ones_at_once(daemon: RunningDaemon) -> None:
+    deeds = [hostile.SEGFAULT, hostile.EXIT, hostile.ABORT, hostile.NAN, hostile.MEMORY, hostile.LEAVE]
+    with mates(daemon), ThreadPoolExecutor(len(deeds)) as pool:
+        outcomes = list(pool.map(lambda deed: evaluate(daemon, behave(slab(), deed)), deeds))
+    assert [type(outcome) for outcome in outcomes] == [EvaluationError] * 4 + [LimitError, EvaluationError]
+
+
+# --- signals from somewhere else
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_whoever_kills_workers_is_not_the_structures_fault(daemon: RunningDaemon, number: int) -> None:
+    """Four times; the fifth death is the end, whoever is to blame."""
+    atoms = behave(slab(), hostile.SLOW)
+
+    def kill() -> None:
+        pid = daemon.model("hostile")["pid"]
+        os.kill(pid, number)
+        wait_for(lambda: daemon.model("hostile")["pid"] not in {pid, None} and busy(daemon))
+
+    with under_way(daemon, atoms) as outcome:
+        for _ in range(4):
+            kill()
+        np.testing.assert_allclose(outcome.result(), expected(atoms), atol=1e-9)
+    with under_way(daemon, atoms) as outcome:
+        for _ in range(4):
+            kill()
+        os.kill(daemon.model("hostile")["pid"], number)
+        error = outcome.result()
+    assert isinstance(error, EvaluationError)
+    assert "5 workers ended over this structure" in error.message
+    assert error.message.count(f"signal {number:d} ") == 5
+    assert "from outside" in error.hint
+    np.testing.assert_allclose(evaluate(daemon, slab()), expected(slab()), atol=1e-9)
+
+
+def trajectory(daemon: RunningDaemon, seed: int, steps: int) -> list[Any]:
+    """Positions and forces of a few steps of dynamics."""
+    atoms = slab(seed)
+    with daemon.client().calculator("hostile") as atoms.calc:
+        dynamics = VelocityVerlet(atoms, 5 * units.fs)
+        seen = []
+        for _ in range(steps):
+            dynamics.run(1)
+            seen.append((atoms.positions.copy(), atoms.get_forces()))
+    return seen
+
+
+def test_dynamics_under_random_kills_are_the_same_to_the_bit(daemon: RunningDaemon) -> None:
+    sessions, kills, steps = 4, 40, 150
+    undisturbed = [trajectory(daemon, seed, steps) for seed in range(sessions)]
+    chance = random.Random(1)
+    killed = 0
+    with ThreadPoolExecutor(sessions) as pool:
+        while killed < kills:
+            runs = [pool.submit(trajectory, daemon, seed, steps) for seed in range(sessions)]
+            while not all(run.done() for run in runs):
+                time.sleep(chance.uniform(0.0, 0.3))
+                # now and then while it loads, but not all the time
+                pid = daemon.model("hostile")["pid"]
+                if pid is not None:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                        killed += 1
+                if chance.random() < 0.8:
+                    wait_for(lambda: daemon.model("hostile")["state"] == "ready")
+            for run, same in zip(runs, undisturbed, strict=True):
+                np.testing.assert_array_equal(run.result(), same)
+
+
+# --- workers that hang
+
+
+@pytest.mark.parametrize("deed", [hostile.SLEEP, hostile.LOOP])
+def test_a_structure_that_never_ends_is_given_up_after_two_workers(fresh: RunningDaemon, deed: int) -> None:
+    before = fresh.model("hostile")["restarts"]
+    with mates(fresh):
+        error = evaluate(fresh, behave(slab(), deed))
+    assert isinstance(error, EvaluationError)
+    assert "2 workers ended over this structure" in error.message
+    assert error.message.count("it hung: an evaluation took ") == 2
+    assert f"where {HANG_TIMEOUT:.3g} s is the limit" in error.message
+    assert fresh.model("hostile")["restarts"] == before + 2
+    assert "is killed, it hung" in fresh.log.read_text()
+
+
+def test_a_stopped_worker_is_replaced(fresh: RunningDaemon) -> None:
+    """In the middle of an evaluation, or while it has nothing to do."""
+    atoms = behave(slab(), hostile.SLOW)
+    idle = fresh.model("hostile")["pid"]
+    os.kill(idle, signal.SIGSTOP)
+    np.testing.assert_allclose(evaluate(fresh, slab()), expected(slab()), atol=1e-9)
+    with under_way(fresh, atoms) as outcome:
+        stopped = fresh.model("hostile")["pid"]
+        os.kill(stopped, signal.SIGSTOP)
+        np.testing.assert_allclose(outcome.result(), expected(atoms), atol=1e-9)
+    assert fresh.model("hostile")["restarts"] == 2
+    assert not psutil.pid_exists(idle)
+    assert not psutil.pid_exists(stopped)
+
+
+def test_a_worker_that_is_stopped_for_a_moment_goes_on(fresh: RunningDaemon) -> None:
+    pid = fresh.model("hostile")["pid"]
+    atoms = behave(slab(), hostile.SLOW)
+    with under_way(fresh, atoms) as outcome:
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(HANG_TIMEOUT / 4)
+        os.kill(pid, signal.SIGCONT)
+        np.testing.assert_allclose(outcome.result(), expected(atoms), atol=1e-9)
+    assert fresh.model("hostile")["pid"] == pid
+
+
+@pytest.mark.parametrize("worker_too", [False, True])
+def test_a_daemon_that_was_stopped_kills_nobody(fresh: RunningDaemon, worker_too: bool) -> None:
+    """For longer than a batch may take, be the worker done meanwhile or stopped as well."""
+    status = fresh.client().status()
+    worker = status["models"][0]["pid"]
+    processes = [status["pid"], worker] if worker_too else [status["pid"]]
+    atoms = behave(slab(), hostile.SLOW)
+    with under_way(fresh, atoms) as outcome:
+        time.sleep(hostile.SLOWLY / 2)
+        for process in processes:
+            os.kill(process, signal.SIGSTOP)
+        time.sleep(2 * HANG_TIMEOUT)
+        for process in processes:
+            os.kill(process, signal.SIGCONT)
+            time.sleep(HANG_TIMEOUT / 4)  # the worker comes back a little later
+        np.testing.assert_allclose(outcome.result(), expected(atoms), atol=1e-9)
+    assert fresh.model("hostile")["pid"] == worker
+
+
+def test_the_client_of_an_evaluation_that_hangs_goes_away(fresh: RunningDaemon) -> None:
+    """Its worker is replaced all the same, but nobody repeats what nobody wants."""
+    code = (
+        "import sys, hostile, test_workers; from rootstock_client import RootstockClient\n"
+        "atoms = hostile.behave(test_workers.slab(), hostile.SLEEP)\n"
+        "atoms.calc = RootstockClient(sys.argv[1]).calculator('hostile')\n"
+        "atoms.get_forces()"
+    )
+    path = os.pathsep.join(map(str, [Path(__file__).parent, Path(__file__).parent.parent, os.environ["PYTHONPATH"]]))
+    command = [sys.executable, "-c", code, str(fresh.socket)]
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}) as process:
+        wait_for(lambda: busy(fresh))
+        process.kill()
+    np.testing.assert_allclose(evaluate(fresh, slab()), expected(slab()), atol=1e-9)
+    assert fresh.model("hostile")["restarts"] == 1
+
+
+# --- loading
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("segfault", "5 workers ended before they were ready: signal 11 .*signal 11 .*signal 11 "),
+        ("kill", "5 workers ended before they were ready: signal 9 "),
+        ("exit", "5 workers ended before they were ready: exit status 3; "),
+        ("hang", "2 workers ended before they were ready: it hung: loading took 3.* s where 3 s is the limit; it hung"),
+        ("raise", "model 'raise' can't be loaded: SystemExit: not today"),
+    ],
+)
+def test_a_model_that_never_loads_says_so(troubled: RunningDaemon, what: str, words: str) -> None:
+    began = time.monotonic()
+    daemon = psutil.Process(troubled.client().status()["pid"])
+    workers = len(daemon.children())
+    with pytest.raises(ModelLoadError, match=words):
+        raise evaluate(troubled, slab(), what)
+    assert time.monotonic() < began + PATIENCE
+    assert troubled.model(what)["state"] == "failed"
+    assert len(daemon.children()) == workers  # none of its own is left
+    np.testing.assert_allclose(evaluate(troubled, slab()), expected(slab()), atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["shaky", "killed"])
+def test_a_model_that_loads_the_fifth_time_is_as_good_as_any(troubled: RunningDaemon, name: str) -> None:
+    np.testing.assert_allclose(evaluate(troubled, slab(), name), expected(slab()), atol=1e-9)
+    assert troubled.model(name)["restarts"] == 4
+
+
+def test_workers_killed_while_they_load(daemon: RunningDaemon) -> None:
+    def kill() -> None:
+        pid = daemon.model("hostile")["pid"]
+        os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: daemon.model("hostile")["pid"] not in {pid, None})
+
+    atoms = slab()
+    with daemon.client().calculator("hostile") as atoms.calc:
+        atoms.get_forces()
+        for _ in range(3):  # the first is ready, the others are not
+            kill()
+        np.testing.assert_allclose(atoms.get_forces(), expected(slab()), atol=1e-9)
+
+
+# --- the end
+
+
+@pytest.mark.parametrize("at", ["an evaluation", "loading"])
+def test_a_daemon_stops_while_its_worker_hangs(start_hostile, at: str) -> None:
+    daemon = start_hostile(load="", broken=("hang", 1))
+    model, deed = ("hostile", hostile.SLEEP) if at == "an evaluation" else ("broken", hostile.QUIET)
+    with ThreadPoolExecutor(1) as pool:
+        outcome = pool.submit(evaluate, daemon, behave(slab(), deed), model)
+        wait_for(lambda: any(s["state"] == "busy" for s in daemon.client().status()["sessions"]))
+        processes = psutil.Process(daemon.client().status()["pid"])
+        family = [processes, *processes.children()]
+        assert len(family) == 2
+        if at == "an evaluation":
+            os.kill(family[1].pid, signal.SIGSTOP)
+        daemon.stop()
+        assert isinstance(outcome.result(), RootstockError)
+    assert not psutil.wait_procs(family, timeout=10)[1]
+    assert "Traceback" not in daemon.log.read_text()
+
+
+def test_a_worker_whose_daemon_dies_while_it_starts_ends_too(start_hostile) -> None:
+    """Before it has asked the kernel to kill it then."""
+    daemon = start_hostile(load="", broken=("hang", 1_000_000))
+    process = psutil.Process(daemon.client().status()["pid"])
+    with ThreadPoolExecutor(1) as pool:
+        outcome = pool.submit(evaluate, daemon, slab(), "broken")
+        wait_for(process.children)
+        (worker,) = process.children()
+        process.kill()
+        assert isinstance(outcome.result(), RootstockError)
+    assert not psutil.wait_procs([worker], timeout=20)[1]
+
+
+# --- memory, for real
+
+
+def test_what_exhausts_the_memory_of_mace_is_told_so(start_daemon, tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text("worker_memory = 2_000_000_000\n")
+    daemon = start_daemon("--config", str(config), "--model", "mace-emt-small")
+
+    def forces(atoms: Atoms, times: int = 1) -> Any:
+        atoms = atoms.copy()
+        with daemon.client().calculator("mace-emt-small") as calculator:
+            for _ in range(times):
+                calculator.results.clear()
+                atoms.calc = calculator
+                result = atoms.get_forces()
+        return result
+
+    small = [bulk("Cu", cubic=True) * (2, 1, 1), bulk("Ag", cubic=True)]
+    for atoms in small:
+        atoms.rattle(0.1, seed=1)
+    before = [forces(atoms) for atoms in small]
+    # one exhausts the memory in torch, the other already where neighbours are listed
+    for cells, largest in ((17, 8), (29, 8)):
+        huge = bulk("Cu", cubic=True) * (cells, cells, cells)
+        with ThreadPoolExecutor(3) as pool:
+            jobs = [pool.submit(forces, atoms, 50) for atoms in small]
+            with pytest.raises(LimitError, match=f"{len(huge)} atoms do not fit .*1.86 GiB.* had {largest} atoms"):
+                forces(huge)
+            for job, right in zip(jobs, before, strict=True):
+                np.testing.assert_allclose(job.result(), right, atol=1e-9)
+        for atoms, right in zip(small, before, strict=True):
+            np.testing.assert_allclose(forces(atoms), right, atol=1e-9)
+    daemon.stop()
