@@ -120,6 +120,7 @@ def no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
     daemon = request.getfixturevalue("daemon") if "daemon" in request.fixturenames else None
     before = held(daemon)
     yield
+    request.node.funcargs.clear()  # pytest itself still has what fixtures gave
     if request.node.stash.get(_failed, False) or request.node.get_closest_marker("may_leak") is not None:
         return  # what failed is held by its traceback
     if leaked := what_stays(before, daemon):

@@ -33,6 +33,7 @@ from rootstockd.cli.common import (
     console,
     default_log_file,
     default_socket,
+    fetch_config,
     fetch_status,
     socket_in_use,
     socket_option,
@@ -133,7 +134,7 @@ def restart(socket: Path | None) -> None:
     """Stop the daemon and start it again, with the same options and its configuration file as it is now."""
     address = socket_in_use(socket)
     try:
-        running = fetch_status(address).config
+        running = fetch_config(address)
         config = read_again(running) if running else None
         with daemon_process(address) as process:
             with contextlib.suppress(ConnectionLostError):  # it was on its way down already

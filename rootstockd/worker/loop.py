@@ -28,6 +28,7 @@ I   JSON: EngineInfo                                 something in it has changed
 from __future__ import annotations
 
 import array
+import contextlib
 import dataclasses
 import json
 import math
@@ -249,6 +250,7 @@ class Loop:
                 parts = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
             elif len(batch) > 1:
                 parts = [[attached] for attached in batch]
+            del cause  # it has this frame, and the slots in it, in its traceback
         if memory_lacked:  # only now is what the failed pass had in its hands free
             trim()
         for part in parts:
