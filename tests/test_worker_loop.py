@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import socket
 import threading
@@ -174,7 +175,7 @@ def result(
 
 def raising(error: BaseException) -> Callable[[], Any]:
     def answer() -> None:
-        raise error
+        raise copy.copy(error)  # one that is kept would keep its traceback, and the slots in it
 
     return answer
 
