@@ -168,9 +168,14 @@ class Connection:
             size += len(frame)
         try:
             self._init = init
-            send_all(sock, buffers, size)
             self._side.expect(ipi.GETFORCE)
-            answer = self._receive(sock)
+            try:
+                send_all(sock, buffers, size)
+            except ConnectionLostError:  # it may have said why, and gone before it had read what we say
+                if not isinstance(answer := self._receive(sock), ipi.Failure):
+                    raise
+            else:
+                answer = self._receive(sock)
         except BaseException:  # whatever it was, the next answer would be the wrong one
             self._close()
             raise

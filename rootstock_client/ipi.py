@@ -40,7 +40,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rootstock_client.errors import ProtocolError, RootstockError
-from rootstock_client.stream import Grammar, MessageReader, Skip
+from rootstock_client.stream import STAGING_SIZE, Grammar, MessageReader, Skip
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 
@@ -257,10 +257,14 @@ class EngineSide:
     Args:
         place: where to put the positions of `natoms` atoms.
         limits: the most that one message may declare.
+        reserve: asked before an INIT of so many bytes is staged, where that takes more than the reader has anyway; a
+            RootstockError of its ends the stream.
     """
 
-    def __init__(self, place: Place, limits: Limits | None = None) -> None:
-        self._place = place
+    def __init__(
+        self, place: Place, limits: Limits | None = None, reserve: Callable[[int], None] = lambda _size: None
+    ) -> None:
+        self._place, self._reserve = place, reserve
         self._limits = limits or Limits()
         self._reader: MessageReader[DriverMessage] = MessageReader(self._grammar())
         self._state = _NEEDINIT
@@ -326,6 +330,7 @@ class EngineSide:
 
         Raises:
             ProtocolError: what came is not the protocol; the connection can only be closed.
+            RootstockError: `reserve` refused; likewise.
         """
         # while BUSY nothing is read on: what comes next may be positions, for the place that the worker looks at
         reader = self._reader
@@ -342,7 +347,7 @@ class EngineSide:
             try:
                 message = reader.next_message()
                 event = None if message is None else self._react(message)
-            except ProtocolError:
+            except RootstockError:
                 self._state = _CLOSED
                 raise
             if message is None or event is not None:
@@ -425,8 +430,9 @@ class EngineSide:
                 yield Status()
             elif word == INIT:
                 bead, size = _TWO_INTS.unpack((yield _TWO_INTS.size))
-                text = bytes((yield checked_count(size, limits.init, "bytes of INIT")))
-                yield Init(bead, text)
+                if checked_count(size, limits.init, "bytes of INIT") > STAGING_SIZE:
+                    self._reserve(size)
+                yield Init(bead, bytes((yield size)))  # no name for the text: the generator would keep it
             elif word == EXIT:
                 yield Exit()
             else:

@@ -109,6 +109,8 @@ class MessageReader(Generic[Message]):
                 need = self._advance()
                 if not isinstance(need, (int, memoryview, Skip)):
                     self.between = True
+                    if len(self.staging) > STAGING_SIZE and self.start == self.end:
+                        self._shrink()  # now: an owner that says nothing more must not keep it
                     return need
                 self._need, self._filled = need, 0
             if not self._satisfy():
@@ -146,17 +148,20 @@ class MessageReader(Generic[Message]):
         return self._filled == total
 
     def _make_room(self) -> None:
-        """Bring what is staged to the front; grow, by doubling, only as bytes of a long item really arrive."""
+        """Bring what is staged to the front; grow, by doubling, as bytes of a long item arrive, and never past it."""
         have = self.end - self.start
         if have == 0:
             self.start = self.end = 0
             if len(self.staging) > STAGING_SIZE and not (isinstance(self._need, int) and self._need > STAGING_SIZE):
-                self.staging = memoryview(bytearray(STAGING_SIZE))
+                self._shrink()
             return
         if self.end < len(self.staging):
             return
         staging = self.staging
         if have == len(staging) and self._starved:
-            staging = memoryview(bytearray(2 * len(staging)))
+            staging = memoryview(bytearray(min(2 * len(staging), cast(int, self._need))))
         staging[:have] = self.staging[self.start : self.end]
         self.staging, self.start, self.end = staging, 0, have
+
+    def _shrink(self) -> None:
+        self.staging, self.start, self.end = memoryview(bytearray(STAGING_SIZE)), 0, 0

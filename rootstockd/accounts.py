@@ -9,57 +9,41 @@ import grp
 import logging
 import os
 import pwd
-import socket
-import struct
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
 
 from rootstock_client.errors import AccessDeniedError, DaemonFullError, LimitError
 from rootstockd.config import Config, Quota
+from rootstockd.peers import Peer, user_name
 
 log = logging.getLogger(__name__)
 
-_UCRED = struct.Struct("3i")
-_SO_PEERGROUPS = 59
-_MOST_GROUPS = 65_536
-"""NGROUPS_MAX of Linux."""
-
-
-class Peer(NamedTuple):
-    """Who is at the other end of a Unix socket."""
-
-    pid: int
-    uid: int
-    groups: frozenset[int]
-
-
-def peer_of(sock: socket.socket) -> Peer:
-    """Whoever connected, as the kernel saw them when they did."""
-    pid, uid, gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-    try:
-        groups = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 4 * 64)
-    except OSError:  # more of them than that
-        groups = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 4 * _MOST_GROUPS)
-    return Peer(pid, uid, frozenset(struct.unpack(f"{len(groups) // 4}i", groups)) | {gid})
-
-
-def user_name(uid: int) -> str:
-    """Login name, or the number where there is none."""
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
+STAGED_BYTES = 128 * 2**20
+"""Bytes of long INITs that have not come in full yet, for each user."""
 
 
 class Account:
     """What one user has of the daemon now, and may have."""
 
-    __slots__ = ("atoms", "name", "queued", "quota", "sessions", "uid")
+    __slots__ = ("atoms", "name", "queued", "quota", "sessions", "staged", "uid")
 
     def __init__(self, uid: int, quota: Quota) -> None:
         self.uid, self.quota = uid, quota
         self.name = user_name(uid)
-        self.sessions = self.atoms = self.queued = 0
+        self.sessions = self.atoms = self.queued = self.staged = 0
+
+    def stage(self, size: int) -> None:
+        """An INIT of so many bytes is about to come; a single one may be as long as any.
+
+        Raises:
+            LimitError: too many bytes of others are under way.
+        """
+        if self.staged and self.staged + size > STAGED_BYTES:
+            raise LimitError(
+                f"an INIT of {size} bytes, with {self.staged} bytes of other INITs of {self.name} under way; "
+                f"each user may have {STAGED_BYTES}.",
+                "Try again in a moment.",
+            )
+        self.staged += size
 
     def enqueue(self) -> None:
         """One more evaluation waits or runs.
@@ -86,6 +70,7 @@ class Accounts:
     def __init__(self, config: Config) -> None:
         self._accounts: dict[int, Account] = {}
         self._sessions = self._atoms = 0
+        self._allowed: tuple[int, str] | None = None
         self.apply(config)
 
     def apply(self, config: Config) -> None:
@@ -121,10 +106,7 @@ class Accounts:
                 f"{user_name(peer.uid)} may not use this daemon.",
                 "Ask whoever runs it to add you to access.users or access.groups of its configuration.",
             )
-        if self._sessions >= self._config.max_sessions:
-            raise DaemonFullError(
-                f"this daemon has its {self._config.max_sessions} sessions already.", "Try again when one has ended."
-            )
+        self.check_room()
         account = self._accounts.get(peer.uid)
         if account is None:
             account = Account(peer.uid, self._quotas.get(peer.uid, self._config.limits))
@@ -137,6 +119,22 @@ class Accounts:
         account.sessions += 1
         self._sessions += 1
         return account
+
+    def allow_sessions(self, count: int, why: str) -> None:
+        """Let there be no more sessions than this, whatever the configuration says."""
+        self._allowed = count, why
+
+    def check_room(self) -> None:
+        """Whether there may be one more session.
+
+        Raises:
+            DaemonFullError: there are as many as there may be.
+        """
+        most, why = self._config.max_sessions, ""
+        if self._allowed is not None and self._allowed[0] < most:
+            most, why = self._allowed[0], f", {self._allowed[1]}"
+        if self._sessions >= most:
+            raise DaemonFullError(f"this daemon has its {most} sessions already{why}.", "Try again when one has ended.")
 
     def close_session(self, account: Account) -> None:
         """Count a session out."""

@@ -95,9 +95,10 @@ class Config(BaseModel):
     """Files of further models."""
     max_atoms: int = Field(default=1_000_000, ge=1)
     """Atoms in one message of one session."""
-    max_sessions: int = Field(default=10_000, ge=1)
     total_atoms: int = Field(default=50_000_000, ge=1)
-    """Atoms in all sessions together."""
+    """Atoms in all sessions together; each takes about 80 bytes."""
+    max_sessions: int = Field(default=10_000, ge=1)
+    """Sessions at a time; fewer where the limit of open files (`ulimit -n`) does not allow so many."""
     access: Access = Access()
     limits: Quota = Quota()
     """What each user may have."""

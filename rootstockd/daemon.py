@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import functools
 import logging
-import resource
 import signal
 import socket
 import time
@@ -21,10 +20,13 @@ from rootstockd.accounts import Accounts
 from rootstockd.config import Config
 from rootstockd.config_file import RELOADED, ConfigError, read_again
 from rootstockd.control.api import ControlServer
+from rootstockd.descriptors import raise_descriptor_limit, share_descriptors
+from rootstockd.devices import gpu_uuid
+from rootstockd.door import Door
 from rootstockd.init_request import InitRequest
 from rootstockd.models.catalogue import Catalogue, CatalogueError, Entry
 from rootstockd.sessions import LINGER, Session
-from rootstockd.sockets import listen, lock, make_runtime_dir
+from rootstockd.sockets import claim_gpu, listen, lock, make_runtime_dir
 from rootstockd.supervisor import Supervisor
 from rootstockd.worker.engines import ModelSpec
 from rootstockd.worker_folders import remove_left_behind
@@ -61,6 +63,8 @@ class Daemon:
         self.retired: list[Supervisor] = []
         """What the catalogue had before it was changed, while sessions still use it."""
         self.sessions: set[Session] = set()
+        self._turned_away: set[Session] = set()
+        self._max_turned_away = 0
         self.state = "starting"
         self.since = time.time()
         self._preload = [self.catalogue.resolve(name) for name in config.models]
@@ -77,9 +81,11 @@ class Daemon:
             AddressError: the sockets can't be had.
         """
         make_runtime_dir(self.config.socket.parent, shared=self.config.shared)
-        allow_many_descriptors()
+        self._share_descriptors()
         with contextlib.ExitStack() as ours:
             ours.enter_context(lock(self.config.lock))
+            if self.config.device.kind == "cuda":
+                ours.enter_context(claim_gpu(gpu_uuid(self.config.device.index)))
             remove_left_behind()
             group = self.config.access.socket_group
             mode = 0o600 if group is None else 0o660
@@ -89,10 +95,10 @@ class Daemon:
             self._watch_signals()
             control_task = asyncio.create_task(control.run_until_stopped(), name="control")
             try:
-                server = await self._start(sessions)
+                door = await self._start(sessions)
                 log.info("ready on %s", self.config.socket)
                 await self._stop.wait()
-                await self._drain(server)
+                await self._drain(door)
             finally:
                 await self._end_workers()
                 control.should_exit = True
@@ -135,10 +141,9 @@ class Daemon:
 
     # --- the four parts of its life
 
-    async def _start(self, sessions_socket: socket.socket) -> asyncio.Server:
+    async def _start(self, sessions_socket: socket.socket) -> Door:
         """Load what is to be preloaded, and open the door. Sessions that come early wait for their model."""
-        loop = asyncio.get_running_loop()
-        server = await loop.create_unix_server(functools.partial(Session, self), sock=sessions_socket, backlog=1024)
+        door = Door(sessions_socket, functools.partial(Session, self), self._check_room_to_linger)
         models = [self._supervisor(name, entry, entry.dtype) for name, entry in self._preload]
         loaded = asyncio.create_task(_settled(models))
         stopped = asyncio.create_task(self._stop.wait())
@@ -147,9 +152,9 @@ class Daemon:
         stopped.cancel()
         if not self._stop.is_set():
             self.state = "ready"
-        return server
+        return door
 
-    async def _drain(self, server: asyncio.Server) -> None:
+    async def _drain(self, door: Door) -> None:
         """Take no new evaluations; let those under way end, and their drivers fetch the results.
 
         The door stays open meanwhile: whoever comes is told that the daemon is stopping, and may wait for the next.
@@ -165,7 +170,7 @@ class Daemon:
                 break
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._force.wait(), 0.02)
-        server.close()
+        door.close()
         for session in list(self.sessions):
             session.end(stopping_error())
         with contextlib.suppress(asyncio.TimeoutError):
@@ -196,11 +201,30 @@ class Daemon:
         self.sessions.add(session)
         self._all_gone.clear()
 
+    def session_turned_away(self, session: Session) -> None:
+        """One has come that may not stay, and is being told why."""
+        self._turned_away.add(session)
+
     def session_closed(self, session: Session) -> None:
         """A session has gone."""
         self.sessions.discard(session)
+        self._turned_away.discard(session)
         if not self.sessions:
             self._all_gone.set()
+
+    def _share_descriptors(self) -> None:
+        limit = raise_descriptor_limit()
+        allowed, self._max_turned_away = share_descriptors(limit)
+        self.accounts.allow_sessions(allowed, f"all that its limit of {limit} open files (ulimit -n) allows")
+
+    def _check_room_to_linger(self) -> None:
+        """Whether there is a descriptor even for a session that is only told why it can't stay.
+
+        Raises:
+            LimitError: there is none.
+        """
+        if len(self._turned_away) >= self._max_turned_away:
+            self.accounts.check_room()
 
     def open_model(self, request: InitRequest) -> Supervisor:
         """The model that a session asks for; it is loaded if it is not yet.
@@ -253,9 +277,3 @@ def _symbols(numbers: Iterable[int]) -> str:
 def stopping_error() -> DrainingError:
     """What is said to whoever wants something of a daemon on its way down."""
     return DrainingError("the daemon is stopping.", "Start it again with `rootstockd start`.")
-
-
-def allow_many_descriptors() -> None:
-    """Raise the soft limit of open files to the hard one: a session takes two."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -28,6 +28,22 @@ def gpu_names() -> list[str]:
         pynvml.nvmlShutdown()
 
 
+def gpu_uuid(index: int) -> str:
+    """What tells a GPU from all others, however they are numbered.
+
+    Raises:
+        DeviceError: it is not there.
+    """
+    try:
+        pynvml.nvmlInit()
+        try:
+            return str(pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(index)))
+        finally:
+            pynvml.nvmlShutdown()
+    except pynvml.NVMLError as error:
+        raise DeviceError(f"GPU {index} can't be asked who it is: {error}.") from error
+
+
 def choose_device(*, gpu: int | None = None, cpu: bool = False) -> Device:
     """The device to use.
 

@@ -11,6 +11,8 @@ from rootstock_client.errors import InvalidInitError, InvalidStructureError
 
 PROTOCOL_VERSION = 1
 MAX_BATCH_SIZE = 1024
+MAX_PARTS = 1000
+"""Strings, lists and objects in an INIT, about: only its numbers may be many. A million keys to refuse take seconds."""
 _BATCH_SIZE = re.compile(rb"\bbatch_size\s*:\s*(-?\d{1,9})")
 
 Property = Literal["energy", "forces", "stress", "energies"]
@@ -40,7 +42,7 @@ class InitRequest(BaseModel):
     """Same structure, same bits: the reference alone, one structure a pass, nothing kept from earlier steps."""
     tolerance: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     """How far forces may differ from the reference's, in eV/Å; by default what the dtype allows (docs/protocol.md)."""
-    want: frozenset[Property] | None = None
+    want: Annotated[frozenset[Property], Field(fail_fast=True)] | None = None
     """What to compute beside energy and forces. By default what a stock driver expects: stress where pbc is set."""
     batch_size: int = Field(default=1, ge=1, le=MAX_BATCH_SIZE)
     """Structures in each POSDATA."""
@@ -86,13 +88,16 @@ def parse_init(text: bytes, preset: InitRequest | None) -> InitRequest:
                 raise InvalidInitError(f"a batch_size of {size}; it can be 1 to {MAX_BATCH_SIZE}.")
             return preset.model_copy(update={"batch_size": size})
         return preset
+    if max(map(text.count, (b'"', b"[", b"{"))) > MAX_PARTS:
+        raise InvalidInitError("INIT can't be read: Invalid JSON: far more strings, lists or objects than it can have.")
     try:
         request = InitRequest.model_validate_json(text)
     except ValidationError as error:
-        raise InvalidInitError(_describe(error.errors(include_url=False)[0])) from error
+        raise InvalidInitError(_describe(error.errors(include_url=False, include_input=False)[0])) from error
     if request.rootstock != PROTOCOL_VERSION:
+        said = str(request.rootstock)[:20]
         raise InvalidInitError(
-            f"the client speaks protocol version {request.rootstock}, this daemon version {PROTOCOL_VERSION}.",
+            f"the client speaks protocol version {said}, this daemon version {PROTOCOL_VERSION}.",
             "Install the same version of rootstockd on both sides.",
         )
     if not request.numbers:

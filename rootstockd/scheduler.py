@@ -5,8 +5,9 @@ all that fit the budget. The budget shrinks where larger batches turn out to be 
 and where they did not fit the device's memory (`back_off`), from where it slowly
 grows again.
 
-Who goes first is decided by start-time fair queueing (Goyal, Vin, Cheng, SIGCOMM 1996), between users by the seconds
-that their evaluations cost over their shares, and between one user's sessions by atoms. Where several users want the
+Who goes first is decided by fair queueing: between users start-time fair queueing (Goyal, Vin, Cheng, SIGCOMM 1996) by
+the seconds that their evaluations cost over their shares; between one user's sessions, who come and go and have one
+evaluation at a time, the self-clocked kind (Golestani, INFOCOM 1994) by atoms. Where several users want the
 worker, a batch takes no longer than the turn of anybody who waits for others in it: the time of their own evaluation
 times the sum of all shares over theirs. So a step takes at most twice as long as on a device of their share's speed:
 once for the batch under way, once for its own.
@@ -61,18 +62,19 @@ class Evaluation(Generic[Owner]):
 
 
 class _User(Generic[Owner]):
-    """One user's queue. Of the virtual times, `start` is where the user's next evaluation starts."""
+    """One user's queue."""
 
-    __slots__ = ("_prune_at", "atoms", "last", "now", "queue", "sessions", "share", "start", "uid")
+    __slots__ = ("_now", "atoms", "last", "queue", "share", "start", "uid")
 
     def __init__(self, uid: int, start: float) -> None:
-        self.uid, self.start = uid, start
+        self.uid = uid
+        self.start = start
+        """Virtual time at which the user's next evaluation starts, among users'."""
         self.share = 1.0
-        self._prune_at = 16
-        self.queue: list[tuple[float, int, Evaluation[Owner]]] = []
-        self.sessions: dict[Owner, float] = {}
-        """Where each session's next evaluation starts, among the user's own; only those ahead of `now`."""
-        self.now = 0.0
+        self.queue: list[tuple[int, int, Evaluation[Owner]]] = []
+        """Each with the virtual time of its end, among the user's own."""
+        self._now = 0
+        """The end of the evaluation that was dispatched last."""
         self.atoms = 0
         """Of the latest evaluation."""
         self.last = 0
@@ -80,15 +82,10 @@ class _User(Generic[Owner]):
 
     def push(self, evaluation: Evaluation[Owner], number: int) -> None:
         self.share, self.atoms = evaluation.share, evaluation.atoms
-        start = max(self.now, self.sessions.get(evaluation.owner, 0.0))
-        heapq.heappush(self.queue, (start, number, evaluation))
+        heapq.heappush(self.queue, (self._now + evaluation.atoms, number, evaluation))
 
     def pop(self) -> Evaluation[Owner]:
-        self.now, _, evaluation = heapq.heappop(self.queue)
-        self.sessions[evaluation.owner] = self.now + evaluation.atoms
-        if len(self.sessions) > self._prune_at:
-            self.sessions = {owner: start for owner, start in self.sessions.items() if start > self.now}
-            self._prune_at = 2 * len(self.sessions) + 16
+        self._now, _, evaluation = heapq.heappop(self.queue)
         return evaluation
 
 

@@ -16,6 +16,7 @@ import uvloop
 from rootstock_client.errors import RootstockError
 from rootstockd.config import Config
 from rootstockd.daemon import Daemon
+from rootstockd.devices import DeviceError
 from rootstockd.models.catalogue import CatalogueError
 from rootstockd.sockets import AddressError
 
@@ -34,7 +35,7 @@ def serve(config: Config) -> None:
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     try:
         uvloop.run(Daemon(config).run())
-    except (AddressError, CatalogueError, RootstockError) as error:
+    except (AddressError, CatalogueError, DeviceError, RootstockError) as error:
         raise StartError(str(error)) from error
 
 

@@ -12,9 +12,10 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from rootstock_client import ipi
-from rootstock_client.errors import DrainingError, InvalidStructureError, LimitError, ProtocolError, RootstockError
-from rootstockd.accounts import Account, Accounts, peer_of, user_name
+from rootstock_client.errors import DrainingError, InvalidStructureError, LimitError, RootstockError, error_from_code
+from rootstockd.accounts import Account, Accounts
 from rootstockd.init_request import InitRequest, is_announced, parse_init
+from rootstockd.peers import peer_of, user_name
 from rootstockd.scheduler import Evaluation
 from rootstockd.supervisor import Client, State, Supervisor
 from rootstockd.worker.slots import Slot
@@ -53,6 +54,9 @@ class Host(Protocol):
     def session_closed(self, session: Session) -> None:
         """It went."""
 
+    def session_turned_away(self, session: Session) -> None:
+        """A connection came that is not let in; it stays until it has been told why."""
+
 
 class Session(asyncio.BufferedProtocol):
     """A session: an i-PI engine towards its driver, a client towards its model's supervisor.
@@ -72,7 +76,7 @@ class Session(asyncio.BufferedProtocol):
         self.slot: Slot
         self.settings: dict[str, Any] = {}
         self._host = host
-        self._ipi = ipi.EngineSide(self._place, host.limits)
+        self._ipi = ipi.EngineSide(self._place, host.limits, self._stage)
         self.get_buffer = self._ipi.get_buffer  # type: ignore[method-assign]  # one call less for each read
         self._transport: asyncio.Transport
         self._preset: InitRequest | None = None
@@ -80,6 +84,7 @@ class Session(asyncio.BufferedProtocol):
         self._evaluation: Evaluation[Client] | None = None
         self._reading_paused = self._writing_paused = self._closing = False
         self._checked_cells = b""
+        self._staged = 0
 
     @property
     def user(self) -> str:
@@ -119,6 +124,7 @@ class Session(asyncio.BufferedProtocol):
         try:
             self.account = self._host.accounts.open_session(peer)
         except RootstockError as error:
+            self._host.session_turned_away(self)
             self._transport.write(ipi.error_frame(error))
             self.end(error)
         else:
@@ -146,8 +152,9 @@ class Session(asyncio.BufferedProtocol):
         self._ipi.close()
         self._release()
         if self.account is not None:
+            self._unstage()
             self._host.accounts.close_session(self.account)
-            self._host.session_closed(self)
+        self._host.session_closed(self)
 
     # --- the protocol's side
 
@@ -164,15 +171,29 @@ class Session(asyncio.BufferedProtocol):
                     self._transport.write(event.data)
                 elif isinstance(event, ipi.Init):
                     self._initialise(event.text)
+                    self._unstage()
                 else:
                     self.end(event.error)
-        except ProtocolError as error:
-            if self._ipi.announced:
+        except RootstockError as error:
+            # a stock driver says no INIT that is too long to be staged
+            if self._ipi.announced or isinstance(error, LimitError):
                 self._transport.write(ipi.error_frame(error))
             self.end(error)
         if self._reading_paused and not self._closing and not self._ipi.full:
             self._reading_paused = False
             self._transport.resume_reading()
+
+    def _stage(self, size: int) -> None:
+        """A long INIT of so many bytes is about to come."""
+        assert self.account is not None
+        self.account.stage(size)
+        self._staged = size
+
+    def _unstage(self) -> None:
+        """It has come, or will not."""
+        if self._staged and self.account is not None:
+            self.account.staged -= self._staged
+            self._staged = 0
 
     def _initialise(self, text: bytes) -> None:
         json = is_announced(text)
@@ -188,12 +209,15 @@ class Session(asyncio.BufferedProtocol):
             self._release()
             try:
                 self._bind(request, model)
-            except OSError as error:
-                raise LimitError(f"the daemon has no room for another system: {error.strerror}.") from error
+            except (OSError, MemoryError) as error:
+                why = (isinstance(error, OSError) and error.strerror) or "out of memory"
+                raise LimitError(f"the daemon has no room for another system: {why}.", "Try again later.") from error
         except RootstockError as error:
             self._release()
             self.request = None
             batch_size, preset = (request.batch_size, request.preset) if request else (1, False)
+            # as new: its traceback holds the text of the INIT
+            error = error_from_code(error.code, error.message, error.hint)
             self._ipi.refuse(error, batch_size, announced=(json or self._ipi.announced) and not preset)
             return
         if json:
@@ -208,7 +232,7 @@ class Session(asyncio.BufferedProtocol):
         self._host.accounts.take(self.account, atoms)
         try:
             self.slot = Slot.create(len(request.numbers), request.batch_size)
-        except OSError:
+        except (OSError, MemoryError):
             self._host.accounts.give_back(self.account, atoms)
             raise
         self.slot.numbers[:] = request.numbers

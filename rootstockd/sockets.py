@@ -8,10 +8,14 @@ import os
 import shutil
 import socket
 import stat
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rootstock_client.runtime_dir import MAX_SOCKET_PATH, SYSTEM_DIR, is_private
+from rootstockd.peers import peer_of, user_name
+
+_UCRED = struct.Struct("3i")
 
 
 class AddressError(Exception):
@@ -117,6 +121,39 @@ def _give_to(path: Path, group: str) -> None:
         shutil.chown(path, group=group)
     except (OSError, LookupError) as error:
         raise AddressError(f"can't give {path} to the group {group!r} (access.socket_group): {error}.") from error
+
+
+@contextlib.contextmanager
+def claim_gpu(uuid: str) -> Iterator[None]:
+    """Be the one daemon of this machine on a GPU.
+
+    The claim is an abstract socket's name, which the kernel gives to one process, and takes back when that ends.
+
+    Raises:
+        AddressError: another process has it.
+    """
+    address = f"\0rootstockd-gpu-{uuid}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as claim:
+        try:
+            claim.bind(address)
+        except OSError as error:
+            raise AddressError(
+                f"a daemon already uses the GPU {uuid}: {_listener(address)}. Its sockets are elsewhere; use that one, "
+                "have it stopped, or choose another device with --gpu."
+            ) from error
+        claim.listen(1024)  # nobody is ever accepted: to connect is enough to see who listens
+        yield
+
+
+def _listener(address: str) -> str:
+    """Who listens at an address, as the kernel says."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        try:
+            probe.connect(address)
+            peer = peer_of(probe)
+        except OSError:
+            return "which one, it does not say"
+    return f"pid {peer.pid} of {user_name(peer.uid)}"
 
 
 def _remove(path: Path, ours: os.stat_result) -> None:

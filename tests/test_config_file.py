@@ -32,7 +32,7 @@ def test_flags_go_before_the_file_and_the_file_before_defaults(write):
     ("text", "words"),
     [
         ("max_atom = 3", "no setting 'max_atom'; did you mean 'max_atoms'?"),
-        ("nonsense = 3", "no setting 'nonsense'; there are: "),
+        ("xyzzy = 3", "no setting 'xyzzy'; there are: "),
         ('max_atoms = "many"', "max_atoms: "),
         ("max_atoms = -1", "max_atoms: "),
         ('[device]\nkind = "cpu"\nindx = 2', "no setting 'device.indx'; did you mean 'index'?"),

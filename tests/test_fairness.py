@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import heapq
 import itertools
 import statistics
+import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import NamedTuple
@@ -137,6 +139,37 @@ def test_sessions_of_one_user_share_by_atoms():
             counts[done.owner] += 1
             scheduler.submit(Evaluation(done.owner, done.atoms))
     assert counts["small"] / counts["large"] == pytest.approx(100, rel=0.1)
+
+
+def test_sessions_that_are_ever_new_do_not_starve_an_old_one():
+    """A screening with a session for each structure, beside an MD of the same user."""
+    scheduler = Scheduler[str](1)
+    scheduler.submit(Evaluation("old", 100))
+    scheduler.submit(Evaluation("new", 10))
+    served = []
+    for number in range(200):
+        scheduler.next_batch()
+        (done,) = scheduler.finished()
+        served.append(done.owner)
+        scheduler.submit(Evaluation("old", 100) if done.owner == "old" else Evaluation(f"new {number}", 10))
+    assert served.count("old") == pytest.approx(200 / 11, abs=2)
+
+
+def test_nothing_is_kept_of_a_session_that_has_gone():
+    class Session:
+        pass
+
+    scheduler = Scheduler[Session](100)
+    gone = []
+    for _ in range(100):
+        session = Session()
+        gone.append(weakref.ref(session))
+        scheduler.submit(Evaluation(session, 10))
+        scheduler.next_batch()
+        scheduler.finished(0.1)
+    del session
+    gc.collect()
+    assert not any(reference() for reference in gone)
 
 
 users = st.integers(1, 4)

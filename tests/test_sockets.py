@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import pwd
 import signal
 import socket
 import stat
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from rootstock_client.runtime_dir import MAX_SOCKET_PATH
-from rootstockd.sockets import AddressError, listen, lock, make_runtime_dir
+from rootstockd.sockets import AddressError, claim_gpu, listen, lock, make_runtime_dir
 
 as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
 
@@ -310,27 +311,27 @@ def test_a_lock_file_that_is_none_is_left_alone_and_named(short, kind):
 def test_a_folder_is_made_for_its_owner_alone_to_write_to(short):
     old = os.umask(0)
     try:
-        make_runtime_dir(short / "a" / "b")
+        make_runtime_dir(short / "a" / "b", shared=False)
     finally:
         os.umask(old)
     assert stat.S_IMODE((short / "a" / "b").stat().st_mode) & 0o022 == 0
-    make_runtime_dir(short / "a" / "b")
+    make_runtime_dir(short / "a" / "b", shared=False)
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o1777, 0o770])
 def test_a_folder_that_others_may_write_to_is_refused(short, mode):
     short.chmod(mode)
     with pytest.raises(AddressError, match="they could stand in for the daemon"):
-        make_runtime_dir(short)
+        make_runtime_dir(short, shared=False)
     short.chmod(0o700)
-    make_runtime_dir(short)
+    make_runtime_dir(short, shared=False)
 
 
 @as_root
 def test_a_folder_of_somebody_else_is_refused(short):
     os.chown(short, 12345, -1)
     with pytest.raises(AddressError, match="belongs to somebody else"):
-        make_runtime_dir(short)
+        make_runtime_dir(short, shared=False)
 
 
 def test_a_link_to_a_folder_is_refused(short):
@@ -345,4 +346,42 @@ def test_a_folder_that_can_not_be_made(short):
     (short / "file").write_text("")
     for folder in (short / "file", short / "file" / "below"):
         with pytest.raises(AddressError, match=f"can't make the folder {folder}"):
-            make_runtime_dir(folder)
+            make_runtime_dir(folder, shared=False)
+
+
+# --- the claim on a GPU
+
+
+def claim_elsewhere(uuid: str) -> subprocess.CompletedProcess[str]:
+    """Another process claims the GPU and is killed."""
+    script = (
+        "import os, signal, sys\n"
+        "from rootstockd.sockets import AddressError, claim_gpu\n"
+        "try:\n"
+        "    with claim_gpu(sys.argv[1]):\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "except AddressError as error:\n"
+        "    sys.exit(str(error))\n"
+    )
+    return subprocess.run([sys.executable, "-c", script, uuid], capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_a_gpu_has_one_daemon_who_is_named():
+    uuid = f"GPU-test-{os.getpid()}"
+    with claim_gpu(uuid):
+        for _ in range(2):
+            second = claim_elsewhere(uuid)
+            assert second.returncode == 1
+            user = pwd.getpwuid(os.getuid()).pw_name
+            assert f"a daemon already uses the GPU {uuid}: pid {os.getpid()} of {user}" in second.stderr
+        with claim_gpu(uuid + "-another"):
+            pass
+    with claim_gpu(uuid):
+        pass
+
+
+def test_the_claim_of_a_process_that_was_killed_is_free():
+    uuid = f"GPU-test-{os.getpid()}"
+    assert claim_elsewhere(uuid).returncode == -signal.SIGKILL
+    with claim_gpu(uuid):
+        pass

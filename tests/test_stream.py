@@ -238,3 +238,18 @@ def test_memory_is_given_back_after_a_long_item():
     assert len(reader.get_buffer()) == STAGING_SIZE
     reader.feed(item(b"I", b"next"))
     assert take_all(reader) == [(b"I", b"next")]
+
+
+def test_a_long_item_takes_no_more_memory_than_its_size_and_gives_it_back_at_once():
+    """Not only when more is read: an owner that says nothing further must not keep it."""
+    reader = MessageReader(grammar())
+    size = 5 * STAGING_SIZE + 1
+    stream = item(b"I", pattern(size, 1))
+    fed = 0
+    while fed < len(stream):
+        fed += reader.feed(stream[fed:])
+        assert len(reader.staging) <= size
+        if fed < len(stream):
+            assert reader.next_message() is None
+    assert reader.next_message() == (b"I", pattern(size, 1))
+    assert len(reader.staging) == STAGING_SIZE

@@ -27,7 +27,6 @@ from rootstock_client.errors import (
     RootstockError,
 )
 from rootstock_client.runtime_dir import START_HINT, control_socket
-from rootstockd.accounts import peer_of
 from rootstockd.cli.common import (
     Refused,
     console,
@@ -42,6 +41,7 @@ from rootstockd.config import Config
 from rootstockd.config_file import ConfigError, make_config, read_again
 from rootstockd.control.schema import DaemonStatus, ReloadReport
 from rootstockd.devices import DeviceError, choose_device
+from rootstockd.peers import peer_of
 
 POLL = 0.05
 FORCE_TIMEOUT = 5.0

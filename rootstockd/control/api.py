@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 import psutil
 import uvicorn
 from fastapi import Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 import rootstockd
 from rootstock_client.errors import AccessDeniedError, RootstockError
-from rootstockd.accounts import peer_of, user_name
 from rootstockd.config_file import ConfigError
+from rootstockd.control.limits import MAX_HEAD, REFUSALS, BoundedBody, BoundedProtocol, invalid_request
 from rootstockd.control.schema import (
     CatalogueEntry,
     DaemonStatus,
@@ -28,6 +28,7 @@ from rootstockd.control.schema import (
     StopRequest,
 )
 from rootstockd.models.catalogue import CatalogueError
+from rootstockd.peers import peer_of, user_name
 
 if TYPE_CHECKING:
     from rootstockd.daemon import Daemon
@@ -37,7 +38,8 @@ if TYPE_CHECKING:
 
 def make_app(daemon: Daemon) -> FastAPI:
     """The control API of a daemon."""
-    app = FastAPI(title="rootstockd", version=rootstockd.__version__)
+    app = FastAPI(title="rootstockd", version=rootstockd.__version__, responses=REFUSALS)
+    app.add_exception_handler(RequestValidationError, invalid_request)
 
     @app.exception_handler(RootstockError)
     async def refuse(_request: Request, error: RootstockError) -> Response:
@@ -162,7 +164,7 @@ def resident_memory(pid: int) -> int | None:
         return None
 
 
-class PeerProtocol(H11Protocol):
+class PeerProtocol(BoundedProtocol):
     """HTTP whose client has a uid for a host and a process id for a port."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -175,7 +177,15 @@ class ControlServer(uvicorn.Server):
     """uvicorn on the daemon's own loop and socket; signals stay the daemon's."""
 
     def __init__(self, daemon: Daemon, sock: socket.socket) -> None:
-        config = uvicorn.Config(make_app(daemon), log_config=None, access_log=False, lifespan="off", http=PeerProtocol)
+        config = uvicorn.Config(
+            BoundedBody(make_app(daemon)),
+            http=PeerProtocol,
+            ws="none",
+            h11_max_incomplete_event_size=MAX_HEAD,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+        )
         config.timeout_graceful_shutdown = 1  # a request that never ends must not keep the daemon from ending
         super().__init__(config)
         self._sock = sock

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 from rootstockd.config import Config
 
@@ -91,6 +91,8 @@ class CatalogueEntry(BaseModel):
 
 class StopRequest(BaseModel):
     """How to stop."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
 
     force: bool = False
     """Do not wait for evaluations under way."""

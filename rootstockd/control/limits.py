@@ -1,0 +1,105 @@
+"""What one HTTP client may take of the daemon: so many connections, so large a body, and so long for one request."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import TypeAlias
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+MAX_BODY = 64 * 1024
+"""Bytes of a request's body."""
+MAX_CONNECTIONS = 16
+"""Connections at a time; each takes a file descriptor from the sessions' reserve."""
+MAX_HEAD = 16 * 1024
+"""Bytes of a request's line and headers."""
+DEADLINE = 10.0
+"""Seconds from a connection, or from the last answer on it, until the next one has been sent in full."""
+
+Reason: TypeAlias = tuple[int, str]
+TOO_LARGE: Reason = (413, f"a request's body may have {MAX_BODY} bytes")
+REFUSALS: dict[int | str, dict[str, object]] = {
+    400: {"description": "The request can't be read."},
+    413: {"description": "Its body is too large."},
+    503: {"description": "Too many connections are open."},
+}
+"""What any request may be told, for the API's description."""
+TOO_MANY: Reason = (503, f"{MAX_CONNECTIONS} connections to the control socket are open already; try again")
+
+
+class BoundedProtocol(H11Protocol):
+    """uvicorn's HTTP, with an end to connections that are too many or too slow."""
+
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > MAX_CONNECTIONS:
+            status, why = TOO_MANY
+            body = json.dumps({"detail": why})
+            head = f"HTTP/1.1 {status} Service Unavailable\r\ncontent-type: application/json\r\nconnection: close\r\n"
+            transport.write(f"{head}content-length: {len(body)}\r\n\r\n{body}".encode())
+            transport.close()
+            self._deadline = self.loop.call_later(1.0, transport.abort)
+            return
+        self._deadline = self.loop.call_later(DEADLINE, transport.abort)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+        super().connection_lost(exc)
+
+    def on_response_complete(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = self.loop.call_later(DEADLINE, self.transport.abort)
+        super().on_response_complete()
+
+
+class BoundedBody:
+    """Reads a request's body, if it is small, before the app is asked.
+
+    Args:
+        app: the app.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        body, more = b"", True
+        while more:
+            message = await receive()
+            if message["type"] != "http.request":
+                return  # the client has gone
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+            if len(body) > MAX_BODY:
+                await json_response(*TOO_LARGE, {"connection": "close"})(scope, receive, send)
+                return
+        waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive_body() -> Message:
+            return waiting.pop() if waiting else await receive()
+
+        await self._app(scope, receive_body, send)
+
+
+async def invalid_request(_request: Request, error: Exception) -> Response:
+    """What is wrong with a request, without what came: that may be nothing that JSON can say."""
+    assert isinstance(error, RequestValidationError)
+    problems = error.errors()[:10]
+    return json_response(422, [{"loc": p["loc"], "msg": p["msg"], "type": p["type"]} for p in problems])
+
+
+def json_response(status: int, detail: object, headers: dict[str, str] | None = None) -> Response:
+    """An answer in ASCII, whatever characters are in it."""
+    return Response(json.dumps({"detail": detail}), status, headers, "application/json")

@@ -1,0 +1,90 @@
+"""The door: takes connections from a listening socket, and goes on whatever happens at it.
+
+The loop's own server closes itself for good when `accept` fails, and takes nobody in any more when a protocol could
+not be made. Here either costs the one connection, and where the machine has run out of something, a pause.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Callable
+
+from rootstock_client import ipi
+from rootstock_client.errors import LimitError
+
+log = logging.getLogger(__name__)
+
+AT_ONCE = 64
+"""Connections taken before the loop looks after others again."""
+PAUSE = 0.2
+"""Seconds until the next try when the machine had nothing left for a connection."""
+
+
+class Door:
+    """Takes connections until it is closed.
+
+    Args:
+        sock: a listening socket that does not block; closed with the door.
+        make_protocol: makes the protocol for a connection.
+        check_room: raises a LimitError where there is no room even to let a protocol say so.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        make_protocol: Callable[[], asyncio.BufferedProtocol],
+        check_room: Callable[[], None],
+    ) -> None:
+        self._sock, self._make_protocol, self._check_room = sock, make_protocol, check_room
+        self._loop = asyncio.get_running_loop()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._pause: asyncio.TimerHandle | None = None
+        self._complained = False
+        self._loop.add_reader(sock, self._on_connections)
+
+    def close(self) -> None:
+        """Take no more connections; those that wait are refused by the kernel."""
+        if self._pause is not None:
+            self._pause.cancel()
+        self._loop.remove_reader(self._sock)
+        self._sock.close()
+
+    def _on_connections(self) -> None:
+        for _ in range(AT_ONCE):
+            try:
+                connection, _ = self._sock.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                return
+            except OSError as error:  # the connection still waits: to come again at once would be to spin
+                if not self._complained:
+                    log.warning("can't take a connection: %s; trying again every %g s", error.strerror, PAUSE)
+                self._complained = True
+                self._loop.remove_reader(self._sock)
+                self._pause = self._loop.call_later(PAUSE, self._loop.add_reader, self._sock, self._on_connections)
+                return
+            self._complained = False
+            try:
+                self._check_room()
+            except LimitError as error:
+                turn_away(connection, error)
+            else:
+                self._tasks.add(task := self._loop.create_task(self._let_in(connection)))
+                task.add_done_callback(self._tasks.discard)
+
+    async def _let_in(self, connection: socket.socket) -> None:
+        try:
+            await self._loop.connect_accepted_socket(self._make_protocol, connection)
+        except Exception as error:  # no memory, say; the next may fare better
+            log.warning("a connection is closed: %s", error or type(error).__name__)
+            turn_away(connection, LimitError("the daemon has no memory for another session.", "Try again later."))
+
+
+def turn_away(connection: socket.socket, error: LimitError) -> None:
+    """Say why and close, without waiting for anybody."""
+    with contextlib.suppress(OSError):
+        connection.setblocking(False)  # noqa: FBT003 - the socket module has no other way
+        connection.send(ipi.error_frame(error))
+    connection.close()

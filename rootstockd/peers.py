@@ -1,0 +1,39 @@
+"""Who is at the other end of a Unix socket, as the kernel says."""
+
+from __future__ import annotations
+
+import pwd
+import socket
+import struct
+from typing import NamedTuple
+
+_UCRED = struct.Struct("3i")
+_SO_PEERGROUPS = 59
+_MOST_GROUPS = 65_536
+"""NGROUPS_MAX of Linux."""
+
+
+class Peer(NamedTuple):
+    """Who is at the other end of a Unix socket."""
+
+    pid: int
+    uid: int
+    groups: frozenset[int]
+
+
+def peer_of(sock: socket.socket) -> Peer:
+    """Whoever connected, as the kernel saw them when they did."""
+    pid, uid, gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    try:
+        groups = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 4 * 64)
+    except OSError:  # more of them than that
+        groups = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 4 * _MOST_GROUPS)
+    return Peer(pid, uid, frozenset(struct.unpack(f"{len(groups) // 4}i", groups)) | {gid})
+
+
+def user_name(uid: int) -> str:
+    """Login name, or the number where there is none."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)

@@ -1,0 +1,158 @@
+"""The control API and those who use it badly: what it can't read it refuses, and who is slow or many is cut off."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from hypothesis.errors import Unsatisfiable
+
+from conftest import RunningDaemon, open_descriptors
+from rootstock_client.runtime_dir import control_socket
+from rootstockd.config import Config, Device
+from rootstockd.control.api import make_app
+from rootstockd.control.limits import DEADLINE, MAX_BODY, MAX_CONNECTIONS, MAX_HEAD, BoundedBody
+from rootstockd.daemon import Daemon
+
+
+def test_answers_are_what_the_schema_says() -> None:
+    """Whatever schemathesis asks the app, of a daemon that does not run and can't be stopped."""
+
+    async def make() -> Daemon:
+        return Daemon(Config(socket=Path("/nowhere/rootstockd.sock"), device=Device(kind="cpu")))
+
+    daemon = asyncio.run(make())
+    stopped: list[bool] = []
+    daemon.stop = lambda *, force=False: stopped.append(force)  # type: ignore[method-assign]
+    schema = schemathesis.openapi.from_asgi("/openapi.json", BoundedBody(make_app(daemon)))
+    operations = [operation.ok() for operation in schema.get_all_operations()]
+    assert len(operations) >= 3
+    statuses: set[int] = set()
+    for operation in operations:
+        for mode in (schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE):
+
+            @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+            @given(case=operation.as_strategy(generation_mode=mode))
+            def ask(case: schemathesis.Case) -> None:
+                statuses.add(case.call_and_validate().status_code)
+
+            with contextlib.suppress(Unsatisfiable):  # a request without a body can't be wrong
+                ask()
+    assert statuses >= {200, 202, 422}
+    assert set(stopped) == {True, False}
+
+
+def talk(daemon: RunningDaemon, data: bytes, *, end: bool = False) -> bytes:
+    """Say something to the control socket, and hear all until it hangs up."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(30)
+        sock.connect(os.fspath(control_socket(daemon.socket)))
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            sock.sendall(data)
+            if end:
+                sock.shutdown(socket.SHUT_WR)
+        answer = b""
+        with contextlib.suppress(ConnectionResetError):
+            while data := sock.recv(65536):
+                answer += data
+        return answer
+
+
+def post(body: bytes, *headers: str) -> bytes:
+    lines = ["POST /v1/stop HTTP/1.1", "Host: x", "Content-Type: application/json", "Connection: close", *headers]
+    if not any("length" in header.lower() or "encoding" in header.lower() for header in headers):
+        lines.append(f"Content-Length: {len(body)}")
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+def chunked(size: int) -> bytes:
+    return post(b"%x\r\n" % size + b" " * size + b"\r\n0\r\n\r\n", "Transfer-Encoding: chunked")
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (post(b""), 422),
+        (post(b"{"), 422),
+        (post(b"\xff\xfe"), 422),
+        (post(b"[" * 60_000), 400),
+        (post(b'{"force": "\\ud800"}'), 422),
+        (post(b'{"force": NaN}'), 422),
+        (post(b'{"force": 1e999}'), 422),
+        (post(b'{"force": ' + b"9" * 5000 + b"}"), 400),
+        (post(b" " * (MAX_BODY + 1)), 413),
+        (post(b" " * (16 * MAX_BODY)), 413),
+        (post(b"x" * (MAX_BODY + 1), "Content-Length: 1000000000000"), 413),
+        (post(b"", "Content-Length: -1"), 400),
+        (chunked(MAX_BODY + 1), 413),
+        (chunked(10), 422),
+        (post(b"zz\r\n", "Transfer-Encoding: chunked"), 400),
+        (b"GET /v1/status HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 64 * MAX_HEAD + b"\r\n\r\n", 400),
+        (b"GET /" + b"x" * 2 * MAX_HEAD, 400),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\r\n\r\n", 400),
+        (b"GET /v1/status HTTP/1.1\r\n\r\n", 400),
+        (b"DELETE /v1/status HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", 405),
+        (b"GET /v2 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", 404),
+        (b"GET /v1/status HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade, close\r\n\r\n", 200),
+    ],
+)
+def test_what_can_not_be_read_is_refused(daemon: RunningDaemon, request_: bytes, status: int) -> None:
+    answer = talk(daemon, request_)
+    assert answer.startswith(f"HTTP/1.1 {status} ".encode()), answer[:300]
+    assert daemon.client().status()["state"] == "ready"
+    assert "Traceback" not in daemon.log.read_text()
+
+
+def test_a_body_is_not_taken_beyond_its_limit(daemon: RunningDaemon) -> None:
+    """However much is sent, no more than the limit lies in memory."""
+    pid = daemon.client().status()["pid"]
+    before = psutil.Process(pid).memory_info().rss
+    assert talk(daemon, post(b" " * (64 * 2**20))).startswith(b"HTTP/1.1 413")
+    assert psutil.Process(pid).memory_info().rss < before + 16 * 2**20
+
+
+@pytest.fixture
+def control_connections(own_daemon: RunningDaemon) -> Iterator[list[socket.socket]]:
+    """As many connections as may be open, and twice as many beside."""
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(3 * MAX_CONNECTIONS)]
+        for sock in opened:
+            sock.settimeout(30)
+            sock.connect(os.fspath(control_socket(own_daemon.socket)))
+        yield opened
+
+
+def test_connections_that_are_slow_or_many_are_cut_off(own_daemon: RunningDaemon, control_connections) -> None:
+    """Half a request, a request without an end, answers that nobody reads: none of it stays."""
+    client = own_daemon.client()
+    kept, refused = control_connections[:MAX_CONNECTIONS], control_connections[MAX_CONNECTIONS:]
+    for sock in refused:
+        assert b"503" in sock.recv(65536)
+    half = [
+        b"",
+        b"GET /v1/sta",
+        b"INIT        \0\0\0\0\0\0\0\0",
+        b"GET /v1/status HTTP/1.1\r\nHost: x\r\n",
+        post(b"{", "Content-Length: 100"),
+        post(b"5\r\n{", "Transfer-Encoding: chunked"),
+    ]
+    for number, sock in enumerate(kept):
+        sock.sendall(half[number % len(half)])
+    time.sleep(DEADLINE / 2)
+    with contextlib.suppress(OSError):
+        for sock in kept[::3]:
+            sock.sendall(b"x")  # a byte now and then does not help
+    for sock in kept:
+        with contextlib.suppress(ConnectionResetError):
+            while sock.recv(65536):
+                pass
+    assert open_descriptors(client.status()["pid"]) < 40

@@ -1,0 +1,274 @@
+"""What a daemon needs runs out: descriptors, disk, memory. It says so to whoever asks for more, and serves the rest."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from ase import Atoms
+from ase.build import bulk
+
+from conftest import open_descriptors
+from rootstock_client import RootstockClient, ipi
+from rootstock_client.errors import LimitError, RootstockError
+from rootstockd.config import Config, Device
+from rootstockd.descriptors import share_descriptors
+
+
+class Served:
+    """A daemon in a process of our own, started with whatever limits a test wants.
+
+    Args:
+        folder: where its sockets lie.
+        log: where its output goes.
+        limits: soft and hard limit for each resource.
+        settings: more of its Config.
+    """
+
+    def __init__(self, folder: Path, log: Path, limits: dict[int, int] | None = None, **settings: Any) -> None:
+        self.socket = folder / "d.sock"
+        config = Config(socket=self.socket, device=Device(kind="cpu"), models=("emt",), log_file=log, **settings)
+        shell = "".join(f"ulimit {flag} {value}; " for flag, value in (limits or {}).items())
+        command = [sys.executable, "-m", "rootstockd.serve", config.model_dump_json()]
+        with log.open("ab") as output:
+            self.process = subprocess.Popen(
+                ["/bin/bash", "-c", f'{shell}exec "$@"', "-", *command], stdout=output, stderr=output
+            )
+        wait_for(self.ready)
+
+    def ready(self) -> bool:
+        assert self.process.poll() is None
+        with contextlib.suppress(RootstockError):
+            return RootstockClient(self.socket).status()["state"] == "ready"
+        return False
+
+    def client(self) -> RootstockClient:
+        return RootstockClient(self.socket)
+
+    def connect(self) -> socket.socket:
+        sock = socket.socket(socket.AF_UNIX)
+        sock.connect(os.fspath(self.socket))
+        sock.settimeout(30)
+        return sock
+
+    def end(self) -> None:
+        self.process.terminate()
+        assert self.process.wait(30) == 0
+
+
+def wait_for(condition: Callable[[], object], timeout: float = 60) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def serve(runtime_folder: Path) -> Iterator[Callable[..., Served]]:
+    with contextlib.ExitStack() as stack:
+
+        def start(log: Path | None = None, limits: dict[int, int] | None = None, **settings: Any) -> Served:
+            folder = Path(tempfile.mkdtemp(dir=runtime_folder))
+            served = Served(folder, log or folder / "log", limits, **settings)
+            stack.callback(served.end)
+            return served
+
+        yield start
+
+
+def copper(seed: int = 0) -> Atoms:
+    atoms = bulk("Cu", cubic=True)
+    atoms.rattle(0.05, seed=seed)
+    return atoms
+
+
+def session(served: Served, seed: int = 0) -> Atoms:
+    """A structure with a session of its own, once evaluated."""
+    atoms = copper(seed)
+    atoms.calc = served.client().calculator("emt")
+    atoms.get_forces()
+    return atoms
+
+
+def again(atoms: Atoms) -> None:
+    """The same step gives the same."""
+    before = atoms.get_forces()
+    atoms.calc.results.clear()
+    np.testing.assert_array_equal(atoms.get_forces(), before)
+
+
+def told(sock: socket.socket) -> str:
+    """What a session is told that is turned away."""
+    data = sock.recv(4096)
+    assert data.startswith(ipi.ERROR)
+    fields = json.loads(data[16:])
+    assert fields["code"] in ("full", "limit")
+    return fields["message"]
+
+
+# --- descriptors
+
+
+@pytest.mark.parametrize(("limit", "sessions"), [(20, 1), (64, 8), (1024, 458), (1_000_000, 468_728)])
+def test_descriptors_for_sessions(limit: int, sessions: int) -> None:
+    allowed, lingering = share_descriptors(limit)
+    assert allowed == sessions
+    assert lingering >= 4
+
+
+def test_few_descriptors(serve) -> None:
+    """Sessions are refused before descriptors run out; those that are there go on, and others come when they end."""
+    served = serve(limits={"-n": 64})
+    allowed, _ = share_descriptors(64)
+    atoms = [session(served, seed) for seed in range(allowed)]
+    with contextlib.ExitStack() as stack:
+        for _ in range(30):
+            sock = stack.enter_context(served.connect())
+            assert f"its {allowed} sessions already, all that its limit of 64 open files (ulimit -n) allows" in told(
+                sock
+            )
+            assert len(served.client().status()["sessions"]) == allowed
+        for one in atoms:
+            again(one)
+        assert open_descriptors(served.process.pid) < 64
+    os.kill(served.client().status()["models"][0]["pid"], 9)  # a new worker can be started all the same
+    for one in atoms:
+        again(one)
+    atoms[0].calc.close()
+    wait_for(lambda: len(served.client().status()["sessions"]) == allowed - 1)
+    again(session(served, 100))
+
+
+def limit(served: Served, what: int, soft: int) -> None:
+    """Change a limit of a daemon that runs."""
+    process = psutil.Process(served.process.pid)
+    process.rlimit(what, (soft, process.rlimit(what)[1]))
+
+
+def test_no_descriptor_at_all(serve) -> None:
+    """A connection that can't be taken waits, and costs nothing meanwhile; it is served when there is room."""
+    served = serve()
+    atoms = session(served)
+    pid = served.process.pid
+    wait_for(lambda: open_descriptors(pid) < 30)
+    before = psutil.Process(pid).rlimit(resource.RLIMIT_NOFILE)[0]
+    limit(served, resource.RLIMIT_NOFILE, 4)
+    with served.connect() as sock:
+        sock.sendall(ipi.STATUS)
+        start = psutil.Process(pid).cpu_times()
+        time.sleep(1)
+        spent = psutil.Process(pid).cpu_times()
+        assert spent.user + spent.system - start.user - start.system < 0.5
+        again(atoms)
+        limit(served, resource.RLIMIT_NOFILE, before)
+        assert sock.recv(12) == ipi.NEEDINIT
+    again(session(served, 1))
+
+
+# --- memory
+
+
+def test_no_memory_for_a_slot(serve) -> None:
+    """A system that finds no memory is refused; smaller ones, and those that are there, go on."""
+    served = serve()
+    atoms = session(served)
+    text = json.dumps({"rootstock": 1, "model": "emt", "numbers": [29] * 1_000_000, "pbc": [False] * 3}).encode()
+    vms = psutil.Process(served.process.pid).memory_info().vms
+    limit(served, resource.RLIMIT_AS, vms + 60 * 2**20)  # the INIT fits, its slot of 78 MB does not
+    with served.connect() as sock:
+        sock.sendall(ipi.init_frame(text) + ipi.GETFORCE)
+        assert "no room for another system: Cannot allocate memory" in told(sock)
+        again(atoms)
+        again(session(served, 1))
+        limit(served, resource.RLIMIT_AS, resource.RLIM_INFINITY)
+        sock.sendall(ipi.init_frame(text) + ipi.STATUS)  # the same session, when there is memory again
+        assert sock.recv(12) == ipi.READY
+
+
+def test_atoms_of_all_sessions_together(serve) -> None:
+    served = serve(total_atoms=10)
+    first, second = session(served), session(served, 1)
+    third = copper(2)
+    third.calc = served.client().calculator("emt")
+    with pytest.raises(LimitError, match="4 atoms more: this daemon has 8 in all sessions, and takes 10"):
+        third.get_forces()
+    small = Atoms("Cu2", [[0, 0, 0], [0, 0, 2.5]])
+    small.calc = served.client().calculator("emt")
+    small.get_forces()
+    again(first)
+    small.calc.close()
+    second.calc.close()
+    wait_for(lambda: len(served.client().status()["sessions"]) == 2)
+    third.get_forces()
+    first.positions += 0.1
+    first.symbols[0] = "Al"  # a new INIT of the same session takes the place of its old one
+    first.get_forces()
+
+
+# --- disk
+
+
+def make_noise(served: Served) -> None:
+    """Lines for the log: a session that is closed, and a worker that is lost."""
+    with served.connect() as sock:
+        sock.sendall(b"GIVEFORCE   ")
+        assert sock.recv(1) == b""
+    os.kill(served.client().status()["models"][0]["pid"], 9)
+
+
+def test_a_log_that_takes_nothing(serve, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.symlink_to("/dev/full")
+    served = serve(log)
+    atoms = session(served)
+    for _ in range(3):
+        make_noise(served)
+        again(atoms)
+    again(session(served, 1))
+    status = served.client().status()
+    assert status["models"][0]["restarts"] == 3
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
+def test_a_disk_that_is_full_for_a_while(serve, tmp_path: Path) -> None:
+    mounted = tmp_path / "small"
+    mounted.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(mounted)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        log = mounted / "log"
+        served = serve(log)
+        atoms = session(served)
+        filler = mounted / "filler"
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        with contextlib.suppress(OSError), log.open("ab", buffering=0) as file:
+            while True:
+                file.write(b"x")
+        size = log.stat().st_size
+        make_noise(served)
+        again(atoms)
+        again(session(served, 1))
+        assert log.stat().st_size == size
+        filler.unlink()
+        make_noise(served)
+        wait_for(lambda: "is closed" in log.read_text()[size:])
+        again(atoms)
+        served.end()
+    finally:
+        subprocess.run(["umount", "--lazy", str(mounted)], check=True)
