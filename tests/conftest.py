@@ -100,7 +100,7 @@ class RunningDaemon:
 
     def stop(self) -> None:
         """End it, and see that nothing of it is left."""
-        if self.processes():
+        if self.processes() or self.socket.exists():  # it may have been started in another way
             self.run("stop", "--force")
         wait_for(lambda: not self.processes(), timeout=10)
 
