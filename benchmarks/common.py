@@ -182,17 +182,18 @@ class Daemon:
         self.folder = Path(tempfile.mkdtemp(dir=settings.folder))
         self.socket = self.folder / "d.sock"
         where = ["--device", "cpu"] if settings.device == "cpu" else ["--gpu", "0"]
-        self._arguments = ["start", *where, "--log-file", str(self.folder / "log"), *map(str, options)]
+        self.start_arguments = ["start", *where, "--log-file", str(self.folder / "log"), *map(str, options)]
         self._environment = {**os.environ, **(environment or {})}
 
     def __enter__(self) -> Daemon:
-        self._command(*self._arguments)
+        self.command(*self.start_arguments)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._command("stop", "--force")
+        self.command("stop", "--force")
 
-    def _command(self, name: str, *arguments: str) -> None:
+    def command(self, name: str, *arguments: str) -> None:
+        """Run one of rootstockd's commands on it."""
         command = [sys.executable, "-m", "rootstockd", name, "--socket", str(self.socket), *arguments]
         done = subprocess.run(
             command, env=self._environment, check=False, capture_output=True, text=True, timeout=PATIENCE

@@ -16,6 +16,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 
 from rootstock_client.connection import Connection
 from rootstock_client.errors import UnsupportedError
+from rootstock_client.patience import patience_in_seconds
 from rootstock_client.snapshot import Box, Snapshot
 from rootstock_client.units import BOHR, HARTREE
 
@@ -48,6 +49,7 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         tolerance: how far a faster implementation's forces may differ from the reference's on the first structure, in
             eV/Å, and by this part of the largest force where that is over 1 eV/Å; energies (in eV an atom) and virials
             likewise. By default 1e-4 in float32 and 1e-9, rounding, in float64.
+        patience: how many seconds to wait for a daemon that has gone; see RootstockClient.
     """
 
     discard_results_on_any_change = True
@@ -62,8 +64,9 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         head: str | None = None,
         exact: bool = False,
         tolerance: float | None = None,
+        patience: float | None = None,
     ) -> None:
-        self._connect(Path(socket))
+        self._connect(Connection(Path(socket), patience_in_seconds(patience)))
         self.results: dict[str, Any]
         super().__init__(
             model=model,
@@ -76,8 +79,8 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
     backend: str | None
     """What computed the last result, where the model has several ways to, such as `mace-torch` or `fused`."""
 
-    def _connect(self, socket: Path) -> None:
-        self._connection = Connection(socket)
+    def _connect(self, connection: Connection) -> None:
+        self._connection = connection
         self._pid = os.getpid()
         self._lock = threading.RLock()
         self._seen: Snapshot | None = None
@@ -114,7 +117,8 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         if name not in self.implemented_properties:
             raise PropertyNotImplementedError(f"{name} is not among what rootstockd computes")
         if self._pid != os.getpid():  # after a fork: the session is the parent's, and a lock may be held for ever
-            self._connect(self._connection.path)
+            lost = self._connection
+            self._connect(Connection(lost.path, lost.patience, met=lost.met))
         with self._lock:
             snapshot = self._seen if atoms is None else Snapshot(atoms)
             if snapshot is not None and (self._seen is None or snapshot.changes(self._seen)):
@@ -224,9 +228,9 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
             "_extras",
         )
         state = {key: value for key, value in self.__dict__.items() if key not in hidden}
-        return {**state, "_socket": self._connection.path}
+        return {**state, "_address": (self._connection.path, self._connection.patience)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        socket = state.pop("_socket")
+        address = state.pop("_address")
         self.__dict__.update(state)
-        self._connect(socket)
+        self._connect(Connection(*address))

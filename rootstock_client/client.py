@@ -11,7 +11,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from rootstock_client.connection import connect
-from rootstock_client.errors import ConnectionLostError, RootstockError
+from rootstock_client.errors import ConnectionLostError, NotAnsweringError, RootstockError
+from rootstock_client.patience import patience_in_seconds
 from rootstock_client.runtime_dir import control_socket, find_socket
 
 if TYPE_CHECKING:
@@ -24,12 +25,18 @@ class RootstockClient:
     Args:
         socket: the daemon's session socket. Without one it is looked for: ROOTSTOCKD_SOCKET, the user's runtime
             directory, the system's (see `rootstock_client.runtime_dir`).
+        patience: how many seconds a job that had a daemon waits for it to come back, at the same address, when it was
+            restarted, upgraded or killed; the step is then repeated. By default ROOTSTOCKD_PATIENCE, or 300; with 0 it
+            waits for nothing. A job's first connection fails at once where there is no daemon, unless one is there and
+            stopping; where a dead one has left its socket, after 5 s.
 
     Raises:
         DaemonNotFoundError: no socket was found; the message says how to start a daemon.
+        ValueError: the patience is no number of seconds.
     """
 
-    def __init__(self, socket: str | os.PathLike[str] | None = None) -> None:
+    def __init__(self, socket: str | os.PathLike[str] | None = None, *, patience: float | None = None) -> None:
+        self.patience = patience_in_seconds(patience)
         self.socket: Path = find_socket(socket)
         self._calculators: weakref.WeakSet[RootstockCalculator] = weakref.WeakSet()
 
@@ -53,7 +60,9 @@ class RootstockClient:
         """
         from rootstock_client.calculator import RootstockCalculator  # the one place that needs ASE  # noqa: PLC0415
 
-        calculator = RootstockCalculator(self.socket, model, dtype=dtype, head=head, exact=exact, tolerance=tolerance)
+        calculator = RootstockCalculator(
+            self.socket, model, dtype=dtype, head=head, exact=exact, tolerance=tolerance, patience=self.patience
+        )
         self._calculators.add(calculator)
         return calculator
 
@@ -82,23 +91,25 @@ class RootstockClient:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"socket": self.socket}
+        return {"socket": self.socket, "patience": self.patience}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.socket = state["socket"]
+        self.socket, self.patience = state["socket"], state["patience"]
         self._calculators = weakref.WeakSet()
 
 
 class _UnixHTTPConnection(http.client.HTTPConnection):
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, timeout: float) -> None:
         super().__init__("localhost")
-        self._path = path
+        self._path, self._timeout = path, timeout
 
     def connect(self) -> None:
-        self.sock = connect(self._path)
+        self.sock = connect(self._path, self._timeout)
 
 
-def request(session_socket: Path, method: str, path: str, body: dict[str, Any] | None = None) -> object:
+def request(
+    session_socket: Path, method: str, path: str, body: dict[str, Any] | None = None, *, timeout: float = 10.0
+) -> object:
     """Ask a daemon's control API.
 
     Args:
@@ -106,6 +117,7 @@ def request(session_socket: Path, method: str, path: str, body: dict[str, Any] |
         method: GET or POST.
         path: such as `/v1/status`.
         body: sent as JSON.
+        timeout: seconds that the daemon may say nothing.
 
     Returns:
         The answer's JSON.
@@ -113,15 +125,22 @@ def request(session_socket: Path, method: str, path: str, body: dict[str, Any] |
     Raises:
         DaemonNotFoundError: nobody answers there.
         ConnectionLostError: the daemon went away before it answered.
+        NotAnsweringError: it is there, and does not answer.
         RootstockError: the daemon refuses.
     """
-    connection = _UnixHTTPConnection(control_socket(session_socket))
+    connection = _UnixHTTPConnection(control_socket(session_socket), timeout)
     try:
         connection.request(method, path, json.dumps(body or {}), {"Content-Type": "application/json"})
         response = connection.getresponse()
         answer = response.read()
     except (http.client.HTTPException, ConnectionResetError, BrokenPipeError) as error:
         raise ConnectionLostError(f"rootstockd at {session_socket} went away.") from error
+    except TimeoutError as error:
+        raise NotAnsweringError(
+            f"rootstockd at {session_socket} does not answer; waited {timeout:g} s.",
+            "It may be suspended, or the machine has no memory or time for it. See its log (`rootstockd logs`); "
+            "`rootstockd stop --force` ends it whatever it does.",
+        ) from error
     finally:
         connection.close()
     if response.status in (http.client.FORBIDDEN, http.client.CONFLICT):

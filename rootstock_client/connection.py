@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 import threading
@@ -12,19 +11,45 @@ import numpy as np
 
 from rootstock_client import ipi
 from rootstock_client.driver_side import DriverSide
-from rootstock_client.errors import AccessDeniedError, ConnectionLostError, DaemonNotFoundError, InvalidStructureError
+from rootstock_client.errors import (
+    AccessDeniedError,
+    ConnectionLostError,
+    DaemonFullError,
+    DaemonNotFoundError,
+    DrainingError,
+    InvalidStructureError,
+    RootstockError,
+)
+from rootstock_client.patience import Outage
 from rootstock_client.runtime_dir import START_HINT
 
+STALE = 5.0
+"""Seconds that a job's first connection waits where a socket lies but nobody listens: a daemon that died and may be on
+its way up again."""
 
-def connect(path: Path) -> socket.socket:
+
+class _Socket(socket.socket):
+    """A socket that is closed with its owner, without a word, in whatever order the garbage collector takes the two."""
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def connect(path: Path, timeout: float | None = None) -> socket.socket:
     """Connect to a Unix socket of a daemon.
+
+    Args:
+        path: the socket.
+        timeout: seconds that this and each later operation on the socket may take.
 
     Raises:
         DaemonNotFoundError: nobody answers there.
+        TimeoutError: somebody is there and takes no connection.
         AccessDeniedError: the socket is not open to this user.
     """
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock = _Socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
+        sock.settimeout(timeout)
         sock.connect(os.fspath(path))
     except PermissionError as error:
         sock.close()
@@ -34,9 +59,14 @@ def connect(path: Path) -> socket.socket:
         ) from error
     except OSError as error:
         sock.close()
+        if isinstance(error, (TimeoutError, BlockingIOError)):  # with a timeout a full queue is EAGAIN, at once
+            raise TimeoutError(f"{path} takes no connection") from error
         raise DaemonNotFoundError(
             f"no rootstockd answers at {path}: {(error.strerror or str(error)).lower()}.", START_HINT
         ) from error
+    except BaseException:
+        sock.close()
+        raise
     return sock
 
 
@@ -58,14 +88,20 @@ class _Target:
 class Connection:
     """A session that opens itself when it is first needed, and again after it was lost or after a fork.
 
+    A step is repeated over the new session: results depend on nothing but the structure, and a stream in which anything
+    went wrong is never read again. Once a daemon has answered, one that has gone, is stopping, or is full when it has
+    just come back, is waited for.
+
     Threads may share it: one exchange at a time.
 
     Args:
         path: the daemon's session socket.
+        patience: how many seconds an outage may last for one step; with 0 it connects again once and waits for nothing.
+        met: a daemon has answered there before, as to a process that this one was forked from.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, patience: float = 0.0, *, met: bool = False) -> None:
+        self.path, self.patience, self.met = path, patience, met
         self._lock = threading.Lock()
         self._sock: socket.socket | None = None
         self._pid = 0
@@ -83,8 +119,8 @@ class Connection:
             forces: (natoms, 3), contiguous; filled with the forces in Hartree/Bohr.
 
         Raises:
-            DaemonNotFoundError: there is no daemon.
-            ConnectionLostError: it went away, twice.
+            DaemonNotFoundError, ConnectionLostError, DrainingError, DaemonFullError: there is no daemon, and patience
+                is at its end; the first connection of all has none unless somebody answers.
             RootstockError: what the daemon says is wrong.
         """
         with self._lock:
@@ -94,12 +130,35 @@ class Connection:
             if self._sock is not None:
                 try:
                     return self._exchange(self._sock, init, head, positions)
-                except ConnectionLostError:
-                    pass  # the daemon was restarted since: an evaluation can be asked for again
-            self._side = DriverSide(self._target, limits=_AS_SENT)
-            self._pid = os.getpid()
-            self._sock = connect(self.path)
-            return self._exchange(self._sock, init, head, positions)
+                except (ConnectionLostError, DrainingError):
+                    self._close()
+            return self._open_and_exchange(init, head, positions)
+
+    def _open_and_exchange(self, init: bytes, head: bytes, positions: ipi.FloatArray) -> ipi.ForceReady:
+        outage, met = Outage(self.path), self.met
+        connected = False
+        while True:
+            try:
+                self._side = DriverSide(self._target, limits=_AS_SENT)
+                self._pid = os.getpid()
+                self._sock = connect(self.path)
+                connected = True
+                answer = self._exchange(self._sock, init, head, positions)
+            except (DaemonNotFoundError, ConnectionLostError, DrainingError, DaemonFullError) as error:
+                self._close()
+                if met or (connected and not isinstance(error, DaemonFullError)):
+                    patience = self.patience
+                else:
+                    patience = min(self.patience, STALE if isinstance(error.__cause__, ConnectionRefusedError) else 0.0)
+                outage.wait(error, patience)
+            except RootstockError:
+                outage.over()
+                self.met = met or connected
+                raise
+            else:
+                outage.over()
+                self.met = True
+                return answer
 
     def _exchange(self, sock: socket.socket, init: bytes, head: bytes, positions: ipi.FloatArray) -> ipi.ForceReady:
         buffers: list[bytes | ipi.FloatArray] = [head, positions, ipi.GETFORCE]
@@ -109,9 +168,14 @@ class Connection:
             size += len(frame)
         try:
             self._init = init
-            send_all(sock, buffers, size)
             self._side.expect(ipi.GETFORCE)
-            answer = self._receive(sock)
+            try:
+                send_all(sock, buffers, size)
+            except ConnectionLostError:  # it may have said why, and gone before it had read what we say
+                if not isinstance(answer := self._receive(sock), ipi.Failure):
+                    raise
+            else:
+                answer = self._receive(sock)
         except BaseException:  # whatever it was, the next answer would be the wrong one
             self._close()
             raise
@@ -141,17 +205,13 @@ class Connection:
         )
 
     def _close(self) -> None:
-        if self._sock is not None:
-            self._sock.close()
-        self._sock, self._init = None, b""
+        sock, self._sock, self._init = self._sock, None, b""  # first of all: a signal may come between any two lines
+        if sock is not None:
+            sock.close()
 
     def close(self) -> None:
         """Close the session; the next step opens a new one."""
         with self._lock:
-            self._close()
-
-    def __del__(self) -> None:
-        with contextlib.suppress(AttributeError):  # a constructor that failed
             self._close()
 
 
@@ -164,5 +224,5 @@ def send_all(sock: socket.socket, buffers: list[bytes | ipi.FloatArray], size: i
     try:
         if (sent := sock.sendmsg(buffers)) < size:
             sock.sendall(memoryview(b"".join(buffers))[sent:])
-    except (BrokenPipeError, ConnectionResetError) as error:
+    except OSError as error:
         raise ConnectionLostError("rootstockd closed the connection.") from error

@@ -131,3 +131,15 @@ class LimitError(RootstockError):
     """More than the daemon's configuration allows."""
 
     code = "limit"
+
+
+class DaemonFullError(LimitError):
+    """The daemon has all the sessions that it takes."""
+
+    code = "full"
+
+
+class NotAnsweringError(RootstockError, TimeoutError):
+    """A daemon is there and does not answer."""
+
+    code = "not-answering"

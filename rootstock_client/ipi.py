@@ -282,6 +282,11 @@ class EngineSide:
         return self._state is _BUSY
 
     @property
+    def unfetched(self) -> bool:
+        """There is a result that the driver has not asked for yet."""
+        return self._state is _HAVEDATA
+
+    @property
     def full(self) -> bool:
         """There is no room for more bytes until events are taken: stop reading."""
         return self._reader.full

@@ -11,7 +11,7 @@ import os
 import pwd
 from collections.abc import Callable, Iterable
 
-from rootstock_client.errors import AccessDeniedError, LimitError
+from rootstock_client.errors import AccessDeniedError, DaemonFullError, LimitError
 from rootstockd.config import Config, Quota
 from rootstockd.peers import Peer, user_name
 
@@ -99,7 +99,7 @@ class Accounts:
 
         Raises:
             AccessDeniedError: this user may not use the daemon.
-            LimitError: there are too many sessions, of this user or in all.
+            DaemonFullError: there are too many sessions, of this user or in all.
         """
         if not self.may_use(peer):
             raise AccessDeniedError(
@@ -111,7 +111,7 @@ class Accounts:
         if account is None:
             account = Account(peer.uid, self._quotas.get(peer.uid, self._config.limits))
         if account.sessions >= account.quota.sessions:
-            raise LimitError(
+            raise DaemonFullError(
                 f"{account.name} has {account.sessions} sessions already, as many as one user may.",
                 "Try again when one of them has ended.",
             )
@@ -128,13 +128,13 @@ class Accounts:
         """Whether there may be one more session.
 
         Raises:
-            LimitError: there are as many as there may be.
+            DaemonFullError: there are as many as there may be.
         """
         most, why = self._config.max_sessions, ""
         if self._allowed is not None and self._allowed[0] < most:
             most, why = self._allowed[0], f", {self._allowed[1]}"
         if self._sessions >= most:
-            raise LimitError(f"this daemon has its {most} sessions already{why}.", "Try again when one has ended.")
+            raise DaemonFullError(f"this daemon has its {most} sessions already{why}.", "Try again when one has ended.")
 
     def close_session(self, account: Account) -> None:
         """Count a session out."""

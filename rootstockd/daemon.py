@@ -68,6 +68,7 @@ class Daemon:
         self.state = "starting"
         self.since = time.time()
         self._preload = [self.catalogue.resolve(name) for name in config.models]
+        self._replaced = False
         self._stop = asyncio.Event()
         self._force = asyncio.Event()
         self._all_gone = asyncio.Event()
@@ -90,7 +91,7 @@ class Daemon:
             mode = 0o600 if group is None else 0o660
             control = ControlServer(self, ours.enter_context(listen(self.config.control, mode, group)))
             mode = 0o666 if self.config.shared and group is None else mode
-            sessions = ours.enter_context(listen(self.config.socket, mode, group))
+            sessions = ours.enter_context(listen(self.config.socket, mode, group, keep=lambda: self._replaced))
             self._watch_signals()
             control_task = asyncio.create_task(control.run_until_stopped(), name="control")
             try:
@@ -104,8 +105,9 @@ class Daemon:
                 await control_task
         log.info("stopped")
 
-    def stop(self, *, force: bool = False) -> None:
-        """Begin to drain; asked twice, or with `force`, wait for nothing."""
+    def stop(self, *, force: bool = False, replaced: bool = False) -> None:
+        """Begin to drain; asked twice, or with `force`, wait for nothing. When `replaced`, leave the address."""
+        self._replaced |= replaced
         if force or self._stop.is_set():
             self._force.set()
         self._stop.set()
@@ -153,16 +155,22 @@ class Daemon:
         return door
 
     async def _drain(self, door: Door) -> None:
-        """Take no new connections and no new evaluations; let those under way end."""
+        """Take no new evaluations; let those under way end, and their drivers fetch the results.
+
+        The door stays open meanwhile: whoever comes is told that the daemon is stopping, and may wait for the next.
+        """
         self.state = "draining"
-        door.close()
         log.info("draining: %d sessions", len(self.sessions))
+        fetched_by = time.monotonic() + LINGER
         deadline = time.monotonic() + self.config.drain_timeout
-        while not self._force.is_set() and time.monotonic() < deadline:
-            if not any(session.state == "busy" for session in self.sessions):
+        while not self._force.is_set() and (now := time.monotonic()) < deadline:
+            if any(session.under_way for session in self.sessions):
+                fetched_by = now + LINGER
+            elif now > fetched_by or not any(session.unfetched for session in self.sessions):
                 break
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._force.wait(), 0.02)
+        door.close()
         for session in list(self.sessions):
             session.end(stopping_error())
         with contextlib.suppress(asyncio.TimeoutError):

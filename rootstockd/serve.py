@@ -1,11 +1,14 @@
 """Being the daemon: in front of a terminal, or as the process that `rootstockd start` leaves behind.
 
-`python -m rootstockd.serve CONFIG` takes the whole Config as JSON, so that nothing gets lost between the two.
+`python -m rootstockd.serve CONFIG [PIDFD]` takes the whole Config as JSON, so that nothing gets lost between the two.
+With a PIDFD it waits until that process, its predecessor, is gone; it has imported everything by then.
 """
 
 from __future__ import annotations
 
 import logging
+import os
+import select
 import sys
 
 import uvloop
@@ -37,6 +40,9 @@ def serve(config: Config) -> None:
 
 
 if __name__ == "__main__":
+    for predecessor in map(int, sys.argv[2:]):
+        select.select([predecessor], [], [])
+        os.close(predecessor)
     try:
         serve(Config.model_validate_json(sys.argv[1]))
     except StartError as error:

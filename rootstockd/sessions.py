@@ -12,12 +12,12 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from rootstock_client import ipi
-from rootstock_client.errors import InvalidStructureError, LimitError, RootstockError, error_from_code
+from rootstock_client.errors import DrainingError, InvalidStructureError, LimitError, RootstockError, error_from_code
 from rootstockd.accounts import Account, Accounts
 from rootstockd.init_request import InitRequest, is_announced, parse_init
 from rootstockd.peers import peer_of, user_name
 from rootstockd.scheduler import Evaluation
-from rootstockd.supervisor import Client, Supervisor
+from rootstockd.supervisor import Client, State, Supervisor
 from rootstockd.worker.slots import Slot
 
 log = logging.getLogger(__name__)
@@ -97,6 +97,21 @@ class Session(asyncio.BufferedProtocol):
         if self._evaluation is not None:
             return "busy"
         return "idle" if self.request is not None else "new"
+
+    @property
+    def under_way(self) -> bool:
+        """It has an evaluation that a stopping daemon waits for.
+
+        That is any but one whose model is yet to load, where the driver is told so and can ask the next daemon.
+        """
+        if self._evaluation is None or self._model is None:
+            return False
+        return self._model.state is State.READY or not self._ipi.announced
+
+    @property
+    def unfetched(self) -> bool:
+        """Its driver has yet to fetch a result, or the rest of it."""
+        return not self._closing and (self._ipi.unfetched or self._writing_paused)
 
     # --- the transport's side
 
@@ -304,7 +319,9 @@ class Session(asyncio.BufferedProtocol):
             log.warning("session %d of %s (pid %d) is closed: %s", self.id, self.user, self.pid, error)
         self._ipi.close()
         self._transport.write_eof()
-        asyncio.get_running_loop().call_later(LINGER, self._transport.close)
+        # a driver of ours repeats the step that it may just be sending; others would choke on a socket closed at once
+        linger = 0.0 if self._ipi.announced and isinstance(error, DrainingError) else LINGER
+        asyncio.get_running_loop().call_later(linger, self._transport.close)
 
 
 def check_cells(cells: ipi.FloatArray, pbc: tuple[bool, bool, bool]) -> None:

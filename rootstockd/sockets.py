@@ -9,7 +9,7 @@ import shutil
 import socket
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rootstock_client.runtime_dir import MAX_SOCKET_PATH, SYSTEM_DIR, is_private
@@ -80,8 +80,10 @@ def lock(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def listen(path: Path, mode: int, group: str | None = None) -> Iterator[socket.socket]:
-    """Listen on a Unix socket at `path`, whose lock must be ours already; the path goes with it.
+def listen(
+    path: Path, mode: int, group: str | None = None, *, keep: Callable[[], bool] = lambda: False
+) -> Iterator[socket.socket]:
+    """Listen on a Unix socket at `path`, whose lock must be ours already; the path goes with it unless we `keep` it.
 
     A socket of ours that nobody listens on is what a daemon that died left behind, and is replaced. Anything else is
     left alone.
@@ -91,21 +93,27 @@ def listen(path: Path, mode: int, group: str | None = None) -> Iterator[socket.s
     """
     if len(os.fsencode(path)) > MAX_SOCKET_PATH:
         raise AddressError(f"the socket path {path} is too long; Unix sockets allow {MAX_SOCKET_PATH} bytes.")
-    _clear(path)
+    _check_free(path)
+    # nobody shall see a socket that is not open yet; the other name is no longer than the right one
+    unseen = path.with_name(path.name[:-1] + ("-" if path.name.endswith("~") else "~"))
+    unseen.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as sock:
         try:
-            sock.bind(os.fspath(path))
+            sock.bind(os.fspath(unseen))
         except OSError as error:
             raise AddressError(f"can't listen on {path}: {error.strerror}.") from error
-        ours = path.lstat()
+        ours = unseen.lstat()
         try:
             if group is not None:
-                _give_to(path, group)
-            path.chmod(mode)
+                _give_to(unseen, group)
+            unseen.chmod(mode)
             sock.listen(1024)
+            unseen.rename(path)
             yield sock
         finally:
-            _remove(path, ours)
+            _remove(unseen, ours)
+            if not keep():
+                _remove(path, ours)
 
 
 def _give_to(path: Path, group: str) -> None:
@@ -155,7 +163,7 @@ def _remove(path: Path, ours: os.stat_result) -> None:
             path.unlink()
 
 
-def _clear(path: Path) -> None:
+def _check_free(path: Path) -> None:
     try:
         info = path.lstat()
     except FileNotFoundError:
@@ -171,7 +179,6 @@ def _clear(path: Path) -> None:
         try:
             probe.connect(os.fspath(path))
         except ConnectionRefusedError:
-            path.unlink()
             return
         except OSError as error:
             raise AddressError(f"can't tell whether somebody listens on {path} ({error}); it is left alone.") from error

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from importlib import resources
@@ -16,12 +17,18 @@ from typing import Any
 
 import pytest
 
+from leaks import no_leaks, pytest_runtest_makereport
 from rootstock_client import RootstockClient
 from rootstockd.devices import gpu_names
 
 # Test processes and their workers share few cores: threads that wait for each other would take most of the time.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["ROOTSTOCKD_PATIENCE"] = "60"  # a test that waits for a daemon that nobody starts should say so
 
+__all__ = ["no_leaks", "pytest_runtest_makereport"]  # found here by pytest
+
+MARK = "ROOTSTOCKD_TEST_DAEMON"
+"""A variable that a daemon and its workers are started with: the daemon's folder."""
 EMBEDDED_MODEL = Path(str(resources.files("rootstockd.models").joinpath("embedded/mace-emt-small.model")))
 
 
@@ -29,6 +36,14 @@ def rootstockd(*arguments: str | Path, timeout: float = 120, **options: Any) -> 
     """Run the command as a user would, without raising for its exit status."""
     command = [sys.executable, "-m", "rootstockd", *map(str, arguments)]
     return subprocess.run(command, check=False, capture_output=True, text=True, timeout=timeout, **options)
+
+
+def wait_for(condition: Callable[[], object], timeout: float = 20.0) -> None:
+    """Until it is so; an error if it does not come about."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.02)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -60,16 +75,34 @@ class RunningDaemon:
         return self
 
     def run(self, command: str, *arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
-        return rootstockd(command, "--socket", self.socket, *arguments, **options)
+        environment = {**os.environ, **options.pop("env", {}), MARK: str(self.folder)}
+        return rootstockd(command, "--socket", self.socket, *arguments, env=environment, **options)
 
-    def client(self) -> RootstockClient:
-        return RootstockClient(self.socket)
+    def processes(self) -> list[int]:
+        """The daemon and its workers, and those of its predecessors that are still there."""
+        mark = f"{MARK}={self.folder}".encode()
+        found = []
+        for entry in os.listdir("/proc"):
+            with contextlib.suppress(OSError):
+                if entry.isdigit() and mark in Path(f"/proc/{entry}/environ").read_bytes().split(b"\0"):
+                    found.append(int(entry))
+        return found
+
+    def client(self, patience: float | None = None) -> RootstockClient:
+        return RootstockClient(self.socket, patience=patience)
+
+    @property
+    def pid(self) -> int:
+        return int(self.client().status()["pid"])
 
     def model(self, name: str) -> dict[str, Any]:
         return next(model for model in self.client().status()["models"] if model["name"] == name)
 
     def stop(self) -> None:
-        self.run("stop", "--force")
+        """End it, and see that nothing of it is left."""
+        if self.processes() or self.socket.exists():  # it may have been started in another way
+            self.run("stop", "--force")
+        wait_for(lambda: not self.processes(), timeout=10)
 
 
 @pytest.fixture(scope="session")
@@ -79,9 +112,9 @@ def runtime_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-@pytest.fixture(scope="session")
-def start_daemon(runtime_folder: Path) -> Iterator[Callable[..., RunningDaemon]]:
-    """Start a daemon with more options than the common one; it is stopped at the end."""
+@contextlib.contextmanager
+def daemons(runtime_folder: Path) -> Generator[Callable[..., RunningDaemon], None, None]:
+    """A function that starts daemons; they are stopped at the end."""
     with contextlib.ExitStack() as stack:
 
         def start(*options: str, device: tuple[str, ...] = ("--device", "cpu")) -> RunningDaemon:
@@ -93,18 +126,30 @@ def start_daemon(runtime_folder: Path) -> Iterator[Callable[..., RunningDaemon]]
         yield start
 
 
+@pytest.fixture
+def start_daemon(runtime_folder: Path) -> Iterator[Callable[..., RunningDaemon]]:
+    """Start a daemon with more options than the common one, for one test."""
+    with daemons(runtime_folder) as start:
+        yield start
+
+
 @pytest.fixture(scope="session")
-def daemon(start_daemon: Callable[..., RunningDaemon]) -> RunningDaemon:
+def start_shared_daemon(runtime_folder: Path) -> Iterator[Callable[..., RunningDaemon]]:
+    """Start a daemon that several tests use."""
+    with daemons(runtime_folder) as start:
+        yield start
+
+
+@pytest.fixture(scope="session")
+def daemon(start_shared_daemon: Callable[..., RunningDaemon]) -> RunningDaemon:
     """The daemon that tests share: MACE and EMT, warm."""
-    return start_daemon("--model", "mace-emt-small", "--model", "emt")
+    return start_shared_daemon("--model", "mace-emt-small", "--model", "emt")
 
 
 @pytest.fixture
-def own_daemon(start_daemon: Callable[..., RunningDaemon]) -> Generator[RunningDaemon, None, None]:
+def own_daemon(start_daemon: Callable[..., RunningDaemon]) -> RunningDaemon:
     """A daemon that a test may harm, with EMT warm."""
-    running = start_daemon("--model", "emt")
-    yield running
-    running.stop()
+    return start_daemon("--model", "emt")
 
 
 def sha256(path: Path) -> str:

@@ -21,8 +21,8 @@ MODEL = "mace-emt-small"
 
 
 @pytest.fixture(scope="module")
-def gpu_daemon(start_daemon: Callable[..., RunningDaemon]) -> RunningDaemon:
-    return start_daemon("--model", MODEL, device=("--gpu", "0"))
+def gpu_daemon(start_shared_daemon: Callable[..., RunningDaemon]) -> RunningDaemon:
+    return start_shared_daemon("--model", MODEL, device=("--gpu", "0"))
 
 
 @pytest.fixture(scope="module")

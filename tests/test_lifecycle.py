@@ -20,7 +20,7 @@ import pytest
 from ase.build import bulk
 from ase.calculators.emt import EMT
 
-from conftest import RunningDaemon, open_descriptors, rootstockd
+from conftest import RunningDaemon, open_descriptors, rootstockd, wait_for
 from rootstock_client import ipi
 from rootstock_client.errors import ConnectionLostError, DaemonNotFoundError, DrainingError
 from rootstockd.cli.lifecycle import open_log
@@ -30,13 +30,6 @@ def copper(size: int = 1):
     atoms = bulk("Cu", cubic=True) * (size, size, size)
     atoms.rattle(0.05, seed=1)
     return atoms
-
-
-def wait_for(condition, timeout: float = 20.0) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about"
-        time.sleep(0.02)
 
 
 def test_start_says_how_to_use_it(start_daemon) -> None:
@@ -193,7 +186,7 @@ def test_killed_daemon_takes_its_workers_along_and_can_be_started_again(own_daem
     status = own_daemon.client().status()
     worker = psutil.Process(status["models"][0]["pid"])
     atoms = copper()
-    atoms.calc = own_daemon.client().calculator("emt")
+    atoms.calc = own_daemon.client(patience=0).calculator("emt")
     before = atoms.get_forces()
     os.kill(status["pid"], signal.SIGKILL)
     wait_for(lambda: not worker.is_running(), timeout=5)
@@ -275,7 +268,7 @@ def test_stop_drains(own_daemon: RunningDaemon) -> None:
     atoms = copper(size=10)
     atoms.calc = own_daemon.client().calculator("emt")
     idle = copper()
-    idle.calc = own_daemon.client().calculator("emt")
+    idle.calc = own_daemon.client(patience=0).calculator("emt")
     idle.get_forces()
     results: list[object] = []
     thread = threading.Thread(target=lambda: results.append(atoms.get_forces()))

@@ -190,9 +190,9 @@ def test_limits_are_a_users_own(start):
     daemon = start(f'[access]\ngroups = ["{GROUP}"]\n{limits}')
     with job("rsd-alice", daemon, 5) as answers:
         assert [isinstance(answer, float) for answer in answers] == [True] * 3 + [False] * 2
-        assert answers[3:] == ["limit"] * 2
+        assert answers[3:] == ["full"] * 2
         with job("rsd-bob", daemon, 7) as theirs:  # 4 atoms each: two sessions' worth
-            assert theirs[2:] == ["limit"] * 5
+            assert theirs[2:] == ["limit"] * 3 + ["full"] * 2
             assert [isinstance(answer, float) for answer in theirs[:2]] == [True] * 2
     with job("rsd-alice", daemon, 2, 3) as answers:  # 108 atoms
         assert answers == ["limit"] * 2

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
-import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -58,7 +58,7 @@ class Daemon:
         slot.positions[:] = np.arange(3 * natoms).reshape(natoms, 3)
         fields = {"slot": len(self.slots), "natoms": natoms, "frames": frames, **FIELDS, **more}
         self.channel.send(b"A" + json.dumps(fields).encode())
-        socket.send_fds(self.channel, [b"M"], [os.dup(slot.fd)])
+        socket.send_fds(self.channel, [b"M"], [slot.fd])
         return slot
 
     def evaluate(self, *numbers: int) -> dict[int, str]:
@@ -77,7 +77,8 @@ class Daemon:
 @contextlib.contextmanager
 def worker(engine: Engine) -> Iterator[Daemon]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    thread = threading.Thread(target=Loop(theirs, engine).run)
+    loop = Loop(theirs, engine)
+    thread = threading.Thread(target=loop.run)
     thread.start()
     daemon = Daemon(ours)
     try:
@@ -86,8 +87,8 @@ def worker(engine: Engine) -> Iterator[Daemon]:
         ours.close()
         thread.join()
         theirs.close()
-        for slot in daemon.slots:
-            slot.close()
+        for slot in [*daemon.slots, *(attached.slot for attached in loop._slots.values())]:
+            slot.close()  # a worker's go with its process
 
 
 def plain(tasks: list[Task], **more: Any) -> list[Result]:
@@ -174,7 +175,7 @@ def result(
 
 def raising(error: BaseException) -> Callable[[], Any]:
     def answer() -> None:
-        raise error
+        raise copy.copy(error)  # one that is kept would keep its traceback, and the slots in it
 
     return answer
 

@@ -8,11 +8,14 @@ from typing import Any
 
 import click
 import platformdirs
+from pydantic import ValidationError
 from rich.console import Console
 
+import rootstockd
 from rootstock_client.client import request
 from rootstock_client.errors import RootstockError
 from rootstock_client.runtime_dir import SOCKET_NAME, SOCKET_VARIABLE, SYSTEM_DIR, find_socket, user_runtime_dir
+from rootstockd.config import Config
 from rootstockd.control.schema import DaemonStatus
 
 console = Console(highlight=False)
@@ -63,7 +66,30 @@ def fetch_status(socket: Path) -> DaemonStatus:
     """Ask a daemon how it is.
 
     Raises:
-        RootstockError: it does not answer.
+        RootstockError: it does not answer, or not as this version does.
     """
     answer: Any = request(socket, "GET", "/v1/status")
-    return DaemonStatus.model_validate(answer)
+    try:
+        return DaemonStatus.model_validate(answer)
+    except ValidationError as error:
+        raise RootstockError(
+            f"rootstockd at {socket} is version {answer.get('version')}, this command {rootstockd.__version__}, and "
+            "what it says of itself can't be read.",
+            "`rootstockd restart` brings up a daemon of this version; jobs wait for it.",
+        ) from error
+
+
+def fetch_config(socket: Path) -> Config | None:
+    """What a daemon, of this version or another, was started with; None for those who don't administer it.
+
+    Raises:
+        RootstockError: it does not answer, or its settings mean nothing to this version.
+    """
+    answer: Any = request(socket, "GET", "/v1/status")
+    if answer["config"] is None:
+        return None
+    known = {name: value for name, value in answer["config"].items() if name in Config.model_fields}
+    try:
+        return Config.model_validate(known)
+    except ValidationError as error:
+        raise RootstockError(f"rootstockd at {socket} has settings that this version can't take: {error}") from error

@@ -6,22 +6,33 @@ import contextlib
 import errno
 import os
 import select
+import signal
 import stat
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 import click
 
 from rootstock_client.client import request
-from rootstock_client.errors import RootstockError
+from rootstock_client.connection import connect
+from rootstock_client.errors import (
+    AccessDeniedError,
+    ConnectionLostError,
+    DaemonNotFoundError,
+    NotAnsweringError,
+    RootstockError,
+)
+from rootstock_client.runtime_dir import START_HINT, control_socket
 from rootstockd.cli.common import (
     Refused,
     console,
     default_log_file,
     default_socket,
+    fetch_config,
     fetch_status,
     socket_in_use,
     socket_option,
@@ -30,8 +41,11 @@ from rootstockd.config import Config
 from rootstockd.config_file import ConfigError, make_config, read_again
 from rootstockd.control.schema import DaemonStatus, ReloadReport
 from rootstockd.devices import DeviceError, choose_device
+from rootstockd.peers import peer_of
 
 POLL = 0.05
+FORCE_TIMEOUT = 5.0
+"""Seconds that a daemon has to answer `stop --force`, and then to end, before it is killed."""
 
 
 @click.command()
@@ -120,13 +134,15 @@ def restart(socket: Path | None) -> None:
     """Stop the daemon and start it again, with the same options and its configuration file as it is now."""
     address = socket_in_use(socket)
     try:
-        running = fetch_status(address).config
+        running = fetch_config(address)
         config = read_again(running) if running else None
-        end(address)  # which refuses whoever may not
+        with daemon_process(address) as process:
+            with contextlib.suppress(ConnectionLostError):  # it was on its way down already
+                request(address, "POST", "/v1/stop", {"replaced": True})  # which refuses whoever may not
+            assert config is not None
+            launch(config, after=process)
     except (RootstockError, ConfigError) as error:
         raise Refused(error) from error
-    assert config is not None
-    launch(config)
 
 
 @click.command()
@@ -145,8 +161,12 @@ def reload(socket: Path | None) -> None:
         )
 
 
-def launch(config: Config) -> None:
+def launch(config: Config, *, after: int | None = None) -> None:
     """Start a daemon in the background and wait until it is ready.
+
+    Args:
+        config: its settings.
+        after: the pidfd of its predecessor. It gets ready while that one drains, and begins when it is gone.
 
     Raises:
         Refused: it can't start, or none of the models it was to load can be loaded.
@@ -156,10 +176,12 @@ def launch(config: Config) -> None:
         log = open_log(config.log_file)
     except OSError as error:
         raise Refused(f"can't write the log {config.log_file}: {error.strerror}. Choose another --log-file.") from error
+    predecessor = () if after is None else (after,)
     with log:
         position = log.tell()
         process = subprocess.Popen(
-            [sys.executable, "-m", "rootstockd.serve", config.model_dump_json()],
+            [sys.executable, "-m", "rootstockd.serve", config.model_dump_json(), *(str(fd) for fd in predecessor)],
+            pass_fds=predecessor,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -219,7 +241,9 @@ def wait_until_ready(process: subprocess.Popen[bytes], config: Config, log_posit
                 status = fetch_status(config.socket)
             except RootstockError:
                 status = None
-            if status is not None and status.pid == process.pid:
+            if status is not None and status.pid != process.pid:
+                spinner.update("waiting for evaluations under way")
+            elif status is not None:
                 if status.state == "ready":
                     return status
                 loading = [model.name for model in status.models if model.state == "loading"]
@@ -234,15 +258,51 @@ def wait_until_ready(process: subprocess.Popen[bytes], config: Config, log_posit
     raise Refused(reason or f"the daemon ended with exit status {process.returncode} and said nothing.")
 
 
-def end(socket: Path, *, force: bool = False) -> None:
-    """Stop a daemon and wait until its process is gone.
+@contextlib.contextmanager
+def daemon_process(socket: Path) -> Iterator[int]:
+    """A pidfd of the daemon: of the process that listens on its control socket, as the kernel says.
 
     Raises:
-        RootstockError: there is none.
+        DaemonNotFoundError: there is none.
+        NotAnsweringError: it takes no connection.
     """
+    path = control_socket(socket)
+    try:
+        sock = connect(path, FORCE_TIMEOUT)
+    except TimeoutError as error:
+        raise NotAnsweringError(f"rootstockd at {socket} takes no connection.", "Find it with `ps`.") from error
     with contextlib.ExitStack() as stack:
-        process = os.pidfd_open(fetch_status(socket).pid)
-        stack.callback(os.close, process)
-        request(socket, "POST", "/v1/stop", {"force": force})
-        with console.status("waiting for evaluations under way"):
+        with sock:
+            pid = peer_of(sock).pid
+            process = -1
+            with contextlib.suppress(OSError):  # it is gone, or pid is 0: in another namespace
+                process = os.pidfd_open(pid)
+                stack.callback(os.close, process)
+            # while the connection stands, so does the process, and nobody else has its number
+            if process < 0 or select.select([sock], [], [], 0)[0]:
+                raise DaemonNotFoundError(f"no rootstockd answers at {path}: it has just gone.", START_HINT)
+        yield process
+
+
+def end(socket: Path, *, force: bool = False) -> None:
+    """Stop a daemon and wait until its process is gone; with `force`, kill one that does not answer or does not end.
+
+    Raises:
+        RootstockError: there is none, or it does not answer.
+    """
+    with daemon_process(socket) as process, console.status("waiting for evaluations under way"):
+        limit = FORCE_TIMEOUT if force else None
+        try:
+            request(socket, "POST", "/v1/stop", {"force": force}, timeout=FORCE_TIMEOUT)
+        except ConnectionLostError:
+            pass  # it was on its way down already
+        except NotAnsweringError:
+            if not force:
+                raise
+            limit = 0.0
+        if not select.select([process], [], [], limit)[0]:
+            try:
+                signal.pidfd_send_signal(process, signal.SIGKILL)
+            except PermissionError as error:
+                raise AccessDeniedError("the daemon does not end, and is not yours to kill.") from error
             select.select([process], [], [])

@@ -100,7 +100,7 @@ def make_app(daemon: Daemon) -> FastAPI:
     @app.post("/v1/stop", status_code=202, dependencies=[Depends(admin)])
     async def stop(request: StopRequest) -> None:
         """Drain and end."""
-        daemon.stop(force=request.force)
+        daemon.stop(force=request.force, replaced=request.replaced)
 
     @app.post("/v1/reload", dependencies=[Depends(admin)])
     async def reload() -> ReloadReport:

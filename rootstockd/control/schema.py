@@ -96,6 +96,8 @@ class StopRequest(BaseModel):
 
     force: bool = False
     """Do not wait for evaluations under way."""
+    replaced: bool = False
+    """Another daemon takes its place at once: leave the sockets, so that whoever comes in between knows to wait."""
 
 
 class ReloadReport(BaseModel):

@@ -28,6 +28,7 @@ I   JSON: EngineInfo                                 something in it has changed
 from __future__ import annotations
 
 import array
+import contextlib
 import dataclasses
 import json
 import math
@@ -249,6 +250,7 @@ class Loop:
                 parts = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
             elif len(batch) > 1:
                 parts = [[attached] for attached in batch]
+            del cause  # it has this frame, and the slots in it, in its traceback
         if memory_lacked:  # only now is what the failed pass had in its hands free
             trim()
         for part in parts:
@@ -312,5 +314,6 @@ def main(channel: socket.socket, spec: ModelSpec) -> int:
         send(channel, b"X", error_fields(error))
         return 1
     send(channel, b"R", dataclasses.asdict(engine.info))
-    Loop(channel, engine).run()
+    with contextlib.suppress(ConnectionResetError, BrokenPipeError):  # the daemon has died; so shall we, by PDEATHSIG
+        Loop(channel, engine).run()
     return 0

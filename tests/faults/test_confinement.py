@@ -81,13 +81,13 @@ def catalogue(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def probed(
-    start_daemon: Callable[..., RunningDaemon], catalogue: Path, tmp_path_factory: pytest.TempPathFactory
+    start_shared_daemon: Callable[..., RunningDaemon], catalogue: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> RunningDaemon:
     with pytest.MonkeyPatch.context() as patch:
         (catalogue.parent / "compiled.py").write_text(COMPILED)
         patch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), str(catalogue.parent)]), prepend=os.pathsep)
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        return start_daemon("--catalogue", str(catalogue), "--model", "confined")
+        return start_shared_daemon("--catalogue", str(catalogue), "--model", "confined")
 
 
 def report(daemon: RunningDaemon, model: str) -> dict[str, Any]:
@@ -329,12 +329,12 @@ def test_the_numbers_are_the_kernels(column: int, header: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def lying(start_daemon: Callable[..., RunningDaemon], tmp_path_factory: pytest.TempPathFactory) -> RunningDaemon:
+def lying(start_shared_daemon: Callable[..., RunningDaemon], tmp_path_factory: pytest.TempPathFactory) -> RunningDaemon:
     folder = tmp_path_factory.mktemp("liar")
     (folder / "more.toml").write_text('[liar]\nfamily = "ase"\narguments = { calculator = "liar:Liar" }\n')
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(HERE), prepend=os.pathsep)
-        return start_daemon("--catalogue", str(folder / "more.toml"), "--model", "liar", "--model", "emt")
+        return start_shared_daemon("--catalogue", str(folder / "more.toml"), "--model", "liar", "--model", "emt")
 
 
 @pytest.mark.parametrize("lie", liar.LIES, ids=lambda lie: repr(lie[:12]))

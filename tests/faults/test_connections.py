@@ -32,9 +32,9 @@ MB = 2**20
 
 
 @pytest.fixture(scope="module")
-def daemon(start_daemon: Callable[..., RunningDaemon]) -> RunningDaemon:
+def daemon(start_shared_daemon: Callable[..., RunningDaemon]) -> RunningDaemon:
     """EMT for those who behave, `noop` for those who don't."""
-    return start_daemon("--model", "emt", "--model", "noop")
+    return start_shared_daemon("--model", "emt", "--model", "noop")
 
 
 @pytest.fixture

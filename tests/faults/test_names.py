@@ -43,7 +43,7 @@ class Trap:
 
 
 @pytest.fixture(scope="module")
-def trapped(start_daemon: Callable[..., RunningDaemon], tmp_path_factory: pytest.TempPathFactory) -> Any:
+def trapped(start_shared_daemon: Callable[..., RunningDaemon], tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A daemon, a malicious model file, and the file that shows that it was loaded."""
     folder = tmp_path_factory.mktemp("names")
     sprung, evil = folder / "sprung", folder / "evil.model"
@@ -55,7 +55,9 @@ def trapped(start_daemon: Callable[..., RunningDaemon], tmp_path_factory: pytest
         (folder / "more.toml").write_text(
             '[open]\nfamily = "ase"\nconfine = false\narguments = { calculator = "ase.calculators.emt:EMT" }\n'
         )
-        daemon = start_daemon("--catalogue", str(folder / "more.toml"), "--model", "open", "--model", "mace-emt-small")
+        daemon = start_shared_daemon(
+            "--catalogue", str(folder / "more.toml"), "--model", "open", "--model", "mace-emt-small"
+        )
     return daemon, folder
 
 

@@ -115,7 +115,7 @@ def told(sock: socket.socket) -> str:
     data = sock.recv(4096)
     assert data.startswith(ipi.ERROR)
     fields = json.loads(data[16:])
-    assert fields["code"] == "limit"
+    assert fields["code"] in ("full", "limit")
     return fields["message"]
 
 

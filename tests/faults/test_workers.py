@@ -34,7 +34,7 @@ PATIENCE = 60.0
 
 
 @pytest.fixture(scope="module")
-def start_hostile(start_daemon, tmp_path_factory) -> Iterator[Callable[..., RunningDaemon]]:
+def start_hostile(start_shared_daemon, tmp_path_factory) -> Iterator[Callable[..., RunningDaemon]]:
     """Start a daemon whose catalogue has calculators of `hostile`; models at loading as `name="what times"`."""
     folder = tmp_path_factory.mktemp("hostile")
     with pytest.MonkeyPatch.context() as patch:
@@ -53,7 +53,7 @@ def start_hostile(start_daemon, tmp_path_factory) -> Iterator[Callable[..., Runn
             catalogue.write_text("\n".join(entries))
             config.write_text(f"hang_timeout = {HANG_TIMEOUT}\nload_timeout = {LOAD_TIMEOUT}\n")
             options = ["--model", load] if load else []
-            return start_daemon("--config", str(config), "--catalogue", str(catalogue), *options)
+            return start_shared_daemon("--config", str(config), "--catalogue", str(catalogue), *options)
 
         yield start
 

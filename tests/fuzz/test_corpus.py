@@ -75,8 +75,8 @@ def test_engines_file(name: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def corpus_daemon(start_daemon) -> RunningDaemon:
-    return start_daemon("--model", "noop", "--max-atoms", str(ATOMS))
+def corpus_daemon(start_shared_daemon) -> RunningDaemon:
+    return start_shared_daemon("--model", "noop", "--max-atoms", str(ATOMS))
 
 
 def take_answer(data: bytes, results: list[tuple[int, int]]) -> tuple[str, bytes] | None:

@@ -1,0 +1,90 @@
+"""How a job waits for a daemon that has gone: for how long, and how it says so."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import time
+from pathlib import Path
+from typing import NoReturn
+
+from rootstock_client.errors import RootstockError
+
+log = logging.getLogger("rootstock_client")
+
+PATIENCE_VARIABLE = "ROOTSTOCKD_PATIENCE"
+DEFAULT_PATIENCE = 300.0
+"""Seconds: a restart with large models, or somebody who notices and starts a daemon by hand."""
+FIRST_PAUSE, LONGEST_PAUSE = 0.01, 1.0
+"""Seconds between tries."""
+_random = random.SystemRandom()
+"""Not the generator that jobs seed, and not the same in two processes after a fork."""
+
+
+def patience_in_seconds(patience: float | None) -> float:
+    """The patience to have: as told, or by ROOTSTOCKD_PATIENCE, or 300 s.
+
+    Raises:
+        ValueError: it is no number of seconds.
+    """
+    given: float | str = os.environ.get(PATIENCE_VARIABLE) or DEFAULT_PATIENCE if patience is None else patience
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = -1.0
+    if not seconds >= 0:  # NaN neither
+        name = PATIENCE_VARIABLE if patience is None else "patience"
+        raise ValueError(f"{name} is {given!r}; it is a number of seconds, 0 or more.")
+    return seconds
+
+
+class Outage:
+    """What is between a connection's loss and the next answer. One log line when it begins, and one when it is over.
+
+    Only time spent waiting counts, not time in which a daemon was at work.
+
+    Args:
+        path: the daemon's session socket.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._tries = 0
+        self._waited = 0.0
+
+    def wait(self, error: RootstockError, patience: float) -> None:
+        """Wait a little before the next try.
+
+        Args:
+            error: why the last one failed.
+            patience: how many seconds may be waited in all.
+
+        Raises:
+            RootstockError: it is over; of the same class as `error`, saying how long was waited.
+        """
+        if self._waited >= patience:
+            self._give_up(error)
+        if self._tries == 0:
+            log.warning(
+                "rootstockd at %s is away; this job waits up to %g s. (%s)", self._path, patience, error.message
+            )
+        # many jobs lose their daemon in the same moment; they should not come back in the same moment
+        pause = min(LONGEST_PAUSE, FIRST_PAUSE * 1.5**self._tries) * _random.uniform(0.5, 1.5)
+        pause = min(pause, patience - self._waited)
+        time.sleep(pause)
+        self._waited += pause
+        self._tries = min(self._tries + 1, 100)
+
+    def _give_up(self, error: RootstockError) -> NoReturn:
+        if self._tries == 0:
+            raise error
+        raise type(error)(
+            f"{error.message} This job has waited {self._waited:.3g} s for it to come back.",
+            f"{error.hint}\nHow long jobs wait is set by RootstockClient(patience=...) or {PATIENCE_VARIABLE}.".strip(),
+        ) from error
+
+    def over(self) -> None:
+        """A daemon has answered."""
+        if self._tries:
+            log.warning("rootstockd at %s is back; this job waited %.3g s.", self._path, self._waited)
