@@ -273,7 +273,7 @@ def connect_and_die(daemon: RunningDaemon, times: int) -> None:
 def test_ten_thousand_that_connect_and_die(daemon: RunningDaemon, good) -> None:
     """In every phase of a session; what was grown once is not a leak, what grows on is."""
     client = daemon.client()
-    connect_and_die(daemon, 1000)
+    connect_and_die(daemon, 5_000)  # until the allocator has all that it takes
     live.settled(client, 1)
     before = live.footprint(client)
     connect_and_die(daemon, 10_000)

@@ -15,6 +15,7 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
+from starlette.types import Receive, Scope, Send
 
 from conftest import RunningDaemon, open_descriptors
 from rootstock_client.runtime_dir import control_socket
@@ -32,8 +33,15 @@ def test_answers_are_what_the_schema_says() -> None:
 
     daemon = asyncio.run(make())
     stopped: list[bool] = []
-    daemon.stop = lambda *, force=False: stopped.append(force)  # type: ignore[method-assign]
-    schema = schemathesis.openapi.from_asgi("/openapi.json", BoundedBody(make_app(daemon)))
+    daemon.stop = lambda *, force=False, replaced=False: stopped.append(force)  # type: ignore[method-assign]
+    app = BoundedBody(make_app(daemon))
+    uid = [0]
+
+    async def from_user(scope: Scope, receive: Receive, send: Send) -> None:
+        """The app, asked by a user whom the kernel would have told of."""
+        await app({**scope, "client": (str(uid[0]), 1)}, receive, send)
+
+    schema = schemathesis.openapi.from_asgi("/openapi.json", from_user)
     operations = [operation.ok() for operation in schema.get_all_operations()]
     assert len(operations) >= 3
     statuses: set[int] = set()
@@ -45,9 +53,10 @@ def test_answers_are_what_the_schema_says() -> None:
             def ask(case: schemathesis.Case) -> None:
                 statuses.add(case.call_and_validate().status_code)
 
-            with contextlib.suppress(Unsatisfiable):  # a request without a body can't be wrong
-                ask()
-    assert statuses >= {200, 202, 422}
+            for uid[0] in (0, 12_345):
+                with contextlib.suppress(Unsatisfiable):  # a request without a body can't be wrong
+                    ask()
+    assert statuses >= {200, 202, 403, 422}
     assert set(stopped) == {True, False}
 
 
