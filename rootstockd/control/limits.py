@@ -25,6 +25,8 @@ Reason: TypeAlias = tuple[int, str]
 TOO_LARGE: Reason = (413, f"a request's body may have {MAX_BODY} bytes")
 REFUSALS: dict[int | str, dict[str, object]] = {
     400: {"description": "The request can't be read."},
+    403: {"description": "The caller may not do that."},
+    409: {"description": "It can't be done as things are; the body says why."},
     413: {"description": "Its body is too large."},
     503: {"description": "Too many connections are open."},
 }

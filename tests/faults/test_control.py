@@ -25,6 +25,7 @@ from rootstockd.control.limits import DEADLINE, MAX_BODY, MAX_CONNECTIONS, MAX_H
 from rootstockd.daemon import Daemon
 
 
+@pytest.mark.may_leak("schemathesis keeps the loop in which it asked last")
 def test_answers_are_what_the_schema_says() -> None:
     """Whatever schemathesis asks the app, of a daemon that does not run and can't be stopped."""
 
