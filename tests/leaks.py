@@ -4,9 +4,9 @@ An autouse fixture compares before and after. It is set up after the fixtures of
 keep what they have, and before the test's own, which may not. What a shared daemon holds is compared as well: when a
 test is over, nothing in the daemon or its workers is left of it.
 
-`@pytest.mark.may_leak("why")` lets a test keep what it takes. Three things need no mark: threads that Python did not
-make (torch's, numba's), descriptors of devices and of installed files, and the helpers of multiprocessing, which stay
-until the process ends.
+`@pytest.mark.may_leak("why")` lets a test keep what it takes. Some things need no mark: threads that Python did not make
+(torch's, numba's), descriptors of devices and of installed files, and what multiprocessing and tqdm keep for the whole
+process once they were used: helpers, a thread, semaphores.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import pytest
 GRACE = float(os.environ.get("ROOTSTOCKD_LEAK_GRACE", "5"))
 """Seconds in which processes may still end and a daemon may still notice that a connection is closed."""
 INSTALLED = tuple({os.path.realpath(path) + os.sep for path in (sys.prefix, sys.base_prefix)})
+TQDM = "tqdm_monitor"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -62,7 +63,7 @@ def _descriptors(kept: set[int]) -> Iterator[str]:
 def _segments() -> Iterator[str]:
     """Mappings of shared memory."""
     for line in Path("/proc/self/maps").read_text().splitlines():
-        if "/memfd:" in line or "/dev/shm/" in line:
+        if "/memfd:" in line or ("/dev/shm/" in line and "/dev/shm/sem." not in line):
             yield f"mapping of {line.split(maxsplit=5)[-1]} (inode {line.split()[4]})"
 
 
@@ -70,7 +71,7 @@ def held(daemon: Any = None) -> Counter[str]:
     """What this process has now, and what `daemon` has for sessions, each by what it is."""
     helpers, kept = _helpers_of_multiprocessing()
     found = Counter([*_descriptors(kept), *_segments()])
-    found.update(f"thread {thread.name!r} ({thread.ident})" for thread in threading.enumerate())
+    found.update(f"thread {thread.name!r} ({thread.ident})" for thread in threading.enumerate() if thread.name != TQDM)
     for process in psutil.Process().children(recursive=True):
         if process.pid not in helpers:
             found[f"process {process.pid} ({process.name()}, {process.status()})"] += 1

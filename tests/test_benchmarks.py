@@ -199,7 +199,7 @@ class TestRunLocal:
         assert "not measured to the end: ipc" in capsys.readouterr().err
 
     def test_ipc_only_leaves_out_what_needs_a_model(self) -> None:
-        assert run_local.chosen(run_local.parser().parse_args(["--ipc-only"])) == ["ipc", "scale", "size"]
+        assert run_local.chosen(run_local.parser().parse_args(["--ipc-only"])) == list(run_local.WITHOUT_MODELS)
         assert run_local.chosen(run_local.parser().parse_args(["--ipc-only", "--only", "overhead"])) == []
         assert run_local.chosen(run_local.parser().parse_args([])) == list(run_local.BENCHMARKS)
 

@@ -148,9 +148,8 @@ def read_weights(spec: ModelSpec) -> bytes:
     name, path = spec.name, spec.weights
     try:
         # without waiting, or a pipe at this place would hold the worker for ever
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with open(fd, "rb") as file:  # noqa: PTH123 - a descriptor, not a path
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise EngineError("model-load", f"model {name!r}: its weights {path} are no regular file")
             data = file.read()
     except FileNotFoundError as error:
