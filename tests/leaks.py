@@ -4,8 +4,8 @@ An autouse fixture compares before and after. It is set up after the fixtures of
 keep what they have, and before the test's own, which may not. What a shared daemon holds is compared as well: when a
 test is over, nothing in the daemon or its workers is left of it.
 
-`@pytest.mark.may_leak("why")` lets a test keep what it takes. Some things need no mark: threads that Python did not make
-(torch's, numba's), descriptors of devices and of installed files, and what multiprocessing and tqdm keep for the whole
+`@pytest.mark.may_leak("why")` lets a test keep what it takes. Some things need no mark: threads that Python did not
+make (torch's, numba's), descriptors of devices and of installed files, and what multiprocessing and tqdm keep for the whole
 process once they were used: helpers, a thread, semaphores.
 """
 
