@@ -5,8 +5,8 @@ keep what they have, and before the test's own, which may not. What a shared dae
 test is over, nothing in the daemon or its workers is left of it.
 
 `@pytest.mark.may_leak("why")` lets a test keep what it takes. Some things need no mark: threads that Python did not
-make (torch's, numba's), descriptors of devices and of installed files, and what multiprocessing and tqdm keep for the whole
-process once they were used: helpers, a thread, semaphores.
+make (torch's, numba's), descriptors of devices and of installed files, and what multiprocessing and tqdm keep for the
+whole process once they were used: helpers, a thread, semaphores.
 """
 
 from __future__ import annotations
