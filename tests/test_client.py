@@ -379,8 +379,9 @@ def test_the_client_needs_numpy_and_ase_only() -> None:
 
 def test_exact_forgets_what_came_before(daemon: RunningDaemon) -> None:
     """EMT's neighbour list lives on from step to step, and the order of its sums with it."""
-    atoms = copper()
+    atoms = bulk("Cu", cubic=True)  # in whose list atoms lie just on this side of the cell's faces
     atoms.calc = daemon.client().calculator("emt", exact=True)
+    atoms.get_forces()
     path = []
     for step in range(20):
         atoms.rattle(0.01, seed=step)
