@@ -375,19 +375,3 @@ def test_the_client_needs_numpy_and_ase_only() -> None:
         "assert more <= {'rootstock_client'}, more\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
-
-
-def test_exact_forgets_what_came_before(daemon: RunningDaemon) -> None:
-    """EMT's neighbour list lives on from step to step, and the order of its sums with it."""
-    atoms = bulk("Cu", cubic=True)  # in whose list atoms lie just on this side of the cell's faces
-    atoms.calc = daemon.client().calculator("emt", exact=True)
-    atoms.get_forces()
-    path = []
-    for step in range(20):
-        atoms.rattle(0.01, seed=step)
-        path.append((atoms.positions.copy(), atoms.get_forces()))
-    for positions, forces in path:
-        atoms.positions[:] = positions + 5  # far away: the next list is made anew
-        atoms.get_forces()
-        atoms.positions[:] = positions
-        np.testing.assert_array_equal(atoms.get_forces(), forces)

@@ -29,23 +29,21 @@ class AseEngine:
             backend=f"ase {ase.__version__} {type(calculator).__name__}",
         )
 
-    def prepare(self, system: System) -> tuple[Atoms, bool]:
-        """Atoms without positions, and whether nothing may be kept from earlier steps."""
+    def prepare(self, system: System) -> Atoms:
+        """Atoms without positions."""
         atoms = Atoms(numbers=system.numbers, pbc=system.pbc)
         if system.charge is not None:
             atoms.info["charge"] = system.charge
         if system.spin is not None:
             atoms.info["spin"] = system.spin
-        return atoms, system.exact
+        return atoms
 
     def evaluate(self, tasks: list[Task]) -> list[Result]:
         """Each task in its turn."""
         return [self._evaluate(task) for task in tasks]
 
     def _evaluate(self, task: Task) -> Result:
-        atoms, exact = task.system
-        if exact:
-            self._calculator.reset()  # neighbour lists that live on change the order of sums, and so the last bits
+        atoms = task.system
         atoms.cell[:] = task.cell
         atoms.positions[:] = task.positions
         wanted = ["energy", "forces"] + ["stress"] * task.stress + ["energies"] * task.energies
