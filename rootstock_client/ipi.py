@@ -1,4 +1,4 @@
-"""The i-PI wire protocol without I/O: messages, and the engine's state machine; `driver_side` has the driver's.
+"""The i-PI wire protocol without I/O: messages and frames; `engine_side` and `driver_side` have the two roles.
 
 Bytes go in, messages come out, and nothing here knows a socket, so the daemon, the client and the tests all use the
 same code. The *driver* moves the atoms (i-PI calls it the server); the *engine* answers with forces (i-PI's client).
@@ -30,9 +30,8 @@ themselves in INIT.
 
 from __future__ import annotations
 
-import enum
 import struct
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
@@ -40,16 +39,13 @@ import numpy as np
 import numpy.typing as npt
 
 from rootstock_client.errors import ProtocolError, RootstockError
-from rootstock_client.stream import STAGING_SIZE, Grammar, MessageReader, Skip
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 
 HEADER_SIZE = 12
 INT = struct.Struct("<i")
-_TWO_INTS = struct.Struct("<ii")
-_CELL_PAIR = 2 * 9 * 8
-_POSDATA_HEAD = struct.Struct(f"<{HEADER_SIZE}s{_CELL_PAIR}si")
-"""POSDATA for one structure up to its positions."""
+TWO_INTS = struct.Struct("<ii")
+CELL_PAIR = 2 * 9 * 8
 
 
 def header(word: str) -> bytes:
@@ -161,7 +157,7 @@ def checked_count(value: int, limit: int, what: str) -> int:
 
 def read_cells(cells: bytes) -> FloatArray:
     """The cells of a POSDATA, (B, 3, 3) in Bohr, rows are lattice vectors."""
-    return _matrices(cells, len(cells) // _CELL_PAIR, 18)
+    return _matrices(cells, len(cells) // CELL_PAIR, 18)
 
 
 def _matrices(data: bytes | memoryview, count: int, stride: int) -> FloatArray:
@@ -175,7 +171,7 @@ def _matrices(data: bytes | memoryview, count: int, stride: int) -> FloatArray:
 
 def init_frame(text: bytes, bead: int = 0) -> bytes:
     """An INIT message."""
-    return INIT + _TWO_INTS.pack(bead, len(text)) + text
+    return INIT + TWO_INTS.pack(bead, len(text)) + text
 
 
 def posdata_head(cell: FloatArray, inverse: FloatArray, natoms: int) -> bytes:
@@ -199,265 +195,3 @@ def error_frame(error: RootstockError) -> bytes:
     """An ERROR message."""
     body = error.to_json()
     return ERROR + INT.pack(len(body)) + body
-
-
-# --- the engine's side ------------------------------------------------------------------------------------------------
-
-
-class Send(NamedTuple):
-    """Send these bytes to the driver."""
-
-    data: bytes
-
-
-class Evaluate(NamedTuple):
-    """Evaluate the structures whose positions have just been placed; then call `finish` or `fail`.
-
-    `cells` are as they came: compared with the last, they need not be read (`read_cells`) at each step.
-    """
-
-    cells: bytes
-
-
-class SendResult(NamedTuple):
-    """The driver asked for the result: send FORCEREADY with it."""
-
-
-class Close(NamedTuple):
-    """End the connection; `error` is None when the driver said EXIT."""
-
-    error: RootstockError | None
-
-
-Event: TypeAlias = Send | Init | Evaluate | SendResult | Close
-
-
-class _State(enum.Enum):
-    NEEDINIT = enum.auto()
-    """Nothing is known of the system yet, or its INIT was refused."""
-    READY = enum.auto()
-    BUSY = enum.auto()
-    """An evaluation is under way; what the driver says meanwhile waits."""
-    HAVEDATA = enum.auto()
-    """A result, or a failure, waits for its GETFORCE."""
-    CLOSED = enum.auto()
-
-
-_NEEDINIT, _READY, _BUSY, _HAVEDATA, _CLOSED = _State
-_SEND_RESULT = SendResult()
-
-
-class EngineSide:
-    """The engine's role: what the daemon plays towards every driver.
-
-    The owner writes bytes into `get_buffer()`, says how many with `received()`, and takes events with `next_event()`
-    until that returns None. It answers Init with `accept` or `refuse`, and Evaluate with `finish` or `fail`, and then
-    asks for events again. A ProtocolError ends the stream.
-
-    Args:
-        place: where to put the positions of `natoms` atoms.
-        limits: the most that one message may declare.
-        reserve: asked before an INIT of so many bytes is staged, where that takes more than the reader has anyway; a
-            RootstockError of its ends the stream.
-    """
-
-    def __init__(
-        self, place: Place, limits: Limits | None = None, reserve: Callable[[int], None] = lambda _size: None
-    ) -> None:
-        self._place, self._reserve = place, reserve
-        self._limits = limits or Limits()
-        self._reader: MessageReader[DriverMessage] = MessageReader(self._grammar())
-        self._state = _NEEDINIT
-        self._error: RootstockError | None = None
-        self._evaluate = Evaluate(b"")
-        self.batch_size = 1
-        self.announced = False
-        """The driver announced itself as one of rootstockd's own: it understands ERROR."""
-        self.get_buffer = self._reader.get_buffer
-        self.received = self._reader.received
-
-    @property
-    def busy(self) -> bool:
-        """An evaluation is under way."""
-        return self._state is _BUSY
-
-    @property
-    def unfetched(self) -> bool:
-        """There is a result that the driver has not asked for yet."""
-        return self._state is _HAVEDATA
-
-    @property
-    def full(self) -> bool:
-        """There is no room for more bytes until events are taken: stop reading."""
-        return self._reader.full
-
-    def accept(self, batch_size: int = 1, *, announced: bool = False, await_init: bool = False) -> None:
-        """The INIT just handed out is good.
-
-        Args:
-            batch_size: structures in each POSDATA from now on.
-            announced: the driver understands ERROR frames.
-            await_init: the system was given in advance; the driver that follows still has its own INIT to say.
-        """
-        self.batch_size, self.announced, self._error = batch_size, announced, None
-        self._state = _NEEDINIT if await_init else _READY
-
-    def refuse(self, error: RootstockError, batch_size: int = 1, *, announced: bool = False) -> None:
-        """The INIT just handed out is no good: every GETFORCE is answered with `error` until a better one comes.
-
-        A driver that runs ahead sends POSDATA all the same, in the layout of its `batch_size`.
-        """
-        self.batch_size, self.announced, self._error = batch_size, announced, error
-        self._state = _NEEDINIT
-
-    def finish(self) -> None:
-        """The evaluation is done and its result can be sent."""
-        if self._state is _BUSY:
-            self._state = _HAVEDATA
-
-    def fail(self, error: RootstockError) -> None:
-        """The evaluation came to nothing."""
-        if self._state is _BUSY:
-            self._state, self._error = _HAVEDATA, error
-
-    def close(self) -> None:
-        """Nothing more is read, and nothing is kept: the reader holds on to its owner's memory."""
-        self._state = _CLOSED
-        self._reader.close()
-
-    def next_event(self) -> Event | None:
-        """The next thing for the owner to do, or None when more bytes, or the evaluation's end, must come first.
-
-        Raises:
-            ProtocolError: what came is not the protocol; the connection can only be closed.
-            RootstockError: `reserve` refused; likewise.
-        """
-        # while BUSY nothing is read on: what comes next may be positions, for the place that the worker looks at
-        reader = self._reader
-        while self._state is not _BUSY and self._state is not _CLOSED:
-            if self._error is not None:
-                if not self.announced:
-                    self._state = _CLOSED  # a stock driver knows no errors, only a closed connection
-                    return Close(self._error)
-            elif reader.between:
-                if reader.start == reader.end:
-                    return None
-                if (event := self._whole()) is not None:
-                    return event
-            try:
-                message = reader.next_message()
-                event = None if message is None else self._react(message)
-            except RootstockError:
-                self._state = _CLOSED
-                raise
-            if message is None or event is not None:
-                return event
-        return None
-
-    def _whole(self) -> Event | None:
-        """The next event if it is the plainest there is and all of it has come, as a driver's steps have.
-
-        The grammar would say the same, in several times as long; whatever is in any way special is left to it.
-        """
-        reader = self._reader
-        start, end = reader.start, reader.end
-        if self._state is _HAVEDATA and end - start >= HEADER_SIZE:
-            if reader.staging[start : start + HEADER_SIZE] == GETFORCE:
-                reader.start = start + HEADER_SIZE
-                self._state = _READY
-                return _SEND_RESULT
-        elif self._state is _READY and self.batch_size == 1 and end - start >= _POSDATA_HEAD.size:
-            word, cells, natoms = _POSDATA_HEAD.unpack_from(reader.staging, start)
-            first = start + _POSDATA_HEAD.size
-            behind = first + 24 * natoms
-            if word != POSDATA or not 0 <= natoms <= self._limits.atoms or behind > end:
-                return None
-            try:
-                self._place(natoms)[:] = reader.staging[first:behind]
-            except RootstockError:
-                return None
-            reader.start = behind
-            self._state = _BUSY
-            if cells != self._evaluate.cells:
-                self._evaluate = Evaluate(cells)
-            return self._evaluate
-        return None
-
-    def _react(self, message: DriverMessage) -> Event | None:
-        match message:
-            case Status():
-                return Send({_NEEDINIT: NEEDINIT, _READY: READY}.get(self._state, HAVEDATA))
-            case Init():
-                return message
-            case PosData():
-                return self._posdata(message)
-            case GetForce():
-                return self._getforce()
-            case Exit():
-                self._state = _CLOSED
-                return Close(None)
-
-    def _posdata(self, message: PosData) -> Event | None:
-        if self._state is _NEEDINIT:
-            if self._error is None:
-                raise ProtocolError("POSDATA before INIT: the engine does not know the species yet")
-            return None  # the INIT was refused: GETFORCE will say why
-        self._error = message.error
-        if message.error is not None:
-            self._state = _HAVEDATA
-            return None
-        self._state = _BUSY
-        return Evaluate(message.cells)
-
-    def _getforce(self) -> Event:
-        error = self._error
-        if self._state is _NEEDINIT and error is not None:
-            return Send(error_frame(error))
-        if self._state is not _HAVEDATA:
-            raise ProtocolError("GETFORCE without POSDATA: there is no result to send")
-        self._state, self._error = _READY, None
-        return _SEND_RESULT if error is None else Send(error_frame(error))
-
-    def _grammar(self) -> Grammar[DriverMessage]:
-        limits = self._limits
-        while True:
-            word = bytes((yield HEADER_SIZE))
-            if word == POSDATA:
-                yield (yield from self._read_posdata())
-            elif word == GETFORCE:
-                yield GetForce()
-            elif word == STATUS:
-                yield Status()
-            elif word == INIT:
-                bead, size = _TWO_INTS.unpack((yield _TWO_INTS.size))
-                if checked_count(size, limits.init, "bytes of INIT") > STAGING_SIZE:
-                    self._reserve(size)
-                yield Init(bead, bytes((yield size)))  # no name for the text: the generator would keep it
-            elif word == EXIT:
-                yield Exit()
-            else:
-                raise ProtocolError(f"a driver's message can't begin with {word!r}")
-
-    def _read_posdata(self) -> Generator[int | memoryview | Skip | DriverMessage, memoryview, PosData]:
-        batch = self.batch_size
-        if batch == 1:
-            head = yield _CELL_PAIR + 4
-            cells = bytes(head[:_CELL_PAIR])
-            (natoms,) = INT.unpack(head[_CELL_PAIR:])
-        else:
-            (natoms,) = INT.unpack((yield 4))
-            cells = bytes((yield batch * _CELL_PAIR))
-        size = 24 * natoms * batch
-        if self._state is _NEEDINIT and natoms >= 0:  # refused, for instance as too large: GETFORCE will say so
-            yield Skip(size)
-            return PosData(natoms, cells, self._error)
-        checked_count(
-            natoms, self._limits.atoms // batch, "atoms" if batch == 1 else f"atoms in each of {batch} structures"
-        )
-        try:
-            target = self._place(natoms)
-        except RootstockError as error:
-            yield Skip(size)
-            return PosData(natoms, cells, error)
-        yield target
-        return PosData(natoms, cells, None)

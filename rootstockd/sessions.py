@@ -11,7 +11,7 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
-from rootstock_client import ipi
+from rootstock_client import engine_side, ipi
 from rootstock_client.errors import DrainingError, InvalidStructureError, LimitError, RootstockError, error_from_code
 from rootstockd.accounts import Account, Accounts
 from rootstockd.init_request import InitRequest, is_announced, parse_init
@@ -76,7 +76,7 @@ class Session(asyncio.BufferedProtocol):
         self.slot: Slot
         self.settings: dict[str, Any] = {}
         self._host = host
-        self._ipi = ipi.EngineSide(self._place, host.limits, self._stage)
+        self._ipi = engine_side.EngineSide(self._place, host.limits, self._stage)
         self.get_buffer = self._ipi.get_buffer  # type: ignore[method-assign]  # one call less for each read
         self._transport: asyncio.Transport
         self._preset: InitRequest | None = None
@@ -163,11 +163,11 @@ class Session(asyncio.BufferedProtocol):
         try:
             # a driver that does not read its answers gets no more of them, and nothing evaluated meanwhile
             while not (self._closing or self._writing_paused) and (event := self._ipi.next_event()) is not None:
-                if isinstance(event, ipi.Evaluate):  # not `match`: it takes its time, and this is a step's way
+                if isinstance(event, engine_side.Evaluate):  # not `match`: it takes its time, and this is a step's way
                     self._evaluate(event.cells)
-                elif isinstance(event, ipi.SendResult):
+                elif isinstance(event, engine_side.SendResult):
                     self._transport.write(self.slot.reply)
-                elif isinstance(event, ipi.Send):
+                elif isinstance(event, engine_side.Send):
                     self._transport.write(event.data)
                 elif isinstance(event, ipi.Init):
                     self._initialise(event.text)

@@ -25,7 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
-from rootstock_client import ipi
+from rootstock_client import engine_side, ipi
 from rootstock_client.driver_side import DriverSide
 from rootstock_client.errors import EvaluationError, InvalidInitError, InvalidStructureError, ProtocolError
 from rootstock_client.stream import STAGING_SIZE, MessageReader
@@ -116,7 +116,7 @@ class Owner:
     """
 
     def __init__(self, verdicts: list[Any], *, late: bool = False, limits: ipi.Limits = LIMITS) -> None:
-        self.side = ipi.EngineSide(self.place, limits)
+        self.side = engine_side.EngineSide(self.place, limits)
         self.verdicts = list(verdicts)
         self.late = late
         self.events: list[tuple[Any, ...]] = []
@@ -134,7 +134,7 @@ class Owner:
                 return
             self.side.finish()
 
-    def handle(self, event: ipi.Event) -> None:
+    def handle(self, event: engine_side.Event) -> None:
         match event:
             case ipi.Init(bead, text):
                 self.events.append(("init", bead, text))
@@ -143,15 +143,15 @@ class Owner:
                     self.side.accept(verdict, announced=True)
                 else:
                     self.side.refuse(verdict, announced=True)
-            case ipi.Evaluate(cells):
+            case engine_side.Evaluate(cells):
                 self.events.append(("evaluate", ipi.read_cells(cells).tobytes(), bytes(self.memory)))
                 if not self.late:
                     self.side.finish()
-            case ipi.Send(data):
+            case engine_side.Send(data):
                 self.events.append(("send", data))
-            case ipi.SendResult():
+            case engine_side.SendResult():
                 self.events.append(("result",))
-            case ipi.Close(why):
+            case engine_side.Close(why):
                 self.events.append(("close", why))
 
 
@@ -279,7 +279,7 @@ def test_the_daemon_stops_reading_a_driver_that_runs_ahead():
             if isinstance(event, ipi.Init):
                 owner.side.accept()
             else:
-                assert isinstance(event, ipi.Evaluate)
+                assert isinstance(event, engine_side.Evaluate)
     assert fed < len(stream)
     assert owner.side.busy
     owner.side.finish()
@@ -291,18 +291,18 @@ def test_the_daemon_stops_reading_a_driver_that_runs_ahead():
 def test_positions_under_evaluation_are_not_overwritten():
     """A driver that sends POSDATA twice does not change what the worker is looking at."""
     place = bytearray(48)
-    side = ipi.EngineSide(lambda _: memoryview(place))
+    side = engine_side.EngineSide(lambda _: memoryview(place))
     first, second = structures(1, 2, seed=10), structures(1, 2, seed=11)
     feed(side, init(b""))
     side.next_event()
     side.accept()
     feed(side, posdata(*first) + posdata(*second))
-    assert isinstance(side.next_event(), ipi.Evaluate)
+    assert isinstance(side.next_event(), engine_side.Evaluate)
     assert side.next_event() is None
     assert place == first[2].tobytes()
     side.finish()
     event = side.next_event()
-    assert isinstance(event, ipi.Evaluate)
+    assert isinstance(event, engine_side.Evaluate)
     assert ipi.read_cells(event.cells).tobytes() == second[0].tobytes()
     assert place == second[2].tobytes()
 
@@ -390,13 +390,13 @@ def test_an_engine_byte_by_byte(batch):
 
 
 def test_a_refused_batch_is_read_in_the_layout_it_was_announced_in():
-    side = ipi.EngineSide(lambda _: pytest.fail("positions of a refused system have no place"))
+    side = engine_side.EngineSide(lambda _: pytest.fail("positions of a refused system have no place"))
     feed(side, init(b""))
     assert isinstance(side.next_event(), ipi.Init)
     side.refuse(TROUBLE, 2, announced=True)
     feed(side, posdata(*structures(2, 3, seed=1)) + GETFORCE + STATUS)
-    assert side.next_event() == ipi.Send(error(TROUBLE.to_json()))
-    assert side.next_event() == ipi.Send(word("NEEDINIT"))
+    assert side.next_event() == engine_side.Send(error(TROUBLE.to_json()))
+    assert side.next_event() == engine_side.Send(word("NEEDINIT"))
 
 
 @pytest.mark.parametrize(
@@ -438,7 +438,7 @@ def test_a_driver_means_the_same_without_the_short_way(script, cuts, late):
     owners = [Owner(script.said, late=late), Owner(script.said, late=late)]
     deliver(owners[0].side, script.stream, edges, owners[0].take)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ipi.EngineSide, "_whole", lambda _: None)
+        patch.setattr(engine_side.EngineSide, "_whole", lambda _: None)
         deliver(owners[1].side, script.stream, edges, owners[1].take)
     assert owners[0].events == owners[1].events
 
@@ -627,8 +627,8 @@ def test_a_posdata_beyond_the_limit_is_refused_before_there_is_room_for_it(batch
         placed.append(count)
         return memoryview(bytearray(24 * count * batch))
 
-    def begin() -> ipi.EngineSide:
-        side = ipi.EngineSide(place, LIMITS)
+    def begin() -> engine_side.EngineSide:
+        side = engine_side.EngineSide(place, LIMITS)
         feed(side, init(b""))
         side.next_event()
         side.accept(batch)
@@ -673,7 +673,7 @@ def test_texts_of_an_engine_beyond_the_limit_are_refused(head, size):
 def test_a_declared_length_takes_no_memory(frame):
     """Only bytes do. The positions' place is the owner's, and a system that was refused has none."""
     limits = ipi.Limits()
-    side: Any = ipi.EngineSide(only_two_atoms, limits)
+    side: Any = engine_side.EngineSide(only_two_atoms, limits)
     take = side.next_event
     match frame:
         case "INIT":
@@ -703,9 +703,9 @@ def test_a_declared_length_takes_no_memory(frame):
 # --- the engine's states
 
 
-def engine_in(state: str) -> ipi.EngineSide:
+def engine_in(state: str) -> engine_side.EngineSide:
     """An engine whose driver is one of ours, in a state."""
-    side = ipi.EngineSide(only_two_atoms)
+    side = engine_side.EngineSide(only_two_atoms)
     if state == "new":
         return side
     feed(side, init(b"{}"))
@@ -718,7 +718,7 @@ def engine_in(state: str) -> ipi.EngineSide:
         side.accept(announced=True)
     if state in ("busy", "havedata", "failed"):
         feed(side, POSDATA)
-        assert isinstance(side.next_event(), ipi.Evaluate)
+        assert isinstance(side.next_event(), engine_side.Evaluate)
         assert side.busy
     if state == "havedata":
         side.finish()
@@ -729,7 +729,7 @@ def engine_in(state: str) -> ipi.EngineSide:
         assert side.next_event() is None
     elif state == "closed":
         feed(side, EXIT)
-        assert side.next_event() == ipi.Close(None)
+        assert side.next_event() == engine_side.Close(None)
     return side
 
 
@@ -742,28 +742,28 @@ OPENED = ipi.Init(0, b"{}")
 TABLE: dict[str, dict[str, tuple[Any, Any]]] = {
     # state: message: (what the owner is told, what a STATUS is answered afterwards)
     "new": {
-        "STATUS": (ipi.Send(NEEDINIT), NEEDINIT),
+        "STATUS": (engine_side.Send(NEEDINIT), NEEDINIT),
         "INIT": (OPENED, READY),
         "POSDATA": (WRONG, None),
         "MISFIT": (WRONG, None),
         "GETFORCE": (WRONG, None),
-        "EXIT": (ipi.Close(None), CLOSED),
+        "EXIT": (engine_side.Close(None), CLOSED),
     },
     "refused": {
-        "STATUS": (ipi.Send(NEEDINIT), NEEDINIT),
+        "STATUS": (engine_side.Send(NEEDINIT), NEEDINIT),
         "INIT": (OPENED, READY),
         "POSDATA": (NOTHING, NEEDINIT),
         "MISFIT": (NOTHING, NEEDINIT),
-        "GETFORCE": (ipi.Send(error(TROUBLE.to_json())), NEEDINIT),
-        "EXIT": (ipi.Close(None), CLOSED),
+        "GETFORCE": (engine_side.Send(error(TROUBLE.to_json())), NEEDINIT),
+        "EXIT": (engine_side.Close(None), CLOSED),
     },
     "ready": {
-        "STATUS": (ipi.Send(READY), READY),
+        "STATUS": (engine_side.Send(READY), READY),
         "INIT": (OPENED, READY),
-        "POSDATA": (ipi.Evaluate, HAVEDATA),
+        "POSDATA": (engine_side.Evaluate, HAVEDATA),
         "MISFIT": (NOTHING, HAVEDATA),
         "GETFORCE": (WRONG, None),
-        "EXIT": (ipi.Close(None), CLOSED),
+        "EXIT": (engine_side.Close(None), CLOSED),
     },
     "busy": {
         "STATUS": (HELD, HAVEDATA),
@@ -774,35 +774,35 @@ TABLE: dict[str, dict[str, tuple[Any, Any]]] = {
         "EXIT": (HELD, CLOSED),
     },
     "havedata": {
-        "STATUS": (ipi.Send(HAVEDATA), HAVEDATA),
+        "STATUS": (engine_side.Send(HAVEDATA), HAVEDATA),
         "INIT": (OPENED, READY),
-        "POSDATA": (ipi.Evaluate, HAVEDATA),
+        "POSDATA": (engine_side.Evaluate, HAVEDATA),
         "MISFIT": (NOTHING, HAVEDATA),
-        "GETFORCE": (ipi.SendResult(), READY),
-        "EXIT": (ipi.Close(None), CLOSED),
+        "GETFORCE": (engine_side.SendResult(), READY),
+        "EXIT": (engine_side.Close(None), CLOSED),
     },
     "failed": {
-        "STATUS": (ipi.Send(HAVEDATA), HAVEDATA),
+        "STATUS": (engine_side.Send(HAVEDATA), HAVEDATA),
         "INIT": (OPENED, READY),
-        "POSDATA": (ipi.Evaluate, HAVEDATA),
+        "POSDATA": (engine_side.Evaluate, HAVEDATA),
         "MISFIT": (NOTHING, HAVEDATA),
-        "GETFORCE": (ipi.Send(error(TROUBLE.to_json())), READY),
-        "EXIT": (ipi.Close(None), CLOSED),
+        "GETFORCE": (engine_side.Send(error(TROUBLE.to_json())), READY),
+        "EXIT": (engine_side.Close(None), CLOSED),
     },
     "closed": dict.fromkeys(MESSAGES, (NOTHING, CLOSED)),
 }
 TABLE["preset"] = TABLE["new"]
 TABLE["misfit"] = {
     **TABLE["failed"],
-    "GETFORCE": (ipi.Send(error(InvalidStructureError("5 atoms", "send 2").to_json())), READY),
+    "GETFORCE": (engine_side.Send(error(InvalidStructureError("5 atoms", "send 2").to_json())), READY),
 }
 
 
-def settle(side: ipi.EngineSide, event: ipi.Event | None) -> None:
+def settle(side: engine_side.EngineSide, event: engine_side.Event | None) -> None:
     """Do as a daemon would."""
     if isinstance(event, ipi.Init):
         side.accept(announced=True)
-    elif isinstance(event, ipi.Evaluate):
+    elif isinstance(event, engine_side.Evaluate):
         side.finish()
 
 
@@ -823,8 +823,8 @@ def test_every_message_in_every_state(state, message):
         from_having_data = TABLE["havedata"][message][0]
         event = side.next_event()
         told = from_having_data
-    if told is ipi.Evaluate:
-        assert isinstance(event, ipi.Evaluate)
+    if told is engine_side.Evaluate:
+        assert isinstance(event, engine_side.Evaluate)
         assert ipi.read_cells(event.cells).tobytes() == ONE[0].tobytes()
         assert side.busy
     else:
@@ -832,13 +832,13 @@ def test_every_message_in_every_state(state, message):
     settle(side, event)
     assert side.next_event() is None
     feed(side, STATUS)
-    assert side.next_event() == (None if afterwards == CLOSED else ipi.Send(afterwards))
+    assert side.next_event() == (None if afterwards == CLOSED else engine_side.Send(afterwards))
     assert side.next_event() is None
 
 
 @pytest.mark.parametrize("state", ["new", "refused", "ready", "havedata", "failed", "closed"])
 def test_the_end_of_an_evaluation_that_nobody_began_changes_nothing(state):
-    for end in (ipi.EngineSide.finish, lambda side: side.fail(EvaluationError("another"))):
+    for end in (engine_side.EngineSide.finish, lambda side: side.fail(EvaluationError("another"))):
         side = engine_in(state)
         end(side)
         told, _ = TABLE[state]["STATUS"]
@@ -848,25 +848,25 @@ def test_the_end_of_an_evaluation_that_nobody_began_changes_nothing(state):
 
 def test_a_refused_init_is_answered_once_at_each_getforce():
     """With or without POSDATA before it, and nothing is evaluated, until an INIT is accepted."""
-    side = ipi.EngineSide(only_two_atoms)
+    side = engine_side.EngineSide(only_two_atoms)
     feed(side, init(b"bad") + POSDATA + GETFORCE + GETFORCE + POSDATA + STATUS + init(b"good") + POSDATA + GETFORCE)
     assert side.next_event() == ipi.Init(0, b"bad")
     side.refuse(TROUBLE, announced=True)
-    no = ipi.Send(error(TROUBLE.to_json()))
-    assert [side.next_event() for _ in range(3)] == [no, no, ipi.Send(NEEDINIT)]
+    no = engine_side.Send(error(TROUBLE.to_json()))
+    assert [side.next_event() for _ in range(3)] == [no, no, engine_side.Send(NEEDINIT)]
     assert side.next_event() == ipi.Init(0, b"good")
     side.accept(announced=True)
-    assert isinstance(side.next_event(), ipi.Evaluate)
+    assert isinstance(side.next_event(), engine_side.Evaluate)
     side.finish()
-    assert [side.next_event(), side.next_event()] == [ipi.SendResult(), None]
+    assert [side.next_event(), side.next_event()] == [engine_side.SendResult(), None]
 
 
 def test_a_failure_that_nobody_asked_for_is_forgotten():
     side = engine_in("failed")
     feed(side, POSDATA + GETFORCE)
-    assert isinstance(side.next_event(), ipi.Evaluate)
+    assert isinstance(side.next_event(), engine_side.Evaluate)
     side.finish()
-    assert side.next_event() == ipi.SendResult()
+    assert side.next_event() == engine_side.SendResult()
 
 
 def test_a_preset_after_a_refusal_begins_anew():
@@ -875,7 +875,7 @@ def test_a_preset_after_a_refusal_begins_anew():
     feed(side, init(b"{}") + STATUS + POSDATA)
     side.next_event()
     side.accept(await_init=True)
-    assert side.next_event() == ipi.Send(NEEDINIT)
+    assert side.next_event() == engine_side.Send(NEEDINIT)
     with pytest.raises(ProtocolError, match="before INIT"):
         side.next_event()
 
@@ -886,7 +886,7 @@ def test_a_later_refusal_replaces_the_earlier():
     feed(side, init(b"worse") + GETFORCE)
     side.next_event()
     side.refuse(other, announced=True)
-    assert side.next_event() == ipi.Send(error(other.to_json()))
+    assert side.next_event() == engine_side.Send(error(other.to_json()))
 
 
 def test_a_system_that_is_refused_ends_the_one_before():
@@ -894,29 +894,32 @@ def test_a_system_that_is_refused_ends_the_one_before():
     feed(side, init(b"bad") + STATUS + GETFORCE)
     side.next_event()
     side.refuse(TROUBLE, announced=True)
-    assert [side.next_event(), side.next_event()] == [ipi.Send(NEEDINIT), ipi.Send(error(TROUBLE.to_json()))]
+    assert [side.next_event(), side.next_event()] == [
+        engine_side.Send(NEEDINIT),
+        engine_side.Send(error(TROUBLE.to_json())),
+    ]
 
 
 def test_a_stock_driver_whose_init_is_refused_is_hung_up_on():
-    side = ipi.EngineSide(only_two_atoms)
+    side = engine_side.EngineSide(only_two_atoms)
     feed(side, init(b"\0") + STATUS)
     side.next_event()
     side.refuse(TROUBLE)
-    assert side.next_event() == ipi.Close(TROUBLE)
+    assert side.next_event() == engine_side.Close(TROUBLE)
     assert side.next_event() is None
 
 
 @pytest.mark.parametrize("how", ["fail", "misfit"])
 def test_a_stock_driver_whose_evaluation_fails_is_hung_up_on(how):
-    side = ipi.EngineSide(only_two_atoms)
+    side = engine_side.EngineSide(only_two_atoms)
     feed(side, init(b"\0") + (POSDATA if how == "fail" else MESSAGES["MISFIT"]) + GETFORCE)
     side.next_event()
     side.accept()
     if how == "fail":
-        assert isinstance(side.next_event(), ipi.Evaluate)
+        assert isinstance(side.next_event(), engine_side.Evaluate)
         side.fail(TROUBLE)
     event = side.next_event()
-    assert isinstance(event, ipi.Close)
+    assert isinstance(event, engine_side.Close)
     assert isinstance(event.error, EvaluationError if how == "fail" else InvalidStructureError)
     assert side.next_event() is None
 
@@ -924,24 +927,24 @@ def test_a_stock_driver_whose_evaluation_fails_is_hung_up_on(how):
 def test_after_a_preset_the_driver_still_says_its_own_init():
     side = engine_in("preset")
     feed(side, STATUS + init(b"stock") + STATUS)
-    assert side.next_event() == ipi.Send(NEEDINIT)
+    assert side.next_event() == engine_side.Send(NEEDINIT)
     assert side.next_event() == ipi.Init(0, b"stock")
     side.accept(batch_size=2)
-    assert side.next_event() == ipi.Send(READY)
+    assert side.next_event() == engine_side.Send(READY)
     cells, inverses, positions = structures(2, 1, seed=4)
     side._place = lambda _: memoryview(bytearray(48))
     feed(side, posdata(cells, inverses, positions))
     event = side.next_event()
-    assert isinstance(event, ipi.Evaluate)
+    assert isinstance(event, engine_side.Evaluate)
     assert ipi.read_cells(event.cells).tobytes() == cells.tobytes()
 
 
 def test_positions_that_fit_nowhere_are_an_error_and_then_forgotten():
     side = engine_in("ready")
     feed(side, MESSAGES["MISFIT"] + STATUS + GETFORCE + STATUS + POSDATA)
-    misfit = ipi.Send(error(InvalidStructureError("3 atoms", "send 2").to_json()))
-    assert [side.next_event() for _ in range(3)] == [ipi.Send(HAVEDATA), misfit, ipi.Send(READY)]
-    assert isinstance(side.next_event(), ipi.Evaluate)
+    misfit = engine_side.Send(error(InvalidStructureError("3 atoms", "send 2").to_json()))
+    assert [side.next_event() for _ in range(3)] == [engine_side.Send(HAVEDATA), misfit, engine_side.Send(READY)]
+    assert isinstance(side.next_event(), engine_side.Evaluate)
 
 
 def test_exit_waits_for_an_evaluation_under_way_and_what_is_behind_it_is_not_read():
@@ -949,7 +952,7 @@ def test_exit_waits_for_an_evaluation_under_way_and_what_is_behind_it_is_not_rea
     feed(side, EXIT + b"no such word")
     assert side.next_event() is None
     side.finish()
-    assert side.next_event() == ipi.Close(None)
+    assert side.next_event() == engine_side.Close(None)
     assert side.next_event() is None
 
 
@@ -965,7 +968,7 @@ class Conversation(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.side = ipi.EngineSide(only_two_atoms)
+        self.side = engine_side.EngineSide(only_two_atoms)
         self.asked: list[bytes] = []
         self.verdicts: list[Any] = []
         self.may_get = False
@@ -987,11 +990,11 @@ class Conversation(RuleBasedStateMachine):
                         self.side.accept(announced=True)
                     else:
                         self.side.refuse(verdict, announced=True)
-                case ipi.Send(data):
+                case engine_side.Send(data):
                     assert (data in (NEEDINIT, READY, HAVEDATA)) == (self.asked.pop(0) == STATUS)
-                case ipi.SendResult():
+                case engine_side.SendResult():
                     assert self.asked.pop(0) == GETFORCE
-                case ipi.Close(why):
+                case engine_side.Close(why):
                     assert why is None
                     self.closed = True
 
@@ -1056,7 +1059,7 @@ class Springs(threading.Thread):
         super().__init__(daemon=True)
         self.sock, self.extras, self.batch = sock, extras, batch
         self.slot = Slot.create(natoms, batch)
-        self.side = ipi.EngineSide(lambda _: self.slot.positions_bytes)
+        self.side = engine_side.EngineSide(lambda _: self.slot.positions_bytes)
         self.inits: list[ipi.Init] = []
         self.cells: list[np.ndarray] = []
         self.positions: list[np.ndarray] = []
@@ -1068,12 +1071,12 @@ class Springs(threading.Thread):
             while (event := self.side.next_event()) is not None:
                 self.handle(event)
 
-    def handle(self, event: ipi.Event) -> None:
+    def handle(self, event: engine_side.Event) -> None:
         match event:
             case ipi.Init():
                 self.inits.append(event)
                 self.side.accept(self.batch)
-            case ipi.Evaluate(cells):
+            case engine_side.Evaluate(cells):
                 self.cells.append(ipi.read_cells(cells))
                 self.positions.append(self.slot.positions.copy())
                 self.slot.energies[:] = (self.slot.positions**2).sum(axis=(1, 2))
@@ -1081,11 +1084,11 @@ class Springs(threading.Thread):
                 self.slot.virials[:] = np.arange(9.0 * self.batch).reshape(self.batch, 3, 3)
                 self.slot.set_extras([self.extras] * self.batch)
                 self.side.finish()
-            case ipi.Send(data):
+            case engine_side.Send(data):
                 self.sock.sendall(data)
-            case ipi.SendResult():
+            case engine_side.SendResult():
                 self.sock.sendall(self.slot.reply)
-            case ipi.Close():
+            case engine_side.Close():
                 self.closed = True
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from rootstock_client import ipi
+from rootstock_client import engine_side, ipi
 from rootstock_client.driver_side import DriverSide
 from rootstock_client.errors import (
     InvalidStructureError,
@@ -115,7 +115,7 @@ class EnginePlayer:
 
     def __init__(self, limits: ipi.Limits = LIMITS, *, fast: bool = True, late: bool = False) -> None:
         self.outcome = Outcome()
-        self.side = ipi.EngineSide(self._place, limits)
+        self.side = engine_side.EngineSide(self._place, limits)
         if not fast:
             self.side._whole = lambda: None  # type: ignore[method-assign]
         self._limits, self._late = limits, late
@@ -151,18 +151,18 @@ class EnginePlayer:
         else:
             self.side.fail(self._result)
 
-    def _handle(self, event: ipi.Event) -> None:
+    def _handle(self, event: engine_side.Event) -> None:
         outcome = self.outcome
         match event:
-            case ipi.Send(data):
+            case engine_side.Send(data):
                 outcome.answers.append(named(data))
-            case ipi.SendResult():
+            case engine_side.SendResult():
                 assert self._request is not None
                 outcome.answers.append("FORCEREADY")
                 outcome.results.append((len(self._request.numbers), self._request.batch_size))
-            case ipi.Close(error):
+            case engine_side.Close(error):
                 outcome.ends = error.code if error else "exit"
-            case ipi.Evaluate(cells):
+            case engine_side.Evaluate(cells):
                 assert self._request is not None
                 outcome.structures.append(digest(cells, self._memory))
                 self._result = check_structure(cells, self._memory, self._request)
