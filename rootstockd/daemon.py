@@ -124,10 +124,11 @@ class Daemon:
         fresh = read_again(self.config)
         catalogue = Catalogue.load(fresh.catalogues)
         changed = {name for name in Config.model_fields if getattr(fresh, name) != getattr(self.config, name)}
+        moved = ["access.socket_group"] * (fresh.access.socket_group != self.config.access.socket_group)
         self.config = self.config.model_copy(update={name: getattr(fresh, name) for name in changed & RELOADED})
         self.catalogue = catalogue
         self.accounts.apply(self.config)
-        restart_needed = sorted(changed - RELOADED)
+        restart_needed = sorted(changed - RELOADED) + moved
         for name in restart_needed:
             log.warning("%s has changed and takes effect with the next restart", name)
         log.info("reloaded")
