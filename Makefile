@@ -6,7 +6,8 @@
 
 VENV ?= .venv
 PYTHON ?= python3
-PYTEST_ARGS ?=
+# tests with daemons mostly wait, so more at once than there are CPUs
+PYTEST_ARGS ?= -n 4 --dist loadfile
 BENCH_ARGS ?=
 
 SHELL := /bin/sh

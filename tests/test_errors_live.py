@@ -19,7 +19,7 @@ from ase.calculators.calculator import PropertyNotImplementedError
 from ase.calculators.emt import EMT
 
 from conftest import EMBEDDED_MODEL, RunningDaemon, sha256
-from rootstock_client import RootstockClient, RootstockError, ipi
+from rootstock_client import RootstockClient, RootstockError, ipi, runtime_dir
 from rootstock_client.driver_side import DriverSide
 from rootstock_client.errors import (
     DaemonNotFoundError,
@@ -264,6 +264,7 @@ def test_an_engine_that_gives_nan(start_daemon, tmp_path) -> None:
 def test_no_daemon(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     monkeypatch.delenv("ROOTSTOCKD_SOCKET", raising=False)
+    monkeypatch.setattr(runtime_dir, "SYSTEM_DIR", tmp_path)  # this machine may have a daemon for all
     with pytest.raises(DaemonNotFoundError, match="rootstockd start --gpu 0"):
         RootstockClient()
     atoms = copper()

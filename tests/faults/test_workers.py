@@ -399,7 +399,8 @@ def test_workers_killed_while_they_load(daemon: RunningDaemon) -> None:
 
 
 @pytest.mark.parametrize("at", ["an evaluation", "loading"])
-def test_a_daemon_stops_while_its_worker_hangs(start_hostile, at: str) -> None:
+def test_a_daemon_stops_while_its_worker_hangs(start_hostile, monkeypatch, at: str) -> None:
+    monkeypatch.setenv("ROOTSTOCKD_PATIENCE", "0")
     daemon = start_hostile(load="", broken=("hang", 1))
     model, deed = ("hostile", hostile.SLEEP) if at == "an evaluation" else ("broken", hostile.QUIET)
     with ThreadPoolExecutor(1) as pool:
@@ -416,8 +417,9 @@ def test_a_daemon_stops_while_its_worker_hangs(start_hostile, at: str) -> None:
     assert "Traceback" not in daemon.log.read_text()
 
 
-def test_a_worker_whose_daemon_dies_while_it_starts_ends_too(start_hostile) -> None:
+def test_a_worker_whose_daemon_dies_while_it_starts_ends_too(start_hostile, monkeypatch) -> None:
     """Before it has asked the kernel to kill it then."""
+    monkeypatch.setenv("ROOTSTOCKD_PATIENCE", "0")
     daemon = start_hostile(load="", broken=("hang", 1_000_000))
     process = psutil.Process(daemon.client().status()["pid"])
     with ThreadPoolExecutor(1) as pool:
