@@ -91,6 +91,7 @@ class Supervisor:
         self._environment = environment
         self._worker: WorkerProcess | None = None
         self._failures: dict[int, RootstockError] = {}
+        self._asked, self._shortages = b"", 0
         self._settled = asyncio.Event()
         self._stopping = asyncio.Event()
         self.retired = False
@@ -177,7 +178,7 @@ class Supervisor:
                 numbers.append(owner.number)
         if numbers:
             self._sent = time.perf_counter()
-            worker.evaluate(numbers)
+            self._asked, self._shortages = worker.evaluate(numbers), 0
         for evaluation, refusal in refused:
             batch.remove(evaluation)
             evaluation.owner.evaluated(refusal)
@@ -185,22 +186,36 @@ class Supervisor:
             self._dispatch()
 
     def _on_message(self, kind: bytes, body: bytes) -> None:
-        if kind == b"E":
+        if kind == b"E" and body == self._asked and self.scheduler.running:
             self._done()
-        elif kind == b"O":
+        elif kind == b"O" and self._shortages < len(self.scheduler.running):
+            self._shortages += 1  # each splits a batch
             self.scheduler.back_off()
             atoms = self.scheduler.batch_atoms
             log.warning("model %s: no memory for a batch; they have %d atoms at most now", self.spec.name, atoms)
         else:
             try:
                 said = parse(kind, body)
+                self._check_time(kind, said)
             except ValueError as error:
                 what = str(error).partition("\n")[0][:200]
                 log.warning("model %s: its worker says what makes no sense, and is ended: %s", self.spec.name, what)
                 if self._worker is not None:  # whatever it sends now can't be trusted, nor what it computes
-                    self._worker.kill(End("it sent what is no message", blamed=True))
+                    self._worker.distrust("what is no message")
             else:
                 self._told(kind, said)
+
+    def _check_time(self, kind: bytes, said: Said) -> None:
+        """Whether a worker may say this now.
+
+        Raises:
+            ValueError: it may not.
+        """
+        if isinstance(said, Failure) and kind == b"F":
+            if all(evaluation.owner.number != said.slot for evaluation in self.scheduler.running):
+                raise ValueError(f"a failure of slot {said.slot}, which is not under way")
+        elif (self.state is State.LOADING) == (kind == b"I"):
+            raise ValueError(f"{kind!r} while the model is {self.state.value}")
 
     def _done(self) -> None:
         """The batch is done."""
@@ -310,8 +325,7 @@ class Supervisor:
             limit = self._load_timeout if loading else self._batch_limit(running)
             if waited < limit:
                 continue
-            while worker.look():  # its answer may have come while nobody looked
-                pass
+            worker.hear_out()  # its answer may have come while nobody looked
             if self.state is State.LOADING if loading else self.scheduler.running and self._sent == began:
                 what = "loading" if loading else "an evaluation"
                 how = f"it hung: {what} took {waited:.3g} s where {limit:.3g} s is the limit"

@@ -9,6 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from rootstock_client.errors import RootstockError, error_from_code
 from rootstockd.worker.engines import EngineInfo
 
+LONGEST = 2_000
+"""Characters of a text."""
+
 
 class Failure(BaseModel):
     """An evaluation that failed (`F`, with its slot), or a model that can't be loaded (`X`)."""
@@ -23,7 +26,7 @@ class Failure(BaseModel):
     @property
     def error(self) -> RootstockError:
         """As sessions are told of it."""
-        return error_from_code(self.code, self.message, self.hint)
+        return error_from_code(self.code, self.message[:LONGEST], self.hint[:LONGEST])
 
 
 class Confined(BaseModel):
@@ -31,7 +34,7 @@ class Confined(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    missing: Annotated[list[str], Field(max_length=100)]
+    missing: Annotated[list[Annotated[str, Field(max_length=LONGEST)]], Field(max_length=20)]
     """All but what these say."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -26,6 +27,9 @@ GRACE = 5.0
 """Seconds that a worker without its socket has to end by itself, so that it is seen what it died of."""
 FOREIGN = {signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT}
 """What people, programs and a kernel out of memory send, and what no computation does to itself by mistake."""
+LAST_WORDS = 1_000
+"""Messages that are heard of a worker that has ended, or is about to be."""
+_NO_DESCRIPTORS = {errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM}
 Listener = Callable[[bytes, bytes], None]
 TUNING = {
     # memory of one step is there for the next: giving it back and faulting it in anew cost up to two thirds of a step
@@ -126,7 +130,7 @@ class WorkerProcess:
         """Hand it a slot that it has not yet.
 
         Raises:
-            OSError: there is no file descriptor left.
+            OSError: there is no file descriptor left, or the kernel passes no more of them.
         """
         fd = os.dup(slot.fd)  # the slot may be closed before its turn comes
         message = {"slot": number, "natoms": slot.natoms, "frames": slot.frames, **fields}
@@ -140,16 +144,18 @@ class WorkerProcess:
             self.attached.remove(number)
             self._send(b"D" + number.to_bytes(4, "little"))
 
-    def evaluate(self, numbers: list[int]) -> None:
-        """Have it evaluate these slots in one batch; it says E when it is done."""
-        self._send(struct.pack(f"<c{len(numbers)}i", b"E", *numbers))
+    def evaluate(self, numbers: list[int]) -> bytes:
+        """Have it evaluate these slots in one batch; what it says with E when it is done."""
+        body = struct.pack(f"<{len(numbers)}i", *numbers)
+        self._send(b"E" + body)
+        return body
 
     async def wait(self) -> End:
         """Until the process is gone, and all it said is heard."""
         status = await self._process.wait()
         self.usable = False
-        while self.look():
-            pass
+        self.hear_out()
+        self.hang_up()  # what it started may live on, and have more to say
         if self._folders is not None:
             await asyncio.to_thread(self._folders.remove)
         return self._verdict if status == -signal.SIGKILL and self._verdict else ending(status)
@@ -179,17 +185,25 @@ class WorkerProcess:
                 socket.send_fds(self._channel, [message], [fd])
         except BlockingIOError:
             return False
-        except OSError:
-            pass  # it is dead or dying, and `wait` will say so
+        except OSError as error:  # it is dead or dying, and `wait` will say so
+            if fd is not None and error.errno in _NO_DESCRIPTORS:
+                os.close(fd)
+                with contextlib.suppress(OSError):
+                    self._channel.send(message)  # without it: there is no slot
+                raise
         if fd is not None:
             os.close(fd)
         return True
 
     def _flush(self) -> None:
         while self._outbox:
-            if not self._sent(*self._outbox[0]):
-                return
-            self._outbox.popleft()
+            message, fd = self._outbox.popleft()
+            try:
+                if not self._sent(message, fd):
+                    self._outbox.appendleft((message, fd))
+                    return
+            except OSError as error:  # its session thinks that the worker has the slot
+                self.kill(End(f"it could not be given a slot: {error.strerror}", blamed=False))
         self._loop.remove_writer(self._channel)
 
     def _drop_outbox(self) -> None:
@@ -216,6 +230,17 @@ class WorkerProcess:
             # a worker without its socket is of no use, but as a rule it is dying already
             self._loop.call_later(GRACE, self.kill, End("it closed its connection and was killed", blamed=True))
         return False
+
+    def hear_out(self) -> None:
+        """Take what lies in the socket; not without end, as it may be filled as fast as it is read."""
+        for _ in range(LAST_WORDS):
+            if not self.look():
+                return
+
+    def distrust(self, what: str) -> None:
+        """End it, and believe nothing more of what it has said or says: it is not what a worker can say."""
+        self.kill(End(f"it sent {what}", blamed=True))
+        self.hang_up()
 
     def hang_up(self) -> None:
         """Ask it to end: it does when it next looks at its socket."""

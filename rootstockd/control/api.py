@@ -180,6 +180,7 @@ class ControlServer(uvicorn.Server):
         config = uvicorn.Config(
             BoundedBody(make_app(daemon)),
             http=PeerProtocol,
+            proxy_headers=False,  # they would change who asks
             ws="none",
             h11_max_incomplete_event_size=MAX_HEAD,
             log_config=None,

@@ -226,6 +226,8 @@ class Loop:
             elif kind == b"A":
                 fields = json.loads(body)
                 _, descriptors, _, _ = socket.recv_fds(channel, 1, 1)
+                if not descriptors:  # the kernel passes no more of them; the session is told so
+                    continue
                 slot = Slot(descriptors[0], fields["natoms"], fields["frames"])
                 slots[fields["slot"]] = _Attached(slot, fields, self._engine)
                 del slot
@@ -296,7 +298,8 @@ def error_fields(error: EngineError) -> dict[str, str]:
 
 def send(channel: socket.socket, kind: bytes, fields: dict[str, Any]) -> None:
     """Send one JSON message."""
-    channel.send(kind + json.dumps(fields).encode())
+    # what is no text, such as a file name that is no UTF-8, must not keep the rest from being understood
+    channel.send(kind + json.dumps(fields, ensure_ascii=False).encode("utf-8", "replace"))
 
 
 def main(channel: socket.socket, spec: ModelSpec) -> int:

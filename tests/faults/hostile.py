@@ -15,7 +15,7 @@ import numpy as np
 from ase.calculators.calculator import Calculator, all_changes
 from ase.calculators.emt import EMT
 
-QUIET, SEGFAULT, ABORT, EXIT, LEAVE, SLEEP, LOOP, MEMORY, NAN, SLOW = range(10)
+QUIET, SEGFAULT, ABORT, EXIT, LEAVE, SLEEP, LOOP, MEMORY, NAN, SLOW, NO_TEXT = range(11)
 """What an evaluation does; the height of the first atom in 100 Å says which (`behave`)."""
 SLOWLY = 1.0
 """Seconds that SLOW takes, with a right result."""
@@ -27,6 +27,10 @@ def _loop() -> None:
         pass
 
 
+def _complain() -> None:
+    raise ValueError(f"can't read {os.fsdecode(b'caf' + bytes([0xE9]))}.dat")
+
+
 _DEEDS: dict[int, Callable[[], Any]] = {
     SEGFAULT: lambda: ctypes.string_at(0),
     ABORT: os.abort,
@@ -35,6 +39,7 @@ _DEEDS: dict[int, Callable[[], Any]] = {
     SLEEP: lambda: time.sleep(1e6),
     LOOP: _loop,
     MEMORY: lambda: np.empty((2**50, 3)),
+    NO_TEXT: _complain,
     SLOW: lambda: time.sleep(SLOWLY),
 }
 

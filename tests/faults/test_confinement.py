@@ -352,5 +352,5 @@ def test_a_worker_that_lies_to_the_daemon(lying: RunningDaemon, lie: bytes) -> N
     until(lambda: lying.model("liar")["state"] == "ready")
     assert honest.get_potential_energy() == pytest.approx(1.0)
     assert lying.client().status()["pid"] == pid
-    nonsense = lie[:1] not in b"EO" and lie != liar.LIES[4]
+    nonsense = lie != b"O"  # that alone can be so
     assert (lying.model("liar")["restarts"] > restarts) is nonsense

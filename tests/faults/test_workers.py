@@ -192,6 +192,7 @@ def test_a_structure_that_kills_its_worker_is_given_up_after_two(daemon: Running
     [
         (hostile.LEAVE, EvaluationError, "the engine failed: SystemExit: 3"),
         (hostile.NAN, EvaluationError, "NaN or infinite"),
+        (hostile.NO_TEXT, EvaluationError, r"the engine failed: ValueError: can't read caf\?\.dat"),
         (hostile.MEMORY, LimitError, "8 atoms do not fit the device's memory: Unable to allocate.* had 8 atoms"),
     ],
 )
@@ -203,10 +204,10 @@ def test_a_structure_that_fails_costs_no_worker(daemon: RunningDaemon, deed: int
 
 
 def test_several_bad_ones_at_once(daemon: RunningDaemon) -> None:
-    deeds = [hostile.SEGFAULT, hostile.EXIT, hostile.ABORT, hostile.NAN, hostile.MEMORY, hostile.LEAVE]
+    deeds = [hostile.SEGFAULT, hostile.EXIT, hostile.ABORT, hostile.NAN, hostile.MEMORY, hostile.LEAVE, hostile.NO_TEXT]
     with mates(daemon), ThreadPoolExecutor(len(deeds)) as pool:
         outcomes = list(pool.map(lambda deed: evaluate(daemon, behave(slab(), deed)), deeds))
-    assert [type(outcome) for outcome in outcomes] == [EvaluationError] * 4 + [LimitError, EvaluationError]
+    assert [type(outcome) for outcome in outcomes] == [EvaluationError] * 4 + [LimitError] + [EvaluationError] * 2
 
 
 # --- signals from somewhere else
