@@ -15,7 +15,7 @@ from ase.calculators.calculator import Calculator, CalculatorSetupError, Propert
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from rootstock_client.connection import Connection
-from rootstock_client.errors import UnsupportedError
+from rootstock_client.errors import ProtocolError, UnsupportedError
 from rootstock_client.patience import patience_in_seconds
 from rootstock_client.snapshot import Box, Snapshot
 from rootstock_client.units import BOHR, HARTREE
@@ -174,10 +174,9 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         if "stress" in wanted:
             results["stress"] = full_3x3_to_voigt_6_stress(answer.virials[0] * (-HARTREE / box.volume))
         if answer.extras[0] != self._extras:  # the same bytes at nearly every step
-            extras = json.loads(answer.extras[0] or b"{}")
-            self.backend = extras.get("backend")
+            self.backend, energies = _read_extras(answer.extras[0], len(positions) if "energies" in wanted else 0)
             if "energies" in wanted:
-                results["energies"] = np.array(extras["energies"]) * HARTREE
+                results["energies"] = energies * HARTREE
             else:
                 self._extras = answer.extras[0]
         return results
@@ -234,3 +233,19 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         address = state.pop("_address")
         self.__dict__.update(state)
         self._connect(Connection(*address))
+
+
+def _read_extras(text: bytes, energies: int) -> tuple[str | None, np.ndarray[Any, Any]]:
+    """What computed, and so many per-atom energies in Hartree.
+
+    Raises:
+        ProtocolError: the extras are no such thing.
+    """
+    try:
+        extras = json.loads(text or b"{}")
+        backend, values = extras.get("backend"), np.array(extras["energies"] if energies else (), float)
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        raise ProtocolError(f"extras that can't be read: {text[:80]!r}") from error
+    if values.shape != (energies,) or not np.isfinite(values).all():
+        raise ProtocolError(f"extras without {energies} per-atom energies: {text[:80]!r}")
+    return backend, values

@@ -179,6 +179,8 @@ class Connection:
         except BaseException:  # whatever it was, the next answer would be the wrong one
             self._close()
             raise
+        if self._side.unread:  # last words, or more answers than questions: not for the next step
+            self._close()
         if isinstance(answer, ipi.Failure):
             self._init = b""  # it may have been refused for a reason that passes: say it again next time
             raise answer.error

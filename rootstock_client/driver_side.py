@@ -57,6 +57,11 @@ class DriverSide:
         """A STATUS or a GETFORCE has been sent."""
         self._expected.append(request)
 
+    @property
+    def unread(self) -> bool:
+        """Bytes have come behind the last answer."""
+        return self._reader.start != self._reader.end
+
     def next_message(self) -> EngineMessage | None:
         """The next answer, or None when more bytes must come first.
 

@@ -7,6 +7,7 @@ import errno
 import os
 import select
 import signal
+import socket as socketlib
 import stat
 import subprocess
 import sys
@@ -41,9 +42,11 @@ from rootstockd.config import Config
 from rootstockd.config_file import ConfigError, make_config, read_again
 from rootstockd.control.schema import DaemonStatus, ReloadReport
 from rootstockd.devices import DeviceError, choose_device
+from rootstockd.models.catalogue import Catalogue, CatalogueError
 from rootstockd.peers import peer_of
 
 POLL = 0.05
+PEEK = socketlib.MSG_PEEK | socketlib.MSG_DONTWAIT
 FORCE_TIMEOUT = 5.0
 """Seconds that a daemon has to answer `stop --force`, and then to end, before it is killed."""
 
@@ -136,12 +139,14 @@ def restart(socket: Path | None) -> None:
     try:
         running = fetch_config(address)
         config = read_again(running) if running else None
+        if config is not None:
+            check_startable(config)  # while there is still a daemon
         with daemon_process(address) as process:
             with contextlib.suppress(ConnectionLostError):  # it was on its way down already
                 request(address, "POST", "/v1/stop", {"replaced": True})  # which refuses whoever may not
             assert config is not None
             launch(config, after=process)
-    except (RootstockError, ConfigError) as error:
+    except (RootstockError, ConfigError, CatalogueError) as error:
         raise Refused(error) from error
 
 
@@ -161,6 +166,19 @@ def reload(socket: Path | None) -> None:
         )
 
 
+def check_startable(config: Config) -> None:
+    """What a new daemon would say of its files.
+
+    Raises:
+        CatalogueError, UnknownModelError, Refused: it could not start.
+    """
+    catalogue = Catalogue.load(config.catalogues)
+    for name in config.models:
+        catalogue.resolve(name)
+    if config.log_file is not None:
+        prepare_log(config.log_file).close()
+
+
 def launch(config: Config, *, after: int | None = None) -> None:
     """Start a daemon in the background and wait until it is ready.
 
@@ -172,10 +190,7 @@ def launch(config: Config, *, after: int | None = None) -> None:
         Refused: it can't start, or none of the models it was to load can be loaded.
     """
     assert config.log_file is not None
-    try:
-        log = open_log(config.log_file)
-    except OSError as error:
-        raise Refused(f"can't write the log {config.log_file}: {error.strerror}. Choose another --log-file.") from error
+    log = prepare_log(config.log_file)
     predecessor = () if after is None else (after,)
     with log:
         position = log.tell()
@@ -211,6 +226,18 @@ def launch(config: Config, *, after: int | None = None) -> None:
         soft_wrap=True,
         markup=False,
     )
+
+
+def prepare_log(path: Path) -> BinaryIO:
+    """Open a log, or say why it can't be.
+
+    Raises:
+        Refused: it can't.
+    """
+    try:
+        return open_log(path)
+    except OSError as error:
+        raise Refused(f"can't write the log {path}: {error.strerror}. Choose another --log-file.") from error
 
 
 def open_log(path: Path) -> BinaryIO:
@@ -279,7 +306,7 @@ def daemon_process(socket: Path) -> Iterator[int]:
                 process = os.pidfd_open(pid)
                 stack.callback(os.close, process)
             # while the connection stands, so does the process, and nobody else has its number
-            if process < 0 or select.select([sock], [], [], 0)[0]:
+            if process < 0 or (select.select([sock], [], [], 0)[0] and not sock.recv(1, PEEK)):
                 raise DaemonNotFoundError(f"no rootstockd answers at {path}: it has just gone.", START_HINT)
         yield process
 
@@ -296,7 +323,9 @@ def end(socket: Path, *, force: bool = False) -> None:
             request(socket, "POST", "/v1/stop", {"force": force}, timeout=FORCE_TIMEOUT)
         except ConnectionLostError:
             pass  # it was on its way down already
-        except NotAnsweringError:
+        except AccessDeniedError:
+            raise
+        except RootstockError:  # it does not answer, or has too many others to answer
             if not force:
                 raise
             limit = 0.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import socket
@@ -28,7 +27,7 @@ from rootstockd.control.schema import (
     StopRequest,
 )
 from rootstockd.models.catalogue import CatalogueError
-from rootstockd.peers import peer_of, user_name
+from rootstockd.peers import user_name
 
 if TYPE_CHECKING:
     from rootstockd.daemon import Daemon
@@ -164,22 +163,13 @@ def resident_memory(pid: int) -> int | None:
         return None
 
 
-class PeerProtocol(BoundedProtocol):
-    """HTTP whose client has a uid for a host and a process id for a port."""
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        peer = peer_of(transport.get_extra_info("socket"))
-        self.client = (str(peer.uid), peer.pid)
-
-
 class ControlServer(uvicorn.Server):
     """uvicorn on the daemon's own loop and socket; signals stay the daemon's."""
 
     def __init__(self, daemon: Daemon, sock: socket.socket) -> None:
         config = uvicorn.Config(
             BoundedBody(make_app(daemon)),
-            http=PeerProtocol,
+            http=BoundedProtocol,
             proxy_headers=False,  # they would change who asks
             ws="none",
             h11_max_incomplete_event_size=MAX_HEAD,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from typing import TypeAlias
 
 from fastapi import Request
@@ -12,10 +13,13 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from rootstockd.peers import peer_of
+
 MAX_BODY = 64 * 1024
 """Bytes of a request's body."""
 MAX_CONNECTIONS = 16
-"""Connections at a time; each takes a file descriptor from the sessions' reserve."""
+"""Connections at a time; each takes a file descriptor from the sessions' reserve. Half are for whoever runs the daemon;
+one user has a quarter at most."""
 MAX_HEAD = 16 * 1024
 """Bytes of a request's line and headers."""
 DEADLINE = 10.0
@@ -35,13 +39,19 @@ TOO_MANY: Reason = (503, f"{MAX_CONNECTIONS} connections to the control socket a
 
 
 class BoundedProtocol(H11Protocol):
-    """uvicorn's HTTP, with an end to connections that are too many or too slow."""
+    """uvicorn's HTTP, with an end to connections that are too many or too slow.
+
+    Its client has a uid, as the kernel tells it, for a host, and a process id for a port.
+    """
 
     _deadline: asyncio.TimerHandle | None = None
+    uid = -1
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        if len(self.connections) > MAX_CONNECTIONS:
+        peer = peer_of(transport.get_extra_info("socket"))
+        self.uid, self.client = peer.uid, (str(peer.uid), peer.pid)
+        if self._too_many():
             status, why = TOO_MANY
             body = json.dumps({"detail": why})
             head = f"HTTP/1.1 {status} Service Unavailable\r\ncontent-type: application/json\r\nconnection: close\r\n"
@@ -50,6 +60,16 @@ class BoundedProtocol(H11Protocol):
             self._deadline = self.loop.call_later(1.0, transport.abort)
             return
         self._deadline = self.loop.call_later(DEADLINE, transport.abort)
+
+    def _too_many(self) -> bool:
+        """Whether there are; root and the daemon's own user always have half of them, whatever others do."""
+        if len(self.connections) > MAX_CONNECTIONS:
+            return True
+        privileged = {0, os.geteuid()}
+        others = [uid for uid in (getattr(c, "uid", -1) for c in self.connections) if uid not in privileged]
+        return self.uid not in privileged and (
+            len(others) > MAX_CONNECTIONS // 2 or others.count(self.uid) > MAX_CONNECTIONS // 4
+        )
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._deadline is not None:

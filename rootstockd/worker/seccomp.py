@@ -150,6 +150,7 @@ _NAMESPACES = 0x7E020000
 _F_SETSIG, _F_SETOWN_EX = 10, 15
 _TIOCSTI, _TIOCLINUX, _FIOSETOWN, _SIOCSPGRP = 0x5412, 0x541C, 0x8901, 0x8902
 _PR_SET_PDEATHSIG = 1
+_IOPRIO_WHO_PROCESS = 1
 
 
 def _checks() -> List[_Check]:
@@ -164,6 +165,13 @@ def _checks() -> List[_Check]:
         _Check((129, 138), 0, (me,)),  # rt_sigqueueinfo
         _Check((297, 240), 0, (me,)),  # rt_tgsigqueueinfo
         _Check((302, 261), 0, (0, me)),  # prlimit64
+        _Check((141, 140), 0, (os.PRIO_PROCESS,)),  # setpriority...
+        _Check((141, 140), 1, (0, me)),  # ...its own
+        _Check((144, 119), 0, (0, me)),  # sched_setscheduler
+        _Check((142, 118), 0, (0, me)),  # sched_setparam
+        _Check((314, 274), 0, (0, me)),  # sched_setattr
+        _Check((251, 30), 0, (_IOPRIO_WHO_PROCESS,)),  # ioprio_set...
+        _Check((251, 30), 1, (0, me)),  # ...its own
         _Check((56, 220), 0, (0,), mask=_NAMESPACES),  # clone
         # signals to whoever one calls the owner of a descriptor
         _Check((72, 25), 1, (fcntl.F_SETOWN, _F_SETSIG, _F_SETOWN_EX), refused=True),  # fcntl
