@@ -18,6 +18,10 @@ from rootstockd.peers import peer_of, user_name
 _UCRED = struct.Struct("3i")
 
 
+_WHOLE_FILE = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+"""A lock that only somebody who may write to the file can have, unlike flock's: a worker may not."""
+
+
 class AddressError(Exception):
     """A socket address that this daemon can't have: why, and what to do."""
 
@@ -59,7 +63,7 @@ def lock(path: Path) -> Iterator[None]:
         except OSError as error:
             raise AddressError(f"can't open the lock file {path}: {error.strerror}.") from error
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _WHOLE_FILE)
         except OSError as error:
             holder = os.read(fd, 32).decode("ascii", "replace").strip() or "unknown"
             os.close(fd)

@@ -64,9 +64,10 @@ def _make_scratch() -> tuple[str, int]:
         path = tempfile.mkdtemp(prefix=_prefix())
         with contextlib.suppress(FileNotFoundError):  # another daemon was faster, and has removed it
             folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            fcntl.flock(folder, fcntl.LOCK_EX)
-            if os.path.exists(path):
-                return path, folder
+            with contextlib.suppress(BlockingIOError):  # or looks whether it is left behind
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.exists(path):
+                    return path, folder
             os.close(folder)
 
 

@@ -273,20 +273,20 @@ def test_a_lock_file_removed_under_its_holder_guards_nothing(short):
 def test_a_lock_file_removed_while_it_was_opened_is_made_anew(short, monkeypatch, another):
     """Its holder ended just then, and perhaps another daemon has made its own already."""
     path = short / "a.lock"
-    flock = fcntl.flock
+    control = fcntl.fcntl
     calls = []
 
-    def meanwhile(fd: int, how: int) -> None:
+    def meanwhile(fd: int, command: int, argument: bytes) -> object:
         if not calls:
             path.unlink()
             if another:
                 path.write_text("")
-        calls.append(fd)
-        flock(fd, how)
+        calls.append(command)
+        return control(fd, command, argument)
 
-    monkeypatch.setattr(fcntl, "flock", meanwhile)
+    monkeypatch.setattr(fcntl, "fcntl", meanwhile)
     with lock(path):
-        assert len(calls) == 2
+        assert calls == [fcntl.F_OFD_SETLK] * 2
         assert path.read_text() == f"{os.getpid()}\n"
 
 
