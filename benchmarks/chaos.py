@@ -49,6 +49,10 @@ GROWTH = 64e6
 """Bytes by which the daemon may be larger than at the beginning."""
 
 
+OPENED_WITHIN = 180.0
+"""Seconds until jobs have their sessions: a worker that was stopped while it loaded counts as hung after 60."""
+
+
 class Tally:
     """What jobs have said so far; told from several threads."""
 
@@ -123,8 +127,8 @@ class Jobs:
 
     def wait_until_ready(self) -> None:
         """Until all its sessions are open: where there is no daemon, a job that never had one may fail."""
-        if not self._ready.wait(60):
-            raise RuntimeError("jobs did not open their sessions within 60 s")
+        if not self._ready.wait(OPENED_WITHIN):
+            raise RuntimeError(f"jobs did not open their sessions within {OPENED_WITHIN:g} s")
 
     def end(self, deadline: float) -> bool:
         """Have it finish its rounds; whether it did, and ended well."""
@@ -205,7 +209,7 @@ def start_options(folder: Path) -> list[str]:
     options = [option for model in PRELOADED for option in ("--model", model)]
     if can_hang():
         settings = folder / "settings.toml"
-        settings.write_text("hang_timeout = 5.0\n")
+        settings.write_text("hang_timeout = 5.0\nload_timeout = 60.0\n")
         options += ["--config", str(settings)]
     return options
 

@@ -48,7 +48,7 @@ def make_config(flags: dict[str, Any], file: Path | None, defaults: dict[str, An
     Raises:
         ConfigError: a key or a value is wrong.
     """
-    given = read_config_file(file) if file else {}
+    given = _read(file) if file else {}
     said = {key: value for key, value in flags.items() if value is not None}
     return _validate({**defaults, **given, **said, "file": file, "flags": tuple(said)}, given, file)
 
@@ -61,9 +61,20 @@ def read_again(config: Config) -> Config:
     """
     if config.file is None:
         return config
-    given = {key: value for key, value in read_config_file(config.file).items() if key not in config.flags}
+    given = {key: value for key, value in _read(config.file).items() if key not in config.flags}
     kept = config.model_dump(include={"file", "flags", "socket", "device", "log_file", *config.flags})
     return _validate({**kept, **given}, given, config.file)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """The settings in a file; relative paths start where it lies."""
+    given = read_config_file(file)
+    for name in ("socket", "log_file"):
+        if isinstance(given.get(name), str):
+            given[name] = file.parent / given[name]
+    if isinstance(given.get("catalogues"), list):
+        given["catalogues"] = [file.parent / path if isinstance(path, str) else path for path in given["catalogues"]]
+    return given
 
 
 def _validate(fields: dict[str, Any], given: dict[str, Any], file: Path | None) -> Config:

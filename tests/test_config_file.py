@@ -58,3 +58,10 @@ def test_a_wrong_flag_is_not_blamed_on_the_file(write):
     with pytest.raises(ConfigError) as caught:
         make_config({"max_atoms": -1}, write(""), DEFAULTS)
     assert "config.toml" not in str(caught.value)
+
+
+def test_relative_paths_start_at_the_file(write):
+    file = write('catalogues = ["more.toml", "/abs.toml"]\nlog_file = "log"\nsocket = "run/d.sock"\n')
+    config = make_config({}, file, DEFAULTS)
+    assert config.catalogues == (file.parent / "more.toml", Path("/abs.toml"))
+    assert (config.log_file, config.socket) == (file.parent / "log", file.parent / "run/d.sock")
