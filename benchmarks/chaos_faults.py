@@ -152,7 +152,7 @@ def worker_aborted(victim: Victim) -> str:
 def worker_stopped(victim: Victim) -> str:
     """SIGSTOP: it hangs until the daemon notices.
 
-    Not in its first moments: before a worker has asked the kernel to end it with its daemon, it can't when it is stopped.
+    Not in its first moments, before it has asked the kernel to end it with its daemon.
     """
     pid = victim.worker()
     if pid is not None:
