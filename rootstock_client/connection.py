@@ -31,6 +31,8 @@ its way up again."""
 class _Socket(socket.socket):
     """A socket that is closed with its owner, without a word, in whatever order the garbage collector takes the two."""
 
+    _io_refs = 0  # a signal may come before the constructor has set it
+
     def __del__(self) -> None:
         self.close()
 
