@@ -134,10 +134,14 @@ class Supervisor:
 
     def _end_if_unwanted(self) -> None:
         if self.retired and not self.clients and not self._stopping.is_set():
-            self._stopping.set()
-            if self._worker is not None:
-                self._worker.hang_up()
-                self._worker.kill()
+            self._end_worker()
+
+    def _end_worker(self) -> None:
+        """For good: it holds nothing that wants saving."""
+        self._stopping.set()
+        if self._worker is not None:
+            self._worker.hang_up()
+            self._worker.kill()
 
     # --- evaluations
 
@@ -366,12 +370,9 @@ class Supervisor:
 
     async def stop(self, error: RootstockError) -> None:
         """End the worker; what still waits is told `error`."""
-        self._stopping.set()
         for evaluation in self.scheduler.clear():
             evaluation.owner.evaluated(error)
-        if self._worker is not None:
-            self._worker.hang_up()
-            self._worker.kill()  # it holds nothing that wants saving
+        self._end_worker()
         await asyncio.wait([self._task], timeout=STOP_PATIENCE)
         if not self._task.done():
             log.error("model %s: its worker was killed, but does not end; it is left to the kernel", self.spec.name)
