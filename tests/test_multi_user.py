@@ -25,21 +25,25 @@ GROUP = "rsd-chem"
 """Alice's and Bob's second group."""
 
 BECOME = """
-import json, os, pwd, sys
-import encodings.idna, http.client
+import importlib, json, os, pkgutil, pwd, sys
+import encodings.idna, http.client, rich
 from ase.build import bulk
 import rootstock_client.calculator
 from rootstock_client import RootstockClient
 from rootstock_client.errors import RootstockError
 from rootstockd.cli import main
-import rich._unicode_data, rich.status
+for module in pkgutil.iter_modules(rich.__path__, "rich."):
+    if module.name not in ("rich.__main__", "rich.jupyter", "rich._win32_console", "rich._windows_renderer"):
+        importlib.import_module(module.name)
+import rich._unicode_data
 name, *arguments = sys.argv[1:]
 user = pwd.getpwnam(name)
 os.initgroups(name, user.pw_gid)
 os.setgid(user.pw_gid)
 os.setuid(user.pw_uid)
 """
-"""All is imported before: a user need not be able to read the environment that the tests run in."""
+"""All is imported before, and all of rich, which imports as it needs: a user need not be able to read the environment
+that the tests run in."""
 JOB = """
 socket, sessions, repeat = arguments[0], int(arguments[1]), int(arguments[2])
 answers, kept = [], []
