@@ -8,9 +8,11 @@ import functools
 import logging
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from ase.data import atomic_numbers, chemical_symbols
 
@@ -260,7 +262,12 @@ class Daemon:
         if model is None or model.worth_replacing:
             config = self.config
             model = Supervisor(
-                spec, config.worker_environment, config.batch_budget, config.hang_timeout, config.load_timeout
+                spec,
+                Path(sys.executable),
+                config.worker_environment,
+                config.batch_budget,
+                config.hang_timeout,
+                config.load_timeout,
             )
             self.fleet[key] = model
         return model

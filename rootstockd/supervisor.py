@@ -8,6 +8,7 @@ import enum
 import functools
 import logging
 import time
+from pathlib import Path
 from typing import Any, Protocol
 
 from rootstock_client.errors import EvaluationError, LimitError, ModelLoadError, RootstockError
@@ -66,6 +67,7 @@ class Supervisor:
 
     Args:
         spec: the model.
+        python: the interpreter of the environment that its workers run in.
         environment: variables for its workers.
         batch_atoms: the most atoms in one forward pass.
         hang_timeout: seconds that any batch may take.
@@ -75,6 +77,7 @@ class Supervisor:
     def __init__(
         self,
         spec: ModelSpec,
+        python: Path,
         environment: dict[str, str],
         batch_atoms: int,
         hang_timeout: float,
@@ -88,7 +91,7 @@ class Supervisor:
         """Why its workers have more rights than they need."""
         self.evaluations = self.batches = self.restarts = self.clients = 0
         self.scheduler: Scheduler[Client] = Scheduler(batch_atoms)
-        self._environment = environment
+        self._python, self._environment = python, environment
         self._worker: WorkerProcess | None = None
         self._failures: dict[int, RootstockError] = {}
         self._asked, self._shortages = b"", 0
@@ -300,7 +303,9 @@ class Supervisor:
     async def _run_worker(self) -> End:
         """One worker from its start to its end."""
         try:
-            worker = self._worker = await WorkerProcess.start(self.spec, self._environment, self._on_message)
+            worker = self._worker = await WorkerProcess.start(
+                self.spec, self._python, self._environment, self._on_message
+            )
         except Exception as error:  # or the model would count as loading for ever
             return End(f"it could not be started: {error}", blamed=True)
         if self._stopping.is_set():

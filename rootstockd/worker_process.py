@@ -11,7 +11,6 @@ import os
 import signal
 import socket
 import struct
-import sys
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -83,8 +82,10 @@ class WorkerProcess:
         self._loop.add_reader(channel, self.look)
 
     @classmethod
-    async def start(cls, spec: ModelSpec, environment: dict[str, str], listener: Listener) -> WorkerProcess:
-        """Start a worker that loads `spec`; it says R when it is ready."""
+    async def start(
+        cls, spec: ModelSpec, python: Path, environment: dict[str, str], listener: Listener
+    ) -> WorkerProcess:
+        """Start a worker that loads `spec`, with the Python of its environment; it says R when it is ready."""
         folders = WorkerFolders(spec) if spec.confine else None
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         process: asyncio.subprocess.Process | None = None
@@ -97,7 +98,7 @@ class WorkerProcess:
                 arguments.append(json.dumps(confinement))
                 environment = environment | folders.environment
             process = await asyncio.create_subprocess_exec(
-                sys.executable,
+                str(python),
                 *arguments,
                 stdin=asyncio.subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],

@@ -39,15 +39,31 @@ class Entry(BaseModel):
 
     family: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
     """Engine family: which module of `rootstockd.worker.engines` evaluates it."""
+    environment: str = ""
+    """Name of the Python environment that its workers run in; empty for the one called as the family."""
     description: str = ""
     weights: Path | None = None
+    url: str = ""
+    """Where `rootstockd models pull` gets the weights; they then lie in a state directory."""
     sha256: str = Field(default="", pattern=r"^([0-9a-fA-F]{64})?$")
     """Of the weights, which are code: no other file is loaded."""
+    size: int | None = Field(default=None, ge=0)
+    """Of the weights in bytes, where it is known."""
     elements: tuple[str, ...] = ()
     """Symbols of the elements it knows; empty where only the loaded model can say."""
+    heads: tuple[str, ...] = ()
+    """Names of its heads, where it has several and they are known."""
+    computes: tuple[str, ...] = ()
+    """ASE property names; empty where only the loaded model can say."""
     dtype: Literal["float32", "float64"] = "float64"
     """Used where the session does not ask for one."""
     licence: str = ""
+    """SPDX identifier, or a name."""
+    licence_url: str = ""
+    accept_licence: bool = False
+    """Whether the licence has to be accepted before the weights are pulled."""
+    citation: str = ""
+    """What to cite: a DOI, or a reference."""
     aliases: tuple[str, ...] = ()
     hidden: bool = False
     """Not listed: for measuring and testing."""
