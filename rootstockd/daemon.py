@@ -82,6 +82,7 @@ class Daemon:
         Raises:
             AddressError: the sockets can't be had.
         """
+        self._watch_signals()  # first of all: what is taken below is given back
         make_runtime_dir(self.config.socket.parent, shared=self.config.shared)
         self._share_descriptors()
         with contextlib.ExitStack() as ours:
@@ -94,7 +95,6 @@ class Daemon:
             control = ControlServer(self, ours.enter_context(listen(self.config.control, mode, group)))
             mode = 0o666 if self.config.shared and group is None else mode
             sessions = ours.enter_context(listen(self.config.socket, mode, group, keep=lambda: self._replaced))
-            self._watch_signals()
             control_task = asyncio.create_task(control.run_until_stopped(), name="control")
             try:
                 door = await self._start(sessions)
@@ -108,10 +108,21 @@ class Daemon:
         log.info("stopped")
 
     def stop(self, *, force: bool = False, replaced: bool = False) -> None:
-        """Begin to drain; asked twice, or with `force`, wait for nothing. When `replaced`, leave the address."""
-        self._replaced |= replaced
-        if force or self._stop.is_set():
+        """Begin to drain; asked twice, or with `force`, wait for nothing.
+
+        When `replaced`, leave the address. Whoever stops a daemon that is being replaced calls that off: its successor
+        finds the address gone.
+
+        Raises:
+            DrainingError: it was to be replaced, and is on its way down already.
+        """
+        stopping = self._stop.is_set()
+        if stopping and replaced:
+            what = "being restarted" if self._replaced else "stopping"
+            raise DrainingError(f"the daemon is {what} already.", "See `rootstockd status` in a moment.")
+        if force or (stopping and not self._replaced):
             self._force.set()
+        self._replaced = replaced
         self._stop.set()
 
     def reload(self) -> list[str]:
@@ -163,7 +174,7 @@ class Daemon:
         The door stays open meanwhile: whoever comes is told that the daemon is stopping, and may wait for the next.
         """
         self.state = "draining"
-        log.info("draining: %d sessions", len(self.sessions))
+        log.info("draining%s: %d sessions", " for a restart" * self._replaced, len(self.sessions))
         fetched_by = time.monotonic() + LINGER
         deadline = time.monotonic() + self.config.drain_timeout
         while not self._force.is_set() and (now := time.monotonic()) < deadline:
