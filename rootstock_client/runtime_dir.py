@@ -80,6 +80,8 @@ def find_socket(socket: str | os.PathLike[str] | None = None) -> Path:
         if system.is_socket() and is_private(SYSTEM_DIR, 0, system.lstat().st_uid):
             found.append(system)
     if found:
+        if len(found) == 1:
+            return found[0]
         return next((path for path in found if _answers(path)), found[0])
     raise DaemonNotFoundError(
         f"no rootstockd found: no socket in {user} or {SYSTEM_DIR}, and {SOCKET_VARIABLE} is not set.",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 import signal
 import socket
@@ -17,7 +16,7 @@ from pathlib import Path
 from ase.data import atomic_numbers, chemical_symbols
 
 from rootstock_client import ipi
-from rootstock_client.errors import DrainingError, UnknownElementError
+from rootstock_client.errors import DrainingError, RootstockError, UnknownElementError
 from rootstockd.accounts import Accounts
 from rootstockd.config import Config
 from rootstockd.config_file import RELOADED, ConfigError, read_again
@@ -27,6 +26,7 @@ from rootstockd.devices import gpu_uuid
 from rootstockd.door import Door
 from rootstockd.init_request import InitRequest
 from rootstockd.models.catalogue import Catalogue, CatalogueError, Entry
+from rootstockd.peers import peer_of
 from rootstockd.sessions import LINGER, Session
 from rootstockd.sockets import claim_gpu, listen, lock, make_runtime_dir
 from rootstockd.supervisor import Supervisor
@@ -92,8 +92,8 @@ class Daemon:
             remove_left_behind()
             group = self.config.access.socket_group
             mode = 0o600 if group is None else 0o660
-            control = ControlServer(self, ours.enter_context(listen(self.config.control, mode, group)))
             mode = 0o666 if self.config.shared and group is None else mode
+            control = ControlServer(self, ours.enter_context(listen(self.config.control, mode, group)))
             sessions = ours.enter_context(listen(self.config.socket, mode, group, keep=lambda: self._replaced))
             control_task = asyncio.create_task(control.run_until_stopped(), name="control")
             try:
@@ -157,7 +157,7 @@ class Daemon:
 
     async def _start(self, sessions_socket: socket.socket) -> Door:
         """Load what is to be preloaded, and open the door. Sessions that come early wait for their model."""
-        door = Door(sessions_socket, functools.partial(Session, self), self._check_room_to_linger)
+        door = Door(sessions_socket, lambda connection: Session(self, peer_of(connection)))
         models = [self._supervisor(name, entry, entry.dtype) for name, entry in self._preload]
         loaded = asyncio.create_task(_settled(models))
         stopped = asyncio.create_task(self._stop.wait())
@@ -215,8 +215,14 @@ class Daemon:
         self.sessions.add(session)
         self._all_gone.clear()
 
-    def session_turned_away(self, session: Session) -> None:
-        """One has come that may not stay, and is being told why."""
+    def session_turned_away(self, session: Session, error: RootstockError) -> None:
+        """One has come that may not stay, and is being told why.
+
+        Raises:
+            RootstockError: this error, where there is no descriptor for that.
+        """
+        if len(self._turned_away) >= self._max_turned_away:
+            raise error
         self._turned_away.add(session)
 
     def session_closed(self, session: Session) -> None:
@@ -230,15 +236,6 @@ class Daemon:
         limit = raise_descriptor_limit()
         allowed, self._max_turned_away = share_descriptors(limit)
         self.accounts.allow_sessions(allowed, f"all that its limit of {limit} open files (ulimit -n) allows")
-
-    def _check_room_to_linger(self) -> None:
-        """Whether there is a descriptor even for a session that is only told why it can't stay.
-
-        Raises:
-            LimitError: there is none.
-        """
-        if len(self._turned_away) >= self._max_turned_away:
-            self.accounts.check_room()
 
     def open_model(self, request: InitRequest) -> Supervisor:
         """The model that a session asks for; it is loaded if it is not yet.

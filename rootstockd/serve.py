@@ -21,7 +21,6 @@ from rootstockd.devices import DeviceError
 from rootstockd.models.catalogue import CatalogueError
 from rootstockd.sockets import AddressError
 
-
 log = logging.getLogger("rootstockd.serve")
 
 

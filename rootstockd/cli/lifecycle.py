@@ -164,10 +164,17 @@ def reload(socket: Path | None) -> None:
         raise Refused(error) from error
     report = ReloadReport.model_validate(answer)
     console.print("reloaded")
+    print_warnings(report.warnings)
     if report.restart_needed:
         console.print(
             f"changed, but only a restart takes them over: {', '.join(report.restart_needed)}", style="yellow"
         )
+
+
+def print_warnings(warnings: list[str]) -> None:
+    """Print what a configuration has that can't be meant so."""
+    for warning in warnings:
+        console.print(warning, style="yellow", markup=False, soft_wrap=True)
 
 
 def check_startable(config: Config) -> None:
@@ -223,6 +230,7 @@ def launch(config: Config, *, after: int | None = None) -> None:
         end(config.socket, force=True)
         process.wait()
         raise Refused("no model could be loaded, so the daemon was stopped again.")
+    print_warnings(status.warnings)
     loaded = [model.name for model in status.models if model.state == "ready"]
     name = loaded[0] if loaded else "mace-emt-small"
     console.print(

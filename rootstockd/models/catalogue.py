@@ -129,11 +129,13 @@ class Catalogue(Mapping[str, Entry]):
         known = self._aliases.get(name, name)
         if known in self._entries:
             return known, self._entries[known]
-        near = difflib.get_close_matches(name, [*self._entries, *self._aliases], n=3, cutoff=0.4)
+        shown = [name for name, entry in self._entries.items() if not entry.hidden]
+        aliases = [alias for alias, meant in self._aliases.items() if meant in shown]
+        near = difflib.get_close_matches(name, [*shown, *aliases], n=3, cutoff=0.4)
         hint = f"Did you mean {' or '.join(near)}? " if near else ""
         raise UnknownModelError(
             f"this daemon has no model {name[:100]!r}.",
-            f"{hint}It has: {', '.join(sorted(name for name, entry in self._entries.items() if not entry.hidden))}.",
+            f"{hint}It has: {', '.join(sorted(shown))}.",
         )
 
 
