@@ -6,7 +6,6 @@ A user is a uid, as the kernel tells it of a connection (SO_PEERCRED, SO_PEERGRO
 from __future__ import annotations
 
 import grp
-import logging
 import os
 import pwd
 from collections.abc import Callable, Iterable, Iterator
@@ -14,8 +13,6 @@ from collections.abc import Callable, Iterable, Iterator
 from rootstock_client.errors import AccessDeniedError, DaemonFullError, LimitError, UserLimitError
 from rootstockd.config import Config, Quota
 from rootstockd.peers import Peer, user_name
-
-log = logging.getLogger(__name__)
 
 STAGED_BYTES = 128 * 2**20
 """Bytes of long INITs that have not come in full yet, for each user."""
@@ -95,7 +92,6 @@ class Accounts:
             except KeyError:
                 what = "group" if look_up is _gid else "user"
                 self.warnings.append(f"{setting}: there is no {what} {name!r} on this machine")
-                log.warning("configuration: %s", self.warnings[-1])
 
     def is_admin(self, uid: int) -> bool:
         """Whether a user may stop and reload the daemon, and see what others do."""

@@ -62,6 +62,9 @@ class Daemon:
         self.limits = ipi.Limits(atoms=config.max_atoms, init=64 * 1024 + 5 * config.max_atoms)
         self.fleet: dict[WorkerKey, Supervisor] = {}
         self.accounts = Accounts(config)
+        self.warnings: list[str] = []
+        """What the configuration and the catalogues have that can't be meant so."""
+        self._look_over()
         self.retired: list[Supervisor] = []
         """What the catalogue had before it was changed, while sessions still use it."""
         self.sessions: set[Session] = set()
@@ -141,13 +144,24 @@ class Daemon:
         self.config = self.config.model_copy(update={name: getattr(fresh, name) for name in changed & RELOADED})
         self.catalogue = catalogue
         self.accounts.apply(self.config)
+        self._look_over()
         restart_needed = sorted(changed - RELOADED) + moved
         for name in restart_needed:
             log.warning("%s has changed and takes effect with the next restart", name)
         log.info("reloaded")
         return restart_needed
 
+    def _look_over(self) -> None:
+        self.warnings = [*self.accounts.warnings, *self.catalogue.warnings()]
+        for warning in self.warnings:
+            log.warning("%s", warning)
+
+    def _on_end(self, number: signal.Signals) -> None:
+        log.info("%s: stopping", number.name)
+        self.stop()
+
     def _on_hangup(self) -> None:
+        log.info("SIGHUP: reloading")
         try:
             self.reload()
         except (ConfigError, CatalogueError) as error:
@@ -196,7 +210,7 @@ class Daemon:
     def _watch_signals(self) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.stop)
+            loop.add_signal_handler(number, self._on_end, number)
         loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
 
     # --- what sessions need

@@ -85,7 +85,7 @@ def make_app(daemon: Daemon) -> FastAPI:
             ],
             sessions=[session_status(session) for session in shown],
             other_sessions=len(daemon.sessions) - len(shown),
-            warnings=daemon.accounts.warnings if everything else [],
+            warnings=daemon.warnings if everything else [],
         )
 
     @app.get("/v1/models")
@@ -119,7 +119,7 @@ def make_app(daemon: Daemon) -> FastAPI:
         """Read the configuration and the catalogues again."""
         log.info("asked to reload by %s", who(request))
         try:
-            return ReloadReport(restart_needed=daemon.reload(), warnings=daemon.accounts.warnings)
+            return ReloadReport(restart_needed=daemon.reload(), warnings=daemon.warnings)
         except (ConfigError, CatalogueError) as error:
             raise RootstockError(f"nothing was changed: {error}") from error
 
