@@ -22,10 +22,8 @@ from rootstock_client.errors import (
     UserLimitError,
 )
 from rootstock_client.patience import Outage
-from rootstock_client.runtime_dir import START_HINT
+from rootstock_client.runtime_dir import MET, START_HINT
 
-_met: set[Path] = set()
-"""Addresses at which a daemon has answered this process, or one that it was forked from."""
 STALE = 5.0
 """Seconds that a job's first connection waits where a socket lies but nobody listens: a daemon that died and may be on
 its way up again."""
@@ -154,7 +152,7 @@ class Connection:
                 self._close()
                 if isinstance(error, (DaemonFullError, UserLimitError)):
                     patience = self.patience if met else 0.0  # others may have come while it was away
-                elif met or connected or self.path in _met:
+                elif met or connected or self.path in MET:
                     patience = self.patience
                 else:
                     patience = min(self.patience, STALE if isinstance(error.__cause__, ConnectionRefusedError) else 0.0)
@@ -163,12 +161,12 @@ class Connection:
                 outage.over()
                 if connected:
                     self.met = True
-                    _met.add(self.path)
+                    MET.add(self.path)
                 raise
             else:
                 outage.over()
                 self.met = True
-                _met.add(self.path)
+                MET.add(self.path)
                 return answer
 
     def _exchange(self, sock: socket.socket, init: bytes, head: bytes, positions: ipi.FloatArray) -> ipi.ForceReady:
