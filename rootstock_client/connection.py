@@ -19,9 +19,10 @@ from rootstock_client.errors import (
     DrainingError,
     InvalidStructureError,
     RootstockError,
+    UserLimitError,
 )
 from rootstock_client.patience import Outage
-from rootstock_client.runtime_dir import START_HINT
+from rootstock_client.runtime_dir import MET, START_HINT
 
 STALE = 5.0
 """Seconds that a job's first connection waits where a socket lies but nobody listens: a daemon that died and may be on
@@ -91,8 +92,8 @@ class Connection:
     """A session that opens itself when it is first needed, and again after it was lost or after a fork.
 
     A step is repeated over the new session: results depend on nothing but the structure, and a stream in which anything
-    went wrong is never read again. Once a daemon has answered, one that has gone, is stopping, or is full when it has
-    just come back, is waited for.
+    went wrong is never read again. Once a daemon has answered this process, one that has gone or is stopping is waited
+    for; once it has answered this connection, also one that has no place when it has just come back.
 
     Threads may share it: one exchange at a time.
 
@@ -121,8 +122,9 @@ class Connection:
             forces: (natoms, 3), contiguous; filled with the forces in Hartree/Bohr.
 
         Raises:
-            DaemonNotFoundError, ConnectionLostError, DrainingError, DaemonFullError: there is no daemon, and patience
-                is at its end; the first connection of all has none unless somebody answers.
+            DaemonNotFoundError, ConnectionLostError, DrainingError, DaemonFullError, UserLimitError: there is no
+                daemon, or no place, and patience is at its end; a process that has met no daemon at this address has
+                none unless somebody answers, and a new session has none for a place.
             RootstockError: what the daemon says is wrong.
         """
         with self._lock:
@@ -146,20 +148,25 @@ class Connection:
                 self._sock = connect(self.path)
                 connected = True
                 answer = self._exchange(self._sock, init, head, positions)
-            except (DaemonNotFoundError, ConnectionLostError, DrainingError, DaemonFullError) as error:
+            except (DaemonNotFoundError, ConnectionLostError, DrainingError, DaemonFullError, UserLimitError) as error:
                 self._close()
-                if met or (connected and not isinstance(error, DaemonFullError)):
+                if isinstance(error, (DaemonFullError, UserLimitError)):
+                    patience = self.patience if met else 0.0  # others may have come while it was away
+                elif met or connected or self.path in MET:
                     patience = self.patience
                 else:
                     patience = min(self.patience, STALE if isinstance(error.__cause__, ConnectionRefusedError) else 0.0)
                 outage.wait(error, patience)
             except RootstockError:
                 outage.over()
-                self.met = met or connected
+                if connected:
+                    self.met = True
+                    MET.add(self.path)
                 raise
             else:
                 outage.over()
                 self.met = True
+                MET.add(self.path)
                 return answer
 
     def _exchange(self, sock: socket.socket, init: bytes, head: bytes, positions: ipi.FloatArray) -> ipi.ForceReady:

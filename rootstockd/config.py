@@ -43,8 +43,8 @@ class Access(BaseModel):
     admins: tuple[str, ...] = ()
     """Who, beside root and the daemon's own user, may stop and reload it and see what others do."""
     socket_group: str | None = None
-    """A group that both sockets are given to, with mode 0660. Without one the session socket is open to all users of
-    the machine, if others may use the daemon at all, and the control socket to the daemon's own user."""
+    """A group that both sockets are given to, with mode 0660. Without one both are open to all users of
+    the machine, if others may use the daemon at all."""
 
     @property
     def restricted(self) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 import signal
 import socket
@@ -17,7 +16,7 @@ from pathlib import Path
 from ase.data import atomic_numbers, chemical_symbols
 
 from rootstock_client import ipi
-from rootstock_client.errors import DrainingError, UnknownElementError
+from rootstock_client.errors import DrainingError, RootstockError, UnknownElementError
 from rootstockd.accounts import Accounts
 from rootstockd.config import Config
 from rootstockd.config_file import RELOADED, ConfigError, read_again
@@ -27,6 +26,7 @@ from rootstockd.devices import gpu_uuid
 from rootstockd.door import Door
 from rootstockd.init_request import InitRequest
 from rootstockd.models.catalogue import Catalogue, CatalogueError, Entry
+from rootstockd.peers import peer_of
 from rootstockd.sessions import LINGER, Session
 from rootstockd.sockets import claim_gpu, listen, lock, make_runtime_dir
 from rootstockd.supervisor import Supervisor
@@ -62,6 +62,9 @@ class Daemon:
         self.limits = ipi.Limits(atoms=config.max_atoms, init=64 * 1024 + 5 * config.max_atoms)
         self.fleet: dict[WorkerKey, Supervisor] = {}
         self.accounts = Accounts(config)
+        self.warnings: list[str] = []
+        """What the configuration and the catalogues have that can't be meant so."""
+        self._look_over()
         self.retired: list[Supervisor] = []
         """What the catalogue had before it was changed, while sessions still use it."""
         self.sessions: set[Session] = set()
@@ -82,6 +85,7 @@ class Daemon:
         Raises:
             AddressError: the sockets can't be had.
         """
+        self._watch_signals()  # first of all: what is taken below is given back
         make_runtime_dir(self.config.socket.parent, shared=self.config.shared)
         self._share_descriptors()
         with contextlib.ExitStack() as ours:
@@ -91,10 +95,9 @@ class Daemon:
             remove_left_behind()
             group = self.config.access.socket_group
             mode = 0o600 if group is None else 0o660
-            control = ControlServer(self, ours.enter_context(listen(self.config.control, mode, group)))
             mode = 0o666 if self.config.shared and group is None else mode
+            control = ControlServer(self, ours.enter_context(listen(self.config.control, mode, group)))
             sessions = ours.enter_context(listen(self.config.socket, mode, group, keep=lambda: self._replaced))
-            self._watch_signals()
             control_task = asyncio.create_task(control.run_until_stopped(), name="control")
             try:
                 door = await self._start(sessions)
@@ -108,10 +111,21 @@ class Daemon:
         log.info("stopped")
 
     def stop(self, *, force: bool = False, replaced: bool = False) -> None:
-        """Begin to drain; asked twice, or with `force`, wait for nothing. When `replaced`, leave the address."""
-        self._replaced |= replaced
-        if force or self._stop.is_set():
+        """Begin to drain; asked twice, or with `force`, wait for nothing.
+
+        When `replaced`, leave the address. Whoever stops a daemon that is being replaced calls that off: its successor
+        finds the address gone.
+
+        Raises:
+            DrainingError: it was to be replaced, and is on its way down already.
+        """
+        stopping = self._stop.is_set()
+        if stopping and replaced:
+            what = "being restarted" if self._replaced else "stopping"
+            raise DrainingError(f"the daemon is {what} already.", "See `rootstockd status` in a moment.")
+        if force or (stopping and not self._replaced):
             self._force.set()
+        self._replaced = replaced
         self._stop.set()
 
     def reload(self) -> list[str]:
@@ -130,13 +144,24 @@ class Daemon:
         self.config = self.config.model_copy(update={name: getattr(fresh, name) for name in changed & RELOADED})
         self.catalogue = catalogue
         self.accounts.apply(self.config)
+        self._look_over()
         restart_needed = sorted(changed - RELOADED) + moved
         for name in restart_needed:
             log.warning("%s has changed and takes effect with the next restart", name)
         log.info("reloaded")
         return restart_needed
 
+    def _look_over(self) -> None:
+        self.warnings = [*self.accounts.warnings, *self.catalogue.warnings()]
+        for warning in self.warnings:
+            log.warning("%s", warning)
+
+    def _on_end(self, number: signal.Signals) -> None:
+        log.info("%s: stopping", number.name)
+        self.stop()
+
     def _on_hangup(self) -> None:
+        log.info("SIGHUP: reloading")
         try:
             self.reload()
         except (ConfigError, CatalogueError) as error:
@@ -146,7 +171,7 @@ class Daemon:
 
     async def _start(self, sessions_socket: socket.socket) -> Door:
         """Load what is to be preloaded, and open the door. Sessions that come early wait for their model."""
-        door = Door(sessions_socket, functools.partial(Session, self), self._check_room_to_linger)
+        door = Door(sessions_socket, lambda connection: Session(self, peer_of(connection)))
         models = [self._supervisor(name, entry, entry.dtype) for name, entry in self._preload]
         loaded = asyncio.create_task(_settled(models))
         stopped = asyncio.create_task(self._stop.wait())
@@ -163,7 +188,7 @@ class Daemon:
         The door stays open meanwhile: whoever comes is told that the daemon is stopping, and may wait for the next.
         """
         self.state = "draining"
-        log.info("draining: %d sessions", len(self.sessions))
+        log.info("draining%s: %d sessions", " for a restart" * self._replaced, len(self.sessions))
         fetched_by = time.monotonic() + LINGER
         deadline = time.monotonic() + self.config.drain_timeout
         while not self._force.is_set() and (now := time.monotonic()) < deadline:
@@ -185,7 +210,7 @@ class Daemon:
     def _watch_signals(self) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.stop)
+            loop.add_signal_handler(number, self._on_end, number)
         loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
 
     # --- what sessions need
@@ -204,8 +229,14 @@ class Daemon:
         self.sessions.add(session)
         self._all_gone.clear()
 
-    def session_turned_away(self, session: Session) -> None:
-        """One has come that may not stay, and is being told why."""
+    def session_turned_away(self, session: Session, error: RootstockError) -> None:
+        """One has come that may not stay, and is being told why.
+
+        Raises:
+            RootstockError: this error, where there is no descriptor for that.
+        """
+        if len(self._turned_away) >= self._max_turned_away:
+            raise error
         self._turned_away.add(session)
 
     def session_closed(self, session: Session) -> None:
@@ -219,15 +250,6 @@ class Daemon:
         limit = raise_descriptor_limit()
         allowed, self._max_turned_away = share_descriptors(limit)
         self.accounts.allow_sessions(allowed, f"all that its limit of {limit} open files (ulimit -n) allows")
-
-    def _check_room_to_linger(self) -> None:
-        """Whether there is a descriptor even for a session that is only told why it can't stay.
-
-        Raises:
-            LimitError: there is none.
-        """
-        if len(self._turned_away) >= self._max_turned_away:
-            self.accounts.check_room()
 
     def open_model(self, request: InitRequest) -> Supervisor:
         """The model that a session asks for; it is loaded if it is not yet.

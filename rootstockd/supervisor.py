@@ -17,6 +17,7 @@ from rootstockd.scheduler import MAX_BLAMED, Evaluation, Scheduler
 from rootstockd.worker.engines import EngineInfo, ModelSpec
 from rootstockd.worker.slots import Slot
 from rootstockd.worker_messages import Confined, Failure, Said, parse
+from rootstockd.worker_output import Ration
 from rootstockd.worker_process import End, WorkerProcess
 
 log = logging.getLogger(__name__)
@@ -92,6 +93,7 @@ class Supervisor:
         self.evaluations = self.batches = self.restarts = self.clients = 0
         self.scheduler: Scheduler[Client] = Scheduler(batch_atoms)
         self._python, self._environment = python, environment
+        self._ration = Ration()
         self._worker: WorkerProcess | None = None
         self._failures: dict[int, RootstockError] = {}
         self._asked, self._shortages = b"", 0
@@ -304,7 +306,7 @@ class Supervisor:
         """One worker from its start to its end."""
         try:
             worker = self._worker = await WorkerProcess.start(
-                self.spec, self._python, self._environment, self._on_message
+                self.spec, self._python, self._environment, self._on_message, self._ration
             )
         except Exception as error:  # or the model would count as loading for ever
             return End(f"it could not be started: {error}", blamed=True)

@@ -67,8 +67,23 @@ def test_weights_need_their_sha256_which_is_told(write, tmp_path):
 
 @pytest.mark.parametrize("wrong", ["abc", "0" * 63, "0" * 65, "g" * 64, "0" * 64 + "\\n"])
 def test_a_sha256_that_is_none(write, wrong):
-    with pytest.raises(CatalogueError, match="model 'a': sha256: String should match"):
+    with pytest.raises(CatalogueError, match="model 'a': sha256: it has 64 hexadecimal digits"):
         Catalogue.load([write(f'[a]\nfamily = "mace"\nweights = "a.model"\nsha256 = "{wrong}"\n')])
+
+
+def test_weights_that_are_not_those_that_are_meant(write, tmp_path):
+    path = write(f'[a]\nfamily = "mace"\nweights = "a.model"\nsize = 4\n{PIN}')
+    assert Catalogue.load([path]).warnings() == [f"model 'a': there is no file {tmp_path}/a.model"]
+    (tmp_path / "a.model").write_bytes(b"abc")
+    assert Catalogue.load([path]).warnings() == [f"model 'a': {tmp_path}/a.model has 3 bytes, and its entry says 4"]
+    (tmp_path / "a.model").write_bytes(b"abcd")
+    assert Catalogue.load([path]).warnings() == []
+
+
+def test_hidden_models_are_not_suggested():
+    with pytest.raises(UnknownModelError) as caught:
+        Catalogue.load().resolve("nop")
+    assert "noop" not in str(caught.value)
 
 
 def test_aliases(write):

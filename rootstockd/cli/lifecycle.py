@@ -108,8 +108,10 @@ def start(
     if config.log_file is None:
         config = config.model_copy(update={"log_file": default_log_file(config.socket)})
     if foreground:
-        from rootstockd.serve import StartError, serve  # imports what only a daemon needs  # noqa: PLC0415
+        # imports what only a daemon needs
+        from rootstockd.serve import StartError, serve, start_logging  # noqa: PLC0415
 
+        start_logging()
         try:
             serve(config)
         except StartError as error:
@@ -128,6 +130,8 @@ def stop(socket: Path | None, force: bool) -> None:
         end(address, force=force)
     except RootstockError as error:
         raise Refused(error) from error
+    if address.exists():
+        raise Refused("it has ended, but it was being restarted: stop its successor, too.")
     console.print("stopped")
 
 
@@ -160,10 +164,17 @@ def reload(socket: Path | None) -> None:
         raise Refused(error) from error
     report = ReloadReport.model_validate(answer)
     console.print("reloaded")
+    print_warnings(report.warnings)
     if report.restart_needed:
         console.print(
             f"changed, but only a restart takes them over: {', '.join(report.restart_needed)}", style="yellow"
         )
+
+
+def print_warnings(warnings: list[str]) -> None:
+    """Print what a configuration has that can't be meant so."""
+    for warning in warnings:
+        console.print(warning, style="yellow", markup=False, soft_wrap=True)
 
 
 def check_startable(config: Config) -> None:
@@ -206,8 +217,11 @@ def launch(config: Config, *, after: int | None = None) -> None:
     try:
         status = wait_until_ready(process, config, position)
     except KeyboardInterrupt:
-        process.terminate()
-        process.wait()
+        if after is None:
+            process.terminate()
+            process.wait()
+        else:  # the one before it is on its way down
+            console.print("the restart goes on without this command; `rootstockd stop` calls it off")
         raise
     broken = [model for model in status.models if model.error]
     for model in broken:
@@ -216,6 +230,7 @@ def launch(config: Config, *, after: int | None = None) -> None:
         end(config.socket, force=True)
         process.wait()
         raise Refused("no model could be loaded, so the daemon was stopped again.")
+    print_warnings(status.warnings)
     loaded = [model.name for model in status.models if model.state == "ready"]
     name = loaded[0] if loaded else "mace-emt-small"
     console.print(
@@ -280,6 +295,8 @@ def wait_until_ready(process: subprocess.Popen[bytes], config: Config, log_posit
     with config.log_file.open("rb") as log:
         log.seek(log_position)
         words = log.read().decode(errors="replace").strip()
+    if process.returncode == 0:
+        raise Refused("the daemon was stopped before it was ready.")
     # the command in the background has said why in its last line or lines
     reason = words.rpartition("Error: ")[2] if "Error: " in words else words
     raise Refused(reason or f"the daemon ended with exit status {process.returncode} and said nothing.")
@@ -331,6 +348,8 @@ def end(socket: Path, *, force: bool = False) -> None:
             limit = 0.0
         if not select.select([process], [], [], limit)[0]:
             try:
+                signal.pidfd_send_signal(process, 0)  # may we?
+                socket.unlink(missing_ok=True)  # or its successor would begin, where it is being restarted
                 signal.pidfd_send_signal(process, signal.SIGKILL)
             except PermissionError as error:
                 raise AccessDeniedError("the daemon does not end, and is not yours to kill.") from error

@@ -52,7 +52,7 @@ def show(daemon: DaemonStatus) -> None:
     models = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("model", "dtype", "state"):
         models.add_column(heading, no_wrap=True)
-    for heading in ("sessions", "queue", "evaluations", "batch", "memory"):
+    for heading in ("sessions", "queue", "evaluations", "batch", "pid", "memory"):
         models.add_column(heading, justify="right", no_wrap=True)
     for model in daemon.models:
         restarts = f", {model.restarts} restarts" if model.restarts else ""
@@ -64,6 +64,7 @@ def show(daemon: DaemonStatus) -> None:
             str(model.waiting),
             str(model.evaluations),
             f"{model.evaluations / model.batches:.1f}" if model.batches else "-",
+            str(model.pid or "-"),
             megabytes(model.memory) if model.memory else "-",
         )
     console.print(models if daemon.models else "no model is loaded; the first session that asks for one loads it")

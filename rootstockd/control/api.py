@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 from collections.abc import Generator
@@ -17,7 +18,7 @@ from fastapi.responses import Response
 import rootstockd
 from rootstock_client.errors import AccessDeniedError, RootstockError
 from rootstockd.config_file import ConfigError
-from rootstockd.control.limits import MAX_HEAD, REFUSALS, BoundedBody, BoundedProtocol, invalid_request
+from rootstockd.control.limits import MAX_HEAD, REFUSALS, BoundedBody, BoundedProtocol, Paced, invalid_request
 from rootstockd.control.schema import (
     CatalogueEntry,
     DaemonStatus,
@@ -26,6 +27,8 @@ from rootstockd.control.schema import (
     SessionStatus,
     StopRequest,
 )
+from rootstockd.door import Door
+from rootstockd.log_rate import LogRate
 from rootstockd.models.catalogue import CatalogueError
 from rootstockd.peers import user_name
 
@@ -33,6 +36,10 @@ if TYPE_CHECKING:
     from rootstockd.daemon import Daemon
     from rootstockd.sessions import Session
     from rootstockd.supervisor import Supervisor
+
+
+log = logging.getLogger(__name__)
+log.addFilter(LogRate(log))
 
 
 def make_app(daemon: Daemon) -> FastAPI:
@@ -45,9 +52,12 @@ def make_app(daemon: Daemon) -> FastAPI:
         status = 403 if isinstance(error, AccessDeniedError) else 409
         return Response(error.to_json(), status, media_type="application/json")
 
-    def admin(request: Request) -> None:
+    async def admin(request: Request) -> None:
         uid = caller(request)
         if not daemon.accounts.is_admin(uid):
+            what = request.url.path.rpartition("/")[2]
+            about = f"requests of {user_name(uid)}"
+            log.warning("%s may not ask to %s", who(request), what, extra={"about": about})
             raise AccessDeniedError(
                 f"{user_name(uid)} does not administer this daemon.",
                 "Only its own user, root, and those in access.admins of its configuration do.",
@@ -75,6 +85,7 @@ def make_app(daemon: Daemon) -> FastAPI:
             ],
             sessions=[session_status(session) for session in shown],
             other_sessions=len(daemon.sessions) - len(shown),
+            warnings=daemon.warnings if everything else [],
         )
 
     @app.get("/v1/models")
@@ -97,15 +108,18 @@ def make_app(daemon: Daemon) -> FastAPI:
         ]
 
     @app.post("/v1/stop", status_code=202, dependencies=[Depends(admin)])
-    async def stop(request: StopRequest) -> None:
+    async def stop(asked: StopRequest, request: Request) -> None:
         """Drain and end."""
-        daemon.stop(force=request.force, replaced=request.replaced)
+        how = " at once" if asked.force else " for a restart" if asked.replaced else ""
+        log.info("asked to stop%s by %s", how, who(request))
+        daemon.stop(force=asked.force, replaced=asked.replaced)
 
     @app.post("/v1/reload", dependencies=[Depends(admin)])
-    async def reload() -> ReloadReport:
+    async def reload(request: Request) -> ReloadReport:
         """Read the configuration and the catalogues again."""
+        log.info("asked to reload by %s", who(request))
         try:
-            return ReloadReport(restart_needed=daemon.reload())
+            return ReloadReport(restart_needed=daemon.reload(), warnings=daemon.warnings)
         except (ConfigError, CatalogueError) as error:
             raise RootstockError(f"nothing was changed: {error}") from error
 
@@ -116,6 +130,12 @@ def caller(request: Request) -> int:
     """The uid of whoever asks."""
     assert request.client is not None
     return int(request.client.host)
+
+
+def who(request: Request) -> str:
+    """Whoever asks, in words."""
+    assert request.client is not None
+    return f"{user_name(caller(request))} (pid {request.client.port})"
 
 
 def model_status(model: Supervisor, device: str) -> ModelStatus:
@@ -164,12 +184,11 @@ def resident_memory(pid: int) -> int | None:
 
 
 class ControlServer(uvicorn.Server):
-    """uvicorn on the daemon's own loop and socket; signals stay the daemon's."""
+    """uvicorn on the daemon's own loop, with a door that outlasts whatever happens at it; signals stay the daemon's."""
 
     def __init__(self, daemon: Daemon, sock: socket.socket) -> None:
         config = uvicorn.Config(
-            BoundedBody(make_app(daemon)),
-            http=BoundedProtocol,
+            Paced(BoundedBody(make_app(daemon)), daemon.accounts),
             proxy_headers=False,  # they would change who asks
             ws="none",
             h11_max_incomplete_event_size=MAX_HEAD,
@@ -179,11 +198,24 @@ class ControlServer(uvicorn.Server):
         )
         config.timeout_graceful_shutdown = 1  # a request that never ends must not keep the daemon from ending
         super().__init__(config)
-        self._sock = sock
+        self._sock, self._accounts = sock, daemon.accounts
 
     async def run_until_stopped(self) -> None:
         """Serve until `should_exit` is set."""
-        await self.serve(sockets=[self._sock])
+        await self.serve(sockets=[])
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Open the door."""
+        await super().startup(sockets)
+        self._door = Door(self._sock, self._make_protocol)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close it, and end what is under way."""
+        self._door.close()
+        await super().shutdown(sockets)
+
+    def _make_protocol(self, _connection: socket.socket) -> BoundedProtocol:
+        return BoundedProtocol(self._accounts, self.config, self.server_state, self.lifespan.state)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from rootstockd.config import Config
 
@@ -73,6 +73,8 @@ class DaemonStatus(BaseModel):
     """One's own; an administrator's answer has all."""
     other_sessions: int
     """How many more there are."""
+    warnings: list[str] = Field(default_factory=list)
+    """What its configuration has that can't be meant so; administrators alone see it."""
 
 
 class CatalogueEntry(BaseModel):
@@ -105,3 +107,5 @@ class ReloadReport(BaseModel):
 
     restart_needed: list[str]
     """Settings that have changed in the file and take effect with the next restart."""
+    warnings: list[str] = Field(default_factory=list)
+    """As in status."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from importlib import resources
@@ -45,7 +46,7 @@ class Entry(BaseModel):
     weights: Path | None = None
     url: str = ""
     """Where `rootstockd models pull` gets the weights; they then lie in a state directory."""
-    sha256: str = Field(default="", pattern=r"^([0-9a-fA-F]{64})?$")
+    sha256: str = ""
     """Of the weights, which are code: no other file is loaded."""
     size: int | None = Field(default=None, ge=0)
     """Of the weights in bytes, where it is known."""
@@ -71,6 +72,15 @@ class Entry(BaseModel):
     """What else the family's `load` takes."""
     confine: bool = True
     """Whether its workers give away the rights that they need not (SECURITY.md)."""
+
+    @field_validator("sha256")
+    @classmethod
+    def _digits(cls, digest: str) -> str:
+        if digest and not re.fullmatch("[0-9a-fA-F]{64}", digest):
+            raise ValueError(
+                f"it has 64 hexadecimal digits, as `sha256sum` says them; this has {len(digest)} characters"
+            )
+        return digest
 
     @field_validator("elements")
     @classmethod
@@ -111,6 +121,18 @@ class Catalogue(Mapping[str, Entry]):
             entries.update(_read(path))
         return cls(entries)
 
+    def warnings(self) -> list[str]:
+        """Weights that can't be those that are meant. Whether they are is seen when they are loaded: it takes long."""
+        found = []
+        for name, entry in self._entries.items():
+            if entry.weights is None:
+                continue
+            if not entry.weights.is_file():
+                found.append(f"model {name!r}: there is no file {entry.weights}")
+            elif entry.size not in (None, size := entry.weights.stat().st_size):
+                found.append(f"model {name!r}: {entry.weights} has {size} bytes, and its entry says {entry.size}")
+        return found
+
     def __getitem__(self, name: str) -> Entry:
         return self._entries[self._aliases.get(name, name)]
 
@@ -129,11 +151,13 @@ class Catalogue(Mapping[str, Entry]):
         known = self._aliases.get(name, name)
         if known in self._entries:
             return known, self._entries[known]
-        near = difflib.get_close_matches(name, [*self._entries, *self._aliases], n=3, cutoff=0.4)
+        shown = [name for name, entry in self._entries.items() if not entry.hidden]
+        aliases = [alias for alias, meant in self._aliases.items() if meant in shown]
+        near = difflib.get_close_matches(name, [*shown, *aliases], n=3, cutoff=0.4)
         hint = f"Did you mean {' or '.join(near)}? " if near else ""
         raise UnknownModelError(
             f"this daemon has no model {name[:100]!r}.",
-            f"{hint}It has: {', '.join(sorted(name for name, entry in self._entries.items() if not entry.hidden))}.",
+            f"{hint}It has: {', '.join(sorted(shown))}.",
         )
 
 
@@ -150,7 +174,9 @@ def _read(path: Path) -> dict[str, Entry]:
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "it"
-            raise CatalogueError(f"catalogue {path}: model {name!r}: {where}: {first['msg']}") from error
+            raise CatalogueError(
+                f"catalogue {path}: model {name!r}: {where}: {first['msg'].removeprefix('Value error, ')}"
+            ) from error
         if entry.weights is not None and not entry.weights.is_absolute():
             entry = entry.model_copy(update={"weights": path.parent / entry.weights})
         if entry.weights is not None and not entry.sha256:

@@ -15,10 +15,12 @@ import numpy as np
 from ase.calculators.calculator import Calculator, all_changes
 from ase.calculators.emt import EMT
 
-QUIET, SEGFAULT, ABORT, EXIT, LEAVE, SLEEP, LOOP, MEMORY, NAN, SLOW, NO_TEXT = range(11)
+QUIET, SEGFAULT, ABORT, EXIT, LEAVE, SLEEP, LOOP, MEMORY, NAN, SLOW, NO_TEXT, CHATTY, TALK_AND_DIE = range(13)
 """What an evaluation does; the height of the first atom in 100 Å says which (`behave`)."""
 SLOWLY = 1.0
 """Seconds that SLOW takes, with a right result."""
+CHATTER = 20_000
+"""Lines that CHATTY and TALK_AND_DIE print."""
 _HEIGHT = 100.0
 
 
@@ -31,6 +33,17 @@ def _complain() -> None:
     raise ValueError(f"can't read {os.fsdecode(b'caf' + bytes([0xE9]))}.dat")
 
 
+def _chatter() -> None:
+    print("\x1b[2J" + 10_000 * "x")
+    for number in range(CHATTER):
+        print(f"chatter {number}")
+
+
+def _talk_and_die() -> None:
+    _chatter()
+    ctypes.string_at(0)
+
+
 _DEEDS: dict[int, Callable[[], Any]] = {
     SEGFAULT: lambda: ctypes.string_at(0),
     ABORT: os.abort,
@@ -40,6 +53,8 @@ _DEEDS: dict[int, Callable[[], Any]] = {
     LOOP: _loop,
     MEMORY: lambda: np.empty((2**50, 3)),
     NO_TEXT: _complain,
+    CHATTY: _chatter,
+    TALK_AND_DIE: _talk_and_die,
     SLOW: lambda: time.sleep(SLOWLY),
 }
 
