@@ -76,6 +76,7 @@ class MaceEngine:
             elements=tuple(self._elements),
             backend=f"{(fast or reference).name} ({self._versions})",
             note=why,
+            heads=tuple(self._heads) if len(self._heads) > 1 else (),
         )
         if fast is not None:
             self._check_model(fast)
