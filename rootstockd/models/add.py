@@ -46,6 +46,7 @@ def add(name: str, file: Path, fields: dict[str, Any], sha256: str, catalogue: C
         )
     folder = store.own_folder()
     with store.lock(folder / f"{name}.lock", lambda: say(f"{name} is being added already; waiting")):
+        store.remove(folder, name)  # what an `add` that was killed has left
         try:
             original = store.copy_in(file, folder, folder / f"{name}.copy", file.suffix)
         except OSError as error:
@@ -71,9 +72,7 @@ def own_file() -> Path:
 def _entry(name: str, folder: Path, record: Record, fields: dict[str, Any]) -> Entry:
     try:
         file = record.loaded
-        return Entry.model_validate(
-            {**fields, "weights": folder / file.name, "sha256": file.sha256, "size": file.size}
-        )
+        return Entry.model_validate({**fields, "weights": folder / file.name, "sha256": file.sha256, "size": file.size})
     except ValidationError as error:
         first = error.errors()[0]
         raise StoreError(f"model {name!r}: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from error

@@ -183,7 +183,7 @@ def _standing_files() -> list[Path]:
     site = Path(os.environ.get(SITE_VARIABLE) or "/etc/rootstockd") / FILE_NAME
     try:
         found = [site, *(folder / FILE_NAME for folder in reversed(state_dirs())), user_file()]
-        there = [path for path in found if path.exists()]
+        there = [path for path in found if os.path.exists(path)]  # False where one may not look
         for path in there:
             check_trusted(path.parent)
             check_trusted(path)

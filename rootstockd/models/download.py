@@ -23,7 +23,8 @@ from pydantic import BaseModel, ValidationError
 
 import rootstockd
 
-BLOCK = 1 << 18
+BLOCK = 1 << 14
+"""Bytes at a time: what came of a block that was cut off is lost."""
 ATTEMPTS = 6
 """In a row without a byte more, until it is given up."""
 TIMEOUT = (15.0, 60.0)
