@@ -21,6 +21,7 @@ from rootstockd.models import store
 from rootstockd.models.add import add as add_file
 from rootstockd.models.add import own_file, remove_entry
 from rootstockd.models.catalogue import Catalogue, CatalogueError, Entry
+from rootstockd.models.convert import with_safe_form
 from rootstockd.models.download import DownloadError
 from rootstockd.models.pull import Wishes
 from rootstockd.models.pull import pull as pull_weights
@@ -187,7 +188,7 @@ def pull(names: tuple[str, ...], mirror: str, sha256: str, accept_licence: bool,
         for name, entry in [catalogue.resolve(name) for name in names]:
             with progress(name) as (say, bytes_):
                 wishes = Wishes(accept, say, bytes_, mirror, sha256)
-                stored = pull_weights(name, entry, wishes)
+                stored = with_safe_form(name, entry, pull_weights(name, entry, wishes), say)
             tell_pulled(name, stored)
 
 

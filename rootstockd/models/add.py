@@ -13,12 +13,12 @@ from pydantic import ValidationError
 
 from rootstockd.models import store
 from rootstockd.models.catalogue import FILE_NAME, NAME, Catalogue, Entry
+from rootstockd.models.convert import spec_of, with_safe_form
 from rootstockd.models.download import Say
 from rootstockd.models.pull import now
-from rootstockd.models.store import Record, StoreError
+from rootstockd.models.store import Record, Stored, StoreError
 from rootstockd.models.trial import try_out
 from rootstockd.state_dir import own_state
-from rootstockd.worker.engines import ModelSpec
 
 
 def add(name: str, file: Path, fields: dict[str, Any], sha256: str, catalogue: Catalogue, say: Say) -> Entry:
@@ -57,6 +57,8 @@ def add(name: str, file: Path, fields: dict[str, Any], sha256: str, catalogue: C
             if sha256 and original.sha256 != sha256.lower():
                 raise StoreError(f"{file} has the SHA-256 {original.sha256}, not {sha256}. It was not added.")
             entry = _tried(name, _entry(name, folder, record, fields), say)
+            record = with_safe_form(name, entry, Stored(folder, record), say).record
+            entry = _entry(name, folder, record, entry.model_dump())
             _write_entry(name, entry, folder)
         except BaseException:
             store.remove(folder, name)
@@ -85,16 +87,9 @@ def _tried(name: str, entry: Entry, say: Say) -> Entry:
     known = tuple(chemical_symbols[z] for z in info.elements if z < len(chemical_symbols))
     if unknown := [symbol for symbol in entry.elements if known and symbol not in known]:
         raise StoreError(f"model {name!r} does not know {', '.join(unknown)}. It knows {', '.join(known)}.")
-    said = {"elements": entry.elements or known, "heads": info.heads, "computes": info.properties}
+    heads = info.heads if len(info.heads) > 1 else ()
+    said = {"elements": entry.elements or known, "heads": heads, "computes": info.properties}
     return entry.model_copy(update=said)
-
-
-def spec_of(name: str, entry: Entry) -> ModelSpec:
-    """What a worker on the CPU is told of an entry."""
-    weights = str(entry.weights or "")
-    return ModelSpec(
-        name, entry.family, "cpu", entry.dtype, weights, entry.sha256.lower(), arguments=dict(entry.arguments)
-    )
 
 
 # --- the file
