@@ -26,6 +26,7 @@ from rootstockd.devices import gpu_uuid
 from rootstockd.door import Door
 from rootstockd.init_request import InitRequest
 from rootstockd.models.catalogue import Catalogue, CatalogueError, Entry
+from rootstockd.models.store import located
 from rootstockd.peers import peer_of
 from rootstockd.sessions import LINGER, Session
 from rootstockd.sockets import claim_gpu, listen, lock, make_runtime_dir
@@ -52,7 +53,7 @@ class Daemon:
 
     Raises:
         CatalogueError: a catalogue file can't be used.
-        UnknownModelError: a model to preload is not in the catalogue.
+        UnknownModelError, ModelLoadError: a model to preload is not in the catalogue, or its weights are not here.
     """
 
     def __init__(self, config: Config) -> None:
@@ -72,7 +73,7 @@ class Daemon:
         self._max_turned_away = 0
         self.state = "starting"
         self.since = time.time()
-        self._preload = [self.catalogue.resolve(name) for name in config.models]
+        self._preload = [(name, located(name, entry)) for name, entry in map(self.catalogue.resolve, config.models)]
         self._replaced = False
         self._stop = asyncio.Event()
         self._force = asyncio.Event()
@@ -259,6 +260,7 @@ class Daemon:
         """
         self.check_open()
         name, entry = self.catalogue.resolve(request.model)
+        entry = located(name, entry)
         model = self._supervisor(name, entry, request.dtype or entry.dtype)
         known = (model.info and model.info.elements) or [atomic_numbers[symbol] for symbol in entry.elements]
         unknown = set(request.numbers) - set(known)

@@ -140,6 +140,11 @@ class WorkerProcess:
         """Its process id."""
         return self._process.pid
 
+    @property
+    def scratch(self) -> Path | None:
+        """The folder that it may write to, if it is confined; gone when it has been waited for."""
+        return Path(self._folders.scratch) if self._folders else None
+
     def attach(self, number: int, slot: Slot, fields: dict[str, Any]) -> None:
         """Hand it a slot that it has not yet.
 

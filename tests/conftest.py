@@ -32,6 +32,17 @@ MARK = "ROOTSTOCKD_TEST_DAEMON"
 EMBEDDED_MODEL = Path(str(resources.files("rootstockd.models").joinpath("embedded/mace-emt-small.model")))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_settings_of_this_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Neither this machine's catalogues and weights nor those of whoever runs the tests play a part."""
+    folder = tmp_path_factory.mktemp("settings")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ROOTSTOCKD_STATE", str(folder / "state"))
+        patch.setenv("ROOTSTOCKD_SITE", str(folder / "site"))
+        patch.setenv("XDG_CONFIG_HOME", str(folder / "config"))
+        yield
+
+
 def rootstockd(*arguments: str | Path, timeout: float = 120, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run the command as a user would, without raising for its exit status."""
     command = [sys.executable, "-m", "rootstockd", *map(str, arguments)]

@@ -6,6 +6,7 @@ import click
 
 import rootstockd
 from rootstockd.cli.lifecycle import reload, restart, start, stop
+from rootstockd.cli.models import models
 from rootstockd.cli.show import logs, status
 
 
@@ -18,6 +19,7 @@ def main() -> None:
     rootstockd start --gpu 0        start a daemon (or --device cpu)
     rootstockd status               what it is doing
     rootstockd stop                 let it finish its work and end
+    rootstockd models list          which models there are, and which are here
 
     \b
     In a job:
@@ -26,5 +28,5 @@ def main() -> None:
     """  # noqa: D301 - click wants the character \\b itself
 
 
-for command in (start, stop, restart, reload, status, logs):
+for command in (start, stop, restart, reload, status, logs, models):
     main.add_command(command)

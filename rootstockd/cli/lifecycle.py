@@ -43,6 +43,7 @@ from rootstockd.config_file import ConfigError, make_config, read_again
 from rootstockd.control.schema import DaemonStatus, ReloadReport
 from rootstockd.devices import DeviceError, choose_device
 from rootstockd.models.catalogue import Catalogue, CatalogueError
+from rootstockd.models.store import located
 from rootstockd.peers import peer_of
 
 POLL = 0.05
@@ -181,11 +182,11 @@ def check_startable(config: Config) -> None:
     """What a new daemon would say of its files.
 
     Raises:
-        CatalogueError, UnknownModelError, Refused: it could not start.
+        CatalogueError, UnknownModelError, ModelLoadError, Refused: it could not start.
     """
     catalogue = Catalogue.load(config.catalogues)
     for name in config.models:
-        catalogue.resolve(name)
+        located(*catalogue.resolve(name))
     if config.log_file is not None:
         prepare_log(config.log_file).close()
 

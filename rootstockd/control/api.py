@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -30,6 +31,7 @@ from rootstockd.control.schema import (
 from rootstockd.door import Door
 from rootstockd.log_rate import LogRate
 from rootstockd.models.catalogue import CatalogueError
+from rootstockd.models.store import is_here
 from rootstockd.peers import user_name
 
 if TYPE_CHECKING:
@@ -92,6 +94,8 @@ def make_app(daemon: Daemon) -> FastAPI:
     async def models() -> list[CatalogueEntry]:
         """What the daemon could load."""
         states = {model.spec.name: model.state.value for model in daemon.fleet.values()}
+        entries = dict(daemon.catalogue.items())
+        here = await asyncio.to_thread(lambda: {name for name, entry in entries.items() if is_here(name, entry)})
         return [
             CatalogueEntry(
                 name=name,
@@ -101,9 +105,9 @@ def make_app(daemon: Daemon) -> FastAPI:
                 elements=list(entry.elements),
                 dtype=entry.dtype,
                 licence=entry.licence,
-                state=states.get(name, "cold"),
+                state=states.get(name) or ("cold" if name in here else "to pull"),
             )
-            for name, entry in daemon.catalogue.items()
+            for name, entry in entries.items()
             if not entry.hidden
         ]
 

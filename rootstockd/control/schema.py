@@ -88,7 +88,7 @@ class CatalogueEntry(BaseModel):
     dtype: str
     licence: str
     state: str
-    """cold, or the state of its worker."""
+    """cold, "to pull" where its weights are not on the machine, or the state of its worker."""
 
 
 class StopRequest(BaseModel):

@@ -65,6 +65,8 @@ class EngineInfo:
     """What computes, with versions, for people."""
     note: str = ""
     """What people should know of it, such as why nothing faster computes."""
+    heads: tuple[str, ...] = ()
+    """Names of its heads, where it has several."""
 
 
 @dataclass(frozen=True)
