@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import socket
 from collections.abc import Generator
@@ -21,16 +22,23 @@ from rootstockd.control.limits import MAX_HEAD, REFUSALS, BoundedBody, BoundedPr
 from rootstockd.control.schema import (
     CatalogueEntry,
     DaemonStatus,
+    LoadAnswer,
+    Loading,
+    LoadRequest,
     ModelStatus,
     ReloadReport,
     SessionStatus,
     StopRequest,
+    UnloadRequest,
 )
+from rootstockd.devices import process_memory
 from rootstockd.models.catalogue import CatalogueError
 from rootstockd.peers import user_name
+from rootstockd.supervisor import State
 
 if TYPE_CHECKING:
     from rootstockd.daemon import Daemon
+    from rootstockd.fleet import Fleet
     from rootstockd.sessions import Session
     from rootstockd.supervisor import Supervisor
 
@@ -45,14 +53,6 @@ def make_app(daemon: Daemon) -> FastAPI:
         status = 403 if isinstance(error, AccessDeniedError) else 409
         return Response(error.to_json(), status, media_type="application/json")
 
-    def admin(request: Request) -> None:
-        uid = caller(request)
-        if not daemon.accounts.is_admin(uid):
-            raise AccessDeniedError(
-                f"{user_name(uid)} does not administer this daemon.",
-                "Only its own user, root, and those in access.admins of its configuration do.",
-            )
-
     @app.get("/v1/status")
     async def status(request: Request) -> DaemonStatus:
         """What the daemon is doing; of others' sessions only their number, unless an administrator asks."""
@@ -64,14 +64,14 @@ def make_app(daemon: Daemon) -> FastAPI:
             pid=os.getpid(),
             state=daemon.state,
             since=daemon.since,
-            device=str(daemon.config.device),
+            devices=[str(device) for device in daemon.fleet.devices],
             config=daemon.config if everything else None,
             memory=resident_memory(os.getpid()) or 0,
-            evaluations=sum(model.evaluations for model in daemon.fleet.values()),
+            evaluations=daemon.fleet.evaluations,
             models=[
-                model_status(model, str(daemon.config.device))
-                for model in [*daemon.fleet.values(), *daemon.retired]
-                if model.pid or not model.retired
+                model_status(model, daemon.fleet)
+                for model in daemon.fleet.workers()
+                if model.pid or model.clients or not model.retired
             ],
             sessions=[session_status(session) for session in shown],
             other_sessions=len(daemon.sessions) - len(shown),
@@ -80,7 +80,7 @@ def make_app(daemon: Daemon) -> FastAPI:
     @app.get("/v1/models")
     async def models() -> list[CatalogueEntry]:
         """What the daemon could load."""
-        states = {model.spec.name: model.state.value for model in daemon.fleet.values()}
+        states = daemon.fleet.states()
         return [
             CatalogueEntry(
                 name=name,
@@ -96,6 +96,38 @@ def make_app(daemon: Daemon) -> FastAPI:
             if not entry.hidden
         ]
 
+    @app.get("/v1/loading")
+    async def loading() -> list[Loading]:
+        """Models that are not there yet, for whoever waits for one."""
+        states = [loading_status(model, daemon.fleet) for model in daemon.fleet.workers()]
+        return [state for state in states if state is not None]
+
+    _take_orders(app, daemon)
+    return app
+
+
+def _take_orders(app: FastAPI, daemon: Daemon) -> None:
+    """What administrators alone may ask for."""
+
+    def admin(request: Request) -> None:
+        uid = caller(request)
+        if not daemon.accounts.is_admin(uid):
+            raise AccessDeniedError(
+                f"{user_name(uid)} does not administer this daemon.",
+                "Only its own user, root, and those in access.admins of its configuration do.",
+            )
+
+    @app.post("/v1/load", status_code=202, dependencies=[Depends(admin)])
+    async def load(request: LoadRequest) -> LoadAnswer:
+        """Begin to load a model; status says when it is there."""
+        name, dtype = daemon.load(request.model, request.dtype)
+        return LoadAnswer(model=name, dtype=dtype)
+
+    @app.post("/v1/unload", status_code=202, dependencies=[Depends(admin)])
+    async def unload(request: UnloadRequest) -> None:
+        """Have a model leave memory."""
+        daemon.unload(request.model, request.dtype, force=request.force)
+
     @app.post("/v1/stop", status_code=202, dependencies=[Depends(admin)])
     async def stop(request: StopRequest) -> None:
         """Drain and end."""
@@ -109,8 +141,6 @@ def make_app(daemon: Daemon) -> FastAPI:
         except (ConfigError, CatalogueError) as error:
             raise RootstockError(f"nothing was changed: {error}") from error
 
-    return app
-
 
 def caller(request: Request) -> int:
     """The uid of whoever asks."""
@@ -118,25 +148,47 @@ def caller(request: Request) -> int:
     return int(request.client.host)
 
 
-def model_status(model: Supervisor, device: str) -> ModelStatus:
-    """A model as status shows it."""
-    return ModelStatus(
+def loading_status(model: Supervisor, fleet: Fleet) -> Loading | None:
+    """How far a model has come that is not there yet; None for others."""
+    if model.state not in (State.WAITING, State.LOADING):
+        return None
+    return Loading(
         name=model.spec.name,
-        device=device,
         dtype=model.spec.dtype,
         state=model.state.value,
-        error=str(model.error) if model.error else None,
+        stage=model.stage if model.state is State.LOADING else "",
+        elapsed=model.elapsed,
+        expected=fleet.expected_seconds(model),
+        obstacle=model.obstacle,
+    )
+
+
+def model_status(model: Supervisor, fleet: Fleet) -> ModelStatus:
+    """A model as status shows it."""
+    why = model.error or model.refusal
+    keep_alive = fleet.keep_alive(model)
+    return ModelStatus(
+        name=model.spec.name,
+        device=str(model.device) if model.device else None,
+        dtype=model.spec.dtype,
+        state=model.state.value,
+        error=str(why) if why else None,
+        loading=loading_status(model, fleet),
         backend=model.info.backend if model.info else None,
         note=(model.info.note or None) if model.info else None,
         unconfined=model.unconfined,
         batch_atoms=model.scheduler.budget,
         pid=model.pid,
-        memory=resident_memory(model.pid) if model.pid else None,
-        sessions=model.clients,
+        memory=model.memory or (process_memory(model.pid) if model.pid and model.spec.device == "cpu" else None),
+        sessions=len(model.clients),
         waiting=model.scheduler.waiting,
         evaluations=model.evaluations,
         batches=model.batches,
         restarts=model.restarts,
+        rate=model.pace.rate,
+        load=model.pace.load,
+        idle=model.idle_seconds,
+        keep_alive=None if keep_alive == math.inf else keep_alive,
     )
 
 

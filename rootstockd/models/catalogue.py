@@ -18,6 +18,7 @@ from ase.data import atomic_numbers
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 
 from rootstock_client.errors import UnknownModelError
+from rootstockd.config import KeepAlive
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -64,6 +65,8 @@ class Entry(BaseModel):
     """Whether the licence has to be accepted before the weights are pulled."""
     citation: str = ""
     """What to cite: a DOI, or a reference."""
+    keep_alive: KeepAlive | None = None
+    """How long it stays in memory after its last evaluation, in seconds or "forever", where it is not as for others."""
     aliases: tuple[str, ...] = ()
     hidden: bool = False
     """Not listed: for measuring and testing."""
