@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from ase.data import atomic_numbers, chemical_symbols
 
 from rootstock_client import ipi
-from rootstock_client.errors import DrainingError, UnknownElementError, UnknownModelError
+from rootstock_client.errors import DrainingError, UnknownElementError
 from rootstockd.accounts import Accounts
 from rootstockd.config import Config
 from rootstockd.config_file import RELOADED, ConfigError, read_again
@@ -257,9 +257,7 @@ class Daemon:
         Raises:
             RootstockError: it is not there, or has evaluations under way.
         """
-        with contextlib.suppress(UnknownModelError):  # the catalogue may have lost it since
-            name, _ = self.catalogue.resolve(name)
-        self.fleet.unload(name, dtype, force=force)
+        self.fleet.unload(self.catalogue.name_of(name), dtype, force=force)  # it may be in no catalogue any more
 
 
 async def _settled(models: Iterable[Supervisor]) -> None:

@@ -36,8 +36,6 @@ QUIET = 5.0
 """Seconds after its last evaluation in which a model with sessions does not go for another: drivers compute, too."""
 LONG = 2.0
 """Evaluations that wait on average, and make a queue a long one."""
-NEWEST = 0.3
-"""How much the newest look at a queue counts in that average."""
 LONG_FOR = 5
 """Looks in a row at which a queue was long: then the model gets a replica, if there is room."""
 PAUSE = 60
@@ -83,10 +81,8 @@ class _Model:
     """It was loaded at the start."""
     first: Supervisor
     replicas: list[Supervisor] = field(default_factory=list)
-    waiting: float = 0.0
-    """Evaluations that wait before the worker with the longest queue, on average over the last seconds."""
     hot_for: int = 0
-    """Looks in a row at which those were many."""
+    """Looks in a row at which one of its workers had a long queue."""
 
     @property
     def workers(self) -> list[Supervisor]:
@@ -174,7 +170,7 @@ class Fleet:
             model.first = self._supervisor(spec)
         model.keep_alive = entry.keep_alive
         ready = [worker for worker in model.workers if worker.state is State.READY]
-        worker = min(ready, key=lambda worker: (_queue(worker), len(worker.clients)), default=model.first)
+        worker = min(ready, key=lambda worker: (round(worker.pace.queue), len(worker.clients)), default=model.first)
         worker.load()
         return worker
 
@@ -486,18 +482,16 @@ class Fleet:
         broken = [worker for worker in model.replicas if worker.state is State.FAILED]
         gone = [worker for worker in model.replicas if not worker.wanted]
         self._drop(model, broken + gone)
-        longest = max(worker.scheduler.waiting for worker in model.workers)
-        model.waiting += NEWEST * (longest - model.waiting)
         if broken:
             model.hot_for = -PAUSE
-        elif model.hot_for < 0 or model.waiting >= LONG:
+        elif model.hot_for < 0 or max(worker.pace.waiting for worker in model.workers) >= LONG:
             model.hot_for += 1
         else:
             model.hot_for = 0
         if model.hot_for <= 0:
             return
         ready = [worker for worker in model.workers if worker.state is State.READY]
-        moved = placement.shift([_queue(worker) for worker in ready]) if len(ready) > 1 else None
+        moved = placement.shift([round(worker.pace.queue) for worker in ready]) if len(ready) > 1 else None
         if moved is not None:
             source, target, count = moved
             _move(ready[source], ready[target], count)
@@ -525,10 +519,12 @@ def _may_go(worker: Supervisor) -> bool:
 
 
 def _move(source: Supervisor, target: Supervisor, count: int) -> None:
-    for client in sorted(source.clients, key=lambda client: client.number)[::-1]:
-        if count == 0:
-            return
-        count -= client.queued and client.move(target)
+    """Have sessions with work go from one worker to another, the newest first."""
+    for client in sorted(source.clients, key=lambda client: -client.number):
+        if count > 0 and client.queued and client.move(target):
+            count -= 1
+            source.pace.queue -= 1
+            target.pace.queue += 1
 
 
 def _look(devices: list[Device], pids: list[int]) -> tuple[dict[str, Memory | None], dict[int, int]]:

@@ -6,16 +6,30 @@ from collections import deque
 
 SPAN = 10.0
 """Seconds that count."""
+NEWEST = 0.3
+"""How much the newest look at a queue counts in its average."""
 
 
 class Pace:
-    """Of evaluations, and of time spent on them, from samples of two counters."""
+    """Of evaluations, of time spent on them, and of how many wait, from samples."""
 
     def __init__(self) -> None:
+        self.waiting = self.queue = 0.0
+        """Evaluations that wait, and with those under way, on average."""
         self._samples: deque[tuple[float, int, float]] = deque()
 
-    def sample(self, now: float, evaluations: int, computed: float) -> None:
-        """The counters as they are now: evaluations that were done, and seconds of work on them."""
+    def sample(self, now: float, evaluations: int, computed: float, waiting: int = 0, running: int = 0) -> None:
+        """How it is now.
+
+        Args:
+            now: seconds, of any clock.
+            evaluations: those that were ever done.
+            computed: seconds of work on them.
+            waiting: those that wait.
+            running: those under way.
+        """
+        self.waiting += NEWEST * (waiting - self.waiting)
+        self.queue += NEWEST * (waiting + running - self.queue)
         samples = self._samples
         samples.append((now, evaluations, computed))
         while len(samples) > 2 and now - samples[1][0] >= SPAN:  # noqa: PLR2004 - two make a difference

@@ -270,7 +270,9 @@ class Supervisor:
         """Look at how fast it is."""
         now = time.perf_counter()
         under_way = now - self._sent if self.scheduler.running else 0.0
-        self.pace.sample(now, self.evaluations, self._computed + under_way)
+        scheduler = self.scheduler
+        computed = self._computed + under_way
+        self.pace.sample(now, self.evaluations, computed, scheduler.waiting, len(scheduler.running))
 
     # --- evaluations
 
@@ -385,7 +387,7 @@ class Supervisor:
             self.stage = said.stage
         else:
             self.info = said
-            where = f"{self.spec.device} in {self.spec.dtype} ({self.info.backend})"
+            where = f"{self.device} in {self.spec.dtype} ({self.info.backend})"
             if kind == b"R":
                 self._last_use = time.perf_counter()
                 self.load_seconds = self._last_use - self._loading_since

@@ -24,8 +24,6 @@ from rootstockd.devices import gpu_names
 # Test processes and their workers share few cores: threads that wait for each other would take most of the time.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["ROOTSTOCKD_PATIENCE"] = "60"  # a test that waits for a daemon that nobody starts should say so
-_state = tempfile.TemporaryDirectory(prefix="rootstockd-state-")
-os.environ["ROOTSTOCKD_STATE"] = _state.name  # what models take here is nothing to remember for whoever runs the tests
 
 __all__ = ["no_leaks", "pytest_runtest_makereport"]  # found here by pytest
 
@@ -105,6 +103,15 @@ class RunningDaemon:
         if self.processes() or self.socket.exists():  # it may have been started in another way
             self.run("stop", "--force")
         wait_for(lambda: not self.processes(), timeout=10)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def state_folder() -> Iterator[Path]:
+    """What models take in tests is nothing to remember for whoever runs them."""
+    with tempfile.TemporaryDirectory(prefix="rootstockd-state-") as folder:
+        os.environ["ROOTSTOCKD_STATE"] = folder
+        yield Path(folder)
+        del os.environ["ROOTSTOCKD_STATE"]
 
 
 @pytest.fixture(scope="session")

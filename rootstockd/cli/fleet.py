@@ -47,7 +47,7 @@ def _wait(address: Path, name: str, dtype: str) -> ModelStatus:
                 if model.error:
                     raise Refused(model.error)
                 if model.loading:
-                    spinner.update(f"{name} {model.loading}")
+                    spinner.update(f"{name} {model.loading.text}")
             if not found:
                 raise Refused(f"model {name!r} has left memory again.")
             time.sleep(POLL)

@@ -92,7 +92,7 @@ def show_models(models: list[ModelStatus]) -> None:
     console.print(table)
     for model in models:
         if model.loading:
-            console.print(f"{model.name} {model.loading}", style="yellow", markup=False)
+            console.print(f"{model.name} {model.loading.text}", style="yellow", markup=False)
         if model.error:
             console.print(f"{model.name}: {model.error}", style="red", markup=False)
         elif model.backend:

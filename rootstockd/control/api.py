@@ -97,10 +97,11 @@ def make_app(daemon: Daemon) -> FastAPI:
         ]
 
     @app.get("/v1/loading")
-    async def loading() -> list[Loading]:
-        """Models that are not there yet, for whoever waits for one."""
-        states = [loading_status(model, daemon.fleet) for model in daemon.fleet.workers()]
-        return [state for state in states if state is not None]
+    async def loading(model: str | None = None) -> list[Loading]:
+        """Models that are not there yet, or the one of that name or alias, for whoever waits for it."""
+        entry = None if model is None else daemon.catalogue.name_of(model)
+        states = [loading_status(worker, daemon.fleet) for worker in daemon.fleet.workers()]
+        return [state for state in states if state is not None and entry in (None, state.name)]
 
     _take_orders(app, daemon)
     return app

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, computed_field
 
 from rootstockd.config import Config
 
@@ -28,7 +28,10 @@ class Loading(BaseModel):
     obstacle: str
     """What is in its way while it waits."""
 
-    def __str__(self) -> str:
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def text(self) -> str:
+        """The same in words."""
         if self.obstacle:
             return f"waits for memory: {self.obstacle}"
         if self.state == "waiting":

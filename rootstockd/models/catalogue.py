@@ -123,13 +123,17 @@ class Catalogue(Mapping[str, Entry]):
     def __len__(self) -> int:
         return len(self._entries)
 
+    def name_of(self, name: str) -> str:
+        """The catalogue's own name for `name`, which may be an alias, or no name at all."""
+        return self._aliases.get(name, name)
+
     def resolve(self, name: str) -> tuple[str, Entry]:
         """The catalogue's own name for `name` (which may be an alias), and its entry.
 
         Raises:
             UnknownModelError: there is none; the hint has the nearest names.
         """
-        known = self._aliases.get(name, name)
+        known = self.name_of(name)
         if known in self._entries:
             return known, self._entries[known]
         near = difflib.get_close_matches(name, [*self._entries, *self._aliases], n=3, cutoff=0.4)

@@ -19,6 +19,7 @@ QUIET, SEGFAULT, ABORT, EXIT, LEAVE, SLEEP, LOOP, MEMORY, NAN, SLOW, NO_TEXT = r
 """What an evaluation does; the height of the first atom in 100 Å says which (`behave`)."""
 SLOWLY = 1.0
 """Seconds that SLOW takes, with a right result."""
+SLOW_TO_LOAD = 7.0
 _HEIGHT = 100.0
 
 
@@ -70,7 +71,7 @@ class AtLoading(Hostile):
     """Misbehaves when it is made.
 
     Args:
-        what: segfault, kill, exit, hang or raise.
+        what: segfault, kill, exit, hang, slow, memory or raise.
         times: how often, counted in `counter`; after that all is well.
     """
 
@@ -90,5 +91,9 @@ class AtLoading(Hostile):
             os._exit(3)
         elif what == "hang":
             time.sleep(1e6)
+        elif what == "slow":
+            time.sleep(SLOW_TO_LOAD)
+        elif what == "memory":
+            raise MemoryError
         else:
             sys.exit("not today")
