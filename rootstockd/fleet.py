@@ -34,8 +34,8 @@ POLL = 0.1
 """Seconds between looks whether there is room, while somebody waits for it."""
 QUIET = 5.0
 """Seconds after its last evaluation in which a model with sessions does not go for another: drivers compute, too."""
-LONG = 2.0
-"""Evaluations that wait on average, and make a queue a long one."""
+LONG = 3.0
+"""Evaluations of a worker, waiting and under way, that make its queue a long one."""
 LONG_FOR = 5
 """Looks in a row at which a queue was long: then the model gets a replica, if there is room."""
 PAUSE = 60
@@ -196,7 +196,7 @@ class Fleet:
         what = f"model {name!r}" + (f" in {dtype}" if dtype else "")
         if not workers:
             raise RootstockError(f"{what} is not in memory.")
-        under_way = sum(_queue(worker) for worker in workers)
+        under_way = sum(worker.queue for worker in workers)
         if under_way and not force:
             raise LimitError(
                 f"{what} has {under_way} evaluations under way.",
@@ -484,7 +484,7 @@ class Fleet:
         self._drop(model, broken + gone)
         if broken:
             model.hot_for = -PAUSE
-        elif model.hot_for < 0 or max(worker.pace.waiting for worker in model.workers) >= LONG:
+        elif model.hot_for < 0 or max(worker.pace.queue for worker in model.workers) >= LONG:
             model.hot_for += 1
         else:
             model.hot_for = 0
@@ -494,7 +494,9 @@ class Fleet:
         moved = placement.shift([round(worker.pace.queue) for worker in ready]) if len(ready) > 1 else None
         if moved is not None:
             source, target, count = moved
-            _move(ready[source], ready[target], count)
+            ready[source].hand_over(ready[target], count)
+            ready[source].pace.queue -= count
+            ready[target].pace.queue += count
         elif model.hot_for >= LONG_FOR and len(ready) == len(model.workers):
             self._replicate(model)
 
@@ -507,24 +509,10 @@ class Fleet:
         model.replicas.append(self._supervisor(model.spec))
 
 
-def _queue(worker: Supervisor) -> int:
-    """Evaluations that it has, waiting and under way."""
-    return worker.scheduler.waiting + len(worker.scheduler.running)
-
-
 def _may_go(worker: Supervisor) -> bool:
     """Whether its memory may be another's."""
     quiet = 0.0 if not worker.clients else QUIET
     return worker.state is State.READY and not worker.busy and worker.idle_seconds >= quiet
-
-
-def _move(source: Supervisor, target: Supervisor, count: int) -> None:
-    """Have sessions with work go from one worker to another, the newest first."""
-    for client in sorted(source.clients, key=lambda client: -client.number):
-        if count > 0 and client.queued and client.move(target):
-            count -= 1
-            source.pace.queue -= 1
-            target.pace.queue += 1
 
 
 def _look(devices: list[Device], pids: list[int]) -> tuple[dict[str, Memory | None], dict[int, int]]:

@@ -14,22 +14,20 @@ class Pace:
     """Of evaluations, of time spent on them, and of how many wait, from samples."""
 
     def __init__(self) -> None:
-        self.waiting = self.queue = 0.0
-        """Evaluations that wait, and with those under way, on average."""
+        self.queue = 0.0
+        """Evaluations that wait or are under way, on average."""
         self._samples: deque[tuple[float, int, float]] = deque()
 
-    def sample(self, now: float, evaluations: int, computed: float, waiting: int = 0, running: int = 0) -> None:
+    def sample(self, now: float, evaluations: int, computed: float, queue: int = 0) -> None:
         """How it is now.
 
         Args:
             now: seconds, of any clock.
             evaluations: those that were ever done.
             computed: seconds of work on them.
-            waiting: those that wait.
-            running: those under way.
+            queue: those that wait or are under way.
         """
-        self.waiting += NEWEST * (waiting - self.waiting)
-        self.queue += NEWEST * (waiting + running - self.queue)
+        self.queue += NEWEST * (queue - self.queue)
         samples = self._samples
         samples.append((now, evaluations, computed))
         while len(samples) > 2 and now - samples[1][0] >= SPAN:  # noqa: PLR2004 - two make a difference

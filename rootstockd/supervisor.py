@@ -155,6 +155,8 @@ class Supervisor:
         self._vacant = asyncio.Event()
         self._leaving = False
         """Its worker is to end so that others may have its memory."""
+        self._going: dict[Client, Supervisor] = {}
+        """Who goes over to which other worker after the evaluation under way."""
         self._shortage: LimitError | None = None
         """The device had no memory for it."""
         self.retired = False
@@ -189,7 +191,20 @@ class Supervisor:
     def leave(self, client: Client) -> None:
         """It is not any more."""
         self.clients.discard(client)
+        self._going.pop(client, None)
         self._end_if_unwanted()
+
+    def hand_over(self, target: Supervisor, count: int) -> None:
+        """Have so many of the sessions that have work go over to another worker of the model, the newest first."""
+        running = {evaluation.owner for evaluation in self.scheduler.running}
+        for client in sorted(self.clients - self._going.keys(), key=lambda client: -client.number):
+            if count == 0:
+                return
+            if client in running:
+                self._going[client] = target  # when its evaluation is over
+                count -= 1
+            elif client.queued:
+                count -= client.move(target)
 
     def retire(self) -> None:
         """No new sessions come: end with the last that is there."""
@@ -216,7 +231,12 @@ class Supervisor:
     @property
     def busy(self) -> bool:
         """It has evaluations to do."""
-        return bool(self.scheduler.running or self.scheduler.waiting)
+        return self.queue > 0
+
+    @property
+    def queue(self) -> int:
+        """Evaluations that wait or are under way."""
+        return self.scheduler.waiting + len(self.scheduler.running)
 
     @property
     def wanted(self) -> bool:
@@ -270,9 +290,7 @@ class Supervisor:
         """Look at how fast it is."""
         now = time.perf_counter()
         under_way = now - self._sent if self.scheduler.running else 0.0
-        scheduler = self.scheduler
-        computed = self._computed + under_way
-        self.pace.sample(now, self.evaluations, computed, scheduler.waiting, len(scheduler.running))
+        self.pace.sample(now, self.evaluations, self._computed + under_way, self.queue)
 
     # --- evaluations
 
@@ -371,6 +389,10 @@ class Supervisor:
         for evaluation in batch:
             owner = evaluation.owner
             owner.evaluated(failures.get(owner.number) if failures else None)
+        if self._going:
+            for client, target in list(self._going.items()):
+                client.move(target)
+            self._going.clear()
         if new or seconds > self._hang_limit.ordinary:
             sizes = [evaluation.atoms for evaluation in batch if evaluation.owner.number not in failures]
             self._hang_limit.learn(sum(sizes), max(sizes, default=0), seconds)

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +143,7 @@ def test_models_spread_over_devices_and_status_says_where(start: Callable[..., R
     shown = daemon.run("status").stdout
     assert "on cpu:0, cpu:1, cpu:2, cpu:3" in shown and devices["lj"] in shown and " ago" in shown
     refused = daemon.run("load", "morze")
-    assert refused.returncode == 1 and "Did you mean morse?" in refused.stderr
+    assert refused.returncode == 1 and "Did you mean morse" in refused.stderr
 
 
 def test_devices_that_are_none(start_daemon: Callable[..., RunningDaemon], runtime_folder: Path) -> None:
@@ -175,6 +175,7 @@ def test_whoever_waits_is_told_how_far_loading_has_come(
         job.join()
     assert "model 'slow' is loading: weights, for" in caplog.text
     assert request(daemon.socket, "GET", "/v1/loading") == []
+    wait_for((tmp_path / "state" / "measured.json").exists)
     known = json.loads((tmp_path / "state" / "measured.json").read_text())
     assert [model["load_seconds"] > 7 for model in known.values()] == [True]
     daemon.run("restart")
@@ -237,7 +238,7 @@ def test_models_go_when_nobody_uses_them(start: Callable[..., RunningDaemon]) ->
     assert daemon.run("reload").stdout == "reloaded\n"
     wait_for(lambda: in_memory(daemon) == {"emt"})
     evaluations = daemon.client().status()["evaluations"]
-    assert evaluations >= 4
+    assert evaluations >= 3
     other.calc.close()
     wait_for(lambda: not workers(daemon, "lj"))  # nobody has it any more
     assert daemon.client().status()["evaluations"] == evaluations
@@ -246,14 +247,17 @@ def test_models_go_when_nobody_uses_them(start: Callable[..., RunningDaemon]) ->
 def test_the_least_recently_used_goes_and_its_session_does_not_notice(start: Callable[..., RunningDaemon]) -> None:
     daemon = start(f"device_memory = {FITS_TWO}\n")
     atoms = with_model(daemon, "emt")
-    before = atoms.get_forces()
     assert daemon.run("load", "lj").returncode == 0
+    ask_again(atoms)
     assert daemon.run("load", "morse").returncode == 0  # what it takes is not known yet
     wait_for(lambda: len(in_memory(daemon)) == 2)
-    assert in_memory(daemon) == {"emt", "morse"}  # lj has no sessions; that of emt has only just asked
+    assert in_memory(daemon) == {"emt", "morse"}
+    ask_again(atoms)
+    before = atoms.get_forces()
     assert daemon.run("load", "lj").returncode == 0  # now all is known: at no time are there three
     assert in_memory(daemon) == {"emt", "lj"}
     wait_for(lambda: daemon.model("emt")["idle"] > 5)
+    assert daemon.run("load", "lj").returncode == 0  # which makes it the last used
     assert daemon.run("load", "morse").returncode == 0
     assert in_memory(daemon) == {"lj", "morse"}
     ask_again(atoms)
@@ -351,25 +355,28 @@ def test_unloading_while_a_job_runs(start: Callable[..., RunningDaemon]) -> None
         job = threading.Thread(target=evaluate)
         job.start()
         wait_for(under_way)
-        done = daemon.run("unload", "hostile", *["--force"] * force)
+        order = {"model": "hostile", "force": force}  # not by the command, which starts too slowly
         if force:
-            assert done.returncode == 0
+            request(daemon.socket, "POST", "/v1/unload", order)
         else:
-            assert done.returncode == 1 and "has 1 evaluations under way" in done.stderr
+            with pytest.raises(LimitError, match="has 1 evaluations under way"):
+                request(daemon.socket, "POST", "/v1/unload", order)
         job.join()
         assert len(errors) == force
     assert isinstance(errors[0], EvaluationError) and "unloaded by an administrator" in str(errors[0])
     np.testing.assert_allclose(atoms.get_forces(), expected(atoms), rtol=0, atol=1e-9)
-    assert daemon.run("unload", "emt").returncode == 1
+    for arguments, words in ((("--dtype", "float32"), "is not in memory"), ((), "hostile is unloaded")):
+        done = daemon.run("unload", "hostile", *arguments)
+        assert words in done.stdout + done.stderr
 
 
 # --- several devices
 
 
 @pytest.fixture
-def hot(start: Callable[..., RunningDaemon]) -> Iterator[RunningDaemon]:
-    """A daemon with two devices whose one model may go after two seconds."""
-    yield start("keep_alive = 2\n", "--model", "emt", devices=2)
+def hot(start: Callable[..., RunningDaemon]) -> RunningDaemon:
+    """A daemon with two devices whose one model may go after five seconds."""
+    return start("keep_alive = 5\n", "--model", "emt", devices=2)
 
 
 def test_a_hot_model_gets_a_replica_that_goes_again(hot: RunningDaemon) -> None:
@@ -377,7 +384,7 @@ def test_a_hot_model_gets_a_replica_that_goes_again(hot: RunningDaemon) -> None:
         both = workers(hot, "emt")
         return len(both) == 2 and all(worker["sessions"] >= 2 and worker["rate"] > 0 for worker in both)
 
-    with Jobs(hot, "emt", 8, 4) as jobs:
+    with Jobs(hot, "emt", 8, 3) as jobs:
         wait_for(replicated, timeout=60)
         first, second = workers(hot, "emt")
         assert {first["device"], second["device"]} == {"cpu:0", "cpu:1"}
@@ -386,7 +393,7 @@ def test_a_hot_model_gets_a_replica_that_goes_again(hot: RunningDaemon) -> None:
         done = list(jobs.steps)
         wait_for(lambda: all(now > then + 5 for now, then in zip(jobs.steps, done, strict=True)), timeout=60)
         now = [worker["sessions"] for worker in workers(hot, "emt")]
-        assert sum(now) == 8 and abs(now[0] - seen[0]) <= 1
+        assert sum(now) == 8 and abs(now[0] - seen[0]) <= 2
         # one is killed, whose evaluations are repeated
         os.kill(workers(hot, "emt")[1]["pid"], signal.SIGKILL)
         wait_for(lambda: workers(hot, "emt")[1]["restarts"] == 1 and workers(hot, "emt")[1]["state"] == "ready")
@@ -401,8 +408,8 @@ def test_a_hot_model_gets_a_replica_that_goes_again(hot: RunningDaemon) -> None:
 
 def test_sessions_of_a_replica_that_goes_are_those_of_the_first_again(hot: RunningDaemon) -> None:
     client = hot.client()
-    with Jobs(hot, "emt", 7, 4):
-        wait_for(lambda: len(workers(hot, "emt")) == 2 and workers(hot, "emt")[1]["sessions"] >= 2, timeout=60)
+    with Jobs(hot, "emt", 7, 3):
+        wait_for(lambda: [worker["sessions"] >= 2 for worker in workers(hot, "emt")] == [True, True], timeout=60)
         kept = [with_model(hot, "emt") for _ in range(4)]
     wait_for(lambda: len(workers(hot, "emt")) == 1)
     assert workers(hot, "emt")[0]["sessions"] == 4
