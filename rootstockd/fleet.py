@@ -242,6 +242,7 @@ class Fleet:
         for replica in replicas:
             for client in list(replica.clients):
                 client.move(model.first)
+            replica.hand_over(model.first, len(replica.clients))
         self._retire(replicas)
 
     # --- what supervisors need

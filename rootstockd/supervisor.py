@@ -206,6 +206,13 @@ class Supervisor:
             elif client.queued:
                 count -= client.move(target)
 
+    def _let_go(self) -> None:
+        """An evaluation is over after which sessions were to go over to another worker."""
+        going, self._going = self._going, {}
+        for client, target in going.items():
+            if not target.retired:  # nor has it ended
+                client.move(target)
+
     def retire(self) -> None:
         """No new sessions come: end with the last that is there."""
         self.retired = True
@@ -390,9 +397,7 @@ class Supervisor:
             owner = evaluation.owner
             owner.evaluated(failures.get(owner.number) if failures else None)
         if self._going:
-            for client, target in list(self._going.items()):
-                client.move(target)
-            self._going.clear()
+            self._let_go()
         if new or seconds > self._hang_limit.ordinary:
             sizes = [evaluation.atoms for evaluation in batch if evaluation.owner.number not in failures]
             self._hang_limit.learn(sum(sizes), max(sizes, default=0), seconds)
