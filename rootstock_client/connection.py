@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 import threading
 from pathlib import Path
 
@@ -21,12 +22,17 @@ from rootstock_client.errors import (
     RootstockError,
     UserLimitError,
 )
+from rootstock_client.loading import say_why
 from rootstock_client.patience import Outage
 from rootstock_client.runtime_dir import MET, START_HINT
 
 STALE = 5.0
 """Seconds that a job's first connection waits where a socket lies but nobody listens: a daemon that died and may be on
 its way up again."""
+
+
+SILENCE = struct.pack("ll", 5, 0)
+"""Seconds and microseconds without a word from the daemon after which a job asks why; the kernel counts them."""
 
 
 class _Socket(socket.socket):
@@ -146,6 +152,7 @@ class Connection:
                 self._side = DriverSide(self._target, limits=_AS_SENT)
                 self._pid = os.getpid()
                 self._sock = connect(self.path)
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, SILENCE)
                 connected = True
                 answer = self._exchange(self._sock, init, head, positions)
             except (DaemonNotFoundError, ConnectionLostError, DrainingError, DaemonFullError, UserLimitError) as error:
@@ -197,10 +204,15 @@ class Connection:
         return answer
 
     def _receive(self, sock: socket.socket) -> ipi.EngineMessage:
-        side = self._side
+        side, silences = self._side, 0
         while True:
             try:
                 size = sock.recv_into(side.get_buffer())
+            except BlockingIOError:  # SILENCE has gone by
+                silences += 1
+                if silences & (silences - 1) == 0:  # more and more rarely, as there may be a thousand who ask
+                    say_why(self.path, self._init)
+                continue
             except OSError as error:
                 raise self._lost() from error
             if size == 0:

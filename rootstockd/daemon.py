@@ -7,11 +7,8 @@ import contextlib
 import logging
 import signal
 import socket
-import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
 
 from ase.data import atomic_numbers, chemical_symbols
 
@@ -22,27 +19,19 @@ from rootstockd.config import Config
 from rootstockd.config_file import RELOADED, ConfigError, read_again
 from rootstockd.control.api import ControlServer
 from rootstockd.descriptors import raise_descriptor_limit, share_descriptors
-from rootstockd.devices import gpu_uuid
+from rootstockd.devices import found_devices
 from rootstockd.door import Door
+from rootstockd.fleet import Fleet
 from rootstockd.init_request import InitRequest
-from rootstockd.models.catalogue import Catalogue, CatalogueError, Entry
+from rootstockd.models.catalogue import Catalogue, CatalogueError
 from rootstockd.models.store import located
 from rootstockd.peers import peer_of
 from rootstockd.sessions import LINGER, Session
 from rootstockd.sockets import claim_gpu, listen, lock, make_runtime_dir
 from rootstockd.supervisor import Supervisor
-from rootstockd.worker.engines import ModelSpec
 from rootstockd.worker_folders import remove_left_behind
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class WorkerKey:
-    """What makes a worker one's own: two sessions with different keys never share one."""
-
-    name: str
-    dtype: str
 
 
 class Daemon:
@@ -61,13 +50,11 @@ class Daemon:
         self.catalogue = Catalogue.load(config.catalogues)
         # atomic numbers take up to four bytes each; the rest of an INIT is short
         self.limits = ipi.Limits(atoms=config.max_atoms, init=64 * 1024 + 5 * config.max_atoms)
-        self.fleet: dict[WorkerKey, Supervisor] = {}
+        self.fleet = Fleet(config)
         self.accounts = Accounts(config)
         self.warnings: list[str] = []
         """What the configuration and the catalogues have that can't be meant so."""
         self._look_over()
-        self.retired: list[Supervisor] = []
-        """What the catalogue had before it was changed, while sessions still use it."""
         self.sessions: set[Session] = set()
         self._turned_away: set[Session] = set()
         self._max_turned_away = 0
@@ -91,14 +78,17 @@ class Daemon:
         self._share_descriptors()
         with contextlib.ExitStack() as ours:
             ours.enter_context(lock(self.config.lock))
-            if self.config.device.kind == "cuda":
-                ours.enter_context(claim_gpu(gpu_uuid(self.config.device.index)))
+            devices = found_devices(self.config.devices)
+            for device in devices:
+                if device.kind == "cuda":
+                    ours.enter_context(claim_gpu(device.uuid))
             remove_left_behind()
             group = self.config.access.socket_group
             mode = 0o600 if group is None else 0o660
             mode = 0o666 if self.config.shared and group is None else mode
             control = ControlServer(self, ours.enter_context(listen(self.config.control, mode, group)))
             sessions = ours.enter_context(listen(self.config.socket, mode, group, keep=lambda: self._replaced))
+            self.fleet.begin(devices)
             control_task = asyncio.create_task(control.run_until_stopped(), name="control")
             try:
                 door = await self._start(sessions)
@@ -106,7 +96,7 @@ class Daemon:
                 await self._stop.wait()
                 await self._drain(door)
             finally:
-                await self._end_workers()
+                await self.fleet.stop(stopping_error())
                 control.should_exit = True
                 await control_task
         log.info("stopped")
@@ -145,6 +135,7 @@ class Daemon:
         self.config = self.config.model_copy(update={name: getattr(fresh, name) for name in changed & RELOADED})
         self.catalogue = catalogue
         self.accounts.apply(self.config)
+        self.fleet.apply(self.config)
         self._look_over()
         restart_needed = sorted(changed - RELOADED) + moved
         for name in restart_needed:
@@ -173,7 +164,7 @@ class Daemon:
     async def _start(self, sessions_socket: socket.socket) -> Door:
         """Load what is to be preloaded, and open the door. Sessions that come early wait for their model."""
         door = Door(sessions_socket, lambda connection: Session(self, peer_of(connection)))
-        models = [self._supervisor(name, entry, entry.dtype) for name, entry in self._preload]
+        models = [self.fleet.open(name, entry, entry.dtype, keep=True) for name, entry in self._preload]
         loaded = asyncio.create_task(_settled(models))
         stopped = asyncio.create_task(self._stop.wait())
         await asyncio.wait([loaded, stopped], return_when=asyncio.FIRST_COMPLETED)
@@ -204,9 +195,6 @@ class Daemon:
             session.end(stopping_error())
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._all_gone.wait(), LINGER)
-
-    async def _end_workers(self) -> None:
-        await asyncio.gather(*(model.stop(stopping_error()) for model in [*self.fleet.values(), *self.retired]))
 
     def _watch_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -261,7 +249,7 @@ class Daemon:
         self.check_open()
         name, entry = self.catalogue.resolve(request.model)
         entry = located(name, entry)
-        model = self._supervisor(name, entry, request.dtype or entry.dtype)
+        model = self.fleet.open(name, entry, request.dtype or entry.dtype)
         known = (model.info and model.info.elements) or [atomic_numbers[symbol] for symbol in entry.elements]
         unknown = set(request.numbers) - set(known)
         if known and unknown:
@@ -272,29 +260,29 @@ class Daemon:
             raise model.error
         return model
 
-    def _supervisor(self, name: str, entry: Entry, dtype: str) -> Supervisor:
-        key, device = WorkerKey(name, dtype), self.config.device
-        weights, confine = str(entry.weights or ""), self.config.confine and entry.confine
-        spec = ModelSpec(
-            name, entry.family, device.kind, dtype, weights, entry.sha256.lower(), confine, entry.arguments
-        )
-        model = self.fleet.get(key)
-        if model is not None and model.spec != spec:  # the catalogue has been changed since
-            model.retire()
-            self.retired = [other for other in self.retired if other.clients] + [model]
-            model = None
-        if model is None or model.worth_replacing:
-            config = self.config
-            model = Supervisor(
-                spec,
-                Path(sys.executable),
-                config.worker_environment,
-                config.batch_budget,
-                config.hang_timeout,
-                config.load_timeout,
-            )
-            self.fleet[key] = model
-        return model
+    # --- what administrators need
+
+    def load(self, name: str, dtype: str | None = None) -> tuple[str, str]:
+        """Have a model loaded; the catalogue's name of it, and its dtype.
+
+        Raises:
+            UnknownModelError, DrainingError, ModelLoadError: what its name says.
+        """
+        self.check_open()
+        name, entry = self.catalogue.resolve(name)
+        entry = located(name, entry)
+        model = self.fleet.open(name, entry, dtype or entry.dtype)
+        if model.error is not None:
+            raise model.error
+        return name, model.spec.dtype
+
+    def unload(self, name: str, dtype: str | None = None, *, force: bool = False) -> None:
+        """Have a model leave memory; see `Fleet.unload`.
+
+        Raises:
+            RootstockError: it is not there, or has evaluations under way.
+        """
+        self.fleet.unload(self.catalogue.name_of(name), dtype, force=force)  # it may be in no catalogue any more
 
 
 async def _settled(models: Iterable[Supervisor]) -> None:

@@ -265,7 +265,7 @@ class Session(asyncio.BufferedProtocol):
             "energies": request.energies,
         }
         self.request, self._model, self._checked_cells = request, model, b""
-        model.join()
+        model.join(self)
 
     def _release(self) -> None:
         """Give back what the current system holds."""
@@ -278,10 +278,32 @@ class Session(asyncio.BufferedProtocol):
             self.account.queued -= 1
         self._host.accounts.give_back(self.account, self.slot.natoms * self.slot.frames)
         self._model.release(self.number)
-        self._model.leave()
+        self._model.leave(self)
         self._model = None
         self.slot.close()
         del self.slot  # its memory goes now, not when the garbage collector next runs
+
+    @property
+    def queued(self) -> bool:
+        """It has an evaluation that waits for its turn."""
+        return self._model is not None and self._evaluation not in (None, *self._model.scheduler.running)
+
+    def move(self, model: Supervisor) -> bool:
+        """Go over to another worker of the same model; whether that could be: not while an evaluation is under way."""
+        old, evaluation = self._model, self._evaluation
+        assert old is not None
+        if evaluation is not None:
+            if evaluation in old.scheduler.running or evaluation.attempts:
+                return False
+            old.scheduler.withdraw(evaluation)
+            evaluation.withdrawn = False
+        old.release(self.number)
+        model.join(self)
+        self._model = model
+        old.leave(self)
+        if evaluation is not None:
+            model.submit(evaluation)
+        return True
 
     def _place(self, natoms: int) -> memoryview:
         if natoms != self.slot.natoms:

@@ -116,6 +116,15 @@ class RunningDaemon:
         wait_for(lambda: not self.processes(), timeout=10)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def state_folder() -> Iterator[Path]:
+    """What models take in tests is nothing to remember for whoever runs them."""
+    with tempfile.TemporaryDirectory(prefix="rootstockd-state-") as folder:
+        os.environ["ROOTSTOCKD_STATE"] = folder
+        yield Path(folder)
+        del os.environ["ROOTSTOCKD_STATE"]
+
+
 @pytest.fixture(scope="session")
 def runtime_folder() -> Iterator[Path]:
     """A folder whose path is short enough for sockets."""

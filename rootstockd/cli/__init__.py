@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 import rootstockd
+from rootstockd.cli.fleet import load, unload
 from rootstockd.cli.lifecycle import reload, restart, start, stop
 from rootstockd.cli.models import models
 from rootstockd.cli.show import logs, status
@@ -28,5 +29,5 @@ def main() -> None:
     """  # noqa: D301 - click wants the character \\b itself
 
 
-for command in (start, stop, restart, reload, status, logs, models):
+for command in (start, stop, restart, reload, load, unload, status, logs, models):
     main.add_command(command)

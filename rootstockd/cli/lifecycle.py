@@ -41,7 +41,7 @@ from rootstockd.cli.common import (
 from rootstockd.config import Config
 from rootstockd.config_file import ConfigError, make_config, read_again
 from rootstockd.control.schema import DaemonStatus, ReloadReport
-from rootstockd.devices import DeviceError, choose_device
+from rootstockd.devices import DeviceError, choose_devices, found_devices
 from rootstockd.models.catalogue import Catalogue, CatalogueError
 from rootstockd.models.store import located
 from rootstockd.peers import peer_of
@@ -53,8 +53,14 @@ FORCE_TIMEOUT = 5.0
 
 
 @click.command()
-@click.option("--gpu", type=click.IntRange(min=0), help="The GPU to use, as the driver numbers them.")
-@click.option("--device", type=click.Choice(["cpu", "auto"]), default="auto", help="cpu, or a GPU if there is one.")
+@click.option("--gpu", metavar="0,1,...", help="The GPUs to use: numbers, UUIDs of GPUs or MIG instances, or `all`.")
+@click.option(
+    "--device",
+    "names",
+    multiple=True,
+    metavar="NAME",
+    help="cpu, auto (a GPU if there is one), or the name of a device; may be given repeatedly.",
+)
 @click.option("--model", "models", multiple=True, metavar="NAME", help="Load this model now; may be given repeatedly.")
 @click.option(
     "--catalogue",
@@ -75,8 +81,8 @@ FORCE_TIMEOUT = 5.0
 )
 @click.option("--foreground", is_flag=True, help="Stay in front, log to the terminal, end with Ctrl-C.")
 def start(
-    gpu: int | None,
-    device: str,
+    gpu: str | None,
+    names: tuple[str, ...],
     models: tuple[str, ...],
     catalogues: tuple[Path, ...],
     socket: Path | None,
@@ -87,15 +93,20 @@ def start(
     foreground: bool,
 ) -> None:
     """Start a daemon; returns when it is ready."""
-    if gpu is not None and device == "cpu":
-        raise click.UsageError("--gpu and --device cpu exclude each other.")
+    names = tuple(name for name in names if name != "auto")
+    if gpu is not None and names:
+        raise click.UsageError("--gpu and --device exclude each other.")
     try:
-        chosen = choose_device(gpu=gpu, cpu=device == "cpu")
+        chosen = choose_devices(gpus=gpu, names=names)
     except DeviceError as error:
         raise Refused(error) from error
+    except ValueError as error:
+        raise click.UsageError(
+            f"{gpu or ', '.join(names)!r} names no device; names are cpu, cpu:1, cuda:1, and UUIDs (GPU-..., MIG-...)."
+        ) from error
     flags = {
         "socket": socket.absolute() if socket else None,
-        "device": chosen if gpu is not None or device == "cpu" else None,
+        "devices": chosen if gpu is not None or names else None,
         "models": models or None,
         "catalogues": catalogues or None,
         "log_file": log_file,
@@ -103,8 +114,9 @@ def start(
         "batch_atoms": batch_atoms,
     }
     try:
-        config = make_config(flags, file, {"socket": default_socket(), "device": chosen})
-    except ConfigError as error:
+        config = make_config(flags, file, {"socket": default_socket(), "devices": chosen})
+        found_devices(config.devices)
+    except (ConfigError, DeviceError) as error:
         raise Refused(error) from error
     if config.log_file is None:
         config = config.model_copy(update={"log_file": default_log_file(config.socket)})
@@ -235,7 +247,7 @@ def launch(config: Config, *, after: int | None = None) -> None:
     loaded = [model.name for model in status.models if model.state == "ready"]
     name = loaded[0] if loaded else "mace-emt-small"
     console.print(
-        f"ready on {config.device}, models loaded: {', '.join(loaded) or 'none yet'}\n\n"
+        f"ready on {', '.join(map(str, config.devices))}, models loaded: {', '.join(loaded) or 'none yet'}\n\n"
         f"  from rootstock_client import RootstockClient\n"
         f'  atoms.calc = RootstockClient().calculator("{name}")\n\n'
         f"socket  {config.socket}\nlog     {config.log_file}",

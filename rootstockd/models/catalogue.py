@@ -22,6 +22,7 @@ from ase.data import atomic_numbers, chemical_symbols
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 
 from rootstock_client.errors import UnknownModelError
+from rootstockd.config import KeepAlive
 from rootstockd.state_dir import StateError, check_trusted, state_dirs
 
 if sys.version_info >= (3, 11):
@@ -77,6 +78,8 @@ class Entry(BaseModel):
     """Whether the licence has to be accepted before the weights are pulled."""
     citation: str = ""
     """What to cite: a DOI, or a reference."""
+    keep_alive: KeepAlive | None = None
+    """How long it stays in memory after its last evaluation, in seconds or "forever", where it is not as for others."""
     aliases: tuple[str, ...] = ()
     hidden: bool = False
     """Not listed: for measuring and testing."""
@@ -170,13 +173,17 @@ class Catalogue(Mapping[str, Entry]):
     def __len__(self) -> int:
         return len(self._entries)
 
+    def name_of(self, name: str) -> str:
+        """The catalogue's own name for `name`, which may be an alias, or no name at all."""
+        return self._aliases.get(name, name)
+
     def resolve(self, name: str) -> tuple[str, Entry]:
         """The catalogue's own name for `name` (which may be an alias), and its entry.
 
         Raises:
             UnknownModelError: there is none; the hint has the nearest names.
         """
-        known = self._aliases.get(name, name)
+        known = self.name_of(name)
         if known in self._entries:
             return known, self._entries[known]
         shown = [name for name, entry in self._entries.items() if not entry.hidden]

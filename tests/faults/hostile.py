@@ -21,6 +21,7 @@ SLOWLY = 1.0
 """Seconds that SLOW takes, with a right result."""
 CHATTER = 20_000
 """Lines that CHATTY and TALK_AND_DIE print."""
+SLOW_TO_LOAD = 7.0
 _HEIGHT = 100.0
 
 
@@ -85,7 +86,7 @@ class AtLoading(Hostile):
     """Misbehaves when it is made.
 
     Args:
-        what: segfault, kill, exit, hang or raise.
+        what: segfault, kill, exit, hang, slow, memory or raise.
         times: how often, counted in `counter`; after that all is well.
     """
 
@@ -105,5 +106,9 @@ class AtLoading(Hostile):
             os._exit(3)
         elif what == "hang":
             time.sleep(1e6)
+        elif what == "slow":
+            time.sleep(SLOW_TO_LOAD)
+        elif what == "memory":
+            raise MemoryError
         else:
             sys.exit("not today")

@@ -298,7 +298,7 @@ def test_the_configuration_can_turn_it_off(runtime_folder: Path) -> None:
     folder = runtime_folder / "free"
     folder.mkdir(mode=0o700)
     daemon = RunningDaemon(folder)
-    config = Config(socket=daemon.socket, device=Device(kind="cpu"), models=("emt",), confine=False)
+    config = Config(socket=daemon.socket, devices=(Device(name="cpu"),), models=("emt",), confine=False)
     with daemon.log.open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "rootstockd.serve", config.model_dump_json()], stdout=log, stderr=log

@@ -41,7 +41,7 @@ class Served:
 
     def __init__(self, folder: Path, log: Path, limits: dict[int, int] | None = None, **settings: Any) -> None:
         self.socket, self.log = folder / "d.sock", log
-        config = Config(socket=self.socket, device=Device(kind="cpu"), models=("emt",), log_file=log, **settings)
+        config = Config(socket=self.socket, devices=(Device(name="cpu"),), models=("emt",), log_file=log, **settings)
         shell = "".join(f"ulimit {flag} {value}; " for flag, value in (limits or {}).items())
         command = [sys.executable, "-m", "rootstockd.serve", config.model_dump_json()]
         with log.open("ab") as output:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from ase.data import chemical_symbols
 
+from rootstockd.worker import stages
 from rootstockd.worker.engines import (
     EngineBrokenError,
     EngineError,
@@ -260,6 +261,7 @@ def load(spec: ModelSpec) -> MaceEngine | safe.Conversion:
     except Exception as error:
         text = f"model {spec.name!r}: {spec.weights} is not a MACE model that mace-torch {mace.__version__} can read"
         raise EngineError("model-load", f"{text}: {error}") from error
+    stages.begin(stages.CHECKS)
     fast, why = _accelerate(model, spec)
     return MaceEngine(model, spec, reference, fast, why)
 
