@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from conftest import RunningDaemon
+from rootstockd.control.limits import PACE
 from rootstockd.log_rate import MOST
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be several users")
@@ -146,6 +147,30 @@ def status_for(name: str, daemon: RunningDaemon) -> dict[str, Any]:
     return json.loads(out)
 
 
+ASKING = """
+import socket, time
+from rootstock_client.runtime_dir import control_socket
+kept = [socket.socket(socket.AF_UNIX) for _ in range(10)]
+for sock in kept:
+    sock.connect(str(control_socket(__import__("pathlib").Path(arguments[0]))))
+    sock.settimeout(0.5)
+refused = 0
+for sock in kept:
+    try:
+        refused += b"503" in sock.recv(4096)
+    except TimeoutError:
+        pass
+print(10 - refused, flush=True)
+sys.stdin.read()
+for sock in kept:
+    sock.close()
+start = time.monotonic()
+for _ in range(50):
+    RootstockClient(arguments[0]).models()
+print(time.monotonic() - start)
+"""
+
+
 def models_for(name: str, daemon: RunningDaemon) -> list[str] | str:
     """The models that a user is told of, or an error's code."""
     with as_user(name, MODELS, str(daemon.socket)) as process:
@@ -199,6 +224,16 @@ def test_whoever_may_use_it_may_see_its_models_and_themselves(start):
     assert command_for("rsd-bob", daemon, "reload")[0] == 0
     assert re.search(r"asked to reload by rsd-bob \(pid \d+\)$", daemon.log.read_text(), re.MULTILINE)
     assert re.search(r"rsd-alice \(pid \d+\) may not ask to stop", daemon.log.read_text())
+
+
+def test_who_asks_without_end_waits_and_keeps_nobody_out(start):
+    daemon = start('[access]\nusers = ["rsd-alice"]\n')
+    with as_user("rsd-alice", ASKING, str(daemon.socket)) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "4\n"  # so many of its connections are taken
+        assert daemon.run("status").returncode == 0
+        out, err = process.communicate()
+        assert float(out) > 49 * PACE, err
 
 
 def test_many_who_are_refused_leave_a_line_now_and_then(start):
