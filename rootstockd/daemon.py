@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import json
 import logging
 import signal
 import socket
@@ -42,6 +43,8 @@ class WorkerKey:
 
     name: str
     dtype: str
+    options: str = ""
+    """What else changes its numbers, as canonical JSON."""
 
 
 class Daemon:
@@ -233,11 +236,13 @@ class Daemon:
         """The model that a session asks for; it is loaded if it is not yet.
 
         Raises:
-            UnknownModelError, UnknownElementError, DrainingError, ModelLoadError: what its name says.
+            UnknownModelError, UnknownElementError, UnsupportedError, DrainingError, ModelLoadError: what its name says.
         """
         self.check_open()
         name, entry = self.catalogue.resolve(request.model)
-        model = self._supervisor(name, entry, request.dtype or entry.dtype)
+        dtype = request.dtype or entry.dtype
+        entry.check_dtype(name, dtype)
+        model = self._supervisor(name, entry, dtype, request.options)
         known = (model.info and model.info.elements) or [atomic_numbers[symbol] for symbol in entry.elements]
         unknown = set(request.numbers) - set(known)
         if known and unknown:
@@ -248,11 +253,21 @@ class Daemon:
             raise model.error
         return model
 
-    def _supervisor(self, name: str, entry: Entry, dtype: str) -> Supervisor:
-        key, device = WorkerKey(name, dtype), self.config.device
+    def _supervisor(self, name: str, entry: Entry, dtype: str, options: str = "") -> Supervisor:
+        key, device = WorkerKey(name, dtype, options), self.config.device
         weights, confine = str(entry.weights or ""), self.config.confine and entry.confine
         spec = ModelSpec(
-            name, entry.family, device.kind, dtype, weights, entry.sha256.lower(), confine, entry.arguments
+            name,
+            entry.family,
+            device.kind,
+            dtype,
+            weights,
+            entry.sha256.lower(),
+            confine,
+            entry.arguments,
+            elements=[atomic_numbers[symbol] for symbol in entry.elements],
+            heads=list(entry.heads),
+            **json.loads(options or "{}"),
         )
         model = self.fleet.get(key)
         if model is not None and model.spec != spec:  # the catalogue has been changed since

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import json
 import sys
 from collections.abc import Iterable, Mapping
 from importlib import resources
@@ -17,7 +18,7 @@ from typing import Any, Literal
 from ase.data import atomic_numbers
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 
-from rootstock_client.errors import UnknownModelError
+from rootstock_client.errors import UnknownModelError, UnsupportedError
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -56,7 +57,7 @@ class Entry(BaseModel):
     computes: tuple[str, ...] = ()
     """ASE property names; empty where only the loaded model can say."""
     dtype: Literal["float32", "float64"] = "float64"
-    """Used where the session does not ask for one."""
+    """Used where the session does not ask for one; what an ASE calculator computes in, if it can't be told."""
     licence: str = ""
     """SPDX identifier, or a name."""
     licence_url: str = ""
@@ -71,6 +72,17 @@ class Entry(BaseModel):
     """What else the family's `load` takes."""
     confine: bool = True
     """Whether its workers give away the rights that they need not (SECURITY.md)."""
+
+    def check_dtype(self, name: str, dtype: str) -> None:
+        """Whether a session may ask for this dtype.
+
+        Raises:
+            UnsupportedError: it would be ignored.
+        """
+        if dtype != self.dtype and self.family == "ase" and '"{dtype}"' not in json.dumps(self.arguments):
+            raise UnsupportedError(
+                f"model {name!r} computes in {self.dtype} and in nothing else.", "Leave dtype out, or name that one."
+            )
 
     @field_validator("elements")
     @classmethod
