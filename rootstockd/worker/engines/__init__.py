@@ -182,7 +182,7 @@ def check_system(name: str, info: EngineInfo, system: System, understood: tuple[
     """
     unknown = sorted(set(system.numbers.tolist()) - set(info.elements))
     if info.elements and unknown:
-        raise EngineError("unknown-element", f"model {name!r} does not know {', '.join(map(_symbol, unknown))}")
+        raise EngineError("unknown-element", f"model {name!r} does not know {', '.join(map(symbol, unknown))}")
     if info.max_atoms is not None and len(system.numbers) > info.max_atoms:
         raise EngineError("limit", f"{len(system.numbers)} atoms, and model {name!r} takes {info.max_atoms}")
     for word, value, usual in (("charge", system.charge, (0,)), ("spin", system.spin, (0, 1))):
@@ -233,7 +233,8 @@ def guarded(evaluate: Callable[[list[Task]], list[Result]], tasks: list[Task]) -
     raise MemoryError(text)
 
 
-def _symbol(number: int) -> str:
+def symbol(number: int) -> str:
+    """An element's symbol, for messages."""
     try:
         from ase.data import chemical_symbols  # an engine's environment may have no ASE  # noqa: PLC0415
     except ImportError:

@@ -23,8 +23,8 @@ from rootstockd.worker.engines import (
     Result,
     System,
     Task,
-    check_system,
     load_family,
+    symbol,
 )
 
 _BOHR, _HARTREE = 0.52917726, 27.21138505
@@ -64,22 +64,26 @@ class DispersionEngine:
 
     @property
     def info(self) -> EngineInfo:
-        """What the engine says of itself, less what D3 does not know; the same object while that is."""
+        """What the engine says of itself, less what D3 has not; the same object while that is."""
         inner = self._engine.info
         if inner is not self._inner_info:
             self._inner_info = inner
-            known = inner.elements or range(1, _LAST_ELEMENT + 1)
             self._info = replace(
                 inner,
                 properties=tuple(name for name in inner.properties if name != "energies"),
-                elements=tuple(number for number in known if number <= _LAST_ELEMENT),
                 backend=f"{inner.backend} + {self._correction}",
             )
         return self._info
 
     def prepare(self, system: System) -> _Prepared:
         """What both need to know; charge, spin and head are the corrected engine's business."""
-        check_system(self._name, self.info, system, ("charge", "spin"))
+        if unknown := sorted({number for number in system.numbers.tolist() if number > _LAST_ELEMENT}):
+            raise EngineError(
+                "unknown-element",
+                f"model {self._name!r}: there is no D3 correction here for {', '.join(map(symbol, unknown))}: from "
+                "francium on its parameters were revised, and programs differ",
+                "Evaluate without dispersion.",
+            )
         return _Prepared(system.numbers, system.pbc, self._engine.prepare(system))
 
     def evaluate(self, tasks: list[Task]) -> list[Result]:
