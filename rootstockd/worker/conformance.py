@@ -54,7 +54,7 @@ class Tolerance:
 
 
 TOLERANCES = {
-    "float32": Tolerance(energy=1e-4, force=1e-3, step=0.02, slope=1e-2),
+    "float32": Tolerance(energy=1e-4, force=1e-3, step=0.02, slope=3e-2),
     "float64": Tolerance(energy=1e-8, force=1e-8, step=2e-3, slope=1e-5),
 }
 

@@ -125,9 +125,9 @@ class AseEngine:
         system: _Prepared = task.system
         wanted = ["energy", "forces"] + ["stress"] * task.stress + ["energies"] * task.energies
         self._refuse_missing([name for name in wanted if name not in self.info.properties])
-        cell = complete_cell(task.cell) if self._complete and not all(system.pbc) else task.cell
+        cell, pbc = self._box(task.cell, system.pbc)
         # made anew: calculators change what they are given
-        atoms = Atoms(system.numbers, task.positions, cell=cell, pbc=system.pbc, info=dict(system.info))
+        atoms = Atoms(system.numbers, task.positions, cell=cell, pbc=pbc, info=dict(system.info))
         reset(system.calculator)
         try:
             # not get_property, for which a structure that differs in `info` alone is the same
@@ -146,6 +146,14 @@ class AseEngine:
             energies=_copy(results["energies"]) if task.energies else None,
             backend=self._backend,
         )
+
+    def _box(self, cell: Array, pbc: tuple[bool, bool, bool]) -> tuple[Array, tuple[bool, bool, bool]]:
+        """The same lattice as the calculator may see it: some compute a wrong stress in a left-handed cell."""
+        if self._complete and not all(pbc):
+            cell = complete_cell(cell)
+        if np.linalg.det(cell) < 0:
+            return cell[[1, 0, 2]], (pbc[1], pbc[0], pbc[2])
+        return cell, pbc
 
     def _refuse_missing(self, names: list[str]) -> None:
         if names:
