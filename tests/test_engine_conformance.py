@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ase.calculators.lj import LennardJones
 
 from conftest import EMBEDDED_MODEL, sha256
 from rootstock_client.units import BOHR
@@ -28,11 +29,23 @@ SPECS = {
     "emt": ModelSpec("emt", "ase", "cpu", "float64", arguments=EMT, elements=[13, 28, 29, 46, 47, 78, 79]),
     "lj": ModelSpec("lj", "ase", "cpu", "float64", arguments={"calculator": "ase.calculators.lj:LennardJones"}),
     "limited": ModelSpec("limited", "ase", "cpu", "float64", arguments={**EMT, "max_atoms": 30, "complete_cell": True}),
+    "headed": ModelSpec(
+        "headed",
+        "ase",
+        "cpu",
+        "float64",
+        heads=["soft", "hard"],
+        arguments={"calculator": "test_engine_conformance:headed", "options": {"head": "{head}"}},
+    ),
     "mace": ModelSpec("mace", "mace", "cpu", "float64", **MACE),
     "mace float32": ModelSpec("mace", "mace", "cpu", "float32", **MACE),
     "d3 alone": ModelSpec("d3", "noop", "cpu", "float64", dispersion=D3),
     "emt with d3": ModelSpec("emt", "ase", "cpu", "float64", arguments=EMT, dispersion=D3),
 }
+
+
+def headed(head: str) -> LennardJones:
+    return LennardJones(epsilon={"soft": 0.5, "hard": 1.0}[head])
 
 
 @cache

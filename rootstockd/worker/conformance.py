@@ -131,7 +131,8 @@ class Subject:
 
     def prepare(self, structure: Structure, **more: Any) -> Any:
         """The structure as a system, of a session that all have that need none of their own."""
-        fields = {"exact": self.exact, "session": 0, **more}
+        head = next(iter(self.engine.info.heads), None)
+        fields = {"exact": self.exact, "session": 0, "head": head, **more}
         return self.engine.prepare(System(structure.numbers.copy(), structure.pbc, **fields))
 
     def task(
@@ -475,6 +476,10 @@ def heads(subject: Subject) -> None:
     """Each of its heads is taken, no other is, and those that differ do so also in one batch."""
     crystal, names = subject.structures[0], subject.engine.info.heads
     refused(lambda: subject.prepare(crystal, head="no such head"), "unsupported", "a head that there is not")
+    try:
+        subject.prepare(crystal, head=None)
+    except EngineError as error:
+        require(names and error.code == "unsupported", f"no head: refused with {error.code!r}: {error.message}")
     solo = [subject.evaluate(crystal, subject.prepare(crystal, head=name)) for name in names]
     results = subject.engine.evaluate([subject.task(crystal, subject.prepare(crystal, head=name)) for name in names])
     for name, result, expected in zip(names, results, solo):
