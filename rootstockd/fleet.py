@@ -8,6 +8,7 @@ do than its device can get done has a second worker, a replica, on another that 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import math
 import sys
@@ -15,6 +16,8 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from ase.data import atomic_numbers
 
 from rootstock_client.errors import EvaluationError, LimitError, RootstockError
 from rootstockd import placement
@@ -56,19 +59,28 @@ class WorkerKey:
     """What else changes its numbers, as canonical JSON."""
 
 
-def spec_of(name: str, entry: Entry, dtype: str, device: str, *, confine: bool = True) -> ModelSpec:
+def spec_of(key: WorkerKey, entry: Entry, device: str, *, confine: bool = True) -> ModelSpec:
     """What a worker is to load.
 
     Args:
-        name: the catalogue's name.
-        entry: what it has under that.
-        dtype: what to compute in.
+        key: which worker.
+        entry: what the catalogue has under its name.
         device: `cpu` or `cuda`.
         confine: whether workers give their rights away, if the entry has nothing against it.
     """
-    weights = str(entry.weights or "")
-    confined = confine and entry.confine
-    return ModelSpec(name, entry.family, device, dtype, weights, entry.sha256.lower(), confined, entry.arguments)
+    return ModelSpec(
+        key.name,
+        entry.family,
+        device,
+        key.dtype,
+        str(entry.weights or ""),
+        entry.sha256.lower(),
+        confine and entry.confine,
+        entry.arguments,
+        elements=[atomic_numbers[symbol] for symbol in entry.elements],
+        heads=list(entry.heads),
+        **json.loads(key.options or "{}"),
+    )
 
 
 @dataclass
@@ -158,7 +170,7 @@ class Fleet:
             keep: it is to stay.
         """
         key = WorkerKey(name, dtype, options)
-        spec = spec_of(name, entry, dtype, self.devices[0].kind, confine=self._config.confine)
+        spec = spec_of(key, entry, self.devices[0].kind, confine=self._config.confine)
         model = self._models.get(key)
         if model is not None and model.spec != spec:  # the catalogue has been changed since
             self._retire(model.workers)
