@@ -16,8 +16,9 @@ from rootstock_client.errors import DrainingError, InvalidStructureError, LimitE
 from rootstockd.accounts import Account, Accounts
 from rootstockd.init_request import InitRequest, is_announced, parse_init
 from rootstockd.peers import peer_of, user_name
+from rootstockd.roles import Client, State
 from rootstockd.scheduler import Evaluation
-from rootstockd.supervisor import Client, State, Supervisor
+from rootstockd.supervisor import Supervisor
 from rootstockd.worker.slots import Slot
 
 log = logging.getLogger(__name__)

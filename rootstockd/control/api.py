@@ -34,7 +34,7 @@ from rootstockd.control.schema import (
 from rootstockd.devices import process_memory
 from rootstockd.models.catalogue import CatalogueError
 from rootstockd.peers import user_name
-from rootstockd.supervisor import State
+from rootstockd.roles import State
 
 if TYPE_CHECKING:
     from rootstockd.daemon import Daemon
