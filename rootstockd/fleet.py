@@ -38,6 +38,8 @@ LONG_FOR = 5
 """Looks in a row at which a queue was long: then the model gets a replica, if there is room."""
 PAUSE = 60
 """Looks until the next try after a replica could not be loaded."""
+REFUSED = 10.0
+"""Seconds that status shows a model without sessions that had no room."""
 REPLICA_IDLE = 60.0
 """Seconds that a replica stays without work; less where `keep_alive` says so."""
 
@@ -348,7 +350,9 @@ class Fleet:
             self._evaluations += worker.evaluations
         for key, model in list(self._models.items()):
             first = model.first
-            if first.state is State.COLD and not (first.clients or first.wanted or model.replicas or model.kept):
+            needed = first.clients or first.wanted or model.replicas or model.kept
+            told = first.refusal is None or first.idle_seconds > REFUSED  # why it did not come
+            if first.state is State.COLD and told and not needed:
                 del self._models[key]
                 self._retire([first])
 

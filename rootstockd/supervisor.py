@@ -392,7 +392,7 @@ class Supervisor:
                 launch = await self._landlord.admit(self)
             except LimitError as error:
                 log.warning("%s", error.message)
-                self.refusal = error
+                self.refusal, self._last_use = error, time.perf_counter()
                 self._wanted.clear()
                 self._set_state(State.COLD)
                 self.give_up(error)
