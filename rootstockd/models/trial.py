@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
-from rootstock_client.errors import ModelLoadError
+from rootstock_client.errors import ModelLoadError, RootstockError
 from rootstockd.worker.engines import EngineInfo, ModelSpec
 from rootstockd.worker_messages import Failure, parse
 from rootstockd.worker_process import WorkerProcess
@@ -18,20 +20,40 @@ TIMEOUT = 600.0
 """Seconds that loading may take."""
 
 
-def try_out(spec: ModelSpec, harvest: Callable[[Path], None] | None = None) -> EngineInfo:
+def try_out(spec: ModelSpec, harvest: Callable[[Path], None] | None = None, *, show_errors: bool = True) -> EngineInfo:
     """Load a model in a worker and end it.
 
     Args:
         spec: the model.
         harvest: called with the worker's scratch folder before it goes.
+        show_errors: whether what the worker has to say to people comes out if it fails, such as a traceback.
 
     Raises:
         RootstockError: it can't be loaded.
     """
-    return asyncio.run(_try_out(spec, harvest))
+    with tempfile.TemporaryFile() as words:
+        try:
+            return asyncio.run(_try_out(spec, harvest, words.fileno()))
+        except RootstockError:
+            if show_errors:
+                words.seek(0)
+                sys.stderr.write(words.read().decode(errors="replace"))
+            raise
 
 
-async def _try_out(spec: ModelSpec, harvest: Callable[[Path], None] | None) -> EngineInfo:
+@contextlib.contextmanager
+def _errors_to(fd: int) -> Generator[None, None, None]:
+    """What is started meanwhile writes its errors there."""
+    before = os.dup(2)
+    os.dup2(fd, 2)
+    try:
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+
+
+async def _try_out(spec: ModelSpec, harvest: Callable[[Path], None] | None, errors: int) -> EngineInfo:
     answer: asyncio.Future[EngineInfo] = asyncio.get_running_loop().create_future()
 
     def listen(kind: bytes, body: bytes) -> None:
@@ -48,7 +70,8 @@ async def _try_out(spec: ModelSpec, harvest: Callable[[Path], None] | None) -> E
             answer.set_exception(said.error)
 
     environment = {"CUDA_VISIBLE_DEVICES": ""} if spec.device == "cpu" else {}
-    worker = await WorkerProcess.start(spec, Path(sys.executable), environment, listen)
+    with _errors_to(errors):
+        worker = await WorkerProcess.start(spec, Path(sys.executable), environment, listen)
     ended = asyncio.create_task(worker.wait())
     try:
         waited: list[asyncio.Future[Any]] = [answer, ended]
