@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -51,7 +52,9 @@ def headed(head: str) -> LennardJones:
 @cache
 def subject(name: str) -> Subject:
     spec = SPECS[name.removesuffix(" exact")]
-    return Subject(load_engine(spec), spec, exact=name.endswith(" exact"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # mace-torch uses what torch deprecates
+        return Subject(load_engine(spec), spec, exact=name.endswith(" exact"))
 
 
 @pytest.fixture(scope="module", autouse=True)
