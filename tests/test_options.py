@@ -34,9 +34,9 @@ def reference(**settings: Any) -> Any:
 
 
 def close(ours: Atoms, theirs: Atoms) -> None:
-    """Up to 1e-6 of a correction of a few eV and of some 0.01 eV/Å: the programs have other digits of constants."""
+    """Up to 1e-6 of a correction of a few eV, in a cluster of some eV/Å: the programs' constants have other digits."""
     np.testing.assert_allclose(ours.get_potential_energy(), theirs.get_potential_energy(), rtol=0, atol=2e-6)
-    np.testing.assert_allclose(ours.get_forces(), theirs.get_forces(), rtol=0, atol=1e-7)
+    np.testing.assert_allclose(ours.get_forces(), theirs.get_forces(), rtol=0, atol=1e-6)
     if theirs.pbc.all():
         np.testing.assert_allclose(ours.get_stress(), theirs.get_stress(), rtol=0, atol=1e-7)
 
@@ -58,6 +58,7 @@ STRUCTURES = {
     "left-handed": lambda: Atoms("Cu", cell=[[0, 3, 0], [2.6, 0, 0], [0.3, 0.2, 2.7]], pbc=True),
     "slab": lambda: rattled(fcc111("Au", (1, 1, 3), vacuum=8.0)),
     "slab without third vector": lambda: rattled(fcc111("Pt", (1, 2, 2), vacuum=None)),
+    "wire": lambda: Atoms("Au2", [[0, 0, 0], [0.2, 0, 2.7]], cell=[9.0, 9.0, 5.4], pbc=[False, False, True]),
     "cluster": cluster,
 }
 
@@ -71,7 +72,7 @@ def test_dispersion_is_that_of_mace_mp(daemon: RunningDaemon, name: str) -> None
         if name == "slab without third vector":  # mace-torch stretches the cell, torch-dftd takes it for singular
             theirs.cell[2] = [0, 0, 40.0]
         close(ours, theirs)
-        assert ours.calc.backend == "mace-torch + D3"
+        assert ours.calc.backend in {"mace-torch + D3", "fused + D3"}
 
 
 def test_settings_of_dispersion(daemon: RunningDaemon) -> None:

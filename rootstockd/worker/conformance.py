@@ -353,6 +353,22 @@ def periodic_images(subject: Subject) -> None:
         subject.same(subject.evaluate(swapped), expected, f"of a {structure.name} in a left-handed cell")
 
 
+def open_directions(subject: Subject) -> None:
+    """Without pbc a lattice vector is nothing; a slab is a crystal with far more empty space than forces reach over."""
+    for structure in subject.structures:
+        if all(structure.pbc) or not any(structure.pbc):
+            continue
+        expected = subject.evaluate(structure)
+        cell = structure.cell.copy()
+        cell[2, 2] = 60.0
+        longer = dataclasses.replace(structure, cell=cell)
+        subject.same(subject.evaluate(longer), expected, "of a slab with another lattice vector across it")
+        cell = cell.copy()
+        cell[2, 2] = 300.0
+        crystal = dataclasses.replace(structure, cell=cell, pbc=(True, True, True))
+        subject.same(subject.evaluate(crystal), expected, "of a slab that is repeated after 300 Å")
+
+
 def variants(subject: Subject) -> list[Structure]:
     """All structures, each also with its atoms a little elsewhere, and one of half of its atoms."""
     rng, found = np.random.default_rng(_SEED), []
@@ -513,6 +529,7 @@ CHECKS: dict[str, Callable[[Subject], None]] = {
         permutation,
         rotation,
         periodic_images,
+        open_directions,
         batch_equals_solo,
         sessions_do_not_mix,
         results_stay,

@@ -138,9 +138,8 @@ class D3:
         self, numbers: Array, positions: Array, cell: Array, pbc: tuple[bool, bool, bool]
     ) -> tuple[float, Array, Array]:
         """Energy in eV, forces (natoms, 3) in eV/Å and virial (3, 3) in eV of a structure in Å."""
-        lattice = _spanning(cell, pbc) / _BOHR if any(pbc) else None
-        periodic = np.array(pbc) if any(pbc) else None
-        model = interface.DispersionModel(numbers, positions / _BOHR, lattice, periodic)
+        lattice = _spread(cell, positions, pbc, self._cutoff * _BOHR) / _BOHR if any(pbc) else None
+        model = interface.DispersionModel(numbers, positions / _BOHR, lattice)
         model.set_realspace_cutoff(self._cutoff, 0.0, self._cnthr)
         found = model.get_dispersion(self._parameters, grad=True)
         return (
@@ -150,12 +149,16 @@ class D3:
         )
 
 
-def _spanning(cell: Array, pbc: tuple[bool, bool, bool]) -> Array:
-    """The cell, with a unit vector across the others along directions without pbc, where it may have none."""
-    across = np.linalg.svd(cell[list(pbc)])[2][sum(pbc) :]
-    whole = cell.copy()
-    whole[[axis for axis in range(3) if not pbc[axis]]] = across
-    return whole
+def _spread(cell: Array, positions: Array, pbc: tuple[bool, bool, bool], reach: float) -> Array:
+    """A cell that is periodic in all directions, with images out of reach in those without pbc.
+
+    s-dftd3 1.7 has another energy for cells that are periodic in some directions only.
+    """
+    open_axes = [axis for axis in range(3) if not pbc[axis]]
+    normals = np.linalg.svd(cell[list(pbc)])[2][3 - len(open_axes) :]
+    spread = cell.copy()
+    spread[open_axes] = normals * (np.ptp(positions @ normals.T, axis=0) + reach + 1.0)[:, None]
+    return spread
 
 
 def with_dispersion(spec: ModelSpec) -> DispersionEngine:
