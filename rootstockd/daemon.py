@@ -8,11 +8,9 @@ import functools
 import logging
 import signal
 import socket
-import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from ase.data import atomic_numbers, chemical_symbols
 
@@ -251,8 +249,9 @@ class Daemon:
     def _supervisor(self, name: str, entry: Entry, dtype: str) -> Supervisor:
         key, device = WorkerKey(name, dtype), self.config.device
         weights, confine = str(entry.weights or ""), self.config.confine and entry.confine
+        environment = entry.environment or entry.family
         spec = ModelSpec(
-            name, entry.family, device.kind, dtype, weights, entry.sha256.lower(), confine, entry.arguments
+            name, entry.family, device.kind, dtype, weights, entry.sha256.lower(), confine, environment, entry.arguments
         )
         model = self.fleet.get(key)
         if model is not None and model.spec != spec:  # the catalogue has been changed since
@@ -263,7 +262,6 @@ class Daemon:
             config = self.config
             model = Supervisor(
                 spec,
-                Path(sys.executable),
                 config.worker_environment,
                 config.batch_budget,
                 config.hang_timeout,

@@ -8,15 +8,15 @@ import enum
 import functools
 import logging
 import time
-from pathlib import Path
 from typing import Any, Protocol
 
 from rootstock_client.errors import EvaluationError, LimitError, ModelLoadError, RootstockError
+from rootstockd.environments.finding import Environment, find_environment
 from rootstockd.hang_limit import HangLimit
 from rootstockd.scheduler import MAX_BLAMED, Evaluation, Scheduler
 from rootstockd.worker.engines import EngineInfo, ModelSpec
 from rootstockd.worker.slots import Slot
-from rootstockd.worker_messages import Confined, Failure, Said, parse
+from rootstockd.worker_messages import Confined, Failure, Said, Versions, parse
 from rootstockd.worker_process import End, WorkerProcess
 
 log = logging.getLogger(__name__)
@@ -67,8 +67,7 @@ class Supervisor:
 
     Args:
         spec: the model.
-        python: the interpreter of the environment that its workers run in.
-        environment: variables for its workers.
+        variables: for its workers.
         batch_atoms: the most atoms in one forward pass.
         hang_timeout: seconds that any batch may take.
         load_timeout: seconds that loading may take.
@@ -77,8 +76,7 @@ class Supervisor:
     def __init__(
         self,
         spec: ModelSpec,
-        python: Path,
-        environment: dict[str, str],
+        variables: dict[str, str],
         batch_atoms: int,
         hang_timeout: float,
         load_timeout: float,
@@ -91,7 +89,9 @@ class Supervisor:
         """Why its workers have more rights than they need."""
         self.evaluations = self.batches = self.restarts = self.clients = 0
         self.scheduler: Scheduler[Client] = Scheduler(batch_atoms)
-        self._python, self._environment = python, environment
+        self.environment: Environment | None = None
+        """Where its last worker was started; looked for anew for each, as another may have been built."""
+        self._variables = variables
         self._worker: WorkerProcess | None = None
         self._failures: dict[int, RootstockError] = {}
         self._asked, self._shortages = b"", 0
@@ -246,7 +246,9 @@ class Supervisor:
 
     def _told(self, kind: bytes, said: Said) -> None:
         """What the worker says in JSON."""
-        if isinstance(said, Confined):
+        if isinstance(said, Versions):
+            self._compare(said)
+        elif isinstance(said, Confined):
             self.unconfined = said.missing
             for what in said.missing:
                 warn_once(f"workers are not wholly confined: {what} (SECURITY.md)")
@@ -261,14 +263,27 @@ class Supervisor:
             else:
                 self.error = error
         else:
-            self.info = said
-            where = f"{self.spec.device} in {self.spec.dtype} ({self.info.backend})"
-            if kind == b"R":
-                log.info("model %s is ready on %s", self.spec.name, where)
-                self._set_state(State.READY)
-                self._dispatch()
-            if self.info.note:
-                log.warning("model %s on %s: %s", self.spec.name, where, self.info.note)
+            self._computes(said, ready=kind == b"R")
+
+    def _computes(self, info: EngineInfo, *, ready: bool) -> None:
+        self.info = info
+        where = f"{self.spec.device} in {self.spec.dtype} ({info.backend})"
+        if ready:
+            log.info("model %s is ready on %s", self.spec.name, where)
+            self._set_state(State.READY)
+            self._dispatch()
+        if info.note:
+            log.warning("model %s on %s: %s", self.spec.name, where, info.note)
+
+    def _compare(self, versions: Versions) -> None:
+        """End a worker that this daemon can't talk to."""
+        try:
+            versions.check()
+        except ModelLoadError as error:
+            self.error = error
+            if self._worker is not None:
+                self._worker.kill(End(error.message, blamed=False))
+                self._worker.hang_up()
 
     # --- the worker's life
 
@@ -303,9 +318,13 @@ class Supervisor:
     async def _run_worker(self) -> End:
         """One worker from its start to its end."""
         try:
+            self.environment = await asyncio.to_thread(find_environment, self.spec.environment, self.spec.family)
             worker = self._worker = await WorkerProcess.start(
-                self.spec, self._python, self._environment, self._on_message
+                self.spec, self.environment, self._variables, self._on_message
             )
+        except ModelLoadError as error:
+            self.error = error
+            return End(error.message, blamed=True)
         except Exception as error:  # or the model would count as loading for ever
             return End(f"it could not be started: {error}", blamed=True)
         if self._stopping.is_set():

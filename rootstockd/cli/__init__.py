@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 import rootstockd
+from rootstockd.cli.env import env
 from rootstockd.cli.lifecycle import reload, restart, start, stop
 from rootstockd.cli.show import logs, status
 
@@ -18,6 +19,7 @@ def main() -> None:
     rootstockd start --gpu 0        start a daemon (or --device cpu)
     rootstockd status               what it is doing
     rootstockd stop                 let it finish its work and end
+    rootstockd env create mace      build a Python environment for workers
 
     \b
     In a job:
@@ -26,5 +28,5 @@ def main() -> None:
     """  # noqa: D301 - click wants the character \\b itself
 
 
-for command in (start, stop, restart, reload, status, logs):
+for command in (start, stop, restart, reload, status, logs, env):
     main.add_command(command)

@@ -73,7 +73,9 @@ def show(daemon: DaemonStatus) -> None:
         elif model.backend:
             note = f"; {model.note}" if model.note else ""
             console.print(
-                f"{model.name} {model.dtype}: {model.backend}{note}", style="yellow" if note else "dim", markup=False
+                f"{model.name} {model.dtype}: {model.backend}; {model.environment}{note}",
+                style="yellow" if note else "dim",
+                markup=False,
             )
     for why in sorted({why for model in daemon.models for why in model.unconfined}):
         names = ", ".join(model.name for model in daemon.models if why in model.unconfined)

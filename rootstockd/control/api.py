@@ -127,6 +127,7 @@ def model_status(model: Supervisor, device: str) -> ModelStatus:
         state=model.state.value,
         error=str(model.error) if model.error else None,
         backend=model.info.backend if model.info else None,
+        environment=model.environment.description if model.environment else None,
         note=(model.info.note or None) if model.info else None,
         unconfined=model.unconfined,
         batch_atoms=model.scheduler.budget,

@@ -49,6 +49,8 @@ class ModelSpec:
     """What `read_weights` must find there, in hexadecimal."""
     confine: bool = True
     """Whether workers give their rights away; see `rootstockd.worker.confine`."""
+    environment: str = ""
+    """Name of the Python environment that its workers run in."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """What else the family's `load` takes."""
 
@@ -179,10 +181,10 @@ def load_engine(spec: ModelSpec) -> Engine:
     try:
         module = importlib.import_module(f"{__name__}.{spec.family}")
     except ImportError as error:
-        if spec.family == "mace":
-            hint = "Install it beside the daemon: pip install 'rootstockd[mace]'."
-        else:
-            hint = f"Install what the family {spec.family!r} needs beside the daemon."
+        hint = (
+            f"Build an environment for it, `rootstockd env create {spec.environment}`; or install what the family "
+            f"{spec.family!r} needs beside the daemon."
+        )
         raise EngineError("model-load", f"model {spec.name!r}: {error}", hint) from error
     engine: Engine = module.load(spec)
     return engine
