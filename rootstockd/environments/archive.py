@@ -105,8 +105,13 @@ def _gather(source: Build, wheels: Path, say: Say) -> str:
     plan = wheels.parent / "pylock.toml"
     run_uv(
         [
-            *("pip", "compile", "--quiet", "--no-deps", "--format", "pylock.toml", "--output-file"),
-            *(plan, "--python", source.python, *torch_backend(source.manifest.torch), source.lock),
+            *("pip", "compile", "--quiet", "--no-deps", "--format", "pylock.toml"),
+            "--output-file",
+            plan,
+            "--python",
+            source.python,
+            *torch_backend(source.manifest.torch),
+            source.lock,
         ],
         f"environment {source.manifest.name!r}: finding its packages",
         wheels.parent,
@@ -129,10 +134,8 @@ def _gather(source: Build, wheels: Path, say: Say) -> str:
 
 def _block(lock: str, name: str) -> str:
     """A package's lines in a lock."""
-    pattern = re.compile(
-        rf"^{re.escape(name).replace('-', '[-_.]')}(\[[^]]*\])?\s*(==|@).*\n(?:[ \t].*\n?)*",
-        re.MULTILINE | re.IGNORECASE,
-    )
+    spelled = "[-_.]+".join(map(re.escape, name.split("-")))
+    pattern = re.compile(rf"^{spelled}(\[[^]]*\])?\s*(==|@).*\n(?:[ \t].*\n?)*", re.MULTILINE | re.IGNORECASE)
     found = pattern.search(lock)
     if found is None:
         raise EnvironmentBuildError(

@@ -168,7 +168,7 @@ def torch_backend(flavour: str) -> list[str]:
 
 
 def torch_flavour(asked: str, lock: str) -> str:
-    """The build that `auto` chose, for the next build from this lock on whatever machine: torch 2.13.0+cu128 says it."""
+    """The build that `auto` chose, for the next build from this lock on any machine: torch 2.13.0+cu128 says it."""
     if asked != "auto":
         return asked
     found = re.search(r"^torch==[\w.]+\+(cpu|cu\d+|rocm[\d.]+|xpu)\b", lock, re.MULTILINE)

@@ -1,0 +1,585 @@
+"""Environments that uv builds, for real: small ones, of numpy and at most ASE."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from ase.build import bulk
+from ase.calculators.emt import EMT
+
+from conftest import RunningDaemon, rootstockd, wait_for
+from rootstock_client.errors import ModelLoadError
+from rootstockd.environments.building import torch_backend, torch_flavour
+from rootstockd.environments.builds import find_build, problems_of
+from rootstockd.environments.finding import find_environment
+from rootstockd.environments.pythons import readable_by_all
+from rootstockd.environments.specification import SpecificationError, find_specification, read_specification
+
+TREE = Path(__file__).parent.parent
+CHECK = """
+[verify]
+model = "emt"
+symbols = ["Cu", "Cu", "Cu", "Cu"]
+cell = [[3.62, 0.0, 0.0], [0.0, 3.62, 0.0], [0.0, 0.0, 3.62]]
+positions = [[0.0, 0.0, 0.12], [0.0, 1.81, 1.81], [1.81, 0.1, 1.81], [1.73, 1.81, 0.0]]
+energy = 0.097283
+forces = [
+  [-0.30095, -0.03006, -0.88947], [-0.30639, 0.38454, 0.46316], [0.0225, -0.73564, 0.45747], [0.58485, 0.38115, -0.03116]
+]
+"""
+
+
+@pytest.fixture
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A state directory of this test's own."""
+    folder = tmp_path / "state"
+    folder.mkdir()
+    monkeypatch.setenv("ROOTSTOCKD_STATE", str(folder))
+    return folder
+
+
+def env(*arguments: str | Path, fails: bool = False, **variables: str) -> str:
+    """Run `rootstockd env …`; what it says."""
+    done = rootstockd("env", *arguments, env={**os.environ, **variables})
+    assert bool(done.returncode) == fails, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def specify(file: Path, *requirements: str, more: str = "") -> Path:
+    file.write_text(f"requirements = {json.dumps(requirements)}\n{more}")
+    return file
+
+
+def fails_to_build(name: str, *arguments: str | Path, **variables: str) -> str:
+    """What a build that fails says, in one line."""
+    return " ".join(env("create", name, *arguments, fails=True, **variables).split())
+
+
+def numpy_of(name: str) -> str:
+    build = find_build(name)
+    assert build is not None
+    return build.manifest.versions["numpy"]
+
+
+def another_python() -> str:
+    """A Python of another version than the one that runs the tests, if this machine has one."""
+    found = [shutil.which(f"python3.{minor}") for minor in (9, 10, 12, 13)]
+    if pyenv := shutil.which("pyenv"):
+        root = subprocess.run([pyenv, "root"], capture_output=True, text=True, check=True).stdout.strip()
+        found = [*map(str, sorted(Path(root).glob("versions/3.*/bin/python3.*[0-9]"))), *found]
+    for path in filter(None, found):
+        ask = [path, "-c", "import sys; print(sys.version_info >= (3, 9) and sys.version_info[1])"]
+        done = subprocess.run(ask, capture_output=True, text=True, check=False)
+        if done.returncode == 0 and done.stdout.strip() not in ("False", str(sys.version_info[1])):
+            return path
+    return sys.executable
+
+
+@pytest.fixture(scope="module")
+def shared_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A state directory with one environment, `tiny`: numpy and ASE, in another Python where there is one."""
+    folder = tmp_path_factory.mktemp("shared")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ROOTSTOCKD_STATE", str(folder))
+        spec = specify(folder / "tiny.toml", "numpy", "ase", more=CHECK)
+        env("create", "tiny", "--spec", spec, "--python", another_python())
+    yield folder
+
+
+@pytest.fixture
+def tiny(shared_state: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The state directory with `tiny`, to be looked at only."""
+    monkeypatch.setenv("ROOTSTOCKD_STATE", str(shared_state))
+    return shared_state
+
+
+# --- a worker in an environment
+
+PROBE = """
+import json, sys
+from importlib import import_module
+from ase.calculators.emt import EMT
+
+def fails(name):
+    try:
+        import_module(name)
+    except ImportError:
+        return True
+    return False
+
+class Probe(EMT):
+    def __init__(self):
+        super().__init__()
+        wanted = ["pydantic", "click", "uvloop", "fastapi", "rootstock_client", "rootstockd.config", "rootstockd.daemon"]
+        self.told = {name: fails(name) for name in wanted}
+        self.told["python"] = sys.version_info[:2]
+        self.told["prefix"] = sys.prefix
+
+    def calculate(self, atoms, properties, system_changes):
+        if len(atoms) == 1:
+            raise RuntimeError("REPORT" + json.dumps(self.told))
+        super().calculate(atoms, properties, system_changes)
+"""
+
+
+def probe_catalogue(folder: Path, environment: str = "tiny") -> Path:
+    (folder / "environment_probe.py").write_text(PROBE)
+    file = folder / "more.toml"
+    arguments = 'arguments = { calculator = "environment_probe:Probe" }'
+    file.write_text(f'[probe]\nfamily = "ase"\nenvironment = "{environment}"\n{arguments}\n')
+    return file
+
+
+@pytest.fixture
+def probed(
+    tiny: Path, tmp_path: Path, start_daemon: Callable[..., RunningDaemon], monkeypatch: pytest.MonkeyPatch
+) -> RunningDaemon:
+    """A daemon with a model in `tiny`, whose module lies in a folder of PYTHONPATH."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    return start_daemon("--catalogue", str(probe_catalogue(tmp_path)), "--model", "probe")
+
+
+def energy_of(daemon: RunningDaemon, model: str = "probe") -> float:
+    atoms = bulk("Cu", cubic=True)
+    atoms.rattle(0.05, seed=1)
+    with daemon.client() as client:
+        atoms.calc = client.calculator(model)
+        return float(atoms.get_potential_energy())
+
+
+def expected_energy() -> float:
+    atoms = bulk("Cu", cubic=True)
+    atoms.rattle(0.05, seed=1)
+    atoms.calc = EMT()
+    return float(atoms.get_potential_energy())
+
+
+def test_a_worker_has_its_environment_and_nothing_of_the_daemons(probed: RunningDaemon, tiny: Path) -> None:
+    assert energy_of(probed) == pytest.approx(expected_energy(), abs=1e-9)
+    atoms = bulk("Cu")
+    with probed.client() as client, pytest.raises(Exception, match="REPORT") as caught:
+        atoms.calc = client.calculator("probe")
+        atoms.get_potential_energy()
+    told: dict[str, Any] = json.loads(str(caught.value).split("REPORT", 1)[1].split("\n")[0])
+    build = find_build("tiny")
+    assert build is not None
+    assert told.pop("prefix") == str(build.path)
+    assert ".".join(map(str, told.pop("python"))) == ".".join(build.manifest.python.split(".")[:2])
+    assert all(told.values()), told  # each import failed
+    model = probed.model("probe")
+    assert model["environment"].startswith("environment tiny, built ")
+    assert "environment tiny, built" in probed.run("status").stdout
+    assert "confine = false" not in str(model["unconfined"]) and not any(
+        "threads" in why for why in model["unconfined"]
+    )
+
+
+def test_without_an_environment_a_family_beside_the_daemon_is_used(daemon: RunningDaemon, state: Path) -> None:
+    assert daemon.model("emt")["environment"].startswith("beside the daemon, Python 3.")
+    assert not find_environment("mace", "mace").built
+    with pytest.raises(ModelLoadError, match=r"rootstockd env create sevennet"):
+        find_environment("sevennet", "sevennet")
+    with pytest.raises(ModelLoadError, match=r"rootstockd env create of-our-own --spec FILE"):
+        find_environment("of-our-own", "ase")
+
+
+def test_an_environment_that_comes_later_is_found_without_a_restart(
+    state: Path, tiny: Path, tmp_path: Path, start_daemon: Callable[..., RunningDaemon], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = tmp_path / "later"
+    state.mkdir()
+    monkeypatch.setenv("ROOTSTOCKD_STATE", str(state))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    fresh = start_daemon("--model", "emt", "--catalogue", str(probe_catalogue(tmp_path)))
+    with pytest.raises(ModelLoadError, match="environment 'tiny' was not built"):
+        energy_of(fresh)
+    (state / "environments").symlink_to(tiny / "environments")
+
+    def comes() -> bool:
+        with contextlib.suppress(ModelLoadError):
+            return energy_of(fresh) == pytest.approx(expected_energy(), abs=1e-9)
+        time.sleep(1)  # a broken model is tried again after a while
+        return False
+
+    wait_for(comes, timeout=60)
+
+
+def test_workers_of_code_that_was_upgraded_ask_for_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = tmp_path / "tree"
+    for package in ("rootstockd", "rootstock_client"):
+        shutil.copytree(TREE / package, tree / package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setenv("PYTHONPATH", str(tree), prepend=os.pathsep)
+    with tempfile.TemporaryDirectory(prefix="rootstockd-") as folder:
+        old = RunningDaemon(Path(folder), ("--model", "emt"))
+        try:
+            old.start()
+            assert energy_of(old, "emt") == pytest.approx(expected_energy(), abs=1e-9)
+            version = tree / "rootstockd/worker/version.py"
+            version.write_text(version.read_text().replace("PROTOCOL = 1", "PROTOCOL = 2"))
+            os.kill(old.model("emt")["pid"], signal.SIGKILL)
+            wait_for(lambda: old.model("emt")["state"] == "failed")
+            with pytest.raises(
+                ModelLoadError, match=r"speaks version 2\.1 .* this daemon 1\.1(.|\n)*rootstockd restart"
+            ):
+                energy_of(old, "emt")
+            assert old.run("restart").returncode == 0
+            assert energy_of(old, "emt") == pytest.approx(expected_energy(), abs=1e-9)
+        finally:
+            old.stop()
+
+
+def test_verify_compares_what_a_worker_computes(tiny: Path) -> None:
+    words = env("verify", "tiny")
+    assert "emt (ase " in words and "the energy differs by" in words
+
+
+def test_verify_refuses_an_environment_with_other_numbers(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = find_build("tiny")
+    assert build is not None
+    folder = tmp_path / "environments/tiny/builds/1"
+    shutil.copytree(build.path, folder, symlinks=True)  # which finds what it needs where it has moved to
+    (folder.parent.parent / "current").symlink_to("builds/1")
+    manifest = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(manifest.replace("0.097283", "0.098283"))
+    monkeypatch.setenv("ROOTSTOCKD_STATE", str(tmp_path))
+    assert "computes other numbers than it should" in " ".join(env("verify", "tiny", fails=True).split())
+
+
+# --- building
+
+
+def test_the_lock_gives_the_same_versions_until_they_are_updated(state: Path, tmp_path: Path) -> None:
+    spec = specify(tmp_path / "own.toml", "numpy==1.26.3")
+    env("create", "own", "--spec", spec)
+    lock = find_build("own").lock.read_text()
+    assert "--hash=sha256:" in lock and "numpy==1.26.3" in lock
+    specify(spec, "numpy<2")
+    assert "is there" in env("create", "own")
+    env("update", "own", "--locked")
+    assert numpy_of("own") == "1.26.3" and find_build("own").lock.read_text() == lock
+    env("update", "own")
+    assert numpy_of("own") == "1.26.4"
+    shown = env("show", "own")
+    assert "numpy 1.26.4" in shown and str(find_build("own").path) in shown and " MB" in shown
+    assert "own" in env("list")
+    env("remove", "own")
+    assert find_build("own") is None and not (state / "environments/own").exists()
+    assert "was not built" in env("verify", "own", fails=True)
+
+
+def test_a_build_that_fails_leaves_what_was_there(state: Path, tmp_path: Path) -> None:
+    spec = specify(tmp_path / "own.toml", "numpy<2")
+    env("create", "own", "--spec", spec)
+    before = find_build("own")
+    words = fails_to_build("own", "--spec", specify(spec, "numpy<2", "numpy>2"))
+    assert "No solution found" in words and "Change the requirements" in words
+    words = fails_to_build("own", "--spec", specify(spec, "numpy<2", more='imports = ["torch"]'))
+    assert "`import numpy, torch` fails in it: ModuleNotFoundError: No module named 'torch'" in words
+    words = fails_to_build("own", "--spec", specify(spec, "numpy"), "--offline", UV_CACHE_DIR=str(tmp_path / "cache"))
+    assert "uv's cache does not have it" in words
+    nowhere = {"HTTPS_PROXY": "http://127.0.0.1:9", "UV_HTTP_RETRIES": "0", "UV_CACHE_DIR": str(tmp_path / "cache")}
+    assert "package index does not answer" in fails_to_build("own", "--spec", spec, **nowhere)
+    assert "no Python" in fails_to_build("own", "--spec", spec, "--python", "3.99", "--offline")
+    assert "is no requirement" in fails_to_build("own", "--spec", specify(spec, "--index-url=http://x"))
+    assert "can't be an environment's name" in fails_to_build("../own")
+    assert "nothing says what should be in" in fails_to_build("nobodys")
+    assert find_build("own") == before and problems_of(before) == []
+    assert [path.name for path in (state / "environments/own/builds").iterdir()] == [before.path.name]
+
+
+def unfinished(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("builds/*") if not (path / "manifest.json").exists()]
+
+
+@contextlib.contextmanager
+def building_slowly(state: Path, spec: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A build of `own` that is stopped in the middle, with uv at work: in a download that never ends."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        proxy = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        variables = {"HTTPS_PROXY": proxy, "UV_CACHE_DIR": str(state / "cache"), "UV_HTTP_TIMEOUT": "100"}
+        command = [sys.executable, "-m", "rootstockd", "env", "create", "own", "--spec", str(spec)]
+        with subprocess.Popen(command, env={**os.environ, **variables}, stderr=subprocess.DEVNULL) as process:
+            try:
+                silent.settimeout(60)
+                with silent.accept()[0]:  # uv has come
+                    yield process
+            finally:
+                process.kill()
+
+
+def test_a_killed_build_leaves_what_was_there_and_the_next_cleans_up(state: Path, tmp_path: Path) -> None:
+    spec = specify(tmp_path / "own.toml", "numpy<2")
+    env("create", "own", "--spec", spec)
+    before = find_build("own")
+    with building_slowly(state, specify(spec, "numpy")) as process:
+        (uv_process,) = [child for child in psutil.Process(process.pid).children() if child.name() == "uv"]
+        assert "is being built already, by process" in fails_to_build("own", "--spec", spec)
+        process.kill()
+        process.wait()
+    wait_for(lambda: not uv_process.is_running() or uv_process.status() == psutil.STATUS_ZOMBIE)
+    folder = state / "environments/own"
+    assert len(unfinished(folder)) == 1
+    assert find_build("own") == before and problems_of(before) == []
+    env("update", "own", "--locked")
+    assert not unfinished(folder) and find_build("own") != before
+    assert numpy_of("own").startswith("1.26")
+
+
+def test_a_build_that_is_interrupted_cleans_up_itself(state: Path, tmp_path: Path) -> None:
+    with building_slowly(state, specify(tmp_path / "own.toml", "numpy<2")) as process:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) != 0
+    assert not unfinished(state / "environments/own")
+
+
+def test_what_is_broken_says_so_and_is_built_again(state: Path, tmp_path: Path) -> None:
+    env("create", "own", "--spec", specify(tmp_path / "own.toml", "numpy<2"))
+    build = find_build("own")
+    (init,) = build.path.glob("lib/python3*/site-packages/numpy/__init__.py")
+    init.unlink()
+    assert "lacks 1 of its files, such as numpy/__init__.py" in " ".join(env("show", "own", fails=True).split())
+    assert "broken" in env("list")
+    env("create", "own")
+    mended = find_build("own")
+    assert mended != build and problems_of(mended) == []
+    (info,) = mended.path.glob("lib/python3*/site-packages/numpy-1.26.4.dist-info")
+    shutil.rmtree(info)
+    assert problems_of(mended) == ["numpy 1.26.4 is missing"]
+    mended.python.unlink()
+    mended.python.symlink_to(tmp_path / "gone")
+    assert "its Python" in problems_of(mended)[0]
+    with pytest.raises(ModelLoadError, match="rootstockd env create own"):
+        find_environment("own", "own")
+    env("create", "own")
+    assert find_environment("own", "own").built
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"schema_version": 99, "rootstockd": "9.9"}, r"built by rootstockd 9\.9, which is newer.*env update tiny"),
+        ({"schema_version": 0, "python": None}, r"version 0 of its manifest.*env update tiny"),
+    ],
+)
+def test_a_manifest_of_another_version_is_told_to_be_rebuilt(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], words: str
+) -> None:
+    folder = tmp_path / "environments/tiny"
+    build = find_build("tiny")
+    (folder / "builds/1").mkdir(parents=True)
+    (folder / "builds/1/manifest.json").write_text(
+        json.dumps({**json.loads((build.path / "manifest.json").read_text()), **change})
+    )
+    (folder / "current").symlink_to("builds/1")
+    monkeypatch.setenv("ROOTSTOCKD_STATE", str(tmp_path))
+    with pytest.raises(ModelLoadError, match=words):
+        find_environment("tiny", "ase")
+
+
+def test_builds_in_use_are_kept_and_the_next_worker_takes_the_new(
+    state: Path, tmp_path: Path, start_daemon: Callable[..., RunningDaemon]
+) -> None:
+    spec = specify(tmp_path / "own.toml", "numpy<2")
+    env("create", "own", "--spec", spec)
+    (tmp_path / "more.toml").write_text('[mine]\nfamily = "noop"\nenvironment = "own"\n')
+    running = start_daemon("--catalogue", str(tmp_path / "more.toml"), "--model", "mine")
+    first = find_build("own").path
+    worker = running.model("mine")["pid"]
+    for _ in range(2):
+        env("update", "own", "--locked")
+    assert first.is_dir() and len(list(first.parent.iterdir())) == 3
+    assert energy_of(running, "mine") == 0.0 and running.model("mine")["pid"] == worker
+    assert "in use by a worker" in env("show", "own")
+    assert "is in use by a worker" in env("remove", "own", fails=True)
+    os.kill(worker, signal.SIGKILL)
+    wait_for(lambda: running.model("mine")["pid"] not in (None, worker) and running.model("mine")["state"] == "ready")
+    assert Path(psutil.Process(running.model("mine")["pid"]).cmdline()[0]) == find_build("own").python
+    env("update", "own", "--locked")
+    assert not first.exists()
+
+
+def test_torch_comes_as_the_driver_wants_it(state: Path, tmp_path: Path) -> None:
+    """As far as it goes without a GPU: uv asks the driver, whose version is said here, and picks PyTorch's index."""
+    spec = specify(tmp_path / "own.toml", "torch==2.8.0", more='torch = "auto"')
+    nowhere = {"HTTPS_PROXY": "http://127.0.0.1:9", "UV_HTTP_RETRIES": "0", "UV_CACHE_DIR": str(tmp_path / "cache")}
+    words = fails_to_build("own", "--spec", spec, **nowhere, UV_CUDA_DRIVER_VERSION="550.54.15")
+    assert re.search(r"download\.pytorch\.org/whl/cu12\d/", words) and "--torch index" in words
+    words = fails_to_build("own", "--spec", spec, "--torch", "cu118", **nowhere)
+    assert "download.pytorch.org/whl/cu118/" in words
+    words = fails_to_build("own", "--spec", spec, "--torch", "index", **nowhere)
+    assert "download.pytorch.org" not in words
+    assert "there are auto" in fails_to_build("own", "--spec", spec, "--torch", "gpu")
+    assert torch_backend("auto") == ["--torch-backend=auto"] and torch_backend("index") == []
+    assert torch_flavour("auto", "torch==2.13.0+cu128 \\\n") == "cu128"
+    assert torch_flavour("auto", "torch==2.13.0 \\\n") == "index"
+    assert torch_flavour("cpu", "torch==2.13.0+cpu \\\n") == "cpu"
+
+
+# --- specifications
+
+
+def test_the_packages_own_specifications_can_be_read() -> None:
+    for name in ("mace", "sevennet", "chgnet"):
+        specification = find_specification(name)
+        assert specification is not None and specification.has_torch and specification.verify is not None
+
+
+def test_a_users_own_specification_goes_before_the_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    folder = tmp_path / "rootstockd/environments"
+    folder.mkdir(parents=True)
+    specify(folder / "mace.toml", "numpy==1.26.4")
+    assert find_specification("mace").requirements == ("numpy==1.26.4",)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("requirements = []", "requirements"),
+        ("requirement = ['numpy']", "requirement"),
+        ("requirements = ['numpy']\ntorch = 'fast'", "torch"),
+        ("requirements = ['numpy'", "specification"),
+        ("requirements = ['numpy']\n" + CHECK.replace('"Cu", "Cu"]', '"Cu"]'), "as many symbols"),
+    ],
+)
+def test_a_wrong_specification_says_what_is_wrong(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "wrong.toml").write_text(text)
+    with pytest.raises(SpecificationError, match=words):
+        read_specification(tmp_path / "wrong.toml")
+
+
+# --- for others, and for other machines
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
+def test_other_users_and_a_read_only_file_system(tmp_path_factory: pytest.TempPathFactory) -> None:
+    with tempfile.TemporaryDirectory(prefix="rootstockd-") as folder, pytest.MonkeyPatch.context() as patch:
+        Path(folder).chmod(0o755)
+        state = Path(folder) / "state"
+        patch.setenv("ROOTSTOCKD_STATE", str(state))
+        spec = specify(tmp_path_factory.mktemp("spec") / "own.toml", "numpy<2")
+        # a cache under a mask that hides all from others, which uv links to
+        command = [sys.executable, "-m", "rootstockd", "env", "create", "own", "--spec", str(spec)]
+        if not any(
+            readable_by_all(Path(path)) for path in map(shutil.which, ("python3.9", "/usr/bin/python3")) if path
+        ):
+            pytest.skip("there is no Python here that all users can read")
+        done = subprocess.run(command, umask=0o077, check=False, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        build = find_build("own")
+        assert build is not None
+        mounted = False
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            subprocess.run(["mount", "--bind", state, state], check=True, capture_output=True)
+            mounted = True
+            subprocess.run(["mount", "-o", "remount,ro,bind", state], check=True, capture_output=True)
+        try:
+            ask = "import numpy, sys; print(numpy.__version__, numpy.__cached__); open(numpy.__cached__).close()"
+            nobody = {"user": 65534, "group": 65534, "extra_groups": []}
+            done = subprocess.run(
+                [
+                    build.python,
+                    "-E",
+                    "-s",
+                    "-B",
+                    "-c",
+                    ask.replace("open(numpy.__cached__)", "open(numpy.__cached__, 'rb')"),
+                ],
+                cwd="/",
+                check=False,
+                capture_output=True,
+                text=True,
+                env={},
+                **nobody,
+            )
+            assert done.stdout.startswith("1.26"), done.stderr
+            assert find_environment("own", "own").built and problems_of(build) == []
+            if mounted:
+                assert "can't be written" in " ".join(env("update", "own", fails=True).split())
+            unsafe = [path for path in build.path.rglob("*") if not path.is_symlink() and path.lstat().st_mode & 0o022]
+            assert unsafe == []
+        finally:
+            if mounted:
+                subprocess.run(["umount", state], check=True)
+
+
+def members(archive: Path) -> dict[str, bytes]:
+    with tarfile.open(archive) as tar:
+        return {member.name: tar.extractfile(member).read() for member in tar}
+
+
+def pack(archive: Path, files: dict[str, bytes]) -> Path:
+    with tarfile.open(archive, "w") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return archive
+
+
+def test_export_and_import_without_a_network(state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # python-hostlist comes as source alone: a wheel is made of it
+    env("create", "own", "--spec", specify(tmp_path / "own.toml", "numpy<2", "python-hostlist==2.3.0"))
+    file = tmp_path / "own.tar"
+    said = env("export", "own", file)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert digest in said
+    files = members(file)
+    assert [name for name in files if "hostlist" in name][0].endswith(".whl")
+
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.setenv("ROOTSTOCKD_STATE", str(elsewhere))
+    alone = {"UV_CACHE_DIR": str(tmp_path / "no-cache"), "HTTPS_PROXY": "http://127.0.0.1:9"}
+    assert "not the file you mean" in env("import", file, "--sha256", "0" * 64, fails=True, **alone)
+    (wheel,) = (name for name in files if name.startswith("wheels/numpy"))
+    lock = files["lock.txt"]
+    for changed in (
+        {**files, wheel: files[wheel][:-1] + b"?"},
+        {**files, "lock.txt": lock.replace(b"numpy", b"numpi")},
+        {**files, "../../evil.whl": b""},
+        {**files, "wheels/../../evil-1-py3-none-any.whl": b""},
+        {name: content for name, content in files.items() if name != "lock.txt"},
+        {**files, "environment.json": b"[]"},
+        {**files, "environment.json": files["environment.json"].replace(b'"format": 1', b'"format": 2')},
+    ):
+        words = env("import", pack(tmp_path / "bad.tar", changed), fails=True, **alone)
+        assert "no archive to build from" in words, words
+    with tarfile.open(tmp_path / "bad.tar", "w") as tar:
+        link = tarfile.TarInfo("lock.txt")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    assert "does not belong there" in env("import", tmp_path / "bad.tar", fails=True, **alone)
+    # a wheel too few is found while building
+    words = env(
+        "import", pack(tmp_path / "bad.tar", {n: c for n, c in files.items() if n != wheel}), fails=True, **alone
+    )
+    assert "installing failed" in " ".join(words.split())
+    assert (
+        list(elsewhere.glob("environments/*/current")) == [] and list(elsewhere.glob("environments/*/builds/*")) == []
+    )
+
+    env("import", file, "--sha256", digest, **alone)
+    build = find_build("own")
+    assert build is not None and build.path.is_relative_to(elsewhere)
+    assert build.manifest.versions["python-hostlist"] == "2.3.0" and problems_of(build) == []
