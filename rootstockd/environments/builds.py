@@ -236,7 +236,7 @@ def building(name: str) -> Iterator[Path]:
     """
     folder = folder_of(name)
     try:
-        (folder / "builds").mkdir(parents=True, exist_ok=True)
+        make_readable(folder / "builds")
         for path in (own_state(), folder.parent, folder, folder / "builds"):
             check_trusted(path)
         lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -259,6 +259,14 @@ def building(name: str) -> Iterator[Path]:
         yield folder
     finally:
         os.close(lock)
+
+
+def make_readable(folder: Path) -> None:
+    """Make a folder, with those above it, that all may look into, whatever the umask."""
+    if not folder.is_dir():
+        make_readable(folder.parent)
+        folder.mkdir()
+        folder.chmod(0o755)
 
 
 def remove_unfinished(folder: Path) -> None:

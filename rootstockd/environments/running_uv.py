@@ -119,7 +119,7 @@ def _follow(process: subprocess.Popen[str], stdin: str, *, loud: bool) -> list[s
 
 def failure(doing: str, status: int, lines: list[str]) -> str:
     """What went wrong, from what uv said, and what to do."""
-    begin = max((number for number, line in enumerate(lines) if "error:" in line or "×" in line), default=0)
+    begin = next((number for number, line in enumerate(lines) if line.strip().startswith(("error:", "×"))), 0)
     said = (
         "\n  ".join(line for line in lines[begin:] if line.strip()) or f"it ended with status {status} without a word"
     )
