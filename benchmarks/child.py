@@ -191,13 +191,17 @@ class Worker(Arm):
         super().__init__(options)
         import dataclasses  # noqa: PLC0415
 
+        from rootstockd.environments.finding import beside_the_daemon  # noqa: PLC0415
         from rootstockd.worker.engines import ModelSpec  # noqa: PLC0415
+        from rootstockd.worker_process import worker_command  # noqa: PLC0415
 
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         spec = ModelSpec("noop", "noop", "cpu", "float64")
-        arguments = ["-m", "rootstockd.worker", str(theirs.fileno()), json.dumps(dataclasses.asdict(spec))]
-        self._process = subprocess.Popen([sys.executable, *arguments], pass_fds=[theirs.fileno()])
+        arguments = [str(theirs.fileno()), json.dumps(dataclasses.asdict(spec))]
+        command = worker_command(beside_the_daemon("noop"))
+        self._process = subprocess.Popen([*command, *arguments], pass_fds=[theirs.fileno()])
         theirs.close()
+        assert self._channel.recv(65536)[:1] == b"V"
         assert self._channel.recv(65536)[:1] == b"R"
         self._number = 0
 

@@ -221,7 +221,8 @@ class Daemon:
     def worker_arguments(self, model: str) -> tuple[dict[str, Any], dict[str, str]]:
         """What its worker was started with: the ModelSpec's fields, and the environment."""
         process = psutil.Process(self.worker(model))
-        return json.loads(process.cmdline()[4]), process.environ()  # python -m rootstockd.worker FD SPEC ...
+        command = process.cmdline()  # python ... FD SPEC CONFINEMENT
+        return json.loads(next(word for word in command if word.startswith("{"))), process.environ()
 
 
 # --- contestants

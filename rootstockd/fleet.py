@@ -8,23 +8,19 @@ do than its device can get done has a second worker, a replica, on another that 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import math
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-
-from ase.data import atomic_numbers
 
 from rootstock_client.errors import EvaluationError, LimitError, RootstockError
 from rootstockd import placement
 from rootstockd.config import Config, Device, KeepAlive
 from rootstockd.models.catalogue import Entry
+from rootstockd.models.spec import spec_of
 from rootstockd.placement import Room
-from rootstockd.roles import Launch, State
+from rootstockd.roles import State
 from rootstockd.rooms import Rooms
 from rootstockd.supervisor import STOP_PATIENCE, Supervisor
 from rootstockd.worker.engines import ModelSpec
@@ -55,30 +51,6 @@ class WorkerKey:
     dtype: str
     options: str = ""
     """What else changes its numbers, as canonical JSON."""
-
-
-def spec_of(key: WorkerKey, entry: Entry, device: str, *, confine: bool = True) -> ModelSpec:
-    """What a worker is to load.
-
-    Args:
-        key: which worker.
-        entry: what the catalogue has under its name.
-        device: `cpu` or `cuda`.
-        confine: whether workers give their rights away, if the entry has nothing against it.
-    """
-    return ModelSpec(
-        key.name,
-        entry.family,
-        device,
-        key.dtype,
-        str(entry.weights or ""),
-        entry.sha256.lower(),
-        confine and entry.confine,
-        entry.arguments,
-        elements=[atomic_numbers[symbol] for symbol in entry.elements],
-        heads=list(entry.heads),
-        **json.loads(key.options or "{}"),
-    )
 
 
 @dataclass
@@ -166,7 +138,7 @@ class Fleet:
             keep: it is to stay.
         """
         key = WorkerKey(name, dtype, options)
-        spec = spec_of(key, entry, self.devices[0].kind, confine=self._config.confine)
+        spec = spec_of(name, entry, dtype, device=self.devices[0].kind, options=options, confine=self._config.confine)
         model = self._models.get(key)
         if model is not None and model.spec != spec:  # the catalogue has been changed since
             self._retire(model.workers)
@@ -260,7 +232,7 @@ class Fleet:
 
     # --- what supervisors need
 
-    async def admit(self, model: Supervisor) -> Launch | None:
+    async def admit(self, model: Supervisor) -> dict[str, str] | None:
         began = time.monotonic()
         while model.wanted:
             rooms = self._rooms_for(model)
@@ -278,7 +250,7 @@ class Fleet:
             if plan is not None:
                 model.device = self.devices[plan.room]
                 await self._evict(model, [tenant.number for tenant in plan.evicted])
-                return self.launch(model) if model.wanted else None
+                return self._config.worker_environment(self.devices[plan.room]) if model.wanted else None
             there = self._devices.describe(rooms, self.workers())
             model.obstacle = f"{model.spec.name} needs {need / 1e6:.0f} MB; {there}"
             waited = time.monotonic() - began
@@ -299,10 +271,6 @@ class Fleet:
             return False
         await self._evict(model, [first.number])
         return True
-
-    def launch(self, model: Supervisor) -> Launch:
-        assert model.device is not None
-        return Launch(Path(sys.executable), self._config.worker_environment(model.device))
 
     async def _evict(self, model: Supervisor, evicted: list[int]) -> None:
         """Have others go for a model, and wait until all that leave its device have left."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rootstock_client.errors import RootstockError
@@ -46,20 +44,14 @@ class Client(Protocol):
         """Go over to another worker of the same model; whether that could be: not while an evaluation is under way."""
 
 
-@dataclass(frozen=True)
-class Launch:
-    """What a worker is started with."""
-
-    python: Path
-    """The interpreter of the environment that it runs in."""
-    environment: dict[str, str]
-
-
 class Landlord(Protocol):
     """What a supervisor needs of whoever has the devices: the fleet."""
 
-    async def admit(self, model: Supervisor) -> Launch | None:
-        """Wait for a device to have room for a model, and set its `device`; None if it is not wanted any more.
+    async def admit(self, model: Supervisor) -> dict[str, str] | None:
+        """Wait for a device to have room for a model, and set its `device`.
+
+        Returns:
+            Variables for its workers there; None if it is not wanted any more.
 
         Raises:
             LimitError: none has, and it was waited for long enough.
@@ -67,6 +59,3 @@ class Landlord(Protocol):
 
     async def make_room(self, model: Supervisor) -> bool:
         """A model's device turned out to have no memory for it: whether another model has gone for it."""
-
-    def launch(self, model: Supervisor) -> Launch:
-        """What its next worker is started with."""

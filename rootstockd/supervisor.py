@@ -10,12 +10,13 @@ import time
 
 from rootstock_client.errors import EvaluationError, LimitError, ModelLoadError, RootstockError
 from rootstockd.config import Device
+from rootstockd.environments.finding import Environment, find_environment
 from rootstockd.hang_limit import HangLimit
 from rootstockd.pace import Pace
-from rootstockd.roles import Client, Landlord, Launch, State
+from rootstockd.roles import Client, Landlord, State
 from rootstockd.scheduler import MAX_BLAMED, Evaluation, Scheduler
 from rootstockd.worker.engines import EngineInfo, ModelSpec
-from rootstockd.worker_messages import Confined, Failure, Said, Stage, parse
+from rootstockd.worker_messages import Confined, Failure, Said, Stage, Versions, parse
 from rootstockd.worker_output import Ration
 from rootstockd.worker_process import End, WorkerProcess
 
@@ -83,6 +84,8 @@ class Supervisor:
         self.refusal: LimitError | None = None
         """Why it is not in memory, where there was no room for it."""
         self.scheduler: Scheduler[Client] = Scheduler(batch_atoms)
+        self.environment: Environment | None = None
+        """Where its last worker was started; looked for anew for each, as another may have been built."""
         self._landlord = landlord
         self._ration = Ration()
         self._worker: WorkerProcess | None = None
@@ -344,7 +347,9 @@ class Supervisor:
 
     def _told(self, kind: bytes, said: Said) -> None:
         """What the worker says in JSON."""
-        if isinstance(said, Confined):
+        if isinstance(said, Versions):
+            self._compare(said)
+        elif isinstance(said, Confined):
             self.unconfined = said.missing
             for what in said.missing:
                 warn_once(f"workers are not wholly confined: {what} (SECURITY.md)")
@@ -353,16 +358,29 @@ class Supervisor:
         elif isinstance(said, Stage):
             self.stage = said.stage
         else:
-            self.info = said
-            where = f"{self.device} in {self.spec.dtype} ({self.info.backend})"
-            if kind == b"R":
-                self._last_use = time.perf_counter()
-                self.load_seconds = self._last_use - self._loading_since
-                log.info("model %s is ready on %s after %.1f s", self.spec.name, where, self.load_seconds)
-                self._set_state(State.READY)
-                self._dispatch()
-            if self.info.note:
-                log.warning("model %s on %s: %s", self.spec.name, where, self.info.note)
+            self._computes(said, ready=kind == b"R")
+
+    def _computes(self, info: EngineInfo, *, ready: bool) -> None:
+        self.info = info
+        where = f"{self.device} in {self.spec.dtype} ({info.backend})"
+        if ready:
+            self._last_use = time.perf_counter()
+            self.load_seconds = self._last_use - self._loading_since
+            log.info("model %s is ready on %s after %.1f s", self.spec.name, where, self.load_seconds)
+            self._set_state(State.READY)
+            self._dispatch()
+        if info.note:
+            log.warning("model %s on %s: %s", self.spec.name, where, info.note)
+
+    def _compare(self, versions: Versions) -> None:
+        """End a worker that this daemon can't talk to."""
+        try:
+            versions.check()
+        except ModelLoadError as error:
+            self.error = error
+            if self._worker is not None:
+                self._worker.kill(End(error.message, blamed=False))
+                self._worker.hang_up()
 
     def _failed(self, kind: bytes, said: Failure) -> None:
         """An evaluation has failed, or loading has."""
@@ -391,7 +409,7 @@ class Supervisor:
             self._set_state(State.WAITING)
             self._loading_since, self.refusal = time.perf_counter(), None
             try:
-                launch = await self._landlord.admit(self)
+                variables = await self._landlord.admit(self)
             except LimitError as error:
                 log.warning("%s", error.message)
                 self.refusal, self._last_use = error, time.perf_counter()
@@ -401,17 +419,17 @@ class Supervisor:
                 continue
             finally:
                 self.obstacle = ""
-            if launch is not None:
+            if variables is not None:
                 self._vacant.clear()
-                await self._stay(launch)
+                await self._stay(variables)
         self._vacant.set()
 
-    async def _stay(self, launch: Launch) -> None:
+    async def _stay(self, variables: dict[str, str]) -> None:
         """Start workers, one after another as they die."""
         failed: list[End] = []
         while not (self._stopping.is_set() or self._leaving):
             self._set_state(State.LOADING)
-            end = await self._run_worker(launch)
+            end = await self._run_worker(variables)
             if self._stopping.is_set() or self._leaving:
                 return
             failed = [*failed, end] if self.state is State.LOADING else []
@@ -437,16 +455,19 @@ class Supervisor:
             self.restarts += 1
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), PAUSES[len(failed)])
-            launch = self._landlord.launch(self)
 
-    async def _run_worker(self, launch: Launch) -> End:
+    async def _run_worker(self, variables: dict[str, str]) -> End:
         """One worker from its start to its end."""
         self.stage, self._loading_since = "starting", time.perf_counter()
         self.loaded_memory = self.memory = self.peak_memory = 0
         try:
+            self.environment = await asyncio.to_thread(find_environment, self.spec.environment, self.spec.family)
             worker = self._worker = await WorkerProcess.start(
-                self.spec, launch.python, launch.environment, self._on_message, self._ration
+                self.spec, self.environment, variables, self._on_message, self._ration
             )
+        except ModelLoadError as error:
+            self.error = error
+            return End(error.message, blamed=True)
         except Exception as error:  # or the model would count as loading for ever
             return End(f"it could not be started: {error}", blamed=True)
         if self._stopping.is_set() or self._leaving:

@@ -102,7 +102,7 @@ def _prefix() -> str:
 
 def _cache(spec: ModelSpec) -> str | None:
     """The model's cache, if there is a place for it."""
-    what = json.dumps([spec.family, spec.sha256 or spec.name, spec.arguments], sort_keys=True)
+    what = json.dumps([spec.family, spec.environment, spec.sha256 or spec.name, spec.arguments], sort_keys=True)
     caches = platformdirs.user_cache_path("rootstockd") / "compiled"
     folder = caches / hashlib.sha256(what.encode()).hexdigest()[:16]
     try:

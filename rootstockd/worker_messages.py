@@ -6,8 +6,9 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from rootstock_client.errors import RootstockError, error_from_code
+from rootstock_client.errors import ModelLoadError, RootstockError, error_from_code
 from rootstockd.worker.engines import EngineInfo
+from rootstockd.worker.version import PROTOCOL, SLOT_LAYOUT
 
 LONGEST = 2_000
 """Characters of a text."""
@@ -46,8 +47,31 @@ class Stage(BaseModel):
     stage: Annotated[str, Field(max_length=100)]
 
 
-Said = Failure | Confined | Stage | EngineInfo
+class Versions(BaseModel):
+    """What a worker's code, which is read from the disk when it starts, agrees with (`V`)."""
+
+    model_config = ConfigDict(strict=True)
+
+    protocol: int
+    slots: int
+
+    def check(self) -> None:
+        """Whether this daemon can talk to it.
+
+        Raises:
+            ModelLoadError: it can't.
+        """
+        if (self.protocol, self.slots) != (PROTOCOL, SLOT_LAYOUT):
+            raise ModelLoadError(
+                "rootstockd was upgraded while its daemon runs: the workers' code on disk speaks version "
+                f"{self.protocol}.{self.slots} of what is between the two, this daemon {PROTOCOL}.{SLOT_LAYOUT}.",
+                "`rootstockd restart` brings up a daemon of the new version; jobs wait for it.",
+            )
+
+
+Said = Failure | Confined | Stage | EngineInfo | Versions
 _KINDS: dict[bytes, TypeAdapter[Said]] = {
+    b"V": TypeAdapter(Versions),
     b"F": TypeAdapter(Failure),
     b"X": TypeAdapter(Failure),
     b"C": TypeAdapter(Confined),

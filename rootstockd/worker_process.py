@@ -16,13 +16,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import rootstockd
+from rootstockd import worker
+from rootstockd.environments.finding import Environment
 from rootstockd.worker.engines import ModelSpec
 from rootstockd.worker.slots import Slot
 from rootstockd.worker_folders import WorkerFolders
 from rootstockd.worker_output import Ration, WorkerOutput
 
 MESSAGE_SIZE = 64 * 1024
+ENTRY = Path(worker.__file__).with_name("__main__.py")
+"""What workers run."""
 GRACE = 5.0
 """Seconds that a worker without its socket has to end by itself, so that it is seen what it died of."""
 FOREIGN = {signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT}
@@ -88,9 +91,14 @@ class WorkerProcess:
 
     @classmethod
     async def start(
-        cls, spec: ModelSpec, python: Path, environment: dict[str, str], listener: Listener, ration: Ration
+        cls,
+        spec: ModelSpec,
+        environment: Environment,
+        variables: dict[str, str],
+        listener: Listener,
+        ration: Ration,
     ) -> WorkerProcess:
-        """Start a worker that loads `spec`, with the Python of its environment; it says R when it is ready."""
+        """Start a worker that loads `spec` in an environment; it says R when it is ready."""
         folders = WorkerFolders(spec) if spec.confine else None
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         process: asyncio.subprocess.Process | None = None
@@ -98,26 +106,19 @@ class WorkerProcess:
         try:
             output = WorkerOutput(spec.name, ration)
             ours.setblocking(False)  # noqa: FBT003 - the socket module has no other way
-            package = str(Path(rootstockd.__file__).parent.parent)
-            arguments = ["-m", "rootstockd.worker", str(theirs.fileno()), json.dumps(dataclasses.asdict(spec))]
+            arguments = [str(theirs.fileno()), json.dumps(dataclasses.asdict(spec))]
             if folders is not None:
                 confinement = {"folders": [folders.scratch, folders.cache], "gpu": spec.device != "cpu"}
                 arguments.append(json.dumps(confinement))
-                environment = environment | folders.environment
+                variables = variables | folders.environment
             process = await asyncio.create_subprocess_exec(
-                str(python),
+                *worker_command(environment),
                 *arguments,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output.theirs,
                 stderr=output.theirs,
                 pass_fds=[theirs.fileno()],
-                env={
-                    **TUNING,
-                    **os.environ,
-                    "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])),
-                    "PYTHONUNBUFFERED": "1",
-                    **environment,
-                },
+                env={**TUNING, **os.environ, "PYTHONUNBUFFERED": "1", **variables},
                 cwd="/",
             )
             return cls(process, ours, listener, folders, output)
@@ -270,6 +271,15 @@ class WorkerProcess:
             self._loop.remove_reader(self._channel)
             self._loop.remove_writer(self._channel)
             self._channel.close()
+
+
+def worker_command(environment: Environment) -> list[str]:
+    """What starts a worker in an environment, but for its arguments.
+
+    A built environment is taken as it was built: without variables that change Python (-E), packages in the user's home
+    (-s), or writing to it (-B). `worker/__main__.py` adds what PYTHONPATH names behind its own packages.
+    """
+    return [str(environment.python), *(["-E", "-s", "-B"] if environment.built else []), "-u", str(ENTRY)]
 
 
 def ending(status: int) -> End:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 import rootstockd
+from rootstockd.cli.env import env
 from rootstockd.cli.fleet import load, unload
 from rootstockd.cli.lifecycle import reload, restart, start, stop
 from rootstockd.cli.models import models
@@ -21,6 +22,7 @@ def main() -> None:
     rootstockd status               what it is doing
     rootstockd stop                 let it finish its work and end
     rootstockd models list          which models there are, and which are here
+    rootstockd env create mace      build a Python environment for workers
 
     \b
     In a job:
@@ -29,5 +31,5 @@ def main() -> None:
     """  # noqa: D301 - click wants the character \\b itself
 
 
-for command in (start, stop, restart, reload, load, unload, status, logs, models):
+for command in (start, stop, restart, reload, load, unload, status, logs, models, env):
     main.add_command(command)

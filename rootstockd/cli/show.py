@@ -99,7 +99,9 @@ def show_models(models: list[ModelStatus]) -> None:
         elif model.backend:
             note = f"; {model.note}" if model.note else ""
             console.print(
-                f"{model.name} {model.dtype}: {model.backend}{note}", style="yellow" if note else "dim", markup=False
+                f"{model.name} {model.dtype}: {model.backend}; {model.environment}{note}",
+                style="yellow" if note else "dim",
+                markup=False,
             )
 
 

@@ -54,6 +54,8 @@ class ModelStatus(BaseModel):
     loading: Loading | None
     backend: str | None
     """What computes, with versions."""
+    environment: str | None = None
+    """Where its worker runs: an environment with when it was built, or beside the daemon. None while none is found."""
     note: str | None
     """What people should know of it, such as why nothing faster computes."""
     unconfined: list[str]

@@ -13,9 +13,10 @@ from pydantic import ValidationError
 
 from rootstockd.models import store
 from rootstockd.models.catalogue import FILE_NAME, NAME, Catalogue, Entry
-from rootstockd.models.convert import spec_of, with_safe_form
+from rootstockd.models.convert import with_safe_form
 from rootstockd.models.download import Say
 from rootstockd.models.pull import now
+from rootstockd.models.spec import spec_of
 from rootstockd.models.store import Record, Stored, StoreError
 from rootstockd.models.trial import try_out
 from rootstockd.state_dir import own_state

@@ -14,9 +14,9 @@ from rootstock_client.errors import RootstockError
 from rootstockd.models import store
 from rootstockd.models.catalogue import Entry
 from rootstockd.models.download import Say
+from rootstockd.models.spec import spec_of
 from rootstockd.models.store import Stored, StoredFile, StoreError
 from rootstockd.models.trial import try_out
-from rootstockd.worker.engines import ModelSpec
 
 FORMS = {"mace": ("model.safetensors", ".safetensors")}
 """Families that have such a form: the file that their `load` writes with the argument `convert`, and its suffix."""
@@ -47,14 +47,6 @@ def with_safe_form(name: str, entry: Entry, stored: Stored, say: Say) -> Stored:
     record = stored.record.model_copy(update={"safe": kept[0] if kept else None, "note": note})
     store.write_record(stored.folder, name, record)
     return Stored(stored.folder, record)
-
-
-def spec_of(name: str, entry: Entry) -> ModelSpec:
-    """What a worker on the CPU is told of an entry."""
-    weights = str(entry.weights or "")
-    return ModelSpec(
-        name, entry.family, "cpu", entry.dtype, weights, entry.sha256.lower(), arguments=dict(entry.arguments)
-    )
 
 
 def _take(path: Path, folder: Path, part: Path, suffix: str, expected: int) -> StoredFile:

@@ -13,8 +13,9 @@ from typing import Any
 
 from rootstock_client.errors import ModelLoadError, RootstockError
 from rootstockd import worker_output
+from rootstockd.environments.finding import find_environment
 from rootstockd.worker.engines import EngineInfo, ModelSpec
-from rootstockd.worker_messages import Failure, parse
+from rootstockd.worker_messages import Failure, Versions, parse
 from rootstockd.worker_output import Ration
 from rootstockd.worker_process import WorkerProcess
 
@@ -55,16 +56,22 @@ async def _try_out(spec: ModelSpec, harvest: Callable[[Path], None] | None) -> E
             return
         try:
             said = parse(kind, body)
+            if isinstance(said, Versions):
+                said.check()
         except ValueError as error:
             answer.set_exception(ModelLoadError(f"model {spec.name!r}: its worker said what makes no sense: {error}"))
+            return
+        except ModelLoadError as error:
+            answer.set_exception(error)
             return
         if isinstance(said, EngineInfo):
             answer.set_result(said)
         elif isinstance(said, Failure):
             answer.set_exception(said.error)
 
-    environment = {"CUDA_VISIBLE_DEVICES": ""} if spec.device == "cpu" else {}
-    worker = await WorkerProcess.start(spec, Path(sys.executable), environment, listen, Ration())
+    variables = {"CUDA_VISIBLE_DEVICES": ""} if spec.device == "cpu" else {}
+    environment = find_environment(spec.environment, spec.family)
+    worker = await WorkerProcess.start(spec, environment, variables, listen, Ration())
     ended = asyncio.create_task(worker.wait())
     try:
         waited: list[asyncio.Future[Any]] = [answer, ended]

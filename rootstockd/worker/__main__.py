@@ -1,23 +1,64 @@
-"""`python -m rootstockd.worker FD SPEC [CONFINEMENT]`: a worker, started by the daemon and by nobody else.
+"""`python .../rootstockd/worker/__main__.py FD SPEC [CONFINEMENT]`: a worker, started by the daemon and by nobody else.
 
 FD is the descriptor of its end of the socket, SPEC a ModelSpec as JSON, CONFINEMENT what `confine` takes as JSON;
 without it the worker keeps its rights.
+
+The file is run by its path, with any Python: of the tree that it lies in only `rootstockd.worker` becomes importable,
+and what the daemon needs can't get in the way of what the engine needs.
 """
+
+import sys
+
+if __name__ == "__main__":
+    del sys.path[0]  # this folder: what lies in it is no top-level module
 
 import contextlib
 import faulthandler
+import fcntl
+import importlib.util
 import json
 import logging
 import os
 import signal
 import socket
-import sys
 import traceback
+import types
+from pathlib import Path
 
-from rootstockd.worker.confine import confine, die_with_parent
-from rootstockd.worker.memory import limit_memory
 
-if __name__ == "__main__":
+def make_importable() -> None:
+    """Have this folder be the package `rootstockd.worker`, and nothing be importable that lies beside it."""
+    folder = Path(__file__).absolute().parent
+    if sys.flags.ignore_environment:
+        # a built environment's own packages go before modules that the operator adds
+        tree = folder.parent.parent.resolve()
+        added = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        sys.path += [path for path in added if path and Path(path).resolve() != tree]
+    outer = types.ModuleType("rootstockd")
+    outer.__path__ = []
+    sys.modules["rootstockd"] = outer
+    spec = importlib.util.spec_from_file_location(
+        "rootstockd.worker", str(folder / "__init__.py"), submodule_search_locations=[str(folder)]
+    )
+    assert spec is not None and spec.loader is not None
+    package = importlib.util.module_from_spec(spec)
+    sys.modules["rootstockd.worker"] = package
+    spec.loader.exec_module(package)
+    outer.worker = package  # type: ignore[attr-defined]
+
+
+def hold_environment() -> None:
+    """Lock the environment's folder as long as this process lives: it is not removed meanwhile."""
+    with contextlib.suppress(OSError):  # not every file system has locks
+        fcntl.flock(os.open(sys.prefix, os.O_RDONLY | os.O_DIRECTORY), fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
+def work() -> None:
+    """Be a worker; does not return."""
+    from rootstockd.worker.confine import confine, die_with_parent
+    from rootstockd.worker.memory import limit_memory
+    from rootstockd.worker.version import PROTOCOL, SLOT_LAYOUT
+
     # a terminal's Ctrl-C is for the daemon, which then drains its workers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # the daemon reads what is printed, and has the time and the worker's name before each line of its log
@@ -25,6 +66,10 @@ if __name__ == "__main__":
     faulthandler.enable()
     channel = socket.socket(fileno=int(sys.argv[1]))
     die_with_parent(channel)
+    # first: all that comes after, the other arguments too, may be of another version
+    channel.send(b"V" + json.dumps({"protocol": PROTOCOL, "slots": SLOT_LAYOUT}).encode())
+    if sys.flags.ignore_environment:
+        hold_environment()
     limit_memory()
     missing = confine(**json.loads(sys.argv[3])) if len(sys.argv) > 3 else None  # noqa: PLR2004
 
@@ -44,3 +89,8 @@ if __name__ == "__main__":
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(status)  # torch's own teardown takes long and has nothing left to do
+
+
+if __name__ == "__main__":
+    make_importable()
+    work()

@@ -15,6 +15,7 @@ E   int32 slots                                      evaluate these, as one batc
 === ================================================ ===========================================================
 to the daemon
 ----------------------------------------------------------------------------------------------------------------
+V   JSON: protocol, slots                            the versions that it knows, before all else
 C   JSON: missing                                    it has given its rights away, but for what these texts say
 P   JSON: stage                                      loading has come so far (`stages`)
 R   JSON: EngineInfo                                 the model is loaded

@@ -30,8 +30,10 @@ from typing import Any
 
 import numpy as np
 
-MAGIC = 0x524F4F5453_01
-"""'ROOTS', layout version 1."""
+from rootstockd.worker.version import SLOT_LAYOUT
+
+MAGIC = 0x524F4F5453_00 | SLOT_LAYOUT
+"""'ROOTS', and the layout's version."""
 
 FORCEREADY = b"FORCEREADY  "
 _HEAD = 64

@@ -62,6 +62,8 @@ class ModelSpec:
     """What `read_weights` must find there, in hexadecimal."""
     confine: bool = True
     """Whether workers give their rights away; see `rootstockd.worker.confine`."""
+    environment: str = ""
+    """Name of the Python environment that its workers run in."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """What else the family's `load` takes."""
     elements: list[int] = field(default_factory=list)
@@ -306,10 +308,10 @@ def load_family(spec: ModelSpec) -> Engine:
         try:
             module = importlib.import_module(f"{__name__}.{spec.family}")
         except ImportError as error:
-            if spec.family == "mace":
-                hint = "Install it beside the daemon: pip install 'rootstockd[mace]'."
-            else:
-                hint = f"Install what the family {spec.family!r} needs beside the daemon."
+            hint = (
+                f"Build an environment for it, `rootstockd env create {spec.environment}`; or install what the family "
+                f"{spec.family!r} needs beside the daemon."
+            )
             raise EngineError("model-load", f"model {spec.name!r}: {error}", hint) from error
     stages.begin(stages.WEIGHTS)
     engine: Engine = module.load(spec)

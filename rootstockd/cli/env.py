@@ -1,0 +1,333 @@
+"""`rootstockd env …`: Python environments for workers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.markup import escape
+from rich.table import Table
+
+from rootstock_client.errors import RootstockError
+from rootstockd.cli.common import Refused, console
+from rootstockd.environments import archive
+from rootstockd.environments.building import Plan, build
+from rootstockd.environments.builds import (
+    Build,
+    EnvironmentBuildError,
+    built_environments,
+    find_build,
+    finished_builds,
+    in_use,
+    problems_of,
+    remove_environment,
+    size_of,
+)
+from rootstockd.environments.specification import (
+    Specification,
+    SpecificationError,
+    check_name,
+    find_specification,
+    read_specification,
+    specification_files,
+)
+from rootstockd.models.catalogue import CatalogueError
+from rootstockd.state_dir import StateError
+
+_TORCH = "[auto|index|cpu|cu126|cu128|...]"
+
+
+class _Group(click.Group):
+    """Commands whose errors end them with a message."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (EnvironmentBuildError, SpecificationError, StateError, CatalogueError, RootstockError) as error:
+            raise Refused(error) from error
+
+
+@click.group(cls=_Group)
+def env() -> None:
+    """Python environments that workers run in, one for each engine's needs.
+
+    They lie in a state directory: root's, /var/lib/rootstockd, is everybody's to read; others write to their own.
+    ROOTSTOCKD_STATE names another, such as a cluster's shared one.
+    """
+
+
+def building_options(command: Callable[..., None]) -> Callable[..., None]:
+    """How to build."""
+    for option in (
+        click.option("--torch", metavar=_TORCH, help="PyTorch's build; auto: as this node's driver wants it."),
+        click.option("--python", metavar="VERSION|PATH", help="Which Python, rather than the specification's."),
+        click.option("--offline", is_flag=True, help="Take everything from uv's cache."),
+        click.option(
+            "--spec",
+            type=click.Path(path_type=Path, resolve_path=True),
+            help="A TOML file, rather than the specification of that name.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+@env.command()
+@click.argument("name")
+@building_options
+def create(name: str, spec: Path | None, offline: bool, python: str | None, torch: str | None) -> None:
+    """Build an environment; one that is broken is built again from its lock."""
+    check_name(name)
+    there, wrong = _state_of(name)
+    if there is not None and not wrong and not (spec or python or torch):
+        console.print(
+            f"{name} is there, built {there.day}. `rootstockd env update {name}` builds it anew.", markup=False
+        )
+        return
+    if there is not None and wrong and not (spec or python or torch):
+        for problem in wrong:
+            console.print(f"{name}: {problem}", style="yellow", markup=False)
+        _build(_again(there, offline=offline))
+    elif there is not None and not spec:
+        _build(_plan(name, *_specification_for(there), offline, python, torch))
+    else:
+        _build(_plan(name, *_named(name, spec), offline, python, torch))
+
+
+@env.command()
+@click.argument("name")
+@click.option("--locked", is_flag=True, help="The same versions again.")
+@building_options
+def update(name: str, locked: bool, spec: Path | None, offline: bool, python: str | None, torch: str | None) -> None:
+    """Build an environment anew, with newer versions where its specification allows; the old one serves meanwhile."""
+    check_name(name)
+    if locked and (spec or torch):
+        raise click.UsageError("--locked takes the versions as they are; --spec and --torch choose others.")
+    if not built_environments().get(name):
+        raise EnvironmentBuildError(f"environment {name!r} was not built yet: `rootstockd env create {name}`.")
+    there = find_build(name) if locked else _state_of(name)[0]
+    if locked:
+        assert there is not None
+        _build(_again(there, offline=offline, python=python))
+    elif spec or there is None:
+        _build(_plan(name, *_named(name, spec), offline, python, torch))
+    else:
+        manifest = there.manifest
+        _build(
+            _plan(name, *_specification_for(there), offline, python or manifest.python_request, torch or manifest.torch)
+        )
+
+
+@env.command("list")
+def list_() -> None:
+    """Show all environments, built or specified."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("environment", "built", "python", "in"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("description")
+    built = built_environments()
+    specified = specification_files()
+    for name in sorted({*built, *specified}):
+        if name in built:
+            there, wrong = _state_of(name)
+            state = f"[red]broken[/], env show {name} says why" if wrong else there.day if there else ""
+            python = there.manifest.python if there else ""
+            words = there.manifest.specification.description if there else ""
+            table.add_row(name, state, python, escape(str(built[name].parent)), escape(words))
+        else:
+            table.add_row(name, "-", "", "", escape(read_specification(specified[name]).description))
+    console.print(table)
+
+
+@env.command()
+@click.argument("name")
+def show(name: str) -> None:
+    """Show what is in an environment, and what it lacks."""
+    there = find_build(name)
+    if there is None:
+        specification, _ = _named(name, None)
+        console.print(f"{name} was not built: `rootstockd env create {name}`", markup=False)
+        console.print(f"python {specification.python}; {', '.join(specification.requirements)}", markup=False)
+        return
+    manifest = there.manifest
+    console.print(
+        f"{name}: {manifest.specification.description}\n"
+        f"built     {there.day} by rootstockd {manifest.rootstockd}, specification: {manifest.origin}\n"
+        f"python    {manifest.python} on {manifest.platform}, torch: {manifest.torch}\n"
+        f"path      {there.path}\n"
+        f"size      {size_of(there.path) / 1e6:.0f} MB\n"
+        f"packages  {', '.join(f'{package} {version}' for package, version in manifest.versions.items())}",
+        markup=False,
+        soft_wrap=True,
+    )
+    for path in finished_builds(there.path.parent.parent):
+        if path != there.path:
+            console.print(
+                f"kept      {path}{', in use by a worker' if in_use(path) else ''}", markup=False, soft_wrap=True
+            )
+    if wrong := problems_of(there):
+        raise EnvironmentBuildError(_broken(name, wrong))
+
+
+@env.command()
+@click.argument("name")
+@click.option("--device", type=click.Choice(["cpu", "auto"]), default="auto", help="cpu, or a GPU if there is one.")
+@click.option(
+    "--catalogue",
+    "catalogues",
+    multiple=True,
+    type=click.Path(path_type=Path, resolve_path=True),
+    help="A TOML file of further models; may be given repeatedly.",
+)
+def verify(name: str, device: str, catalogues: tuple[Path, ...]) -> None:
+    """Load a model in an environment, and compare what it computes with known numbers."""
+    from rootstockd.devices import choose_devices  # noqa: PLC0415
+    from rootstockd.environments.verifying import verify as verified  # slow to import  # noqa: PLC0415
+
+    there = _must_exist(name)
+    if wrong := problems_of(there):
+        raise EnvironmentBuildError(_broken(name, wrong))
+    if there.manifest.specification.verify is None:
+        console.print(f"{name}: all its packages are there; its specification has no numbers to compare", markup=False)
+        return
+    (chosen,) = choose_devices(names=("cpu",) if device == "cpu" else ())
+    console.print(f"{name}: {verified(there, catalogues, chosen)}", markup=False, soft_wrap=True)
+
+
+@env.command()
+@click.argument("name")
+def remove(name: str) -> None:
+    """Remove an environment, all its builds."""
+    remove_environment(name)
+    console.print(f"removed {name}", markup=False)
+
+
+@env.command()
+@click.argument("name")
+@click.argument("file", type=click.Path(path_type=Path, resolve_path=True, dir_okay=False))
+def export(name: str, file: Path) -> None:
+    """Write an environment with its wheels into FILE, for machines without a network."""
+    there = _must_exist(name)
+    with console.status("gathering wheels") as spinner:
+        digest = archive.export(there, file, spinner.update)
+    size = file.stat().st_size / 1e6
+    console.print(
+        f"{file}, {size:.0f} MB. On the other machine:\n\n  rootstockd env import {file.name} --sha256 {digest}",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+@env.command("import")
+@click.argument("file", type=click.Path(path_type=Path, resolve_path=True, dir_okay=False))
+@click.option("--sha256", default="", help="What the file must have; `env export` said it.")
+@click.option(
+    "--python", default="", metavar="VERSION|PATH", help="Which Python, rather than the exported one's version."
+)
+def import_(file: Path, sha256: str, python: str) -> None:
+    """Build an environment from an exported FILE, without a network."""
+    _built(archive.import_archive(file, sha256, python, _say))
+
+
+# --- what these have in common
+
+
+def _say(step: str) -> None:
+    console.print(step, markup=False, soft_wrap=True)
+
+
+def _plan(
+    name: str, specification: Specification, origin: str, offline: bool, python: str | None, torch: str | None
+) -> Plan:
+    if torch is not None:  # checked as in a file
+        specification_fields = {**specification.model_dump(), "torch": torch}
+        try:
+            Specification.model_validate(specification_fields)
+        except ValueError as error:
+            raise click.UsageError(
+                f"--torch {torch}: there are auto, index, cpu, cu126, cu128 and their like."
+            ) from error
+    return Plan(
+        name,
+        specification,
+        origin,
+        python or specification.python,
+        (torch or specification.torch) if specification.has_torch else "index",
+        offline=offline,
+    )
+
+
+def _again(there: Build, *, offline: bool, python: str | None = None) -> Plan:
+    """The same versions as in a build."""
+    manifest = there.manifest
+    return Plan(
+        manifest.name,
+        manifest.specification,
+        manifest.origin,
+        python or manifest.python_request,
+        manifest.torch,
+        there.lock.read_text(),
+        offline,
+    )
+
+
+def _build(plan: Plan) -> None:
+    _built(build(plan, _say))
+
+
+def _built(made: Build) -> None:
+    console.print(
+        f"built {made.manifest.name} in {made.path}; workers that start from now on use it",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _named(name: str, spec: Path | None) -> tuple[Specification, str]:
+    """The specification, and where it came from.
+
+    Raises:
+        SpecificationError: there is none, or it can't be used.
+    """
+    if spec is not None:
+        return read_specification(spec), str(spec)
+    specification = find_specification(name)
+    if specification is None:
+        known = ", ".join(sorted(specification_files()))
+        raise SpecificationError(
+            f"nothing says what should be in an environment {name!r}; there are: {known}. `--spec FILE` names a file "
+            "that does."
+        )
+    return specification, "named"
+
+
+def _specification_for(there: Build) -> tuple[Specification, str]:
+    """What a build was made from, as it is now."""
+    manifest = there.manifest
+    if manifest.origin == "named":
+        return _named(manifest.name, None)
+    path = Path(manifest.origin)
+    return (read_specification(path) if path.is_file() else manifest.specification), manifest.origin
+
+
+def _state_of(name: str) -> tuple[Build | None, list[str]]:
+    """The build in use, and what is wrong with it; neither where there is none."""
+    try:
+        there = find_build(name)
+    except EnvironmentBuildError as error:
+        return None, [str(error)]
+    return there, problems_of(there) if there else []
+
+
+def _must_exist(name: str) -> Build:
+    there = find_build(check_name(name))
+    if there is None:
+        raise EnvironmentBuildError(f"environment {name!r} was not built: `rootstockd env create {name}`.")
+    return there
+
+
+def _broken(name: str, wrong: list[str]) -> str:
+    mend = f"`rootstockd env create {name}` builds it again from its lock."
+    return f"environment {name!r} is broken: {'; '.join(wrong)}. {mend}"

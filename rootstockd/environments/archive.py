@@ -1,0 +1,295 @@
+"""An environment in a file, for machines without a network: its lock, its specification, and wheels.
+
+A tar archive with `environment.json`, `lock.txt` and `wheels/*.whl`, and nothing else. The lock says the SHA-256 of
+each wheel, `environment.json` that of the lock; `import --sha256` that of the whole file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import re
+import sys
+import sysconfig
+import tarfile
+import tempfile
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from rootstockd.environments.building import Plan, Say, build, torch_backend
+from rootstockd.environments.builds import Build, EnvironmentBuildError
+from rootstockd.environments.running_uv import run_uv
+from rootstockd.environments.specification import Specification
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+FORMAT = 1
+_WHEEL = re.compile(r"wheels/([A-Za-z0-9_.+!]+(?:-[A-Za-z0-9_.+!]+){4,5}\.whl)")
+_SMALL = 16 * 2**20
+"""Bytes that a lock or a description may have."""
+_HASH = re.compile(r"--hash=sha256:([0-9a-f]{64})")
+TIMEOUT = 60.0
+"""Seconds that a server may be silent."""
+
+
+class Description(BaseModel):
+    """What the archive says of itself."""
+
+    format: int = FORMAT
+    name: str
+    specification: Specification
+    python: str
+    """Its version; another of the same minor version will do."""
+    platform: str
+    torch: str
+    lock_sha256: str
+    rootstockd: str
+
+
+def export(source: Build, file: Path, say: Say) -> str:
+    """Write an environment into a file.
+
+    Returns:
+        The file's SHA-256.
+
+    Raises:
+        EnvironmentBuildError: a wheel can't be had, or the file can't be written.
+    """
+    name = source.manifest.name
+    partial = file.with_name(f".{file.name}.part")
+    try:
+        with tempfile.TemporaryDirectory(prefix="rootstockd-export-", dir=file.parent) as folder:
+            wheels = Path(folder) / "wheels"
+            wheels.mkdir()
+            lock = _gather(source, wheels, say)
+            manifest = source.manifest
+            description = Description(
+                name=name,
+                specification=manifest.specification,
+                python=manifest.python,
+                platform=manifest.platform,
+                torch=manifest.torch,
+                lock_sha256=hashlib.sha256(lock.encode()).hexdigest(),
+                rootstockd=manifest.rootstockd,
+            )
+            with tarfile.open(partial, "w", format=tarfile.PAX_FORMAT) as tar:
+                _add(tar, "environment.json", description.model_dump_json(indent=1).encode())
+                _add(tar, "lock.txt", lock.encode())
+                for wheel in sorted(wheels.iterdir()):
+                    with wheel.open("rb") as content:
+                        _add_file(tar, f"wheels/{wheel.name}", content, wheel.stat().st_size)
+        with partial.open("rb") as content:
+            digest = _digest(content)
+        partial.replace(file)
+    except OSError as error:
+        raise EnvironmentBuildError(f"environment {name!r} can't be exported to {file}: {error}.") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return digest
+
+
+def _gather(source: Build, wheels: Path, say: Say) -> str:
+    """Fetch a wheel of each package in the lock; the lock, with the hashes of those that had to be made."""
+    lock = source.lock.read_text()
+    # uv knows where each file lies and which fit this Python; it is asked for what is locked, no more
+    plan = wheels.parent / "pylock.toml"
+    run_uv(
+        [
+            *("pip", "compile", "--quiet", "--no-deps", "--format", "pylock.toml"),
+            "--output-file",
+            plan,
+            "--python",
+            source.python,
+            *torch_backend(source.manifest.torch),
+            source.lock,
+        ],
+        f"environment {source.manifest.name!r}: finding its packages",
+        wheels.parent,
+    )
+    for package in tomllib.loads(plan.read_text())["packages"]:
+        name, version = package["name"], package["version"]
+        block = _block(lock, name)
+        files = package.get("wheels") or [package["sdist"]]
+        for place in files:
+            say(f"{name} {version}")
+            target = wheels / _file_name(place)
+            _fetch(place, wheels.parent, target, set(_HASH.findall(block)))
+            if target.suffix != ".whl":
+                made = _make_wheel(source, target, wheels)
+                with made.open("rb") as content:
+                    digest = _digest(content)
+                lock = lock.replace(block, block.replace("\\\n", f"\\\n    --hash=sha256:{digest} \\\n", 1))
+    return lock
+
+
+def _block(lock: str, name: str) -> str:
+    """A package's lines in a lock."""
+    spelled = "[-_.]+".join(map(re.escape, name.split("-")))
+    pattern = re.compile(rf"^{spelled}(\[[^]]*\])?\s*(==|@).*\n(?:[ \t].*\n?)*", re.MULTILINE | re.IGNORECASE)
+    found = pattern.search(lock)
+    if found is None:
+        raise EnvironmentBuildError(
+            f"the lock does not have {name}, which uv found in it. `rootstockd env update` makes a new one."
+        )
+    return found[0]
+
+
+def _file_name(place: dict[str, Any]) -> str:
+    path = place.get("path") or urllib.parse.unquote(urllib.parse.urlsplit(place["url"]).path)
+    return Path(path).name
+
+
+def _fetch(place: dict[str, Any], base: Path, target: Path, allowed: set[str]) -> None:
+    """Get a file, and believe it by its hash.
+
+    Raises:
+        EnvironmentBuildError: it can't be had, or is another than the lock says.
+    """
+    url = place.get("url") or (base / place["path"]).resolve().as_uri()
+    partial = target.with_name(target.name + ".part")
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, partial.open("wb") as out:  # noqa: S310 - uv names it
+            digest = _copy(answer, out.write)
+    except OSError as error:
+        raise EnvironmentBuildError(f"{url} can't be fetched: {error}.") from error
+    if digest not in allowed:
+        raise EnvironmentBuildError(f"{url} is not what the lock says: its SHA-256 is {digest}.")
+    partial.rename(target)
+
+
+def _make_wheel(source: Build, archive: Path, wheels: Path) -> Path:
+    """Build what comes as source alone, where there is a network to build it with."""
+    before = set(wheels.iterdir())
+    run_uv(
+        ["build", "--quiet", "--wheel", "--python", source.python, "--out-dir", wheels, archive],
+        f"making a wheel of {archive.name}",
+        wheels.parent,
+    )
+    archive.unlink()
+    (wheels / ".gitignore").unlink(missing_ok=True)
+    (made,) = {path for path in wheels.iterdir() if path.suffix == ".whl"} - before
+    return made
+
+
+def import_archive(file: Path, sha256: str, python: str, say: Say) -> Build:
+    """Build an environment from a file, with nothing but what is in it.
+
+    Args:
+        file: the archive.
+        sha256: what the whole file must have; empty where nobody knows.
+        python: which Python; empty for one of the version it was exported with.
+        say: told of each step.
+
+    Raises:
+        EnvironmentBuildError: the file is damaged, was tampered with, or can't be built here.
+    """
+    try:
+        with file.open("rb") as archive:
+            if sha256 and (digest := _digest(archive)) != sha256.lower():
+                raise EnvironmentBuildError(
+                    f"{file} is not the file you mean: its SHA-256 is {digest}. Nothing was done."
+                )
+            archive.seek(0)
+            with tarfile.open(fileobj=archive, mode="r:") as tar, _unpacked(tar) as (description, lock, wheels):
+                if description.platform != sysconfig.get_platform():
+                    raise EnvironmentBuildError(
+                        f"{file} is for {description.platform}, and this machine is {sysconfig.get_platform()}."
+                    )
+                minor = ".".join(description.python.split(".")[:2])
+                plan = Plan(
+                    name=description.name,
+                    specification=description.specification,
+                    origin=f"archive {file.name}",
+                    python=python or minor,
+                    torch=description.torch,
+                    lock=lock,
+                    offline=True,
+                    wheels=wheels,
+                )
+                return build(plan, say)
+    except (OSError, tarfile.TarError) as error:
+        raise EnvironmentBuildError(f"{file} can't be imported: {error}.") from error
+
+
+@contextlib.contextmanager
+def _unpacked(tar: tarfile.TarFile) -> Iterator[tuple[Description, str, Path]]:
+    """Description, lock, and a folder of the wheels, each of which is one that the lock means.
+
+    Raises:
+        EnvironmentBuildError: it is not so.
+    """
+    with tempfile.TemporaryDirectory(prefix="rootstockd-import-") as folder:
+        description, lock, allowed = None, None, set()
+        for member in tar:
+            wheel = _WHEEL.fullmatch(member.name)
+            if not member.isreg() or not (wheel or member.name in ("environment.json", "lock.txt")):
+                raise _refused(f"it has {member.name[:200]!r}, which does not belong there")
+            content = tar.extractfile(member)
+            assert content is not None
+            if wheel:
+                if lock is None:
+                    raise _refused("its wheels come before its lock")
+                with (Path(folder) / wheel[1]).open("xb") as out:
+                    digest = _copy(content, out.write)
+                if digest not in allowed:
+                    raise _refused(f"{wheel[1]} is not what the lock says")
+                continue
+            if member.size > _SMALL:
+                raise _refused(f"its {member.name} is far too large")
+            text = content.read().decode()
+            if member.name == "environment.json":
+                description = _describe(text)
+            else:
+                lock, allowed = text, set(_HASH.findall(text))
+        if description is None or lock is None:
+            raise _refused("it is not whole")
+        if hashlib.sha256(lock.encode()).hexdigest() != description.lock_sha256:
+            raise _refused("its lock was changed")
+        yield description, lock, Path(folder)
+
+
+def _describe(text: str) -> Description:
+    try:
+        fields = json.loads(text)
+        if fields.get("format", 0) > FORMAT:
+            raise _refused(f"it was written by rootstockd {fields.get('rootstockd')}, which is newer; upgrade this one")
+        return Description.model_validate(fields)
+    except (ValueError, AttributeError, ValidationError) as error:
+        raise _refused(f"what it says of itself can't be read: {error}") from error
+
+
+def _refused(why: str) -> EnvironmentBuildError:
+    return EnvironmentBuildError(f"this is no archive to build from: {why}. Nothing was done. Export it again.")
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    _add_file(tar, name, io.BytesIO(content), len(content))
+
+
+def _add_file(tar: tarfile.TarFile, name: str, content: Any, size: int) -> None:
+    member = tarfile.TarInfo(name)
+    member.size, member.mode = size, 0o644
+    tar.addfile(member, content)
+
+
+def _digest(content: Any) -> str:
+    return _copy(content, lambda _: None)
+
+
+def _copy(content: Any, write: Callable[[bytes], Any]) -> str:
+    """Copy, and give the SHA-256."""
+    digest = hashlib.sha256()
+    while block := content.read(2**20):
+        digest.update(block)
+        write(block)
+    return digest.hexdigest()

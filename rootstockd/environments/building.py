@@ -1,0 +1,219 @@
+"""Building an environment with uv: a lock with hashes, a virtual environment from it, and a switch at the end."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sysconfig
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import rootstockd
+from rootstockd.environments.builds import (
+    Build,
+    EnvironmentBuildError,
+    Manifest,
+    building,
+    installed_versions,
+    new_build,
+    take_into_use,
+)
+from rootstockd.environments.pythons import find_python
+from rootstockd.environments.running_uv import run_uv
+from rootstockd.environments.specification import Specification
+from rootstockd.state_dir import own_state
+
+Say = Callable[[str], None]
+IMPORT_TIMEOUT = 600
+"""Seconds that importing an environment's packages may take the first time, from a slow disk."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to build."""
+
+    name: str
+    specification: Specification
+    origin: str
+    """See Manifest."""
+    python: str
+    """Which Python, as uv takes it, or a path."""
+    torch: str
+    """Which of PyTorch's builds, as in a specification."""
+    lock: str = ""
+    """Build exactly this; without one, the requirements are resolved."""
+    offline: bool = False
+    wheels: Path | None = None
+    """Take packages from this folder and from nowhere else."""
+
+
+def build(plan: Plan, say: Say) -> Build:
+    """Build an environment and take it into use.
+
+    Args:
+        plan: what to build.
+        say: told of each step.
+
+    Raises:
+        EnvironmentBuildError: it can't be built; what was in use before still is.
+        StateError: the state directory is not to be trusted.
+    """
+    with building(plan.name) as folder:
+        path = new_build(folder)
+        try:
+            made = _build(plan, path, say)
+            take_into_use(folder, path)
+        except OSError as error:
+            raise EnvironmentBuildError(f"environment {plan.name!r} can't be built in {path}: {error}.") from error
+        finally:
+            if not (path / "manifest.json").exists():
+                shutil.rmtree(path, ignore_errors=True)
+    return made
+
+
+def _build(plan: Plan, path: Path, say: Say) -> Build:
+    what = f"environment {plan.name!r}"
+    python = find_python(plan.python, own_state(), offline=plan.offline)
+    version = ".".join(map(str, python.version))
+    say(f"{what}: Python {version} from {python.path}")
+    run_uv(
+        [
+            "venv",
+            "--quiet",
+            "--relocatable",
+            "--no-python-downloads",
+            "--allow-existing",
+            "--python",
+            python.path,
+            path,
+        ],
+        f"{what}: making a virtual environment",
+        path,
+    )
+    sources = _sources(plan)
+    lock = path / "lock.txt"
+    if plan.lock:
+        lock.write_text(plan.lock)
+        flavour = plan.torch
+    else:
+        say(f"{what}: choosing versions{_flavour_in_words(plan)}")
+        resolve(plan, path, lock, sources)
+        flavour = torch_flavour(plan.torch, lock.read_text())
+    count = len(re.findall(r"^[\w.-]+\[?.*==", lock.read_text(), re.MULTILINE))
+    say(f"{what}: installing {count} packages into {path}")
+    run_uv(
+        [
+            *("pip", "sync", "--require-hashes", "--compile-bytecode", "--python", path / "bin/python"),
+            *sources,
+            *torch_backend(flavour),
+            lock,
+        ],
+        f"{what}: installing",
+        path,
+    )
+    say(f"{what}: importing {', '.join(plan.specification.imports) or 'numpy'}")
+    check_imports(what, path, ("numpy", *plan.specification.imports))
+    let_all_read(path)
+    manifest = Manifest(
+        name=plan.name,
+        specification=plan.specification,
+        origin=plan.origin,
+        python_request=plan.python,
+        python=version,
+        platform=sysconfig.get_platform(),
+        torch=flavour,
+        lock_sha256=hashlib.sha256(lock.read_bytes()).hexdigest(),
+        versions=installed_versions(path),
+        rootstockd=rootstockd.__version__,
+        built=time.time(),
+    )
+    unfinished = path / "manifest.json.part"
+    unfinished.write_text(manifest.model_dump_json(indent=1) + "\n")
+    unfinished.chmod(0o644)
+    unfinished.rename(path / "manifest.json")
+    return Build(path, manifest)
+
+
+def resolve(plan: Plan, path: Path, lock: Path, sources: list[str]) -> None:
+    """Choose versions of all packages and write them down with their hashes."""
+    run_uv(
+        [
+            *("pip", "compile", "--quiet", "--generate-hashes", "--no-header", "--output-file", lock),
+            *("--python", path / "bin/python"),
+            *sources,
+            *torch_backend(plan.torch),
+            "-",
+        ],
+        f"environment {plan.name!r}: choosing versions",
+        path,
+        stdin="".join(f"{requirement}\n" for requirement in plan.specification.requirements),
+    )
+
+
+def _sources(plan: Plan) -> list[str]:
+    if plan.wheels is not None:
+        return ["--offline", "--no-index", "--find-links", str(plan.wheels)]
+    return ["--offline"] if plan.offline else []
+
+
+def torch_backend(flavour: str) -> list[str]:
+    """What tells uv which of PyTorch's builds to take. `auto` is uv's own: it asks the NVIDIA driver."""
+    return [] if flavour == "index" else [f"--torch-backend={flavour}"]
+
+
+def torch_flavour(asked: str, lock: str) -> str:
+    """The build that `auto` chose, for the next build from this lock on any machine: torch 2.13.0+cu128 says it."""
+    if asked != "auto":
+        return asked
+    found = re.search(r"^torch==[\w.]+\+(cpu|cu\d+|rocm[\d.]+|xpu)\b", lock, re.MULTILINE)
+    return found[1] if found else "index"
+
+
+def _flavour_in_words(plan: Plan) -> str:
+    if not plan.specification.has_torch:
+        return ""
+    if plan.torch == "auto":
+        return ", torch as this node's driver wants it (for the CPU where there is none; --torch chooses)"
+    return ", torch from the package index" if plan.torch == "index" else f", torch for {plan.torch}"
+
+
+def check_imports(what: str, path: Path, modules: tuple[str, ...]) -> None:
+    """Whether it is of use.
+
+    Raises:
+        EnvironmentBuildError: a module can't be imported.
+    """
+    code = f"import {', '.join(dict.fromkeys(modules))}"
+    try:
+        done = subprocess.run(
+            [path / "bin/python", "-E", "-s", "-B", "-W", "ignore", "-c", code],
+            cwd="/",
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=IMPORT_TIMEOUT,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise EnvironmentBuildError(f"{what}: its Python can't be used: {error}.") from error
+    if done.returncode:
+        said = done.stderr.strip().rpartition("\n")[2] or f"exit status {done.returncode}"
+        raise EnvironmentBuildError(
+            f"{what}: `{code}` fails in it: {said}. Its specification must require what provides this."
+        )
+
+
+def let_all_read(path: Path) -> None:
+    """Whatever umask uv's cache was made under; and nobody but the owner writes."""
+    for file in (path, *path.rglob("*")):
+        mode = file.lstat().st_mode
+        if not stat.S_ISLNK(mode):
+            wanted = (mode | 0o444 | (0o111 if mode & 0o100 else 0)) & ~0o022
+            if wanted != mode:
+                file.chmod(stat.S_IMODE(wanted))

@@ -1,0 +1,148 @@
+"""What an environment shall be: a TOML file that says which Python, which packages, and what to check it with.
+
+The package brings some (`builtin/`); files of the same name in `/etc/rootstockd/environments/` and in the user's own
+configuration go before them.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+from ase.data import atomic_numbers
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+SITE = Path("/etc/rootstockd/environments")
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+Vector = tuple[float, float, float]
+
+
+class SpecificationError(Exception):
+    """A specification that can't be used: which, and what is wrong with it."""
+
+
+class Check(BaseModel):
+    """A structure whose numbers are known."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str
+    """A name in the catalogue."""
+    symbols: tuple[str, ...] = Field(min_length=1)
+    cell: tuple[Vector, Vector, Vector]
+    """Å, rows are lattice vectors; periodic in all three."""
+    positions: tuple[Vector, ...]
+    """Å."""
+    energy: float
+    """eV."""
+    forces: tuple[Vector, ...]
+    """eV/Å."""
+    energy_tolerance: float = Field(default=1e-4, gt=0)
+    """eV, for the whole structure."""
+    forces_tolerance: float = Field(default=1e-3, gt=0)
+    """eV/Å, for each component."""
+
+    @model_validator(mode="after")
+    def _sizes(self) -> Check:
+        if not len(self.symbols) == len(self.positions) == len(self.forces):
+            raise ValueError("there must be as many symbols as positions and forces")
+        if unknown := [symbol for symbol in self.symbols if symbol not in atomic_numbers]:
+            raise ValueError(f"there is no element {', '.join(unknown)}")
+        return self
+
+
+class Specification(BaseModel):
+    """One environment."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    description: str = ""
+    python: str = ">=3.9"
+    """Which Python, as uv takes it: a version or a range. The worker's own code needs 3.9."""
+    requirements: tuple[str, ...] = Field(min_length=1)
+    """As pip takes them. numpy must come of them."""
+    imports: tuple[str, ...] = ()
+    """Modules that must be importable for the environment to be of use."""
+    torch: str = Field(default="auto", pattern=r"^(auto|index|cpu|cu\d+|rocm[\d.]+|xpu)$")
+    """Which of PyTorch's builds: as the node's driver wants it, from where the other packages come from, or a given
+    one."""
+    verify: Check | None = None
+
+    @field_validator("requirements")
+    @classmethod
+    def _one_line_each(cls, requirements: tuple[str, ...]) -> tuple[str, ...]:
+        for requirement in requirements:
+            if requirement.startswith("-") or len(requirement.splitlines()) != 1:
+                raise ValueError(f"{requirement!r} is no requirement")
+        return requirements
+
+    @property
+    def has_torch(self) -> bool:
+        """Whether there is a build of PyTorch to choose."""
+        return any(re.match(r"torch\b(?!-)", requirement) for requirement in self.requirements) or (
+            "torch" in self.imports
+        )
+
+
+def check_name(name: str) -> str:
+    """The name, which becomes a folder's.
+
+    Raises:
+        SpecificationError: it can't.
+    """
+    if not _NAME.fullmatch(name):
+        raise SpecificationError(
+            f"{name[:100]!r} can't be an environment's name: small letters, digits, '.', '_' and '-' can."
+        )
+    return name
+
+
+def specification_files() -> dict[str, Path]:
+    """All there are, by the environment's name."""
+    builtin = Path(str(resources.files("rootstockd.environments").joinpath("builtin")))
+    found = {}
+    for folder in (builtin, SITE, platformdirs.user_config_path("rootstockd") / "environments"):
+        found.update({path.stem: path for path in sorted(folder.glob("*.toml")) if _NAME.fullmatch(path.stem)})
+    return found
+
+
+def is_builtin(name: str) -> bool:
+    """Whether the package itself specifies it."""
+    return resources.files("rootstockd.environments").joinpath("builtin", f"{name}.toml").is_file()
+
+
+def find_specification(name: str) -> Specification | None:
+    """The specification of an environment, if there is one.
+
+    Raises:
+        SpecificationError: there is, and it can't be used.
+    """
+    path = specification_files().get(name)
+    return read_specification(path) if path else None
+
+
+def read_specification(path: Path) -> Specification:
+    """Read a file.
+
+    Raises:
+        SpecificationError: it can't be read, or says what can't be.
+    """
+    try:
+        with path.open("rb") as file:
+            fields: Any = tomllib.load(file)
+        return Specification.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "it"
+        raise SpecificationError(f"specification {path}: {where}: {first['msg']}.") from error
+    except (OSError, ValueError) as error:
+        raise SpecificationError(f"specification {path}: {error}.") from error

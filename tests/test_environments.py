@@ -1,0 +1,658 @@
+"""Environments that uv builds, for real: small ones, of numpy and at most ASE."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from ase.build import bulk
+from ase.calculators.emt import EMT
+
+from conftest import RunningDaemon, rootstockd, wait_for
+from rootstock_client.errors import EvaluationError, ModelLoadError
+from rootstockd.environments.building import torch_backend, torch_flavour
+from rootstockd.environments.builds import Build, find_build, problems_of
+from rootstockd.environments.finding import find_environment
+from rootstockd.environments.pythons import readable_by_all
+from rootstockd.environments.specification import SpecificationError, find_specification, read_specification
+
+NOWHERE = "http://127.0.0.1:9"
+"""A proxy that is not there."""
+TREE = Path(__file__).parent.parent
+CHECK = """
+[verify]
+model = "emt"
+symbols = ["Cu", "Cu", "Cu", "Cu"]
+cell = [[3.62, 0.0, 0.0], [0.0, 3.62, 0.0], [0.0, 0.0, 3.62]]
+positions = [[0.0, 0.0, 0.12], [0.0, 1.81, 1.81], [1.81, 0.1, 1.81], [1.73, 1.81, 0.0]]
+energy = 0.097283
+forces = [
+  [-0.30095, -0.03006, -0.88947],
+  [-0.30639, 0.38454, 0.46316],
+  [0.0225, -0.73564, 0.45747],
+  [0.58485, 0.38115, -0.03116],
+]
+"""
+
+
+@pytest.fixture
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A state directory of this test's own."""
+    folder = tmp_path / "state"
+    folder.mkdir()
+    monkeypatch.setenv("ROOTSTOCKD_STATE", str(folder))
+    return folder
+
+
+def env(*arguments: str | Path, fails: bool = False, **variables: str) -> str:
+    """Run `rootstockd env …`; what it says."""
+    done = rootstockd("env", *arguments, env={**os.environ, **variables})
+    assert bool(done.returncode) == fails, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture
+def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An index of wheels without content, and no other: for what is not about what is in packages."""
+    folder = tmp_path / "index"
+    for name, versions in (("numpy", ("1.0", "1.1", "2.0")), ("fellow", ("1.0",))):
+        (folder / name).mkdir(parents=True)
+        made = [make_wheel(folder / name, name, version).name for version in versions]
+        (folder / name / "index.html").write_text("".join(f'<a href="{wheel}">{wheel}</a>' for wheel in made))
+    monkeypatch.setenv("UV_DEFAULT_INDEX", folder.as_uri())
+    monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "cache"))
+    return folder
+
+
+def make_wheel(folder: Path, name: str, version: str) -> Path:
+    info = f"{name}-{version}.dist-info"
+    path = folder / f"{name}-{version}-py3-none-any.whl"
+    files = {
+        f"{name}/__init__.py": f"__version__ = {version!r}\n",
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    with zipfile.ZipFile(path, "w") as wheel:
+        for file, text in files.items():
+            wheel.writestr(file, text)
+        wheel.writestr(f"{info}/RECORD", "".join(f"{file},,\n" for file in (*files, f"{info}/RECORD")))
+    return path
+
+
+def specify(file: Path, *requirements: str, more: str = "") -> Path:
+    file.write_text(f"requirements = {json.dumps(requirements)}\n{more}")
+    return file
+
+
+def fails_to_build(name: str, *arguments: str | Path, **variables: str) -> str:
+    """What a build that fails says, in one line."""
+    return " ".join(env("create", name, *arguments, fails=True, **variables).split())
+
+
+def found(name: str) -> Build:
+    """The build in use."""
+    build = find_build(name)
+    assert build is not None
+    return build
+
+
+def another_python() -> str:
+    """A Python of another version than the one that runs the tests, if this machine has one."""
+    found = [shutil.which(f"python3.{minor}") for minor in (9, 10, 12, 13)]
+    if pyenv := shutil.which("pyenv"):
+        root = subprocess.run([pyenv, "root"], capture_output=True, text=True, check=True).stdout.strip()
+        found = [*map(str, sorted(Path(root).glob("versions/3.*/bin/python3.*[0-9]"))), *found]
+    for path in filter(None, found):
+        ask = [path, "-c", "import sys; print(sys.version_info >= (3, 9) and sys.version_info[1])"]
+        done = subprocess.run(ask, capture_output=True, text=True, check=False)
+        if done.returncode == 0 and done.stdout.strip() not in ("False", str(sys.version_info[1])):
+            return path
+    return sys.executable
+
+
+@pytest.fixture(scope="module")
+def shared_state(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A state directory with one environment, `tiny`: numpy and ASE, in another Python where there is one."""
+    folder = tmp_path_factory.mktemp("shared")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ROOTSTOCKD_STATE", str(folder))
+        spec = specify(folder / "tiny.toml", "numpy", "ase", more=CHECK)
+        env("create", "tiny", "--spec", spec, "--python", another_python())
+    return folder
+
+
+@pytest.fixture
+def tiny(shared_state: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The state directory with `tiny`, to be looked at only."""
+    monkeypatch.setenv("ROOTSTOCKD_STATE", str(shared_state))
+    return shared_state
+
+
+# --- a worker in an environment
+
+PROBE = """
+import json, sys
+from importlib import import_module
+from ase.calculators.emt import EMT
+
+def fails(name):
+    try:
+        import_module(name)
+    except ImportError:
+        return True
+    return False
+
+class Probe(EMT):
+    def __init__(self):
+        super().__init__()
+        wanted = ["pydantic", "click", "uvloop", "fastapi", "rootstock_client", "rootstockd.config", "rootstockd.peers"]
+        self.told = {name: fails(name) for name in wanted}
+        self.told["python"] = sys.version_info[:2]
+        self.told["prefix"] = sys.prefix
+
+    def calculate(self, atoms, properties, system_changes):
+        if len(atoms) == 1:
+            raise RuntimeError("REPORT" + json.dumps(self.told))
+        super().calculate(atoms, properties, system_changes)
+"""
+
+
+def probe_catalogue(folder: Path, environment: str = "tiny") -> Path:
+    (folder / "environment_probe.py").write_text(PROBE)
+    file = folder / "more.toml"
+    arguments = 'arguments = { calculator = "environment_probe:Probe" }'
+    file.write_text(f'[probe]\nfamily = "ase"\nenvironment = "{environment}"\n{arguments}\n')
+    return file
+
+
+@pytest.fixture
+def probed(
+    tiny: Path, tmp_path: Path, start_daemon: Callable[..., RunningDaemon], monkeypatch: pytest.MonkeyPatch
+) -> RunningDaemon:
+    """A daemon with a model in `tiny`, whose module lies in a folder of PYTHONPATH."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    return start_daemon("--catalogue", str(probe_catalogue(tmp_path)), "--model", "probe", "--model", "emt")
+
+
+def energy_of(daemon: RunningDaemon, model: str = "probe") -> float:
+    atoms = bulk("Cu", cubic=True)
+    atoms.rattle(0.05, seed=1)
+    with daemon.client() as client:
+        atoms.calc = client.calculator(model)
+        return float(atoms.get_potential_energy())
+
+
+def expected_energy() -> float:
+    atoms = bulk("Cu", cubic=True)
+    atoms.rattle(0.05, seed=1)
+    atoms.calc = EMT()
+    return float(atoms.get_potential_energy())
+
+
+def test_a_worker_has_its_environment_and_nothing_of_the_daemons(probed: RunningDaemon, tiny: Path) -> None:
+    assert energy_of(probed) == pytest.approx(expected_energy(), abs=1e-9)
+    atoms = bulk("Cu")
+    with probed.client() as client:
+        atoms.calc = client.calculator("probe")
+        with pytest.raises(EvaluationError, match="REPORT") as caught:
+            atoms.get_potential_energy()
+    told: dict[str, Any] = json.loads(str(caught.value).split("REPORT", 1)[1].split("\n")[0])
+    build = find_build("tiny")
+    assert build is not None
+    assert told.pop("prefix") == str(build.path)
+    assert ".".join(map(str, told.pop("python"))) == ".".join(build.manifest.python.split(".")[:2])
+    assert all(told.values()), told  # each import failed
+    model = probed.model("probe")
+    assert model["environment"].startswith("environment tiny, built ")
+    assert "environment tiny, built" in probed.run("status").stdout
+    assert "confine = false" not in str(model["unconfined"]) and not any(
+        "threads" in why for why in model["unconfined"]
+    )
+
+
+def test_without_an_environment_a_family_beside_the_daemon_is_used(daemon: RunningDaemon, state: Path) -> None:
+    assert daemon.model("emt")["environment"].startswith("beside the daemon, Python 3.")
+    assert not find_environment("mace", "mace").built
+    with pytest.raises(ModelLoadError, match=r"rootstockd env create sevennet"):
+        find_environment("sevennet", "sevennet")
+    with pytest.raises(ModelLoadError, match=r"rootstockd env create of-our-own --spec FILE"):
+        find_environment("of-our-own", "ase")
+
+
+def test_an_environment_that_comes_later_is_found_without_a_restart(
+    state: Path, tiny: Path, tmp_path: Path, start_daemon: Callable[..., RunningDaemon], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = tmp_path / "later"
+    state.mkdir()
+    monkeypatch.setenv("ROOTSTOCKD_STATE", str(state))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    fresh = start_daemon("--model", "emt", "--catalogue", str(probe_catalogue(tmp_path)))
+    with pytest.raises(ModelLoadError, match="environment 'tiny' was not built"):
+        energy_of(fresh)
+    (state / "environments").symlink_to(tiny / "environments")
+
+    def comes() -> bool:
+        with contextlib.suppress(ModelLoadError):
+            return energy_of(fresh) == pytest.approx(expected_energy(), abs=1e-9)
+        time.sleep(1)  # a broken model is tried again after a while
+        return False
+
+    wait_for(comes, timeout=60)
+
+
+def test_workers_of_code_that_was_upgraded_ask_for_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = tmp_path / "tree"
+    for package in ("rootstockd", "rootstock_client"):
+        shutil.copytree(TREE / package, tree / package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setenv("PYTHONPATH", str(tree), prepend=os.pathsep)
+    with tempfile.TemporaryDirectory(prefix="rootstockd-") as folder:
+        old = RunningDaemon(Path(folder), ("--model", "emt"))
+        try:
+            old.start()
+            assert energy_of(old, "emt") == pytest.approx(expected_energy(), abs=1e-9)
+            version = tree / "rootstockd/worker/version.py"
+            version.write_text(version.read_text().replace("PROTOCOL = 1", "PROTOCOL = 2"))
+            os.kill(old.model("emt")["pid"], signal.SIGKILL)
+            wait_for(lambda: old.model("emt")["state"] == "failed")
+            with pytest.raises(ModelLoadError, match=r"version 2\.1 .* this daemon 1\.1(.|\n)*rootstockd restart"):
+                energy_of(old, "emt")
+            assert old.run("restart").returncode == 0
+            assert energy_of(old, "emt") == pytest.approx(expected_energy(), abs=1e-9)
+        finally:
+            old.stop()
+
+
+def test_verify_compares_what_a_worker_computes(tiny: Path) -> None:
+    words = env("verify", "tiny")
+    assert "emt (ase " in words and "the energy differs by" in words
+
+
+def test_verify_refuses_an_environment_with_other_numbers(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = find_build("tiny")
+    assert build is not None
+    folder = tmp_path / "environments/tiny/builds/1"
+    shutil.copytree(build.path, folder, symlinks=True)  # which finds what it needs where it has moved to
+    (folder.parent.parent / "current").symlink_to("builds/1")
+    manifest = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(manifest.replace("0.097283", "0.098283"))
+    monkeypatch.setenv("ROOTSTOCKD_STATE", str(tmp_path))
+    assert "computes other numbers than it should" in " ".join(env("verify", "tiny", fails=True).split())
+
+
+# --- building
+
+
+def test_the_lock_gives_the_same_versions_until_they_are_updated(state: Path, tmp_path: Path, wheels: Path) -> None:
+    spec = specify(tmp_path / "own.toml", "numpy==1.0")
+    env("create", "own", "--spec", spec)
+    lock = found("own").lock.read_text()
+    assert "--hash=sha256:" in lock and "numpy==1.0" in lock
+    specify(spec, "numpy<2")
+    assert "is there" in env("create", "own")
+    env("update", "own", "--locked")
+    assert found("own").manifest.versions == {"numpy": "1.0"} and found("own").lock.read_text() == lock
+    env("update", "own")
+    assert found("own").manifest.versions == {"numpy": "1.1"}
+    shown = env("show", "own")
+    assert "numpy 1.1" in shown and str(found("own").path) in shown and " MB" in shown
+    assert "own" in env("list")
+    with zipfile.ZipFile(wheels / "numpy/numpy-1.1-py3-none-any.whl", "a") as wheel:
+        wheel.writestr("numpy/more.py", "")
+    words = env("update", "own", "--locked", fails=True, UV_CACHE_DIR=str(tmp_path / "another-cache"))
+    assert "it was changed since" in " ".join(words.split())
+    env("remove", "own")
+    assert find_build("own") is None and not (state / "environments/own").exists()
+    assert "was not built" in env("verify", "own", fails=True)
+
+
+def test_a_build_that_fails_leaves_what_was_there(state: Path, tmp_path: Path, wheels: Path) -> None:
+    spec = specify(tmp_path / "own.toml", "numpy<2")
+    env("create", "own", "--spec", spec)
+    before = found("own")
+    words = fails_to_build("own", "--spec", specify(spec, "numpy<2", "numpy>=2"))
+    assert "No solution found" in words and "Change the requirements" in words
+    words = fails_to_build("own", "--spec", specify(spec, "numpy<2", more='imports = ["fellow"]'))
+    assert "`import numpy, fellow` fails in it: ModuleNotFoundError: No module named 'fellow'" in words
+    assert "no Python" in fails_to_build("own", "--spec", spec, "--python", "3.99", "--offline")
+    assert "is no requirement" in fails_to_build("own", "--spec", specify(spec, "--index-url=http://x"))
+    assert "can't be an environment's name" in fails_to_build("../own")
+    assert "nothing says what should be in" in fails_to_build("nobodys")
+    assert find_build("own") == before and problems_of(before) == []
+    assert [path.name for path in (state / "environments/own/builds").iterdir()] == [before.path.name]
+
+
+def test_without_a_network_it_says_what_to_do(state: Path, tmp_path: Path) -> None:
+    spec = specify(tmp_path / "own.toml", "numpy")
+    words = fails_to_build("own", "--spec", spec, "--offline", UV_CACHE_DIR=str(tmp_path / "cache"))
+    assert "uv's cache does not have it" in words
+    nowhere = {"HTTPS_PROXY": NOWHERE, "UV_HTTP_RETRIES": "0", "UV_CACHE_DIR": str(tmp_path / "cache")}
+    assert "package index does not answer" in fails_to_build("own", "--spec", spec, **nowhere)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small file system")
+def test_a_full_disk_says_so(tmp_path: Path, wheels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = tmp_path / "small"
+    state.mkdir()
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k,mode=755", "none", state], check=False, capture_output=True
+    )
+    if mount.returncode:
+        pytest.skip("this machine lets nobody mount")
+    try:
+        monkeypatch.setenv("ROOTSTOCKD_STATE", str(state))
+        words = fails_to_build("own", "--spec", specify(tmp_path / "own.toml", "numpy<2"))
+        assert "The disk is full" in words
+        assert list(state.glob("environments/own/builds/*")) == []
+    finally:
+        subprocess.run(["umount", state], check=True)
+
+
+def unfinished(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("builds/*") if not (path / "manifest.json").exists()]
+
+
+@contextlib.contextmanager
+def building_slowly(state: Path, spec: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A build of `own` in the middle of it: uv waits for an index that never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        proxy = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        variables = {"HTTPS_PROXY": proxy, "UV_CACHE_DIR": str(state / "cache"), "UV_HTTP_TIMEOUT": "100"}
+        variables["UV_DEFAULT_INDEX"] = "https://index.invalid/simple"
+        command = [sys.executable, "-m", "rootstockd", "env", "create", "own", "--spec", str(spec)]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        with subprocess.Popen(command, env={**os.environ, **variables}, **quiet) as process:
+            try:
+                silent.settimeout(60)
+                with silent.accept()[0]:  # uv has come
+                    yield process
+            finally:
+                process.kill()
+
+
+def test_a_killed_build_leaves_what_was_there_and_the_next_cleans_up(state: Path, tmp_path: Path, wheels: Path) -> None:
+    spec = specify(tmp_path / "own.toml", "numpy<2")
+    env("create", "own", "--spec", spec)
+    before = found("own")
+    with building_slowly(state, spec) as process:
+        (uv_process,) = [child for child in psutil.Process(process.pid).children() if child.name() == "uv"]
+        assert "is being built already, by process" in fails_to_build("own", "--spec", spec)
+        process.kill()
+        process.wait()
+    wait_for(lambda: not uv_process.is_running() or uv_process.status() == psutil.STATUS_ZOMBIE)
+    folder = state / "environments/own"
+    assert len(unfinished(folder)) == 1
+    assert find_build("own") == before and problems_of(before) == []
+    env("update", "own", "--locked")
+    assert not unfinished(folder) and found("own") != before
+    assert found("own").manifest.versions == before.manifest.versions
+
+
+def test_a_build_that_is_interrupted_cleans_up_itself(state: Path, tmp_path: Path) -> None:
+    with building_slowly(state, specify(tmp_path / "own.toml", "numpy<2")) as process:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) != 0
+    assert not unfinished(state / "environments/own")
+
+
+def test_what_is_broken_says_so_and_is_built_again(state: Path, tmp_path: Path, wheels: Path) -> None:
+    env("create", "own", "--spec", specify(tmp_path / "own.toml", "numpy<2"))
+    build = found("own")
+    (init,) = build.path.glob("lib/python3*/site-packages/numpy/__init__.py")
+    init.unlink()
+    assert "lacks 1 of its files, such as numpy/__init__.py" in " ".join(env("show", "own", fails=True).split())
+    assert "broken" in env("list")
+    env("create", "own")
+    mended = found("own")
+    assert mended != build and problems_of(mended) == []
+    (info,) = mended.path.glob("lib/python3*/site-packages/numpy-1.1.dist-info")
+    shutil.rmtree(info)
+    assert problems_of(mended) == ["numpy 1.1 is missing"]
+    mended.python.unlink()
+    mended.python.symlink_to(tmp_path / "gone")
+    assert "its Python" in problems_of(mended)[0]
+    with pytest.raises(ModelLoadError, match="rootstockd env create own"):
+        find_environment("own", "own")
+    env("create", "own")
+    assert find_environment("own", "own").built
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"schema_version": 99, "rootstockd": "9.9"}, r"built by rootstockd 9\.9, which is newer.*env update tiny"),
+        ({"schema_version": 0, "python": None}, r"version 0 of its manifest.*env update tiny"),
+    ],
+)
+def test_a_manifest_of_another_version_is_told_to_be_rebuilt(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], words: str
+) -> None:
+    folder = tmp_path / "environments/tiny"
+    build = find_build("tiny")
+    (folder / "builds/1").mkdir(parents=True)
+    (folder / "builds/1/manifest.json").write_text(
+        json.dumps({**json.loads((build.path / "manifest.json").read_text()), **change})
+    )
+    (folder / "current").symlink_to("builds/1")
+    monkeypatch.setenv("ROOTSTOCKD_STATE", str(tmp_path))
+    with pytest.raises(ModelLoadError, match=words):
+        find_environment("tiny", "ase")
+
+
+def test_builds_in_use_are_kept_and_the_next_worker_takes_the_new(
+    state: Path, tmp_path: Path, start_daemon: Callable[..., RunningDaemon]
+) -> None:
+    spec = specify(tmp_path / "own.toml", "numpy<2")
+    env("create", "own", "--spec", spec)
+    (tmp_path / "more.toml").write_text('[mine]\nfamily = "noop"\nenvironment = "own"\n')
+    running = start_daemon("--catalogue", str(tmp_path / "more.toml"), "--model", "mine")
+    first = find_build("own").path
+    worker = running.model("mine")["pid"]
+    for _ in range(2):
+        env("update", "own", "--locked", "--offline")
+    assert first.is_dir() and len(list(first.parent.iterdir())) == 3
+    assert energy_of(running, "mine") == 0.0 and running.model("mine")["pid"] == worker
+    assert "in use by a worker" in env("show", "own")
+    assert "is in use by a worker" in env("remove", "own", fails=True)
+    os.kill(worker, signal.SIGKILL)
+    wait_for(lambda: running.model("mine")["pid"] not in (None, worker) and running.model("mine")["state"] == "ready")
+    assert Path(psutil.Process(running.model("mine")["pid"]).cmdline()[0]) == find_build("own").python
+    running.stop()
+    env("remove", "own")
+    assert not first.exists()
+
+
+def test_torch_comes_as_the_driver_wants_it(state: Path, tmp_path: Path) -> None:
+    """As far as it goes without a GPU: uv asks the driver, whose version is said here, and picks PyTorch's index."""
+    spec = specify(tmp_path / "own.toml", "torch==2.8.0", more='torch = "auto"')
+    nowhere = {"HTTPS_PROXY": NOWHERE, "UV_HTTP_RETRIES": "0", "UV_CACHE_DIR": str(tmp_path / "cache")}
+    words = fails_to_build("own", "--spec", spec, **nowhere, UV_CUDA_DRIVER_VERSION="550.54.15")
+    assert re.search(r"download\.pytorch\.org/whl/cu12\d/", words) and "--torch index" in words
+    words = fails_to_build("own", "--spec", spec, "--torch", "cu118", **nowhere)
+    assert "download.pytorch.org/whl/cu118/" in words
+    words = fails_to_build("own", "--spec", spec, "--torch", "index", **nowhere)
+    assert "download.pytorch.org" not in words
+    assert "there are auto" in fails_to_build("own", "--spec", spec, "--torch", "gpu")
+    assert torch_backend("auto") == ["--torch-backend=auto"] and torch_backend("index") == []
+    assert torch_flavour("auto", "torch==2.13.0+cu128 \\\n") == "cu128"
+    assert torch_flavour("auto", "torch==2.13.0 \\\n") == "index"
+    assert torch_flavour("cpu", "torch==2.13.0+cpu \\\n") == "cpu"
+
+
+# --- specifications
+
+
+def test_the_packages_own_specifications_can_be_read() -> None:
+    for name in ("mace", "sevennet", "chgnet"):
+        specification = find_specification(name)
+        assert specification is not None and specification.has_torch and specification.verify is not None
+
+
+def test_a_users_own_specification_goes_before_the_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    folder = tmp_path / "rootstockd/environments"
+    folder.mkdir(parents=True)
+    specify(folder / "mace.toml", "numpy==1.26.4")
+    assert find_specification("mace").requirements == ("numpy==1.26.4",)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("requirements = []", "requirements"),
+        ("requirement = ['numpy']", "requirement"),
+        ("requirements = ['numpy']\ntorch = 'fast'", "torch"),
+        ("requirements = ['numpy'", "specification"),
+        ("requirements = ['numpy']\n" + CHECK.replace('"Cu", "Cu"]', '"Cu"]'), "as many symbols"),
+    ],
+)
+def test_a_wrong_specification_says_what_is_wrong(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "wrong.toml").write_text(text)
+    with pytest.raises(SpecificationError, match=words):
+        read_specification(tmp_path / "wrong.toml")
+
+
+# --- for others, and for other machines
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
+def test_other_users_and_a_read_only_file_system(tmp_path: Path, wheels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = Path("/usr/bin/python3")
+    if not python.exists() or not readable_by_all(python.resolve()):
+        pytest.skip("there is no Python here that all users can read")
+    with tempfile.TemporaryDirectory(prefix="rootstockd-") as folder:
+        Path(folder).chmod(0o755)
+        state = Path(folder) / "state"
+        monkeypatch.setenv("ROOTSTOCKD_STATE", str(state))
+        spec = specify(tmp_path / "own.toml", "numpy<2")
+        command = [sys.executable, "-m", "rootstockd", "env", "create", "own", "--spec", str(spec)]
+        # a mask, and a cache under it, that hide all from others
+        done = subprocess.run(
+            command,
+            umask=0o077,
+            check=False,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "UV_CACHE_DIR": str(tmp_path / "cache")},
+        )
+        assert done.returncode == 0, done.stderr
+        build = found("own")
+        ask = "import numpy; print(numpy.__version__); open(numpy.__cached__, 'rb').close()"
+        with read_only(state) as mounted:
+            done = subprocess.run(
+                [build.python, "-E", "-s", "-B", "-c", ask],
+                user=65534,
+                group=65534,
+                extra_groups=[],
+                env={},
+                cwd="/",
+                check=False,
+                capture_output=True,
+                text=True,
+            )
+            assert done.stdout == "1.1\n", done.stderr
+            assert find_environment("own", "own").built and problems_of(build) == []
+            if mounted:
+                assert "can't be written" in " ".join(env("update", "own", fails=True).split())
+        unsafe = [path for path in build.path.rglob("*") if not path.is_symlink() and path.lstat().st_mode & 0o022]
+        assert unsafe == []
+        state.chmod(0o777)
+        with pytest.raises(ModelLoadError, match="all users may write"):
+            find_environment("own", "own")
+
+
+@contextlib.contextmanager
+def read_only(folder: Path) -> Iterator[bool]:
+    """Mount a folder upon itself, for reading alone, where this machine lets one; whether it did."""
+    if subprocess.run(["mount", "--bind", folder, folder], check=False, capture_output=True).returncode:
+        yield False
+        return
+    try:
+        subprocess.run(["mount", "-o", "remount,ro,bind", folder], check=True)
+        yield True
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def members(archive: Path) -> dict[str, bytes]:
+    with tarfile.open(archive) as tar:
+        return {member.name: tar.extractfile(member).read() for member in tar}
+
+
+def pack(archive: Path, files: dict[str, bytes]) -> Path:
+    with tarfile.open(archive, "w") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return archive
+
+
+def test_export_and_import_without_a_network(state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # python-hostlist comes as source alone: a wheel is made of it
+    spec = specify(tmp_path / "own.toml", "python-hostlist==2.3.0", "numpy==1.0")
+    make_wheel(tmp_path, "numpy", "1.0")
+    monkeypatch.setenv("UV_FIND_LINKS", str(tmp_path))
+    env("create", "own", "--spec", spec)
+    file = tmp_path / "own.tar"
+    said = env("export", "own", file)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert digest in said
+    files = members(file)
+    assert next(name for name in files if "hostlist" in name).endswith(".whl")
+
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.setenv("ROOTSTOCKD_STATE", str(elsewhere))
+    alone = {"UV_CACHE_DIR": str(tmp_path / "no-cache"), "HTTPS_PROXY": NOWHERE, "UV_FIND_LINKS": ""}
+    assert "not the file you mean" in env("import", file, "--sha256", "0" * 64, fails=True, **alone)
+    (wheel,) = (name for name in files if name.startswith("wheels/numpy"))
+    lock = files["lock.txt"]
+    for changed in (
+        {**files, wheel: files[wheel][:-1] + b"?"},
+        {**files, "lock.txt": lock.replace(b"numpy", b"numpi")},
+        {**files, "../../evil.whl": b""},
+        {**files, "wheels/../../evil-1-py3-none-any.whl": b""},
+        {name: content for name, content in files.items() if name != "lock.txt"},
+        {**files, "environment.json": b"[]"},
+        {**files, "environment.json": files["environment.json"].replace(b'"format": 1', b'"format": 2')},
+    ):
+        words = env("import", pack(tmp_path / "bad.tar", changed), fails=True, **alone)
+        assert "no archive to build from" in words, words
+    with tarfile.open(tmp_path / "bad.tar", "w") as tar:
+        link = tarfile.TarInfo("lock.txt")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    assert "does not belong there" in env("import", tmp_path / "bad.tar", fails=True, **alone)
+    # a wheel too few is found while building
+    words = env(
+        "import", pack(tmp_path / "bad.tar", {n: c for n, c in files.items() if n != wheel}), fails=True, **alone
+    )
+    assert "installing failed" in " ".join(words.split())
+    assert (
+        list(elsewhere.glob("environments/*/current")) == [] and list(elsewhere.glob("environments/*/builds/*")) == []
+    )
+
+    env("import", file, "--sha256", digest, **alone)
+    build = find_build("own")
+    assert build is not None and build.path.is_relative_to(elsewhere)
+    assert build.manifest.versions["python-hostlist"] == "2.3.0" and problems_of(build) == []
