@@ -83,7 +83,7 @@ def check(atoms, result) -> None:
     assert energy == pytest.approx(reference.get_potential_energy(), abs=1e-9)
     np.testing.assert_allclose(forces, reference.get_forces(), atol=1e-9)
     np.testing.assert_allclose(virial, -reference.get_stress(voigt=False) * atoms.get_volume(), atol=1e-9)
-    assert extras == b""
+    assert extras == b'{"backend": "EMT"}'
 
 
 def test_status_at_every_step(daemon: RunningDaemon, atoms) -> None:
