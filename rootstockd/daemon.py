@@ -28,8 +28,9 @@ from rootstockd.door import Door
 from rootstockd.init_request import InitRequest
 from rootstockd.models.catalogue import Catalogue, CatalogueError, Entry
 from rootstockd.sessions import LINGER, Session
-from rootstockd.sockets import claim_gpu, listen, lock, make_runtime_dir
+from rootstockd.sockets import AddressError, adopt, claim_gpu, listen, lock, make_runtime_dir
 from rootstockd.supervisor import Supervisor
+from rootstockd.systemd import Manager
 from rootstockd.worker.engines import ModelSpec
 from rootstockd.worker_folders import remove_left_behind
 
@@ -49,14 +50,16 @@ class Daemon:
 
     Args:
         config: its settings.
+        manager: the systemd that started it; without one it looks after itself.
 
     Raises:
         CatalogueError: a catalogue file can't be used.
         UnknownModelError: a model to preload is not in the catalogue.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, manager: Manager | None = None) -> None:
         self.config = config
+        self._manager = manager or Manager({})
         self.catalogue = Catalogue.load(config.catalogues)
         # atomic numbers take up to four bytes each; the rest of an INIT is short
         self.limits = ipi.Limits(atoms=config.max_atoms, init=64 * 1024 + 5 * config.max_atoms)
@@ -82,30 +85,54 @@ class Daemon:
         Raises:
             AddressError: the sockets can't be had.
         """
-        make_runtime_dir(self.config.socket.parent, shared=self.config.shared)
         self._share_descriptors()
         with contextlib.ExitStack() as ours:
-            ours.enter_context(lock(self.config.lock))
+            if not self._manager.sockets:
+                make_runtime_dir(self.config.socket.parent, shared=self.config.shared)
+                ours.enter_context(lock(self.config.lock))
             if self.config.device.kind == "cuda":
                 ours.enter_context(claim_gpu(gpu_uuid(self.config.device.index)))
             remove_left_behind()
-            group = self.config.access.socket_group
-            mode = 0o600 if group is None else 0o660
-            control = ControlServer(self, ours.enter_context(listen(self.config.control, mode, group)))
-            mode = 0o666 if self.config.shared and group is None else mode
-            sessions = ours.enter_context(listen(self.config.socket, mode, group, keep=lambda: self._replaced))
+            sessions, control_socket = self._adopt(ours) if self._manager.sockets else self._listen(ours)
+            control = ControlServer(self, control_socket)
             self._watch_signals()
             control_task = asyncio.create_task(control.run_until_stopped(), name="control")
+            attendance = asyncio.create_task(self._manager.attend(self), name="systemd")
             try:
                 door = await self._start(sessions)
-                log.info("ready on %s", self.config.socket)
-                await self._stop.wait()
+                if not self._stop.is_set():
+                    log.info("ready on %s", self.config.socket)
+                    self._manager.notify("READY=1")
+                    await self._stop.wait()
+                self._manager.notify("STOPPING=1")
                 await self._drain(door)
             finally:
                 await self._end_workers()
+                attendance.cancel()
                 control.should_exit = True
                 await control_task
         log.info("stopped")
+
+    def _listen(self, ours: contextlib.ExitStack) -> tuple[socket.socket, socket.socket]:
+        """Open both sockets: for sessions and for control."""
+        group = self.config.access.socket_group
+        mode = 0o600 if group is None else 0o660
+        control = ours.enter_context(listen(self.config.control, mode, group))
+        mode = 0o666 if self.config.shared and group is None else mode
+        return ours.enter_context(listen(self.config.socket, mode, group, keep=lambda: self._replaced)), control
+
+    def _adopt(self, ours: contextlib.ExitStack) -> tuple[socket.socket, socket.socket]:
+        """Take over both sockets from systemd."""
+        there = self._manager.sockets
+        if there.keys() != {"sessions", "control"}:
+            raise AddressError(
+                f"systemd listens for {', '.join(map(repr, there))}; the daemon needs 'sessions' and 'control' "
+                "(FileDescriptorName= in its .socket units, Sockets= in its .service)."
+            )
+        if self.config.access.socket_group is not None:
+            log.warning("access.socket_group has no effect: SocketGroup= and SocketMode= of the .socket units have")
+        sessions = ours.enter_context(adopt(there["sessions"], self.config.socket))
+        return sessions, ours.enter_context(adopt(there["control"], self.config.control))
 
     def stop(self, *, force: bool = False, replaced: bool = False) -> None:
         """Begin to drain; asked twice, or with `force`, wait for nothing. When `replaced`, leave the address."""
@@ -123,6 +150,10 @@ class Daemon:
         Raises:
             ConfigError, CatalogueError: something in them is wrong; all stays as it is.
         """
+        with self._manager.reloading():
+            return self._reload()
+
+    def _reload(self) -> list[str]:
         fresh = read_again(self.config)
         catalogue = Catalogue.load(fresh.catalogues)
         changed = {name for name in Config.model_fields if getattr(fresh, name) != getattr(self.config, name)}
@@ -153,6 +184,9 @@ class Daemon:
         await asyncio.wait([loaded, stopped], return_when=asyncio.FIRST_COMPLETED)
         loaded.cancel()
         stopped.cancel()
+        errors = [model.error for model in models if model.error is not None]
+        if self._manager.watches and errors and len(errors) == len(models):
+            raise errors[0]  # systemd tries again
         if not self._stop.is_set():
             self.state = "ready"
         return door
@@ -161,8 +195,11 @@ class Daemon:
         """Take no new evaluations; let those under way end, and their drivers fetch the results.
 
         The door stays open meanwhile: whoever comes is told that the daemon is stopping, and may wait for the next.
+        Where systemd keeps the socket, they wait in its queue, and the next daemon finds them there.
         """
         self.state = "draining"
+        if self._manager.sockets:
+            door.close()
         log.info("draining: %d sessions", len(self.sessions))
         fetched_by = time.monotonic() + LINGER
         deadline = time.monotonic() + self.config.drain_timeout
@@ -173,7 +210,8 @@ class Daemon:
                 break
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._force.wait(), 0.02)
-        door.close()
+        if not self._manager.sockets:
+            door.close()
         for session in list(self.sessions):
             session.end(stopping_error())
         with contextlib.suppress(asyncio.TimeoutError):

@@ -6,6 +6,7 @@ With a PIDFD it waits until that process, its predecessor, is gone; it has impor
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import select
@@ -19,6 +20,7 @@ from rootstockd.daemon import Daemon
 from rootstockd.devices import DeviceError
 from rootstockd.models.catalogue import CatalogueError
 from rootstockd.sockets import AddressError
+from rootstockd.systemd import JournalFormatter, Manager, in_journal
 
 
 class StartError(Exception):
@@ -32,9 +34,12 @@ def serve(config: Config) -> None:
         StartError: it can't start.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if in_journal():
+        logging.getLogger().handlers[0].setFormatter(JournalFormatter("%(name)s: %(message)s"))
+    faulthandler.enable()  # what a daemon was at whose watchdog ended it
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     try:
-        uvloop.run(Daemon(config).run())
+        uvloop.run(Daemon(config, Manager()).run())
     except (AddressError, CatalogueError, DeviceError, RootstockError) as error:
         raise StartError(str(error)) from error
 

@@ -7,6 +7,7 @@ import click
 import rootstockd
 from rootstockd.cli.lifecycle import reload, restart, start, stop
 from rootstockd.cli.show import logs, status
+from rootstockd.cli.systemd import systemd
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -26,5 +27,5 @@ def main() -> None:
     """  # noqa: D301 - click wants the character \\b itself
 
 
-for command in (start, stop, restart, reload, status, logs):
+for command in (start, stop, restart, reload, status, logs, systemd):
     main.add_command(command)

@@ -38,6 +38,7 @@ from rootstockd.cli.common import (
     socket_in_use,
     socket_option,
 )
+from rootstockd.cli.units import is_systemd, unit_at
 from rootstockd.config import Config
 from rootstockd.config_file import ConfigError, make_config, read_again
 from rootstockd.control.schema import DaemonStatus, ReloadReport
@@ -73,6 +74,7 @@ FORCE_TIMEOUT = 5.0
     help="A TOML file of settings; what is given here goes before it.",
 )
 @click.option("--foreground", is_flag=True, help="Stay in front, log to the terminal, end with Ctrl-C.")
+@click.option("--instance", metavar="NAME", help="The devices, as instances of systemd's units are named: 0, 0:1, cpu.")
 def start(
     gpu: int | None,
     device: str,
@@ -84,8 +86,11 @@ def start(
     batch_atoms: int | None,
     file: Path | None,
     foreground: bool,
+    instance: str | None,
 ) -> None:
     """Start a daemon; returns when it is ready."""
+    if instance is not None:
+        gpu, device = device_of(instance)
     if gpu is not None and device == "cpu":
         raise click.UsageError("--gpu and --device cpu exclude each other.")
     try:
@@ -105,6 +110,11 @@ def start(
         config = make_config(flags, file, {"socket": default_socket(), "device": chosen})
     except ConfigError as error:
         raise Refused(error) from error
+    if os.environ.get("LISTEN_PID") != str(os.getpid()) and (unit := unit_at(config.socket)):
+        raise Refused(
+            f"systemd listens at {config.socket}, and starts {unit.service} for whoever comes; use that. For one of "
+            f"your own, `{' '.join(unit.systemctl)} stop {unit.socket}` first, or choose another --socket."
+        )
     if config.log_file is None:
         config = config.model_copy(update={"log_file": default_log_file(config.socket)})
     if foreground:
@@ -124,6 +134,10 @@ def start(
 def stop(socket: Path | None, force: bool) -> None:
     """Let the daemon finish the evaluations under way, and end it."""
     address = socket_in_use(socket)
+    if unit := unit_at(address):
+        unit.stop(force=force)
+        console.print(f"stopped; `{' '.join(unit.systemctl)} start {unit.socket}` has it back")
+        return
     try:
         end(address, force=force)
     except RootstockError as error:
@@ -136,6 +150,9 @@ def stop(socket: Path | None, force: bool) -> None:
 def restart(socket: Path | None) -> None:
     """Stop the daemon and start it again, with the same options and its configuration file as it is now."""
     address = socket_in_use(socket)
+    if unit := unit_at(address):
+        unit.ask("restart", unit.service)
+        return
     try:
         running = fetch_config(address)
         config = read_again(running) if running else None
@@ -164,6 +181,15 @@ def reload(socket: Path | None) -> None:
         console.print(
             f"changed, but only a restart takes them over: {', '.join(report.restart_needed)}", style="yellow"
         )
+
+
+def device_of(instance: str) -> tuple[int | None, str]:
+    """The device that an instance of systemd's units is named after, as --gpu and --device have it."""
+    if instance in {"cpu", "auto"}:
+        return None, instance
+    if not instance.isdecimal():
+        raise click.UsageError(f"the instance {instance!r} is neither the number of a GPU nor cpu nor auto.")
+    return int(instance), "auto"
 
 
 def check_startable(config: Config) -> None:
@@ -301,6 +327,8 @@ def daemon_process(socket: Path) -> Iterator[int]:
     with contextlib.ExitStack() as stack:
         with sock:
             pid = peer_of(sock).pid
+            if is_systemd(pid):
+                raise NotAnsweringError(f"systemd listens at {path}.", "Have it done with systemctl.")
             process = -1
             with contextlib.suppress(OSError):  # it is gone, or pid is 0: in another namespace
                 process = os.pidfd_open(pid)
