@@ -30,7 +30,7 @@ from rootstockd.models.catalogue import Catalogue, CatalogueError, Entry
 from rootstockd.sessions import LINGER, Session
 from rootstockd.sockets import AddressError, adopt, claim_gpu, listen, lock, make_runtime_dir
 from rootstockd.supervisor import Supervisor
-from rootstockd.systemd import Manager
+from rootstockd.systemd import Manager, describe
 from rootstockd.worker.engines import ModelSpec
 from rootstockd.worker_folders import remove_left_behind
 
@@ -102,7 +102,7 @@ class Daemon:
                 door = await self._start(sessions)
                 if not self._stop.is_set():
                     log.info("ready on %s", self.config.socket)
-                    self._manager.notify("READY=1")
+                    self._manager.notify("READY=1", f"STATUS={describe(self)}")
                     await self._stop.wait()
                 self._manager.notify("STOPPING=1")
                 await self._drain(door)

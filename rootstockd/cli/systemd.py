@@ -108,8 +108,8 @@ def install(user: bool, instances: tuple[str, ...], dry_run: bool) -> None:
 def uninstall(user: bool) -> None:
     """Stop the daemons that systemd runs, and remove the units. Settings, weights and drop-ins of yours stay."""
     place = Place.of(user=user)
-    there = [path for path in units(place) if path.exists()]
-    there += sorted(place.units.glob("rootstockd*@*.d/rootstockd-*.conf"))
+    ours = {*units(place), *place.units.glob("rootstockd*@*.d/rootstockd-*.conf")}
+    there = sorted(path for path in ours if path.exists())
     if not there:
         raise Refused(f"nothing is installed in {place.units}.")
     listed = subprocess.run(
