@@ -34,9 +34,9 @@ class Gated(EMT):
         wait("load")
         super().__init__()
 
-    def calculate(self, atoms, properties, changes):
+    def calculate(self, atoms=None, properties=("energy",), system_changes=()):
         wait("evaluate")
-        super().calculate(atoms, properties, changes)
+        super().calculate(atoms, properties, system_changes)
 '''
 CATALOGUE = '[gated]\nfamily = "ase"\ndtype = "float64"\narguments = { calculator = "gates:Gated" }\n'
 
