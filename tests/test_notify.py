@@ -182,7 +182,7 @@ def test_a_daemon_out_of_descriptors_is_not_ended_for_it(own_daemon: RunningDaem
     async def ask() -> bool:
         resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
         with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
-            os.dup(0)
+            os.open(os.devnull, os.O_RDONLY)
         return await serves(well, 20)
 
     try:
