@@ -150,6 +150,8 @@ class Daemon:
         Raises:
             ConfigError, CatalogueError: something in them is wrong; all stays as it is.
         """
+        if self.state != "ready":  # and not to be called so for this
+            return self._reload()
         with self._manager.reloading():
             return self._reload()
 

@@ -55,7 +55,7 @@ class Manager:
         self.sockets: dict[str, socket.socket] = {}
         """Those that systemd listens on for us, by the names that its units give them."""
         if for_us and count.isdigit():
-            for fd, name in zip(range(FIRST_DESCRIPTOR, FIRST_DESCRIPTOR + int(count)), names.split(":"), strict=True):
+            for fd, name in zip(range(FIRST_DESCRIPTOR, FIRST_DESCRIPTOR + int(count)), names.split(":"), strict=False):
                 os.set_inheritable(fd, False)  # noqa: FBT003 - os has no other way
                 self.sockets[name] = socket.socket(fileno=fd)
 
@@ -118,7 +118,7 @@ async def serves(daemon: Daemon, limit: float) -> bool:
     if daemon.state != "draining":
         questions.append((daemon.config.socket, ipi.STATUS))
     try:
-        await asyncio.wait_for(asyncio.gather(*(_answer(*question) for question in questions)), limit)
+        await asyncio.wait_for(_answers(questions), limit)
     except OSError as error:  # a TimeoutError, too
         if error.errno in _SHORT:
             return True
@@ -131,15 +131,16 @@ async def serves(daemon: Daemon, limit: float) -> bool:
     return False
 
 
-async def _answer(path: Path, question: bytes) -> None:
-    """Until somebody has said anything at all; that there are too many clients is an answer, too."""
-    reader, writer = await asyncio.open_unix_connection(path)
-    try:
-        writer.write(question)
-        if not await reader.read(1):
-            raise ConnectionResetError(errno.ECONNRESET, "closed without an answer")
-    finally:
-        writer.close()
+async def _answers(questions: list[tuple[Path, bytes]]) -> None:
+    """Until somebody has said anything at all to each; that there are too many clients is an answer, too."""
+    for path, question in questions:
+        reader, writer = await asyncio.open_unix_connection(path)
+        try:
+            writer.write(question)
+            if not await reader.read(1):
+                raise ConnectionResetError(errno.ECONNRESET, "closed without an answer")
+        finally:
+            writer.close()
 
 
 class JournalFormatter(logging.Formatter):

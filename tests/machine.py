@@ -86,9 +86,9 @@ class Machine:
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_text(text)
 
-    def journal(self, unit: str) -> str:
+    def journal(self, unit: str, *options: str) -> str:
         """What a unit has said."""
-        return self.do("journalctl", "--unit", unit, "--output=cat")
+        return self.do("journalctl", "--unit", unit, "--output=cat", *options)
 
 
 @contextlib.contextmanager

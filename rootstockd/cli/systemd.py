@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 
 import rootstockd
-from rootstockd.cli.common import Refused, console
+from rootstockd.cli.common import Refused, console, default_socket
 from rootstockd.cli.lifecycle import device_of
 from rootstockd.devices import gpu_names
 
@@ -91,6 +91,11 @@ def install(user: bool, instances: tuple[str, ...], dry_run: bool) -> None:
         raise Refused(f"can't write {error.filename}: {error.strerror}.{hint}") from error
     for command in commands:
         run(command)
+    if (address := default_socket()).is_socket() and not address.is_symlink():
+        console.print(
+            f"{address} is that of a daemon started by hand: `rootstockd stop` it first, or systemd takes its address.",
+            style="yellow",
+        )
     sockets = [f"rootstockd@{name}.socket" for name in names]
     console.print(
         f"\nSettings are in {settings}. Start with the first client, and with the machine:\n\n"
