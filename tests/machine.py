@@ -21,7 +21,7 @@ from conftest import wait_for
 
 REPOSITORY = Path(__file__).parent.parent
 PYTHON = str(Path(sys.prefix, "bin", "python"))
-USERS = {"rsd-alice": 7001, "rsd-bob": 7002}
+USERS = {"in-alice": 7001, "in-bob": 7002}
 
 
 def why_not() -> str | None:

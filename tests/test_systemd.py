@@ -193,19 +193,19 @@ def test_the_first_client_starts_it(machine: Machine) -> None:
 
 
 def test_killed_under_a_job(machine: Machine) -> None:
-    with md(machine, "rsd-alice", "/run/rootstockd/cpu.sock"):
+    with md(machine, "in-alice", "/run/rootstockd/cpu.sock"):
         pid = main_pid(machine)
         sessions = status_of(machine, "/run/rootstockd/cpu.sock")["sessions"]
-        assert [session["user"] for session in sessions] == ["rsd-alice"]
+        assert [session["user"] for session in sessions] == ["in-alice"]
         machine.do("kill", "-KILL", pid)
         wait_for(lambda: main_pid(machine) not in {pid, "0"})
 
 
 def test_restarted_under_a_job(machine: Machine) -> None:
-    with md(machine, "rsd-alice", "/run/rootstockd/cpu.sock"):
+    with md(machine, "in-alice", "/run/rootstockd/cpu.sock"):
         pid = main_pid(machine)
         machine.do("systemctl", "restart", "--no-block", SERVICE)
-        jobs = [one(machine, "rsd-bob", patience=0) for _ in range(2)]  # that have no patience at all
+        jobs = [one(machine, "in-bob", patience=0) for _ in range(2)]  # that have no patience at all
         for job in jobs:
             energy(job)
         wait_for(lambda: main_pid(machine) not in {pid, "0"})
@@ -224,10 +224,10 @@ def test_it_is_ready_when_its_models_are(machine: Machine, other: None) -> None:
 
 def test_the_watchdog_ends_one_that_hangs(machine: Machine, other: None) -> None:
     open_gates(machine, "load", "evaluate")
-    energy(one(machine, "rsd-bob", "/run/rootstockd/auto.sock", "gated"))
+    energy(one(machine, "in-bob", "/run/rootstockd/auto.sock", "gated"))
     pid = main_pid(machine, OTHER)
     machine.do("kill", "-STOP", pid)
-    job = one(machine, "rsd-bob", "/run/rootstockd/auto.sock", "gated")
+    job = one(machine, "in-bob", "/run/rootstockd/auto.sock", "gated")
     energy(job)
     assert main_pid(machine, OTHER) not in {pid, "0"}
     assert "Watchdog timeout" in machine.journal(OTHER)
@@ -235,7 +235,7 @@ def test_the_watchdog_ends_one_that_hangs(machine: Machine, other: None) -> None
 
 def test_stop_lets_evaluations_end(machine: Machine, other: None) -> None:
     open_gates(machine, "load")
-    job = one(machine, "rsd-bob", "/run/rootstockd/auto.sock", "gated")
+    job = one(machine, "in-bob", "/run/rootstockd/auto.sock", "gated")
     wait_for(lambda: "ready" in machine.property(OTHER, "StatusText"))
     address = "/run/rootstockd/auto.sock"
 
@@ -259,11 +259,11 @@ def test_reload(machine: Machine) -> None:
     done = machine.run("systemctl", "reload", SERVICE)
     assert done.returncode != 0
     assert "did you mean 'max_sessions'?" in machine.journal(SERVICE)
-    machine.write(SETTINGS, 'models = ["emt"]\n[users.rsd-alice]\nsessions = 0\n')
+    machine.write(SETTINGS, 'models = ["emt"]\n[users.in-alice]\nsessions = 0\n')
     machine.do("systemctl", "reload", SERVICE)
-    job = one(machine, "rsd-alice")
+    job = one(machine, "in-alice")
     assert "as many as one user may" in job.communicate(timeout=60)[1]
-    energy(one(machine, "rsd-bob"))
+    energy(one(machine, "in-bob"))
     machine.write(SETTINGS, 'models = ["emt"]\n')
     machine.do("systemctl", "reload", SERVICE)
     assert main_pid(machine) == pid
@@ -275,7 +275,7 @@ def test_our_commands_leave_it_to_systemd(machine: Machine) -> None:
     done = machine.rootstockd("start", "--device", "cpu")
     assert done.returncode != 0
     assert f"starts {SERVICE}" in done.stderr
-    done = machine.rootstockd("stop", user="rsd-alice")
+    done = machine.rootstockd("stop", user="in-alice")
     assert done.returncode != 0
     assert main_pid(machine) == pid
     done = machine.rootstockd("restart")
@@ -290,7 +290,7 @@ def test_our_commands_leave_it_to_systemd(machine: Machine) -> None:
 
 
 def test_a_users_own(machine: Machine) -> None:
-    user = "rsd-bob"
+    user = "in-bob"
     machine.do("systemctl", "start", f"user@{USERS[user]}.service")
     done = machine.rootstockd("systemd", "install", "--user", "--gpu", "cpu", user=user)
     assert done.returncode == 0, done.stderr
