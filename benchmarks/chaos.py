@@ -222,11 +222,14 @@ def can_hang() -> bool:
     return b"--config" in told.stdout
 
 
-def disturb(victim: chaos_faults.Victim, until: float, write: Callable[..., None]) -> tuple[Counter[str], list[str]]:
+def disturb(
+    victim: chaos_faults.Victim, until: float, only: list[str], write: Callable[..., None]
+) -> tuple[Counter[str], list[str]]:
     """Fault after fault; how many of each, and which of them went wrong themselves."""
     done: Counter[str] = Counter()
     wrong: list[str] = []
-    faults = {name: fault for name, fault in chaos_faults.FAULTS.items() if name != "worker stopped" or can_hang()}
+    possible = [name for name in chaos_faults.FAULTS if name != "worker stopped" or can_hang()]
+    faults = {name: chaos_faults.FAULTS[name] for name in possible if not only or name in only}
     deck: list[str] = []
     start = time.monotonic()
     while time.monotonic() < until:
@@ -252,8 +255,8 @@ def disturb(victim: chaos_faults.Victim, until: float, write: Callable[..., None
     return done, wrong
 
 
-def run(seconds: float, seed: int, log: Path) -> dict[str, Any]:
-    """The whole of it; what goes into the file."""
+def run(seconds: float, seed: int, only: list[str], log: Path) -> dict[str, Any]:
+    """The whole of it, or with `only` some of the faults; what goes into the file."""
     with tempfile.TemporaryDirectory(prefix="rsd-chaos-") as name, log.open("w") as lines:
 
         def write(**words: Any) -> None:
@@ -276,7 +279,7 @@ def run(seconds: float, seed: int, log: Path) -> dict[str, Any]:
                     job.wait_until_ready()
                 victim = chaos_faults.Victim(daemon, rng, lambda: rng.choice(jobs).kill())
                 try:
-                    faults, wrong = disturb(victim, time.monotonic() + seconds, write)
+                    faults, wrong = disturb(victim, time.monotonic() + seconds, only, write)
                     wrong += idle_sessions(tally)
                 finally:
                     victim.close(everything=True)
@@ -380,6 +383,9 @@ def parser() -> argparse.ArgumentParser:
     length.add_argument("--minutes", type=float)
     length.add_argument("--seconds", type=float)
     made.add_argument("--seed", type=int, help="the same faults in the same order (by default another each time)")
+    made.add_argument(
+        "--only", action="append", default=[], choices=list(chaos_faults.FAULTS), help="this fault; may be repeated"
+    )
     made.add_argument("--results", type=Path, default=HERE / "results", help="the folder for what comes of it")
     made.add_argument("--label", help="name of the result (by default the time)")
     return made
@@ -397,7 +403,7 @@ def main(arguments: list[str] | None = None) -> int:
     path = options.results / f"{label}-chaos.json"
     log = path.with_suffix(".log")
     print(f"seed {seed}, faults are logged in {log}", flush=True)
-    result = run(seconds, seed, log)
+    result = run(seconds, seed, options.only, log)
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     print("\n".join(report(result)))
     print(f"written: {path}")

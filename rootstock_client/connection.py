@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 import threading
 from pathlib import Path
 
@@ -19,13 +20,19 @@ from rootstock_client.errors import (
     DrainingError,
     InvalidStructureError,
     RootstockError,
+    UserLimitError,
 )
+from rootstock_client.loading import say_why
 from rootstock_client.patience import Outage
-from rootstock_client.runtime_dir import START_HINT
+from rootstock_client.runtime_dir import MET, START_HINT
 
 STALE = 5.0
 """Seconds that a job's first connection waits where a socket lies but nobody listens: a daemon that died and may be on
 its way up again."""
+
+
+SILENCE = struct.pack("ll", 5, 0)
+"""Seconds and microseconds without a word from the daemon after which a job asks why; the kernel counts them."""
 
 
 class _Socket(socket.socket):
@@ -91,8 +98,8 @@ class Connection:
     """A session that opens itself when it is first needed, and again after it was lost or after a fork.
 
     A step is repeated over the new session: results depend on nothing but the structure, and a stream in which anything
-    went wrong is never read again. Once a daemon has answered, one that has gone, is stopping, or is full when it has
-    just come back, is waited for.
+    went wrong is never read again. Once a daemon has answered this process, one that has gone or is stopping is waited
+    for; once it has answered this connection, also one that has no place when it has just come back.
 
     Threads may share it: one exchange at a time.
 
@@ -121,8 +128,9 @@ class Connection:
             forces: (natoms, 3), contiguous; filled with the forces in Hartree/Bohr.
 
         Raises:
-            DaemonNotFoundError, ConnectionLostError, DrainingError, DaemonFullError: there is no daemon, and patience
-                is at its end; the first connection of all has none unless somebody answers.
+            DaemonNotFoundError, ConnectionLostError, DrainingError, DaemonFullError, UserLimitError: there is no
+                daemon, or no place, and patience is at its end; a process that has met no daemon at this address has
+                none unless somebody answers, and a new session has none for a place.
             RootstockError: what the daemon says is wrong.
         """
         with self._lock:
@@ -144,22 +152,28 @@ class Connection:
                 self._side = DriverSide(self._target, limits=_AS_SENT)
                 self._pid = os.getpid()
                 self._sock = connect(self.path)
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, SILENCE)
                 connected = True
                 answer = self._exchange(self._sock, init, head, positions)
-            except (DaemonNotFoundError, ConnectionLostError, DrainingError, DaemonFullError) as error:
+            except (DaemonNotFoundError, ConnectionLostError, DrainingError, DaemonFullError, UserLimitError) as error:
                 self._close()
-                if met or (connected and not isinstance(error, DaemonFullError)):
+                if isinstance(error, (DaemonFullError, UserLimitError)):
+                    patience = self.patience if met else 0.0  # others may have come while it was away
+                elif met or connected or self.path in MET:
                     patience = self.patience
                 else:
                     patience = min(self.patience, STALE if isinstance(error.__cause__, ConnectionRefusedError) else 0.0)
                 outage.wait(error, patience)
             except RootstockError:
                 outage.over()
-                self.met = met or connected
+                if connected:
+                    self.met = True
+                    MET.add(self.path)
                 raise
             else:
                 outage.over()
                 self.met = True
+                MET.add(self.path)
                 return answer
 
     def _exchange(self, sock: socket.socket, init: bytes, head: bytes, positions: ipi.FloatArray) -> ipi.ForceReady:
@@ -190,10 +204,15 @@ class Connection:
         return answer
 
     def _receive(self, sock: socket.socket) -> ipi.EngineMessage:
-        side = self._side
+        side, silences = self._side, 0
         while True:
             try:
                 size = sock.recv_into(side.get_buffer())
+            except BlockingIOError:  # SILENCE has gone by
+                silences += 1
+                if silences & (silences - 1) == 0:  # more and more rarely, as there may be a thousand who ask
+                    say_why(self.path, self._init)
+                continue
             except OSError as error:
                 raise self._lost() from error
             if size == 0:

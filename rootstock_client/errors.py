@@ -139,6 +139,12 @@ class DaemonFullError(LimitError):
     code = "full"
 
 
+class UserLimitError(LimitError):
+    """One user has all the sessions that one user may have; the daemon may have room for others."""
+
+    code = "user-limit"
+
+
 class NotAnsweringError(RootstockError, TimeoutError):
     """A daemon is there and does not answer."""
 

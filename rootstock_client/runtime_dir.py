@@ -29,6 +29,9 @@ SYSTEM_DIR = Path("/run/rootstockd")
 MAX_SOCKET_PATH = 107
 """Bytes that a Unix socket's address can hold (sun_path, with its final zero)."""
 
+MET: set[Path] = set()
+"""Addresses at which a daemon has answered this process, or one that it was forked from. It is waited for."""
+
 
 def user_runtime_dir() -> Path:
     """The user's own folder for sockets; not necessarily there yet."""
@@ -62,7 +65,8 @@ def find_socket(socket: str | os.PathLike[str] | None = None) -> Path:
     """The session socket to use, by the order that this module's documentation gives.
 
     An address that was given outright (argument or environment) is taken, whether or not a daemon is there; the two
-    folders are searched, and one where a daemon answers goes first.
+    folders are searched, and one where a daemon answers goes first. Where there is no socket now, it is that of the
+    daemon that this process had.
 
     Raises:
         DaemonNotFoundError: no socket was found.
@@ -80,7 +84,11 @@ def find_socket(socket: str | os.PathLike[str] | None = None) -> Path:
         if system.is_socket() and is_private(SYSTEM_DIR, 0, system.lstat().st_uid):
             found.append(system)
     if found:
+        if len(found) == 1:
+            return found[0]
         return next((path for path in found if _answers(path)), found[0])
+    if away := [path for path in (user / SOCKET_NAME, system) if path in MET]:
+        return away[0]
     raise DaemonNotFoundError(
         f"no rootstockd found: no socket in {user} or {SYSTEM_DIR}, and {SOCKET_VARIABLE} is not set.",
         START_HINT,

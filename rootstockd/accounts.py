@@ -6,16 +6,13 @@ A user is a uid, as the kernel tells it of a connection (SO_PEERCRED, SO_PEERGRO
 from __future__ import annotations
 
 import grp
-import logging
 import os
 import pwd
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
-from rootstock_client.errors import AccessDeniedError, DaemonFullError, LimitError
+from rootstock_client.errors import AccessDeniedError, DaemonFullError, LimitError, UserLimitError
 from rootstockd.config import Config, Quota
 from rootstockd.peers import Peer, user_name
-
-log = logging.getLogger(__name__)
 
 STAGED_BYTES = 128 * 2**20
 """Bytes of long INITs that have not come in full yet, for each user."""
@@ -71,49 +68,65 @@ class Accounts:
         self._accounts: dict[int, Account] = {}
         self._sessions = self._atoms = 0
         self._allowed: tuple[int, str] | None = None
+        self.warnings: list[str] = []
+        """Of the configuration: names that this machine does not know, who may have left or never have been."""
         self.apply(config)
 
     def apply(self, config: Config) -> None:
         """Take over new rules. Sessions that are there stay; the rules are for what comes."""
         self._config, access = config, config.access
-        self._admins = {0, os.getuid(), *_numbers(access.admins, _uid, "user")}
-        self._users = {*_numbers(access.users, _uid, "user")}
-        self._groups = {*_numbers(access.groups, _gid, "group")}
-        by_uid = {uid: name for name in config.users for uid in _numbers([name], _uid, "user")}
+        self.warnings.clear()
+        self._admins = {0, os.getuid(), *self._numbers("access.admins", access.admins, _uid)}
+        self._users = {*self._numbers("access.users", access.users, _uid)}
+        self._groups = {*self._numbers("access.groups", access.groups, _gid)}
+        by_uid = {uid: name for name in config.users for uid in self._numbers("users", [name], _uid)}
         self._quotas = {uid: config.quota(name) for uid, name in by_uid.items()}
         for account in self._accounts.values():
             account.quota = self._quotas.get(account.uid, config.limits)
+
+    def _numbers(self, setting: str, names: Iterable[str], look_up: Callable[[str], int]) -> Iterator[int]:
+        """The ids of those names that there are: one who has left is no reason not to start."""
+        for name in names:
+            try:
+                yield look_up(name)
+            except KeyError:
+                what = "group" if look_up is _gid else "user"
+                self.warnings.append(f"{setting}: there is no {what} {name!r} on this machine")
 
     def is_admin(self, uid: int) -> bool:
         """Whether a user may stop and reload the daemon, and see what others do."""
         return uid in self._admins
 
-    def may_use(self, peer: Peer) -> bool:
-        """Whether a user may have structures evaluated."""
-        if not self._config.access.restricted or peer.uid in self._admins:
-            return True
-        return peer.uid in self._users or not self._groups.isdisjoint(peer.groups)
+    def check_may_use(self, peer: Peer) -> None:
+        """Whether a user may have structures evaluated.
+
+        Raises:
+            AccessDeniedError: they may not.
+        """
+        if not self._config.access.restricted or peer.uid in self._admins | self._users:
+            return
+        if self._groups.isdisjoint(peer.groups):
+            raise AccessDeniedError(
+                f"{user_name(peer.uid)} may not use this daemon.",
+                "Ask whoever runs it to add you to access.users or access.groups of its configuration.",
+            )
 
     def open_session(self, peer: Peer) -> Account:
         """Count a session in.
 
         Raises:
             AccessDeniedError: this user may not use the daemon.
-            DaemonFullError: there are too many sessions, of this user or in all.
+            DaemonFullError, UserLimitError: there are too many sessions, in all or of this user.
         """
-        if not self.may_use(peer):
-            raise AccessDeniedError(
-                f"{user_name(peer.uid)} may not use this daemon.",
-                "Ask whoever runs it to add you to access.users or access.groups of its configuration.",
-            )
+        self.check_may_use(peer)
         self.check_room()
         account = self._accounts.get(peer.uid)
         if account is None:
             account = Account(peer.uid, self._quotas.get(peer.uid, self._config.limits))
         if account.sessions >= account.quota.sessions:
-            raise DaemonFullError(
+            raise UserLimitError(
                 f"{account.name} has {account.sessions} sessions already, as many as one user may.",
-                "Try again when one of them has ended.",
+                "Try again when one of them has ended, or ask whoever runs this daemon for a higher limit.",
             )
         self._accounts[peer.uid] = account
         account.sessions += 1
@@ -176,12 +189,3 @@ def _uid(name: str) -> int:
 
 def _gid(name: str) -> int:
     return grp.getgrnam(name).gr_gid
-
-
-def _numbers(names: Iterable[str], look_up: Callable[[str], int], what: str) -> Iterable[int]:
-    """The ids of those names that there are: one who has left is no reason not to start."""
-    for name in names:
-        try:
-            yield look_up(name)
-        except KeyError:
-            log.warning("configuration: there is no %s %r on this machine", what, name)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from rootstock_client.runtime_dir import SYSTEM_DIR, control_socket
 from rootstockd.worker.memory import MEMORY_VARIABLE
@@ -14,22 +14,44 @@ CPU_BATCH_ATOMS = 2_048
 GPU_BATCH_ATOMS = 16_384
 
 
+Forever: TypeAlias = Literal["forever"]
+KeepAlive: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)] | Forever
+"""Seconds that a model stays in memory after its last evaluation, or "forever": until its memory is wanted."""
+
+
 class Device(BaseModel):
-    """Where a model computes."""
+    """Where models compute. In TOML and on the command line it is its name alone."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["cpu", "cuda"]
-    index: int = 0
-    """Which GPU, as the driver numbers them."""
+    name: str = Field(pattern=r"^(cpu(:\d{1,3})?|cuda:\d{1,3}|(GPU|MIG)-[\w/-]{1,100})$")
+    """`cpu`, or `cpu:1` where there are several; `cuda:1`, the second of the GPUs that the daemon sees; or the UUID
+    of a GPU or of a MIG instance."""
+    uuid: str = ""
+    """Of a GPU that was found."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, given: Any) -> Any:
+        return {"name": given} if isinstance(given, str) else given
+
+    @property
+    def kind(self) -> Literal["cpu", "cuda"]:
+        """What engines call it."""
+        return "cpu" if self.name.startswith("cpu") else "cuda"
+
+    @property
+    def index(self) -> int | None:
+        """Which of the GPUs that the daemon sees, if that is how it is named."""
+        return int(self.name[5:]) if self.name.startswith("cuda:") else None
 
     def __str__(self) -> str:
-        return "cpu" if self.kind == "cpu" else f"cuda:{self.index}"
+        return self.name
 
     @property
     def environment(self) -> dict[str, str]:
         """Variables that show a worker this device and no other."""
-        return {"CUDA_VISIBLE_DEVICES": "" if self.kind == "cpu" else str(self.index)}
+        return {"CUDA_VISIBLE_DEVICES": "" if self.kind == "cpu" else self.uuid or str(self.index)}
 
 
 class Access(BaseModel):
@@ -43,8 +65,8 @@ class Access(BaseModel):
     admins: tuple[str, ...] = ()
     """Who, beside root and the daemon's own user, may stop and reload it and see what others do."""
     socket_group: str | None = None
-    """A group that both sockets are given to, with mode 0660. Without one the session socket is open to all users of
-    the machine, if others may use the daemon at all, and the control socket to the daemon's own user."""
+    """A group that both sockets are given to, with mode 0660. Without one both are open to all users of
+    the machine, if others may use the daemon at all."""
 
     @property
     def restricted(self) -> bool:
@@ -88,11 +110,20 @@ class Config(BaseModel):
     """What the command line said."""
     socket: Path
     """The session socket; the control socket and the lock lie beside it."""
-    device: Device
+    devices: tuple[Device, ...] = Field(min_length=1)
+    """All CPUs, or all GPUs: a model's numbers shall not depend on where there was room."""
     models: tuple[str, ...] = ()
     """Loaded before the daemon calls itself ready; others are loaded when first asked for."""
     catalogues: tuple[Path, ...] = ()
     """Files of further models."""
+    keep_alive: KeepAlive = "forever"
+    """How long a model stays that nobody uses; an entry of a catalogue may say otherwise for its model, and what is in
+    `models` stays."""
+    device_memory: int | None = Field(default=None, ge=2**20)
+    """Bytes that all models on one device may take together. Without it what a GPU has, but for a reserve, and as much
+    as they like on a CPU."""
+    room_timeout: float = Field(default=300.0, ge=0)
+    """Seconds that evaluations wait while no device has room for their model."""
     max_atoms: int = Field(default=1_000_000, ge=1)
     """Atoms in one message of one session."""
     total_atoms: int = Field(default=50_000_000, ge=1)
@@ -139,13 +170,21 @@ class Config(BaseModel):
         own = self.users.get(user)
         return self.limits.model_copy(update=own.model_dump(exclude_none=True)) if own else self.limits
 
-    @property
-    def worker_environment(self) -> dict[str, str]:
-        """Variables for workers."""
-        limited = self.worker_memory is not None and self.device.kind == "cpu"
-        return {**self.device.environment, **({MEMORY_VARIABLE: str(self.worker_memory)} if limited else {})}
+    @field_validator("devices")
+    @classmethod
+    def _alike(cls, devices: tuple[Device, ...]) -> tuple[Device, ...]:
+        if len({device.kind for device in devices}) > 1:
+            raise ValueError("a daemon computes on CPUs or on GPUs, not on both")
+        if len({device.name for device in devices}) < len(devices):
+            raise ValueError("a device is named twice")
+        return devices
+
+    def worker_environment(self, device: Device) -> dict[str, str]:
+        """Variables for a worker on one of the devices."""
+        limited = self.worker_memory is not None and device.kind == "cpu"
+        return {**device.environment, **({MEMORY_VARIABLE: str(self.worker_memory)} if limited else {})}
 
     @property
     def batch_budget(self) -> int:
-        """`batch_atoms`, or what suits the device."""
-        return self.batch_atoms or (CPU_BATCH_ATOMS if self.device.kind == "cpu" else GPU_BATCH_ATOMS)
+        """`batch_atoms`, or what suits the devices."""
+        return self.batch_atoms or (CPU_BATCH_ATOMS if self.devices[0].kind == "cpu" else GPU_BATCH_ATOMS)

@@ -16,7 +16,18 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-RELOADED = {"access", "limits", "users", "catalogues", "max_sessions", "total_atoms", "drain_timeout"}
+RELOADED = {
+    "access",
+    "limits",
+    "users",
+    "catalogues",
+    "max_sessions",
+    "total_atoms",
+    "drain_timeout",
+    "keep_alive",
+    "device_memory",
+    "room_timeout",
+}
 """Settings that a running daemon takes over when it reads its file again."""
 
 
@@ -62,7 +73,7 @@ def read_again(config: Config) -> Config:
     if config.file is None:
         return config
     given = {key: value for key, value in _read(config.file).items() if key not in config.flags}
-    kept = config.model_dump(include={"file", "flags", "socket", "device", "log_file", *config.flags})
+    kept = config.model_dump(include={"file", "flags", "socket", "devices", "log_file", *config.flags})
     return _validate({**kept, **given}, given, config.file)
 
 

@@ -4,45 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 import signal
 import socket
-import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
 
 from ase.data import atomic_numbers, chemical_symbols
 
 from rootstock_client import ipi
-from rootstock_client.errors import DrainingError, UnknownElementError
+from rootstock_client.errors import DrainingError, RootstockError, UnknownElementError
 from rootstockd.accounts import Accounts
 from rootstockd.config import Config
 from rootstockd.config_file import RELOADED, ConfigError, read_again
 from rootstockd.control.api import ControlServer
 from rootstockd.descriptors import raise_descriptor_limit, share_descriptors
-from rootstockd.devices import gpu_uuid
+from rootstockd.devices import found_devices
 from rootstockd.door import Door
+from rootstockd.fleet import Fleet
 from rootstockd.init_request import InitRequest
-from rootstockd.models.catalogue import Catalogue, CatalogueError, Entry
+from rootstockd.models.catalogue import Catalogue, CatalogueError
+from rootstockd.models.store import located
+from rootstockd.peers import peer_of
 from rootstockd.sessions import LINGER, Session
 from rootstockd.sockets import AddressError, adopt, claim_gpu, listen, lock, make_runtime_dir
 from rootstockd.supervisor import Supervisor
 from rootstockd.systemd import Manager, describe
-from rootstockd.worker.engines import ModelSpec
 from rootstockd.worker_folders import remove_left_behind
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class WorkerKey:
-    """What makes a worker one's own: two sessions with different keys never share one."""
-
-    name: str
-    dtype: str
 
 
 class Daemon:
@@ -54,7 +44,7 @@ class Daemon:
 
     Raises:
         CatalogueError: a catalogue file can't be used.
-        UnknownModelError: a model to preload is not in the catalogue.
+        UnknownModelError, ModelLoadError: a model to preload is not in the catalogue, or its weights are not here.
     """
 
     def __init__(self, config: Config, manager: Manager | None = None) -> None:
@@ -63,16 +53,17 @@ class Daemon:
         self.catalogue = Catalogue.load(config.catalogues)
         # atomic numbers take up to four bytes each; the rest of an INIT is short
         self.limits = ipi.Limits(atoms=config.max_atoms, init=64 * 1024 + 5 * config.max_atoms)
-        self.fleet: dict[WorkerKey, Supervisor] = {}
+        self.fleet = Fleet(config)
         self.accounts = Accounts(config)
-        self.retired: list[Supervisor] = []
-        """What the catalogue had before it was changed, while sessions still use it."""
+        self.warnings: list[str] = []
+        """What the configuration and the catalogues have that can't be meant so."""
+        self._look_over()
         self.sessions: set[Session] = set()
         self._turned_away: set[Session] = set()
         self._max_turned_away = 0
         self.state = "starting"
         self.since = time.time()
-        self._preload = [self.catalogue.resolve(name) for name in config.models]
+        self._preload = [(name, located(name, entry)) for name, entry in map(self.catalogue.resolve, config.models)]
         self._replaced = False
         self._stop = asyncio.Event()
         self._force = asyncio.Event()
@@ -85,17 +76,20 @@ class Daemon:
         Raises:
             AddressError: the sockets can't be had.
         """
+        self._watch_signals()  # first of all: what is taken below is given back
         self._share_descriptors()
         with contextlib.ExitStack() as ours:
             if not self._manager.sockets:
                 make_runtime_dir(self.config.socket.parent, shared=self.config.shared)
                 ours.enter_context(lock(self.config.lock))
-            if self.config.device.kind == "cuda":
-                ours.enter_context(claim_gpu(gpu_uuid(self.config.device.index)))
+            devices = found_devices(self.config.devices)
+            for device in devices:
+                if device.kind == "cuda":
+                    ours.enter_context(claim_gpu(device.uuid))
             remove_left_behind()
             sessions, control_socket = self._adopt(ours) if self._manager.sockets else self._listen(ours)
             control = ControlServer(self, control_socket)
-            self._watch_signals()
+            self.fleet.begin(devices)
             control_task = asyncio.create_task(control.run_until_stopped(), name="control")
             attendance = asyncio.create_task(self._manager.attend(self), name="systemd")
             try:
@@ -107,7 +101,7 @@ class Daemon:
                 self._manager.notify("STOPPING=1")
                 await self._drain(door)
             finally:
-                await self._end_workers()
+                await self.fleet.stop(stopping_error())
                 attendance.cancel()
                 control.should_exit = True
                 await control_task
@@ -117,8 +111,8 @@ class Daemon:
         """Open both sockets: for sessions and for control."""
         group = self.config.access.socket_group
         mode = 0o600 if group is None else 0o660
-        control = ours.enter_context(listen(self.config.control, mode, group))
         mode = 0o666 if self.config.shared and group is None else mode
+        control = ours.enter_context(listen(self.config.control, mode, group))
         return ours.enter_context(listen(self.config.socket, mode, group, keep=lambda: self._replaced)), control
 
     def _adopt(self, ours: contextlib.ExitStack) -> tuple[socket.socket, socket.socket]:
@@ -135,10 +129,21 @@ class Daemon:
         return sessions, ours.enter_context(adopt(there["control"], self.config.control))
 
     def stop(self, *, force: bool = False, replaced: bool = False) -> None:
-        """Begin to drain; asked twice, or with `force`, wait for nothing. When `replaced`, leave the address."""
-        self._replaced |= replaced
-        if force or self._stop.is_set():
+        """Begin to drain; asked twice, or with `force`, wait for nothing.
+
+        When `replaced`, leave the address. Whoever stops a daemon that is being replaced calls that off: its successor
+        finds the address gone.
+
+        Raises:
+            DrainingError: it was to be replaced, and is on its way down already.
+        """
+        stopping = self._stop.is_set()
+        if stopping and replaced:
+            what = "being restarted" if self._replaced else "stopping"
+            raise DrainingError(f"the daemon is {what} already.", "See `rootstockd status` in a moment.")
+        if force or (stopping and not self._replaced):
             self._force.set()
+        self._replaced = replaced
         self._stop.set()
 
     def reload(self) -> list[str]:
@@ -163,13 +168,25 @@ class Daemon:
         self.config = self.config.model_copy(update={name: getattr(fresh, name) for name in changed & RELOADED})
         self.catalogue = catalogue
         self.accounts.apply(self.config)
+        self.fleet.apply(self.config)
+        self._look_over()
         restart_needed = sorted(changed - RELOADED) + moved
         for name in restart_needed:
             log.warning("%s has changed and takes effect with the next restart", name)
         log.info("reloaded")
         return restart_needed
 
+    def _look_over(self) -> None:
+        self.warnings = [*self.accounts.warnings, *self.catalogue.warnings()]
+        for warning in self.warnings:
+            log.warning("%s", warning)
+
+    def _on_end(self, number: signal.Signals) -> None:
+        log.info("%s: stopping", number.name)
+        self.stop()
+
     def _on_hangup(self) -> None:
+        log.info("SIGHUP: reloading")
         try:
             self.reload()
         except (ConfigError, CatalogueError) as error:
@@ -179,8 +196,8 @@ class Daemon:
 
     async def _start(self, sessions_socket: socket.socket) -> Door:
         """Load what is to be preloaded, and open the door. Sessions that come early wait for their model."""
-        door = Door(sessions_socket, functools.partial(Session, self), self._check_room_to_linger)
-        models = [self._supervisor(name, entry, entry.dtype) for name, entry in self._preload]
+        door = Door(sessions_socket, lambda connection: Session(self, peer_of(connection)))
+        models = [self.fleet.open(name, entry, entry.dtype, keep=True) for name, entry in self._preload]
         loaded = asyncio.create_task(_settled(models))
         stopped = asyncio.create_task(self._stop.wait())
         await asyncio.wait([loaded, stopped], return_when=asyncio.FIRST_COMPLETED)
@@ -202,7 +219,7 @@ class Daemon:
         self.state = "draining"
         if self._manager.sockets:
             door.close()
-        log.info("draining: %d sessions", len(self.sessions))
+        log.info("draining%s: %d sessions", " for a restart" * self._replaced, len(self.sessions))
         fetched_by = time.monotonic() + LINGER
         deadline = time.monotonic() + self.config.drain_timeout
         while not self._force.is_set() and (now := time.monotonic()) < deadline:
@@ -219,13 +236,10 @@ class Daemon:
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._all_gone.wait(), LINGER)
 
-    async def _end_workers(self) -> None:
-        await asyncio.gather(*(model.stop(stopping_error()) for model in [*self.fleet.values(), *self.retired]))
-
     def _watch_signals(self) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.stop)
+            loop.add_signal_handler(number, self._on_end, number)
         loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
 
     # --- what sessions need
@@ -244,8 +258,14 @@ class Daemon:
         self.sessions.add(session)
         self._all_gone.clear()
 
-    def session_turned_away(self, session: Session) -> None:
-        """One has come that may not stay, and is being told why."""
+    def session_turned_away(self, session: Session, error: RootstockError) -> None:
+        """One has come that may not stay, and is being told why.
+
+        Raises:
+            RootstockError: this error, where there is no descriptor for that.
+        """
+        if len(self._turned_away) >= self._max_turned_away:
+            raise error
         self._turned_away.add(session)
 
     def session_closed(self, session: Session) -> None:
@@ -260,15 +280,6 @@ class Daemon:
         allowed, self._max_turned_away = share_descriptors(limit)
         self.accounts.allow_sessions(allowed, f"all that its limit of {limit} open files (ulimit -n) allows")
 
-    def _check_room_to_linger(self) -> None:
-        """Whether there is a descriptor even for a session that is only told why it can't stay.
-
-        Raises:
-            LimitError: there is none.
-        """
-        if len(self._turned_away) >= self._max_turned_away:
-            self.accounts.check_room()
-
     def open_model(self, request: InitRequest) -> Supervisor:
         """The model that a session asks for; it is loaded if it is not yet.
 
@@ -277,7 +288,8 @@ class Daemon:
         """
         self.check_open()
         name, entry = self.catalogue.resolve(request.model)
-        model = self._supervisor(name, entry, request.dtype or entry.dtype)
+        entry = located(name, entry)
+        model = self.fleet.open(name, entry, request.dtype or entry.dtype)
         known = (model.info and model.info.elements) or [atomic_numbers[symbol] for symbol in entry.elements]
         unknown = set(request.numbers) - set(known)
         if known and unknown:
@@ -288,29 +300,29 @@ class Daemon:
             raise model.error
         return model
 
-    def _supervisor(self, name: str, entry: Entry, dtype: str) -> Supervisor:
-        key, device = WorkerKey(name, dtype), self.config.device
-        weights, confine = str(entry.weights or ""), self.config.confine and entry.confine
-        spec = ModelSpec(
-            name, entry.family, device.kind, dtype, weights, entry.sha256.lower(), confine, entry.arguments
-        )
-        model = self.fleet.get(key)
-        if model is not None and model.spec != spec:  # the catalogue has been changed since
-            model.retire()
-            self.retired = [other for other in self.retired if other.clients] + [model]
-            model = None
-        if model is None or model.worth_replacing:
-            config = self.config
-            model = Supervisor(
-                spec,
-                Path(sys.executable),
-                config.worker_environment,
-                config.batch_budget,
-                config.hang_timeout,
-                config.load_timeout,
-            )
-            self.fleet[key] = model
-        return model
+    # --- what administrators need
+
+    def load(self, name: str, dtype: str | None = None) -> tuple[str, str]:
+        """Have a model loaded; the catalogue's name of it, and its dtype.
+
+        Raises:
+            UnknownModelError, DrainingError, ModelLoadError: what its name says.
+        """
+        self.check_open()
+        name, entry = self.catalogue.resolve(name)
+        entry = located(name, entry)
+        model = self.fleet.open(name, entry, dtype or entry.dtype)
+        if model.error is not None:
+            raise model.error
+        return name, model.spec.dtype
+
+    def unload(self, name: str, dtype: str | None = None, *, force: bool = False) -> None:
+        """Have a model leave memory; see `Fleet.unload`.
+
+        Raises:
+            RootstockError: it is not there, or has evaluations under way.
+        """
+        self.fleet.unload(self.catalogue.name_of(name), dtype, force=force)  # it may be in no catalogue any more
 
 
 async def _settled(models: Iterable[Supervisor]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 
-RESERVED_DESCRIPTORS = 44
+RESERVED_DESCRIPTORS = 52
 """For all but sessions: the daemon's own files and sockets, its workers and starting one, 16 control connections."""
 DESCRIPTORS_A_SESSION = 2
 """Its socket, and the memory of its slot."""

@@ -1,72 +1,190 @@
-"""Which devices this machine has."""
+"""Which devices this machine has, and what is in their memory."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pynvml
 
 from rootstockd.config import Device
 
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
 
 class DeviceError(Exception):
     """A device that is not there: which, and what to do instead."""
 
 
-def gpu_names() -> list[str]:
-    """The names of the machine's NVIDIA GPUs, as the driver numbers them; empty where there is no driver."""
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU, or a MIG instance: a part of one that is split."""
+
+    uuid: str
+    name: str
+    instances: tuple[Gpu, ...] = ()
+    """What it is split into."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What is in a GPU's memory, in bytes."""
+
+    total: int
+    free: int
+    by_pid: dict[int, int]
+    """What processes have; not there for those that the driver does not tell of, as in containers."""
+
+
+@contextlib.contextmanager
+def _nvml() -> Iterator[None]:
+    pynvml.nvmlInit()
     try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return []
-    try:
-        count = pynvml.nvmlDeviceGetCount()
-        return [str(pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(i))) for i in range(count)]
+        yield
     finally:
         pynvml.nvmlShutdown()
 
 
-def gpu_uuid(index: int) -> str:
-    """What tells a GPU from all others, however they are numbered.
+def gpu_names() -> list[str]:
+    """The names of the machine's NVIDIA GPUs, as the driver numbers them; empty where there is no driver."""
+    return [gpu.name for gpu in find_gpus()]
 
-    Raises:
-        DeviceError: it is not there.
-    """
+
+def find_gpus() -> list[Gpu]:
+    """The machine's NVIDIA GPUs, as the driver numbers them; none where there is no driver."""
     try:
-        pynvml.nvmlInit()
-        try:
-            return str(pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(index)))
-        finally:
-            pynvml.nvmlShutdown()
-    except pynvml.NVMLError as error:
-        raise DeviceError(f"GPU {index} can't be asked who it is: {error}.") from error
+        with _nvml():
+            return [_gpu(pynvml.nvmlDeviceGetHandleByIndex(i)) for i in range(pynvml.nvmlDeviceGetCount())]
+    except pynvml.NVMLError:
+        return []
 
 
-def choose_device(*, gpu: int | None = None, cpu: bool = False) -> Device:
-    """The device to use.
+def _gpu(handle: object) -> Gpu:
+    instances = []
+    with contextlib.suppress(pynvml.NVMLError):  # it can't be split
+        for i in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
+            with contextlib.suppress(pynvml.NVMLError):  # there is none of this number
+                instances.append(_gpu(pynvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, i)))
+    return Gpu(str(pynvml.nvmlDeviceGetUUID(handle)), str(pynvml.nvmlDeviceGetName(handle)), tuple(instances))
+
+
+def gpu_memory(uuid: str) -> Memory | None:
+    """What is in the memory of a GPU or a MIG instance; None where the driver does not say."""
+    try:
+        with _nvml():
+            handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+            info = pynvml.nvmlDeviceGetMemoryInfo(handle)
+            processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    except pynvml.NVMLError:
+        return None
+    return Memory(int(info.total), int(info.free), {p.pid: int(p.usedGpuMemory) for p in processes if p.usedGpuMemory})
+
+
+def process_memory(pid: int) -> int | None:
+    """Resident memory of a process in bytes, without what it shares with others through slots; None when it is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return None
+    fields = dict(line.split(":", 1) for line in lines)
+    kibibytes = {name: int(fields.get(name, "0").split()[0]) for name in ("RssAnon", "RssFile")}
+    return 1024 * sum(kibibytes.values())
+
+
+def visible_gpus(gpus: list[Gpu], variable: str | None) -> list[Gpu]:
+    """The GPUs and MIG instances that a program sees under this value of CUDA_VISIBLE_DEVICES, in its order.
+
+    As CUDA reads it: what is behind an entry that means nothing is not seen either. Numbers are the driver's.
 
     Args:
-        gpu: the GPU that was asked for, if one was.
-        cpu: the CPU was asked for. With neither, the first GPU if there is one, and the CPU otherwise.
+        gpus: those of the machine.
+        variable: the value, None where it is not set.
+    """
+    if variable is None:
+        return [part for gpu in gpus for part in gpu.instances or (gpu,)]
+    seen: list[Gpu] = []
+    for entry in filter(None, map(str.strip, variable.split(","))):
+        found = [*gpus[int(entry) : int(entry) + 1]] if entry.isdigit() else _by_uuid(gpus, entry)
+        if len(found) != 1 or found[0] in seen:
+            break
+        seen.append(next(iter(found[0].instances), found[0]))
+    return seen
+
+
+def _by_uuid(gpus: list[Gpu], uuid: str) -> list[Gpu]:
+    """Those whose UUID begins so."""
+    return [gpu for whole in gpus for gpu in (whole, *whole.instances) if gpu.uuid.startswith(uuid)]
+
+
+def find_devices(devices: tuple[Device, ...], gpus: list[Gpu], variable: str | None) -> tuple[Device, ...]:
+    """Devices with the UUIDs of those that were meant.
+
+    Args:
+        devices: as they were named. Those that have been found before are the same still.
+        gpus: those of the machine.
+        variable: the value of CUDA_VISIBLE_DEVICES, None where it is not set. A UUID goes before it.
 
     Raises:
-        DeviceError: the GPU that was asked for is not there.
+        DeviceError: one is not there, or two are the same.
     """
-    if cpu:
-        return Device(kind="cpu")
-    names = gpu_names()
-    if gpu is None and not names:
-        return Device(kind="cpu")
-    if (gpu or 0) < len(names):
-        make_device_files()
-        return Device(kind="cuda", index=gpu or 0)
-    found = ", ".join(f"{i} ({name})" for i, name in enumerate(names)) or "none"
-    raise DeviceError(
-        f"this machine has no GPU {gpu}; NVIDIA GPUs found: {found}. "
-        "To compute on the CPU instead: `rootstockd start --device cpu`."
-    )
+    if all(device.uuid or device.kind == "cpu" for device in devices):
+        return devices
+    seen = visible_gpus(gpus, variable)
+    found: list[Device] = []
+    for device in devices:
+        index = device.index
+        matching = _by_uuid(gpus, device.name) if index is None else seen[index : index + 1]
+        if len(matching) != 1:
+            there = ", ".join(f"{i} ({gpu.name}, {gpu.uuid})" for i, gpu in enumerate(seen)) or "none"
+            which = device.name if index is None else str(index)
+            under = f" (with {VISIBLE}={variable})" if variable is not None else ""
+            raise DeviceError(
+                f"this machine has no GPU {which}, or several; NVIDIA GPUs found{under}: {there}. "
+                "To compute on the CPU instead: `rootstockd start --device cpu`."
+            )
+        gpu = next(iter(matching[0].instances), matching[0])
+        if any(other.uuid == gpu.uuid for other in found):
+            raise DeviceError(f"{device} and another of the devices are the same, {gpu.uuid} ({gpu.name}).")
+        found.append(Device(name=device.name, uuid=gpu.uuid))
+    return tuple(found)
+
+
+def choose_devices(*, gpus: str | None = None, names: tuple[str, ...] = ()) -> tuple[Device, ...]:
+    """The devices to use, found.
+
+    Args:
+        gpus: the GPUs that were asked for: numbers and UUIDs with commas between them, or `all`.
+        names: devices that were asked for. With neither, the first GPU if there is one, and the CPU otherwise.
+
+    Raises:
+        DeviceError: one that was asked for is not there.
+        ValueError: what was asked for is no device.
+    """
+    if gpus == "all":
+        count = len(visible_gpus(find_gpus(), os.environ.get(VISIBLE)))
+        names = tuple(f"cuda:{i}" for i in range(max(count, 1)))
+    elif gpus is not None:
+        names = tuple(f"cuda:{name}" if name.isdigit() else name for name in map(str.strip, gpus.split(",")))
+    elif not names:
+        names = ("cuda:0",) if visible_gpus(find_gpus(), os.environ.get(VISIBLE)) else ("cpu",)
+    return found_devices(tuple(Device(name=name) for name in names))
+
+
+def found_devices(devices: tuple[Device, ...]) -> tuple[Device, ...]:
+    """The same, with what this machine knows of them.
+
+    Raises:
+        DeviceError: one is not there.
+    """
+    if all(device.kind == "cpu" for device in devices):
+        return devices
+    make_device_files()
+    return find_devices(devices, find_gpus(), os.environ.get(VISIBLE))
 
 
 def make_device_files(uvm: Path = Path("/dev/nvidia-uvm")) -> None:

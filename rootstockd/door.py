@@ -13,9 +13,11 @@ import socket
 from collections.abc import Callable
 
 from rootstock_client import ipi
-from rootstock_client.errors import LimitError
+from rootstock_client.errors import LimitError, RootstockError
+from rootstockd.log_rate import LogRate
 
 log = logging.getLogger(__name__)
+log.addFilter(LogRate(log))
 
 AT_ONCE = 64
 """Connections taken before the loop looks after others again."""
@@ -28,17 +30,16 @@ class Door:
 
     Args:
         sock: a listening socket that does not block; closed with the door.
-        make_protocol: makes the protocol for a connection.
-        check_room: raises a LimitError where there is no room even to let a protocol say so.
+        make_protocol: makes the protocol for a connection, as soon as it is taken, so that all of a burst are counted;
+            raises the RootstockError to tell it where there is no room even to let a protocol say so.
     """
 
     def __init__(
         self,
         sock: socket.socket,
-        make_protocol: Callable[[], asyncio.BufferedProtocol],
-        check_room: Callable[[], None],
+        make_protocol: Callable[[socket.socket], asyncio.BaseProtocol],
     ) -> None:
-        self._sock, self._make_protocol, self._check_room = sock, make_protocol, check_room
+        self._sock, self._make_protocol = sock, make_protocol
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
         self._pause: asyncio.TimerHandle | None = None
@@ -67,22 +68,29 @@ class Door:
                 return
             self._complained = False
             try:
-                self._check_room()
-            except LimitError as error:
+                protocol = self._make_protocol(connection)
+            except RootstockError as error:
                 turn_away(connection, error)
+            except Exception as error:
+                self._fail(connection, error)
             else:
-                self._tasks.add(task := self._loop.create_task(self._let_in(connection)))
+                self._tasks.add(task := self._loop.create_task(self._let_in(protocol, connection)))
                 task.add_done_callback(self._tasks.discard)
 
-    async def _let_in(self, connection: socket.socket) -> None:
+    async def _let_in(self, protocol: asyncio.BaseProtocol, connection: socket.socket) -> None:
         try:
-            await self._loop.connect_accepted_socket(self._make_protocol, connection)
-        except Exception as error:  # no memory, say; the next may fare better
-            log.warning("a connection is closed: %s", error or type(error).__name__)
-            turn_away(connection, LimitError("the daemon has no memory for another session.", "Try again later."))
+            await self._loop.connect_accepted_socket(lambda: protocol, connection)
+        except Exception as error:
+            protocol.connection_lost(error)
+            self._fail(connection, error)
+
+    def _fail(self, connection: socket.socket, error: Exception) -> None:
+        """There is no memory, say; the next may fare better."""
+        log.warning("a connection is closed: %s", error or type(error).__name__, extra={"about": "failed connections"})
+        turn_away(connection, LimitError("the daemon has no memory for another session.", "Try again later."))
 
 
-def turn_away(connection: socket.socket, error: LimitError) -> None:
+def turn_away(connection: socket.socket, error: RootstockError) -> None:
     """Say why and close, without waiting for anybody."""
     with contextlib.suppress(OSError):
         connection.setblocking(False)  # noqa: FBT003 - the socket module has no other way

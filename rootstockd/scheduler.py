@@ -30,6 +30,8 @@ MAX_BLAMED = 2
 """An evaluation that seems to have killed this many workers is given up."""
 MAX_ATTEMPTS = 5
 """So is one under which this many workers ended for whatever reason: the kernel may kill them for want of memory."""
+MAX_EVALUATIONS = 8_192
+"""In one batch: their numbers go to the worker in one message."""
 GROW_AFTER = 300
 """Batches after which larger ones are tried again where memory lacked once: whatever else had it may be gone."""
 STILL_HERE = 4
@@ -184,7 +186,7 @@ class Scheduler(Generic[Owner]):
         while user.queue:
             following = user.queue[0][2].atoms
             atoms += following
-            if batch and atoms > budget:
+            if batch and (atoms > budget or len(batch) == MAX_EVALUATIONS):
                 break
             if turns is not None:
                 fits = turns.allow(user.uid, costs.seconds(atoms))

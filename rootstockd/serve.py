@@ -1,7 +1,8 @@
 """Being the daemon: in front of a terminal, or as the process that `rootstockd start` leaves behind.
 
 `python -m rootstockd.serve CONFIG [PIDFD]` takes the whole Config as JSON, so that nothing gets lost between the two.
-With a PIDFD it waits until that process, its predecessor, is gone; it has imported everything by then.
+With a PIDFD it waits until that process, its predecessor, is gone; it has imported everything by then. A predecessor
+that was stopped meanwhile has taken its address with it, and the restart is off.
 """
 
 from __future__ import annotations
@@ -22,9 +23,20 @@ from rootstockd.models.catalogue import CatalogueError
 from rootstockd.sockets import AddressError
 from rootstockd.systemd import JournalFormatter, Manager, in_journal
 
+log = logging.getLogger("rootstockd.serve")
+
 
 class StartError(Exception):
     """Why the daemon can't start."""
+
+
+def start_logging() -> None:
+    """To standard error, which is the log file of a daemon in the background."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if in_journal():
+        logging.getLogger().handlers[0].setFormatter(JournalFormatter("%(name)s: %(message)s"))
+    faulthandler.enable()  # what a daemon was at whose watchdog ended it
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
 
 
 def serve(config: Config) -> None:
@@ -33,11 +45,6 @@ def serve(config: Config) -> None:
     Raises:
         StartError: it can't start.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    if in_journal():
-        logging.getLogger().handlers[0].setFormatter(JournalFormatter("%(name)s: %(message)s"))
-    faulthandler.enable()  # what a daemon was at whose watchdog ended it
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
     try:
         uvloop.run(Daemon(config, Manager()).run())
     except (AddressError, CatalogueError, DeviceError, RootstockError) as error:
@@ -45,10 +52,15 @@ def serve(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    for predecessor in map(int, sys.argv[2:]):
-        select.select([predecessor], [], [])
-        os.close(predecessor)
+    start_logging()
+    settings = Config.model_validate_json(sys.argv[1])
     try:
-        serve(Config.model_validate_json(sys.argv[1]))
+        for predecessor in map(int, sys.argv[2:]):
+            select.select([predecessor], [], [])
+            os.close(predecessor)
+            if not settings.socket.exists():
+                raise StartError("the daemon was stopped while it was being restarted, and stays so.")
+        serve(settings)
     except StartError as error:
-        sys.exit(f"Error: {error}")
+        log.critical("Error: %s", error)
+        sys.exit(1)

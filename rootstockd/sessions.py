@@ -15,12 +15,14 @@ from rootstock_client import engine_side, ipi
 from rootstock_client.errors import DrainingError, InvalidStructureError, LimitError, RootstockError, error_from_code
 from rootstockd.accounts import Account, Accounts
 from rootstockd.init_request import InitRequest, is_announced, parse_init
-from rootstockd.peers import peer_of, user_name
+from rootstockd.log_rate import LogRate
+from rootstockd.peers import Peer, user_name
 from rootstockd.scheduler import Evaluation
 from rootstockd.supervisor import Client, State, Supervisor
 from rootstockd.worker.slots import Slot
 
 log = logging.getLogger(__name__)
+log.addFilter(LogRate(log))
 
 _slot_numbers = itertools.count(1)
 _session_numbers = itertools.count(1)
@@ -54,8 +56,12 @@ class Host(Protocol):
     def session_closed(self, session: Session) -> None:
         """It went."""
 
-    def session_turned_away(self, session: Session) -> None:
-        """A connection came that is not let in; it stays until it has been told why."""
+    def session_turned_away(self, session: Session, error: RootstockError) -> None:
+        """A connection came that is not let in; it stays until it has been told why.
+
+        Raises:
+            RootstockError: this error: too many stay for that already.
+        """
 
 
 class Session(asyncio.BufferedProtocol):
@@ -63,11 +69,15 @@ class Session(asyncio.BufferedProtocol):
 
     Args:
         host: the daemon.
+        peer: who is at the other end.
+
+    Raises:
+        RootstockError: it is not let in, and there is no room to stay until it has been told why.
     """
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, peer: Peer) -> None:
         self.id = next(_session_numbers)
-        self.pid = self.uid = -1
+        self.pid, self.uid, _ = peer
         self.account: Account | None = None
         self.since = time.time()
         self.evaluations = 0
@@ -85,6 +95,16 @@ class Session(asyncio.BufferedProtocol):
         self._reading_paused = self._writing_paused = self._closing = False
         self._checked_cells = b""
         self._staged = 0
+        self._refusal: RootstockError | None = None
+        try:
+            self.account = host.accounts.open_session(peer)
+        except RootstockError as error:
+            about = f"refused sessions of {self.user}"
+            log.warning(
+                "a session of %s (pid %d) is refused: %s", self.user, self.pid, error.message, extra={"about": about}
+            )
+            host.session_turned_away(self, error)
+            self._refusal = error
 
     @property
     def user(self) -> str:
@@ -119,16 +139,11 @@ class Session(asyncio.BufferedProtocol):
         self._transport = cast(asyncio.Transport, transport)
         # a buffer that isn't empty pauses us: the slot must not change while it is being sent
         self._transport.set_write_buffer_limits(high=0)
-        peer = peer_of(transport.get_extra_info("socket"))
-        self.pid, self.uid = peer.pid, peer.uid
-        try:
-            self.account = self._host.accounts.open_session(peer)
-        except RootstockError as error:
-            self._host.session_turned_away(self)
-            self._transport.write(ipi.error_frame(error))
-            self.end(error)
-        else:
+        if self._refusal is None:
             self._host.session_opened(self)
+        else:
+            self._transport.write(ipi.error_frame(self._refusal))
+            self.end(None)
 
     def buffer_updated(self, nbytes: int) -> None:
         if not self._closing:
@@ -154,6 +169,7 @@ class Session(asyncio.BufferedProtocol):
         if self.account is not None:
             self._unstage()
             self._host.accounts.close_session(self.account)
+            self.account = None
         self._host.session_closed(self)
 
     # --- the protocol's side
@@ -249,7 +265,7 @@ class Session(asyncio.BufferedProtocol):
             "energies": request.energies,
         }
         self.request, self._model, self._checked_cells = request, model, b""
-        model.join()
+        model.join(self)
 
     def _release(self) -> None:
         """Give back what the current system holds."""
@@ -262,10 +278,32 @@ class Session(asyncio.BufferedProtocol):
             self.account.queued -= 1
         self._host.accounts.give_back(self.account, self.slot.natoms * self.slot.frames)
         self._model.release(self.number)
-        self._model.leave()
+        self._model.leave(self)
         self._model = None
         self.slot.close()
         del self.slot  # its memory goes now, not when the garbage collector next runs
+
+    @property
+    def queued(self) -> bool:
+        """It has an evaluation that waits for its turn."""
+        return self._model is not None and self._evaluation not in (None, *self._model.scheduler.running)
+
+    def move(self, model: Supervisor) -> bool:
+        """Go over to another worker of the same model; whether that could be: not while an evaluation is under way."""
+        old, evaluation = self._model, self._evaluation
+        assert old is not None
+        if evaluation is not None:
+            if evaluation in old.scheduler.running or evaluation.attempts:
+                return False
+            old.scheduler.withdraw(evaluation)
+            evaluation.withdrawn = False
+        old.release(self.number)
+        model.join(self)
+        self._model = model
+        old.leave(self)
+        if evaluation is not None:
+            model.submit(evaluation)
+        return True
 
     def _place(self, natoms: int) -> memoryview:
         if natoms != self.slot.natoms:
@@ -316,7 +354,12 @@ class Session(asyncio.BufferedProtocol):
                 return
         self._closing = True
         if error is not None:
-            log.warning("session %d of %s (pid %d) is closed: %s", self.id, self.user, self.pid, error)
+            about = f"closed sessions of {self.user}"
+            log.warning(
+                "session %d of %s (pid %d) is closed: %s",
+                *(self.id, self.user, self.pid, error.message),
+                extra={"about": about},
+            )
         self._ipi.close()
         self._transport.write_eof()
         # a driver of ours repeats the step that it may just be sending; others would choke on a socket closed at once

@@ -36,7 +36,8 @@ def state_dirs() -> list[Path]:
         StateError: others could have put something there; environments and weights are code.
     """
     places = [own_state()] if os.environ.get(VARIABLE) else [own_state(), SYSTEM_STATE]
-    there = [place for place in dict.fromkeys(places) if place.is_dir()]
+    # os.path.isdir says no where one may not look
+    there = [place for place in dict.fromkeys(places) if os.path.isdir(place)]  # noqa: PTH112
     for place in there:
         check_trusted(place)
     return there

@@ -8,15 +8,19 @@ import enum
 import functools
 import logging
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from rootstock_client.errors import EvaluationError, LimitError, ModelLoadError, RootstockError
+from rootstockd.config import Device
 from rootstockd.hang_limit import HangLimit
+from rootstockd.pace import Pace
 from rootstockd.scheduler import MAX_BLAMED, Evaluation, Scheduler
 from rootstockd.worker.engines import EngineInfo, ModelSpec
 from rootstockd.worker.slots import Slot
-from rootstockd.worker_messages import Confined, Failure, Said, parse
+from rootstockd.worker_messages import Confined, Failure, Said, Stage, parse
+from rootstockd.worker_output import Ration
 from rootstockd.worker_process import End, WorkerProcess
 
 log = logging.getLogger(__name__)
@@ -44,6 +48,10 @@ def warn_once(text: str) -> None:
 class State(enum.Enum):
     """What a model is doing."""
 
+    COLD = "cold"
+    """It has no worker, and gets one when somebody asks for it."""
+    WAITING = "waiting"
+    """Somebody has, and no device has room yet."""
     LOADING = "loading"
     READY = "ready"
     FAILED = "failed"
@@ -61,14 +69,46 @@ class Client(Protocol):
     def evaluated(self, error: RootstockError | None) -> None:
         """The evaluation is over."""
 
+    @property
+    def queued(self) -> bool:
+        """It has an evaluation that waits for its turn."""
+
+    def move(self, model: Supervisor) -> bool:
+        """Go over to another worker of the same model; whether that could be: not while an evaluation is under way."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a worker is started with."""
+
+    python: Path
+    """The interpreter of the environment that it runs in."""
+    environment: dict[str, str]
+
+
+class Landlord(Protocol):
+    """What a supervisor needs of whoever has the devices: the fleet."""
+
+    async def admit(self, model: Supervisor) -> Launch | None:
+        """Wait for a device to have room for a model, and set its `device`; None if it is not wanted any more.
+
+        Raises:
+            LimitError: none has, and it was waited for long enough.
+        """
+
+    async def make_room(self, model: Supervisor) -> bool:
+        """A model's device turned out to have no memory for it: whether another model has gone for it."""
+
+    def launch(self, model: Supervisor) -> Launch:
+        """What its next worker is started with."""
+
 
 class Supervisor:
-    """Keeps one model warm on one device.
+    """Keeps one model warm on one device at a time, for as long as it is wanted there.
 
     Args:
         spec: the model.
-        python: the interpreter of the environment that its workers run in.
-        environment: variables for its workers.
+        landlord: whoever has the devices.
         batch_atoms: the most atoms in one forward pass.
         hang_timeout: seconds that any batch may take.
         load_timeout: seconds that loading may take.
@@ -77,30 +117,55 @@ class Supervisor:
     def __init__(
         self,
         spec: ModelSpec,
-        python: Path,
-        environment: dict[str, str],
+        landlord: Landlord,
         batch_atoms: int,
         hang_timeout: float,
         load_timeout: float,
     ) -> None:
         self.spec = spec
-        self.state = State.LOADING
+        self.state = State.COLD
+        self.device: Device | None = None
+        """Where its worker is, or is about to be."""
         self.error: RootstockError | None = None
         self.info: EngineInfo | None = None
         self.unconfined: list[str] = [] if spec.confine else ["the configuration or the catalogue says confine = false"]
         """Why its workers have more rights than they need."""
-        self.evaluations = self.batches = self.restarts = self.clients = 0
+        self.evaluations = self.batches = self.restarts = 0
+        self.clients: set[Client] = set()
+        """Whose systems are bound to this model."""
+        self.pace = Pace()
+        self.loaded_memory = self.memory = self.peak_memory = 0
+        """Bytes of its worker: when it had loaded, now and at most; 0 while that is not known."""
+        self.load_seconds: float | None = None
+        """How long the latest loading took."""
+        self.stage = ""
+        """How far loading has come."""
+        self.obstacle = ""
+        """What is in the way of loading, while it waits."""
+        self.refusal: LimitError | None = None
+        """Why it is not in memory, where there was no room for it."""
         self.scheduler: Scheduler[Client] = Scheduler(batch_atoms)
-        self._python, self._environment = python, environment
+        self._landlord = landlord
+        self._ration = Ration()
         self._worker: WorkerProcess | None = None
         self._failures: dict[int, RootstockError] = {}
         self._asked, self._shortages = b"", 0
         self._settled = asyncio.Event()
         self._stopping = asyncio.Event()
+        self._wanted = asyncio.Event()
+        self._wanted.set()
+        self._vacant = asyncio.Event()
+        self._leaving = False
+        """Its worker is to end so that others may have its memory."""
+        self._going: dict[Client, Supervisor] = {}
+        """Who goes over to which other worker after the evaluation under way."""
+        self._shortage: LimitError | None = None
+        """The device had no memory for it."""
         self.retired = False
         self._hang_limit, self._load_timeout = HangLimit(hang_timeout), load_timeout
         self._tick = min(TICK, hang_timeout / 10, load_timeout / 10)
-        self._ended_at = self._sent = 0.0
+        self._ended_at = self._sent = self._computed = 0.0
+        self._last_use = self._loading_since = time.perf_counter()
         self._new = False
         """Something in the batch under way is in it for the first time."""
         self._task = asyncio.create_task(self._keep_warm(), name=f"supervisor {spec.name}")
@@ -111,7 +176,7 @@ class Supervisor:
         return self._worker.pid if self._worker else None
 
     async def settled(self) -> None:
-        """Until the model is ready, or known to be broken."""
+        """Until the model is ready, or known to be broken, or to have no room."""
         await self._settled.wait()
 
     @property
@@ -121,14 +186,34 @@ class Supervisor:
 
     # --- who has it
 
-    def join(self) -> None:
-        """One more system of a session is bound to this model."""
-        self.clients += 1
+    def join(self, client: Client) -> None:
+        """A system of a session is bound to this model."""
+        self.clients.add(client)
 
-    def leave(self) -> None:
-        """One less."""
-        self.clients -= 1
+    def leave(self, client: Client) -> None:
+        """It is not any more."""
+        self.clients.discard(client)
+        self._going.pop(client, None)
         self._end_if_unwanted()
+
+    def hand_over(self, target: Supervisor, count: int) -> None:
+        """Have so many of the sessions that have work go over to another worker of the model, the newest first."""
+        running = {evaluation.owner for evaluation in self.scheduler.running}
+        for client in sorted(self.clients - self._going.keys(), key=lambda client: -client.number):
+            if count == 0:
+                return
+            if client in running:
+                self._going[client] = target  # when its evaluation is over
+                count -= 1
+            elif client.queued:
+                count -= client.move(target)
+
+    def _let_go(self) -> None:
+        """An evaluation is over after which sessions were to go over to another worker."""
+        going, self._going = self._going, {}
+        for client, target in going.items():
+            if not target.retired:  # nor has it ended
+                client.move(target)
 
     def retire(self) -> None:
         """No new sessions come: end with the last that is there."""
@@ -142,9 +227,79 @@ class Supervisor:
     def _end_worker(self) -> None:
         """For good: it holds nothing that wants saving."""
         self._stopping.set()
+        self._wanted.set()
+        self._kill_worker()
+
+    def _kill_worker(self) -> None:
         if self._worker is not None:
             self._worker.hang_up()
             self._worker.kill()
+
+    # --- whether it is in memory
+
+    @property
+    def busy(self) -> bool:
+        """It has evaluations to do."""
+        return self.queue > 0
+
+    @property
+    def queue(self) -> int:
+        """Evaluations that wait or are under way."""
+        return self.scheduler.waiting + len(self.scheduler.running)
+
+    @property
+    def wanted(self) -> bool:
+        """It shall be in memory, or come there."""
+        return self._wanted.is_set() and not self._stopping.is_set()
+
+    @property
+    def present(self) -> bool:
+        """Its device's memory is its own, or promised to it."""
+        return self.device is not None and not self._leaving and self.state is not State.FAILED
+
+    @property
+    def idle_seconds(self) -> float:
+        """How long it has had nothing to do."""
+        return 0.0 if self.busy else time.perf_counter() - self._last_use
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since it began to load, or to wait for room."""
+        return time.perf_counter() - self._loading_since
+
+    def load(self) -> None:
+        """Come into memory, if it is not there."""
+        self._last_use = time.perf_counter()
+        self._wanted.set()
+
+    def unload(self) -> None:
+        """Leave memory, until somebody asks for it again; `vacated` says when it is done."""
+        self._wanted.clear()
+        if not self._vacant.is_set():
+            self._leaving = True
+            self._kill_worker()
+        if self.state is not State.FAILED:
+            self._set_state(State.COLD)
+
+    @property
+    def ended(self) -> bool:
+        """It has no worker and will have none."""
+        return self._task.done()
+
+    async def vacated(self) -> None:
+        """Until it has no worker."""
+        await self._vacant.wait()
+
+    def give_up(self, error: RootstockError) -> None:
+        """Tell all who wait for an evaluation that it won't be done."""
+        for evaluation in self.scheduler.clear():
+            evaluation.owner.evaluated(error)
+
+    def sample(self) -> None:
+        """Look at how fast it is."""
+        now = time.perf_counter()
+        under_way = now - self._sent if self.scheduler.running else 0.0
+        self.pace.sample(now, self.evaluations, self._computed + under_way, self.queue)
 
     # --- evaluations
 
@@ -165,6 +320,7 @@ class Supervisor:
     def _dispatch(self) -> None:
         worker = self._worker
         if worker is None or not worker.usable or self.state is not State.READY:
+            self._wanted.set()
             return
         batch = self.scheduler.next_batch()
         if not batch:
@@ -237,9 +393,13 @@ class Supervisor:
             self._dispatch()  # first the device, then the answers
         self.batches += 1
         self.evaluations += len(batch)
+        self._computed += seconds
+        self._last_use = self._sent + seconds
         for evaluation in batch:
             owner = evaluation.owner
             owner.evaluated(failures.get(owner.number) if failures else None)
+        if self._going:
+            self._let_go()
         if new or seconds > self._hang_limit.ordinary:
             sizes = [evaluation.atoms for evaluation in batch if evaluation.owner.number not in failures]
             self._hang_limit.learn(sum(sizes), max(sizes, default=0), seconds)
@@ -251,37 +411,77 @@ class Supervisor:
             for what in said.missing:
                 warn_once(f"workers are not wholly confined: {what} (SECURITY.md)")
         elif isinstance(said, Failure):
-            error = said.error
-            if isinstance(error, LimitError):
-                if largest := self._hang_limit.largest:
-                    error.message += f" The largest that this model has evaluated had {largest} atoms."
-                log.warning("model %s: %s", self.spec.name, error.message)
-            if kind == b"F":
-                self._failures[said.slot] = error
-            else:
-                self.error = error
+            self._failed(kind, said)
+        elif isinstance(said, Stage):
+            self.stage = said.stage
         else:
             self.info = said
-            where = f"{self.spec.device} in {self.spec.dtype} ({self.info.backend})"
+            where = f"{self.device} in {self.spec.dtype} ({self.info.backend})"
             if kind == b"R":
-                log.info("model %s is ready on %s", self.spec.name, where)
+                self._last_use = time.perf_counter()
+                self.load_seconds = self._last_use - self._loading_since
+                log.info("model %s is ready on %s after %.1f s", self.spec.name, where, self.load_seconds)
                 self._set_state(State.READY)
                 self._dispatch()
             if self.info.note:
                 log.warning("model %s on %s: %s", self.spec.name, where, self.info.note)
 
+    def _failed(self, kind: bytes, said: Failure) -> None:
+        """An evaluation has failed, or loading has."""
+        error = said.error
+        if isinstance(error, LimitError):
+            if kind == b"F" and (largest := self._hang_limit.largest):
+                error.message += f" The largest that this model has evaluated had {largest} atoms."
+            log.warning("model %s: %s", self.spec.name, error.message)
+        if kind == b"F":
+            self._failures[said.slot] = error
+        elif isinstance(error, LimitError):
+            self._shortage = error
+        else:
+            self.error = error
+
     # --- the worker's life
 
     async def _keep_warm(self) -> None:
-        """Start workers, one after another as they die, until the model is broken or no longer wanted."""
-        failed: list[End] = []
-        while not self._stopping.is_set():
-            self._set_state(State.LOADING)
-            end = await self._run_worker()
+        """Have a worker whenever it is wanted, until the model is broken or no longer wanted for good."""
+        while self.state is not State.FAILED:
+            self.device, self._leaving = None, False
+            self._vacant.set()
+            await self._wanted.wait()
             if self._stopping.is_set():
+                return
+            self._set_state(State.WAITING)
+            self._loading_since, self.refusal = time.perf_counter(), None
+            try:
+                launch = await self._landlord.admit(self)
+            except LimitError as error:
+                log.warning("%s", error.message)
+                self.refusal = error
+                self._wanted.clear()
+                self._set_state(State.COLD)
+                self.give_up(error)
+                continue
+            finally:
+                self.obstacle = ""
+            if launch is not None:
+                self._vacant.clear()
+                await self._stay(launch)
+        self._vacant.set()
+
+    async def _stay(self, launch: Launch) -> None:
+        """Start workers, one after another as they die."""
+        failed: list[End] = []
+        while not (self._stopping.is_set() or self._leaving):
+            self._set_state(State.LOADING)
+            end = await self._run_worker(launch)
+            if self._stopping.is_set() or self._leaving:
                 return
             failed = [*failed, end] if self.state is State.LOADING else []
             log.warning("the worker of %s ended: %s", self.spec.name, end.how)
+            if (shortage := self._shortage) is not None:
+                self._shortage, failed = None, []
+                if not await self._landlord.make_room(self):
+                    self.error = shortage
             if self.error is None and (
                 len(failed) >= MAX_FAILED_STARTS or sum(start.hung for start in failed) >= MAX_HUNG_STARTS
             ):
@@ -299,16 +499,19 @@ class Supervisor:
             self.restarts += 1
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), PAUSES[len(failed)])
+            launch = self._landlord.launch(self)
 
-    async def _run_worker(self) -> End:
+    async def _run_worker(self, launch: Launch) -> End:
         """One worker from its start to its end."""
+        self.stage, self._loading_since = "starting", time.perf_counter()
+        self.loaded_memory = self.memory = self.peak_memory = 0
         try:
             worker = self._worker = await WorkerProcess.start(
-                self.spec, self._python, self._environment, self._on_message
+                self.spec, launch.python, launch.environment, self._on_message, self._ration
             )
         except Exception as error:  # or the model would count as loading for ever
             return End(f"it could not be started: {error}", blamed=True)
-        if self._stopping.is_set():
+        if self._stopping.is_set() or self._leaving:
             worker.kill()
         watch = asyncio.create_task(self._watch(worker), name=f"watch {self.spec.name}")
         try:
@@ -370,13 +573,12 @@ class Supervisor:
 
     def _set_state(self, state: State) -> None:
         self.state = state
-        if state in (State.READY, State.FAILED):
+        if state in (State.READY, State.FAILED, State.COLD):
             self._settled.set()
 
     async def stop(self, error: RootstockError) -> None:
         """End the worker; what still waits is told `error`."""
-        for evaluation in self.scheduler.clear():
-            evaluation.owner.evaluated(error)
+        self.give_up(error)
         self._end_worker()
         await asyncio.wait([self._task], timeout=STOP_PATIENCE)
         if not self._task.done():

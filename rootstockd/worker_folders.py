@@ -28,8 +28,9 @@ _CACHES = {
     "TRITON_CACHE_DIR": "triton",
     "TORCHINDUCTOR_CACHE_DIR": "inductor",
     "CUDA_CACHE_PATH": "cuda",
+    "MPLCONFIGDIR": "matplotlib",
 }
-"""Variables that tell compilers where to keep what they made."""
+"""Variables that tell compilers, and matplotlib, which MACE imports, where to keep what they made."""
 
 
 class WorkerFolders:

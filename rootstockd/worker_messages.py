@@ -38,11 +38,20 @@ class Confined(BaseModel):
     """All but what these say."""
 
 
-Said = Failure | Confined | EngineInfo
+class Stage(BaseModel):
+    """How far loading has come (`P`)."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    stage: Annotated[str, Field(max_length=100)]
+
+
+Said = Failure | Confined | Stage | EngineInfo
 _KINDS: dict[bytes, TypeAdapter[Said]] = {
     b"F": TypeAdapter(Failure),
     b"X": TypeAdapter(Failure),
     b"C": TypeAdapter(Confined),
+    b"P": TypeAdapter(Stage),
     b"R": TypeAdapter(EngineInfo),
     b"I": TypeAdapter(EngineInfo),
 }

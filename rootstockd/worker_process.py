@@ -20,6 +20,7 @@ import rootstockd
 from rootstockd.worker.engines import ModelSpec
 from rootstockd.worker.slots import Slot
 from rootstockd.worker_folders import WorkerFolders
+from rootstockd.worker_output import Ration, WorkerOutput
 
 MESSAGE_SIZE = 64 * 1024
 GRACE = 5.0
@@ -61,6 +62,7 @@ class WorkerProcess:
         channel: the daemon's end of its socket.
         listener: told each message: its first byte, and the rest.
         folders: where it may write, if it is confined.
+        output: what it prints.
     """
 
     def __init__(
@@ -69,8 +71,10 @@ class WorkerProcess:
         channel: socket.socket,
         listener: Listener,
         folders: WorkerFolders | None,
+        output: WorkerOutput,
     ) -> None:
         self._process, self._channel, self._listener, self._folders = process, channel, listener, folders
+        self._output = output
         self.attached: set[int] = set()
         """Numbers of the slots that it has."""
         self.usable = True
@@ -80,16 +84,19 @@ class WorkerProcess:
         """Why it was killed, if the daemon did it."""
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(channel, self.look)
+        output.follow(process.pid)
 
     @classmethod
     async def start(
-        cls, spec: ModelSpec, python: Path, environment: dict[str, str], listener: Listener
+        cls, spec: ModelSpec, python: Path, environment: dict[str, str], listener: Listener, ration: Ration
     ) -> WorkerProcess:
         """Start a worker that loads `spec`, with the Python of its environment; it says R when it is ready."""
         folders = WorkerFolders(spec) if spec.confine else None
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         process: asyncio.subprocess.Process | None = None
+        output: WorkerOutput | None = None
         try:
+            output = WorkerOutput(spec.name, ration)
             ours.setblocking(False)  # noqa: FBT003 - the socket module has no other way
             package = str(Path(rootstockd.__file__).parent.parent)
             arguments = ["-m", "rootstockd.worker", str(theirs.fileno()), json.dumps(dataclasses.asdict(spec))]
@@ -101,6 +108,8 @@ class WorkerProcess:
                 str(python),
                 *arguments,
                 stdin=asyncio.subprocess.DEVNULL,
+                stdout=output.theirs,
+                stderr=output.theirs,
                 pass_fds=[theirs.fileno()],
                 env={
                     **TUNING,
@@ -111,21 +120,30 @@ class WorkerProcess:
                 },
                 cwd="/",
             )
-            return cls(process, ours, listener, folders)
+            return cls(process, ours, listener, folders, output)
         except BaseException:
             ours.close()
             if process is not None:
                 process.kill()
+            if output is not None:
+                output.finish()
             if folders is not None:
                 folders.remove()
             raise
         finally:
             theirs.close()
+            if output is not None:
+                output.close_theirs()
 
     @property
     def pid(self) -> int:
         """Its process id."""
         return self._process.pid
+
+    @property
+    def scratch(self) -> Path | None:
+        """The folder that it may write to, if it is confined; gone when it has been waited for."""
+        return Path(self._folders.scratch) if self._folders else None
 
     def attach(self, number: int, slot: Slot, fields: dict[str, Any]) -> None:
         """Hand it a slot that it has not yet.
@@ -157,6 +175,7 @@ class WorkerProcess:
         self.usable = False
         self.hear_out()
         self.hang_up()  # what it started may live on, and have more to say
+        self._output.finish()
         if self._folders is not None:
             await asyncio.to_thread(self._folders.remove)
         return self._verdict if status == -signal.SIGKILL and self._verdict else ending(status)

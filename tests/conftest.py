@@ -32,6 +32,17 @@ MARK = "ROOTSTOCKD_TEST_DAEMON"
 EMBEDDED_MODEL = Path(str(resources.files("rootstockd.models").joinpath("embedded/mace-emt-small.model")))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_settings_of_this_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Neither this machine's catalogues and weights nor those of whoever runs the tests play a part."""
+    folder = tmp_path_factory.mktemp("settings")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ROOTSTOCKD_STATE", str(folder / "state"))
+        patch.setenv("ROOTSTOCKD_SITE", str(folder / "site"))
+        patch.setenv("XDG_CONFIG_HOME", str(folder / "config"))
+        yield
+
+
 def rootstockd(*arguments: str | Path, timeout: float = 120, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run the command as a user would, without raising for its exit status."""
     command = [sys.executable, "-m", "rootstockd", *map(str, arguments)]
@@ -103,6 +114,15 @@ class RunningDaemon:
         if self.processes() or self.socket.exists():  # it may have been started in another way
             self.run("stop", "--force")
         wait_for(lambda: not self.processes(), timeout=10)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def state_folder() -> Iterator[Path]:
+    """What models take in tests is nothing to remember for whoever runs them."""
+    with tempfile.TemporaryDirectory(prefix="rootstockd-state-") as folder:
+        os.environ["ROOTSTOCKD_STATE"] = folder
+        yield Path(folder)
+        del os.environ["ROOTSTOCKD_STATE"]
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,7 @@
 """The catalogue of models."""
 
+import importlib.util
+import os
 import re
 from pathlib import Path
 
@@ -67,8 +69,23 @@ def test_weights_need_their_sha256_which_is_told(write, tmp_path):
 
 @pytest.mark.parametrize("wrong", ["abc", "0" * 63, "0" * 65, "g" * 64, "0" * 64 + "\\n"])
 def test_a_sha256_that_is_none(write, wrong):
-    with pytest.raises(CatalogueError, match="model 'a': sha256: String should match"):
+    with pytest.raises(CatalogueError, match="model 'a': sha256: it has 64 hexadecimal digits"):
         Catalogue.load([write(f'[a]\nfamily = "mace"\nweights = "a.model"\nsha256 = "{wrong}"\n')])
+
+
+def test_weights_that_are_not_those_that_are_meant(write, tmp_path):
+    path = write(f'[a]\nfamily = "mace"\nweights = "a.model"\nsize = 4\n{PIN}')
+    assert Catalogue.load([path]).warnings() == [f"model 'a': there is no file {tmp_path}/a.model"]
+    (tmp_path / "a.model").write_bytes(b"abc")
+    assert Catalogue.load([path]).warnings() == [f"model 'a': {tmp_path}/a.model has 3 bytes, and its entry says 4"]
+    (tmp_path / "a.model").write_bytes(b"abcd")
+    assert Catalogue.load([path]).warnings() == []
+
+
+def test_hidden_models_are_not_suggested():
+    with pytest.raises(UnknownModelError) as caught:
+        Catalogue.load().resolve("nop")
+    assert "noop" not in str(caught.value)
 
 
 def test_aliases(write):
@@ -97,7 +114,7 @@ def test_the_nearest_names_are_suggested(write, name, suggested):
         catalogue.resolve(name)
     assert repr(name) in caught.value.message
     assert re.search(rf"Did you mean .*\b{suggested}\b.*\?", caught.value.hint)
-    assert "It has: emt, lj, mace-emt-small, proper." in caught.value.hint
+    assert "There are: chgnet, emt, lj, mace-emt-small, proper" in caught.value.hint
     with pytest.raises(KeyError):
         catalogue[name]
 
@@ -106,7 +123,7 @@ def test_a_name_like_none_gets_the_list():
     with pytest.raises(UnknownModelError) as caught:
         Catalogue.load().resolve("q" * 5000)
     assert "Did you mean" not in caught.value.hint
-    assert "It has: emt" in caught.value.hint
+    assert "There are: chgnet, emt" in caught.value.hint
     assert len(caught.value.message) < 200
 
 
@@ -139,3 +156,102 @@ def test_a_missing_file_is_named(tmp_path):
 def test_entries_can_not_be_changed():
     with pytest.raises(ValueError, match="frozen"):
         Entry(family="ase").family = "mace"
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    """Folders of the site, of the state and of the user, each with a catalogue that has `mine`."""
+    made = {"site": tmp_path / "site", "state": tmp_path / "state", "user": tmp_path / "config/rootstockd"}
+    monkeypatch.setenv("ROOTSTOCKD_SITE", str(made["site"]))
+    monkeypatch.setenv("ROOTSTOCKD_STATE", str(made["state"]))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    for name, folder in made.items():
+        folder.mkdir(parents=True)
+        (folder / "models.toml").write_text(f"[mine]\n{EMT}description = '{name}'\n[{name}]\n{EMT}")
+    return made
+
+
+def test_layers(places, write):
+    assert {"site", "state", "user", "emt"} <= set(Catalogue.load())
+    named = write(f"[mine]\n{EMT}description = 'named'\n")
+    assert Catalogue.load([named])["mine"].description == "named"
+    for name in ("user", "state", "site"):
+        catalogue = Catalogue.load()
+        assert catalogue["mine"].description == name
+        assert catalogue.origins["mine"] == places[name] / "models.toml"
+        (places[name] / "models.toml").unlink()
+    assert "mine" not in Catalogue.load()
+    assert Catalogue.load().origins["emt"].name == "catalogue.toml"
+
+
+@pytest.mark.parametrize("place", ["site", "state", "user"])
+@pytest.mark.parametrize("what", ["folder", "file"])
+def test_a_catalogue_that_others_could_write_is_refused(places, place, what):
+    path = places[place] / ("models.toml" if what == "file" else "")
+    path.chmod(path.stat().st_mode | 0o002)
+    with pytest.raises(CatalogueError, match=re.escape(f"all users may write to {path}")):
+        Catalogue.load()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+@pytest.mark.parametrize("place", ["site", "user"])
+def test_a_catalogue_of_somebody_else_is_refused(places, place, monkeypatch):
+    monkeypatch.delenv("ROOTSTOCKD_STATE")  # which says that another's is meant
+    os.chown(places[place] / "models.toml", 12345, -1)
+    with pytest.raises(CatalogueError, match=r"belongs to another user \(uid 12345\)"):
+        Catalogue.load()
+
+
+def test_a_named_catalogue_that_all_may_write(write):
+    path = write(f"[mine]\n{EMT}")
+    path.chmod(0o666)
+    with pytest.raises(CatalogueError, match="all users may write to it"):
+        Catalogue.load([path])
+
+
+def test_an_alias_of_a_later_file_goes_first(write):
+    first = write(f'[a]\n{EMT}aliases = ["best"]\n', "1.toml")
+    second = write(f'[b]\n{EMT}aliases = ["best"]\n', "2.toml")
+    assert Catalogue.load([first, second]).resolve("best")[0] == "b"
+    assert Catalogue.load([second, first]).resolve("best")[0] == "a"
+    with pytest.raises(CatalogueError, match="'best' is an alias of both 'a' and 'b'"):
+        Catalogue.load([write(f'[a]\n{EMT}aliases = ["best"]\n[b]\n{EMT}aliases = ["best"]\n')])
+
+
+def test_ranges_of_elements(write):
+    catalogue = Catalogue.load([write(f'[a]\n{EMT}elements = ["H-Li", "Cu", "Ac-Th"]\n')])
+    assert catalogue["a"].elements == ("H", "He", "Li", "Cu", "Ac", "Th")
+    with pytest.raises(CatalogueError, match="there is no element H-Qq"):
+        Catalogue.load([write(f'[a]\n{EMT}elements = ["H-Qq"]\n')])
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", ".a", "", "a b", "é", "a" * 101])
+def test_names_that_are_no_file_names(write, name):
+    with pytest.raises(CatalogueError, match="a name has letters, digits and"):
+        Catalogue.load([write(f"['{name}']\n{EMT}")])
+
+
+def test_what_is_said_of_the_models_that_come_with_the_package():
+    catalogue = Catalogue.load()
+    urls = [entry.url for entry in catalogue.values() if entry.url]
+    assert all(url.startswith("https://") for url in urls)
+    for name, entry in catalogue.items():
+        assert entry.description, name
+        assert entry.licence, name
+        assert entry.hidden or entry.elements or entry.url or name == "lj", name
+        if entry.url:
+            assert entry.computes and entry.citation, name
+        if entry.licence == "ASL":
+            assert entry.accept_licence and entry.licence_url, name
+    mp = catalogue["mace-mp-0-medium"].elements
+    assert len(mp) == 89
+    assert {"Po", "At", "Rn", "Fr", "Ra", "Am"}.isdisjoint(mp)
+
+
+def test_all_mace_models_that_mace_torch_names():
+    mace = importlib.util.find_spec("mace")
+    assert mace is not None and mace.origin is not None
+    source = Path(mace.origin).with_name("calculators") / "foundations_models.py"
+    named = set(re.findall(r'"(https://[^"]+\.model)"', source.read_text()))
+    assert len(named) == 24
+    assert named <= {entry.url for entry in Catalogue.load().values()}

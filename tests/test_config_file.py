@@ -6,7 +6,7 @@ import pytest
 
 from rootstockd.config_file import ConfigError, make_config
 
-DEFAULTS = {"socket": "/run/x/rootstockd.sock", "device": {"kind": "cpu"}}
+DEFAULTS = {"socket": "/run/x/rootstockd.sock", "devices": ["cpu"]}
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def test_flags_go_before_the_file_and_the_file_before_defaults(write):
     config = make_config({"max_atoms": 20, "models": None}, file, DEFAULTS)
     assert (config.max_atoms, config.models, config.batch_atoms) == (20, ("emt",), 7)
     assert config.socket == Path("/a/b.sock")
-    assert config.device.kind == "cpu"
+    assert config.devices[0].kind == "cpu"
     assert config.file == file
 
 
@@ -35,7 +35,12 @@ def test_flags_go_before_the_file_and_the_file_before_defaults(write):
         ("xyzzy = 3", "no setting 'xyzzy'; there are: "),
         ('max_atoms = "many"', "max_atoms: "),
         ("max_atoms = -1", "max_atoms: "),
-        ('[device]\nkind = "cpu"\nindx = 2', "no setting 'device.indx'; did you mean 'index'?"),
+        ('devices = ["cpu", "cuda:0"]', "devices: Value error, a daemon computes on CPUs or on GPUs, not on both"),
+        ('devices = ["cpu:1", "cpu:1"]', "devices: Value error, a device is named twice"),
+        ('devices = ["tpu"]', "devices.0.name: "),
+        ("devices = []", "devices: "),
+        ("keep_alive = -1", "keep_alive."),
+        ('keep_alive = "a while"', "keep_alive."),
         ("max_atoms = ", "config.toml: "),
         ("[access]\nuser = ['a']", "no setting 'access.user'; did you mean 'users'?"),
         ("[users.alice]\nsesions = 2", "no setting 'users.alice.sesions'; did you mean 'sessions'?"),

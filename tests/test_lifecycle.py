@@ -21,7 +21,7 @@ from ase.build import bulk
 from ase.calculators.emt import EMT
 
 from conftest import RunningDaemon, open_descriptors, rootstockd, wait_for
-from rootstock_client import ipi
+from rootstock_client import RootstockClient, ipi
 from rootstock_client.errors import ConnectionLostError, DaemonNotFoundError, DrainingError
 from rootstockd.cli.lifecycle import open_log
 
@@ -51,13 +51,30 @@ def test_status_for_people_and_for_programs(own_daemon: RunningDaemon) -> None:
     atoms.calc = own_daemon.client().calculator("emt")
     atoms.get_forces()
     shown = own_daemon.run("status").stdout
-    for words in ("ready on cpu", "emt", "float64", str(os.getpid())):
+    for words in ("ready on cpu", "emt", "float64", str(os.getpid()), str(own_daemon.model("emt")["pid"])):
         assert words in shown
     told = json.loads(own_daemon.run("status", "--json").stdout)
-    assert told["schema_version"] == 1
+    assert told["schema_version"] == 2
     assert told["models"][0]["evaluations"] == 1
     assert told["sessions"][0]["pid"] == os.getpid()
     assert told["sessions"][0]["natoms"] == 4
+
+
+def test_status_does_not_list_itself(runtime_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is a look at whether somebody answers a session, where the socket is looked for."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime_folder / "x"))
+    monkeypatch.delenv("ROOTSTOCKD_SOCKET", raising=False)
+    folder = runtime_folder / "x" / "rootstockd"
+    folder.mkdir(mode=0o700, parents=True)
+    daemon = RunningDaemon(folder)
+    daemon.start()
+    try:
+        for _ in range(20):
+            client = RootstockClient()
+            assert client.socket == daemon.socket
+            assert client.status()["sessions"] == []
+    finally:
+        daemon.stop()
 
 
 def test_stop_leaves_nothing(own_daemon: RunningDaemon) -> None:

@@ -7,6 +7,7 @@ import grp
 import json
 import os
 import pwd
+import re
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,8 @@ from typing import Any
 import pytest
 
 from conftest import RunningDaemon
+from rootstockd.control.limits import PACE
+from rootstockd.log_rate import MOST
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be several users")
 
@@ -59,6 +62,12 @@ print(json.dumps(answers), flush=True)
 sys.stdin.read()
 """
 COMMAND = "main(arguments)"
+MODELS = """
+try:
+    print(json.dumps([model["name"] for model in RootstockClient(arguments[0]).models()]))
+except RootstockError as error:
+    print(json.dumps(error.code))
+"""
 
 
 @pytest.fixture(scope="session")
@@ -138,6 +147,38 @@ def status_for(name: str, daemon: RunningDaemon) -> dict[str, Any]:
     return json.loads(out)
 
 
+ASKING = """
+import socket, time
+from rootstock_client.runtime_dir import control_socket
+kept = [socket.socket(socket.AF_UNIX) for _ in range(10)]
+for sock in kept:
+    sock.connect(str(control_socket(__import__("pathlib").Path(arguments[0]))))
+    sock.settimeout(0.5)
+refused = 0
+for sock in kept:
+    try:
+        refused += b"503" in sock.recv(4096)
+    except TimeoutError:
+        pass
+print(10 - refused, flush=True)
+sys.stdin.read()
+for sock in kept:
+    sock.close()
+start = time.monotonic()
+for _ in range(50):
+    RootstockClient(arguments[0]).models()
+print(time.monotonic() - start)
+"""
+
+
+def models_for(name: str, daemon: RunningDaemon) -> list[str] | str:
+    """The models that a user is told of, or an error's code."""
+    with as_user(name, MODELS, str(daemon.socket)) as process:
+        out, err = process.communicate(timeout=60)
+        assert out, err
+        return json.loads(out)
+
+
 def test_without_lists_a_daemon_is_its_owners_alone(start):
     daemon = start("")
     with job("rsd-alice", daemon) as answers:
@@ -157,7 +198,52 @@ def test_users_and_groups_may_use_it_and_others_may_not(start):
         assert isinstance(answer, float)
     with job("rsd-alice", daemon) as answers:
         assert answers == ["access-denied"]
-    assert "nobody-of-that-name" in daemon.log.read_text()
+    warning = "access.users: there is no user 'nobody-of-that-name' on this machine"
+    assert warning in daemon.log.read_text()
+    (daemon.folder.parent / "config.toml").write_text('[access]\nadmins = ["rsd-bob"]\ngroups = ["no-such-group"]\n')
+    assert "access.groups: there is no group 'no-such-group' on this machine" in daemon.run("reload").stdout
+    assert daemon.run("stop").returncode == 0
+    (daemon.folder.parent / "config.toml").write_text('[access]\nusers = ["rsd-carol", "nobody-of-that-name"]\n')
+    assert warning in daemon.run("start", "--device", "cpu", "--log-file", daemon.log, *daemon.options).stdout
+
+
+def test_whoever_may_use_it_may_see_its_models_and_themselves(start):
+    daemon = start('[access]\nusers = ["rsd-alice"]\nadmins = ["rsd-bob"]\n')
+    assert daemon.socket.with_suffix(".control").stat().st_mode & 0o777 == 0o666
+    with job("rsd-alice", daemon) as (answer,):
+        assert isinstance(answer, float)
+        assert "emt" in models_for("rsd-alice", daemon)
+        mine = status_for("rsd-alice", daemon)
+        assert [session["user"] for session in mine["sessions"]] == ["rsd-alice"] and mine["config"] is None
+        assert status_for("rsd-bob", daemon)["sessions"] == mine["sessions"]
+    assert models_for("rsd-carol", daemon) == "access-denied"
+    status, _, words = command_for("rsd-carol", daemon, "status")
+    assert status == 1 and "rsd-carol may not use this daemon" in words
+    status, _, words = command_for("rsd-alice", daemon, "stop")
+    assert status == 1 and "rsd-alice does not administer this daemon" in words
+    assert command_for("rsd-bob", daemon, "reload")[0] == 0
+    assert re.search(r"asked to reload by rsd-bob \(pid \d+\)$", daemon.log.read_text(), re.MULTILINE)
+    assert re.search(r"rsd-alice \(pid \d+\) may not ask to stop", daemon.log.read_text())
+
+
+def test_who_asks_without_end_waits_and_keeps_nobody_out(start):
+    daemon = start('[access]\nusers = ["rsd-alice"]\n')
+    with as_user("rsd-alice", ASKING, str(daemon.socket)) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "4\n"  # so many of its connections are taken
+        assert daemon.run("status").returncode == 0
+        out, err = process.communicate()
+        assert float(out) > 49 * PACE, err
+
+
+def test_many_who_are_refused_leave_a_line_now_and_then(start):
+    daemon = start('[access]\nusers = ["rsd-alice"]\n')
+    with job("rsd-carol", daemon, 100) as answers:
+        assert answers == ["access-denied"] * 100
+    log = daemon.log.read_text()
+    assert log.count("rsd-carol may not use this daemon") == MOST
+    with job("rsd-alice", daemon) as (answer,):
+        assert isinstance(answer, float)
 
 
 def test_a_group_of_the_socket_keeps_others_out_and_lets_its_members_ask(start):
@@ -194,9 +280,9 @@ def test_limits_are_a_users_own(start):
     daemon = start(f'[access]\ngroups = ["{GROUP}"]\n{limits}')
     with job("rsd-alice", daemon, 5) as answers:
         assert [isinstance(answer, float) for answer in answers] == [True] * 3 + [False] * 2
-        assert answers[3:] == ["full"] * 2
+        assert answers[3:] == ["user-limit"] * 2
         with job("rsd-bob", daemon, 7) as theirs:  # 4 atoms each: two sessions' worth
-            assert theirs[2:] == ["limit"] * 3 + ["full"] * 2
+            assert theirs[2:] == ["limit"] * 3 + ["user-limit"] * 2
             assert [isinstance(answer, float) for answer in theirs[:2]] == [True] * 2
     with job("rsd-alice", daemon, 2, 3) as answers:  # 108 atoms
         assert answers == ["limit"] * 2

@@ -15,10 +15,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 
 from conftest import RunningDaemon, wait_for
 from rootstock_client import RootstockClient
+from rootstockd.cli.lifecycle import devices_of
 from rootstockd.config import Config, Device
 from rootstockd.daemon import Daemon
 from rootstockd.sockets import AddressError, adopt
@@ -165,17 +167,17 @@ def test_sockets_of_another_process_are_not_taken() -> None:
 
 def test_a_daemon_that_answers_nobody_is_not_well(runtime_folder: Path, own_daemon: RunningDaemon) -> None:
     """Its loop turns, but nobody is let in, as somebody outside sees it."""
-    device = Device(kind="cpu")
+    devices = (Device(name="cpu"),)
     with held(runtime_folder):
-        deaf = Daemon(Config(socket=runtime_folder / "held.sock", device=device))
+        deaf = Daemon(Config(socket=runtime_folder / "held.sock", devices=devices))
         assert not asyncio.run(serves(deaf, 0.2))
     assert not asyncio.run(serves(deaf, 0.2))  # nor one without an address
-    well = Daemon(Config(socket=own_daemon.socket, device=device))
+    well = Daemon(Config(socket=own_daemon.socket, devices=devices))
     assert asyncio.run(serves(well, 20))
 
 
 def test_a_daemon_out_of_descriptors_is_not_ended_for_it(own_daemon: RunningDaemon) -> None:
-    well = Daemon(Config(socket=own_daemon.socket, device=Device(kind="cpu")))
+    well = Daemon(Config(socket=own_daemon.socket, devices=(Device(name="cpu"),)))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     asyncio.run(serves(well, 20))  # whatever it imports, it has
 
@@ -189,3 +191,14 @@ def test_a_daemon_out_of_descriptors_is_not_ended_for_it(own_daemon: RunningDaem
         assert asyncio.run(ask())
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_what_instances_are_called() -> None:
+    assert devices_of("0") == ("0", ())
+    assert devices_of("0:1") == ("0,1", ())
+    assert devices_of("GPU-5a:3") == ("GPU-5a,3", ())
+    assert devices_of("cpu") == (None, ("cpu",))
+    assert devices_of("auto") == (None, ("auto",))
+    for name in ("", "0:", "gpu0", "0-1"):
+        with pytest.raises(click.UsageError, match="neither GPUs"):
+            devices_of(name)

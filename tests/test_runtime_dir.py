@@ -68,6 +68,12 @@ def test_where_none_is_found_it_says_how_to_start_one(places):
     assert "ROOTSTOCKD_SOCKET" in caught.value.hint
 
 
+def test_one_that_this_process_had_is_found_while_it_is_away(places, monkeypatch):
+    monkeypatch.setattr(runtime_dir, "MET", {places[1] / "rootstockd.sock"})
+    assert find_socket() == places[1] / "rootstockd.sock"
+    assert put_socket(places[0]) == find_socket()  # but one that is there goes first
+
+
 def test_a_file_is_no_socket(places):
     for folder in places:
         (folder / "rootstockd.sock").write_text("")

@@ -5,7 +5,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from rootstockd.scheduler import GROW_AFTER, MAX_ATTEMPTS, MAX_BLAMED, Evaluation, Scheduler
+from rootstockd import worker_process
+from rootstockd.scheduler import GROW_AFTER, MAX_ATTEMPTS, MAX_BLAMED, MAX_EVALUATIONS, Evaluation, Scheduler
+from rootstockd.worker import loop
 
 BUDGET = 100
 
@@ -53,6 +55,14 @@ def test_nothing_waits():
 def test_batches_are_what_fits_in_order(atoms, batches):
     scheduler, _ = queue(*atoms)
     assert drain(scheduler) == batches
+
+
+def test_a_batch_fits_a_message():
+    scheduler = Scheduler[int](20_000)
+    for number in range(2 * MAX_EVALUATIONS + 5):
+        scheduler.submit(Evaluation(number, 1))
+    assert [len(batch) for batch in drain(scheduler)] == [MAX_EVALUATIONS, MAX_EVALUATIONS, 5]
+    assert len(b"E" + bytes(4 * MAX_EVALUATIONS)) <= min(loop.MESSAGE_SIZE, worker_process.MESSAGE_SIZE)
 
 
 def test_the_order_is_that_of_submission():

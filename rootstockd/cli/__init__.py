@@ -5,7 +5,9 @@ from __future__ import annotations
 import click
 
 import rootstockd
+from rootstockd.cli.fleet import load, unload
 from rootstockd.cli.lifecycle import reload, restart, start, stop
+from rootstockd.cli.models import models
 from rootstockd.cli.show import logs, status
 from rootstockd.cli.systemd import systemd
 
@@ -19,6 +21,7 @@ def main() -> None:
     rootstockd start --gpu 0        start a daemon (or --device cpu)
     rootstockd status               what it is doing
     rootstockd stop                 let it finish its work and end
+    rootstockd models list          which models there are, and which are here
 
     \b
     In a job:
@@ -27,5 +30,5 @@ def main() -> None:
     """  # noqa: D301 - click wants the character \\b itself
 
 
-for command in (start, stop, restart, reload, status, logs, systemd):
+for command in (start, stop, restart, reload, load, unload, status, logs, models, systemd):
     main.add_command(command)

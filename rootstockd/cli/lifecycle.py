@@ -42,8 +42,9 @@ from rootstockd.cli.units import is_systemd, unit_at
 from rootstockd.config import Config
 from rootstockd.config_file import ConfigError, make_config, read_again
 from rootstockd.control.schema import DaemonStatus, ReloadReport
-from rootstockd.devices import DeviceError, choose_device
+from rootstockd.devices import DeviceError, choose_devices, found_devices
 from rootstockd.models.catalogue import Catalogue, CatalogueError
+from rootstockd.models.store import located
 from rootstockd.peers import peer_of
 
 POLL = 0.05
@@ -53,8 +54,14 @@ FORCE_TIMEOUT = 5.0
 
 
 @click.command()
-@click.option("--gpu", type=click.IntRange(min=0), help="The GPU to use, as the driver numbers them.")
-@click.option("--device", type=click.Choice(["cpu", "auto"]), default="auto", help="cpu, or a GPU if there is one.")
+@click.option("--gpu", metavar="0,1,...", help="The GPUs to use: numbers, UUIDs of GPUs or MIG instances, or `all`.")
+@click.option(
+    "--device",
+    "names",
+    multiple=True,
+    metavar="NAME",
+    help="cpu, auto (a GPU if there is one), or the name of a device; may be given repeatedly.",
+)
 @click.option("--model", "models", multiple=True, metavar="NAME", help="Load this model now; may be given repeatedly.")
 @click.option(
     "--catalogue",
@@ -76,8 +83,8 @@ FORCE_TIMEOUT = 5.0
 @click.option("--foreground", is_flag=True, help="Stay in front, log to the terminal, end with Ctrl-C.")
 @click.option("--instance", metavar="NAME", help="The devices, as instances of systemd's units are named: 0, 0:1, cpu.")
 def start(
-    gpu: int | None,
-    device: str,
+    gpu: str | None,
+    names: tuple[str, ...],
     models: tuple[str, ...],
     catalogues: tuple[Path, ...],
     socket: Path | None,
@@ -90,16 +97,21 @@ def start(
 ) -> None:
     """Start a daemon; returns when it is ready."""
     if instance is not None:
-        gpu, device = device_of(instance)
-    if gpu is not None and device == "cpu":
-        raise click.UsageError("--gpu and --device cpu exclude each other.")
+        gpu, names = devices_of(instance)
+    names = tuple(name for name in names if name != "auto")
+    if gpu is not None and names:
+        raise click.UsageError("--gpu and --device exclude each other.")
     try:
-        chosen = choose_device(gpu=gpu, cpu=device == "cpu")
+        chosen = choose_devices(gpus=gpu, names=names)
     except DeviceError as error:
         raise Refused(error) from error
+    except ValueError as error:
+        raise click.UsageError(
+            f"{gpu or ', '.join(names)!r} names no device; names are cpu, cpu:1, cuda:1, and UUIDs (GPU-..., MIG-...)."
+        ) from error
     flags = {
         "socket": socket.absolute() if socket else None,
-        "device": chosen if gpu is not None or device == "cpu" else None,
+        "devices": chosen if gpu is not None or names else None,
         "models": models or None,
         "catalogues": catalogues or None,
         "log_file": log_file,
@@ -107,8 +119,9 @@ def start(
         "batch_atoms": batch_atoms,
     }
     try:
-        config = make_config(flags, file, {"socket": default_socket(), "device": chosen})
-    except ConfigError as error:
+        config = make_config(flags, file, {"socket": default_socket(), "devices": chosen})
+        found_devices(config.devices)
+    except (ConfigError, DeviceError) as error:
         raise Refused(error) from error
     if os.environ.get("LISTEN_PID") != str(os.getpid()) and (unit := unit_at(config.socket)):
         raise Refused(
@@ -118,8 +131,10 @@ def start(
     if config.log_file is None:
         config = config.model_copy(update={"log_file": default_log_file(config.socket)})
     if foreground:
-        from rootstockd.serve import StartError, serve  # imports what only a daemon needs  # noqa: PLC0415
+        # imports what only a daemon needs
+        from rootstockd.serve import StartError, serve, start_logging  # noqa: PLC0415
 
+        start_logging()
         try:
             serve(config)
         except StartError as error:
@@ -142,6 +157,8 @@ def stop(socket: Path | None, force: bool) -> None:
         end(address, force=force)
     except RootstockError as error:
         raise Refused(error) from error
+    if address.exists():
+        raise Refused("it has ended, but it was being restarted: stop its successor, too.")
     console.print("stopped")
 
 
@@ -177,30 +194,38 @@ def reload(socket: Path | None) -> None:
         raise Refused(error) from error
     report = ReloadReport.model_validate(answer)
     console.print("reloaded")
+    print_warnings(report.warnings)
     if report.restart_needed:
         console.print(
             f"changed, but only a restart takes them over: {', '.join(report.restart_needed)}", style="yellow"
         )
 
 
-def device_of(instance: str) -> tuple[int | None, str]:
-    """The device that an instance of systemd's units is named after, as --gpu and --device have it."""
+def devices_of(instance: str) -> tuple[str | None, tuple[str, ...]]:
+    """The devices that an instance of systemd's units is named after, as --gpu and --device have them."""
     if instance in {"cpu", "auto"}:
-        return None, instance
-    if not instance.isdecimal():
-        raise click.UsageError(f"the instance {instance!r} is neither the number of a GPU nor cpu nor auto.")
-    return int(instance), "auto"
+        return None, (instance,)
+    gpus = instance.split(":")
+    if not all(gpu.isdecimal() or gpu.startswith(("GPU-", "MIG-")) for gpu in gpus):
+        raise click.UsageError(f"the instance {instance!r} is neither GPUs (0, or 0:1, or a UUID) nor cpu nor auto.")
+    return ",".join(gpus), ()
+
+
+def print_warnings(warnings: list[str]) -> None:
+    """Print what a configuration has that can't be meant so."""
+    for warning in warnings:
+        console.print(warning, style="yellow", markup=False, soft_wrap=True)
 
 
 def check_startable(config: Config) -> None:
     """What a new daemon would say of its files.
 
     Raises:
-        CatalogueError, UnknownModelError, Refused: it could not start.
+        CatalogueError, UnknownModelError, ModelLoadError, Refused: it could not start.
     """
     catalogue = Catalogue.load(config.catalogues)
     for name in config.models:
-        catalogue.resolve(name)
+        located(*catalogue.resolve(name))
     if config.log_file is not None:
         prepare_log(config.log_file).close()
 
@@ -232,8 +257,11 @@ def launch(config: Config, *, after: int | None = None) -> None:
     try:
         status = wait_until_ready(process, config, position)
     except KeyboardInterrupt:
-        process.terminate()
-        process.wait()
+        if after is None:
+            process.terminate()
+            process.wait()
+        else:  # the one before it is on its way down
+            console.print("the restart goes on without this command; `rootstockd stop` calls it off")
         raise
     broken = [model for model in status.models if model.error]
     for model in broken:
@@ -242,10 +270,11 @@ def launch(config: Config, *, after: int | None = None) -> None:
         end(config.socket, force=True)
         process.wait()
         raise Refused("no model could be loaded, so the daemon was stopped again.")
+    print_warnings(status.warnings)
     loaded = [model.name for model in status.models if model.state == "ready"]
     name = loaded[0] if loaded else "mace-emt-small"
     console.print(
-        f"ready on {config.device}, models loaded: {', '.join(loaded) or 'none yet'}\n\n"
+        f"ready on {', '.join(map(str, config.devices))}, models loaded: {', '.join(loaded) or 'none yet'}\n\n"
         f"  from rootstock_client import RootstockClient\n"
         f'  atoms.calc = RootstockClient().calculator("{name}")\n\n'
         f"socket  {config.socket}\nlog     {config.log_file}",
@@ -306,6 +335,8 @@ def wait_until_ready(process: subprocess.Popen[bytes], config: Config, log_posit
     with config.log_file.open("rb") as log:
         log.seek(log_position)
         words = log.read().decode(errors="replace").strip()
+    if process.returncode == 0:
+        raise Refused("the daemon was stopped before it was ready.")
     # the command in the background has said why in its last line or lines
     reason = words.rpartition("Error: ")[2] if "Error: " in words else words
     raise Refused(reason or f"the daemon ended with exit status {process.returncode} and said nothing.")
@@ -359,6 +390,8 @@ def end(socket: Path, *, force: bool = False) -> None:
             limit = 0.0
         if not select.select([process], [], [], limit)[0]:
             try:
+                signal.pidfd_send_signal(process, 0)  # may we?
+                socket.unlink(missing_ok=True)  # or its successor would begin, where it is being restarted
                 signal.pidfd_send_signal(process, signal.SIGKILL)
             except PermissionError as error:
                 raise AccessDeniedError("the daemon does not end, and is not yours to kill.") from error

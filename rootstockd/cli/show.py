@@ -24,9 +24,14 @@ from rootstockd.cli.common import (
     socket_option,
 )
 from rootstockd.cli.units import unit_at
-from rootstockd.control.schema import DaemonStatus
+from rootstockd.control.schema import DaemonStatus, ModelStatus
 
-_STATE_COLOUR = {"ready": "green", "loading": "yellow", "starting": "yellow", "draining": "yellow", "failed": "red"}
+_STATE_COLOUR = {
+    "ready": "green",
+    "cold": "dim",
+    **dict.fromkeys(("waiting", "loading", "starting", "draining"), "yellow"),
+    "failed": "red",
+}
 _SHOWN_SESSIONS = 20
 
 
@@ -48,36 +53,14 @@ def status(socket: Path | None, as_json: bool) -> None:
 def show(daemon: DaemonStatus) -> None:
     """Print a status for people."""
     console.print(
-        f"rootstockd {daemon.version} [{_STATE_COLOUR[daemon.state]}]{daemon.state}[/] on {daemon.device}, "
+        f"rootstockd {daemon.version} [{_STATE_COLOUR[daemon.state]}]{daemon.state}[/] on {', '.join(daemon.devices)}, "
         f"pid {daemon.pid}, up {duration(time.time() - daemon.since)}, {daemon.evaluations} evaluations, "
         f"{megabytes(daemon.memory)}"
     )
-    models = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("model", "dtype", "state"):
-        models.add_column(heading, no_wrap=True)
-    for heading in ("sessions", "queue", "evaluations", "batch", "memory"):
-        models.add_column(heading, justify="right", no_wrap=True)
-    for model in daemon.models:
-        restarts = f", {model.restarts} restarts" if model.restarts else ""
-        models.add_row(
-            escape(model.name),
-            model.dtype,
-            f"[{_STATE_COLOUR[model.state]}]{model.state}[/]{restarts}",
-            str(model.sessions),
-            str(model.waiting),
-            str(model.evaluations),
-            f"{model.evaluations / model.batches:.1f}" if model.batches else "-",
-            megabytes(model.memory) if model.memory else "-",
-        )
-    console.print(models if daemon.models else "no model is loaded; the first session that asks for one loads it")
-    for model in daemon.models:
-        if model.error:
-            console.print(f"{model.name}: {model.error}", style="red", markup=False)
-        elif model.backend:
-            note = f"; {model.note}" if model.note else ""
-            console.print(
-                f"{model.name} {model.dtype}: {model.backend}{note}", style="yellow" if note else "dim", markup=False
-            )
+    if daemon.models:
+        show_models(daemon.models)
+    else:
+        console.print("no model is loaded; the first session that asks for one loads it")
     for why in sorted({why for model in daemon.models for why in model.unconfined}):
         names = ", ".join(model.name for model in daemon.models if why in model.unconfined)
         console.print(f"{names}: not wholly confined: {why}", style="yellow", markup=False)
@@ -85,6 +68,42 @@ def show(daemon: DaemonStatus) -> None:
         show_sessions(daemon)
     if daemon.other_sessions:
         console.print(f"{daemon.other_sessions} sessions of others")
+
+
+def show_models(models: list[ModelStatus]) -> None:
+    """Print the models, and what there is to say of each."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("model", "dtype", "state", "device"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("sessions", "queue", "evaluations", "per second", "batch", "pid", "memory", "last use"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for model in models:
+        restarts = f", {model.restarts} restarts" if model.restarts else ""
+        table.add_row(
+            escape(model.name),
+            model.dtype,
+            f"[{_STATE_COLOUR[model.state]}]{model.state}[/]{restarts}",
+            model.device or "-",
+            str(model.sessions),
+            str(model.waiting),
+            str(model.evaluations),
+            f"{model.rate:.1f}" if model.rate else "-",
+            f"{model.evaluations / model.batches:.1f}" if model.batches else "-",
+            str(model.pid or "-"),
+            megabytes(model.memory) if model.memory else "-",
+            "now" if model.idle < 1 else f"{duration(model.idle)} ago",
+        )
+    console.print(table)
+    for model in models:
+        if model.loading:
+            console.print(f"{model.name} {model.loading.text}", style="yellow", markup=False)
+        if model.error:
+            console.print(f"{model.name}: {model.error}", style="red", markup=False)
+        elif model.backend:
+            note = f"; {model.note}" if model.note else ""
+            console.print(
+                f"{model.name} {model.dtype}: {model.backend}{note}", style="yellow" if note else "dim", markup=False
+            )
 
 
 def show_sessions(daemon: DaemonStatus) -> None:

@@ -14,7 +14,7 @@ import click
 
 import rootstockd
 from rootstockd.cli.common import Refused, console, default_socket
-from rootstockd.cli.lifecycle import device_of
+from rootstockd.cli.lifecycle import devices_of
 from rootstockd.devices import gpu_names
 
 _SHIPPED_COMMAND = "/usr/bin/rootstockd"
@@ -66,7 +66,7 @@ def install(user: bool, instances: tuple[str, ...], dry_run: bool) -> None:
     place = Place.of(user=user)
     names = [name.replace(",", ":") for name in instances] or [str(i) for i in range(len(gpu_names()))] or ["cpu"]
     for name in names:
-        device_of(name)
+        devices_of(name)
     check_place(place)
     files = {**units(place), **defaults(place, names[0])}
     settings = place.settings / "rootstockd/rootstockd.toml"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import logging
+import math
 import os
 import socket
 from collections.abc import Generator
@@ -17,22 +20,36 @@ from fastapi.responses import Response
 import rootstockd
 from rootstock_client.errors import AccessDeniedError, RootstockError
 from rootstockd.config_file import ConfigError
-from rootstockd.control.limits import MAX_HEAD, REFUSALS, BoundedBody, BoundedProtocol, invalid_request
+from rootstockd.control.limits import MAX_HEAD, REFUSALS, BoundedBody, BoundedProtocol, Paced, invalid_request
 from rootstockd.control.schema import (
     CatalogueEntry,
     DaemonStatus,
+    LoadAnswer,
+    Loading,
+    LoadRequest,
     ModelStatus,
     ReloadReport,
     SessionStatus,
     StopRequest,
+    UnloadRequest,
 )
+from rootstockd.devices import process_memory
+from rootstockd.door import Door
+from rootstockd.log_rate import LogRate
 from rootstockd.models.catalogue import CatalogueError
+from rootstockd.models.store import is_here
 from rootstockd.peers import user_name
+from rootstockd.supervisor import State
 
 if TYPE_CHECKING:
     from rootstockd.daemon import Daemon
+    from rootstockd.fleet import Fleet
     from rootstockd.sessions import Session
     from rootstockd.supervisor import Supervisor
+
+
+log = logging.getLogger(__name__)
+log.addFilter(LogRate(log))
 
 
 def make_app(daemon: Daemon) -> FastAPI:
@@ -45,14 +62,6 @@ def make_app(daemon: Daemon) -> FastAPI:
         status = 403 if isinstance(error, AccessDeniedError) else 409
         return Response(error.to_json(), status, media_type="application/json")
 
-    def admin(request: Request) -> None:
-        uid = caller(request)
-        if not daemon.accounts.is_admin(uid):
-            raise AccessDeniedError(
-                f"{user_name(uid)} does not administer this daemon.",
-                "Only its own user, root, and those in access.admins of its configuration do.",
-            )
-
     @app.get("/v1/status")
     async def status(request: Request) -> DaemonStatus:
         """What the daemon is doing; of others' sessions only their number, unless an administrator asks."""
@@ -64,23 +73,26 @@ def make_app(daemon: Daemon) -> FastAPI:
             pid=os.getpid(),
             state=daemon.state,
             since=daemon.since,
-            device=str(daemon.config.device),
+            devices=[str(device) for device in daemon.fleet.devices],
             config=daemon.config if everything else None,
             memory=resident_memory(os.getpid()) or 0,
-            evaluations=sum(model.evaluations for model in daemon.fleet.values()),
+            evaluations=daemon.fleet.evaluations,
             models=[
-                model_status(model, str(daemon.config.device))
-                for model in [*daemon.fleet.values(), *daemon.retired]
-                if model.pid or not model.retired
+                model_status(model, daemon.fleet)
+                for model in daemon.fleet.workers()
+                if model.pid or model.clients or not model.retired
             ],
             sessions=[session_status(session) for session in shown],
             other_sessions=len(daemon.sessions) - len(shown),
+            warnings=daemon.warnings if everything else [],
         )
 
     @app.get("/v1/models")
     async def models() -> list[CatalogueEntry]:
         """What the daemon could load."""
-        states = {model.spec.name: model.state.value for model in daemon.fleet.values()}
+        states = daemon.fleet.states()
+        entries = dict(daemon.catalogue.items())
+        here = await asyncio.to_thread(lambda: {name for name, entry in entries.items() if is_here(name, entry)})
         return [
             CatalogueEntry(
                 name=name,
@@ -90,26 +102,63 @@ def make_app(daemon: Daemon) -> FastAPI:
                 elements=list(entry.elements),
                 dtype=entry.dtype,
                 licence=entry.licence,
-                state=states.get(name, "cold"),
+                state=states.get(name) or ("cold" if name in here else "to pull"),
             )
-            for name, entry in daemon.catalogue.items()
+            for name, entry in entries.items()
             if not entry.hidden
         ]
 
+    @app.get("/v1/loading")
+    async def loading(model: str | None = None) -> list[Loading]:
+        """Models that are not there yet, or the one of that name or alias, for whoever waits for it."""
+        entry = None if model is None else daemon.catalogue.name_of(model)
+        states = [loading_status(worker, daemon.fleet) for worker in daemon.fleet.workers()]
+        return [state for state in states if state is not None and entry in (None, state.name)]
+
+    _take_orders(app, daemon)
+    return app
+
+
+def _take_orders(app: FastAPI, daemon: Daemon) -> None:
+    """What administrators alone may ask for."""
+
+    async def admin(request: Request) -> None:
+        uid = caller(request)
+        if not daemon.accounts.is_admin(uid):
+            what = request.url.path.rpartition("/")[2]
+            about = f"requests of {user_name(uid)}"
+            log.warning("%s may not ask to %s", who(request), what, extra={"about": about})
+            raise AccessDeniedError(
+                f"{user_name(uid)} does not administer this daemon.",
+                "Only its own user, root, and those in access.admins of its configuration do.",
+            )
+
+    @app.post("/v1/load", status_code=202, dependencies=[Depends(admin)])
+    async def load(request: LoadRequest) -> LoadAnswer:
+        """Begin to load a model; status says when it is there."""
+        name, dtype = daemon.load(request.model, request.dtype)
+        return LoadAnswer(model=name, dtype=dtype)
+
+    @app.post("/v1/unload", status_code=202, dependencies=[Depends(admin)])
+    async def unload(request: UnloadRequest) -> None:
+        """Have a model leave memory."""
+        daemon.unload(request.model, request.dtype, force=request.force)
+
     @app.post("/v1/stop", status_code=202, dependencies=[Depends(admin)])
-    async def stop(request: StopRequest) -> None:
+    async def stop(asked: StopRequest, request: Request) -> None:
         """Drain and end."""
-        daemon.stop(force=request.force, replaced=request.replaced)
+        how = " at once" if asked.force else " for a restart" if asked.replaced else ""
+        log.info("asked to stop%s by %s", how, who(request))
+        daemon.stop(force=asked.force, replaced=asked.replaced)
 
     @app.post("/v1/reload", dependencies=[Depends(admin)])
-    async def reload() -> ReloadReport:
+    async def reload(request: Request) -> ReloadReport:
         """Read the configuration and the catalogues again."""
+        log.info("asked to reload by %s", who(request))
         try:
-            return ReloadReport(restart_needed=daemon.reload())
+            return ReloadReport(restart_needed=daemon.reload(), warnings=daemon.warnings)
         except (ConfigError, CatalogueError) as error:
             raise RootstockError(f"nothing was changed: {error}") from error
-
-    return app
 
 
 def caller(request: Request) -> int:
@@ -118,25 +167,53 @@ def caller(request: Request) -> int:
     return int(request.client.host)
 
 
-def model_status(model: Supervisor, device: str) -> ModelStatus:
-    """A model as status shows it."""
-    return ModelStatus(
+def who(request: Request) -> str:
+    """Whoever asks, in words."""
+    assert request.client is not None
+    return f"{user_name(caller(request))} (pid {request.client.port})"
+
+
+def loading_status(model: Supervisor, fleet: Fleet) -> Loading | None:
+    """How far a model has come that is not there yet; None for others."""
+    if model.state not in (State.WAITING, State.LOADING):
+        return None
+    return Loading(
         name=model.spec.name,
-        device=device,
         dtype=model.spec.dtype,
         state=model.state.value,
-        error=str(model.error) if model.error else None,
+        stage=model.stage if model.state is State.LOADING else "",
+        elapsed=model.elapsed,
+        expected=fleet.expected_seconds(model),
+        obstacle=model.obstacle,
+    )
+
+
+def model_status(model: Supervisor, fleet: Fleet) -> ModelStatus:
+    """A model as status shows it."""
+    why = model.error or model.refusal
+    keep_alive = fleet.keep_alive(model)
+    return ModelStatus(
+        name=model.spec.name,
+        device=str(model.device) if model.device else None,
+        dtype=model.spec.dtype,
+        state=model.state.value,
+        error=str(why) if why else None,
+        loading=loading_status(model, fleet),
         backend=model.info.backend if model.info else None,
         note=(model.info.note or None) if model.info else None,
         unconfined=model.unconfined,
         batch_atoms=model.scheduler.budget,
         pid=model.pid,
-        memory=resident_memory(model.pid) if model.pid else None,
-        sessions=model.clients,
+        memory=model.memory or (process_memory(model.pid) if model.pid and model.spec.device == "cpu" else None),
+        sessions=len(model.clients),
         waiting=model.scheduler.waiting,
         evaluations=model.evaluations,
         batches=model.batches,
         restarts=model.restarts,
+        rate=model.pace.rate,
+        load=model.pace.load,
+        idle=model.idle_seconds,
+        keep_alive=None if keep_alive == math.inf else keep_alive,
     )
 
 
@@ -164,12 +241,11 @@ def resident_memory(pid: int) -> int | None:
 
 
 class ControlServer(uvicorn.Server):
-    """uvicorn on the daemon's own loop and socket; signals stay the daemon's."""
+    """uvicorn on the daemon's own loop, with a door that outlasts whatever happens at it; signals stay the daemon's."""
 
     def __init__(self, daemon: Daemon, sock: socket.socket) -> None:
         config = uvicorn.Config(
-            BoundedBody(make_app(daemon)),
-            http=BoundedProtocol,
+            Paced(BoundedBody(make_app(daemon)), daemon.accounts),
             proxy_headers=False,  # they would change who asks
             ws="none",
             h11_max_incomplete_event_size=MAX_HEAD,
@@ -179,11 +255,24 @@ class ControlServer(uvicorn.Server):
         )
         config.timeout_graceful_shutdown = 1  # a request that never ends must not keep the daemon from ending
         super().__init__(config)
-        self._sock = sock
+        self._sock, self._accounts = sock, daemon.accounts
 
     async def run_until_stopped(self) -> None:
         """Serve until `should_exit` is set."""
-        await self.serve(sockets=[self._sock])
+        await self.serve(sockets=[])
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Open the door."""
+        await super().startup(sockets)
+        self._door = Door(self._sock, self._make_protocol)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close it, and end what is under way."""
+        self._door.close()
+        await super().shutdown(sockets)
+
+    def _make_protocol(self, _connection: socket.socket) -> BoundedProtocol:
+        return BoundedProtocol(self._accounts, self.config, self.server_state, self.lifespan.state)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:

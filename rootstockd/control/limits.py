@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
+import time
 from typing import TypeAlias
 
+import uvicorn
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
 
+from rootstock_client.errors import AccessDeniedError
+from rootstockd.accounts import Accounts
 from rootstockd.peers import peer_of
 
 MAX_BODY = 64 * 1024
 """Bytes of a request's body."""
 MAX_CONNECTIONS = 16
-"""Connections at a time; each takes a file descriptor from the sessions' reserve. Half are for whoever runs the daemon;
-one user has a quarter at most."""
+"""Connections at a time; each takes a file descriptor from the sessions' reserve. Half are for those who administer the
+daemon; any other user has a quarter at most."""
 MAX_HEAD = 16 * 1024
 """Bytes of a request's line and headers."""
 DEADLINE = 10.0
 """Seconds from a connection, or from the last answer on it, until the next one has been sent in full."""
+
+PACE = 0.02
+"""Seconds between two requests of a user who does not administer the daemon: each keeps the loop from steps."""
 
 Reason: TypeAlias = tuple[int, str]
 TOO_LARGE: Reason = (413, f"a request's body may have {MAX_BODY} bytes")
@@ -42,9 +49,20 @@ class BoundedProtocol(H11Protocol):
     """uvicorn's HTTP, with an end to connections that are too many or too slow.
 
     Its client has a uid, as the kernel tells it, for a host, and a process id for a port.
+
+    Args:
+        accounts: who may use and administer the daemon.
+        config, state, app_state: uvicorn's.
     """
 
+    def __init__(
+        self, accounts: Accounts, config: uvicorn.Config, state: ServerState, app_state: dict[str, object]
+    ) -> None:
+        super().__init__(config, state, app_state)
+        self._accounts = accounts
+
     _deadline: asyncio.TimerHandle | None = None
+    _refused = False
     uid = -1
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -53,21 +71,34 @@ class BoundedProtocol(H11Protocol):
         self.uid, self.client = peer.uid, (str(peer.uid), peer.pid)
         if self._too_many():
             status, why = TOO_MANY
-            body = json.dumps({"detail": why})
-            head = f"HTTP/1.1 {status} Service Unavailable\r\ncontent-type: application/json\r\nconnection: close\r\n"
-            transport.write(f"{head}content-length: {len(body)}\r\n\r\n{body}".encode())
+            self._refuse(f"{status} Service Unavailable", json.dumps({"detail": why}).encode())
             transport.close()
-            self._deadline = self.loop.call_later(1.0, transport.abort)
+            return
+        try:
+            self._accounts.check_may_use(peer)
+        except AccessDeniedError as error:
+            self._refuse("403 Forbidden", error.to_json())
             return
         self._deadline = self.loop.call_later(DEADLINE, transport.abort)
 
+    def _refuse(self, status: str, body: bytes) -> None:
+        """Say so, and listen to nothing: a socket closed on what the client says would lose it the answer."""
+        head = f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\nconnection: close\r\n"
+        self.transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+        self._refused = True
+        self._deadline = self.loop.call_later(1.0, self.transport.abort)
+
+    def data_received(self, data: bytes) -> None:
+        if not self._refused:
+            super().data_received(data)
+
     def _too_many(self) -> bool:
-        """Whether there are; root and the daemon's own user always have half of them, whatever others do."""
+        """Whether there are; those who administer the daemon always have half of them, whatever others do."""
         if len(self.connections) > MAX_CONNECTIONS:
             return True
-        privileged = {0, os.geteuid()}
-        others = [uid for uid in (getattr(c, "uid", -1) for c in self.connections) if uid not in privileged]
-        return self.uid not in privileged and (
+        is_admin = self._accounts.is_admin
+        others = [uid for uid in (getattr(c, "uid", -1) for c in self.connections) if not is_admin(uid)]
+        return not is_admin(self.uid) and (
             len(others) > MAX_CONNECTIONS // 2 or others.count(self.uid) > MAX_CONNECTIONS // 4
         )
 
@@ -81,6 +112,27 @@ class BoundedProtocol(H11Protocol):
             self._deadline.cancel()
             self._deadline = self.loop.call_later(DEADLINE, self.transport.abort)
         super().on_response_complete()
+
+
+class Paced:
+    """Lets a user's requests in one after another, and not too fast; those who administer the daemon at once.
+
+    Args:
+        app: the app.
+        accounts: who administers the daemon.
+    """
+
+    def __init__(self, app: ASGIApp, accounts: Accounts) -> None:
+        self._app, self._accounts = app, accounts
+        self._next: dict[int, float] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not self._accounts.is_admin(uid := int(scope["client"][0])):
+            now = time.monotonic()
+            turn = max(now, self._next.get(uid, now))
+            self._next[uid] = turn + PACE
+            await asyncio.sleep(turn - now)
+        await self._app(scope, receive, send)
 
 
 class BoundedBody:

@@ -2,23 +2,56 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, computed_field
 
 from rootstockd.config import Config
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Raised when a field changes its meaning or goes; new fields alone don't."""
 
 
-class ModelStatus(BaseModel):
-    """A model that is loaded, or was tried."""
+class Loading(BaseModel):
+    """A model that is not there yet, and why."""
 
     name: str
-    device: str
     dtype: str
     state: str
-    """loading, ready or failed."""
+    """waiting or loading."""
+    stage: str
+    """starting, imports, weights or checks; empty while it waits."""
+    elapsed: float
+    """Seconds since it began to load, or to wait."""
+    expected: float | None
+    """Seconds that loading took the last time, where that is known."""
+    obstacle: str
+    """What is in its way while it waits."""
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def text(self) -> str:
+        """The same in words."""
+        if self.obstacle:
+            return f"waits for memory: {self.obstacle}"
+        if self.state == "waiting":
+            return "is about to be loaded"
+        last = f", the last time it took {self.expected:.0f} s" if self.expected else ""
+        return f"is loading: {self.stage}, for {self.elapsed:.0f} s{last}"
+
+
+class ModelStatus(BaseModel):
+    """One worker of a model that is loaded, or that sessions have."""
+
+    name: str
+    device: str | None
+    """None while it is not in memory."""
+    dtype: str
+    state: str
+    """cold (loaded when somebody next asks), waiting (for room), loading, ready or failed."""
     error: str | None
+    """Why it is not there, though it was wanted."""
+    loading: Loading | None
     backend: str | None
     """What computes, with versions."""
     note: str | None
@@ -29,13 +62,21 @@ class ModelStatus(BaseModel):
     """The most atoms in one forward pass, as learnt so far."""
     pid: int | None
     memory: int | None
-    """Resident memory of the worker in bytes."""
+    """What the worker has of its device's memory in bytes; on a CPU its resident memory without slots."""
     sessions: int
     waiting: int
     """Evaluations in the queue."""
     evaluations: int
     batches: int
     restarts: int
+    rate: float
+    """Evaluations a second, in the last ten seconds."""
+    load: float
+    """The part of that time in which it computed."""
+    idle: float
+    """Seconds since it last had something to do."""
+    keep_alive: float | None
+    """Seconds that it may be idle until it goes; None where that has no end."""
 
 
 class SessionStatus(BaseModel):
@@ -62,7 +103,7 @@ class DaemonStatus(BaseModel):
     state: str
     """starting, ready or draining."""
     since: float
-    device: str
+    devices: list[str]
     config: Config | None
     """Its settings; administrators alone see them."""
     memory: int
@@ -73,6 +114,8 @@ class DaemonStatus(BaseModel):
     """One's own; an administrator's answer has all."""
     other_sessions: int
     """How many more there are."""
+    warnings: list[str] = Field(default_factory=list)
+    """What its configuration has that can't be meant so; administrators alone see it."""
 
 
 class CatalogueEntry(BaseModel):
@@ -86,7 +129,7 @@ class CatalogueEntry(BaseModel):
     dtype: str
     licence: str
     state: str
-    """cold, or the state of its worker."""
+    """cold, "to pull" where its weights are not on the machine, or the state of its worker."""
 
 
 class StopRequest(BaseModel):
@@ -100,8 +143,40 @@ class StopRequest(BaseModel):
     """Another daemon takes its place at once: leave the sockets, so that whoever comes in between knows to wait."""
 
 
+class LoadRequest(BaseModel):
+    """A model to load."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    model: str = Field(max_length=200)
+    dtype: Literal["float32", "float64"] | None = None
+    """The catalogue's choice if None."""
+
+
+class LoadAnswer(BaseModel):
+    """What is being loaded."""
+
+    model: str
+    """The catalogue's name."""
+    dtype: str
+
+
+class UnloadRequest(BaseModel):
+    """A model that shall leave memory."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    model: str = Field(max_length=200)
+    dtype: Literal["float32", "float64"] | None = None
+    """Whichever are there if None."""
+    force: bool = False
+    """Evaluations under way get an error; else the model stays if there are any."""
+
+
 class ReloadReport(BaseModel):
     """What came of reading the configuration again."""
 
     restart_needed: list[str]
     """Settings that have changed in the file and take effect with the next restart."""
+    warnings: list[str] = Field(default_factory=list)
+    """As in status."""

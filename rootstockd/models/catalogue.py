@@ -1,28 +1,42 @@
 """The catalogue: a name, what is behind it, and nothing that a client could choose beyond the name.
 
-Entries come from the package's own `catalogue.toml` and from files that whoever runs the daemon adds; a later file
-overrides an earlier one, entry by entry. Model files are code, so no client ever names one.
+Entries come from the package's own files, from the site's, from state directories, from the user's, and from those that
+whoever runs the daemon names; a later file overrides an earlier one, entry by entry. Model files are code, so no client
+ever names one, and a file that others could have written is refused.
 """
 
 from __future__ import annotations
 
 import difflib
 import hashlib
+import os
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from ase.data import atomic_numbers
+import platformdirs
+from ase.data import atomic_numbers, chemical_symbols
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 
 from rootstock_client.errors import UnknownModelError
+from rootstockd.config import KeepAlive
+from rootstockd.state_dir import StateError, check_trusted, state_dirs
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+
+SITE_VARIABLE = "ROOTSTOCKD_SITE"
+"""An environment variable: the site's folder of settings in place of `/etc/rootstockd`."""
+FILE_NAME = "models.toml"
+"""What the catalogue of a site, of a state directory and of a user is called in its folder."""
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
+"""What a model may be called: it is a file's name as well."""
 
 
 class CatalogueError(Exception):
@@ -45,12 +59,12 @@ class Entry(BaseModel):
     weights: Path | None = None
     url: str = ""
     """Where `rootstockd models pull` gets the weights; they then lie in a state directory."""
-    sha256: str = Field(default="", pattern=r"^([0-9a-fA-F]{64})?$")
+    sha256: str = ""
     """Of the weights, which are code: no other file is loaded."""
     size: int | None = Field(default=None, ge=0)
     """Of the weights in bytes, where it is known."""
     elements: tuple[str, ...] = ()
-    """Symbols of the elements it knows; empty where only the loaded model can say."""
+    """Symbols of the elements it knows, `H-Bi` for all from H to Bi; empty where only the loaded model can say."""
     heads: tuple[str, ...] = ()
     """Names of its heads, where it has several and they are known."""
     computes: tuple[str, ...] = ()
@@ -64,6 +78,8 @@ class Entry(BaseModel):
     """Whether the licence has to be accepted before the weights are pulled."""
     citation: str = ""
     """What to cite: a DOI, or a reference."""
+    keep_alive: KeepAlive | None = None
+    """How long it stays in memory after its last evaluation, in seconds or "forever", where it is not as for others."""
     aliases: tuple[str, ...] = ()
     hidden: bool = False
     """Not listed: for measuring and testing."""
@@ -72,44 +88,81 @@ class Entry(BaseModel):
     confine: bool = True
     """Whether its workers give away the rights that they need not (SECURITY.md)."""
 
+    @field_validator("sha256")
+    @classmethod
+    def _digits(cls, digest: str) -> str:
+        if digest and not re.fullmatch("[0-9a-fA-F]{64}", digest):
+            raise ValueError(
+                f"it has 64 hexadecimal digits, as `sha256sum` says them; this has {len(digest)} characters"
+            )
+        return digest
+
     @field_validator("elements")
     @classmethod
     def _known(cls, symbols: tuple[str, ...]) -> tuple[str, ...]:
-        if unknown := [symbol for symbol in symbols if symbol not in atomic_numbers]:
-            raise ValueError(f"there is no element {', '.join(unknown)}")
-        return symbols
+        found: list[str] = []
+        for text in symbols:
+            first, _, last = text.partition("-")
+            ends = [atomic_numbers.get(symbol) for symbol in (first, last or first)]
+            if None in ends:
+                raise ValueError(f"there is no element {text}")
+            found += chemical_symbols[ends[0] : ends[1] + 1]
+        return tuple(found)
 
 
 class Catalogue(Mapping[str, Entry]):
     """All models by name.
 
     Args:
-        entries: the entries by name. A name goes before an alias that is spelled the same.
+        layers: each file with its entries by name, the weakest first. A name goes before an alias that is spelled the
+            same, and an alias of a later file before that of an earlier one.
 
     Raises:
-        CatalogueError: two models have the same alias.
+        CatalogueError: two models of one file have the same alias.
     """
 
-    def __init__(self, entries: Mapping[str, Entry]) -> None:
-        self._entries = dict(entries)
+    def __init__(self, layers: Iterable[tuple[Path, Mapping[str, Entry]]]) -> None:
+        self._entries: dict[str, Entry] = {}
+        self.origins: dict[str, Path] = {}
+        """Which file each entry comes from."""
+        for path, entries in layers:
+            self._entries.update(entries)
+            self.origins.update(dict.fromkeys(entries, path))
         self._aliases: dict[str, str] = {}
-        for name, entry in self._entries.items():
-            for alias in set(entry.aliases) - set(self._entries):
-                if (other := self._aliases.setdefault(alias, name)) != name:
-                    raise CatalogueError(f"catalogue: {alias!r} is an alias of both {other!r} and {name!r}")
+        places = list(dict.fromkeys(self.origins.values()))
+        for name in sorted(self._entries, key=lambda name: places.index(self.origins[name])):
+            for alias in set(self._entries[name].aliases) - set(self._entries):
+                other = self._aliases.get(alias)
+                if other and self.origins[other] == self.origins[name]:
+                    raise CatalogueError(
+                        f"catalogue {self.origins[name]}: {alias!r} is an alias of both {other!r} and {name!r}"
+                    )
+                self._aliases[alias] = name
 
     @classmethod
     def load(cls, extra: Iterable[Path] = ()) -> Catalogue:
-        """The package's catalogue, with the entries of more files over it.
+        """The catalogue of whoever asks, with the entries of more files over it.
 
         Raises:
-            CatalogueError: a file is missing, is no TOML, or has an entry that is none.
+            CatalogueError: a file is missing, is no TOML, has an entry that is none, or could be written by others.
         """
-        builtin = Path(str(resources.files("rootstockd.models").joinpath("catalogue.toml")))
-        entries: dict[str, Entry] = {}
-        for path in (builtin, *extra):
-            entries.update(_read(path))
-        return cls(entries)
+        files = [*builtin_files(), *_standing_files()]
+        for path in extra:
+            _check_owner(path)
+            files.append(path)
+        return cls((path, read_catalogue(path)) for path in files)
+
+    def warnings(self) -> list[str]:
+        """Weights that can't be those that are meant. Whether they are is seen when they are loaded: it takes long."""
+        found = []
+        for name, entry in self._entries.items():
+            if entry.weights is None:
+                continue
+            if not entry.weights.is_file():
+                found.append(f"model {name!r}: there is no file {entry.weights}")
+            elif entry.size not in (None, size := entry.weights.stat().st_size):
+                found.append(f"model {name!r}: {entry.weights} has {size} bytes, and its entry says {entry.size}")
+        return found
 
     def __getitem__(self, name: str) -> Entry:
         return self._entries[self._aliases.get(name, name)]
@@ -120,24 +173,70 @@ class Catalogue(Mapping[str, Entry]):
     def __len__(self) -> int:
         return len(self._entries)
 
+    def name_of(self, name: str) -> str:
+        """The catalogue's own name for `name`, which may be an alias, or no name at all."""
+        return self._aliases.get(name, name)
+
     def resolve(self, name: str) -> tuple[str, Entry]:
         """The catalogue's own name for `name` (which may be an alias), and its entry.
 
         Raises:
             UnknownModelError: there is none; the hint has the nearest names.
         """
-        known = self._aliases.get(name, name)
+        known = self.name_of(name)
         if known in self._entries:
             return known, self._entries[known]
-        near = difflib.get_close_matches(name, [*self._entries, *self._aliases], n=3, cutoff=0.4)
+        shown = [name for name, entry in self._entries.items() if not entry.hidden]
+        aliases = [alias for alias, meant in self._aliases.items() if meant in shown]
+        near = difflib.get_close_matches(name, [*shown, *aliases], n=3, cutoff=0.4)
         hint = f"Did you mean {' or '.join(near)}? " if near else ""
+        here = sorted(name for name in shown if not self._entries[name].url)
         raise UnknownModelError(
-            f"this daemon has no model {name[:100]!r}.",
-            f"{hint}It has: {', '.join(sorted(name for name, entry in self._entries.items() if not entry.hidden))}.",
+            f"there is no model {name[:100]!r}.",
+            f"{hint}There are: {', '.join(here)}. `rootstockd models list` has those as well whose weights are to be "
+            "pulled first.",
         )
 
 
-def _read(path: Path) -> dict[str, Entry]:
+def builtin_files() -> list[Path]:
+    """The package's own, one a family."""
+    return sorted(Path(str(resources.files("rootstockd.models"))).glob("catalogue*.toml"))
+
+
+def user_file() -> Path:
+    """The user's own catalogue, which need not be there."""
+    return platformdirs.user_config_path("rootstockd") / FILE_NAME
+
+
+def _standing_files() -> list[Path]:
+    """Catalogues that nobody has to name: the site's, those of state directories, the user's; those that are there."""
+    site = Path(os.environ.get(SITE_VARIABLE) or "/etc/rootstockd") / FILE_NAME
+    try:
+        found = [site, *(folder / FILE_NAME for folder in reversed(state_dirs())), user_file()]
+        there = [path for path in found if os.path.exists(path)]  # False where one may not look
+        for path in there:
+            check_trusted(path.parent)
+            check_trusted(path)
+    except (StateError, OSError) as error:
+        raise CatalogueError(f"catalogue: {error}") from error
+    return there
+
+
+def _check_owner(path: Path) -> None:
+    """A file that was named is its user's choice, whoever owns it; but what all may write is nobody's choice."""
+    try:
+        if path.stat().st_mode & 0o002:
+            raise CatalogueError(f"catalogue {path}: all users may write to it, so it is not used: chmod o-w {path}")
+    except OSError as error:
+        raise CatalogueError(f"catalogue {path}: {error}") from error
+
+
+def read_catalogue(path: Path) -> dict[str, Entry]:
+    """The entries of one file.
+
+    Raises:
+        CatalogueError: it is missing, is no TOML, or has an entry that is none.
+    """
     try:
         with path.open("rb") as file:
             document = tomllib.load(file)
@@ -145,12 +244,19 @@ def _read(path: Path) -> dict[str, Entry]:
         raise CatalogueError(f"catalogue {path}: {error}") from error
     entries = {}
     for name, fields in document.items():
+        if not NAME.fullmatch(name):
+            raise CatalogueError(
+                f"catalogue {path}: model {name!r}: a name has letters, digits and . _ + - and begins with one of the "
+                "first two"
+            )
         try:
             entry = Entry.model_validate(fields)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "it"
-            raise CatalogueError(f"catalogue {path}: model {name!r}: {where}: {first['msg']}") from error
+            raise CatalogueError(
+                f"catalogue {path}: model {name!r}: {where}: {first['msg'].removeprefix('Value error, ')}"
+            ) from error
         if entry.weights is not None and not entry.weights.is_absolute():
             entry = entry.model_copy(update={"weights": path.parent / entry.weights})
         if entry.weights is not None and not entry.sha256:

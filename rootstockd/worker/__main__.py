@@ -5,6 +5,7 @@ without it the worker keeps its rights.
 """
 
 import contextlib
+import faulthandler
 import json
 import logging
 import os
@@ -19,8 +20,9 @@ from rootstockd.worker.memory import limit_memory
 if __name__ == "__main__":
     # a terminal's Ctrl-C is for the daemon, which then drains its workers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # into the daemon's log, whose lines look the same
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # the daemon reads what is printed, and has the time and the worker's name before each line of its log
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    faulthandler.enable()
     channel = socket.socket(fileno=int(sys.argv[1]))
     die_with_parent(channel)
     limit_memory()

@@ -16,6 +16,7 @@ E   int32 slots                                      evaluate these, as one batc
 to the daemon
 ----------------------------------------------------------------------------------------------------------------
 C   JSON: missing                                    it has given its rights away, but for what these texts say
+P   JSON: stage                                      loading has come so far (`stages`)
 R   JSON: EngineInfo                                 the model is loaded
 X   JSON: code, message, hint                        the model can't be loaded; the worker ends
 F   JSON: slot, code, message, hint                  this slot's evaluation failed
@@ -37,6 +38,7 @@ from typing import Any
 
 import numpy as np
 
+from rootstockd.worker import stages
 from rootstockd.worker.engines import (
     Engine,
     EngineBrokenError,
@@ -304,11 +306,20 @@ def send(channel: socket.socket, kind: bytes, fields: dict[str, Any]) -> None:
 
 def main(channel: socket.socket, spec: ModelSpec) -> int:
     """Load and serve; the process's exit status."""
+    stages.tell(lambda stage: send(channel, b"P", {"stage": stage}))
     try:
         engine = load_engine(spec)
     except BaseException as error:  # it may be somebody's code that calls sys.exit()
         print_error(error)
-        if not isinstance(error, EngineError):
+        cause = (error.__cause__ or error) if isinstance(error, EngineError) else error
+        if out_of_memory(cause):
+            text = shortage(cause) or describe(cause)
+            error = EngineError(
+                "limit",
+                f"model {spec.name!r} does not fit the device's memory: {text}.",
+                "See in `rootstockd status` what else is there, and `rootstockd unload` what is not needed.",
+            )
+        elif not isinstance(error, EngineError):
             error = EngineError(
                 "model-load",
                 f"model {spec.name!r} can't be loaded: {describe(error)}",

@@ -115,7 +115,6 @@ def attempts(victim: Path, theirs: str) -> dict[str, Callable[[], object]]:
         "file: linked": lambda: (os.link(victim, beside / "linked"), (beside / "linked").unlink()),
         "file: a link": lambda: ((beside / "link").symlink_to(victim), (beside / "link").unlink()),
         "file: a folder": lambda: ((beside / "folder").mkdir(), (beside / "folder").rmdir()),
-        "file: its log": lambda: Path("/proc/self/fd/1").open("ab").close(),
         "file: emptied": lambda: call(TRUNCATE, os.fsencode(victim), ctypes.c_long(0)),
         "file: its mode": lambda: victim.chmod(0o666),
         "file: opened by a child": lambda: in_a_child(f"open({os.fspath(victim)!r}, 'a')"),

@@ -15,10 +15,13 @@ import numpy as np
 from ase.calculators.calculator import Calculator, all_changes
 from ase.calculators.emt import EMT
 
-QUIET, SEGFAULT, ABORT, EXIT, LEAVE, SLEEP, LOOP, MEMORY, NAN, SLOW, NO_TEXT = range(11)
+QUIET, SEGFAULT, ABORT, EXIT, LEAVE, SLEEP, LOOP, MEMORY, NAN, SLOW, NO_TEXT, CHATTY, TALK_AND_DIE = range(13)
 """What an evaluation does; the height of the first atom in 100 Å says which (`behave`)."""
 SLOWLY = 1.0
 """Seconds that SLOW takes, with a right result."""
+CHATTER = 20_000
+"""Lines that CHATTY and TALK_AND_DIE print."""
+SLOW_TO_LOAD = 7.0
 _HEIGHT = 100.0
 
 
@@ -31,6 +34,17 @@ def _complain() -> None:
     raise ValueError(f"can't read {os.fsdecode(b'caf' + bytes([0xE9]))}.dat")
 
 
+def _chatter() -> None:
+    print("\x1b[2J" + 10_000 * "x")
+    for number in range(CHATTER):
+        print(f"chatter {number}")
+
+
+def _talk_and_die() -> None:
+    _chatter()
+    ctypes.string_at(0)
+
+
 _DEEDS: dict[int, Callable[[], Any]] = {
     SEGFAULT: lambda: ctypes.string_at(0),
     ABORT: os.abort,
@@ -40,6 +54,8 @@ _DEEDS: dict[int, Callable[[], Any]] = {
     LOOP: _loop,
     MEMORY: lambda: np.empty((2**50, 3)),
     NO_TEXT: _complain,
+    CHATTY: _chatter,
+    TALK_AND_DIE: _talk_and_die,
     SLOW: lambda: time.sleep(SLOWLY),
 }
 
@@ -70,7 +86,7 @@ class AtLoading(Hostile):
     """Misbehaves when it is made.
 
     Args:
-        what: segfault, kill, exit, hang or raise.
+        what: segfault, kill, exit, hang, slow, memory or raise.
         times: how often, counted in `counter`; after that all is well.
     """
 
@@ -90,5 +106,9 @@ class AtLoading(Hostile):
             os._exit(3)
         elif what == "hang":
             time.sleep(1e6)
+        elif what == "slow":
+            time.sleep(SLOW_TO_LOAD)
+        elif what == "memory":
+            raise MemoryError
         else:
             sys.exit("not today")

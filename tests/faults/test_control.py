@@ -30,11 +30,12 @@ def test_answers_are_what_the_schema_says() -> None:
     """Whatever schemathesis asks the app, of a daemon that does not run and can't be stopped."""
 
     async def make() -> Daemon:
-        return Daemon(Config(socket=Path("/nowhere/rootstockd.sock"), device=Device(kind="cpu")))
+        return Daemon(Config(socket=Path("/nowhere/rootstockd.sock"), devices=(Device(name="cpu"),)))
 
     daemon = asyncio.run(make())
     stopped: list[bool] = []
     daemon.stop = lambda *, force=False, replaced=False: stopped.append(force)  # type: ignore[method-assign]
+    daemon.load = lambda name, dtype=None: (name, dtype or "float64")  # type: ignore[method-assign]
     app = BoundedBody(make_app(daemon))
     uid = [0]
 

@@ -21,7 +21,13 @@ from ase.calculators.emt import EMT
 
 from conftest import RunningDaemon, wait_for
 from rootstock_client import RootstockClient, ipi
-from rootstock_client.errors import ConnectionLostError, DaemonFullError, DaemonNotFoundError, UnknownModelError
+from rootstock_client.errors import (
+    ConnectionLostError,
+    DaemonFullError,
+    DaemonNotFoundError,
+    UnknownModelError,
+    UserLimitError,
+)
 from rootstock_client.patience import Outage, patience_in_seconds
 
 
@@ -87,6 +93,37 @@ def test_a_first_connection_where_a_daemon_died_waits_a_little(own_daemon: Runni
     starting.start()
     atoms.get_forces()
     starting.join()
+
+
+def test_a_process_that_has_met_a_daemon_has_patience_for_new_calculators(own_daemon: RunningDaemon) -> None:
+    atoms = copper()
+    with own_daemon.client().calculator("emt") as atoms.calc:
+        before = atoms.get_forces()
+    own_daemon.stop()
+    atoms.calc = own_daemon.client().calculator("emt")
+    start = time.monotonic()
+    starting = threading.Timer(1.0, own_daemon.start)
+    starting.start()
+    np.testing.assert_array_equal(atoms.get_forces(), before)
+    assert time.monotonic() - start > 1.0
+    starting.join()
+    atoms.calc.close()
+
+
+def test_a_limit_of_ones_own_is_told_at_once(start_daemon, tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text("[limits]\nsessions = 1\n")
+    daemon = start_daemon("--config", str(tmp_path / "config.toml"))
+    atoms, second = copper(), copper()
+    atoms.calc, second.calc = (daemon.client().calculator("emt") for _ in range(2))
+    atoms.get_forces()
+    start = time.monotonic()
+    with pytest.raises(UserLimitError, match="has 1 sessions already, as many as one user may"):
+        second.get_forces()
+    assert time.monotonic() - start < 30  # of its 60 s
+    atoms.calc.close()
+    wait_for(lambda: not daemon.client().status()["sessions"])
+    second.get_forces()
+    second.calc.close()
 
 
 def test_a_daemon_without_the_model_is_not_waited_for(start_daemon, tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from rootstockd.worker import stages
+
 Array = np.ndarray
 """Any numpy array; a worker may run on a Python and a numpy too old for anything narrower."""
 
@@ -65,6 +67,8 @@ class EngineInfo:
     """What computes, with versions, for people."""
     note: str = ""
     """What people should know of it, such as why nothing faster computes."""
+    heads: tuple[str, ...] = ()
+    """Names of its heads, where it has several."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +180,7 @@ def load_engine(spec: ModelSpec) -> Engine:
     Raises:
         EngineError: it can't be loaded.
     """
+    stages.begin(stages.IMPORTS)
     try:
         module = importlib.import_module(f"{__name__}.{spec.family}")
     except ImportError as error:
@@ -184,5 +189,6 @@ def load_engine(spec: ModelSpec) -> Engine:
         else:
             hint = f"Install what the family {spec.family!r} needs beside the daemon."
         raise EngineError("model-load", f"model {spec.name!r}: {error}", hint) from error
+    stages.begin(stages.WEIGHTS)
     engine: Engine = module.load(spec)
     return engine

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from ase.data import chemical_symbols
 
+from rootstockd.worker import stages
 from rootstockd.worker.engines import (
     EngineBrokenError,
     EngineError,
@@ -26,7 +27,7 @@ from rootstockd.worker.engines import (
     read_weights,
 )
 from rootstockd.worker.engines import System as Wanted
-from rootstockd.worker.engines.mace import checks
+from rootstockd.worker.engines.mace import checks, safe
 from rootstockd.worker.engines.mace.radial import NotApplicableError
 from rootstockd.worker.engines.mace.reference import ReferenceBackend, System, mace
 from rootstockd.worker.failures import out_of_memory
@@ -76,6 +77,7 @@ class MaceEngine:
             elements=tuple(self._elements),
             backend=f"{(fast or reference).name} ({self._versions})",
             note=why,
+            heads=tuple(self._heads) if len(self._heads) > 1 else (),
         )
         if fast is not None:
             self._check_model(fast)
@@ -225,8 +227,10 @@ class MaceEngine:
         self.info = replace(self.info, backend=backend, note=text)
 
 
-def load(spec: ModelSpec) -> MaceEngine:
-    """Load a MACE model file.
+def load(spec: ModelSpec) -> MaceEngine | safe.Conversion:
+    """Load a MACE model file, a pickle or of the form that is not code (`safe`).
+
+    With the argument `convert` the model is written in that form and evaluates nothing.
 
     Raises:
         EngineError: the file is missing or is no MACE model, or the device is not there.
@@ -240,16 +244,24 @@ def load(spec: ModelSpec) -> MaceEngine:
     weights = read_weights(spec)
     dtype = {"float32": torch.float32, "float64": torch.float64}[spec.dtype]
     try:
-        # weights are code: the catalogue, which is the operator's, says which file this is, and what is in it
-        model = torch.load(io.BytesIO(weights), map_location=spec.device, weights_only=False)
+        if safe.is_safe(weights):
+            model = safe.from_safe(weights, spec.device)
+        else:
+            # weights are code: the catalogue, which is the operator's, says which file this is, and what is in it
+            model = torch.load(io.BytesIO(weights), map_location=spec.device, weights_only=False)
+        if spec.arguments.get("convert"):
+            return safe.convert(model, spec)
         model = model.to(device=spec.device, dtype=dtype)
         torch.set_default_dtype(dtype)
         for parameter in model.parameters():
             parameter.requires_grad = False
         reference = ReferenceBackend(model, spec.device)
+    except EngineError:
+        raise
     except Exception as error:
         text = f"model {spec.name!r}: {spec.weights} is not a MACE model that mace-torch {mace.__version__} can read"
         raise EngineError("model-load", f"{text}: {error}") from error
+    stages.begin(stages.CHECKS)
     fast, why = _accelerate(model, spec)
     return MaceEngine(model, spec, reference, fast, why)
 

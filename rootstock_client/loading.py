@@ -1,0 +1,34 @@
+"""Why a step waits: its model may not be in memory yet."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from urllib.parse import quote
+
+from rootstock_client.errors import RootstockError
+
+log = logging.getLogger("rootstock_client")
+
+TIMEOUT = 2.0
+"""Seconds that the daemon may take to say it."""
+
+
+def say_why(path: Path, init: bytes) -> None:
+    """Log what a daemon says of the model that a session waits for; nothing where it is at work, or does not say.
+
+    Args:
+        path: the daemon's session socket.
+        init: what the session was opened with.
+    """
+    from rootstock_client.client import request  # it needs this module's user itself  # noqa: PLC0415
+
+    try:
+        model = json.loads(init)["model"]
+        answer = request(path, "GET", f"/v1/loading?model={quote(model)}", timeout=TIMEOUT)
+        assert isinstance(answer, list)
+        for state in answer:
+            log.warning("rootstockd at %s: model %r %s; this job waits.", path, model, state["text"])
+    except (RootstockError, OSError, ValueError, LookupError, TypeError, AssertionError):
+        return  # the control socket may be closed to us, and the daemon of another version

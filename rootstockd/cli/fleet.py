@@ -1,0 +1,68 @@
+"""`load` and `unload`: which models are in memory."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import click
+
+from rootstock_client.client import request
+from rootstock_client.errors import RootstockError
+from rootstockd.cli.common import Refused, console, fetch_status, socket_in_use, socket_option
+from rootstockd.control.schema import LoadAnswer, ModelStatus
+
+POLL = 0.1
+
+dtype_option = click.option("--dtype", type=click.Choice(["float32", "float64"]), help="What it computes in.")
+
+
+@click.command()
+@click.argument("name")
+@dtype_option
+@socket_option
+def load(name: str, dtype: str | None, socket: Path | None) -> None:
+    """Load a model into memory; returns when it is there."""
+    address = socket_in_use(socket)
+    try:
+        answer = LoadAnswer.model_validate(request(address, "POST", "/v1/load", {"model": name, "dtype": dtype}))
+        model = _wait(address, answer.model, answer.dtype)
+    except RootstockError as error:
+        raise Refused(error) from error
+    console.print(f"{model.name} {model.dtype} is ready on {model.device}", markup=False)
+
+
+def _wait(address: Path, name: str, dtype: str) -> ModelStatus:
+    """Until a model is there, with a spinner that says how far it has come.
+
+    Raises:
+        Refused: it can't be loaded.
+    """
+    with console.status(f"loading {name}") as spinner:
+        while True:
+            found = [m for m in fetch_status(address).models if m.name == name and m.dtype == dtype]
+            for model in found:
+                if model.state == "ready":
+                    return model
+                if model.error:
+                    raise Refused(model.error)
+                if model.loading:
+                    spinner.update(f"{name} {model.loading.text}")
+            if not found:
+                raise Refused(f"model {name!r} has left memory again.")
+            time.sleep(POLL)
+
+
+@click.command()
+@click.argument("name")
+@dtype_option
+@click.option("--force", is_flag=True, help="Even if evaluations are under way, which get an error.")
+@socket_option
+def unload(name: str, dtype: str | None, force: bool, socket: Path | None) -> None:
+    """Have a model leave memory; sessions that ask for it again wait while it is loaded again."""
+    address = socket_in_use(socket)
+    try:
+        request(address, "POST", "/v1/unload", {"model": name, "dtype": dtype, "force": force})
+    except RootstockError as error:
+        raise Refused(error) from error
+    console.print(f"{name} is unloaded", markup=False)

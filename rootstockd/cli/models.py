@@ -1,0 +1,375 @@
+"""`models list|show|pull|add|remove|verify`: the catalogue, and the weights in the store."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+from rootstock_client.errors import RootstockError
+from rootstock_client.runtime_dir import find_socket
+from rootstockd.cli.common import Refused, console, fetch_status, socket_option
+from rootstockd.models import store
+from rootstockd.models.add import add as add_file
+from rootstockd.models.add import own_file, remove_entry
+from rootstockd.models.catalogue import Catalogue, CatalogueError, Entry
+from rootstockd.models.convert import with_safe_form
+from rootstockd.models.download import DownloadError
+from rootstockd.models.pull import Wishes
+from rootstockd.models.pull import pull as pull_weights
+from rootstockd.models.store import Stored, StoreError
+from rootstockd.state_dir import StateError
+
+MIRROR_VARIABLE = "ROOTSTOCKD_MIRROR"
+ERRORS = (CatalogueError, StoreError, StateError, DownloadError, RootstockError)
+
+catalogue_option = click.option(
+    "--catalogue",
+    "catalogues",
+    multiple=True,
+    type=click.Path(path_type=Path, resolve_path=True),
+    help="A TOML file of further models; may be given repeatedly.",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="For programs.")
+sha256_option = click.option("--sha256", default="", metavar="HEX", help="The checksum that the file must have.")
+
+
+@click.group()
+def models() -> None:
+    """Models: what there is, and the weights on this machine."""
+
+
+@models.command(name="list")
+@catalogue_option
+@json_option
+def list_(catalogues: tuple[Path, ...], as_json: bool) -> None:
+    """List the models of the catalogue, and which of them are here."""
+    with refused():
+        catalogue = Catalogue.load(catalogues)
+        rows = [(name, entry, state_of(name, entry)) for name, entry in catalogue.items() if not entry.hidden]
+        sizes = {name: size_of(name, entry) for name, entry, _ in rows}
+    if as_json:
+        click.echo(
+            json.dumps(
+                [
+                    {
+                        "name": name,
+                        "aliases": entry.aliases,
+                        "family": entry.family,
+                        "environment": entry.environment or entry.family,
+                        "state": state,
+                        "size": sizes[name],
+                        "licence": entry.licence,
+                        "description": entry.description,
+                    }
+                    for name, entry, state in rows
+                ],
+                indent=2,
+            )
+        )
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("model", "family", "state"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("size", justify="right", no_wrap=True)
+    table.add_column("licence", no_wrap=True)
+    for name, entry, state in sorted(rows):
+        size = sizes[name]
+        table.add_row(
+            escape(name),
+            entry.environment or entry.family,
+            state if state != "missing" else f"[red]{state}[/]",
+            megabytes(size) if size else "-",
+            escape(entry.licence.partition(":")[0]),
+        )
+    console.print(table)
+
+
+@models.command()
+@click.argument("name")
+@catalogue_option
+@json_option
+def show(name: str, catalogues: tuple[Path, ...], as_json: bool) -> None:
+    """Show all that is known of a model."""
+    with refused():
+        catalogue = Catalogue.load(catalogues)
+        name, entry = catalogue.resolve(name)
+        stored = store.weights_of(name, entry) if entry.url else store.find(name)
+        state = state_of(name, entry)
+    if as_json:
+        said = {
+            "name": name,
+            "from": str(catalogue.origins[name]),
+            "state": state,
+            **entry.model_dump(mode="json"),
+            "stored": stored.record.model_dump(mode="json") if stored else None,
+        }
+        if stored:
+            said["weights"] = str(stored.weights)
+        click.echo(json.dumps(said, indent=2))
+        return
+    for key, value in described(entry, stored).items():
+        if value:
+            console.print(f"[bold]{key:12}[/] {escape(value)}", soft_wrap=True)
+    console.print(f"[bold]{'state':12}[/] {state}")
+    console.print(f"[bold]{'entry':12}[/] {escape(str(catalogue.origins[name]))}", soft_wrap=True)
+
+
+def described(entry: Entry, stored: Stored | None) -> dict[str, str]:
+    """An entry for people, line by line."""
+    lines = {
+        "": entry.description,
+        "aliases": ", ".join(entry.aliases),
+        "family": entry.family,
+        "environment": entry.environment,
+        "arguments": json.dumps(entry.arguments) if entry.arguments else "",
+        "elements": f"{len(entry.elements)}: {' '.join(entry.elements)}" if entry.elements else "",
+        "heads": ", ".join(entry.heads),
+        "computes": ", ".join(entry.computes),
+        "dtype": entry.dtype,
+        "licence": entry.licence + (f" ({entry.licence_url})" if entry.licence_url else ""),
+        "cite": entry.citation,
+        "url": entry.url,
+        "weights": str(entry.weights or ""),
+        "sha256": entry.sha256,
+    }
+    if stored is None:
+        return lines
+    record = stored.record
+    return lines | {
+        "weights": str(stored.weights),
+        "sha256": f"{record.loaded.sha256}",
+        "original": f"{record.original.sha256}, {megabytes(record.original.size)}",
+        "source": f"{record.source}, {record.when}",
+        "pinned by": record.pinned,
+        "accepted": record.licence_accepted,
+        "form": record.note,
+    }
+
+
+@models.command()
+@click.argument("names", nargs=-1, required=True)
+@click.option(
+    "--mirror",
+    default="",
+    envvar=MIRROR_VARIABLE,
+    show_envvar=True,
+    help="A folder, or a URL to put before file names, to get the files from; nothing else is asked then.",
+)
+@sha256_option
+@click.option("--accept-licence", is_flag=True, help="Accept the licence, where one has to be.")
+@catalogue_option
+def pull(names: tuple[str, ...], mirror: str, sha256: str, accept_licence: bool, catalogues: tuple[Path, ...]) -> None:
+    """Get the weights of models; a pull that was cut off goes on where it was.
+
+    Proxies are those of HTTPS_PROXY and NO_PROXY.
+    """
+    if sha256 and len(names) > 1:
+        raise click.UsageError("--sha256 is for one model.")
+
+    def accept(entry: Entry) -> bool:
+        text = f"{entry.licence}{f' ({entry.licence_url})' if entry.licence_url else ''}"
+        if accept_licence:
+            return True
+        if not sys.stdin.isatty():
+            raise Refused(f"its licence has to be accepted first: {text}. Read it, and say --accept-licence.")
+        return click.confirm(f"The licence of these weights: {text}. Do you accept it?")
+
+    with refused():
+        catalogue = Catalogue.load(catalogues)
+        for name, entry in [catalogue.resolve(name) for name in names]:
+            with progress(name) as (say, bytes_):
+                wishes = Wishes(accept, say, bytes_, mirror, sha256)
+                stored = with_safe_form(name, entry, pull_weights(name, entry, wishes), say)
+            tell_pulled(name, stored)
+
+
+@contextlib.contextmanager
+def progress(name: str) -> Generator[tuple[Callable[[str], None], Callable[[int, int | None], None]], None, None]:
+    """A line of words and one for a bar, which comes with the first byte."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with contextlib.ExitStack() as stack:
+        bar = Progress(*columns, console=console, transient=True)
+        task = bar.add_task(name, total=None)
+
+        def report(done: int, total: int | None) -> None:
+            if not bar.live.is_started:
+                stack.enter_context(bar)
+            bar.update(task, completed=done, total=total)
+
+        yield (lambda text: bar.console.print(f"{name}: {text}", soft_wrap=True, markup=False)), report
+
+
+def tell_pulled(name: str, stored: Stored) -> None:
+    """What is there now."""
+    record = stored.record
+    console.print(f"{name} is here: {stored.weights}", soft_wrap=True, markup=False)
+    size = megabytes(record.original.size)
+    console.print(f"sha256 {record.original.sha256}, {size}, from {record.source}", soft_wrap=True, markup=False)
+    if record.pinned == "its first use":
+        console.print(
+            "Nobody had said which checksum is right: from now on it is this one. Compare it with what others have.",
+            style="yellow",
+        )
+    if record.note:
+        console.print(record.note, soft_wrap=True, markup=False)
+
+
+@models.command()
+@click.argument("name")
+@click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--family", required=True, help="The engine that evaluates it, such as mace.")
+@click.option("--environment", default="", help="The Python environment of its workers, if not that of the family.")
+@click.option("--dtype", type=click.Choice(["float32", "float64"]), default="float64", show_default=True)
+@click.option("--elements", default="", help="Symbols, separated by commas; the model itself says them if it can.")
+@click.option("--description", default="")
+@click.option("--licence", default="")
+@click.option("--citation", default="")
+@click.option("--alias", "aliases", multiple=True, help="Another name; may be given repeatedly.")
+@sha256_option
+def add(name: str, file: Path, sha256: str, elements: str, **fields: Any) -> None:
+    """Register a model file of your own, such as a fine-tune.
+
+    The file is copied, and loaded once in a worker that can do no harm.
+    """
+    said = {key: value for key, value in fields.items() if value}
+    if symbols := [symbol.strip() for symbol in elements.split(",") if symbol.strip()]:
+        said["elements"] = symbols
+    with refused():
+        entry = add_file(name, file, said, sha256, Catalogue.load(), lambda text: console.print(text, markup=False))
+    console.print(f"{name} is here: {entry.weights}\nsha256 {entry.sha256}", soft_wrap=True, markup=False)
+    for key, values in (("elements", entry.elements), ("heads", entry.heads)):
+        if values:
+            console.print(f"{key} {', '.join(values)}", soft_wrap=True, markup=False)
+    console.print(f"entry {own_file()}; a daemon that runs takes it over with `rootstockd reload`", soft_wrap=True)
+
+
+@models.command()
+@click.argument("name")
+@click.option("--force", is_flag=True, help="Even if the daemon uses it.")
+@socket_option
+def remove(name: str, force: bool, socket: Path | None) -> None:
+    """Remove what was added or pulled."""
+    with refused():
+        catalogue = Catalogue.load()
+        with contextlib.suppress(RootstockError):  # what the catalogue has no longer can be removed all the same
+            name, _ = catalogue.resolve(name)
+        folder = store.own_folder()
+        record = store.read_record(folder, name)
+        added = catalogue.origins.get(name) == own_file()
+        if record is None and not added:
+            raise Refused(nothing_to_remove(name, catalogue))
+        if (state := in_use(name, socket)) and not force:
+            raise Refused(
+                f"the daemon has {name} ({state}), and could not load it again. `rootstockd stop` first, or --force."
+            )
+        if added:
+            remove_entry(name, folder)
+        freed = store.remove(folder, name)
+    console.print(f"{name} was removed, {megabytes(freed)} are free again", markup=False)
+    if added:
+        console.print("a daemon that runs forgets it with `rootstockd reload`")
+
+
+def nothing_to_remove(name: str, catalogue: Catalogue) -> str:
+    """Why a model can't be removed."""
+    if name not in catalogue:
+        catalogue.resolve(name)
+    if stored := store.find(name):
+        return f"{name} is stored in {stored.folder}, which is not yours to change."
+    origin = catalogue.origins[name]
+    return f"there is nothing to remove: {name} was neither added nor pulled. Its entry stands in {origin}."
+
+
+def in_use(name: str, socket: Path | None) -> str:
+    """What the daemon that answers is doing with a model; empty if nothing."""
+    try:
+        daemon = fetch_status(find_socket(socket))
+    except RootstockError:
+        return ""
+    using = [model for model in daemon.models if model.name == name and model.state != "failed"]
+    return f"{using[0].state}, {sum(model.sessions for model in using)} sessions" if using else ""
+
+
+@models.command()
+@click.argument("names", nargs=-1)
+@catalogue_option
+def verify(names: tuple[str, ...], catalogues: tuple[Path, ...]) -> None:
+    """Compare stored weights, all or those of some models, with their checksums."""
+    bad = 0
+    with refused():
+        catalogue = Catalogue.load(catalogues)
+        chosen = {name for name, _ in map(catalogue.resolve, names)} if names else None
+        checks = {
+            (file.name, stored.folder): (name, stored.folder, file)
+            for name, stored in store.all_stored()
+            for file in stored.record.files
+        }
+        done: set[str] = set()
+        for name, folder, file in checks.values():
+            if chosen is None or name in chosen:
+                done.add(name)
+                bad += tell_verified(name, folder / file.name, store.damage(folder, file))
+        for name, entry in catalogue.items():
+            if entry.weights is not None and name not in done and (chosen is None or name in chosen):
+                done.add(name)
+                bad += tell_verified(name, entry.weights, store.wrong(entry.weights, entry.sha256.lower()))
+        if missing := sorted((chosen or set()) - done):
+            raise Refused(f"no weights are stored for {', '.join(missing)}.")
+    if bad:
+        raise Refused("`rootstockd models pull NAME` mends what was pulled; what was added is removed and added again.")
+
+
+def tell_verified(name: str, path: Path, damage: str) -> bool:
+    """Say what was found; whether it is bad."""
+    text = f"{name}: {damage}" if damage else f"{name}: {path} is as it should be"
+    console.print(text, style="red" if damage else None, soft_wrap=True, markup=False)
+    return bool(damage)
+
+
+def state_of(name: str, entry: Entry) -> str:
+    """Whether a model's weights are here: "here", "to pull", "missing", or "built in" where it has none of its own."""
+    if entry.weights is not None:
+        return "here" if entry.weights.is_file() else "missing"
+    if not entry.url:
+        return "built in"
+    stored = store.weights_of(name, entry)
+    if stored is None:
+        return "to pull"
+    return "here" if stored.weights.is_file() else "missing"
+
+
+def size_of(name: str, entry: Entry) -> int | None:
+    """Of a model's weights in bytes, if it is known."""
+    if entry.weights is not None and entry.weights.is_file():
+        return entry.weights.stat().st_size
+    stored = store.weights_of(name, entry) if entry.url else None
+    return stored.record.loaded.size if stored else entry.size
+
+
+def megabytes(size: int) -> str:
+    """Bytes, in MB."""
+    return f"{size / 1e6:.1f} MB"
+
+
+@contextlib.contextmanager
+def refused() -> Generator[None, None, None]:
+    """Errors that people can do something about, as the command's last words."""
+    try:
+        yield
+    except ERRORS as error:
+        raise Refused(error) from error

@@ -1,0 +1,529 @@
+"""Which models are in memory, on which device, and for how long.
+
+Models come when somebody asks for them, and go when nobody has for their `keep_alive`, when another needs their
+memory and they have nothing to do, or when an administrator says so. What they take is measured. A model with more to
+do than its device can get done has a second worker, a replica, on another that has little to do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rootstock_client.errors import EvaluationError, LimitError, RootstockError
+from rootstockd import placement
+from rootstockd.config import Config, Device, KeepAlive
+from rootstockd.devices import Memory, find_gpus, gpu_memory, process_memory
+from rootstockd.measured import Measured, Measurements
+from rootstockd.models.catalogue import Entry
+from rootstockd.placement import Room, Tenant
+from rootstockd.supervisor import STOP_PATIENCE, Launch, State, Supervisor
+from rootstockd.worker.engines import ModelSpec
+
+log = logging.getLogger(__name__)
+
+TICK = 1.0
+"""Seconds between looks at what all models do."""
+POLL = 0.1
+"""Seconds between looks whether there is room, while somebody waits for it."""
+QUIET = 5.0
+"""Seconds after its last evaluation in which a model with sessions does not go for another: drivers compute, too."""
+LONG = 3.0
+"""Evaluations of a worker, waiting and under way, that make its queue a long one."""
+LONG_FOR = 5
+"""Looks in a row at which a queue was long: then the model gets a replica, if there is room."""
+PAUSE = 60
+"""Looks until the next try after a replica could not be loaded."""
+REPLICA_IDLE = 60.0
+"""Seconds that a replica stays without work; less where `keep_alive` says so."""
+RESERVE = 0.05
+"""The part of a GPU's memory that models leave free, for whatever else its driver needs."""
+
+
+@dataclass(frozen=True)
+class WorkerKey:
+    """What makes a worker one's own: two sessions with different keys never share one."""
+
+    name: str
+    dtype: str
+    options: str = ""
+    """What else changes its numbers, as canonical JSON."""
+
+
+def spec_of(name: str, entry: Entry, dtype: str, device: str, *, confine: bool = True) -> ModelSpec:
+    """What a worker is to load.
+
+    Args:
+        name: the catalogue's name.
+        entry: what it has under that.
+        dtype: what to compute in.
+        device: `cpu` or `cuda`.
+        confine: whether workers give their rights away, if the entry has nothing against it.
+    """
+    weights = str(entry.weights or "")
+    confined = confine and entry.confine
+    return ModelSpec(name, entry.family, device, dtype, weights, entry.sha256.lower(), confined, entry.arguments)
+
+
+@dataclass
+class _Model:
+    """All workers of one key."""
+
+    spec: ModelSpec
+    keep_alive: KeepAlive | None
+    kept: bool
+    """It was loaded at the start."""
+    first: Supervisor
+    replicas: list[Supervisor] = field(default_factory=list)
+    hot_for: int = 0
+    """Looks in a row at which one of its workers had a long queue."""
+
+    @property
+    def workers(self) -> list[Supervisor]:
+        return [self.first, *self.replicas]
+
+
+class Fleet:
+    """All models of a daemon. It is the landlord of their supervisors.
+
+    Args:
+        config: the daemon's settings.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.devices: tuple[Device, ...] = config.devices
+        self._config = config
+        self._models: dict[WorkerKey, _Model] = {}
+        self._retired: list[Supervisor] = []
+        """What is to end, as the catalogue has something else under its name, or as it was a replica."""
+        self._evaluations = 0
+        """By models that are gone."""
+        self._measurements = Measurements()
+        self._gpus: dict[str, Memory | None] = {}
+        self._labels: dict[str, str] = {}
+        self._watching: asyncio.Task[None] | None = None
+
+    def begin(self, devices: tuple[Device, ...]) -> None:
+        """Have an eye on all models from now on, on these devices, which have been found."""
+        self.devices = devices
+        if devices[0].kind == "cuda":
+            names = {part.uuid: part.name for gpu in find_gpus() for part in (gpu, *gpu.instances)}
+            self._labels = {device.name: names.get(device.uuid, "cuda") for device in devices}
+            self._gpus = {device.name: gpu_memory(device.uuid) for device in devices}
+        self._watching = asyncio.create_task(self._watch(), name="fleet")
+
+    def apply(self, config: Config) -> None:
+        """Take over changed settings."""
+        self._config = config
+
+    async def stop(self, error: RootstockError) -> None:
+        """End all workers; what still waits is told `error`."""
+        if self._watching is not None:
+            self._watching.cancel()
+        await asyncio.gather(*(worker.stop(error) for worker in self.workers()))
+        if self._measurements.unsaved:
+            await asyncio.to_thread(self._measurements.save)
+
+    def workers(self) -> Iterator[Supervisor]:
+        """All supervisors, with those that are on their way out."""
+        for model in self._models.values():
+            yield from model.workers
+        yield from self._retired
+
+    @property
+    def evaluations(self) -> int:
+        """Done since the daemon began."""
+        return self._evaluations + sum(worker.evaluations for worker in self.workers())
+
+    def states(self) -> dict[str, str]:
+        """What the models are doing, by catalogue name."""
+        return {key.name: model.first.state.value for key, model in self._models.items()}
+
+    # --- models come and go
+
+    def open(self, name: str, entry: Entry, dtype: str, options: str = "", *, keep: bool = False) -> Supervisor:
+        """The worker of a model for one more session; the model is loaded if it is not yet.
+
+        Args:
+            name: the catalogue's name.
+            entry: what it has under that.
+            dtype: what to compute in.
+            options: what else changes its numbers.
+            keep: it is to stay.
+        """
+        key = WorkerKey(name, dtype, options)
+        spec = spec_of(name, entry, dtype, self.devices[0].kind, confine=self._config.confine)
+        model = self._models.get(key)
+        if model is not None and model.spec != spec:  # the catalogue has been changed since
+            self._retire(model.workers)
+            keep, model = keep or model.kept, None
+        if model is None:
+            model = self._models[key] = _Model(spec, entry.keep_alive, keep, self._supervisor(spec))
+        elif model.first.worth_replacing:
+            self._evaluations += model.first.evaluations
+            model.first = self._supervisor(spec)
+        model.keep_alive = entry.keep_alive
+        ready = [worker for worker in model.workers if worker.state is State.READY]
+        worker = min(ready, key=lambda worker: (round(worker.pace.queue), len(worker.clients)), default=model.first)
+        worker.load()
+        return worker
+
+    def unload(self, name: str, dtype: str | None = None, *, force: bool = False) -> None:
+        """Have a model leave memory. Sessions keep it, and wait for it to come back when they next ask.
+
+        Args:
+            name: the catalogue's name.
+            dtype: of which workers; of all if None.
+            force: evaluations under way are told that they won't be done.
+
+        Raises:
+            LimitError: it has evaluations under way.
+            RootstockError: it is not there.
+        """
+        models = {k: m for k, m in self._models.items() if k.name == name and dtype in (None, k.dtype)}
+        workers = [
+            worker
+            for model in models.values()
+            for worker in model.workers
+            if worker.wanted and worker.state is not State.FAILED
+        ]
+        what = f"model {name!r}" + (f" in {dtype}" if dtype else "")
+        if not workers:
+            raise RootstockError(f"{what} is not in memory.")
+        under_way = sum(worker.queue for worker in workers)
+        if under_way and not force:
+            raise LimitError(
+                f"{what} has {under_way} evaluations under way.",
+                "Wait for them, or use --force: they get an error, and whoever asks again has it loaded again.",
+            )
+        for worker in workers:
+            worker.give_up(
+                EvaluationError(
+                    f"model {name!r} was unloaded by an administrator during this evaluation.",
+                    "Ask again: it is then loaded again.",
+                )
+            )
+            self._unload(worker, "an administrator said so")
+        for model in models.values():
+            self._drop(model, model.replicas)
+
+    def keep_alive(self, worker: Supervisor) -> float:
+        """Seconds that a worker may have nothing to do until it goes; infinite where it stays."""
+        owner = self._owner(worker)
+        said = self._config.keep_alive if owner is None or owner.keep_alive is None else owner.keep_alive
+        seconds = math.inf if said == "forever" else said
+        if owner is not None and worker is not owner.first:
+            return min(REPLICA_IDLE, seconds)
+        return math.inf if owner is not None and owner.kept else seconds
+
+    def _unload(self, worker: Supervisor, why: str) -> None:
+        log.info("model %s leaves %s: %s", worker.spec.name, worker.device or "the queue", why)
+        self._remember(worker)
+        worker.unload()
+
+    def _supervisor(self, spec: ModelSpec) -> Supervisor:
+        config = self._config
+        return Supervisor(spec, self, config.batch_budget, config.hang_timeout, config.load_timeout)
+
+    def _retire(self, workers: Iterable[Supervisor]) -> None:
+        for worker in workers:
+            worker.retire()
+            self._retired.append(worker)
+
+    def _drop(self, model: _Model, replicas: list[Supervisor]) -> None:
+        """Have the sessions of some of a model's replicas go back to its first worker, and the replicas end."""
+        model.replicas = [replica for replica in model.replicas if replica not in replicas]
+        for replica in replicas:
+            for client in list(replica.clients):
+                client.move(model.first)
+            replica.hand_over(model.first, len(replica.clients))
+        self._retire(replicas)
+
+    # --- what supervisors need
+
+    async def admit(self, model: Supervisor) -> Launch | None:
+        began = time.monotonic()
+        while model.wanted:
+            need, rooms = self._need(model), self._rooms_for(model)
+            owner = self._owner(model)
+            if owner is not None and model is not owner.first:
+                taken = {worker.device for worker in owner.workers}
+                rooms = [room for room in rooms if self.devices[room.number] not in taken]
+                plan = placement.place_replica(need, rooms)
+                if plan is None:  # it is not needed so much that anybody should go or wait for it
+                    self._drop(owner, [model])
+                    return None
+            else:
+                plan = placement.place(need, rooms)
+            if plan is not None:
+                model.device = self.devices[plan.room]
+                await self._evict(model, [tenant.number for tenant in plan.evicted])
+                return self.launch(model) if model.wanted else None
+            model.obstacle = self._obstacle(model, need, rooms)
+            waited = time.monotonic() - began
+            if waited >= self._config.room_timeout or self._hopeless(model, rooms):
+                raise self._refusal(model, waited)
+            await asyncio.sleep(POLL)
+        return None
+
+    async def make_room(self, model: Supervisor) -> bool:
+        assert model.device is not None
+        if self._config.worker_memory is not None and model.device.kind == "cpu":
+            return False  # its own limit, which nobody else's end raises
+        number = self.devices.index(model.device)
+        first = placement.first_to_go(self._rooms_for(model)[number].tenants)  # it is loading and does not itself
+        if first is None:
+            return False
+        await self._evict(model, [first.number])
+        return True
+
+    def launch(self, model: Supervisor) -> Launch:
+        assert model.device is not None
+        return Launch(Path(sys.executable), self._config.worker_environment(model.device))
+
+    async def _evict(self, model: Supervisor, evicted: list[int]) -> None:
+        """Have others go for a model, and wait until all that leave its device have left."""
+        for worker in self.workers():
+            if id(worker) in evicted:
+                self._unload(worker, f"{model.spec.name} needs its memory")
+        leaving = [w for w in self.workers() if w.device == model.device and w is not model and not w.present]
+        if leaving:
+            waiting = [asyncio.create_task(worker.vacated()) for worker in leaving]
+            await asyncio.wait(waiting, timeout=STOP_PATIENCE)
+            for task in waiting:
+                task.cancel()
+            await self._measure()
+
+    def _refusal(self, model: Supervisor, waited: float) -> LimitError:
+        return LimitError(
+            f"model {model.spec.name!r}: no device has room for it"
+            f"{f', for {waited:.0f} s' if waited >= 1 else ''}: {model.obstacle}.",
+            "Try again when others have less to do; an administrator can `rootstockd unload` a model, or raise "
+            "device_memory.",
+        )
+
+    # --- memory
+
+    def _label(self, device: Device) -> str:
+        """The kind of device, for what is remembered."""
+        return self._labels.get(device.name, device.kind)
+
+    def _known(self, model: Supervisor) -> Measured | None:
+        device = model.device or self.devices[0]
+        return self._measurements.get(model.spec, self._label(device))
+
+    def expected_seconds(self, model: Supervisor) -> float | None:
+        """How long loading took the last time."""
+        known = self._known(model)
+        return model.load_seconds or (known.load_seconds if known else None)
+
+    def _need(self, model: Supervisor) -> int:
+        """Bytes to have free for it: what it grew to before, but no more than a device has; at least its weights."""
+        known = self._known(model)
+        if known is None:
+            return _file_size(model.spec.weights)
+        largest = max((math.inf if r.budget is None else r.budget for r in self._rooms()), default=math.inf)
+        return known.memory if known.memory <= largest else max(known.loaded, int(largest))
+
+    def _owner(self, worker: Supervisor) -> _Model | None:
+        return next((model for model in self._models.values() if worker in model.workers), None)
+
+    def _rooms_for(self, worker: Supervisor) -> list[Room]:
+        """The devices as they are for a model that is to load: what was to be kept does not go for what is, too."""
+        owner = self._owner(worker)
+        rooms = self._rooms()
+        return [placement.stays(room) for room in rooms] if owner is not None and owner.kept else rooms
+
+    def _hopeless(self, worker: Supervisor, rooms: list[Room]) -> bool:
+        """Whether there would be no room for it if all had gone that ever do."""
+        owner = self._owner(worker)
+        need, kept = self._need(worker), owner is not None and owner.kept
+        return all(need > room.left(kept=kept) for room in rooms)
+
+    def _rooms(self) -> list[Room]:
+        present: dict[str, list[Supervisor]] = {device.name: [] for device in self.devices}
+        for worker in self.workers():
+            if worker.present and worker.device is not None:
+                present[worker.device.name].append(worker)
+        kept = {id(worker) for model in self._models.values() if model.kept for worker in model.workers}
+        rooms = []
+        for number, device in enumerate(self.devices):
+            workers = present[device.name]
+            tenants = tuple(
+                Tenant(
+                    id(worker),
+                    self._taken(worker),
+                    -worker.idle_seconds,
+                    _may_go(worker),
+                    id(worker) in kept,
+                )
+                for worker in workers
+            )
+            load = sum(worker.pace.load for worker in workers)
+            rooms.append(Room(number, self._budget(device, tenants), load, tenants))
+        return rooms
+
+    def _taken(self, worker: Supervisor) -> int:
+        """Bytes that it has; while it loads, what it will have."""
+        return worker.memory if worker.state is State.READY and worker.memory else self._need_of_present(worker)
+
+    def _need_of_present(self, worker: Supervisor) -> int:
+        known = self._known(worker)
+        return max(worker.memory, known.memory if known else _file_size(worker.spec.weights))
+
+    def _budget(self, device: Device, tenants: tuple[Tenant, ...]) -> int | None:
+        """Bytes for all models on a device; other programs' on a GPU are not theirs."""
+        limit = self._config.device_memory
+        if (memory := self._gpus.get(device.name)) is None:
+            return limit
+        others = max(0, memory.total - memory.free - sum(tenant.memory for tenant in tenants))
+        there = int(memory.total * (1 - RESERVE)) - others
+        return there if limit is None else min(limit, there)
+
+    def _obstacle(self, model: Supervisor, need: int, rooms: list[Room]) -> str:
+        """What is in the way of a model, in words."""
+        texts = []
+        workers = {id(worker): worker for worker in self.workers()}
+        for room in rooms:
+            names = [
+                f"{workers[tenant.number].spec.name} ({tenant.memory / 1e6:.0f} MB"
+                f"{', has work' if not tenant.idle else ''})"
+                for tenant in room.tenants
+            ]
+            there = ", ".join(names) or "nothing"
+            texts.append(f"{self.devices[room.number]} has {(room.budget or 0) / 1e6:.0f} MB, with {there} there")
+        return f"{model.spec.name} needs {need / 1e6:.0f} MB; {'; '.join(texts)}"
+
+    def _remember(self, worker: Supervisor) -> None:
+        """What a worker took, for the next that loads its model."""
+        if worker.device is None or worker.load_seconds is None or not worker.loaded_memory:
+            return
+        measured = Measured(
+            loaded=worker.loaded_memory, memory=worker.peak_memory, load_seconds=round(worker.load_seconds, 2)
+        )
+        self._measurements.put(worker.spec, self._label(worker.device), measured)
+
+    async def _measure(self) -> None:
+        """Look at how much memory workers and devices have."""
+        workers = [(worker, worker.pid) for worker in self.workers() if worker.pid]
+        devices = [device for device in self.devices if device.kind == "cuda"]
+        gpus, resident = await asyncio.to_thread(_look, devices, [pid for _, pid in workers if pid])
+        self._gpus.update(gpus)
+        for worker, pid in workers:
+            if worker.pid != pid or pid is None or worker.device is None:
+                continue
+            gpu = self._gpus.get(worker.device.name)
+            taken = gpu.by_pid.get(pid, 0) if gpu else resident.get(pid, 0)
+            worker.memory = taken
+            worker.peak_memory = max(worker.peak_memory, taken)
+            if worker.state is State.READY and taken and not worker.loaded_memory:
+                worker.loaded_memory = taken
+                self._remember(worker)
+            known = self._known(worker)
+            if known is not None and worker.loaded_memory and worker.peak_memory > known.memory:
+                self._remember(worker)
+        if self._measurements.unsaved:
+            await asyncio.to_thread(self._measurements.save)
+
+    # --- once a second
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(TICK)
+            try:
+                await self._measure()
+                self._look_after()
+            except Exception:  # the next look may fare better, and models work without
+                log.exception("looking after the models failed")
+
+    def _look_after(self) -> None:
+        for worker in self.workers():
+            worker.sample()
+        for model in self._models.values():
+            self._spread(model)
+            self._expire(model)
+        for room in self._rooms():
+            self._shrink(room)
+        for worker in [worker for worker in self._retired if worker.ended]:
+            self._retired.remove(worker)
+            self._evaluations += worker.evaluations
+        for key, model in list(self._models.items()):
+            first = model.first
+            if first.state is State.COLD and not (first.clients or first.wanted or model.replicas or model.kept):
+                del self._models[key]
+                self._retire([first])
+
+    def _expire(self, model: _Model) -> None:
+        """Have workers go that nobody has used for long enough."""
+        idle = [replica for replica in model.replicas if replica.idle_seconds > self.keep_alive(replica)]
+        if idle:
+            log.info("model %s has little to do, and one worker less", model.spec.name)
+            self._drop(model, idle)
+        first = model.first
+        if first.state is State.READY and not model.replicas and first.idle_seconds > self.keep_alive(first):
+            self._unload(first, f"nobody has used it for {first.idle_seconds:.0f} s")
+
+    def _shrink(self, room: Room) -> None:
+        """Where models have grown to more than a device has for them, have some go that have nothing to do."""
+        if room.free >= 0:
+            return
+        numbers = [tenant.number for tenant in placement.to_evict(0, room) or ()]
+        for worker in self.workers():
+            if worker.state is State.READY and id(worker) in numbers:
+                self._unload(worker, f"models on {worker.device} take {-room.free / 1e6:.0f} MB more than they may")
+
+    def _spread(self, model: _Model) -> None:
+        """Share the work of a hot model out to the workers it has, or have one more."""
+        broken = [worker for worker in model.replicas if worker.state is State.FAILED]
+        gone = [worker for worker in model.replicas if not worker.wanted]
+        self._drop(model, broken + gone)
+        if broken:
+            model.hot_for = -PAUSE
+        elif model.hot_for < 0 or max(worker.pace.queue for worker in model.workers) >= LONG:
+            model.hot_for += 1
+        else:
+            model.hot_for = 0
+        if model.hot_for <= 0:
+            return
+        ready = [worker for worker in model.workers if worker.state is State.READY]
+        moved = placement.shift([round(worker.pace.queue) for worker in ready]) if len(ready) > 1 else None
+        if moved is not None:
+            source, target, count = moved
+            ready[source].hand_over(ready[target], count)
+            ready[source].pace.queue -= count
+            ready[target].pace.queue += count
+        elif model.hot_for >= LONG_FOR and len(ready) == len(model.workers):
+            self._replicate(model)
+
+    def _replicate(self, model: _Model) -> None:
+        taken = {worker.device for worker in model.workers}
+        rooms = [room for room in self._rooms() if self.devices[room.number] not in taken]
+        if placement.place_replica(self._need(model.first), rooms) is None:
+            return
+        log.info("model %s has more to do than %s can: it gets another worker", model.spec.name, model.first.device)
+        model.replicas.append(self._supervisor(model.spec))
+
+
+def _may_go(worker: Supervisor) -> bool:
+    """Whether its memory may be another's."""
+    quiet = 0.0 if not worker.clients else QUIET
+    return worker.state is State.READY and not worker.busy and worker.idle_seconds >= quiet
+
+
+def _look(devices: list[Device], pids: list[int]) -> tuple[dict[str, Memory | None], dict[int, int]]:
+    """What is in the memory of GPUs by name, and of processes."""
+    resident = {pid: process_memory(pid) or 0 for pid in pids}
+    return {device.name: gpu_memory(device.uuid) for device in devices}, resident
+
+
+def _file_size(path: str) -> int:
+    try:
+        return Path(path).stat().st_size if path else 0
+    except OSError:
+        return 0

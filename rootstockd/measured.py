@@ -1,0 +1,114 @@
+"""What models were seen to take, in memory and in time to load, kept from one daemon to the next."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import tempfile
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from rootstockd.state_dir import StateError, own_state, state_dirs
+from rootstockd.worker.engines import ModelSpec
+
+log = logging.getLogger(__name__)
+
+FILE = "measured.json"
+CHANGE = 0.05
+"""Measurements that differ by less are the same."""
+
+
+class Measured(BaseModel):
+    """Of one model on one kind of device."""
+
+    model_config = ConfigDict(frozen=True)
+
+    loaded: int = Field(ge=0)
+    """Bytes of the worker when the model was loaded."""
+    memory: int = Field(ge=0)
+    """Bytes that it grew to."""
+    load_seconds: float = Field(ge=0, allow_inf_nan=False)
+
+    def like(self, other: Measured) -> bool:
+        """Whether the two differ by no more than measurements do."""
+        pairs = zip(self.model_dump().values(), other.model_dump().values(), strict=True)
+        return all(abs(a - b) <= CHANGE * max(a, b) for a, b in pairs)
+
+
+_File = TypeAdapter(dict[str, Measured])
+
+
+class Measurements:
+    """All that is known, read when it is made. A file that is damaged is as good as none."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Measured] = {}
+        self._fresh: dict[str, Measured] = {}
+        """Not on disk yet."""
+        self._complained = False
+        try:
+            folders = state_dirs()
+        except (StateError, OSError) as error:
+            log.warning("what models took before is not known: %s", error)
+            folders = []
+        for folder in reversed(folders):
+            self._known.update(_read(folder / FILE))
+
+    def get(self, spec: ModelSpec, device: str) -> Measured | None:
+        """What is known of a model on a kind of device: `cpu`, or a GPU's name."""
+        return self._known.get(_key(spec, device))
+
+    def put(self, spec: ModelSpec, device: str, measured: Measured) -> None:
+        """It took so much."""
+        key = _key(spec, device)
+        if (known := self._known.get(key)) is None or not measured.like(known):
+            self._known[key] = self._fresh[key] = measured
+
+    @property
+    def unsaved(self) -> bool:
+        """Whether there is anything to save."""
+        return bool(self._fresh)
+
+    def save(self) -> None:
+        """Write what is new, whole or not at all, beside what others have written meanwhile. It may take its time."""
+        fresh, self._fresh = self._fresh, {}
+        path = own_state() / FILE
+        try:
+            path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+            content = _File.dump_json({**_read(path), **fresh}, indent=1)
+            fd, draft = tempfile.mkstemp(prefix=f".{FILE}-", dir=path.parent)
+            try:
+                with os.fdopen(fd, "wb") as file:
+                    file.write(content)
+                    os.fchmod(file.fileno(), 0o644)
+                Path(draft).replace(path)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    Path(draft).unlink()
+                raise
+        except OSError as error:  # a shared folder that is read alone, say: then it is known to this daemon alone
+            if not self._complained:
+                log.warning("what models take is not remembered: %s: %s", path, error.strerror)
+            self._complained = True
+
+
+def _key(spec: ModelSpec, device: str) -> str:
+    """All that may make a difference to what a model takes."""
+    what = {**dataclasses.asdict(spec), "device": device}
+    for indifferent in ("weights", "confine"):  # where the file lies, whose content is known
+        del what[indifferent]
+    return json.dumps(what, sort_keys=True)
+
+
+def _read(path: Path) -> dict[str, Measured]:
+    try:
+        return _File.validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValidationError) as error:
+        log.warning("%s can't be read and is left aside: %s", path, str(error).partition("\n")[0])
+        return {}

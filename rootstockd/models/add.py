@@ -1,0 +1,123 @@
+"""Models of one's own: a file is copied into the store, tried out, and named in the state directory's `models.toml`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import tomlkit
+from ase.data import chemical_symbols
+from pydantic import ValidationError
+
+from rootstockd.models import store
+from rootstockd.models.catalogue import FILE_NAME, NAME, Catalogue, Entry
+from rootstockd.models.convert import spec_of, with_safe_form
+from rootstockd.models.download import Say
+from rootstockd.models.pull import now
+from rootstockd.models.store import Record, Stored, StoreError
+from rootstockd.models.trial import try_out
+from rootstockd.state_dir import own_state
+
+
+def add(name: str, file: Path, fields: dict[str, Any], sha256: str, catalogue: Catalogue, say: Say) -> Entry:
+    """Register a model file.
+
+    Args:
+        name: what to call the model.
+        file: its weights.
+        fields: of its entry, without weights and checksum.
+        sha256: of the file, where the user knows it.
+        catalogue: what there is already.
+        say: told what people should know.
+
+    Raises:
+        StoreError: it can't be, or there is a model of this name.
+        RootstockError: it can't be loaded.
+    """
+    if not NAME.fullmatch(name):
+        raise StoreError(f"{name!r} can't be a model's name: letters, digits and . _ + - make one.")
+    if name in catalogue:
+        real, _ = catalogue.resolve(name)
+        raise StoreError(
+            f"there is a model {name!r} already, from {catalogue.origins[real]}. Choose another name"
+            + (f", or `rootstockd models remove {name}` first." if catalogue.origins[real] == own_file() else ".")
+        )
+    folder = store.own_folder()
+    with store.lock(folder / f"{name}.lock", lambda: say(f"{name} is being added already; waiting")):
+        store.remove(folder, name)  # what an `add` that was killed has left
+        try:
+            original = store.copy_in(file, folder, folder / f"{name}.copy", file.suffix)
+        except OSError as error:
+            raise StoreError(f"{file} can't be copied to {folder}: {error.strerror}.") from error
+        record = Record(original=original, source=str(file.absolute()), pinned="the user", when=now())
+        store.write_record(folder, name, record)
+        try:
+            if sha256 and original.sha256 != sha256.lower():
+                raise StoreError(f"{file} has the SHA-256 {original.sha256}, not {sha256}. It was not added.")
+            entry = _tried(name, _entry(name, folder, record, fields), say)
+            record = with_safe_form(name, entry, Stored(folder, record), say).record
+            entry = _entry(name, folder, record, entry.model_dump())
+            _write_entry(name, entry, folder)
+        except BaseException:
+            store.remove(folder, name)
+            raise
+    return entry
+
+
+def own_file() -> Path:
+    """The catalogue that `add` writes."""
+    return own_state() / FILE_NAME
+
+
+def _entry(name: str, folder: Path, record: Record, fields: dict[str, Any]) -> Entry:
+    try:
+        file = record.loaded
+        return Entry.model_validate({**fields, "weights": folder / file.name, "sha256": file.sha256, "size": file.size})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise StoreError(f"model {name!r}: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from error
+
+
+def _tried(name: str, entry: Entry, say: Say) -> Entry:
+    """The entry with what the loaded model says of itself where it left that open."""
+    say("loading it once, in a worker of its own")
+    info = try_out(spec_of(name, entry))
+    known = tuple(chemical_symbols[z] for z in info.elements if z < len(chemical_symbols))
+    if unknown := [symbol for symbol in entry.elements if known and symbol not in known]:
+        raise StoreError(f"model {name!r} does not know {', '.join(unknown)}. It knows {', '.join(known)}.")
+    heads = info.heads if len(info.heads) > 1 else ()
+    said = {"elements": entry.elements or known, "heads": heads, "computes": info.properties}
+    return entry.model_copy(update=said)
+
+
+# --- the file
+
+
+def _write_entry(name: str, entry: Entry, folder: Path) -> None:
+    fields = entry.model_dump(mode="json", exclude_defaults=True, exclude={"weights"})
+    assert entry.weights is not None
+    fields["weights"] = f"{folder.name}/{entry.weights.name}"  # relative, so that the state directory may be moved
+    with _edited(folder) as document:
+        document[name] = fields
+
+
+def remove_entry(name: str, folder: Path) -> bool:
+    """Take a model out of the file; whether it was there."""
+    with _edited(folder) as document:
+        return document.pop(name, None) is not None
+
+
+@contextlib.contextmanager
+def _edited(folder: Path) -> Generator[tomlkit.TOMLDocument, None, None]:
+    """The state directory's `models.toml`, to be changed; comments in it stay."""
+    path, part = folder.parent / FILE_NAME, folder / f"{FILE_NAME}.part"
+    with store.lock(folder / f"{FILE_NAME}.lock", lambda: None):
+        document = tomlkit.parse(path.read_text(encoding="utf-8") if path.exists() else _HEAD)
+        yield document
+        part.write_text(tomlkit.dumps(document), encoding="utf-8")
+        store.replace(part, path)
+
+
+_HEAD = "# Models of this state directory, as `rootstockd models add` wrote them.\n\n"

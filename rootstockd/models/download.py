@@ -1,0 +1,276 @@
+"""Getting a file over HTTP into a part file that a later call goes on with, whatever ended the earlier one.
+
+Beside the part file lies a note of where it comes from and of which version it is (ETag or Last-Modified). A server is
+asked for the rest of that very version (Range with If-Range); one that has another, or that knows no ranges, sends all
+of it, and then the part is written anew. Nothing here says that the bytes are the right ones: the caller hashes them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import random
+import re
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import requests
+from pydantic import BaseModel, ValidationError
+
+import rootstockd
+
+BLOCK = 1 << 14
+"""Bytes at a time: what came of a block that was cut off is lost."""
+ATTEMPTS = 6
+"""In a row without a byte more, until it is given up."""
+TIMEOUT = (15.0, 60.0)
+"""Seconds to connect, and to wait for the next bytes."""
+LONGEST_PAUSE = 30.0
+_SERVER_ERROR = 500
+Progress = Callable[[int, "int | None"], None]
+"""Told how many bytes there are, and how many there will be, where that is known."""
+Say = Callable[[str], None]
+"""Told what people should know meanwhile."""
+
+
+class DownloadError(Exception):
+    """A file that can't be had: which, why, and what to do now."""
+
+
+class _Again(Exception):
+    """It failed in a way that may pass.
+
+    Args:
+        why: how.
+        pause: seconds that the server asked for.
+    """
+
+    def __init__(self, why: str, pause: float = 0.0) -> None:
+        super().__init__(why)
+        self.pause = pause
+
+
+class _Origin(BaseModel):
+    """What a part file is part of."""
+
+    url: str
+    version: str
+    """A strong ETag or a Last-Modified, for If-Range; empty where the server gave neither."""
+
+
+@dataclass
+class _Part:
+    """The part file, and the note beside it."""
+
+    path: Path
+
+    @property
+    def note(self) -> Path:
+        return self.path.with_name(self.path.name + ".from")
+
+    @property
+    def size(self) -> int:
+        with contextlib.suppress(FileNotFoundError):
+            return self.path.stat().st_size
+        return 0
+
+    def version(self, url: str) -> str:
+        """Of what is there of `url`; empty where that can't be gone on with."""
+        try:
+            origin = _Origin.model_validate_json(self.note.read_bytes())
+        except (FileNotFoundError, ValidationError):
+            return ""
+        return origin.version if origin.url == url and self.size else ""
+
+    def begin(self, url: str, version: str) -> None:
+        """Note what comes now; nothing of it is there. The order keeps old bytes from passing for new ones."""
+        self.note.unlink(missing_ok=True)
+        self.path.write_bytes(b"")
+        self.note.write_text(_Origin(url=url, version=version).model_dump_json())
+
+    def discard(self) -> None:
+        self.note.unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)
+
+
+def download(
+    url: str,
+    path: Path,
+    *,
+    checksum_known: bool,
+    progress: Progress,
+    say: Say,
+    pause: float = 1.0,
+    timeout: tuple[float, float] = TIMEOUT,
+) -> None:
+    """Have all of `url` in `path`, beginning with what is there of it already.
+
+    Args:
+        url: what to get.
+        path: the part file. The caller holds a lock on it, and renames or removes it.
+        checksum_known: whether the caller can tell the right bytes. If not, a length has to be known.
+        progress: told of each block.
+        say: told of each failure that is waited out.
+        pause: seconds until the first new attempt; doubled for each further one.
+        timeout: seconds to connect, and to wait for the next bytes.
+
+    Raises:
+        DownloadError: it can't be had. What came of it stays in `path` if a later call may go on with it.
+    """
+    part = _Part(path)
+    failures, before = 0, part.size
+    with requests.Session() as session:
+        session.headers["User-Agent"] = f"rootstockd/{rootstockd.__version__}"
+        while True:
+            try:
+                _attempt(session, url, part, timeout, progress, checksum_known=checksum_known)
+                part.note.unlink(missing_ok=True)
+                return
+            except _Again as error:
+                failures = 1 if part.size > before else failures + 1
+                before = part.size
+                if failures >= ATTEMPTS:
+                    kept = f" {part.size} bytes are kept, and the next attempt goes on from there." * bool(part.size)
+                    raise DownloadError(f"{url} can't be had: {error}.{kept} Try again later.") from error
+                wait = min(max(error.pause, pause * 2 ** (failures - 1)), LONGEST_PAUSE)
+                say(f"{error}; trying again in {wait:.1f} s")
+                time.sleep(wait * random.uniform(0.8, 1.2))  # noqa: S311 - not a secret
+            except OSError as error:  # what requests raises was dealt with
+                if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+                    raise no_room(path.parent) from error
+                raise DownloadError(f"{path} can't be written: {error.strerror}.") from error
+
+
+def _attempt(
+    session: requests.Session,
+    url: str,
+    part: _Part,
+    timeout: tuple[float, float],
+    progress: Progress,
+    *,
+    checksum_known: bool,
+) -> None:
+    """One request, and all of its body.
+
+    Raises:
+        _Again: it failed, and may not fail the next time.
+        DownloadError: it will fail again.
+    """
+    headers = {"Accept-Encoding": "identity"}  # a range of a compressed body is no range of the file
+    if version := part.version(url):
+        headers |= {"Range": f"bytes={part.size}-", "If-Range": version}
+    try:
+        with session.get(url, headers=headers, stream=True, timeout=timeout) as response:
+            _check(response, url, part)
+            if response.status_code == requests.codes.requested_range_not_satisfiable:
+                if _total(response) == part.size:
+                    return
+                part.discard()
+                raise _Again("what was there of it was longer than the file")
+            encoded = response.headers.get("Content-Encoding", "identity").lower() != "identity"
+            total = _total(response)
+            if response.status_code == requests.codes.partial_content:
+                begin = re.match(rf"bytes {part.size}-", response.headers.get("Content-Range", ""))
+                if not version or encoded or not begin:
+                    part.discard()
+                    raise _Again("the server sent another part than was asked for")
+            else:
+                if total is None and not checksum_known and "chunked" not in _transfer(response):
+                    raise DownloadError(
+                        f"{url}: the server does not say how long the file is, so it could not be told whether all of "
+                        "it came. Give its checksum with --sha256."
+                    )
+                part.begin(url, "" if encoded else _version(response))
+            _check_room(part, total)
+            _receive(response, part, None if encoded else total, progress)
+    except requests.exceptions.SSLError as error:
+        raise DownloadError(f"{url}: its certificate is not accepted: {error}") from error
+    except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema, requests.TooManyRedirects) as error:
+        raise DownloadError(f"{url}: {error}") from error
+    except requests.RequestException as error:
+        raise _Again(_reason(error)) from error
+
+
+def _receive(response: requests.Response, part: _Part, total: int | None, progress: Progress) -> None:
+    size = part.size
+    progress(size, total)
+    with part.path.open("ab", buffering=0) as file:
+        for block in response.iter_content(BLOCK):
+            written = 0
+            while written < len(block):  # a disk that is almost full takes some of it
+                written += file.write(block[written:])
+            size += len(block)
+            progress(size, total)
+    if total is not None and size != total:
+        if size > total:
+            part.discard()
+        raise _Again(f"the connection ended after {size} of {total} bytes")
+
+
+def _check(response: requests.Response, url: str, part: _Part) -> None:
+    """Whether it is an answer to go on with."""
+    status = response.status_code
+    if url.startswith("https:") and not response.url.startswith("https:"):
+        raise DownloadError(f"{url} leads to {response.url}, which anybody on the way could change. Nothing was taken.")
+    if status in {408, 425, 429} or status >= _SERVER_ERROR:
+        after = response.headers.get("Retry-After", "")
+        raise _Again(f"the server says {status} {response.reason}", float(after) if after.isdecimal() else 0.0)
+    if status not in {200, 206, 416}:
+        hint = "Its address may have changed, or a proxy is in the way." if status != requests.codes.not_found else ""
+        raise DownloadError(
+            f"{url}: the server says {status} {response.reason}. {hint or 'There is no such file any more.'} "
+            "With --mirror the file can come from elsewhere."
+        )
+    if response.headers.get("Content-Type", "").startswith("text/html"):
+        part.discard()
+        raise DownloadError(f"{url}: a web page came in place of the file; a proxy or a login may be in the way.")
+
+
+def _check_room(part: _Part, total: int | None) -> None:
+    if total is not None and shutil.disk_usage(part.path.parent).free < total - part.size:
+        raise no_room(part.path.parent, total - part.size)
+
+
+def no_room(folder: Path, needed: int | None = None) -> DownloadError:
+    """What is said where the disk is full."""
+    free = shutil.disk_usage(folder).free
+    want = f" {needed / 1e6:.0f} MB are needed." if needed else ""
+    return DownloadError(
+        f"there is no room in {folder}: {free / 1e6:.0f} MB are free.{want} What has come is kept: "
+        "make room and pull again."
+    )
+
+
+def _total(response: requests.Response) -> int | None:
+    """The size of the whole file, if the answer says it."""
+    if found := re.search(r"/(\d+)$", response.headers.get("Content-Range", "")):
+        return int(found[1])
+    length = response.headers.get("Content-Length", "")
+    return int(length) if response.status_code == requests.codes.ok and length.isdecimal() else None
+
+
+def _transfer(response: requests.Response) -> str:
+    return response.headers.get("Transfer-Encoding", "").lower()
+
+
+def _version(response: requests.Response) -> str:
+    """What tells this version of the file from others, byte by byte; empty where nothing does."""
+    etag = response.headers.get("ETag", "")
+    if etag and not etag.startswith("W/"):
+        return etag
+    return "" if etag else response.headers.get("Last-Modified", "")
+
+
+def _reason(error: requests.RequestException) -> str:
+    """The innermost cause, which is what people can do something about."""
+    cause: BaseException = error
+    while (inner := cause.__cause__ or cause.__context__ or getattr(cause, "reason", None)) is not None:
+        if not isinstance(inner, BaseException):
+            break
+        cause = inner
+    text = str(cause) or type(cause).__name__
+    return text.removesuffix(".") if not isinstance(cause, OSError) or not cause.errno else os.strerror(cause.errno)

@@ -1,0 +1,295 @@
+"""The weight store: `weights/` in a state directory, with what was pulled and added.
+
+A file is called by its own SHA-256, so what lies there can be told from what should; beside the files a record for
+each model, `NAME.json`, says which one is its own. A record is written when its file is whole and on disk, so whoever
+finds a record finds the file. Nothing there is believed that others could have written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from rootstock_client.errors import ModelLoadError
+from rootstockd.models.catalogue import Entry
+from rootstockd.state_dir import StateError, check_trusted, own_state, state_dirs
+
+FOLDER = "weights"
+
+
+class StoreError(Exception):
+    """What can't be done with stored weights: which, why, and what to do now."""
+
+
+class StoredFile(BaseModel):
+    """A file of the store."""
+
+    model_config = ConfigDict(frozen=True)
+
+    sha256: str
+    suffix: str
+    """Of its name, with the dot."""
+    size: int
+
+    @property
+    def name(self) -> str:
+        """What it is called in its folder."""
+        return f"{self.sha256}{self.suffix}"
+
+
+class Record(BaseModel):
+    """What is known of a model's stored weights."""
+
+    model_config = ConfigDict(frozen=True)
+
+    original: StoredFile
+    """As it was pulled or added."""
+    safe: StoredFile | None = None
+    """The same model in a form that is not code; workers load this where it is there."""
+    url: str = ""
+    """What the catalogue said when it was pulled; empty for what was added."""
+    source: str
+    """Where it came from."""
+    pinned: str
+    """Who says that this is the right file: the catalogue, the user, or its first use."""
+    when: str
+    """UTC, ISO 8601."""
+    licence_accepted: str = ""
+    """By whom and when, where it had to be."""
+    note: str = ""
+    """Why there is no safe form, or how far it is from the original."""
+
+    @property
+    def loaded(self) -> StoredFile:
+        """What workers load."""
+        return self.safe or self.original
+
+    @property
+    def files(self) -> list[StoredFile]:
+        """All that is kept."""
+        return [self.original, *([self.safe] if self.safe else [])]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A record, and where it was found."""
+
+    folder: Path
+    record: Record
+
+    @property
+    def weights(self) -> Path:
+        """The file for workers."""
+        return self.folder / self.record.loaded.name
+
+
+def own_folder() -> Path:
+    """Where this user's commands put weights; made if it is not there, for others to read and for nobody else to write.
+
+    Raises:
+        StoreError: it can't be made.
+        StateError: others may write to it.
+    """
+    folder = own_state() / FOLDER
+    try:
+        for path in (folder.parent, folder):
+            if not path.is_dir():
+                path.mkdir(parents=True)
+                path.chmod(0o755)  # whatever the umask says: every user of the machine may read weights
+            check_trusted(path)
+    except OSError as error:
+        raise StoreError(f"weights can't be stored in {folder}: {error.strerror}.") from error
+    return folder
+
+
+def find(name: str) -> Stored | None:
+    """The record of a model, one's own before the system's.
+
+    Raises:
+        StateError: others could have written it.
+        StoreError: it can't be read.
+    """
+    for state in state_dirs():
+        if (record := read_record(state / FOLDER, name)) is not None:
+            return Stored(state / FOLDER, record)
+    return None
+
+
+def all_stored() -> Iterator[tuple[str, Stored]]:
+    """Every record by its model's name; one's own before the system's of the same name."""
+    seen = set()
+    for state in state_dirs():
+        for path in sorted((state / FOLDER).glob("*.json")):
+            if path.stem not in seen and (record := read_record(path.parent, path.stem)) is not None:
+                seen.add(path.stem)
+                yield path.stem, Stored(path.parent, record)
+
+
+def read_record(folder: Path, name: str) -> Record | None:
+    """A model's record in this folder; None where there is none."""
+    path = folder / f"{name}.json"
+    try:
+        text = path.read_bytes()
+        check_trusted(folder)
+        check_trusted(path)
+        return Record.model_validate_json(text)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValidationError) as error:
+        raise StoreError(f"the record {path} can't be read: {error}") from error
+
+
+def weights_of(name: str, entry: Entry) -> Stored | None:
+    """What is stored of a model, if it is what its entry means.
+
+    Raises:
+        StateError, StoreError: it can't be told.
+    """
+    stored = find(name)
+    if stored is None or stored.record.url != entry.url:
+        return None
+    return stored if entry.sha256.lower() in {"", stored.record.original.sha256} else None
+
+
+def located(name: str, entry: Entry) -> Entry:
+    """The entry with the weights that workers load, where they are to be pulled.
+
+    Raises:
+        ModelLoadError: they have not been.
+    """
+    if entry.weights is not None or not entry.url:
+        return entry
+    try:
+        stored = weights_of(name, entry)
+    except (StateError, StoreError) as error:
+        raise ModelLoadError(f"model {name!r}: {error}") from error
+    if stored is None:
+        raise ModelLoadError(
+            f"the weights of model {name!r} are not on this machine.",
+            f"Whoever runs the daemon gets them with `rootstockd models pull {name}`; it finds them without a restart.",
+        )
+    return entry.model_copy(update={"weights": stored.weights, "sha256": stored.record.loaded.sha256})
+
+
+def is_here(name: str, entry: Entry) -> bool:
+    """Whether a worker finds what it needs."""
+    try:
+        located(name, entry)
+    except ModelLoadError:
+        return False
+    return True
+
+
+# --- writing
+
+
+@contextlib.contextmanager
+def lock(path: Path, on_wait: Callable[[], None]) -> Generator[None, None, None]:
+    """Be the only one at this; `on_wait` is called if another is at it, which is waited for."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            on_wait()
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def keep(part: Path, folder: Path, suffix: str) -> StoredFile:
+    """Give a file that is whole its name in the store, when all of it is on disk."""
+    digest = digest_of(part)
+    stored = StoredFile(sha256=digest, suffix=suffix, size=part.stat().st_size)
+    replace(part, folder / stored.name)
+    return stored
+
+
+def copy_in(source: Path, folder: Path, part: Path, suffix: str) -> StoredFile:
+    """Copy a file into the store.
+
+    Raises:
+        OSError: it can't be.
+    """
+    with source.open("rb") as file, part.open("wb") as out:
+        shutil.copyfileobj(file, out, 1 << 20)
+    return keep(part, folder, suffix)
+
+
+def replace(part: Path, path: Path) -> None:
+    """Give a written file its name, such that after a loss of power there is the old file or the new one."""
+    fd = os.open(part, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fchmod(fd, 0o644)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    part.replace(path)
+    sync(path.parent)
+
+
+def sync(folder: Path) -> None:
+    """Have the names in a folder on disk."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_record(folder: Path, name: str, record: Record) -> None:
+    """Write a model's record."""
+    part = folder / f"{name}.json.part"
+    part.write_text(record.model_dump_json(indent=2))
+    replace(part, folder / f"{name}.json")
+
+
+def remove(folder: Path, name: str) -> int:
+    """Remove a model's record, and those of its files that no other model has; how many bytes were freed."""
+    record = read_record(folder, name)
+    if record is None:
+        return 0
+    (folder / f"{name}.json").unlink()
+    others = (read_record(folder, path.stem) for path in folder.glob("*.json"))
+    kept = {file.name for other in others if other for file in other.files}
+    freed = 0
+    for file in record.files:
+        if file.name not in kept:
+            with contextlib.suppress(FileNotFoundError):
+                (folder / file.name).unlink()
+                freed += file.size
+    return freed
+
+
+def damage(folder: Path, file: StoredFile) -> str:
+    """What is wrong with a stored file; empty where it is as it should be."""
+    return wrong(folder / file.name, file.sha256)
+
+
+def wrong(path: Path, sha256: str) -> str:
+    """What is wrong with a file of which this checksum is known; empty where it is as it should be."""
+    try:
+        digest = digest_of(path)
+    except FileNotFoundError:
+        return f"{path} is missing"
+    except OSError as error:
+        return f"{path} can't be read: {error.strerror}"
+    return "" if digest == sha256 else f"{path} has the SHA-256 {digest}: it was changed or damaged"
+
+
+def digest_of(path: Path) -> str:
+    """A file's SHA-256."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,20 @@
+"""How far loading a model has come, for whoever waits for it."""
+
+from __future__ import annotations
+
+from typing import Callable
+
+IMPORTS, WEIGHTS, CHECKS = "imports", "weights", "checks"
+"""The engine's packages are imported; the model is read and built; what computes it is compiled and compared."""
+_tell: list[Callable[[str], None]] = []
+
+
+def tell(listener: Callable[[str], None]) -> None:
+    """Have somebody told of each stage."""
+    _tell.append(listener)
+
+
+def begin(stage: str) -> None:
+    """Loading has come to this stage."""
+    for listener in _tell:
+        listener(stage)

@@ -1,0 +1,123 @@
+"""Commands and signals that cross each other: one wins, the other says so, and no daemon is lost or doubled."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from ase import Atoms
+from ase.build import bulk
+
+from conftest import RunningDaemon, wait_for
+from rootstockd.config import Config, Device
+
+
+def copper(size: int) -> Atoms:
+    atoms = bulk("Cu", cubic=True) * (size, size, size)
+    atoms.rattle(0.05, seed=1)
+    return atoms
+
+
+@contextlib.contextmanager
+def long_step(daemon: RunningDaemon) -> Iterator[Future[Any]]:
+    """A step that takes seconds, for which a daemon that stops waits."""
+    atoms = copper(12)
+    with daemon.client().calculator("emt") as atoms.calc, ThreadPoolExecutor(1) as pool:
+        future = pool.submit(atoms.get_forces)
+        wait_for(lambda: [session["state"] for session in daemon.client().status()["sessions"]] == ["busy"])
+        yield future
+        future.result()
+
+
+@contextlib.contextmanager
+def restarting(daemon: RunningDaemon) -> Iterator[Future[subprocess.CompletedProcess[str]]]:
+    """`rootstockd restart` under way, with the daemon draining."""
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(daemon.run, "restart")
+        wait_for(lambda: daemon.client().status()["state"] == "draining")
+        yield future
+
+
+def daemons(running: RunningDaemon) -> list[int]:
+    """Process ids of all daemons, without their workers."""
+    return [pid for pid in running.processes() if "rootstockd.serve" in psutil.Process(pid).cmdline()]
+
+
+def test_two_restarts(own_daemon: RunningDaemon, caplog: pytest.LogCaptureFixture) -> None:
+    before = own_daemon.pid
+    with long_step(own_daemon) as step, restarting(own_daemon) as first:
+        second = own_daemon.run("restart")
+        assert second.returncode == 1 and "the daemon is being restarted already" in second.stderr
+        assert first.result().returncode == 0, first.result().stderr
+        step.result()
+    (pid,) = daemons(own_daemon)
+    assert pid == own_daemon.pid != before
+    assert "is away" not in caplog.text  # the second did not cut short what the first one's daemon waited for
+
+
+def test_a_stop_during_a_restart_calls_it_off(own_daemon: RunningDaemon) -> None:
+    with long_step(own_daemon) as step, restarting(own_daemon) as restart:
+        assert own_daemon.run("stop").returncode == 0
+        assert restart.result().returncode == 1
+        assert "the daemon was stopped while it was being restarted, and stays so" in restart.result().stderr
+        assert np.isfinite(step.result()).all()
+    assert own_daemon.processes() == []
+    assert not own_daemon.socket.exists()
+
+
+def test_a_forced_stop_during_a_restart_of_a_daemon_that_hangs(own_daemon: RunningDaemon) -> None:
+    pid = own_daemon.pid
+    worker = own_daemon.model("emt")["pid"]
+    os.kill(worker, signal.SIGSTOP)
+    atoms = copper(1)
+    atoms.calc = own_daemon.client(patience=0).calculator("emt")
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(atoms.get_forces)
+        wait_for(lambda: [session["state"] for session in own_daemon.client().status()["sessions"]] == ["busy"])
+        with restarting(own_daemon) as restart:
+            os.kill(pid, signal.SIGSTOP)
+            assert own_daemon.run("stop", "--force").returncode == 0
+            assert restart.result().returncode == 1
+            assert "stays so" in restart.result().stderr
+    assert own_daemon.processes() == []
+
+
+def test_a_restart_while_it_stops(own_daemon: RunningDaemon) -> None:
+    with long_step(own_daemon), ThreadPoolExecutor(1) as pool:
+        stop = pool.submit(own_daemon.run, "stop")
+        wait_for(lambda: own_daemon.client().status()["state"] == "draining")
+        restart = own_daemon.run("restart")
+        assert restart.returncode == 1 and "the daemon is stopping already" in restart.stderr
+        assert stop.result().returncode == 0
+    assert own_daemon.processes() == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_in_the_first_moments(runtime_folder: Path, number: int) -> None:
+    """As soon as anything is taken, it is given back; SIGHUP costs nothing."""
+    folder = runtime_folder / f"early-{number}"
+    config = Config(socket=folder / "d.sock", device=Device(kind="cpu"))
+    folder.mkdir(mode=0o700)
+    with (folder / "log").open("wb") as log:
+        command = [sys.executable, "-m", "rootstockd.serve", config.model_dump_json()]
+        process = subprocess.Popen(command, stderr=log)
+    while not config.lock.exists():
+        assert process.poll() is None
+    process.send_signal(number)
+    if number == signal.SIGHUP:
+        wait_for(lambda: "ready on" in (folder / "log").read_text())
+        time.sleep(0.1)
+        process.terminate()
+    assert process.wait(30) == 0, (folder / "log").read_text()
+    assert [path.name for path in folder.iterdir()] == ["log"]

@@ -1,0 +1,78 @@
+"""An installation for jobs, without the daemon's needs: a virtual environment with numpy and ASE, and nothing more."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import venv
+from importlib import metadata, util
+from pathlib import Path
+
+import pytest
+
+import rootstockd
+from conftest import RunningDaemon
+from rootstockd.__main__ import NEEDS
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+SOURCE = Path(rootstockd.__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The environment's Python."""
+    folder = tmp_path_factory.mktemp("client")
+    venv.create(folder, symlinks=True)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    for name in ("numpy", "numpy.libs", "scipy", "scipy.libs", "ase"):
+        beside = Path(str(metadata.distribution(name.partition(".")[0]).locate_file(name)))
+        if beside.exists():
+            (packages / name).symlink_to(beside)
+    for name in ("rootstockd", "rootstock_client"):
+        (packages / name).symlink_to(SOURCE / name)
+    return folder / "bin" / "python"
+
+
+def run(python: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([python, "-I", *arguments], check=False, capture_output=True, text=True, timeout=60, cwd="/")
+
+
+def test_a_job_runs(python: Path, daemon: RunningDaemon) -> None:
+    code = (
+        "import sys; from ase.build import bulk; from rootstock_client import RootstockClient\n"
+        "atoms = bulk('Cu', cubic=True); client = RootstockClient(sys.argv[1]); atoms.calc = client.calculator('emt')\n"
+        "print(atoms.get_potential_energy(), 'emt' in [model['name'] for model in client.models()])\n"
+        "assert not {'click', 'pydantic', 'uvloop', 'torch'} & set(sys.modules)"
+    )
+    done = run(python, "-c", code, str(daemon.socket))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[1] == "True"
+
+
+def test_the_command_says_what_it_takes(python: Path) -> None:
+    def says() -> str:
+        done = run(python, "-m", "rootstockd", "start", "--device", "cpu")
+        assert done.returncode == 1
+        assert "pip install 'rootstockd[daemon]'" in done.stderr and "Traceback" not in done.stderr
+        return done.stderr.splitlines()[0]
+
+    assert says().endswith(f"without {', '.join(NEEDS)}.")
+    (packages,) = python.parent.parent.glob("lib/python*/site-packages")
+    for name in set(NEEDS) - {"uvloop"}:  # they came with something else
+        origin = Path(str(util.find_spec(name).origin))  # type: ignore[union-attr]
+        beside = origin if origin.name != "__init__.py" else origin.parent
+        (packages / beside.name).symlink_to(beside)
+    assert says().endswith("without uvloop.")
+
+
+def test_all_needs_are_known() -> None:
+    """What the extra asks for on this Python is what the command looks for."""
+    extra = tomllib.loads((SOURCE / "pyproject.toml").read_text())["project"]["optional-dependencies"]["daemon"]
+    wanted = {requirement.partition(">")[0] for requirement in extra if "python_version" not in requirement}
+    provided = metadata.packages_distributions()
+    assert {name for name, found in provided.items() if wanted & set(found)} & set(NEEDS) == set(NEEDS)
+    assert wanted <= {distribution for name in NEEDS for distribution in provided[name]}

@@ -1,0 +1,303 @@
+"""Where models go and who goes for them, how GPUs are named, and what is remembered: without a daemon."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rootstockd.config import Device
+from rootstockd.devices import DeviceError, Gpu, find_devices, process_memory, visible_gpus
+from rootstockd.measured import FILE, Measured, Measurements
+from rootstockd.pace import SPAN, Pace
+from rootstockd.placement import Room, Tenant, first_to_go, place, place_replica, shift, stays, to_evict
+from rootstockd.worker.engines import ModelSpec
+
+tenants = st.builds(
+    Tenant,
+    number=st.integers(0, 10**6),
+    memory=st.integers(0, 50),
+    last_use=st.floats(-1000, 0),
+    idle=st.booleans(),
+    kept=st.booleans(),
+)
+budgets = st.none() | st.integers(0, 120)
+
+
+@st.composite
+def rooms(draw: Callable[..., object]) -> list[Room]:
+    found = []
+    for number in range(draw(st.integers(1, 4))):
+        inside = draw(st.lists(tenants, max_size=6, unique_by=lambda tenant: tenant.number))
+        found.append(Room(number, draw(budgets), draw(st.floats(0, 3)), tuple(inside)))
+    return found
+
+
+# --- placement
+
+
+@given(rooms(), st.integers(0, 130))
+def test_a_model_goes_where_it_fits_once_who_goes_has_gone(devices: list[Room], need: int) -> None:
+    plan = place(need, devices)
+    if plan is None:
+        for room in devices:
+            assert room.free + sum(tenant.memory for tenant in room.tenants if tenant.idle) < need
+        return
+    room = devices[plan.room]
+    assert room.free + sum(tenant.memory for tenant in plan.evicted) >= need
+    assert all(tenant.idle and tenant in room.tenants for tenant in plan.evicted)
+    for spared in plan.evicted:  # nobody goes for nothing
+        assert room.free + sum(t.memory for t in plan.evicted if t is not spared) < need
+    if any(room.free >= need for room in devices):
+        assert plan.evicted == ()
+
+
+@given(rooms(), st.integers(0, 130))
+def test_what_was_to_be_kept_goes_last(devices: list[Room], need: int) -> None:
+    plan = place(need, devices)
+    if plan is None or not any(tenant.kept for tenant in plan.evicted):
+        return
+    for room in devices:  # nowhere is it enough that the others go
+        assert to_evict(need, stays(room)) is None
+
+
+@given(rooms(), st.integers(0, 130))
+def test_of_the_idle_the_least_recently_used_goes(devices: list[Room], need: int) -> None:
+    for room in devices:
+        evicted = to_evict(need, room)
+        if not evicted:
+            continue
+        # whoever was used before the last to go and stays had nothing that helped
+        last = max((t.kept, t.last_use) for t in evicted)
+        earlier = [t for t in room.tenants if t.idle and (t.kept, t.last_use) < last and t not in evicted]
+        free = room.free + sum(t.memory for t in evicted)
+        newest = max(evicted, key=lambda t: (t.kept, t.last_use))
+        assert sum(t.memory for t in earlier) + free - newest.memory < need
+
+
+@given(rooms(), st.integers(0, 130))
+def test_a_replica_costs_nobody_anything(devices: list[Room], need: int) -> None:
+    plan = place_replica(need, devices)
+    if plan is not None:
+        assert plan.evicted == () and devices[plan.room].free >= need and devices[plan.room].load < 0.5
+
+
+def test_models_spread_over_devices_with_room() -> None:
+    devices = [Room(number, 100, 0.0) for number in range(4)]
+    where = []
+    for number in range(8):
+        plan = place(10, devices)
+        assert plan is not None
+        where.append(plan.room)
+        room = devices[plan.room]
+        devices[plan.room] = Room(room.number, 100, 0.0, (*room.tenants, Tenant(number, 10, 0.0, idle=True)))
+    assert sorted(where[:4]) == sorted(where[4:]) == [0, 1, 2, 3]
+
+
+def test_a_device_with_less_to_do_goes_first() -> None:
+    busy, calm = Room(0, None, 0.9), Room(1, None, 0.1, (Tenant(1, 5, 0.0, idle=True),))
+    assert place(1, [busy, calm]).room == 1  # type: ignore[union-attr]
+
+
+@given(st.lists(tenants, max_size=6))
+def test_who_goes_first(inside: list[Tenant]) -> None:
+    first = first_to_go(inside)
+    if first is None:
+        assert not any(tenant.idle for tenant in inside)
+    else:
+        assert first.idle
+        assert all((first.kept, first.last_use) <= (t.kept, t.last_use) for t in inside if t.idle)
+
+
+@given(st.lists(st.integers(0, 100), min_size=1, max_size=5))
+def test_shares_of_work_come_closer_and_come_to_rest(queues: list[int]) -> None:
+    for _ in range(300):
+        if (moved := shift(queues)) is None:
+            break
+        source, target, count = moved
+        assert count > 0
+        before = max(queues) - min(queues)
+        queues[source] -= count
+        queues[target] += count
+        assert max(queues) - min(queues) <= before
+    assert max(queues) - min(queues) <= 1
+
+
+# --- GPUs by name
+
+A, B = Gpu("GPU-aaaa-1", "H100"), Gpu("GPU-bbbb-2", "H100")
+PARTS = (Gpu("MIG-cccc-1", "H100 1g"), Gpu("MIG-cccc-2", "H100 2g"))
+C = Gpu("GPU-cccc-3", "H100", PARTS)
+MACHINE = [A, B, C]
+
+
+@pytest.mark.parametrize(
+    ("variable", "seen"),
+    [
+        (None, [A, B, *PARTS]),
+        ("", []),
+        ("-1", []),
+        ("1", [B]),
+        ("1,0", [B, A]),
+        (" 1 , 0 ", [B, A]),
+        ("0,7,1", [A]),  # what is behind an entry that means nothing is not seen
+        ("0,0", [A]),
+        ("2", [PARTS[0]]),  # a number means the first part
+        ("GPU-b", [B]),
+        ("GPU-", []),  # more than one
+        ("MIG-cccc-2,GPU-aaaa-1", [PARTS[1], A]),
+        ("NoDevFiles", []),
+    ],
+)
+def test_what_a_program_sees(variable: str | None, seen: list[Gpu]) -> None:
+    assert visible_gpus(MACHINE, variable) == seen
+
+
+def named(*names: str) -> tuple[Device, ...]:
+    return tuple(Device(name=name) for name in names)
+
+
+def test_numbers_are_relative_to_what_is_seen_and_uuids_are_not() -> None:
+    found = find_devices(named("cuda:0", "cuda:1", "GPU-cccc-3"), MACHINE, "1,0")
+    assert [device.uuid for device in found] == [B.uuid, A.uuid, PARTS[0].uuid]
+    assert [str(device) for device in found] == ["cuda:0", "cuda:1", "GPU-cccc-3"]
+    assert found[0].environment == {"CUDA_VISIBLE_DEVICES": B.uuid}
+    assert find_devices(found, [], "") == found  # found once is found
+    assert find_devices(named("MIG-cccc-2"), MACHINE, None)[0].uuid == "MIG-cccc-2"
+
+
+@pytest.mark.parametrize(
+    ("names", "variable", "words"),
+    [
+        (("cuda:4",), None, r"no GPU 4.*0 \(H100, GPU-aaaa-1\).*3 \(H100 2g, MIG-cccc-2\)"),
+        (("cuda:1",), "1", r"no GPU 1.*with CUDA_VISIBLE_DEVICES=1.*0 \(H100, GPU-bbbb-2\)"),
+        (("GPU-x",), None, "no GPU GPU-x"),
+        (("cuda:0", "GPU-aaaa-1"), None, "are the same, GPU-aaaa-1"),
+        (("cuda:0",), "", "found.*: none"),
+    ],
+)
+def test_devices_that_are_not_there(names: tuple[str, ...], variable: str | None, words: str) -> None:
+    with pytest.raises(DeviceError, match=words):
+        find_devices(named(*names), MACHINE, variable)
+
+
+@pytest.mark.parametrize("name", ["cpu", "cpu:3", "cuda:0", "GPU-8932f937-d72c-4106", "MIG-GPU-8932f937/1/0"])
+def test_names_of_devices(name: str) -> None:
+    assert str(Device.model_validate(name)) == name
+    assert Device.model_validate(name).kind == ("cpu" if name.startswith("cpu") else "cuda")
+
+
+@pytest.mark.parametrize("name", ["", "gpu", "cpu:", "cpu:-1", "cuda", "0", "GPU-", "GPU-a\nb", "cuda:1,2"])
+def test_what_is_no_name(name: str) -> None:
+    with pytest.raises(ValueError, match="pattern"):
+        Device.model_validate(name)
+
+
+# --- how fast, and how much
+
+
+def test_a_pace_is_that_of_the_last_seconds() -> None:
+    pace = Pace()
+    assert (pace.rate, pace.load) == (0.0, 0.0)
+    pace.sample(0.0, 0, 0.0)
+    assert pace.rate == 0.0
+    for second in range(1, 31):
+        pace.sample(float(second), 10 * second, 0.5 * second)
+    assert pace.rate == pytest.approx(10) and pace.load == pytest.approx(0.5)
+    for second in range(31, 32 + int(SPAN)):
+        pace.sample(float(second), 300, 15.0)
+    assert (pace.rate, pace.load) == (0.0, 0.0)
+
+
+def test_memory_of_a_process_that_is_there_and_one_that_is_not() -> None:
+    import os
+
+    mine = process_memory(os.getpid())
+    assert mine is not None and 2**22 < mine < 2**40
+    assert process_memory(2**22 + 1) is None
+
+
+SPEC = ModelSpec("m", "ase", "cpu", "float64", arguments={"calculator": "x:Y"})
+SEEN = Measured(loaded=100, memory=200, load_seconds=3.0)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ROOTSTOCKD_STATE", str(tmp_path / "state"))
+    return tmp_path / "state"
+
+
+def test_what_was_measured_is_remembered(folder: Path) -> None:
+    first = Measurements()
+    assert first.get(SPEC, "cpu") is None and not first.unsaved
+    first.put(SPEC, "cpu", SEEN)
+    assert first.unsaved
+    first.save()
+    assert not first.unsaved and [path.name for path in folder.iterdir()] == [FILE]
+    second = Measurements()
+    assert second.get(SPEC, "cpu") == SEEN
+    # whatever may make a difference does
+    for other in (
+        ModelSpec("m", "ase", "cpu", "float32", arguments=SPEC.arguments),
+        ModelSpec("m", "ase", "cpu", "float64", arguments={"calculator": "x:Z"}),
+        ModelSpec("m", "ase", "cpu", "float64", sha256="0" * 64, arguments=SPEC.arguments),
+    ):
+        assert second.get(other, "cpu") is None
+    assert second.get(SPEC, "NVIDIA H100") is None
+    moved = ModelSpec("m", "ase", "cpu", "float64", weights="/elsewhere", confine=False, arguments=SPEC.arguments)
+    assert second.get(moved, "cpu") == SEEN
+
+
+def test_two_daemons_do_not_overwrite_each_other(folder: Path) -> None:
+    first, second = Measurements(), Measurements()
+    first.put(SPEC, "cpu", SEEN)
+    first.save()
+    second.put(SPEC, "gpu", SEEN)
+    second.save()
+    third = Measurements()
+    assert third.get(SPEC, "cpu") == third.get(SPEC, "gpu") == SEEN
+
+
+def test_a_little_more_or_less_is_the_same(folder: Path) -> None:
+    measurements = Measurements()
+    measurements.put(SPEC, "cpu", SEEN)
+    measurements.save()
+    measurements.put(SPEC, "cpu", Measured(loaded=101, memory=205, load_seconds=3.1))
+    assert not measurements.unsaved
+    measurements.put(SPEC, "cpu", Measured(loaded=101, memory=300, load_seconds=3.1))
+    assert measurements.unsaved
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"a": {"loaded": -1}}', '{"a": 3}', "\x00\xff", "null"])
+def test_a_damaged_file_is_as_good_as_none(folder: Path, content: str, caplog: pytest.LogCaptureFixture) -> None:
+    folder.mkdir()
+    (folder / FILE).write_text(content)
+    measurements = Measurements()
+    assert measurements.get(SPEC, "cpu") is None
+    assert "left aside" in caplog.text
+    measurements.put(SPEC, "cpu", SEEN)
+    measurements.save()
+    assert Measurements().get(SPEC, "cpu") == SEEN
+
+
+def test_where_nothing_can_be_written_it_is_said_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder.write_text("a file where the folder should be")
+    measurements = Measurements()
+    for memory in (100, 1000):
+        measurements.put(SPEC, "cpu", Measured(loaded=100, memory=memory, load_seconds=1.0))
+        measurements.save()
+    assert caplog.text.count("not remembered") == 1
+    known = measurements.get(SPEC, "cpu")
+    assert known is not None and known.memory == 1000
+
+
+def test_numbers_that_are_none_are_not_believed(folder: Path) -> None:
+    folder.mkdir()
+    text = json.dumps({"k": {"loaded": 1, "memory": 1, "load_seconds": math.inf}})
+    (folder / FILE).write_text(text)
+    assert Measurements().get(SPEC, "cpu") is None

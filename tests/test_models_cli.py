@@ -1,0 +1,250 @@
+"""`rootstockd models`, and daemons that use what it stored."""
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from ase.build import bulk
+
+from conftest import EMBEDDED_MODEL, rootstockd, sha256, wait_for
+from fileserver import serving
+from rootstock_client.errors import ModelLoadError, UnknownModelError
+
+DATA = os.urandom(300_000)
+
+
+@pytest.fixture
+def server():
+    with serving() as server:
+        server.files["/emt.model"] = EMBEDDED_MODEL.read_bytes()
+        server.files["/random.model"] = DATA
+        yield server
+
+
+@pytest.fixture
+def state(tmp_path, monkeypatch):
+    folder = tmp_path / "state"
+    monkeypatch.setenv("ROOTSTOCKD_STATE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def catalogue(server, state, tmp_path):
+    """Models whose weights the server has."""
+    path = tmp_path / "more.toml"
+    path.write_text(
+        f'[pulled]\nfamily = "mace"\nurl = "{server.url("/emt.model")}"\nlicence = "MIT"\naliases = ["pull-ed"]\n'
+        f'[random]\nfamily = "noop"\nurl = "{server.url("/random.model")}"\n'
+        f'[strict]\nfamily = "noop"\nurl = "{server.url("/random.model")}"\nlicence = "ASL"\naccept_licence = true\n'
+    )
+    return path
+
+
+@pytest.fixture
+def models(catalogue):
+    """Run a command of `rootstockd models`."""
+
+    def models(*arguments, fails=False):
+        known = () if arguments[0] in {"add", "remove"} else ("--catalogue", catalogue)
+        done = rootstockd("models", *arguments, *known)
+        assert bool(done.returncode) == fails, done.stderr + done.stdout
+        return done.stderr if fails else done.stdout
+
+    return models
+
+
+def copper():
+    atoms = bulk("Cu", cubic=True) * (2, 1, 1)
+    atoms.rattle(0.1, seed=1)
+    return atoms
+
+
+def numbers(client, name):
+    atoms = copper()
+    atoms.calc = client.calculator(name, exact=True)
+    return atoms.get_potential_energy(), atoms.get_forces()
+
+
+def test_a_daemon_finds_what_is_pulled_while_it_runs(models, catalogue, start_daemon, server, state):
+    daemon = start_daemon("--catalogue", str(catalogue))
+    client = daemon.client()
+    states = {model["name"]: model["state"] for model in client.models()}
+    assert (states["pulled"], states["mace-emt-small"]) == ("to pull", "cold")
+    with pytest.raises(ModelLoadError, match="rootstockd models pull pulled"):
+        numbers(client, "pull-ed")
+    assert not client.status()["models"]
+    said = models("pull", "pull-ed")
+    assert sha256(EMBEDDED_MODEL) in said
+    assert "Nobody had said which checksum is right" in said
+    energy, forces = numbers(client, "pull-ed")
+    expected = numbers(client, "mace-emt-small")
+    np.testing.assert_allclose(energy, expected[0], rtol=1e-12)
+    np.testing.assert_allclose(forces, expected[1], atol=1e-10)
+    assert {model["name"]: model["state"] for model in client.models()}["pulled"] == "ready"
+    assert "the daemon has pulled (ready, 0 sessions)" in models(
+        "remove", "pulled", "--socket", daemon.socket, fails=True
+    )
+
+
+def test_a_daemon_is_not_started_for_what_is_not_here(catalogue, runtime_folder):
+    done = rootstockd(
+        "start", "--device", "cpu", "--socket", runtime_folder / "none.sock", "--log-file", runtime_folder / "none.log",
+        "--catalogue", catalogue, "--model", "pulled",
+    )  # fmt: skip
+    assert done.returncode
+    assert "rootstockd models pull pulled" in done.stderr
+
+
+def test_a_pull_that_is_killed_and_the_next(models, catalogue, server, state):
+    server.faults.append("hold 98304")
+    command = [sys.executable, "-m", "rootstockd", "models", "pull", "random", "--catalogue", str(catalogue)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    part = state / "weights/random.part"
+    wait_for(lambda: part.exists() and part.stat().st_size == 98_304)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    server.go.set()
+    assert not list(state.glob("weights/*.model")) and not (state / "weights/random.json").exists()
+    models("pull", "random")
+    assert server.ranges == ["all", "bytes=98304-"]
+    assert [path.read_bytes() for path in state.glob("weights/*.model")] == [DATA]
+    assert not list(state.glob("weights/*.part*"))
+
+
+def test_list_and_show(models, catalogue, state):
+    listed = {entry["name"]: entry for entry in json.loads(models("list", "--json"))}
+    assert (listed["pulled"]["state"], listed["mace-emt-small"]["state"]) == ("to pull", "here")
+    assert (listed["emt"]["state"], listed["sevennet-0"]["environment"]) == ("built in", "sevennet")
+    assert "noop" not in listed
+    models("pull", "pulled")
+    line = next(line for line in models("list").splitlines() if line.startswith("pulled "))
+    assert line.split()[1:] == ["mace", "here", "0.3", "MB", "MIT"]
+    shown = json.loads(models("show", "pull-ed", "--json"))
+    assert shown["from"] == str(catalogue)
+    assert shown["stored"]["original"]["sha256"] == sha256(EMBEDDED_MODEL)
+    assert shown["stored"]["pinned"] == "its first use"
+    text = models("show", "pulled")
+    assert str(catalogue) in text and sha256(EMBEDDED_MODEL) in text
+    assert "Did you mean pulled" in models("show", "puled", fails=True)
+    assert "Did you mean pulled" in models("pull", "puled", fails=True)
+
+
+def test_a_mirror_from_the_environment(models, server, tmp_path, monkeypatch):
+    monkeypatch.setenv("ROOTSTOCKD_MIRROR", str(tmp_path / "mirror"))
+    assert f"the mirror has no {tmp_path}/mirror/random.model" in models("pull", "random", fails=True)
+    (tmp_path / "mirror").mkdir()
+    (tmp_path / "mirror/random.model").write_bytes(DATA)
+    models("pull", "random")
+    assert not server.requests
+
+
+def test_a_licence_without_a_terminal(models, server):
+    said = models("pull", "strict", fails=True)
+    assert "its licence has to be accepted first: ASL" in said and "--accept-licence" in said
+    assert not server.requests
+    models("pull", "strict", "--accept-licence")
+    assert json.loads(models("show", "strict", "--json"))["stored"]["licence_accepted"]
+
+
+@pytest.mark.parametrize("answer", ["y", "n"])
+def test_a_licence_is_asked_for_on_a_terminal(catalogue, server, state, answer):
+    ours, theirs = pty.openpty()
+    with os.fdopen(ours, "r+b", buffering=0) as terminal:
+        command = [sys.executable, "-m", "rootstockd", "models", "pull", "strict", "--catalogue", str(catalogue)]
+        process = subprocess.Popen(command, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        os.close(theirs)
+        terminal.write(f"{answer}\n".encode())
+        said, _ = process.communicate(timeout=60)
+    assert "Do you accept it?" in said
+    assert (process.returncode == 0) == (answer == "y"), said
+    assert len(server.requests) == (answer == "y")
+
+
+def test_verify(models, state):
+    models("pull", "random")
+    assert "random: " in models("verify") and "mace-emt-small: " in models("verify")
+    assert "no weights are stored for emt" in models("verify", "emt", fails=True)
+    (stored,) = state.glob("weights/*.model")
+    stored.write_bytes(DATA[:-1])
+    done = rootstockd("models", "verify", "random")
+    assert done.returncode, done.stdout
+    models("verify", "mace-emt-small")
+    assert "changed or damaged" in models("pull", "random")
+    models("verify", "random")
+    stored.unlink()
+    assert rootstockd("models", "verify").returncode
+
+
+def test_remove(models, state):
+    models("pull", "random")
+    assert "0.3 MB are free again" in models("remove", "random")
+    assert not list(state.glob("weights/*.model")) and not list(state.glob("weights/*.json"))
+    assert "neither added nor pulled" in models("remove", "mace-emt-small", fails=True)
+    assert "Did you mean mace-emt-small" in models("remove", "mace-emt-smal", fails=True)
+
+
+def test_add(models, state, tmp_path, start_daemon, server):
+    file = tmp_path / "fine-tune.model"
+    file.write_bytes(EMBEDDED_MODEL.read_bytes())
+    said = models(
+        "add", "tuned", file, "--family", "mace", "--dtype", "float32", "--licence", "MIT", "--alias", "t",
+        "--description", "Mine.",
+    )  # fmt: skip
+    assert "elements Al, Ni, Cu, Pd, Ag, Pt, Au" in said
+    file.unlink()
+    shown = json.loads(models("show", "t", "--json"))
+    assert (shown["name"], shown["state"], shown["dtype"]) == ("tuned", "here", "float32")
+    assert (shown["description"], shown["licence"], shown["aliases"]) == ("Mine.", "MIT", ["t"])
+    assert shown["from"] == str(state / "models.toml")
+    assert shown["stored"]["original"]["sha256"] == sha256(EMBEDDED_MODEL)
+    daemon = start_daemon()
+    energy, _ = numbers(daemon.client(), "tuned")
+    assert energy == pytest.approx(numbers(daemon.client(), "mace-emt-small")[0], abs=1e-4)
+    (state / "models.toml").write_text("# by hand\n" + (state / "models.toml").read_text())
+    again = tmp_path / "again.model"
+    again.write_bytes(EMBEDDED_MODEL.read_bytes())
+    models("add", "second", again, "--family", "mace", "--elements", "Cu, Au")
+    assert json.loads(models("show", "second", "--json"))["elements"] == ["Cu", "Au"]
+    with pytest.raises(UnknownModelError):
+        numbers(daemon.client(), "second")
+    daemon.run("reload")
+    numbers(daemon.client(), "second")
+    models("remove", "tuned", "--force", "--socket", daemon.socket)
+    text = (state / "models.toml").read_text()
+    assert "# by hand" in text and "[tuned]" not in text and "[second]" in text
+    models("verify", "second")  # whose file was the same
+    models("remove", "second", "--force", "--socket", daemon.socket)
+    assert not list(state.glob("weights/*.model")) and not list(state.glob("weights/*.json"))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("random", "--family", "mace"), "can't be read|is not a MACE model"),
+        (("good", "--family", "mace", "--sha256", "0" * 64), "It was not added"),
+        (("good", "--family", "mace", "--elements", "Fe"), "does not know Fe"),
+        (("good", "--family", "mice"), "mice"),
+    ],
+)
+def test_what_is_not_added(models, state, tmp_path, options, words):
+    import re
+
+    (tmp_path / "random").write_bytes(DATA)
+    (tmp_path / "good").write_bytes(EMBEDDED_MODEL.read_bytes())
+    said = models("add", "tuned", tmp_path / options[0], *options[1:], fails=True)
+    assert re.search(words, said), said
+    assert not list(state.glob("weights/*.json")) and not list(state.glob("weights/*.model"))
+    assert not list(state.glob("weights/" + "[0-9a-f]" * 64))
+    assert not (state / "models.toml").exists()
+
+
+def test_names_that_are_taken_or_none(models, state):
+    assert "there is a model 'mace-mp-0-small' already" in models(
+        "add", "mace-mp-0-small", EMBEDDED_MODEL, "--family", "mace", fails=True
+    )
+    assert "can't be a model's name" in models("add", "../x", EMBEDDED_MODEL, "--family", "mace", fails=True)

@@ -1,0 +1,419 @@
+"""Which models are in memory, where and for how long, in daemons with several pretend devices on the CPU."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import bulk, fcc111
+from ase.calculators.emt import EMT
+
+from conftest import RunningDaemon, wait_for
+from rootstock_client import RootstockClient
+from rootstock_client.client import request
+from rootstock_client.errors import EvaluationError, LimitError
+
+FAULTS = Path(__file__).parent / "faults"
+MB = 10**6
+FITS_TWO = 190 * MB
+"""Bytes that two workers of an ASE calculator fit into, and three do not."""
+FITS_ONE = 110 * MB
+PAIRS = ("lj", "morse", "born")
+CATALOGUE = """
+[morse]
+family = "ase"
+arguments = { calculator = "ase.calculators.morse:MorsePotential" }
+[born]
+family = "ase"
+arguments = { calculator = "ase.calculators.lj:LennardJones", options = { epsilon = 0.5 } }
+"""
+
+
+@pytest.fixture
+def start(
+    tmp_path: Path, start_daemon: Callable[..., RunningDaemon], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., RunningDaemon]:
+    """Start a daemon with settings and more models, and nothing remembered of what they take."""
+    monkeypatch.setenv("ROOTSTOCKD_STATE", str(tmp_path / "state"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(FAULTS), os.environ.get("PYTHONPATH", "")]))
+
+    def start(settings: str = "", *options: str, devices: int = 1, catalogue: str = "") -> RunningDaemon:
+        (tmp_path / "models.toml").write_text(CATALOGUE + catalogue)
+        (tmp_path / "config.toml").write_text('catalogues = ["models.toml"]\n' + settings)
+        names = [word for number in range(devices) for word in ("--device", f"cpu:{number}")]
+        return start_daemon("--config", str(tmp_path / "config.toml"), *options, device=tuple(names))
+
+    return start
+
+
+def copper(size: int = 1, seed: int = 1) -> Atoms:
+    atoms = bulk("Cu", cubic=True) * size
+    atoms.rattle(0.05, seed=seed)
+    return atoms
+
+
+def expected(atoms: Atoms) -> np.ndarray:
+    reference = atoms.copy()
+    reference.calc = EMT()
+    return np.array(reference.get_forces())
+
+
+def with_model(daemon: RunningDaemon, name: str, size: int = 1) -> Atoms:
+    """Copper with a session that has asked for its forces."""
+    atoms = copper(size)
+    atoms.calc = daemon.client().calculator(name)
+    atoms.get_forces()
+    return atoms
+
+
+def ask_again(atoms: Atoms) -> None:
+    atoms.positions[0, 0] += 0.01
+    atoms.get_forces()
+
+
+def workers(daemon: RunningDaemon, name: str) -> list[dict[str, Any]]:
+    return [model for model in daemon.client().status()["models"] if model["name"] == name]
+
+
+def in_memory(daemon: RunningDaemon) -> set[str]:
+    return {model["name"] for model in daemon.client().status()["models"] if model["pid"]}
+
+
+class Jobs:
+    """Threads that ask for forces all the time, and look whether they are right."""
+
+    def __init__(self, daemon: RunningDaemon, name: str, count: int, size: int) -> None:
+        self.steps = [0] * count
+        self.wrong: list[str] = []
+        self._end = threading.Event()
+        self._daemon, self._name, self._size = daemon, name, size
+        self._threads = [threading.Thread(target=self._run, args=(number,)) for number in range(count)]
+
+    def _run(self, number: int) -> None:
+        try:
+            structures = [copper(self._size, seed=seed) for seed in (number, number + 100)]
+            right = [expected(atoms) for atoms in structures]
+            with RootstockClient(self._daemon.socket) as client:
+                calculator = client.calculator(self._name)
+                while not self._end.is_set():
+                    which = self.steps[number] % 2
+                    structures[which].calc = calculator
+                    calculator.reset()
+                    np.testing.assert_allclose(structures[which].get_forces(), right[which], rtol=0, atol=1e-9)
+                    self.steps[number] += 1
+        except BaseException as error:
+            self.wrong.append(f"{type(error).__name__}: {error}")
+
+    def __enter__(self) -> Jobs:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        for thread in self._threads:
+            thread.join()
+        assert not self.wrong
+
+
+# --- loading
+
+
+def test_models_spread_over_devices_and_status_says_where(start: Callable[..., RunningDaemon]) -> None:
+    daemon = start(devices=4)
+    for name in ("emt", *PAIRS):
+        done = daemon.run("load", name)
+        assert done.returncode == 0 and f"{name} float64 is ready on cpu:" in done.stdout, done.stderr
+    devices = {model["name"]: model["device"] for model in daemon.client().status()["models"]}
+    assert sorted(devices.values()) == ["cpu:0", "cpu:1", "cpu:2", "cpu:3"]
+    assert daemon.run("load", "emt").returncode == 0  # it is there
+    assert len(workers(daemon, "emt")) == 1
+    assert daemon.run("load", "emt", "--dtype", "float32").returncode == 0
+    assert {model["dtype"] for model in workers(daemon, "emt")} == {"float32", "float64"}
+    shown = daemon.run("status").stdout
+    assert "on cpu:0, cpu:1, cpu:2, cpu:3" in shown and devices["lj"] in shown and " ago" in shown
+    refused = daemon.run("load", "morze")
+    assert refused.returncode == 1 and "Did you mean morse" in refused.stderr
+
+
+def test_devices_that_are_none(start_daemon: Callable[..., RunningDaemon], runtime_folder: Path) -> None:
+    daemon = RunningDaemon(runtime_folder / "none")
+    for arguments, words in (
+        (("--device", "tpu"), "names no device; names are cpu, cpu:1, cuda:1"),
+        (("--gpu", "0", "--device", "cpu"), "exclude each other"),
+        (("--gpu", "x"), "names no device"),
+    ):
+        done = daemon.run("start", *arguments)
+        assert done.returncode == 2 and words in done.stderr
+
+
+def test_whoever_waits_is_told_how_far_loading_has_come(
+    start: Callable[..., RunningDaemon], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By status, and by the client's logger once a step has taken some seconds."""
+    options = f'options = {{ what = "slow", counter = "{tmp_path}/count" }}'
+    slow = f'[slow]\nfamily = "ase"\nconfine = false\narguments = {{ calculator = "hostile:AtLoading", {options} }}\n'
+    daemon = start(catalogue=slow)
+    job = threading.Thread(target=with_model, args=(daemon, "slow"))
+    with caplog.at_level(logging.WARNING, logger="rootstock_client"):
+        job.start()
+        wait_for(lambda: workers(daemon, "slow") and workers(daemon, "slow")[0]["loading"]["stage"] == "weights")
+        loading = workers(daemon, "slow")[0]["loading"]
+        assert loading["elapsed"] > 0 and loading["expected"] is None and not loading["obstacle"]
+        assert "slow is loading: weights, for " in daemon.run("status").stdout
+        assert request(daemon.socket, "GET", "/v1/loading?model=emt") == []
+        job.join()
+    assert "model 'slow' is loading: weights, for" in caplog.text
+    assert request(daemon.socket, "GET", "/v1/loading") == []
+    wait_for((tmp_path / "state" / "measured.json").exists)
+    known = json.loads((tmp_path / "state" / "measured.json").read_text())
+    assert [model["load_seconds"] > 7 for model in known.values()] == [True]
+    daemon.run("restart")
+    asked = threading.Thread(target=with_model, args=(daemon, "slow"))
+    asked.start()
+    wait_for(lambda: workers(daemon, "slow") and workers(daemon, "slow")[0]["loading"])
+    assert workers(daemon, "slow")[0]["loading"]["expected"] > 7
+    assert "the last time it took" in daemon.run("status").stdout
+    asked.join()
+
+
+def test_a_reloaded_model_gives_the_same_bits(start: Callable[..., RunningDaemon]) -> None:
+    """The session waits while its model is loaded again, and has nothing to tell of it."""
+    daemon = start(devices=2)
+    stages = set()
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            stages.update(state["stage"] for state in request(daemon.socket, "GET", "/v1/loading"))  # type: ignore[attr-defined]
+            time.sleep(0.02)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    atoms = copper()
+    atoms.calc = daemon.client().calculator("mace-emt-small", exact=True)
+    before = atoms.get_forces()
+    done.set()
+    watcher.join()
+    assert stages >= {"imports", "checks"}
+    session = daemon.client().status()["sessions"][0]["id"]
+    assert daemon.run("unload", "mace-emt-small").returncode == 0
+    wait_for(lambda: "mace-emt-small" not in in_memory(daemon))
+    assert daemon.model("mace-emt-small")["state"] == "cold" and daemon.model("mace-emt-small")["sessions"] == 1
+    assert daemon.run("load", "emt").returncode == 0  # so that the other device is the better one now
+    ask_again(atoms)
+    atoms.positions[0, 0] -= 0.01
+    atoms.positions[:] = copper().positions
+    np.testing.assert_array_equal(atoms.get_forces(), before)
+    again = daemon.model("mace-emt-small")
+    assert again["restarts"] == 0 and again["device"] == "cpu:1"
+    assert daemon.client().status()["sessions"][0]["id"] == session
+
+
+# --- going
+
+
+def test_models_go_when_nobody_uses_them(start: Callable[..., RunningDaemon]) -> None:
+    """After `keep_alive`, a model's own first; not those that were loaded at the start; with sessions or without."""
+    entry = '[mayfly]\nfamily = "ase"\nkeep_alive = 0.5\narguments = { calculator = "ase.calculators.emt:EMT" }\n'
+    daemon = start("keep_alive = 600\n", "--model", "emt", catalogue=entry)
+    atoms, other = with_model(daemon, "mayfly"), with_model(daemon, "lj")
+    wait_for(lambda: "mayfly" not in in_memory(daemon))
+    assert in_memory(daemon) == {"emt", "lj"}
+    assert [daemon.model(name)["keep_alive"] for name in ("mayfly", "lj", "emt")] == [0.5, 600, None]
+    ask_again(atoms)
+    np.testing.assert_allclose(atoms.get_forces(), expected(atoms), rtol=0, atol=1e-9)
+    config = daemon.client().status()["config"]["file"]
+    Path(config).write_text(Path(config).read_text().replace("600", "0.5"))
+    assert daemon.run("reload").stdout == "reloaded\n"
+    wait_for(lambda: in_memory(daemon) == {"emt"})
+    evaluations = daemon.client().status()["evaluations"]
+    assert evaluations >= 3
+    other.calc.close()
+    wait_for(lambda: not workers(daemon, "lj"))  # nobody has it any more
+    assert daemon.client().status()["evaluations"] == evaluations
+
+
+def test_the_least_recently_used_goes_and_its_session_does_not_notice(start: Callable[..., RunningDaemon]) -> None:
+    daemon = start(f"device_memory = {FITS_TWO}\n")
+    atoms = with_model(daemon, "emt")
+    assert daemon.run("load", "lj").returncode == 0
+    ask_again(atoms)
+    assert daemon.run("load", "morse").returncode == 0  # what it takes is not known yet
+    wait_for(lambda: len(in_memory(daemon)) == 2)
+    assert in_memory(daemon) == {"emt", "morse"}
+    ask_again(atoms)
+    before = atoms.get_forces()
+    assert daemon.run("load", "lj").returncode == 0  # now all is known: at no time are there three
+    assert in_memory(daemon) == {"emt", "lj"}
+    wait_for(lambda: daemon.model("emt")["idle"] > 5)
+    assert daemon.run("load", "lj").returncode == 0  # which makes it the last used
+    assert daemon.run("load", "morse").returncode == 0
+    assert in_memory(daemon) == {"lj", "morse"}
+    ask_again(atoms)
+    assert in_memory(daemon) == {"morse", "emt"}
+    atoms.positions[0, 0] -= 0.01
+    np.testing.assert_allclose(atoms.get_forces(), before, rtol=0, atol=1e-12)
+
+
+def test_a_model_with_work_never_goes_and_others_wait_for_it(start: Callable[..., RunningDaemon]) -> None:
+    """Up to `room_timeout`; then they are told what is in the way."""
+    daemon = start(f"device_memory = {FITS_ONE}\nroom_timeout = 3\n")
+    assert daemon.run("load", "lj").returncode == 0
+    with Jobs(daemon, "emt", 2, 2) as jobs:
+        wait_for(lambda: min(jobs.steps) > 3)
+        refused = daemon.run("load", "lj")
+        assert refused.returncode == 1
+        assert "'lj': no device has room for it, for 3 s: lj needs" in refused.stderr.replace("\n", " ")
+        assert "emt (" in refused.stderr and "has work" in refused.stderr
+        atoms = copper()
+        atoms.calc = daemon.client().calculator("lj")
+        with pytest.raises(LimitError, match="no device has room for it"):
+            atoms.get_forces()
+        failed: list[Exception] = []
+
+        def insist() -> None:
+            try:
+                ask_again(atoms)
+            except Exception as error:
+                failed.append(error)
+
+        waiting = threading.Thread(target=insist)
+        waiting.start()
+        wait_for(lambda: daemon.model("lj")["state"] == "waiting")
+        assert "lj waits for memory: lj needs" in daemon.run("status").stdout
+        waiting.join()
+        assert len(failed) == 1
+        assert in_memory(daemon) == {"emt"} and daemon.model("emt")["restarts"] == 0
+    ask_again(atoms)  # the very same session, now that there is room
+    assert in_memory(daemon) == {"lj"}
+
+
+def test_what_was_to_be_loaded_at_the_start_and_has_no_room(start: Callable[..., RunningDaemon]) -> None:
+    daemon = start()
+    for name in ("emt", "lj"):
+        assert daemon.run("load", name).returncode == 0
+    wait_for(lambda: all(model["memory"] for model in daemon.client().status()["models"]))
+    time.sleep(1.2)  # they are measured once a second
+    daemon.stop()
+    daemon = start(f"device_memory = {FITS_ONE}\n", "--model", "emt", "--model", "lj")
+    assert in_memory(daemon) == {"emt"}
+    assert "no device has room" in daemon.model("lj")["error"]
+    ask = copper()
+    ask.calc = daemon.client().calculator("morse")
+    ask.get_forces()  # but what a job needs goes before
+
+
+def test_no_memory_while_loading(start: Callable[..., RunningDaemon], tmp_path: Path) -> None:
+    """An idle model goes, and it is tried again; with nobody left to go, it is an error."""
+    options = 'options = {{ what = "memory", times = {times}, counter = "{folder}/{name}" }}'
+    entry = (
+        '[{name}]\nfamily = "ase"\nconfine = false\narguments = {{ calculator = "hostile:AtLoading", '
+        + options
+        + " }}\n"
+    )
+    entries = [entry.format(name=name, times=times, folder=tmp_path) for name, times in (("once", 1), ("ever", 1000))]
+    daemon = start("", "--model", "emt", catalogue="".join(entries))
+    assert daemon.run("load", "lj").returncode == 0
+    assert daemon.run("load", "once").returncode == 0
+    assert in_memory(daemon) == {"emt", "once"}
+    refused = daemon.run("load", "ever")
+    assert refused.returncode == 1 and "'ever' does not fit the device's memory" in refused.stderr
+    assert in_memory(daemon) == set()
+
+
+def test_unloading_while_a_job_runs(start: Callable[..., RunningDaemon]) -> None:
+    entry = '[hostile]\nfamily = "ase"\narguments = { calculator = "hostile:Hostile" }\n'
+    daemon = start(catalogue=entry)
+    atoms = fcc111("Cu", (2, 2, 2), vacuum=5.0)
+    atoms.positions[:, 2] += 900 - atoms.positions[0, 2]  # where `hostile` takes a second
+    atoms.calc = daemon.client().calculator("hostile")
+    errors: list[BaseException] = []
+
+    def evaluate() -> None:
+        try:
+            atoms.get_forces()
+        except BaseException as error:
+            errors.append(error)
+
+    def under_way() -> bool:
+        return any(session["state"] == "busy" for session in daemon.client().status()["sessions"])
+
+    for force in (False, True):
+        assert daemon.run("load", "hostile").returncode == 0
+        atoms.calc.reset()
+        job = threading.Thread(target=evaluate)
+        job.start()
+        wait_for(under_way)
+        order = {"model": "hostile", "force": force}  # not by the command, which starts too slowly
+        if force:
+            request(daemon.socket, "POST", "/v1/unload", order)
+        else:
+            with pytest.raises(LimitError, match="has 1 evaluations under way"):
+                request(daemon.socket, "POST", "/v1/unload", order)
+        job.join()
+        assert len(errors) == force
+    assert isinstance(errors[0], EvaluationError) and "unloaded by an administrator" in str(errors[0])
+    np.testing.assert_allclose(atoms.get_forces(), expected(atoms), rtol=0, atol=1e-9)
+    for arguments, words in ((("--dtype", "float32"), "is not in memory"), ((), "hostile is unloaded")):
+        done = daemon.run("unload", "hostile", *arguments)
+        assert words in done.stdout + done.stderr
+
+
+# --- several devices
+
+
+@pytest.fixture
+def hot(start: Callable[..., RunningDaemon]) -> RunningDaemon:
+    """A daemon with two devices whose one model may go after five seconds."""
+    return start("keep_alive = 5\n", "--model", "emt", devices=2)
+
+
+def test_a_hot_model_gets_a_replica_that_goes_again(hot: RunningDaemon) -> None:
+    def replicated() -> bool:
+        both = workers(hot, "emt")
+        return len(both) == 2 and all(worker["sessions"] >= 2 and worker["rate"] > 0 for worker in both)
+
+    with Jobs(hot, "emt", 8, 3) as jobs:
+        wait_for(replicated, timeout=60)
+        first, second = workers(hot, "emt")
+        assert {first["device"], second["device"]} == {"cpu:0", "cpu:1"}
+        # who has a worker stays with it
+        seen = [first["sessions"], second["sessions"]]
+        done = list(jobs.steps)
+        wait_for(lambda: all(now > then + 5 for now, then in zip(jobs.steps, done, strict=True)), timeout=60)
+        now = [worker["sessions"] for worker in workers(hot, "emt")]
+        assert sum(now) == 8 and abs(now[0] - seen[0]) <= 2
+        # one is killed, whose evaluations are repeated
+        os.kill(workers(hot, "emt")[1]["pid"], signal.SIGKILL)
+        wait_for(lambda: workers(hot, "emt")[1]["restarts"] == 1 and workers(hot, "emt")[1]["state"] == "ready")
+        done = list(jobs.steps)
+        wait_for(lambda: all(now > then for now, then in zip(jobs.steps, done, strict=True)), timeout=60)
+        evaluations = hot.client().status()["evaluations"]
+    wait_for(lambda: len(workers(hot, "emt")) == 1)
+    assert workers(hot, "emt")[0]["device"] == first["device"]
+    assert hot.client().status()["evaluations"] >= evaluations
+    ask_again(with_model(hot, "emt"))
+
+
+def test_sessions_of_a_replica_that_goes_are_those_of_the_first_again(hot: RunningDaemon) -> None:
+    client = hot.client()
+    with Jobs(hot, "emt", 7, 3):
+        wait_for(lambda: [worker["sessions"] >= 2 for worker in workers(hot, "emt")] == [True, True], timeout=60)
+        kept = [with_model(hot, "emt") for _ in range(4)]
+    wait_for(lambda: len(workers(hot, "emt")) == 1)
+    assert workers(hot, "emt")[0]["sessions"] == 4
+    for atoms in kept:
+        ask_again(atoms)
+        np.testing.assert_allclose(atoms.get_forces(), expected(atoms), rtol=0, atol=1e-9)
+    assert client.status()["models"][0]["sessions"] == 4
