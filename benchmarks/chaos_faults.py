@@ -68,14 +68,15 @@ class Victim:
             self.open.remove(due)
             due[1].close()
 
-    def worker(self) -> int | None:
-        """Some worker's process."""
-        pids = sorted(model["pid"] for model in self.daemon.status["models"] if model["pid"])
+    def worker(self, *, ready: bool = False) -> int | None:
+        """Some worker's process; of a model that is ready, if so."""
+        models = [model for model in self.daemon.status["models"] if not ready or model["state"] == "ready"]
+        pids = sorted(model["pid"] for model in models if model["pid"])
         return self.rng.choice(pids) if pids else None
 
-    def signal_worker(self, number: signal.Signals) -> str:
+    def signal_worker(self, number: signal.Signals, *, ready: bool = False) -> str:
         """Send a worker a signal."""
-        pid = self.worker()
+        pid = self.worker(ready=ready)
         if pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
@@ -137,6 +138,11 @@ def daemon_hung_up(victim: Victim) -> str:
 def worker_killed(victim: Victim) -> str:
     """SIGKILL."""
     return victim.signal_worker(signal.SIGKILL)
+
+
+def ready_worker_killed(victim: Victim) -> str:
+    """SIGKILL, but not while it loads: it is in the midst of evaluations."""
+    return victim.signal_worker(signal.SIGKILL, ready=True)
 
 
 def worker_crashed(victim: Victim) -> str:
@@ -255,6 +261,7 @@ def flood(victim: Victim) -> str:
 
 FAULTS: dict[str, tuple[Callable[[Victim], str], int]] = {
     "worker killed": (worker_killed, 3),
+    "ready worker killed": (ready_worker_killed, 1),
     "worker crashed": (worker_crashed, 2),
     "worker aborted": (worker_aborted, 2),
     "worker stopped": (worker_stopped, 2),
@@ -272,5 +279,5 @@ FAULTS: dict[str, tuple[Callable[[Victim], str], int]] = {
     "flood": (flood, 1),
 }
 """Each with how often it happens, in proportion."""
-EVALUATING = ("worker killed", "worker crashed", "worker aborted", "worker stopped")
+EVALUATING = ("worker killed", "ready worker killed", "worker crashed", "worker aborted", "worker stopped")
 """After which an evaluation may be given up, with an error in words, where two fall on the same."""

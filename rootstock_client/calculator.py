@@ -44,6 +44,9 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         model: catalogue name.
         dtype: what the model computes in; the catalogue's choice if None.
         head: which of the model's heads.
+        dispersion: True for the D3 correction of mace-torch's `mace_mp(dispersion=True)`; a dict for another, with some
+            of `damping` ("bj", "zero", "bjm" or "zerom"), `xc` (the functional, "pbe"), `cutoff` and `cnthr` (for
+            coordination numbers), both in Å and 40 Bohr.
         exact: same structure, same bits, whatever came before and whatever other sessions do: the model's reference
             implementation, one structure a pass. Slower.
         tolerance: how far a faster implementation's forces may differ from the reference's on the first structure, in
@@ -55,13 +58,14 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
     discard_results_on_any_change = True
     implemented_properties: ClassVar[list[str]] = ["energy", "free_energy", "forces", "energies", "stress"]
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a session can ask for
         self,
         socket: str | os.PathLike[str],
         model: str,
         *,
         dtype: str | None = None,
         head: str | None = None,
+        dispersion: bool | dict[str, Any] = False,
         exact: bool = False,
         tolerance: float | None = None,
         patience: float | None = None,
@@ -72,12 +76,13 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
             model=model,
             dtype=None if dtype is None else np.dtype(dtype).name,  # numpy.float32 is as good as "float32"
             head=head,
+            dispersion=_settings(dispersion),
             exact=bool(exact),
             tolerance=None if tolerance is None else float(tolerance),
         )
 
     backend: str | None
-    """What computed the last result, where the model has several ways to, such as `mace-torch` or `fused`."""
+    """What computed the last result, such as `mace-torch`, `fused`, or the name of an ASE calculator."""
 
     def _connect(self, connection: Connection) -> None:
         self._connection = connection
@@ -233,6 +238,13 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         address = state.pop("_address")
         self.__dict__.update(state)
         self._connect(Connection(*address))
+
+
+def _settings(dispersion: bool | dict[str, Any]) -> bool | dict[str, Any]:  # noqa: FBT001 - as `calculator` takes it
+    """What INIT says of it: a copy, with numbers that are no numpy numbers."""
+    if not isinstance(dispersion, dict):
+        return bool(dispersion)
+    return {key: value if isinstance(value, str) else float(value) for key, value in dispersion.items()}
 
 
 def _read_extras(text: bytes, energies: int) -> tuple[str | None, np.ndarray[Any, Any]]:

@@ -46,6 +46,7 @@ class RootstockClient:
         *,
         dtype: Literal["float32", "float64"] | None = None,
         head: str | None = None,
+        dispersion: bool | dict[str, Any] = False,
         exact: bool = False,
         tolerance: float | None = None,
     ) -> RootstockCalculator:
@@ -55,13 +56,21 @@ class RootstockClient:
             model: a name from `models()`.
             dtype: what the model computes in; the catalogue's choice for this model if None.
             head: which of the model's heads, where it has several.
+            dispersion: whether to add a D3 correction, or a dict with its settings; see RootstockCalculator.
             exact: same structure, same bits, whatever came before and whatever other sessions do.
             tolerance: how far a faster implementation may differ from the reference, in eV/Å; see RootstockCalculator.
         """
         from rootstock_client.calculator import RootstockCalculator  # the one place that needs ASE  # noqa: PLC0415
 
         calculator = RootstockCalculator(
-            self.socket, model, dtype=dtype, head=head, exact=exact, tolerance=tolerance, patience=self.patience
+            self.socket,
+            model,
+            dtype=dtype,
+            head=head,
+            dispersion=dispersion,
+            exact=exact,
+            tolerance=tolerance,
+            patience=self.patience,
         )
         self._calculators.add(calculator)
         return calculator

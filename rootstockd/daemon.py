@@ -284,12 +284,13 @@ class Daemon:
         """The model that a session asks for; it is loaded if it is not yet.
 
         Raises:
-            UnknownModelError, UnknownElementError, DrainingError, ModelLoadError: what its name says.
+            UnknownModelError, UnknownElementError, UnsupportedError, DrainingError, ModelLoadError: what its name says.
         """
         self.check_open()
         name, entry = self.catalogue.resolve(request.model)
-        entry = located(name, entry)
-        model = self.fleet.open(name, entry, request.dtype or entry.dtype)
+        dtype = request.dtype or entry.dtype
+        entry.check_dtype(name, dtype)
+        model = self.fleet.open(name, located(name, entry), dtype, request.options)
         known = (model.info and model.info.elements) or [atomic_numbers[symbol] for symbol in entry.elements]
         unknown = set(request.numbers) - set(known)
         if known and unknown:
@@ -306,12 +307,13 @@ class Daemon:
         """Have a model loaded; the catalogue's name of it, and its dtype.
 
         Raises:
-            UnknownModelError, DrainingError, ModelLoadError: what its name says.
+            UnknownModelError, UnsupportedError, DrainingError, ModelLoadError: what its name says.
         """
         self.check_open()
         name, entry = self.catalogue.resolve(name)
-        entry = located(name, entry)
-        model = self.fleet.open(name, entry, dtype or entry.dtype)
+        dtype = dtype or entry.dtype
+        entry.check_dtype(name, dtype)
+        model = self.fleet.open(name, located(name, entry), dtype)
         if model.error is not None:
             raise model.error
         return name, model.spec.dtype

@@ -8,6 +8,7 @@ do than its device can get done has a second worker, a replica, on another that 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import math
 import sys
@@ -16,14 +17,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ase.data import atomic_numbers
+
 from rootstock_client.errors import EvaluationError, LimitError, RootstockError
 from rootstockd import placement
 from rootstockd.config import Config, Device, KeepAlive
-from rootstockd.devices import Memory, find_gpus, gpu_memory, process_memory
-from rootstockd.measured import Measured, Measurements
 from rootstockd.models.catalogue import Entry
-from rootstockd.placement import Room, Tenant
-from rootstockd.supervisor import STOP_PATIENCE, Launch, State, Supervisor
+from rootstockd.placement import Room
+from rootstockd.roles import Launch, State
+from rootstockd.rooms import Rooms
+from rootstockd.supervisor import STOP_PATIENCE, Supervisor
 from rootstockd.worker.engines import ModelSpec
 
 log = logging.getLogger(__name__)
@@ -32,18 +35,16 @@ TICK = 1.0
 """Seconds between looks at what all models do."""
 POLL = 0.1
 """Seconds between looks whether there is room, while somebody waits for it."""
-QUIET = 5.0
-"""Seconds after its last evaluation in which a model with sessions does not go for another: drivers compute, too."""
 LONG = 3.0
 """Evaluations of a worker, waiting and under way, that make its queue a long one."""
 LONG_FOR = 5
 """Looks in a row at which a queue was long: then the model gets a replica, if there is room."""
 PAUSE = 60
 """Looks until the next try after a replica could not be loaded."""
+REFUSED = 10.0
+"""Seconds that status shows a model without sessions that had no room."""
 REPLICA_IDLE = 60.0
 """Seconds that a replica stays without work; less where `keep_alive` says so."""
-RESERVE = 0.05
-"""The part of a GPU's memory that models leave free, for whatever else its driver needs."""
 
 
 @dataclass(frozen=True)
@@ -56,19 +57,28 @@ class WorkerKey:
     """What else changes its numbers, as canonical JSON."""
 
 
-def spec_of(name: str, entry: Entry, dtype: str, device: str, *, confine: bool = True) -> ModelSpec:
+def spec_of(key: WorkerKey, entry: Entry, device: str, *, confine: bool = True) -> ModelSpec:
     """What a worker is to load.
 
     Args:
-        name: the catalogue's name.
-        entry: what it has under that.
-        dtype: what to compute in.
+        key: which worker.
+        entry: what the catalogue has under its name.
         device: `cpu` or `cuda`.
         confine: whether workers give their rights away, if the entry has nothing against it.
     """
-    weights = str(entry.weights or "")
-    confined = confine and entry.confine
-    return ModelSpec(name, entry.family, device, dtype, weights, entry.sha256.lower(), confined, entry.arguments)
+    return ModelSpec(
+        key.name,
+        entry.family,
+        device,
+        key.dtype,
+        str(entry.weights or ""),
+        entry.sha256.lower(),
+        confine and entry.confine,
+        entry.arguments,
+        elements=[atomic_numbers[symbol] for symbol in entry.elements],
+        heads=list(entry.heads),
+        **json.loads(key.options or "{}"),
+    )
 
 
 @dataclass
@@ -97,38 +107,36 @@ class Fleet:
     """
 
     def __init__(self, config: Config) -> None:
-        self.devices: tuple[Device, ...] = config.devices
         self._config = config
+        self._devices = Rooms(config)
         self._models: dict[WorkerKey, _Model] = {}
         self._retired: list[Supervisor] = []
         """What is to end, as the catalogue has something else under its name, or as it was a replica."""
         self._evaluations = 0
         """By models that are gone."""
-        self._measurements = Measurements()
-        self._gpus: dict[str, Memory | None] = {}
-        self._labels: dict[str, str] = {}
         self._watching: asyncio.Task[None] | None = None
 
     def begin(self, devices: tuple[Device, ...]) -> None:
         """Have an eye on all models from now on, on these devices, which have been found."""
-        self.devices = devices
-        if devices[0].kind == "cuda":
-            names = {part.uuid: part.name for gpu in find_gpus() for part in (gpu, *gpu.instances)}
-            self._labels = {device.name: names.get(device.uuid, "cuda") for device in devices}
-            self._gpus = {device.name: gpu_memory(device.uuid) for device in devices}
+        self._devices.begin(devices)
         self._watching = asyncio.create_task(self._watch(), name="fleet")
 
     def apply(self, config: Config) -> None:
         """Take over changed settings."""
         self._config = config
+        self._devices.apply(config)
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """Where models may be."""
+        return self._devices.devices
 
     async def stop(self, error: RootstockError) -> None:
         """End all workers; what still waits is told `error`."""
         if self._watching is not None:
             self._watching.cancel()
         await asyncio.gather(*(worker.stop(error) for worker in self.workers()))
-        if self._measurements.unsaved:
-            await asyncio.to_thread(self._measurements.save)
+        await self._devices.save()
 
     def workers(self) -> Iterator[Supervisor]:
         """All supervisors, with those that are on their way out."""
@@ -158,7 +166,7 @@ class Fleet:
             keep: it is to stay.
         """
         key = WorkerKey(name, dtype, options)
-        spec = spec_of(name, entry, dtype, self.devices[0].kind, confine=self._config.confine)
+        spec = spec_of(key, entry, self.devices[0].kind, confine=self._config.confine)
         model = self._models.get(key)
         if model is not None and model.spec != spec:  # the catalogue has been changed since
             self._retire(model.workers)
@@ -213,6 +221,11 @@ class Fleet:
         for model in models.values():
             self._drop(model, model.replicas)
 
+    def expected_seconds(self, worker: Supervisor) -> float | None:
+        """How long loading took the last time."""
+        known = self._devices.known(worker)
+        return worker.load_seconds or (known.load_seconds if known else None)
+
     def keep_alive(self, worker: Supervisor) -> float:
         """Seconds that a worker may have nothing to do until it goes; infinite where it stays."""
         owner = self._owner(worker)
@@ -224,7 +237,7 @@ class Fleet:
 
     def _unload(self, worker: Supervisor, why: str) -> None:
         log.info("model %s leaves %s: %s", worker.spec.name, worker.device or "the queue", why)
-        self._remember(worker)
+        self._devices.remember(worker)
         worker.unload()
 
     def _supervisor(self, spec: ModelSpec) -> Supervisor:
@@ -250,7 +263,8 @@ class Fleet:
     async def admit(self, model: Supervisor) -> Launch | None:
         began = time.monotonic()
         while model.wanted:
-            need, rooms = self._need(model), self._rooms_for(model)
+            rooms = self._rooms_for(model)
+            need = self._devices.need(model, rooms)
             owner = self._owner(model)
             if owner is not None and model is not owner.first:
                 taken = {worker.device for worker in owner.workers}
@@ -265,9 +279,12 @@ class Fleet:
                 model.device = self.devices[plan.room]
                 await self._evict(model, [tenant.number for tenant in plan.evicted])
                 return self.launch(model) if model.wanted else None
-            model.obstacle = self._obstacle(model, need, rooms)
+            there = self._devices.describe(rooms, self.workers())
+            model.obstacle = f"{model.spec.name} needs {need / 1e6:.0f} MB; {there}"
             waited = time.monotonic() - began
-            if waited >= self._config.room_timeout or self._hopeless(model, rooms):
+            kept = owner is not None and owner.kept
+            hopeless = all(need > room.left(kept=kept) for room in rooms)  # even if all had gone that ever do
+            if hopeless or waited >= self._config.room_timeout:
                 raise self._refusal(model, waited)
             await asyncio.sleep(POLL)
         return None
@@ -298,7 +315,7 @@ class Fleet:
             await asyncio.wait(waiting, timeout=STOP_PATIENCE)
             for task in waiting:
                 task.cancel()
-            await self._measure()
+            await self._devices.measure(self.workers())
 
     def _refusal(self, model: Supervisor, waited: float) -> LimitError:
         return LimitError(
@@ -308,31 +325,12 @@ class Fleet:
             "device_memory.",
         )
 
-    # --- memory
-
-    def _label(self, device: Device) -> str:
-        """The kind of device, for what is remembered."""
-        return self._labels.get(device.name, device.kind)
-
-    def _known(self, model: Supervisor) -> Measured | None:
-        device = model.device or self.devices[0]
-        return self._measurements.get(model.spec, self._label(device))
-
-    def expected_seconds(self, model: Supervisor) -> float | None:
-        """How long loading took the last time."""
-        known = self._known(model)
-        return model.load_seconds or (known.load_seconds if known else None)
-
-    def _need(self, model: Supervisor) -> int:
-        """Bytes to have free for it: what it grew to before, but no more than a device has; at least its weights."""
-        known = self._known(model)
-        if known is None:
-            return _file_size(model.spec.weights)
-        largest = max((math.inf if r.budget is None else r.budget for r in self._rooms()), default=math.inf)
-        return known.memory if known.memory <= largest else max(known.loaded, int(largest))
-
     def _owner(self, worker: Supervisor) -> _Model | None:
         return next((model for model in self._models.values() if worker in model.workers), None)
+
+    def _rooms(self) -> list[Room]:
+        kept = [worker for model in self._models.values() if model.kept for worker in model.workers]
+        return self._devices.now(self.workers(), kept)
 
     def _rooms_for(self, worker: Supervisor) -> list[Room]:
         """The devices as they are for a model that is to load: what was to be kept does not go for what is, too."""
@@ -340,104 +338,13 @@ class Fleet:
         rooms = self._rooms()
         return [placement.stays(room) for room in rooms] if owner is not None and owner.kept else rooms
 
-    def _hopeless(self, worker: Supervisor, rooms: list[Room]) -> bool:
-        """Whether there would be no room for it if all had gone that ever do."""
-        owner = self._owner(worker)
-        need, kept = self._need(worker), owner is not None and owner.kept
-        return all(need > room.left(kept=kept) for room in rooms)
-
-    def _rooms(self) -> list[Room]:
-        present: dict[str, list[Supervisor]] = {device.name: [] for device in self.devices}
-        for worker in self.workers():
-            if worker.present and worker.device is not None:
-                present[worker.device.name].append(worker)
-        kept = {id(worker) for model in self._models.values() if model.kept for worker in model.workers}
-        rooms = []
-        for number, device in enumerate(self.devices):
-            workers = present[device.name]
-            tenants = tuple(
-                Tenant(
-                    id(worker),
-                    self._taken(worker),
-                    -worker.idle_seconds,
-                    _may_go(worker),
-                    id(worker) in kept,
-                )
-                for worker in workers
-            )
-            load = sum(worker.pace.load for worker in workers)
-            rooms.append(Room(number, self._budget(device, tenants), load, tenants))
-        return rooms
-
-    def _taken(self, worker: Supervisor) -> int:
-        """Bytes that it has; while it loads, what it will have."""
-        return worker.memory if worker.state is State.READY and worker.memory else self._need_of_present(worker)
-
-    def _need_of_present(self, worker: Supervisor) -> int:
-        known = self._known(worker)
-        return max(worker.memory, known.memory if known else _file_size(worker.spec.weights))
-
-    def _budget(self, device: Device, tenants: tuple[Tenant, ...]) -> int | None:
-        """Bytes for all models on a device; other programs' on a GPU are not theirs."""
-        limit = self._config.device_memory
-        if (memory := self._gpus.get(device.name)) is None:
-            return limit
-        others = max(0, memory.total - memory.free - sum(tenant.memory for tenant in tenants))
-        there = int(memory.total * (1 - RESERVE)) - others
-        return there if limit is None else min(limit, there)
-
-    def _obstacle(self, model: Supervisor, need: int, rooms: list[Room]) -> str:
-        """What is in the way of a model, in words."""
-        texts = []
-        workers = {id(worker): worker for worker in self.workers()}
-        for room in rooms:
-            names = [
-                f"{workers[tenant.number].spec.name} ({tenant.memory / 1e6:.0f} MB"
-                f"{', has work' if not tenant.idle else ''})"
-                for tenant in room.tenants
-            ]
-            there = ", ".join(names) or "nothing"
-            texts.append(f"{self.devices[room.number]} has {(room.budget or 0) / 1e6:.0f} MB, with {there} there")
-        return f"{model.spec.name} needs {need / 1e6:.0f} MB; {'; '.join(texts)}"
-
-    def _remember(self, worker: Supervisor) -> None:
-        """What a worker took, for the next that loads its model."""
-        if worker.device is None or worker.load_seconds is None or not worker.loaded_memory:
-            return
-        measured = Measured(
-            loaded=worker.loaded_memory, memory=worker.peak_memory, load_seconds=round(worker.load_seconds, 2)
-        )
-        self._measurements.put(worker.spec, self._label(worker.device), measured)
-
-    async def _measure(self) -> None:
-        """Look at how much memory workers and devices have."""
-        workers = [(worker, worker.pid) for worker in self.workers() if worker.pid]
-        devices = [device for device in self.devices if device.kind == "cuda"]
-        gpus, resident = await asyncio.to_thread(_look, devices, [pid for _, pid in workers if pid])
-        self._gpus.update(gpus)
-        for worker, pid in workers:
-            if worker.pid != pid or pid is None or worker.device is None:
-                continue
-            gpu = self._gpus.get(worker.device.name)
-            taken = gpu.by_pid.get(pid, 0) if gpu else resident.get(pid, 0)
-            worker.memory = taken
-            worker.peak_memory = max(worker.peak_memory, taken)
-            if worker.state is State.READY and taken and not worker.loaded_memory:
-                worker.loaded_memory = taken
-                self._remember(worker)
-            known = self._known(worker)
-            if known is not None and worker.loaded_memory and worker.peak_memory > known.memory:
-                self._remember(worker)
-        if self._measurements.unsaved:
-            await asyncio.to_thread(self._measurements.save)
-
     # --- once a second
 
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(TICK)
             try:
-                await self._measure()
+                await self._devices.measure(self.workers())
                 self._look_after()
             except Exception:  # the next look may fare better, and models work without
                 log.exception("looking after the models failed")
@@ -455,7 +362,9 @@ class Fleet:
             self._evaluations += worker.evaluations
         for key, model in list(self._models.items()):
             first = model.first
-            if first.state is State.COLD and not (first.clients or first.wanted or model.replicas or model.kept):
+            needed = first.clients or first.wanted or model.replicas or model.kept
+            told = first.refusal is None or first.idle_seconds > REFUSED  # why it did not come
+            if first.state is State.COLD and told and not needed:
                 del self._models[key]
                 self._retire([first])
 
@@ -504,26 +413,7 @@ class Fleet:
     def _replicate(self, model: _Model) -> None:
         taken = {worker.device for worker in model.workers}
         rooms = [room for room in self._rooms() if self.devices[room.number] not in taken]
-        if placement.place_replica(self._need(model.first), rooms) is None:
+        if placement.place_replica(self._devices.need(model.first, rooms), rooms) is None:
             return
         log.info("model %s has more to do than %s can: it gets another worker", model.spec.name, model.first.device)
         model.replicas.append(self._supervisor(model.spec))
-
-
-def _may_go(worker: Supervisor) -> bool:
-    """Whether its memory may be another's."""
-    quiet = 0.0 if not worker.clients else QUIET
-    return worker.state is State.READY and not worker.busy and worker.idle_seconds >= quiet
-
-
-def _look(devices: list[Device], pids: list[int]) -> tuple[dict[str, Memory | None], dict[int, int]]:
-    """What is in the memory of GPUs by name, and of processes."""
-    resident = {pid: process_memory(pid) or 0 for pid in pids}
-    return {device.name: gpu_memory(device.uuid) for device in devices}, resident
-
-
-def _file_size(path: str) -> int:
-    try:
-        return Path(path).stat().st_size if path else 0
-    except OSError:
-        return 0

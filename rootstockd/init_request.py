@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, field_validator
 
 from rootstock_client.errors import InvalidInitError, InvalidStructureError
+from rootstock_client.units import BOHR
 
 PROTOCOL_VERSION = 1
 MAX_BATCH_SIZE = 1024
+MAX_CUTOFF = 100.0
+"""Å; the work grows with the third power of a cutoff."""
+_FORTY_BOHR = 40 * BOHR
 MAX_PARTS = 1000
 """Strings, lists and objects in an INIT, about: only its numbers may be many. A million keys to refuse take seconds."""
 _BATCH_SIZE = re.compile(rb"\bbatch_size\s*:\s*(-?\d{1,9})")
 
 Property = Literal["energy", "forces", "stress", "energies"]
+
+
+class Dispersion(BaseModel):
+    """A D3 correction. By default that of mace-torch's `mace_mp(dispersion=True)`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    damping: Literal["bj", "zero", "bjm", "zerom"] = "bj"
+    xc: str = Field(default="pbe", max_length=50)
+    """The functional whose parameters it has, by the names of s-dftd3."""
+    cutoff: Annotated[float, Field(gt=0, le=MAX_CUTOFF)] = _FORTY_BOHR
+    """In Å: pairs that are farther apart do not count."""
+    cnthr: Annotated[float, Field(gt=0, le=MAX_CUTOFF)] = _FORTY_BOHR
+    """In Å: the same, for coordination numbers; no more than `cutoff` has an effect."""
 
 
 class InitRequest(BaseModel):
@@ -38,6 +57,8 @@ class InitRequest(BaseModel):
     """Which of the model's heads."""
     dtype: Literal["float32", "float64"] | None = None
     """What to compute in; the catalogue's choice where the session has none."""
+    dispersion: Dispersion | None = None
+    """The D3 correction to add, if any; `true` stands for the usual one, `false` for none."""
     exact: bool = False
     """Same structure, same bits: the reference alone, one structure a pass, nothing kept from earlier steps."""
     tolerance: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
@@ -48,6 +69,18 @@ class InitRequest(BaseModel):
     """Structures in each POSDATA."""
     preset: bool = False
     """What follows on this connection is a stock driver, and all of this holds for its own INIT."""
+
+    @field_validator("dispersion", mode="before")
+    @classmethod
+    def _yes_or_no(cls, given: Any) -> Any:
+        return ({} if given else None) if isinstance(given, bool) else given
+
+    @property
+    def options(self) -> str:
+        """What changes numbers beside model and dtype and is a worker's own, as canonical JSON; empty if nothing."""
+        if self.dispersion is None:
+            return ""
+        return json.dumps({"dispersion": self.dispersion.model_dump()}, sort_keys=True)
 
     @property
     def stress(self) -> bool:

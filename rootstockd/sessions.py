@@ -17,8 +17,9 @@ from rootstockd.accounts import Account, Accounts
 from rootstockd.init_request import InitRequest, is_announced, parse_init
 from rootstockd.log_rate import LogRate
 from rootstockd.peers import Peer, user_name
+from rootstockd.roles import Client, State
 from rootstockd.scheduler import Evaluation
-from rootstockd.supervisor import Client, State, Supervisor
+from rootstockd.supervisor import Supervisor
 from rootstockd.worker.slots import Slot
 
 log = logging.getLogger(__name__)

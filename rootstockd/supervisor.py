@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import enum
 import functools
 import logging
 import time
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
 
 from rootstock_client.errors import EvaluationError, LimitError, ModelLoadError, RootstockError
 from rootstockd.config import Device
 from rootstockd.hang_limit import HangLimit
 from rootstockd.pace import Pace
+from rootstockd.roles import Client, Landlord, Launch, State
 from rootstockd.scheduler import MAX_BLAMED, Evaluation, Scheduler
 from rootstockd.worker.engines import EngineInfo, ModelSpec
-from rootstockd.worker.slots import Slot
 from rootstockd.worker_messages import Confined, Failure, Said, Stage, parse
 from rootstockd.worker_output import Ration
 from rootstockd.worker_process import End, WorkerProcess
@@ -43,64 +39,6 @@ RETRY_AFTER = 10.0
 def warn_once(text: str) -> None:
     """Log what is true of the machine and would be said again by every worker."""
     log.warning("%s", text)
-
-
-class State(enum.Enum):
-    """What a model is doing."""
-
-    COLD = "cold"
-    """It has no worker, and gets one when somebody asks for it."""
-    WAITING = "waiting"
-    """Somebody has, and no device has room yet."""
-    LOADING = "loading"
-    READY = "ready"
-    FAILED = "failed"
-
-
-class Client(Protocol):
-    """What a supervisor needs of whoever has evaluations done: a session."""
-
-    number: int
-    """Unique for each slot that ever was."""
-    slot: Slot
-    settings: dict[str, Any]
-    """What the worker is told of the slot's system."""
-
-    def evaluated(self, error: RootstockError | None) -> None:
-        """The evaluation is over."""
-
-    @property
-    def queued(self) -> bool:
-        """It has an evaluation that waits for its turn."""
-
-    def move(self, model: Supervisor) -> bool:
-        """Go over to another worker of the same model; whether that could be: not while an evaluation is under way."""
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What a worker is started with."""
-
-    python: Path
-    """The interpreter of the environment that it runs in."""
-    environment: dict[str, str]
-
-
-class Landlord(Protocol):
-    """What a supervisor needs of whoever has the devices: the fleet."""
-
-    async def admit(self, model: Supervisor) -> Launch | None:
-        """Wait for a device to have room for a model, and set its `device`; None if it is not wanted any more.
-
-        Raises:
-            LimitError: none has, and it was waited for long enough.
-        """
-
-    async def make_room(self, model: Supervisor) -> bool:
-        """A model's device turned out to have no memory for it: whether another model has gone for it."""
-
-    def launch(self, model: Supervisor) -> Launch:
-        """What its next worker is started with."""
 
 
 class Supervisor:
@@ -456,7 +394,7 @@ class Supervisor:
                 launch = await self._landlord.admit(self)
             except LimitError as error:
                 log.warning("%s", error.message)
-                self.refusal = error
+                self.refusal, self._last_use = error, time.perf_counter()
                 self._wanted.clear()
                 self._set_state(State.COLD)
                 self.give_up(error)

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import re
 import socket
+import ssl
 import struct
 import threading
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ class FileServer:
     """
 
     port: int = 0
+    scheme: str = "http"
     files: dict[str, bytes] = field(default_factory=dict)
     """By path, or by whole address where the server is used as a proxy."""
     faults: list[str] = field(default_factory=list)
@@ -38,7 +40,7 @@ class FileServer:
     holding: threading.Event = field(default_factory=threading.Event)
 
     def url(self, path: str) -> str:
-        return f"http://127.0.0.1:{self.port}{path}"
+        return f"{self.scheme}://127.0.0.1:{self.port}{path}"
 
     @property
     def ranges(self) -> list[str]:
@@ -47,15 +49,19 @@ class FileServer:
 
 
 @contextmanager
-def serving() -> Iterator[FileServer]:
-    """A server for one test."""
-    state = FileServer()
+def serving(certificate: Path | None = None) -> Iterator[FileServer]:
+    """A server for one test; over TLS with a file that has a certificate and its key."""
+    state = FileServer(scheme="https" if certificate else "http")
 
     class Handler(_Handler):
         server_state = state
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = False  # so that server_close waits for them
+    if certificate is not None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
     state.port = server.server_address[1]
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()

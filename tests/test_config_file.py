@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from rootstockd.config import Config
 from rootstockd.config_file import ConfigError, make_config
 
 DEFAULTS = {"socket": "/run/x/rootstockd.sock", "devices": ["cpu"]}
@@ -70,3 +71,10 @@ def test_relative_paths_start_at_the_file(write):
     config = make_config({}, file, DEFAULTS)
     assert config.catalogues == (file.parent / "more.toml", Path("/abs.toml"))
     assert (config.log_file, config.socket) == (file.parent / "log", file.parent / "run/d.sock")
+
+
+def test_devices_and_keep_alive_survive_the_way_to_the_daemon(write):
+    config = make_config({}, write('devices = ["cuda:0", "MIG-1-2"]\nkeep_alive = 3\n'), DEFAULTS)
+    assert [str(device) for device in config.devices] == ["cuda:0", "MIG-1-2"] and config.keep_alive == 3
+    assert Config.model_validate_json(config.model_dump_json()) == config
+    assert make_config({}, write('keep_alive = "forever"'), DEFAULTS).keep_alive == "forever"

@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import shutil
+import subprocess
 import threading
 from pathlib import Path
 
@@ -216,6 +218,34 @@ def test_a_proxy_of_the_environment(server, fetch, monkeypatch):
     monkeypatch.delenv("no_proxy", raising=False)
     download("http://files.invalid/x.model", fetch.path, checksum_known=True, progress=lambda *_: None, say=print)
     assert fetch.path.read_bytes() == DATA
+
+
+@pytest.fixture
+def certificate(tmp_path):
+    """A certificate for this machine, and its key."""
+    if shutil.which("openssl") is None:
+        pytest.skip("there is no openssl here")
+    path = tmp_path / "certificate.pem"
+    made = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
+    named = ["-subj", "/CN=here", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", path, "-out", tmp_path / "c"]
+    subprocess.run([*made, *named], check=True, capture_output=True)
+    path.write_bytes(path.read_bytes() + (tmp_path / "c").read_bytes())
+    return path
+
+
+def test_over_tls(server, fetch, certificate, monkeypatch):
+    """Certificates count, and from https nothing leads to http."""
+    with serving(certificate) as secure:
+        secure.files[FILE] = DATA
+        monkeypatch.setattr(server, "url", secure.url)
+        with pytest.raises(DownloadError, match="its certificate is not accepted"):
+            fetch()
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
+        secure.faults += [f"redirect http://127.0.0.1:{server.port}{FILE}"]
+        with pytest.raises(DownloadError, match="anybody on the way could change"):
+            fetch()
+        assert not fetch.path.exists()
+        assert fetch() == DATA
 
 
 def test_a_full_disk(server, fetch, tmp_path):

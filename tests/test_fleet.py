@@ -99,6 +99,13 @@ def test_models_spread_over_devices_with_room() -> None:
     assert sorted(where[:4]) == sorted(where[4:]) == [0, 1, 2, 3]
 
 
+def test_nobody_goes_for_nothing_nor_one_who_was_to_be_kept_where_another_may() -> None:
+    small, large = Tenant(1, 10, -9.0, idle=True), Tenant(2, 50, -1.0, idle=True)
+    assert to_evict(40, Room(0, 60, 0.0, (small, large))) == (large,)
+    kept = Tenant(3, 50, -99.0, idle=True, kept=True)
+    assert place(40, [Room(0, 50, 0.0, (kept,)), Room(1, 50, 1.0, (large,))]).room == 1  # type: ignore[union-attr]
+
+
 def test_a_device_with_less_to_do_goes_first() -> None:
     busy, calm = Room(0, None, 0.9), Room(1, None, 0.1, (Tenant(1, 5, 0.0, idle=True),))
     assert place(1, [busy, calm]).room == 1  # type: ignore[union-attr]

@@ -3,6 +3,7 @@
 import contextlib
 import json
 
+import ase.units
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -77,6 +78,14 @@ def test_what_is_computed(want, pbc, stress, energies):
         (text(want=["dipole"]), "want"),
         (text(charge=float("nan")), "charge"),
         (text(spin=float("inf")), "spin"),
+        (text(dispersion=1), "dispersion"),
+        (text(dispersion={"damping": "bk"}), r"dispersion\.damping"),
+        (text(dispersion={"xc": 1}), r"dispersion\.xc"),
+        (text(dispersion={"xc": "x" * 51}), r"dispersion\.xc"),
+        (text(dispersion={"cutoff": 0}), r"dispersion\.cutoff"),
+        (text(dispersion={"cnthr": 101}), r"dispersion\.cnthr"),
+        (text(dispersion={"cutoff": float("nan")}), r"dispersion\.cutoff"),
+        (text(dispersion={"abc": True}), r"dispersion\.abc: Extra"),
         (text(batch_size=0), "batch_size"),
         (text(batch_size=MAX_BATCH_SIZE + 1), "batch_size"),
         (b"{", "Invalid JSON"),
@@ -88,6 +97,23 @@ def test_what_is_computed(want, pbc, stress, energies):
 def test_what_is_wrong_is_named(init, named):
     with pytest.raises(InvalidInitError, match=named):
         parse_init(init, None)
+
+
+def test_dispersion():
+    assert parse_init(text(), None).options == ""
+    assert parse_init(text(dispersion=False), None).options == ""
+    assert parse_init(text(dispersion=None), None).options == ""
+    usual = parse_init(text(dispersion=True), None)
+    assert usual.options == parse_init(text(dispersion={}), None).options
+    assert json.loads(usual.options)["dispersion"] == {
+        "damping": "bj",
+        "xc": "pbe",
+        "cutoff": 40 * ase.units.Bohr,
+        "cnthr": 40 * ase.units.Bohr,
+    }
+    a = parse_init(text(dispersion={"xc": "rpbe", "cutoff": 20}), None)
+    b = parse_init(text(dispersion={"cutoff": 20.0, "xc": "rpbe", "damping": "bj"}), None)
+    assert a.options == b.options != usual.options
 
 
 @pytest.mark.parametrize("version", [0, 2, -1])

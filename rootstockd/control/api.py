@@ -39,7 +39,7 @@ from rootstockd.log_rate import LogRate
 from rootstockd.models.catalogue import CatalogueError
 from rootstockd.models.store import is_here
 from rootstockd.peers import user_name
-from rootstockd.supervisor import State
+from rootstockd.roles import State
 
 if TYPE_CHECKING:
     from rootstockd.daemon import Daemon

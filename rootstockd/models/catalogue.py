@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import json
 import os
 import re
 import sys
@@ -21,7 +22,7 @@ import platformdirs
 from ase.data import atomic_numbers, chemical_symbols
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 
-from rootstock_client.errors import UnknownModelError
+from rootstock_client.errors import UnknownModelError, UnsupportedError
 from rootstockd.config import KeepAlive
 from rootstockd.state_dir import StateError, check_trusted, state_dirs
 
@@ -70,7 +71,7 @@ class Entry(BaseModel):
     computes: tuple[str, ...] = ()
     """ASE property names; empty where only the loaded model can say."""
     dtype: Literal["float32", "float64"] = "float64"
-    """Used where the session does not ask for one."""
+    """Used where the session does not ask for one; what an ASE calculator computes in, if it can't be told."""
     licence: str = ""
     """SPDX identifier, or a name."""
     licence_url: str = ""
@@ -108,6 +109,17 @@ class Entry(BaseModel):
                 raise ValueError(f"there is no element {text}")
             found += chemical_symbols[ends[0] : ends[1] + 1]
         return tuple(found)
+
+    def check_dtype(self, name: str, dtype: str) -> None:
+        """Whether a session may ask for this dtype.
+
+        Raises:
+            UnsupportedError: it would be ignored.
+        """
+        if dtype != self.dtype and self.family == "ase" and '"{dtype}"' not in json.dumps(self.arguments):
+            raise UnsupportedError(
+                f"model {name!r} computes in {self.dtype} and in nothing else.", "Leave dtype out, or name that one."
+            )
 
 
 class Catalogue(Mapping[str, Entry]):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rootstock_client.errors import ModelLoadError
+from rootstock_client.errors import ModelLoadError, RootstockError
+from rootstockd import worker_output
 from rootstockd.worker.engines import EngineInfo, ModelSpec
 from rootstockd.worker_messages import Failure, parse
 from rootstockd.worker_output import Ration
@@ -19,17 +22,29 @@ TIMEOUT = 600.0
 """Seconds that loading may take."""
 
 
-def try_out(spec: ModelSpec, harvest: Callable[[Path], None] | None = None) -> EngineInfo:
+def try_out(spec: ModelSpec, harvest: Callable[[Path], None] | None = None, *, show_errors: bool = True) -> EngineInfo:
     """Load a model in a worker and end it.
 
     Args:
         spec: the model.
         harvest: called with the worker's scratch folder before it goes.
+        show_errors: whether what the worker has to say to people comes out if it fails, such as a traceback.
 
     Raises:
         RootstockError: it can't be loaded.
     """
-    return asyncio.run(_try_out(spec, harvest))
+    words = io.StringIO()
+    handler = logging.StreamHandler(words)
+    output = logging.getLogger(worker_output.__name__)
+    output.addHandler(handler)
+    try:
+        return asyncio.run(_try_out(spec, harvest))
+    except RootstockError:
+        if show_errors:
+            sys.stderr.write(words.getvalue())
+        raise
+    finally:
+        output.removeHandler(handler)
 
 
 async def _try_out(spec: ModelSpec, harvest: Callable[[Path], None] | None) -> EngineInfo:

@@ -1,10 +1,11 @@
-"""How much memory a worker may use on a CPU, and giving back what it no longer needs."""
+"""How much memory a worker may use on a CPU, and giving back what it no longer needs; what it has of a GPU's."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import resource
+import sys
 
 MEMORY_VARIABLE = "ROOTSTOCKD_WORKER_MEMORY"
 """Has a worker's limit in bytes, if it has one."""
@@ -27,3 +28,11 @@ def limit_memory() -> None:
 def trim() -> None:
     """Give freed memory back to the system: whoever needs it next may be another process."""
     ctypes.CDLL(None).malloc_trim(0)
+
+
+def gpu_memory() -> int | None:
+    """Bytes that torch holds of the GPU; None where none is in use. CUDA itself has some hundred MiB more."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return None
+    return int(torch.cuda.memory_reserved())

@@ -162,18 +162,24 @@ def test_dtypes_and_what_else_init_may_say(trapped: Any) -> None:
 
 
 def test_the_control_socket(trapped: Any) -> None:
-    """It has four routes; none takes a name."""
+    """It has seven routes; those that take a name look it up in the catalogue."""
     daemon, folder = trapped
     routes = request(daemon.socket, "GET", "/openapi.json")["paths"]
     assert {(route, *sorted(methods)) for route, methods in routes.items()} == {
         ("/v1/status", "get"),
         ("/v1/models", "get"),
+        ("/v1/loading", "get"),
+        ("/v1/load", "post"),
+        ("/v1/unload", "post"),
         ("/v1/stop", "post"),
         ("/v1/reload", "post"),
     }
     for name in names(folder):
         with pytest.raises(RootstockError):
             request(daemon.socket, "POST", "/v1/stop", {"force": name})
+        for route in ("/v1/load", "/v1/unload"):
+            with pytest.raises(RootstockError):
+                request(daemon.socket, "POST", route, {"model": name})
     assert daemon.client().status()["state"] == "ready"
     assert not (folder / "sprung").exists()
 

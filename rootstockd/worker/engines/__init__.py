@@ -1,4 +1,4 @@
-"""The Engine interface, and how an engine is loaded.
+"""The Engine interface, and how an engine is loaded. docs/engines.md says how to write one.
 
 An engine computes in ASE's units and conventions: eV, Å, rows of a cell are lattice vectors. Its virial is
 -dE/dstrain = -volume x stress, in eV, which is defined whatever volume a slab's empty space is said to have.
@@ -10,12 +10,23 @@ import hashlib
 import importlib
 import os
 import stat
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import metadata
 from typing import Any, Protocol
 
 import numpy as np
 
 from rootstockd.worker import stages
+from rootstockd.worker.failures import out_of_memory
+
+ENGINE_API = 1
+"""Version of all that an engine from elsewhere sees of this module; its own module must name the same."""
+ENTRY_POINTS = "rootstockd.engines"
+"""Group of the entry points of engines from elsewhere: the name is a family's, the object a module like those here."""
+FAMILIES = ("ase", "mace", "noop")
+"""Families whose modules are in this package."""
 
 Array = np.ndarray
 """Any numpy array; a worker may run on a Python and a numpy too old for anything narrower."""
@@ -40,7 +51,7 @@ class ModelSpec:
     name: str
     """Catalogue name, for messages."""
     family: str
-    """Engine family: the name of a module in this package."""
+    """Engine family: the name of a module in this package, or of an entry point."""
     device: str
     """`cpu`, or `cuda` for the one GPU that the worker's environment shows it."""
     dtype: str
@@ -53,6 +64,12 @@ class ModelSpec:
     """Whether workers give their rights away; see `rootstockd.worker.confine`."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """What else the family's `load` takes."""
+    elements: list[int] = field(default_factory=list)
+    """Atomic numbers that it knows, as the catalogue says; empty where that is for the loaded model to say."""
+    heads: list[str] = field(default_factory=list)
+    """Names of its heads, likewise."""
+    dispersion: dict[str, Any] | None = None
+    """Settings of the D3 correction that is added, if one is; see `rootstockd.worker.engines.dispersion`."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +80,14 @@ class EngineInfo:
     """ASE property names it can compute."""
     elements: tuple[int, ...] = ()
     """Atomic numbers it knows; empty where it does not say."""
+    heads: tuple[str, ...] = ()
+    """Names of its heads; empty where it has no such thing."""
+    max_atoms: int | None = None
+    """The most atoms in one structure, where there is a limit other than memory."""
     backend: str = ""
     """What computes, with versions, for people."""
     note: str = ""
     """What people should know of it, such as why nothing faster computes."""
-    heads: tuple[str, ...] = ()
-    """Names of its heads, where it has several."""
 
 
 @dataclass(frozen=True)
@@ -125,22 +144,103 @@ class Result:
 class Engine(Protocol):
     """One loaded model."""
 
-    info: EngineInfo
+    @property
+    def info(self) -> EngineInfo:
+        """What it says of itself; another object when something in it has changed."""
 
     def prepare(self, system: System) -> Any:
         """Whatever is worth keeping for a system between its evaluations.
 
         Raises:
-            EngineError: the model can't treat this system.
+            EngineError: the model can't treat this system, or has no notion of its charge, spin or head.
         """
 
     def evaluate(self, tasks: list[Task]) -> list[Result]:
-        """Evaluate a batch; results in the same order.
+        """Evaluate a batch; results in the same order, in arrays that later evaluations leave alone.
 
         Raises:
             EngineError: this batch can't be evaluated. Any other exception counts as one without a hint.
-            EngineBrokenError: nor can any other.
+            MemoryError: the device has not enough for it, and may have for its parts.
+            EngineBrokenError: the device or a library is in disorder; no batch can be evaluated any more.
         """
+
+    def memory(self) -> int | None:
+        """Bytes of a GPU's memory that this process has taken; None on a CPU, and where that is not known."""
+
+
+def check_system(name: str, info: EngineInfo, system: System, understood: tuple[str, ...] = ()) -> None:
+    """Refuse what a model does not know, by what its engine says of it.
+
+    Args:
+        name: catalogue name, for messages.
+        info: what the engine says.
+        system: the system.
+        understood: which of `charge` and `spin` the model takes into account. For others it must be neutral, a
+            singlet, or nothing said.
+
+    Raises:
+        EngineError: it does not know this.
+    """
+    unknown = sorted(set(system.numbers.tolist()) - set(info.elements))
+    if info.elements and unknown:
+        raise EngineError("unknown-element", f"model {name!r} does not know {', '.join(map(symbol, unknown))}")
+    if info.max_atoms is not None and len(system.numbers) > info.max_atoms:
+        raise EngineError("limit", f"{len(system.numbers)} atoms, and model {name!r} takes {info.max_atoms}")
+    for word, value, usual in (("charge", system.charge, (0,)), ("spin", system.spin, (0, 1))):
+        if value is not None and value not in usual and word not in understood:
+            raise EngineError(
+                "unsupported",
+                f"model {name!r} has no notion of {word}, and this system's is {value:g}",
+                f'Leave it out (atoms.info["{word}"] in ASE), or use a model that takes it into account.',
+            )
+
+
+def choose_head(name: str, heads: tuple[str, ...], wanted: str | None) -> str | None:
+    """The head to use: the one wanted, or the only one, or the one called default; None for a model without heads.
+
+    Raises:
+        EngineError: there is no such head, or none was chosen of several.
+    """
+    if wanted in heads or (wanted is None and not heads):
+        return wanted
+    if wanted is None:
+        usual = [head for head in heads if len(heads) == 1 or head.lower() == "default"]
+        if usual:
+            return usual[0]
+        message = f"model {name!r} has several heads"
+    else:
+        message = f"model {name!r} has no head {wanted[:100]!r}"
+    hint = f"Name one of its heads: {', '.join(heads)}." if heads else "Leave it out: this model has no heads."
+    raise EngineError("unsupported", message, hint)
+
+
+def guarded(evaluate: Callable[[list[Task]], list[Result]], tasks: list[Task]) -> list[Result]:
+    """What `evaluate` gives; torch's errors that say more than that it failed become what an Engine raises.
+
+    Raises:
+        MemoryError: the device has not enough for these tasks.
+        EngineBrokenError: the device is in disorder.
+    """
+    try:
+        return evaluate(tasks)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            if "CUDA error" in str(error):  # from here on it answers everything with this error
+                raise EngineBrokenError from error
+            raise
+        text = str(error)
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.cuda.empty_cache()  # not before here, where what the failed pass had in its hands is free
+    raise MemoryError(text)
+
+
+def symbol(number: int) -> str:
+    """An element's symbol, for messages."""
+    try:
+        from ase.data import chemical_symbols  # an engine's environment may have no ASE  # noqa: PLC0415
+    except ImportError:
+        return f"element {number}"
+    return str(chemical_symbols[number]) if number < len(chemical_symbols) else str(number)
 
 
 def read_weights(spec: ModelSpec) -> bytes:
@@ -180,15 +280,79 @@ def load_engine(spec: ModelSpec) -> Engine:
     Raises:
         EngineError: it can't be loaded.
     """
-    stages.begin(stages.IMPORTS)
+    if spec.dispersion is None:
+        return load_family(spec)
     try:
-        module = importlib.import_module(f"{__name__}.{spec.family}")
+        from rootstockd.worker.engines.dispersion import with_dispersion  # needs a package more  # noqa: PLC0415
     except ImportError as error:
-        if spec.family == "mace":
-            hint = "Install it beside the daemon: pip install 'rootstockd[mace]'."
-        else:
-            hint = f"Install what the family {spec.family!r} needs beside the daemon."
-        raise EngineError("model-load", f"model {spec.name!r}: {error}", hint) from error
+        raise EngineError(
+            "unsupported",
+            f"model {spec.name!r} can't be corrected for dispersion: {error}",
+            f"Whoever runs the daemon can install the package dftd3 into the environment {sys.prefix}.",
+        ) from error
+    return with_dispersion(spec)
+
+
+def load_family(spec: ModelSpec) -> Engine:
+    """Load a model by its family's own code.
+
+    Raises:
+        EngineError: it can't be loaded.
+    """
+    stages.begin(stages.IMPORTS)
+    if spec.family not in FAMILIES:
+        module = _from_elsewhere(spec)
+    else:
+        try:
+            module = importlib.import_module(f"{__name__}.{spec.family}")
+        except ImportError as error:
+            if spec.family == "mace":
+                hint = "Install it beside the daemon: pip install 'rootstockd[mace]'."
+            else:
+                hint = f"Install what the family {spec.family!r} needs beside the daemon."
+            raise EngineError("model-load", f"model {spec.name!r}: {error}", hint) from error
     stages.begin(stages.WEIGHTS)
     engine: Engine = module.load(spec)
     return engine
+
+
+def _from_elsewhere(spec: ModelSpec) -> Any:
+    """The module of a family that some installed package has.
+
+    Raises:
+        EngineError: there is none, there are several, or it is for another version of this interface.
+    """
+    found: Any = metadata.entry_points()
+    found = found.select(group=ENTRY_POINTS) if hasattr(found, "select") else found.get(ENTRY_POINTS, ())  # Python 3.9
+    points = {point.value: point for point in found if point.name == spec.family}
+    where = f"the environment {sys.prefix}"
+    if not points:
+        raise EngineError(
+            "model-load",
+            f"model {spec.name!r}: nothing in {where} evaluates models of the family {spec.family!r}",
+            f"Install the package that has it as an entry point of {ENTRY_POINTS!r}.",
+        )
+    if len(points) > 1:
+        raise EngineError(
+            "model-load",
+            f"model {spec.name!r}: several packages in {where} claim the family {spec.family!r}: {', '.join(points)}",
+            "Remove all but one of them.",
+        )
+    (point,) = points.values()
+    try:
+        module = point.load()
+    except ImportError as error:
+        raise EngineError(
+            "model-load",
+            f"model {spec.name!r}: the family {spec.family!r} is {point.value} in {where}, which can't be imported: "
+            f"{error}",
+        ) from error
+    version = getattr(module, "ENGINE_API", None)
+    if version != ENGINE_API:
+        raise EngineError(
+            "model-load",
+            f"model {spec.name!r}: the family {spec.family!r} is {point.value} in {where}, which has ENGINE_API "
+            f"{version} where this rootstockd has {ENGINE_API}",
+            "Install a version of it that goes with this rootstockd.",
+        )
+    return module

@@ -6,16 +6,24 @@ from typing import Any
 
 import numpy as np
 
-from rootstockd.worker.engines import EngineInfo, ModelSpec, Result, System, Task
+from rootstockd.worker.engines import EngineInfo, ModelSpec, Result, System, Task, check_system, choose_head
 
 
 class NoopEngine:
-    """Zero energy, forces and stress for everything."""
+    """Zero energy, forces and stress for everything.
 
-    info = EngineInfo(properties=("energy", "free_energy", "forces", "stress", "energies"), backend="noop")
+    Args:
+        name: catalogue name, for messages.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self.info = EngineInfo(properties=("energy", "free_energy", "forces", "stress", "energies"), backend="noop")
 
     def prepare(self, system: System) -> Any:
         """The zeros that every evaluation of this system gives."""
+        check_system(self._name, self.info, system)
+        choose_head(self._name, (), system.head)
         natoms = len(system.numbers)
         return Result(0.0, np.zeros((natoms, 3)), np.zeros((3, 3)), np.zeros(natoms))
 
@@ -23,7 +31,10 @@ class NoopEngine:
         """The zeros."""
         return [task.system for task in tasks]
 
+    def memory(self) -> None:
+        """It needs none."""
 
-def load(_spec: ModelSpec) -> NoopEngine:
+
+def load(spec: ModelSpec) -> NoopEngine:
     """Nothing to load."""
-    return NoopEngine()
+    return NoopEngine(spec.name)

@@ -14,7 +14,6 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
-from ase.data import chemical_symbols
 
 from rootstockd.worker import stages
 from rootstockd.worker.engines import (
@@ -24,6 +23,9 @@ from rootstockd.worker.engines import (
     ModelSpec,
     Result,
     Task,
+    check_system,
+    choose_head,
+    guarded,
     read_weights,
 )
 from rootstockd.worker.engines import System as Wanted
@@ -31,6 +33,7 @@ from rootstockd.worker.engines.mace import checks, safe
 from rootstockd.worker.engines.mace.radial import NotApplicableError
 from rootstockd.worker.engines.mace.reference import ReferenceBackend, System, mace
 from rootstockd.worker.failures import out_of_memory
+from rootstockd.worker.memory import gpu_memory
 
 log = logging.getLogger(__name__)
 
@@ -69,26 +72,25 @@ class MaceEngine:
         self._untrusted = 0
         self._reference, self._fast = reference, fast
         self._elements = [int(z) for z in model.atomic_numbers]
-        self._heads: list[str] = list(getattr(model, "heads", None) or ["Default"])
+        self._heads: tuple[str, ...] = tuple(getattr(model, "heads", None) or ["Default"])
+        self._understood = _understood(model)
         self._cutoff = float(model.r_max)
         self._versions = f"mace-torch {mace.__version__}, torch {torch.__version__}, {spec.device}"
         self.info = EngineInfo(
             properties=("energy", "free_energy", "forces", "stress", "energies"),
             elements=tuple(self._elements),
+            heads=self._heads,
             backend=f"{(fast or reference).name} ({self._versions})",
             note=why,
-            heads=tuple(self._heads) if len(self._heads) > 1 else (),
         )
         if fast is not None:
             self._check_model(fast)
 
     def prepare(self, system: Wanted) -> System:
         """What the backends need to know."""
-        unknown = sorted(set(system.numbers.tolist()) - set(self._elements))
-        if unknown:
-            symbols = ", ".join(chemical_symbols[z] if z < len(chemical_symbols) else str(z) for z in unknown)
-            raise EngineError("unknown-element", f"model {self._name!r} does not know {symbols}")
-        head = self._head(system.head)
+        check_system(self._name, self.info, system, self._understood)
+        head = choose_head(self._name, self._heads, system.head)
+        assert head is not None  # every MACE has heads
         elements = tuple(sorted(set(system.numbers.tolist())))
         return System(
             numbers=system.numbers,
@@ -96,47 +98,23 @@ class MaceEngine:
             head=head,
             head_index=self._heads.index(head),
             # mace-torch's own defaults for what a structure does not say: no charge, a singlet
-            properties={"total_charge": system.charge or 0.0, "total_spin": system.spin or 1.0},
+            properties={
+                "total_charge": 0.0 if system.charge is None else system.charge,
+                "total_spin": 1.0 if system.spin is None else system.spin,
+            },
             exact=system.exact,
             tolerance=checks.TOLERANCE[self._dtype] if system.tolerance is None else system.tolerance,
             session=system.session,
             check=(system.session, elements, system.pbc, head, system.tolerance),
         )
 
-    def _head(self, wanted: str | None) -> str:
-        """The head to use; without a choice the only one, or the one called default, as MACECalculator picks it."""
-        if wanted is not None:
-            if wanted in self._heads:
-                return wanted
-        elif len(self._heads) == 1:
-            return self._heads[0]
-        else:
-            for head in self._heads:
-                if head.lower() == "default":
-                    return head
-        raise EngineError(
-            "unsupported",
-            f"model {self._name!r} has no head {wanted!r}" if wanted else f"model {self._name!r} has several heads",
-            f"Name one of its heads: {', '.join(self._heads)}.",
-        )
-
     def evaluate(self, tasks: list[Task]) -> list[Result]:
-        """Those that want to be exact alone and by the reference, first structures by both, all others in one pass.
+        """Those that want to be exact alone and by the reference, first structures by both, all others in one pass."""
+        return guarded(self._evaluate, tasks)
 
-        Raises:
-            MemoryError: the device has not enough for them.
-            EngineBrokenError: the device, or a library, is in disorder.
-        """
-        try:
-            return self._evaluate(tasks)
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                if "CUDA error" in str(error):  # from here on it answers everything with this error
-                    raise EngineBrokenError from error
-                raise
-            text = str(error)
-        torch.cuda.empty_cache()  # not before here, where what the failed pass had in its hands is free
-        raise MemoryError(text)
+    def memory(self) -> int | None:
+        """What torch has of the GPU."""
+        return gpu_memory()
 
     def _evaluate(self, tasks: list[Task]) -> list[Result]:
         results: dict[int, Result] = {}
@@ -225,6 +203,13 @@ class MaceEngine:
     def _note(self, text: str) -> None:
         backend = f"{(self._fast or self._reference).name} ({self._versions})"
         self.info = replace(self.info, backend=backend, note=text)
+
+
+def _understood(model: Any) -> tuple[str, ...]:
+    """Which of charge and spin the model looks at; others get them from mace-torch and leave them alone."""
+    names = {"total_charge", "total_spin"} if type(model).__name__ == "PolarMACE" else set()
+    names |= set(getattr(model, "embedding_specs", None) or ())
+    return tuple(word for word in ("charge", "spin") if f"total_{word}" in names)
 
 
 def load(spec: ModelSpec) -> MaceEngine | safe.Conversion:

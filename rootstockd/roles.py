@@ -1,0 +1,72 @@
+"""Who a supervisor has to do with: sessions, whose evaluations it has done, and the fleet, which has the devices."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from rootstock_client.errors import RootstockError
+from rootstockd.worker.slots import Slot
+
+if TYPE_CHECKING:
+    from rootstockd.supervisor import Supervisor
+
+
+class State(enum.Enum):
+    """What a model is doing."""
+
+    COLD = "cold"
+    """It has no worker, and gets one when somebody asks for it."""
+    WAITING = "waiting"
+    """Somebody has, and no device has room yet."""
+    LOADING = "loading"
+    READY = "ready"
+    FAILED = "failed"
+
+
+class Client(Protocol):
+    """What a supervisor needs of whoever has evaluations done: a session."""
+
+    number: int
+    """Unique for each slot that ever was."""
+    slot: Slot
+    settings: dict[str, Any]
+    """What the worker is told of the slot's system."""
+
+    def evaluated(self, error: RootstockError | None) -> None:
+        """The evaluation is over."""
+
+    @property
+    def queued(self) -> bool:
+        """It has an evaluation that waits for its turn."""
+
+    def move(self, model: Supervisor) -> bool:
+        """Go over to another worker of the same model; whether that could be: not while an evaluation is under way."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a worker is started with."""
+
+    python: Path
+    """The interpreter of the environment that it runs in."""
+    environment: dict[str, str]
+
+
+class Landlord(Protocol):
+    """What a supervisor needs of whoever has the devices: the fleet."""
+
+    async def admit(self, model: Supervisor) -> Launch | None:
+        """Wait for a device to have room for a model, and set its `device`; None if it is not wanted any more.
+
+        Raises:
+            LimitError: none has, and it was waited for long enough.
+        """
+
+    async def make_room(self, model: Supervisor) -> bool:
+        """A model's device turned out to have no memory for it: whether another model has gone for it."""
+
+    def launch(self, model: Supervisor) -> Launch:
+        """What its next worker is started with."""

@@ -1,0 +1,173 @@
+"""What is in the devices' memory, and how much more fits there: measured while models run, and remembered."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+from rootstockd.config import Config, Device
+from rootstockd.devices import Memory, find_gpus, gpu_memory, process_memory
+from rootstockd.measured import Measured, Measurements
+from rootstockd.placement import Room, Tenant
+from rootstockd.roles import State
+from rootstockd.supervisor import Supervisor
+
+QUIET = 5.0
+"""Seconds after its last evaluation in which a model with sessions does not go for another: drivers compute, too."""
+RESERVE = 0.05
+"""The part of a GPU's memory that models leave free, for whatever else its driver needs."""
+
+
+class Rooms:
+    """The devices of a daemon, each a `Room` for models.
+
+    Args:
+        config: the daemon's settings.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.devices: tuple[Device, ...] = config.devices
+        self._limit = config.device_memory
+        self._measurements = Measurements()
+        self._gpus: dict[str, Memory | None] = {}
+        """By the device's name."""
+        self._labels: dict[str, str] = {}
+
+    def begin(self, devices: tuple[Device, ...]) -> None:
+        """It is these devices, which have been found."""
+        self.devices = devices
+        if devices[0].kind == "cuda":
+            names = {part.uuid: part.name for gpu in find_gpus() for part in (gpu, *gpu.instances)}
+            self._labels = {device.name: names.get(device.uuid, "cuda") for device in devices}
+            self._gpus = {device.name: gpu_memory(device.uuid) for device in devices}
+
+    def apply(self, config: Config) -> None:
+        """Take over changed settings."""
+        self._limit = config.device_memory
+
+    # --- as placement sees them
+
+    def now(self, workers: Iterable[Supervisor], kept: Iterable[Supervisor]) -> list[Room]:
+        """The devices as they are.
+
+        Args:
+            workers: all there are.
+            kept: those that are the last to go.
+        """
+        present: dict[str, list[Supervisor]] = {device.name: [] for device in self.devices}
+        for worker in workers:
+            if worker.present and worker.device is not None:
+                present[worker.device.name].append(worker)
+        last = {id(worker) for worker in kept}
+        rooms = []
+        for number, device in enumerate(self.devices):
+            inside = present[device.name]
+            tenants = tuple(
+                Tenant(id(worker), self._taken(worker), -worker.idle_seconds, may_go(worker), id(worker) in last)
+                for worker in inside
+            )
+            load = sum(worker.pace.load for worker in inside)
+            rooms.append(Room(number, self._budget(device, tenants), load, tenants))
+        return rooms
+
+    def need(self, worker: Supervisor, rooms: Iterable[Room]) -> int:
+        """Bytes to have free for a worker: what it grew to before, but no more than a device has; or its weights."""
+        known = self.known(worker)
+        if known is None:
+            return _file_size(worker.spec.weights)
+        largest = max((math.inf if room.budget is None else room.budget for room in rooms), default=math.inf)
+        return known.memory if known.memory <= largest else max(known.loaded, int(largest))
+
+    def _taken(self, worker: Supervisor) -> int:
+        """Bytes that it has; while it loads, what it will have."""
+        if worker.state is State.READY and worker.memory:
+            return worker.memory
+        known = self.known(worker)
+        return max(worker.memory, known.memory if known else _file_size(worker.spec.weights))
+
+    def _budget(self, device: Device, tenants: tuple[Tenant, ...]) -> int | None:
+        """Bytes for all models on a device; other programs' on a GPU are not theirs."""
+        if (memory := self._gpus.get(device.name)) is None:
+            return self._limit
+        others = max(0, memory.total - memory.free - sum(tenant.memory for tenant in tenants))
+        there = int(memory.total * (1 - RESERVE)) - others
+        return there if self._limit is None else min(self._limit, there)
+
+    def describe(self, rooms: Iterable[Room], workers: Iterable[Supervisor]) -> str:
+        """Who is where, in words."""
+        names = {id(worker): worker.spec.name for worker in workers}
+        texts = []
+        for room in rooms:
+            there = [
+                f"{names[tenant.number]} ({tenant.memory / 1e6:.0f} MB{'' if tenant.idle else ', has work'})"
+                for tenant in room.tenants
+            ]
+            size = f"{room.budget / 1e6:.0f} MB" if room.budget is not None else "no limit"
+            texts.append(f"{self.devices[room.number]} has {size}, with {', '.join(there) or 'nothing'} there")
+        return "; ".join(texts)
+
+    # --- what workers take
+
+    def known(self, worker: Supervisor) -> Measured | None:
+        """What is remembered of a worker's model, on such a device."""
+        return self._measurements.get(worker.spec, self._label(worker.device or self.devices[0]))
+
+    def _label(self, device: Device) -> str:
+        """The kind of device."""
+        return self._labels.get(device.name, device.kind)
+
+    def remember(self, worker: Supervisor) -> None:
+        """What a worker has taken until now, for the next that loads its model."""
+        if worker.device is None or worker.load_seconds is None or not worker.loaded_memory:
+            return
+        seconds = round(worker.load_seconds, 2)
+        measured = Measured(loaded=worker.loaded_memory, memory=worker.peak_memory, load_seconds=seconds)
+        self._measurements.put(worker.spec, self._label(worker.device), measured)
+
+    async def measure(self, workers: Iterable[Supervisor]) -> None:
+        """Look at how much memory workers and devices have."""
+        asked = [(worker, worker.pid) for worker in workers if worker.pid is not None]
+        devices = [device for device in self.devices if device.kind == "cuda"]
+        gpus, resident = await asyncio.to_thread(_look, devices, [pid for _, pid in asked])
+        self._gpus.update(gpus)
+        for worker, pid in asked:
+            if worker.pid != pid or worker.device is None:
+                continue  # it has ended meanwhile
+            gpu = self._gpus.get(worker.device.name)
+            self._measured(worker, gpu.by_pid.get(pid, 0) if gpu else resident.get(pid, 0))
+        await self.save()
+
+    def _measured(self, worker: Supervisor, taken: int) -> None:
+        worker.memory, worker.peak_memory = taken, max(worker.peak_memory, taken)
+        fresh = worker.state is State.READY and taken > 0 and not worker.loaded_memory
+        if fresh:
+            worker.loaded_memory = taken
+        known = self.known(worker)
+        if fresh or (known is not None and worker.peak_memory > known.memory):
+            self.remember(worker)
+
+    async def save(self) -> None:
+        """Write down what is new."""
+        if self._measurements.unsaved:
+            await asyncio.to_thread(self._measurements.save)
+
+
+def may_go(worker: Supervisor) -> bool:
+    """Whether a worker's memory may be another's."""
+    quiet = QUIET if worker.clients else 0.0
+    return worker.state is State.READY and not worker.busy and worker.idle_seconds >= quiet
+
+
+def _look(devices: list[Device], pids: list[int]) -> tuple[dict[str, Memory | None], dict[int, int]]:
+    """What is in the memory of GPUs by name, and of processes."""
+    resident = {pid: process_memory(pid) or 0 for pid in pids}
+    return {device.name: gpu_memory(device.uuid) for device in devices}, resident
+
+
+def _file_size(path: str) -> int:
+    try:
+        return Path(path).stat().st_size if path else 0
+    except OSError:
+        return 0

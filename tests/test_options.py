@@ -1,0 +1,178 @@
+"""Options that change numbers: each session gets what it asked for, whoever else is there."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import threading
+import warnings
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+from ase import Atoms, units
+from ase.build import bulk, fcc111, molecule
+from ase.calculators.calculator import PropertyNotImplementedError
+from ase.calculators.emt import EMT
+
+from conftest import EMBEDDED_MODEL, RunningDaemon
+from rootstock_client.errors import InvalidInitError, UnknownElementError
+
+MODEL = "mace-emt-small"
+pytestmark = pytest.mark.filterwarnings("ignore:Creating a tensor from a list of numpy.ndarrays")  # torch-dftd does
+
+
+@cache
+def reference(**settings: Any) -> Any:
+    """mace_mp with its own D3, by torch-dftd."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        from mace.calculators import mace_mp
+
+        return mace_mp(str(EMBEDDED_MODEL), device="cpu", default_dtype="float64", **settings)
+
+
+def close(ours: Atoms, theirs: Atoms) -> None:
+    """Up to 1e-6 of a correction of a few eV and of some 0.01 eV/Å: the programs have other digits of constants."""
+    np.testing.assert_allclose(ours.get_potential_energy(), theirs.get_potential_energy(), rtol=0, atol=2e-6)
+    np.testing.assert_allclose(ours.get_forces(), theirs.get_forces(), rtol=0, atol=1e-7)
+    if theirs.pbc.all():
+        np.testing.assert_allclose(ours.get_stress(), theirs.get_stress(), rtol=0, atol=1e-7)
+
+
+def rattled(atoms: Atoms, seed: int = 1) -> Atoms:
+    atoms.rattle(0.1, seed=seed)
+    return atoms
+
+
+def cluster() -> Atoms:
+    atoms = molecule("CH4")
+    atoms.numbers[:] = [29, 47, 47, 78, 28]
+    atoms.positions *= 2.3
+    return atoms
+
+
+STRUCTURES = {
+    "bulk": lambda: rattled(bulk("Cu", cubic=True)),
+    "left-handed": lambda: Atoms("Cu", cell=[[0, 3, 0], [2.6, 0, 0], [0.3, 0.2, 2.7]], pbc=True),
+    "slab": lambda: rattled(fcc111("Au", (1, 1, 3), vacuum=8.0)),
+    "slab without third vector": lambda: rattled(fcc111("Pt", (1, 2, 2), vacuum=None)),
+    "cluster": cluster,
+}
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_dispersion_is_that_of_mace_mp(daemon: RunningDaemon, name: str) -> None:
+    ours, theirs = STRUCTURES[name](), STRUCTURES[name]()
+    with daemon.client() as client:
+        ours.calc = client.calculator(MODEL, dispersion=True)
+        theirs.calc = reference(dispersion=True)
+        if name == "slab without third vector":  # mace-torch stretches the cell, torch-dftd takes it for singular
+            theirs.cell[2] = [0, 0, 40.0]
+        close(ours, theirs)
+        assert ours.calc.backend == "mace-torch + D3"
+
+
+def test_settings_of_dispersion(daemon: RunningDaemon) -> None:
+    ours, theirs = cluster(), cluster()
+    theirs.calc = reference(dispersion=True, damping="zero", dispersion_xc="rpbe", dispersion_cutoff=np.float64(9.0))
+    settings = {"damping": "zero", "xc": "rpbe", "cutoff": np.float64(9.0)}
+    with daemon.client() as client:
+        ours.calc = client.calculator(MODEL, dispersion=settings)
+        settings["xc"] = "pbe"
+        close(ours, theirs)
+
+
+def test_sessions_with_other_options_never_get_each_others_numbers(daemon: RunningDaemon) -> None:
+    wanted: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "d3": {"dispersion": True},
+        "other d3": {"dispersion": {"xc": "rpbe"}},
+        "spelt out": {"dispersion": {"damping": "bj", "xc": "pbe", "cutoff": 40 * units.Bohr}},
+        "float32": {"dtype": "float32"},
+        "exact": {"exact": True, "dispersion": True},
+    }
+    energies: dict[str, list[float]] = {name: [] for name in wanted}
+
+    def work(name: str, client: Any) -> None:
+        atoms = rattled(bulk("Cu", cubic=True))
+        atoms.calc = client.calculator(MODEL, **wanted[name])
+        for step in range(12):
+            atoms.rattle(0.02, seed=step)
+            energies[name].append(atoms.get_potential_energy())
+
+    with daemon.client() as client:
+        threads = [threading.Thread(target=work, args=(name, client)) for name in wanted]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        workers = [model["pid"] for model in client.status()["models"] if model["name"] == MODEL]
+    assert len(set(workers)) == len(workers) >= 4, "the same options, however spelt, share a worker"
+    atoms = rattled(bulk("Cu", cubic=True))
+    for step in range(12):
+        atoms.rattle(0.02, seed=step)
+        for name, settings in {
+            "plain": {},
+            "d3": {"dispersion": True},
+            "other d3": {"dispersion": True, "dispersion_xc": "rpbe"},
+        }.items():
+            atoms.calc = reference(**settings)
+            assert energies[name][step] == pytest.approx(atoms.get_potential_energy(), abs=2e-6)
+    np.testing.assert_allclose(energies["spelt out"], energies["d3"], rtol=0, atol=1e-9)
+    np.testing.assert_allclose(energies["exact"], energies["d3"], rtol=0, atol=1e-9)
+    np.testing.assert_allclose(energies["float32"], energies["plain"], rtol=0, atol=1e-3)
+    assert abs(energies["float32"][0] - energies["plain"][0]) > 1e-9
+
+
+def test_dispersion_with_any_family(daemon: RunningDaemon) -> None:
+    with daemon.client() as client:
+        ours, plain = rattled(bulk("Cu", cubic=True)), rattled(bulk("Cu", cubic=True))
+        ours.calc, plain.calc = client.calculator("emt", dispersion=True), EMT()
+        mace, mace_d3 = ours.copy(), ours.copy()
+        mace.calc, mace_d3.calc = reference(), reference(dispersion=True)
+        correction = mace_d3.get_potential_energy() - mace.get_potential_energy()
+        assert ours.get_potential_energy() - plain.get_potential_energy() == pytest.approx(correction, abs=2e-6)
+        assert ours.calc.backend == "EMT + D3"
+
+
+def test_what_can_not_be_done_is_refused(daemon: RunningDaemon) -> None:
+    atoms = rattled(bulk("Cu", cubic=True))
+    with daemon.client() as client:
+
+        def energy(model: str = "emt", numbers: int = 29, **options: Any) -> float:
+            atoms.numbers[:] = numbers
+            atoms.calc = client.calculator(model, **options)
+            return float(atoms.get_potential_energy())
+
+        with pytest.raises(PropertyNotImplementedError, match="no parameters for the functional 'abc'"):
+            energy(dispersion={"xc": "abc"})
+        with pytest.raises(InvalidInitError, match="dispersion.colour"):
+            energy(dispersion={"colour": 1.0})
+        with pytest.raises(UnknownElementError, match="no D3 correction here for U"):
+            energy("lj", 92, dispersion=True)
+        with pytest.raises(PropertyNotImplementedError, match="computes in float64 and in nothing else"):
+            energy(dtype="float32")
+        with pytest.raises(PropertyNotImplementedError, match="no head 'x'"):
+            energy(head="x")
+        atoms.numbers[:] = 29
+        atoms.calc = client.calculator("emt", dispersion=True)
+        with pytest.raises(PropertyNotImplementedError, match="no per-atom energies"):
+            atoms.get_potential_energies()
+        energy(dtype="float64")
+
+
+def test_it_says_what_lacks(start_daemon: Any, tmp_path: Any) -> None:
+    """An environment without the package."""
+    (tmp_path / "dftd3.py").write_text("raise ModuleNotFoundError(\"No module named 'dftd3'\")\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{tmp_path}", prepend=":")
+        own = start_daemon("--model", "emt")
+    with own.client() as client:
+        atoms = bulk("Cu")
+        atoms.calc = client.calculator("emt", dispersion=True)
+        with pytest.raises(PropertyNotImplementedError, match="the package dftd3"):
+            atoms.get_potential_energy()
+        atoms.calc = client.calculator("emt")
+        atoms.get_potential_energy()
