@@ -27,8 +27,9 @@ from rootstockd.models.catalogue import Catalogue, CatalogueError
 from rootstockd.models.store import located
 from rootstockd.peers import peer_of
 from rootstockd.sessions import LINGER, Session
-from rootstockd.sockets import claim_gpu, listen, lock, make_runtime_dir
+from rootstockd.sockets import AddressError, adopt, claim_gpu, listen, lock, make_runtime_dir
 from rootstockd.supervisor import Supervisor
+from rootstockd.systemd import Manager, describe
 from rootstockd.worker_folders import remove_left_behind
 
 log = logging.getLogger(__name__)
@@ -39,14 +40,16 @@ class Daemon:
 
     Args:
         config: its settings.
+        manager: the systemd that started it; without one it looks after itself.
 
     Raises:
         CatalogueError: a catalogue file can't be used.
         UnknownModelError, ModelLoadError: a model to preload is not in the catalogue, or its weights are not here.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, manager: Manager | None = None) -> None:
         self.config = config
+        self._manager = manager or Manager({})
         self.catalogue = Catalogue.load(config.catalogues)
         # atomic numbers take up to four bytes each; the rest of an INIT is short
         self.limits = ipi.Limits(atoms=config.max_atoms, init=64 * 1024 + 5 * config.max_atoms)
@@ -74,32 +77,56 @@ class Daemon:
             AddressError: the sockets can't be had.
         """
         self._watch_signals()  # first of all: what is taken below is given back
-        make_runtime_dir(self.config.socket.parent, shared=self.config.shared)
         self._share_descriptors()
         with contextlib.ExitStack() as ours:
-            ours.enter_context(lock(self.config.lock))
+            if not self._manager.sockets:
+                make_runtime_dir(self.config.socket.parent, shared=self.config.shared)
+                ours.enter_context(lock(self.config.lock))
             devices = found_devices(self.config.devices)
             for device in devices:
                 if device.kind == "cuda":
                     ours.enter_context(claim_gpu(device.uuid))
             remove_left_behind()
-            group = self.config.access.socket_group
-            mode = 0o600 if group is None else 0o660
-            mode = 0o666 if self.config.shared and group is None else mode
-            control = ControlServer(self, ours.enter_context(listen(self.config.control, mode, group)))
-            sessions = ours.enter_context(listen(self.config.socket, mode, group, keep=lambda: self._replaced))
+            sessions, control_socket = self._adopt(ours) if self._manager.sockets else self._listen(ours)
+            control = ControlServer(self, control_socket)
             self.fleet.begin(devices)
             control_task = asyncio.create_task(control.run_until_stopped(), name="control")
+            attendance = asyncio.create_task(self._manager.attend(self), name="systemd")
             try:
                 door = await self._start(sessions)
-                log.info("ready on %s", self.config.socket)
-                await self._stop.wait()
+                if not self._stop.is_set():
+                    log.info("ready on %s", self.config.socket)
+                    self._manager.notify("READY=1", f"STATUS={describe(self)}")
+                    await self._stop.wait()
+                self._manager.notify("STOPPING=1")
                 await self._drain(door)
             finally:
                 await self.fleet.stop(stopping_error())
+                attendance.cancel()
                 control.should_exit = True
                 await control_task
         log.info("stopped")
+
+    def _listen(self, ours: contextlib.ExitStack) -> tuple[socket.socket, socket.socket]:
+        """Open both sockets: for sessions and for control."""
+        group = self.config.access.socket_group
+        mode = 0o600 if group is None else 0o660
+        mode = 0o666 if self.config.shared and group is None else mode
+        control = ours.enter_context(listen(self.config.control, mode, group))
+        return ours.enter_context(listen(self.config.socket, mode, group, keep=lambda: self._replaced)), control
+
+    def _adopt(self, ours: contextlib.ExitStack) -> tuple[socket.socket, socket.socket]:
+        """Take over both sockets from systemd."""
+        there = self._manager.sockets
+        if there.keys() != {"sessions", "control"}:
+            raise AddressError(
+                f"systemd listens for {', '.join(map(repr, there))}; the daemon needs 'sessions' and 'control' "
+                "(FileDescriptorName= in its .socket units, Sockets= in its .service)."
+            )
+        if self.config.access.socket_group is not None:
+            log.warning("access.socket_group has no effect: SocketGroup= and SocketMode= of the .socket units have")
+        sessions = ours.enter_context(adopt(there["sessions"], self.config.socket))
+        return sessions, ours.enter_context(adopt(there["control"], self.config.control))
 
     def stop(self, *, force: bool = False, replaced: bool = False) -> None:
         """Begin to drain; asked twice, or with `force`, wait for nothing.
@@ -128,6 +155,12 @@ class Daemon:
         Raises:
             ConfigError, CatalogueError: something in them is wrong; all stays as it is.
         """
+        if self.state != "ready":  # and not to be called so for this
+            return self._reload()
+        with self._manager.reloading():
+            return self._reload()
+
+    def _reload(self) -> list[str]:
         fresh = read_again(self.config)
         catalogue = Catalogue.load(fresh.catalogues)
         changed = {name for name in Config.model_fields if getattr(fresh, name) != getattr(self.config, name)}
@@ -170,6 +203,9 @@ class Daemon:
         await asyncio.wait([loaded, stopped], return_when=asyncio.FIRST_COMPLETED)
         loaded.cancel()
         stopped.cancel()
+        errors = [model.error for model in models if model.error is not None]
+        if self._manager.watches and errors and len(errors) == len(models):
+            raise errors[0]  # systemd tries again
         if not self._stop.is_set():
             self.state = "ready"
         return door
@@ -178,8 +214,11 @@ class Daemon:
         """Take no new evaluations; let those under way end, and their drivers fetch the results.
 
         The door stays open meanwhile: whoever comes is told that the daemon is stopping, and may wait for the next.
+        Where systemd keeps the socket, they wait in its queue, and the next daemon finds them there.
         """
         self.state = "draining"
+        if self._manager.sockets:
+            door.close()
         log.info("draining%s: %d sessions", " for a restart" * self._replaced, len(self.sessions))
         fetched_by = time.monotonic() + LINGER
         deadline = time.monotonic() + self.config.drain_timeout
@@ -190,7 +229,8 @@ class Daemon:
                 break
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._force.wait(), 0.02)
-        door.close()
+        if not self._manager.sockets:
+            door.close()
         for session in list(self.sessions):
             session.end(stopping_error())
         with contextlib.suppress(asyncio.TimeoutError):

@@ -7,6 +7,7 @@ that was stopped meanwhile has taken its address with it, and the restart is off
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import select
@@ -20,6 +21,7 @@ from rootstockd.daemon import Daemon
 from rootstockd.devices import DeviceError
 from rootstockd.models.catalogue import CatalogueError
 from rootstockd.sockets import AddressError
+from rootstockd.systemd import JournalFormatter, Manager, in_journal
 
 log = logging.getLogger("rootstockd.serve")
 
@@ -31,6 +33,9 @@ class StartError(Exception):
 def start_logging() -> None:
     """To standard error, which is the log file of a daemon in the background."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if in_journal():
+        logging.getLogger().handlers[0].setFormatter(JournalFormatter("%(name)s: %(message)s"))
+    faulthandler.enable()  # what a daemon was at whose watchdog ended it
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
 
 
@@ -41,7 +46,7 @@ def serve(config: Config) -> None:
         StartError: it can't start.
     """
     try:
-        uvloop.run(Daemon(config).run())
+        uvloop.run(Daemon(config, Manager()).run())
     except (AddressError, CatalogueError, DeviceError, RootstockError) as error:
         raise StartError(str(error)) from error
 

@@ -117,6 +117,24 @@ def listen(
                 _remove(path, ours)
 
 
+@contextlib.contextmanager
+def adopt(sock: socket.socket, path: Path) -> Iterator[socket.socket]:
+    """Listen on a socket that systemd made and keeps: it outlives us, so nothing is locked, made or removed.
+
+    Raises:
+        AddressError: it lies elsewhere than clients will look.
+    """
+    with sock:
+        if sock.getsockname() != os.fspath(path):
+            raise AddressError(
+                f"systemd listens on {sock.getsockname()}, but the settings say {path}: "
+                "ListenStream= of the .socket and --socket of the .service must be the same."
+            )
+        sock.setblocking(False)  # noqa: FBT003 - the socket module has no other way
+        sock.listen(1024)  # again: whom the kernel names as who listens is whoever did this last
+        yield sock
+
+
 def _give_to(path: Path, group: str) -> None:
     try:
         shutil.chown(path, group=group)

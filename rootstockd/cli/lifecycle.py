@@ -38,6 +38,7 @@ from rootstockd.cli.common import (
     socket_in_use,
     socket_option,
 )
+from rootstockd.cli.units import is_systemd, unit_at
 from rootstockd.config import Config
 from rootstockd.config_file import ConfigError, make_config, read_again
 from rootstockd.control.schema import DaemonStatus, ReloadReport
@@ -80,6 +81,7 @@ FORCE_TIMEOUT = 5.0
     help="A TOML file of settings; what is given here goes before it.",
 )
 @click.option("--foreground", is_flag=True, help="Stay in front, log to the terminal, end with Ctrl-C.")
+@click.option("--instance", metavar="NAME", help="The devices, as instances of systemd's units are named: 0, 0:1, cpu.")
 def start(
     gpu: str | None,
     names: tuple[str, ...],
@@ -91,8 +93,11 @@ def start(
     batch_atoms: int | None,
     file: Path | None,
     foreground: bool,
+    instance: str | None,
 ) -> None:
     """Start a daemon; returns when it is ready."""
+    if instance is not None:
+        gpu, names = devices_of(instance)
     names = tuple(name for name in names if name != "auto")
     if gpu is not None and names:
         raise click.UsageError("--gpu and --device exclude each other.")
@@ -118,6 +123,11 @@ def start(
         found_devices(config.devices)
     except (ConfigError, DeviceError) as error:
         raise Refused(error) from error
+    if os.environ.get("LISTEN_PID") != str(os.getpid()) and (unit := unit_at(config.socket)):
+        raise Refused(
+            f"systemd listens at {config.socket}, and starts {unit.service} for whoever comes; use that. For one of "
+            f"your own, `{' '.join(unit.systemctl)} stop {unit.socket}` first, or choose another --socket."
+        )
     if config.log_file is None:
         config = config.model_copy(update={"log_file": default_log_file(config.socket)})
     if foreground:
@@ -139,6 +149,10 @@ def start(
 def stop(socket: Path | None, force: bool) -> None:
     """Let the daemon finish the evaluations under way, and end it."""
     address = socket_in_use(socket)
+    if unit := unit_at(address):
+        unit.stop(force=force)
+        console.print(f"stopped; `{' '.join(unit.systemctl)} start {unit.socket}` has it back")
+        return
     try:
         end(address, force=force)
     except RootstockError as error:
@@ -153,6 +167,9 @@ def stop(socket: Path | None, force: bool) -> None:
 def restart(socket: Path | None) -> None:
     """Stop the daemon and start it again, with the same options and its configuration file as it is now."""
     address = socket_in_use(socket)
+    if unit := unit_at(address):
+        unit.ask("restart", unit.service)
+        return
     try:
         running = fetch_config(address)
         config = read_again(running) if running else None
@@ -182,6 +199,16 @@ def reload(socket: Path | None) -> None:
         console.print(
             f"changed, but only a restart takes them over: {', '.join(report.restart_needed)}", style="yellow"
         )
+
+
+def devices_of(instance: str) -> tuple[str | None, tuple[str, ...]]:
+    """The devices that an instance of systemd's units is named after, as --gpu and --device have them."""
+    if instance in {"cpu", "auto"}:
+        return None, (instance,)
+    gpus = instance.split(":")
+    if not all(gpu.isdecimal() or gpu.startswith(("GPU-", "MIG-")) for gpu in gpus):
+        raise click.UsageError(f"the instance {instance!r} is neither GPUs (0, or 0:1, or a UUID) nor cpu nor auto.")
+    return ",".join(gpus), ()
 
 
 def print_warnings(warnings: list[str]) -> None:
@@ -331,6 +358,8 @@ def daemon_process(socket: Path) -> Iterator[int]:
     with contextlib.ExitStack() as stack:
         with sock:
             pid = peer_of(sock).pid
+            if is_systemd(pid):
+                raise NotAnsweringError(f"systemd listens at {path}.", "Have it done with systemctl.")
             process = -1
             with contextlib.suppress(OSError):  # it is gone, or pid is 0: in another namespace
                 process = os.pidfd_open(pid)

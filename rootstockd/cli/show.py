@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
 import time
 from collections import deque
 from pathlib import Path
@@ -21,6 +23,7 @@ from rootstockd.cli.common import (
     socket_in_use,
     socket_option,
 )
+from rootstockd.cli.units import unit_at
 from rootstockd.control.schema import DaemonStatus, ModelStatus
 
 _STATE_COLOUR = {
@@ -136,6 +139,10 @@ def show_sessions(daemon: DaemonStatus) -> None:
 @click.option("-f", "--follow", is_flag=True, help="Go on as new lines come.")
 def logs(socket: Path | None, lines: int, follow: bool) -> None:
     """Show the log of a daemon, which may have ended."""
+    with contextlib.suppress(RootstockError):
+        if unit := unit_at(find_socket(socket)):
+            done = subprocess.run(unit.journal(f"--lines={lines}", *["--follow"] * follow), check=False)
+            raise SystemExit(done.returncode)
     path = log_file(socket)
     try:
         file = path.open(encoding="utf-8", errors="replace")

@@ -1,0 +1,216 @@
+"""`systemd install` and `uninstall`: the units, made to start this installation's command."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+import rootstockd
+from rootstockd.cli.common import Refused, console, default_socket
+from rootstockd.cli.lifecycle import devices_of
+from rootstockd.devices import gpu_names
+
+_SHIPPED_COMMAND = "/usr/bin/rootstockd"
+_HIDDEN = tuple(map(Path, ("/home", "/root", "/run/user", "/tmp", "/var/tmp")))  # noqa: S108 - they are looked at
+"""What ProtectHome= and PrivateTmp= keep from a service."""
+_HEAD = "# Made by `rootstockd systemd install`, and again by the next one.\n"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one of the two systemds looks for what."""
+
+    user: bool
+    units: Path
+    settings: Path
+
+    @classmethod
+    def of(cls, *, user: bool) -> Place:
+        """The user's own systemd's, or the machine's."""
+        if not user:
+            return cls(user=False, units=Path("/etc/systemd/system"), settings=Path("/etc"))
+        settings = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+        return cls(user=True, units=settings / "systemd/user", settings=settings)
+
+    @property
+    def systemctl(self) -> list[str]:
+        """How it is spoken to."""
+        return ["systemctl", *["--user"] * self.user]
+
+
+@click.group()
+def systemd() -> None:
+    """Have systemd start daemons, and look after them (docs/systemd.md)."""
+
+
+@systemd.command()
+@click.option("--user", is_flag=True, help="Your own systemd, not the machine's.")
+@click.option(
+    "--gpu",
+    "instances",
+    multiple=True,
+    metavar="NAME",
+    help="A GPU to have a daemon for, several with colons between them, or cpu; may be given repeatedly. Clients find "
+    "the first by themselves. All GPUs by default.",
+)
+@click.option("--dry-run", is_flag=True, help="Only show what would be written and done.")
+def install(user: bool, instances: tuple[str, ...], dry_run: bool) -> None:
+    """Install the units, or bring them up to date; no daemon is started or stopped."""
+    place = Place.of(user=user)
+    names = [name.replace(",", ":") for name in instances] or [str(i) for i in range(len(gpu_names()))] or ["cpu"]
+    for name in names:
+        devices_of(name)
+    check_place(place)
+    files = {**units(place), **defaults(place, names[0])}
+    settings = place.settings / "rootstockd/rootstockd.toml"
+    if not settings.exists():
+        files[settings] = (shipped() / "rootstockd.toml").read_text()
+    commands = (
+        [] if user else [["systemd-sysusers", "rootstockd.conf"], ["systemd-tmpfiles", "--create", "rootstockd.conf"]]
+    )
+    commands.append([*place.systemctl, "daemon-reload"])
+    if dry_run:
+        for path, text in files.items():
+            click.echo(f"--- {path}\n{text}")
+        click.echo("--- then\n" + "\n".join(map(shlex.join, commands)))
+        return
+    try:
+        for path, text in files.items():
+            if not path.exists() or path.read_text() != text:
+                write(path, text)
+                click.echo(f"wrote {path}")
+    except OSError as error:
+        hint = "" if user else " Be root, or say --user."
+        raise Refused(f"can't write {error.filename}: {error.strerror}.{hint}") from error
+    for command in commands:
+        run(command)
+    if (address := default_socket()).is_socket() and not address.is_symlink():
+        console.print(
+            f"{address} is that of a daemon started by hand: `rootstockd stop` it first, or systemd takes its address.",
+            style="yellow",
+        )
+    sockets = [f"rootstockd@{name}.socket" for name in names]
+    console.print(
+        f"\nSettings are in {settings}. Start with the first client, and with the machine:\n\n"
+        f"  {shlex.join([*place.systemctl, 'enable', '--now', *sockets])}\n\n"
+        "To have models loaded before there is a client, enable the services, too:\n\n"
+        f"  {shlex.join([*place.systemctl, 'enable', '--now', *(name[:-6] + 'service' for name in sockets)])}"
+        + ("\n\nThat it goes on when you log out:\n\n  loginctl enable-linger" if user else ""),
+        soft_wrap=True,
+        markup=False,
+    )
+
+
+@systemd.command()
+@click.option("--user", is_flag=True, help="Your own systemd, not the machine's.")
+def uninstall(user: bool) -> None:
+    """Stop the daemons that systemd runs, and remove the units. Settings, weights and drop-ins of yours stay."""
+    place = Place.of(user=user)
+    ours = {*units(place), *place.units.glob("rootstockd*@*.d/rootstockd-*.conf")}
+    there = sorted(path for path in ours if path.exists())
+    if not there:
+        raise Refused(f"nothing is installed in {place.units}.")
+    listed = subprocess.run(
+        [*place.systemctl, "list-units", "--all", "--plain", "--no-legend", "rootstockd*@*"],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    names = [line.split()[0] for line in listed.stdout.splitlines()]
+    # links that enabling made, of instances that are not loaded as well
+    names += [link.name for link in place.units.glob("*.wants/rootstockd*@*") if link.name not in names]
+    if names:
+        run([*place.systemctl, "disable", "--now", *sorted(names, reverse=True)])
+    for path in there:
+        path.unlink()
+        click.echo(f"removed {path}")
+        if path.parent.suffix == ".d" and path.parent.parent == place.units and not any(path.parent.iterdir()):
+            path.parent.rmdir()
+    run([*place.systemctl, "daemon-reload"])
+
+
+def shipped() -> Path:
+    """The folder of the units as they are shipped: in the package, or in a checkout beside it."""
+    package = Path(rootstockd.__file__).parent
+    return package / "units" if (package / "units").is_dir() else package.parent / "systemd"
+
+
+def units(place: Place) -> dict[Path, str]:
+    """What is the same for all instances: files, and what is in them."""
+    command = shlex.join([sys.executable, "-m", "rootstockd"]).replace("%", "%%")
+    files = {
+        place.units / path.name: path.read_text().replace(_SHIPPED_COMMAND, command)
+        for path in sorted((shipped() / ("user" if place.user else "system")).iterdir())
+    }
+    if not place.user:
+        for folder in ("sysusers.d", "tmpfiles.d"):
+            files[place.settings / folder / "rootstockd.conf"] = (shipped() / folder / "rootstockd.conf").read_text()
+        if seen := hidden():
+            files[place.units / "rootstockd@.service.d/rootstockd-installation.conf"] = (
+                f"{_HEAD}# the installation lies where services see nothing else\n[Service]\nProtectHome=tmpfs\n"
+                + "".join(f"BindReadOnlyPaths={path}\n" for path in seen)
+            )
+    return files
+
+
+def defaults(place: Place, instance: str) -> dict[Path, str]:
+    """What makes clients find an instance without being told its address."""
+    return {
+        place.units / f"{name}@{instance}.socket.d/rootstockd-default.conf": (
+            f"{_HEAD}# clients look here\n[Socket]\nSymlinks=%t/rootstockd/rootstockd.{kind}\n"
+        )
+        for name, kind in (("rootstockd", "sock"), ("rootstockd-control", "control"))
+    }
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file that all may read, whatever the umask: none has secrets in it, and services must read them."""
+    for folder in reversed([path.parent, *path.parent.parents]):
+        if not folder.exists():
+            folder.mkdir()
+            folder.chmod(0o755)
+    path.write_text(text)
+    path.chmod(0o644)
+
+
+def hidden() -> list[Path]:
+    """Parts of this installation that a service of the machine's does not see unless it is told to."""
+    parts = {Path(sys.prefix), Path(sys.base_prefix).resolve(), Path(rootstockd.__file__).resolve().parent.parent}
+    return sorted(part for part in parts if any(part.is_relative_to(folder) for folder in _HIDDEN))
+
+
+def check_place(place: Place) -> None:
+    """Whether there is a systemd, and whether its daemons can be believed to be this installation's.
+
+    Raises:
+        Refused: there is none.
+    """
+    if shutil.which("systemctl") is None:
+        raise Refused("there is no systemctl: this machine has no systemd. Use `rootstockd start`.")
+    owner = Path(sys.prefix).stat().st_uid
+    if not place.user and owner != 0:
+        raise Refused(
+            f"{sys.prefix} belongs to uid {owner}, who could change what the machine's daemons run. Install rootstockd "
+            "as root (python3 -m venv /opt/rootstockd), or say --user."
+        )
+
+
+def run(command: list[str]) -> None:
+    """Run a command that says itself what is wrong.
+
+    Raises:
+        Refused: it failed.
+    """
+    try:
+        done = subprocess.run(command, check=False)
+    except OSError as error:
+        raise Refused(f"can't run {shlex.join(command)}: {error.strerror}.") from error
+    if done.returncode:
+        raise Refused(f"{shlex.join(command)} failed.")

@@ -1,0 +1,324 @@
+"""The units on a real systemd: activation, readiness, crash, hang, restart under a running job, users, reload, stop."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+import machine as machines
+from conftest import wait_for
+from machine import PYTHON, REPOSITORY, USERS, Machine
+
+pytestmark = pytest.mark.skipif((why := machines.why_not()) is not None, reason=why or "")
+SERVICE, SOCKET = "rootstockd@cpu.service", "rootstockd@cpu.socket"
+OTHER, OTHER_SOCKET = "rootstockd@auto.service", "rootstockd@auto.socket"
+SETTINGS = "/etc/rootstockd/rootstockd.toml"
+
+GATES = '''
+"""A calculator that waits for a file when it is made, and for another when it evaluates."""
+import time
+from pathlib import Path
+from ase.calculators.emt import EMT
+
+def wait(name):
+    while not Path("/srv/gates", name).exists():
+        time.sleep(0.02)
+
+class Gated(EMT):
+    def __init__(self):
+        wait("load")
+        super().__init__()
+
+    def calculate(self, atoms=None, properties=("energy",), system_changes=()):
+        wait("evaluate")
+        super().calculate(atoms, properties, system_changes)
+'''
+CATALOGUE = '[gated]\nfamily = "ase"\ndtype = "float64"\narguments = { calculator = "gates:Gated" }\n'
+
+MD = """
+import hashlib, json, sys
+from pathlib import Path
+from ase import units
+from ase.build import bulk
+from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
+from ase.md.verlet import VelocityVerlet
+import numpy as np
+from rootstock_client import RootstockClient
+
+socket, folder, steps = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+atoms = bulk("Cu", cubic=True)
+MaxwellBoltzmannDistribution(atoms, temperature_K=300, rng=np.random.default_rng(1))
+atoms.calc = RootstockClient(socket, patience=60).calculator("emt")
+dynamics = VelocityVerlet(atoms, units.fs)
+done = 0
+while done != steps and not (steps < 0 and (folder / "enough").exists()):
+    dynamics.run(10)
+    done += 10
+    (folder / "progress").write_text(str(done))
+digest = hashlib.sha256(atoms.positions.tobytes() + atoms.get_momenta().tobytes()).hexdigest()
+print(json.dumps([done, digest]))
+"""
+
+ONE = """
+import sys
+from ase.build import bulk
+from rootstock_client import RootstockClient
+atoms = bulk("Cu", cubic=True)
+socket, model, patience = sys.argv[1:]
+atoms.calc = RootstockClient(socket or None, patience=float(patience)).calculator(model)
+print(atoms.get_potential_energy())
+"""
+
+
+@pytest.fixture(scope="module")
+def machine() -> Iterator[Machine]:
+    """A machine where the units have been installed, and an administrator has done some work."""
+    with machines.booted() as machine:
+        done = machine.rootstockd("systemd", "install", "--gpu", "cpu", "--gpu", "auto")
+        assert done.returncode == 0, done.stderr
+        assert f"systemctl enable --now {SOCKET} {OTHER_SOCKET}" in done.stdout
+        drop_in = f"[Service]\nEnvironment=OMP_NUM_THREADS=1 PYTHONPATH={REPOSITORY}:/srv/gates\n"
+        machine.write("/etc/systemd/system/rootstockd@.service.d/test.conf", drop_in)
+        other = "[Service]\nEnvironment=ROOTSTOCKD_CONFIG=/etc/rootstockd/auto.toml\nWatchdogSec=4\nTimeoutAbortSec=1\n"
+        machine.write(f"/etc/systemd/system/{OTHER}.d/other.conf", other)
+        machine.write(SETTINGS, 'models = ["emt"]\n')
+        machine.write("/etc/rootstockd/auto.toml", 'models = ["gated"]\ncatalogues = ["gated.toml"]\n')
+        machine.write("/etc/rootstockd/gated.toml", CATALOGUE)
+        machine.write("/srv/gates/gates.py", GATES)
+        machine.write("/srv/md.py", MD)
+        machine.write("/srv/one.py", ONE)
+        machine.do("systemctl", "daemon-reload")
+        machine.do("systemctl", "enable", "--now", SOCKET)
+        yield machine
+
+
+@pytest.fixture
+def other(machine: Machine) -> Iterator[None]:
+    """An instance of its own with a model that a test may hold up."""
+    machine.do("systemctl", "start", OTHER_SOCKET)
+    yield
+    open_gates(machine, "load", "evaluate")
+    machine.do("systemctl", "stop", OTHER_SOCKET, OTHER)
+    for gate in (machine.root / "srv/gates").glob("*[!.py]"):
+        if gate.is_file():
+            gate.unlink()
+
+
+def open_gates(machine: Machine, *names: str) -> None:
+    for name in names:
+        machine.write(f"/srv/gates/{name}", "")
+
+
+def one(
+    machine: Machine, user: str, socket: str = "", model: str = "emt", patience: float = 0
+) -> subprocess.Popen[str]:
+    """A user's job: one structure's energy."""
+    command = machine.command(PYTHON, "/srv/one.py", socket, model, str(patience), user=user)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def energy(job: subprocess.Popen[str]) -> float:
+    """What a job got."""
+    out, err = job.communicate(timeout=60)
+    assert job.returncode == 0, err
+    return float(out)
+
+
+@contextlib.contextmanager
+def md(machine: Machine, user: str, socket: str) -> Iterator[None]:
+    """A user's MD, under way when the block begins, that must go on after it, and end as if nothing had happened."""
+    home = machine.root / "home" / user
+    for name in ("progress", "enough"):
+        (home / name).unlink(missing_ok=True)
+
+    def progress() -> int:
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            return int((home / "progress").read_text())
+        return 0
+
+    script = ("/srv/md.py", socket, f"/home/{user}")
+    command = machine.command(PYTHON, *script, "-1", user=user)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
+        try:
+            wait_for(lambda: progress() > 50 or job.poll() is not None, timeout=60)
+            yield
+            before = progress()
+            wait_for(lambda: progress() > before + 50 or job.poll() is not None, timeout=60)
+        finally:
+            (home / "enough").touch()
+            out, err = job.communicate(timeout=60)
+        assert job.returncode == 0, err
+    steps, result = json.loads(out)
+    assert json.loads(machine.do(PYTHON, *script, str(steps), user=user)) == [steps, result]
+
+
+def status_of(machine: Machine, socket: str) -> dict[str, Any]:
+    """What a daemon says of itself to root."""
+    return json.loads(machine.rootstockd("status", "--json", "--socket", socket).stdout)
+
+
+def main_pid(machine: Machine, unit: str = SERVICE) -> str:
+    return machine.property(unit, "MainPID")
+
+
+def test_units_are_right(machine: Machine) -> None:
+    """systemd-analyze says nothing, and finds little exposed."""
+    names = [SERVICE, SOCKET, "rootstockd-control@cpu.socket"]
+    done = machine.run("systemd-analyze", "verify", *(f"/etc/systemd/system/{name}" for name in names))
+    assert (done.returncode, done.stderr) == (0, "")
+    done = machine.run("systemd-analyze", "security", "--threshold=20", "--no-pager", SERVICE)
+    assert done.returncode == 0, done.stdout
+    shipped = REPOSITORY / "systemd/system/rootstockd@.service"
+    done = machine.run("systemd-analyze", "security", "--offline=yes", "--threshold=20", "--no-pager", shipped)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_first_client_starts_it(machine: Machine) -> None:
+    assert main_pid(machine) == "0"
+    jobs = [one(machine, user) for user in USERS]
+    assert energy(jobs[0]) == energy(jobs[1])
+    assert machine.property(SERVICE, "ActiveState") == "active"
+    assert machine.do("ps", "-o", "user=", "-p", main_pid(machine)).strip() == "rootstockd"
+    status = status_of(machine, "/run/rootstockd/rootstockd.sock")
+    assert str(status["pid"]) == main_pid(machine)
+    assert status["models"][0]["unconfined"] == []  # workers could give their rights away
+    line = "rootstockd.daemon: ready on /run/rootstockd/cpu.sock"  # with neither a time nor a priority of ours
+    assert line in machine.journal(SERVICE).splitlines()
+    assert line not in machine.journal(SERVICE, "--priority=notice")
+
+
+def test_killed_under_a_job(machine: Machine) -> None:
+    with md(machine, "in-alice", "/run/rootstockd/cpu.sock"):
+        pid = main_pid(machine)
+        sessions = status_of(machine, "/run/rootstockd/cpu.sock")["sessions"]
+        assert [session["user"] for session in sessions] == ["in-alice"]
+        machine.do("kill", "-KILL", pid)
+        wait_for(lambda: main_pid(machine) not in {pid, "0"})
+
+
+def test_restarted_under_a_job(machine: Machine) -> None:
+    with md(machine, "in-alice", "/run/rootstockd/cpu.sock"):
+        pid = main_pid(machine)
+        machine.do("systemctl", "restart", "--no-block", SERVICE)
+        jobs = [one(machine, "in-bob", patience=0) for _ in range(2)]  # that have no patience at all
+        for job in jobs:
+            energy(job)
+        wait_for(lambda: main_pid(machine) not in {pid, "0"})
+
+
+def test_it_is_ready_when_its_models_are(machine: Machine, other: None) -> None:
+    machine.do("systemctl", "start", "--no-block", OTHER)
+    wait_for(lambda: machine.property(OTHER, "StatusText") == "loading gated")
+    machine.do("kill", "-HUP", main_pid(machine, OTHER))
+    wait_for(lambda: "rootstockd.daemon: reloaded" in machine.journal(OTHER))
+    assert machine.property(OTHER, "ActiveState") == "activating"
+    open_gates(machine, "load")
+    wait_for(lambda: machine.property(OTHER, "ActiveState") == "active")
+    assert machine.property(OTHER, "StatusText") == "ready, 0 sessions"
+
+
+def test_the_watchdog_ends_one_that_hangs(machine: Machine, other: None) -> None:
+    open_gates(machine, "load", "evaluate")
+    energy(one(machine, "in-bob", "/run/rootstockd/auto.sock", "gated"))
+    pid = main_pid(machine, OTHER)
+    machine.do("kill", "-STOP", pid)
+    job = one(machine, "in-bob", "/run/rootstockd/auto.sock", "gated")
+    energy(job)
+    assert main_pid(machine, OTHER) not in {pid, "0"}
+    assert "Watchdog timeout" in machine.journal(OTHER)
+
+
+def test_stop_lets_evaluations_end(machine: Machine, other: None) -> None:
+    open_gates(machine, "load")
+    job = one(machine, "in-bob", "/run/rootstockd/auto.sock", "gated")
+    wait_for(lambda: "ready" in machine.property(OTHER, "StatusText"))
+    address = "/run/rootstockd/auto.sock"
+
+    def busy() -> bool:
+        return any(session["state"] == "busy" for session in status_of(machine, address)["sessions"])
+
+    wait_for(busy)
+    machine.do("systemctl", "stop", "--no-block", OTHER_SOCKET, OTHER)
+    wait_for(lambda: "draining: 1 sessions" in machine.journal(OTHER))
+    open_gates(machine, "evaluate")
+    energy(job)
+    wait_for(lambda: machine.property(OTHER, "ActiveState") == "inactive")
+    assert machine.property(OTHER, "Result") == "success"
+    assert not (machine.root / "run/rootstockd/auto.sock").exists()
+
+
+def test_reload(machine: Machine) -> None:
+    machine.do("systemctl", "start", SERVICE)
+    pid = main_pid(machine)
+    machine.write(SETTINGS, 'models = ["emt"]\nmax_sesions = 1\n')
+    done = machine.run("systemctl", "reload", SERVICE)
+    assert done.returncode != 0
+    assert "did you mean 'max_sessions'?" in machine.journal(SERVICE)
+    machine.write(SETTINGS, 'models = ["emt"]\n[users.in-alice]\nsessions = 0\n')
+    machine.do("systemctl", "reload", SERVICE)
+    job = one(machine, "in-alice")
+    assert "as many as one user may" in job.communicate(timeout=60)[1]
+    energy(one(machine, "in-bob"))
+    machine.write(SETTINGS, 'models = ["emt"]\n')
+    machine.do("systemctl", "reload", SERVICE)
+    assert main_pid(machine) == pid
+
+
+def test_our_commands_leave_it_to_systemd(machine: Machine) -> None:
+    machine.do("systemctl", "start", SERVICE)
+    pid = main_pid(machine)
+    done = machine.rootstockd("start", "--device", "cpu")
+    assert done.returncode != 0
+    assert f"starts {SERVICE}" in done.stderr
+    done = machine.rootstockd("stop", user="in-alice")
+    assert done.returncode != 0
+    assert main_pid(machine) == pid
+    done = machine.rootstockd("restart")
+    assert done.returncode == 0, done.stderr
+    assert main_pid(machine) not in {pid, "0"}
+    assert "ready on" in machine.rootstockd("logs", "-n", "20").stdout
+    done = machine.rootstockd("stop", "--force")
+    assert done.returncode == 0, done.stderr
+    assert f"systemctl start {SOCKET}" in done.stdout
+    assert [main_pid(machine), machine.property(SOCKET, "ActiveState")] == ["0", "inactive"]
+    machine.do("systemctl", "start", SOCKET)
+
+
+def test_a_users_own(machine: Machine) -> None:
+    user = "in-bob"
+    machine.do("systemctl", "start", f"user@{USERS[user]}.service")
+    done = machine.rootstockd("systemd", "install", "--user", "--gpu", "cpu", user=user)
+    assert done.returncode == 0, done.stderr
+    drop_in = f"[Service]\nEnvironment=OMP_NUM_THREADS=1 PYTHONPATH={REPOSITORY}\n"
+    machine.write(f"/home/{user}/.config/systemd/user/rootstockd@.service.d/test.conf", drop_in)
+    machine.do("systemctl", "--user", "daemon-reload", user=user)
+    verify = ["systemd-analyze", "--user", "verify", f"/home/{user}/.config/systemd/user/{SERVICE}"]
+    assert machine.run(*verify, user=user).stderr == ""
+    machine.do("systemctl", "--user", "enable", "--now", SOCKET, user=user)
+    energy(one(machine, user))
+    pid = machine.do("systemctl", "--user", "show", SERVICE, "--property=MainPID", "--value", user=user).strip()
+    assert machine.do("ps", "-o", "user=", "-p", pid).strip() == user
+    done = machine.rootstockd("restart", user=user)
+    assert done.returncode == 0, done.stderr
+    status = json.loads(machine.rootstockd("status", "--json", user=user).stdout)
+    assert str(status["pid"]) != pid
+    done = machine.rootstockd("systemd", "uninstall", "--user", user=user)
+    assert done.returncode == 0, done.stderr
+    assert not list((machine.root / "home" / user / ".config/systemd/user").glob("rootstockd*@.s*t"))
+    assert machine.rootstockd(
+        "status", "--socket", f"/run/user/{USERS[user]}/rootstockd/cpu.sock", user=user
+    ).returncode
+
+
+def test_uninstall(machine: Machine) -> None:
+    done = machine.rootstockd("systemd", "uninstall")
+    assert done.returncode == 0, done.stderr
+    units = machine.root / "etc/systemd/system"
+    assert {path.name for path in units.rglob("*rootstockd*")} == {"rootstockd@.service.d", f"{OTHER}.d"}  # the test's
+    assert not (machine.root / "run/rootstockd/cpu.sock").exists()
+    assert (machine.root / SETTINGS.lstrip("/")).exists()
