@@ -1,0 +1,80 @@
+"""The documents do what they say: their commands are run, their programs too, and their files are written."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from conftest import EMBEDDED_MODEL
+
+DOCS = Path(__file__).parent.parent / "docs"
+MIRRORED = ("2023-12-03-mace-128-L1_epoch-199.model", "MACE-OFF23_small.model")
+"""Weights that the documents pull. No machine need reach them: the small model stands in for each."""
+BLOCK = re.compile(r"^```(console|python|toml)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def home():
+    """A new user's, with a mirror of weights and a fine-tune in it."""
+    with tempfile.TemporaryDirectory(prefix="rsd-") as folder:
+        home = Path(folder)
+        (home / "mirror").mkdir()
+        for name in MIRRORED:
+            shutil.copy(EMBEDDED_MODEL, home / "mirror" / name)
+        shutil.copy(EMBEDDED_MODEL, home / "my-mace.model")
+        yield home
+
+
+def environment(home):
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "ROOTSTOCKD_"))}
+    uv_cache = os.environ.get("UV_CACHE_DIR") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "uv")
+    return {
+        **kept,
+        "HOME": str(home),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "UV_CACHE_DIR": str(uv_cache),
+        "ROOTSTOCKD_MIRROR": str(home / "mirror"),
+        "ROOTSTOCKD_STATE": str(home / "state"),
+        "ROOTSTOCKD_SOCKET": str(home / "run" / "rootstockd.sock"),
+    }
+
+
+def run(command, home, **options):
+    done = subprocess.run(
+        command, env=environment(home), cwd=home, capture_output=True, text=True, timeout=280, check=False, **options
+    )
+    assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", ["models.md", "add-a-model.md"])
+def test_commands_and_programs(name, home):
+    blocks = BLOCK.findall((DOCS / name).read_text())
+    assert len(blocks) > 5
+    try:
+        for kind, text in blocks:
+            if kind == "toml":
+                path = home / text.partition("\n")[0].removeprefix("# ~/")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("a") as file:
+                    file.write(text)
+            elif kind == "python":
+                assert run([sys.executable, "-c", text], home).strip()
+            else:
+                for line in text.splitlines():
+                    assert line.startswith("$ "), line
+                    run(["bash", "-c", line.removeprefix("$ ")], home)
+    finally:  # all that it started has ended with the last of its commands, but where one of them failed
+        subprocess.run(
+            [sys.executable, "-m", "rootstockd", "stop", "--force"],
+            env=environment(home),
+            capture_output=True,
+            check=False,
+            timeout=60,
+        )

@@ -1,0 +1,121 @@
+"""MACE, SevenNet and CHGNet, each in an environment that uv built for it, served by one daemon at the same time."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from ase.build import bulk
+
+from conftest import EMBEDDED_MODEL, RunningDaemon, rootstockd
+from lattice import lattice_constant
+from rootstockd.environments.builds import find_build
+from rootstockd.models.catalogue import Catalogue
+from rootstockd.models.spec import spec_of
+
+TREE = Path(__file__).parent.parent
+FAMILIES = {
+    "mace": ("mace-emt-small", ("Cu",)),
+    "sevennet": ("sevennet-0", ("Cu", "Si", "NaCl")),
+    "chgnet": ("chgnet", ("Cu", "Si", "NaCl")),
+}
+"""A model of each, and crystals of elements that it knows."""
+pytestmark = [
+    pytest.mark.timeout(1800),  # a machine that has none of it downloads three environments
+    pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="the environments are specified for Python 3.11"),
+]
+
+
+def find_links():
+    """Where pip looks beside its index: uv is to look there, too."""
+    told = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "get", "global.find-links"], capture_output=True, text=True, check=False
+    )
+    return ",".join(told.stdout.split())
+
+
+@pytest.fixture(scope="module")
+def pythons():
+    """The interpreters of the three environments, built."""
+    before = os.environ["ROOTSTOCKD_STATE"]
+    with tempfile.TemporaryDirectory(prefix="rootstockd-families-") as folder:
+        os.environ["ROOTSTOCKD_STATE"] = folder
+        try:
+            places = os.environ.get("UV_FIND_LINKS") or find_links()
+            variables = {**os.environ, "UV_FIND_LINKS": places}
+            torch = "index" if places else "cpu"  # who names a place for wheels has torch there
+            for family in FAMILIES:
+                done = rootstockd("env", "create", family, "--torch", torch, env=variables, timeout=1500)
+                assert done.returncode == 0, done.stderr[-5000:]
+            yield {family: find_build(family).python for family in FAMILIES}
+        finally:
+            os.environ["ROOTSTOCKD_STATE"] = before
+
+
+@pytest.fixture(scope="module")
+def daemon(pythons):
+    with tempfile.TemporaryDirectory(prefix="rootstockd-") as folder:
+        daemon = RunningDaemon(Path(folder))
+        try:
+            yield daemon.start()
+        finally:
+            daemon.stop()
+
+
+def versions(python, *packages):
+    code = f"from importlib.metadata import version; print(*[version(name) for name in {packages}])"
+    return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+
+
+def test_one_program_has_all_three_at_once(pythons, daemon):
+    atoms = {}
+    with daemon.client() as client:
+        for family, (model, _) in FAMILIES.items():
+            atoms[family] = bulk("Cu", cubic=True)
+            atoms[family].rattle(0.05, seed=1)
+            atoms[family].calc = client.calculator(model)
+        for _ in range(3):  # in turns, all loaded
+            for structure in atoms.values():
+                structure.rattle(0.01, seed=2)
+                assert abs(structure.get_forces().sum()) < 1e-3
+        status = {model["name"]: model for model in client.status()["models"]}
+    environments = {family: status[model]["environment"] for family, (model, _) in FAMILIES.items()}
+    assert all(environments[family].startswith(f"environment {family}, built ") for family in FAMILIES), environments
+    assert len({model["pid"] for model in status.values()}) == 3
+    # what can't be installed together
+    (of_mace,), (of_sevennet,) = versions(pythons["mace"], "e3nn"), versions(pythons["sevennet"], "e3nn")
+    assert of_mace == "0.4.4"
+    assert tuple(map(int, of_sevennet.split(".")[:2])) >= (0, 5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lattice_constants_are_those_of_the_familys_own_calculator(pythons, daemon, family):
+    model, crystals = FAMILIES[family]
+    script = [pythons[family], TREE / "tests/lattice.py", family, EMBEDDED_MODEL, *crystals]
+    own = json.loads(subprocess.run(script, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    with daemon.client().calculator(model) as calculator:
+        through = {name: lattice_constant(calculator, name) for name in crystals}
+    tolerance = 1e-8 if family == "mace" else 1e-4  # in float32 a fit through five energies has no more
+    assert through == pytest.approx(own, rel=0, abs=tolerance)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_known_numbers(pythons, family):
+    done = rootstockd("env", "verify", family, "--device", "cpu", timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the energy differs by" in done.stdout
+
+
+@pytest.mark.parametrize("family", ["sevennet", "chgnet"])
+def test_the_engine_conforms(pythons, family):
+    model = FAMILIES[family][0]
+    spec = json.dumps(asdict(spec_of(model, Catalogue.load()[model])))
+    command = [pythons[family], "-m", "rootstockd.worker.conformance", spec]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(TREE)}, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
