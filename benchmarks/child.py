@@ -201,8 +201,10 @@ class Worker(Arm):
         command = worker_command(beside_the_daemon("noop"))
         self._process = subprocess.Popen([*command, *arguments], pass_fds=[theirs.fileno()])
         theirs.close()
-        assert self._channel.recv(65536)[:1] == b"V"
-        assert self._channel.recv(65536)[:1] == b"R"
+        said = [b"V"]
+        while said[-1] != b"R":  # before that it says how far it has come
+            said.append(self._channel.recv(65536)[:1])
+            assert said[-1] in (b"V", b"P", b"R"), said
         self._number = 0
 
     def system(self, natoms: int) -> None:

@@ -3,7 +3,10 @@
 import sys
 from importlib.util import find_spec
 
-NEEDS = ("click", "fastapi", "platformdirs", "psutil", "pydantic", "pynvml", "rich", "uvicorn", "uvloop")
+NEEDS = (
+    *("click", "fastapi", "platformdirs", "psutil", "pydantic", "pynvml", "requests", "rich", "tomlkit", "uv"),
+    *("uvicorn", "uvloop"),
+)
 """Modules of the extra `daemon`: some of them may be there for another reason."""
 
 

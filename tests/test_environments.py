@@ -282,7 +282,7 @@ def test_workers_of_code_that_was_upgraded_ask_for_a_restart(tmp_path: Path, mon
 
 def test_verify_compares_what_a_worker_computes(tiny: Path) -> None:
     words = env("verify", "tiny")
-    assert "emt (ase " in words and "the energy differs by" in words
+    assert "emt (EMT (ase " in words and "the energy differs by" in words
 
 
 def test_verify_refuses_an_environment_with_other_numbers(

@@ -138,8 +138,11 @@ def test_models_spread_over_devices_and_status_says_where(start: Callable[..., R
     assert sorted(devices.values()) == ["cpu:0", "cpu:1", "cpu:2", "cpu:3"]
     assert daemon.run("load", "emt").returncode == 0  # it is there
     assert len(workers(daemon, "emt")) == 1
-    assert daemon.run("load", "emt", "--dtype", "float32").returncode == 0
-    assert {model["dtype"] for model in workers(daemon, "emt")} == {"float32", "float64"}
+    assert daemon.run("load", "noop", "--dtype", "float32").returncode == 0
+    assert daemon.run("load", "noop").returncode == 0
+    assert {model["dtype"] for model in workers(daemon, "noop")} == {"float32", "float64"}
+    refused = daemon.run("load", "emt", "--dtype", "float32")
+    assert refused.returncode == 1 and "computes in float64 and in nothing else" in refused.stderr
     shown = daemon.run("status").stdout
     assert "on cpu:0, cpu:1, cpu:2, cpu:3" in shown and devices["lj"] in shown and " ago" in shown
     refused = daemon.run("load", "morze")

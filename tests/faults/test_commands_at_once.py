@@ -29,14 +29,29 @@ def copper(size: int) -> Atoms:
     return atoms
 
 
+class Step:
+    """A step under way, for which a daemon that stops waits: its worker is stopped until it may go on."""
+
+    def __init__(self, daemon: RunningDaemon) -> None:
+        self._worker = daemon.model("emt")["pid"]
+        os.kill(self._worker, signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._worker, signal.SIGCONT)
+
+
 @contextlib.contextmanager
-def long_step(daemon: RunningDaemon) -> Iterator[Future[Any]]:
-    """A step that takes seconds, for which a daemon that stops waits."""
-    atoms = copper(12)
+def long_step(daemon: RunningDaemon) -> Iterator[tuple[Step, Future[Any]]]:
+    """A step that lasts until it may go on."""
+    atoms, step = copper(2), Step(daemon)
     with daemon.client().calculator("emt") as atoms.calc, ThreadPoolExecutor(1) as pool:
         future = pool.submit(atoms.get_forces)
-        wait_for(lambda: [session["state"] for session in daemon.client().status()["sessions"]] == ["busy"])
-        yield future
+        try:
+            wait_for(lambda: [session["state"] for session in daemon.client().status()["sessions"]] == ["busy"])
+            yield step, future
+        finally:
+            step.go_on()
         future.result()
 
 
@@ -56,22 +71,26 @@ def daemons(running: RunningDaemon) -> list[int]:
 
 def test_two_restarts(own_daemon: RunningDaemon, caplog: pytest.LogCaptureFixture) -> None:
     before = own_daemon.pid
-    with long_step(own_daemon) as step, restarting(own_daemon) as first:
+    with long_step(own_daemon) as (step, forces), restarting(own_daemon) as first:
         second = own_daemon.run("restart")
         assert second.returncode == 1 and "the daemon is being restarted already" in second.stderr
+        step.go_on()
         assert first.result().returncode == 0, first.result().stderr
-        step.result()
+        forces.result()
     (pid,) = daemons(own_daemon)
     assert pid == own_daemon.pid != before
     assert "is away" not in caplog.text  # the second did not cut short what the first one's daemon waited for
 
 
 def test_a_stop_during_a_restart_calls_it_off(own_daemon: RunningDaemon) -> None:
-    with long_step(own_daemon) as step, restarting(own_daemon) as restart:
-        assert own_daemon.run("stop").returncode == 0
+    with long_step(own_daemon) as (step, forces), restarting(own_daemon) as restart, ThreadPoolExecutor(1) as pool:
+        stop = pool.submit(own_daemon.run, "stop")
+        time.sleep(2)  # it asks, and then waits for what is under way, as the restart does
+        step.go_on()
+        assert stop.result().returncode == 0
         assert restart.result().returncode == 1
         assert "the daemon was stopped while it was being restarted, and stays so" in restart.result().stderr
-        assert np.isfinite(step.result()).all()
+        assert np.isfinite(forces.result()).all()
     assert own_daemon.processes() == []
     assert not own_daemon.socket.exists()
 
@@ -94,11 +113,12 @@ def test_a_forced_stop_during_a_restart_of_a_daemon_that_hangs(own_daemon: Runni
 
 
 def test_a_restart_while_it_stops(own_daemon: RunningDaemon) -> None:
-    with long_step(own_daemon), ThreadPoolExecutor(1) as pool:
+    with long_step(own_daemon) as (step, _), ThreadPoolExecutor(1) as pool:
         stop = pool.submit(own_daemon.run, "stop")
         wait_for(lambda: own_daemon.client().status()["state"] == "draining")
         restart = own_daemon.run("restart")
         assert restart.returncode == 1 and "the daemon is stopping already" in restart.stderr
+        step.go_on()
         assert stop.result().returncode == 0
     assert own_daemon.processes() == []
 
@@ -107,7 +127,7 @@ def test_a_restart_while_it_stops(own_daemon: RunningDaemon) -> None:
 def test_a_signal_in_the_first_moments(runtime_folder: Path, number: int) -> None:
     """As soon as anything is taken, it is given back; SIGHUP costs nothing."""
     folder = runtime_folder / f"early-{number}"
-    config = Config(socket=folder / "d.sock", device=Device(kind="cpu"))
+    config = Config(socket=folder / "d.sock", devices=(Device(name="cpu"),))
     folder.mkdir(mode=0o700)
     with (folder / "log").open("wb") as log:
         command = [sys.executable, "-m", "rootstockd.serve", config.model_dump_json()]

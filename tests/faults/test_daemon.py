@@ -279,9 +279,10 @@ def test_a_job_that_forks_while_there_is_no_daemon(own_daemon: RunningDaemon) ->
 
 
 def test_a_job_that_starts_during_a_restart(own_daemon: RunningDaemon) -> None:
-    """The old daemon drains behind a long evaluation; it tells the job so, and the new one does its step."""
-    long = bulk("Cu", cubic=True) * 10
-    long.rattle(0.05, seed=1)
+    """The old daemon drains behind an evaluation; it tells the job so, and the new one does its step."""
+    worker = own_daemon.model("emt")["pid"]
+    os.kill(worker, signal.SIGSTOP)
+    long = copper()
     long.calc = own_daemon.client().calculator("emt")
     threads = [threading.Thread(target=long.get_forces)]
     threads[0].start()
@@ -294,6 +295,7 @@ def test_a_job_that_starts_during_a_restart(own_daemon: RunningDaemon) -> None:
     atoms.calc = own_daemon.client(patience=0).calculator("emt")
     with pytest.raises(DrainingError):
         atoms.get_forces()
+    os.kill(worker, signal.SIGCONT)
     atoms.calc = own_daemon.client().calculator("emt")
     forces = atoms.get_forces()
     for thread in threads:
