@@ -39,6 +39,8 @@ PAUSE = 60
 """Looks until the next try after a replica could not be loaded."""
 REFUSED = 10.0
 """Seconds that status shows a model without sessions that had no room."""
+MAX_VARIANTS = 8
+"""Workers of one model with options of their own, such as D3's settings, at a time."""
 REPLICA_IDLE = 60.0
 """Seconds that a replica stays without work; less where `keep_alive` says so."""
 
@@ -136,6 +138,9 @@ class Fleet:
             dtype: what to compute in.
             options: what else changes its numbers.
             keep: it is to stay.
+
+        Raises:
+            LimitError: sessions have as many workers of it with options of their own as there may be.
         """
         key = WorkerKey(name, dtype, options)
         spec = spec_of(name, entry, dtype, device=self.devices[0].kind, options=options, confine=self._config.confine)
@@ -143,6 +148,8 @@ class Fleet:
         if model is not None and model.spec != spec:  # the catalogue has been changed since
             self._retire(model.workers)
             keep, model = keep or model.kept, None
+        if model is None and options:
+            self._make_way(key)
         if model is None:
             model = self._models[key] = _Model(spec, entry.keep_alive, keep, self._supervisor(spec))
         elif model.first.worth_replacing:
@@ -153,6 +160,20 @@ class Fleet:
         worker = min(ready, key=lambda worker: (round(worker.pace.queue), len(worker.clients)), default=model.first)
         worker.load()
         return worker
+
+    def _make_way(self, key: WorkerKey) -> None:
+        """Bound the workers with options of their own: any user can think of any number of these."""
+        variants = {k: model for k, model in self._models.items() if k.name == key.name and k.options}
+        if len(variants) < MAX_VARIANTS:
+            return
+        unused = [k for k, model in variants.items() if not any(w.clients or w.busy for w in model.workers)]
+        if not unused:
+            raise LimitError(
+                f"model {key.name!r} is in use with {MAX_VARIANTS} different settings already, each with a worker.",
+                "Use settings that are there, or try again when others have gone.",
+            )
+        longest = max(unused, key=lambda k: variants[k].first.idle_seconds)
+        self._retire(self._models.pop(longest).workers)
 
     def unload(self, name: str, dtype: str | None = None, *, force: bool = False) -> None:
         """Have a model leave memory. Sessions keep it, and wait for it to come back when they next ask.

@@ -32,9 +32,9 @@ pytestmark = [
 
 def find_links():
     """Where pip looks beside its index: uv is to look there, too."""
-    told = subprocess.run(
-        [sys.executable, "-m", "pip", "config", "get", "global.find-links"], capture_output=True, text=True, check=False
-    )
+    users = {name: value for name, value in os.environ.items() if name != "XDG_CONFIG_HOME"}  # which is the tests' own
+    command = [sys.executable, "-m", "pip", "config", "get", "global.find-links"]
+    told = subprocess.run(command, env=users, capture_output=True, text=True, check=False)
     return ",".join(told.stdout.split())
 
 

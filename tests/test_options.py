@@ -16,8 +16,8 @@ from ase.build import bulk, fcc111, molecule
 from ase.calculators.calculator import PropertyNotImplementedError
 from ase.calculators.emt import EMT
 
-from conftest import EMBEDDED_MODEL, RunningDaemon
-from rootstock_client.errors import InvalidInitError, UnknownElementError
+from conftest import EMBEDDED_MODEL, RunningDaemon, wait_for
+from rootstock_client.errors import InvalidInitError, LimitError, UnknownElementError
 
 MODEL = "mace-emt-small"
 pytestmark = pytest.mark.filterwarnings("ignore:Creating a tensor from a list of numpy.ndarrays")  # torch-dftd does
@@ -162,6 +162,31 @@ def test_what_can_not_be_done_is_refused(daemon: RunningDaemon) -> None:
         with pytest.raises(PropertyNotImplementedError, match="no per-atom energies"):
             atoms.get_potential_energies()
         energy(dtype="float64")
+
+
+def test_workers_with_settings_of_their_own_are_not_without_number(own_daemon: RunningDaemon) -> None:
+    """Each has a copy of the model, and anybody can think of any number of settings."""
+    atoms = bulk("Cu")
+    with own_daemon.client() as client:
+
+        def sessions_with(cutoff: float) -> list[int]:
+            models = client.status()["models"]
+            return [model["sessions"] for model in models if (model["dispersion"] or {}).get("cutoff") == cutoff]
+
+        calculators = [client.calculator("noop", dispersion={"cutoff": 10.0 + number}) for number in range(9)]
+        for calculator in calculators[:8]:
+            atoms.calc = calculator
+            atoms.get_forces()
+        atoms.calc = calculators[8]
+        with pytest.raises(LimitError, match="in use with 8 different settings"):
+            atoms.get_forces()
+        atoms.calc = client.calculator("noop", dispersion={"cutoff": 10.0})  # which is there
+        atoms.get_forces()
+        calculators[3].close()
+        atoms.calc = calculators[8]
+        wait_for(lambda: sessions_with(13.0) == [0])
+        atoms.get_forces()
+        assert sum(model["name"] == "noop" for model in client.status()["models"]) <= 9
 
 
 def test_it_says_what_lacks(start_daemon: Any, tmp_path: Any) -> None:

@@ -81,7 +81,7 @@ def show_models(models: list[ModelStatus]) -> None:
         restarts = f", {model.restarts} restarts" if model.restarts else ""
         table.add_row(
             escape(model.name),
-            model.dtype,
+            f"{model.dtype} +D3" if model.dispersion else model.dtype,
             f"[{_STATE_COLOUR[model.state]}]{model.state}[/]{restarts}",
             model.device or "-",
             str(model.sessions),
@@ -101,8 +101,10 @@ def show_models(models: list[ModelStatus]) -> None:
             console.print(f"{model.name}: {model.error}", style="red", markup=False)
         elif model.backend:
             note = f"; {model.note}" if model.note else ""
+            settings = ", ".join(f"{key} {value}" for key, value in (model.dispersion or {}).items())
+            added = f" with D3 ({settings})" if settings else ""
             console.print(
-                f"{model.name} {model.dtype}: {model.backend}; {model.environment}{note}",
+                f"{model.name} {model.dtype}: {model.backend}{added}; {model.environment}{note}",
                 style="yellow" if note else "dim",
                 markup=False,
             )

@@ -196,6 +196,7 @@ def model_status(model: Supervisor, fleet: Fleet) -> ModelStatus:
         name=model.spec.name,
         device=str(model.device) if model.device else None,
         dtype=model.spec.dtype,
+        dispersion=model.spec.dispersion,
         state=model.state.value,
         error=str(why) if why else None,
         loading=loading_status(model, fleet),

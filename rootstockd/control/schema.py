@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, computed_field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, computed_field
 
 from rootstockd.config import Config
 
@@ -47,6 +47,8 @@ class ModelStatus(BaseModel):
     device: str | None
     """None while it is not in memory."""
     dtype: str
+    dispersion: dict[str, JsonValue] | None = None
+    """Settings of the D3 correction that is added, if one is."""
     state: str
     """cold (loaded when somebody next asks), waiting (for room), loading, ready or failed."""
     error: str | None
