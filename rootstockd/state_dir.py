@@ -17,9 +17,17 @@ VARIABLE = "ROOTSTOCKD_STATE"
 SYSTEM_STATE = Path("/var/lib/rootstockd")
 """Root's own, which all others read too."""
 
+SITE_VARIABLE = "ROOTSTOCKD_SITE"
+"""An environment variable: the site's folder of settings in place of `/etc/rootstockd`."""
+
 
 class StateError(Exception):
     """A state directory that can't be used: which, and why."""
+
+
+def site_folder() -> Path:
+    """Where a site describes its models and environments."""
+    return Path(os.environ.get(SITE_VARIABLE) or "/etc/rootstockd")
 
 
 def own_state() -> Path:

@@ -16,12 +16,13 @@ import platformdirs
 from ase.data import atomic_numbers
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from rootstockd.state_dir import site_folder
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-SITE = Path("/etc/rootstockd/environments")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 Vector = tuple[float, float, float]
 
@@ -110,7 +111,11 @@ def specification_files() -> dict[str, Path]:
     """All there are, by the environment's name."""
     builtin = Path(str(resources.files("rootstockd.environments").joinpath("builtin")))
     found = {}
-    for folder in (builtin, SITE, platformdirs.user_config_path("rootstockd") / "environments"):
+    for folder in (
+        builtin,
+        site_folder() / "environments",
+        platformdirs.user_config_path("rootstockd") / "environments",
+    ):
         found.update({path.stem: path for path in sorted(folder.glob("*.toml")) if _NAME.fullmatch(path.stem)})
     return found
 

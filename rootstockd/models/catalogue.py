@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, f
 
 from rootstock_client.errors import UnknownModelError, UnsupportedError
 from rootstockd.config import KeepAlive
-from rootstockd.state_dir import StateError, check_trusted, state_dirs
+from rootstockd.state_dir import StateError, check_trusted, site_folder, state_dirs
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -32,8 +32,6 @@ else:
     import tomli as tomllib
 
 
-SITE_VARIABLE = "ROOTSTOCKD_SITE"
-"""An environment variable: the site's folder of settings in place of `/etc/rootstockd`."""
 FILE_NAME = "models.toml"
 """What the catalogue of a site, of a state directory and of a user is called in its folder."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
@@ -222,7 +220,7 @@ def user_file() -> Path:
 
 def _standing_files() -> list[Path]:
     """Catalogues that nobody has to name: the site's, those of state directories, the user's; those that are there."""
-    site = Path(os.environ.get(SITE_VARIABLE) or "/etc/rootstockd") / FILE_NAME
+    site = site_folder() / FILE_NAME
     try:
         found = [site, *(folder / FILE_NAME for folder in reversed(state_dirs())), user_file()]
         there = [path for path in found if os.path.exists(path)]  # False where one may not look
