@@ -308,7 +308,8 @@ def main() -> int:
     os.environ["COLUMNS"] = "120"  # what a child prints into a file is not to be wrapped at 80
     try:
         with daemon(folder):
-            device = json.loads(rootstockd(folder, "status", "--json"))["config"]["device"]["kind"]
+            first = json.loads(rootstockd(folder, "status", "--json"))["devices"][0]
+            device = "cpu" if first.startswith("cpu") else "cuda"
             times = measure(folder, device)
             steps = round(DYNAMICS_TIME / times["step"]["daemon"], -1)
             results = run_jobs(folder, int(min(max(steps, 40), 500)))

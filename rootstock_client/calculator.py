@@ -77,7 +77,7 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
             dtype=None if dtype is None else np.dtype(dtype).name,  # numpy.float32 is as good as "float32"
             head=head,
             dispersion=_settings(dispersion),
-            exact=bool(exact),
+            exact=_yes_or_no("exact", exact),
             tolerance=None if tolerance is None else float(tolerance),
         )
 
@@ -241,10 +241,18 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
 
 
 def _settings(dispersion: bool | dict[str, Any]) -> bool | dict[str, Any]:  # noqa: FBT001 - as `calculator` takes it
-    """What INIT says of it: a copy, with numbers that are no numpy numbers."""
+    """As INIT has it."""
     if not isinstance(dispersion, dict):
-        return bool(dispersion)
+        return _yes_or_no("dispersion", dispersion)
     return {key: value if isinstance(value, str) else float(value) for key, value in dispersion.items()}
+
+
+def _yes_or_no(name: str, value: Any) -> bool:
+    """A word such as "zero" or "no" would count as True."""
+    if not isinstance(value, (bool, np.bool_)):
+        allowed = "True, False or a dict" if name == "dispersion" else "True or False"
+        raise TypeError(f"{name} is {allowed}, not {value!r}")
+    return bool(value)
 
 
 def _read_extras(text: bytes, energies: int) -> tuple[str | None, np.ndarray[Any, Any]]:

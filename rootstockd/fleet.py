@@ -353,7 +353,10 @@ class Fleet:
             first = model.first
             needed = first.clients or first.wanted or model.replicas or model.kept
             told = first.refusal is None or first.idle_seconds > REFUSED  # why it did not come
-            if first.state is State.COLD and told and not needed:
+            broken = (
+                bool(key.options) and first.worth_replacing and not first.clients
+            )  # there may be any number of these
+            if broken or (first.state is State.COLD and told and not needed):
                 del self._models[key]
                 self._retire([first])
 

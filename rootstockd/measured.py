@@ -99,7 +99,8 @@ class Measurements:
 def _key(spec: ModelSpec, device: str) -> str:
     """All that may make a difference to what a model takes."""
     what = {**dataclasses.asdict(spec), "device": device}
-    for indifferent in ("weights", "confine"):  # where the file lies, whose content is known
+    # where the file lies, whose content is known; and what takes little, of which there may be any number
+    for indifferent in ("weights", "confine", "dispersion"):
         del what[indifferent]
     return json.dumps(what, sort_keys=True)
 

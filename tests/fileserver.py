@@ -115,7 +115,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self._head(416, {"Content-Range": f"bytes */{len(data)}", "Content-Length": "0"})
                 return
             shown = begin + 7 if fault == "wrong-range" else begin
-            headers["Content-Range"] = f"bytes {shown}-{len(data) - 1}/{len(data)}"
+            total = {"no-total": "*", "other-total": len(data) - 9}.get(fault, len(data))
+            headers["Content-Range"] = f"bytes {shown}-{len(data) - 1}/{total}"
         self._send_body(data[begin:], fault, number, status, headers)
 
     def _send_body(self, body: bytes, fault: str, number: int, status: int, headers: dict[str, str]) -> None:

@@ -244,8 +244,16 @@ def test_over_tls(server, fetch, certificate, monkeypatch):
         secure.faults += [f"redirect http://127.0.0.1:{server.port}{FILE}"]
         with pytest.raises(DownloadError, match="anybody on the way could change"):
             fetch()
-        assert not fetch.path.exists()
+        assert not fetch.path.exists() and not server.requests  # it did not even go there
         assert fetch() == DATA
+
+
+@pytest.mark.parametrize("fault", ["no-total", "other-total"])
+def test_the_rest_of_a_file_of_another_length(server, fetch, fault):
+    """What was said of the whole file counts, and what says another is no part of it."""
+    server.faults += ["cut 49152", fault]
+    assert fetch() == DATA
+    assert server.ranges == ["all", "bytes=49152-", *["all"] * (fault == "other-total")]
 
 
 def test_a_full_disk(server, fetch, tmp_path):

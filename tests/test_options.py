@@ -189,6 +189,12 @@ def test_workers_with_settings_of_their_own_are_not_without_number(own_daemon: R
         assert sum(model["name"] == "noop" for model in client.status()["models"]) <= 9
 
 
+@pytest.mark.parametrize("options", [{"dispersion": "zero"}, {"exact": "no"}, {"exact": 0}])
+def test_words_are_no_yes(daemon: RunningDaemon, options: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=f"{next(iter(options))} is True"):
+        daemon.client().calculator("emt", **options)
+
+
 def test_it_says_what_lacks(start_daemon: Any, tmp_path: Any) -> None:
     """An environment without the package."""
     (tmp_path / "dftd3.py").write_text("raise ModuleNotFoundError(\"No module named 'dftd3'\")\n")

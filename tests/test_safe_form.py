@@ -1,6 +1,8 @@
 """MACE models in a form that is not code: the same numbers, and nothing in it that runs."""
 
 import json
+import os
+import pickle
 import struct
 
 import numpy as np
@@ -13,6 +15,8 @@ pytest.importorskip("safetensors")
 from test_mace_backends import ARCHITECTURES, STRUCTURES, engine, make_model, task  # noqa: E402
 
 from conftest import EMBEDDED_MODEL, sha256  # noqa: E402
+from rootstockd.models.convert import _take  # noqa: E402
+from rootstockd.models.store import StoreError  # noqa: E402
 from rootstockd.worker.engines import EngineError, ModelSpec  # noqa: E402
 from rootstockd.worker.engines.mace import load, safe  # noqa: E402
 
@@ -114,3 +118,22 @@ def test_a_file_that_is_cut_off(tmp_path):
         path.write_bytes(data[:length])
         with pytest.raises(EngineError, match="is not a MACE model"):
             load(spec(path=path))
+
+
+class _Marks:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (self.path,))
+
+
+def test_what_is_called_so_is_never_unpickled(tmp_path):
+    """Whatever a model that was being converted has written there."""
+    path = tmp_path / "evil.safetensors"
+    path.write_bytes(pickle.dumps(_Marks(str(tmp_path / "ran"))))
+    with pytest.raises(EngineError, match="is not a MACE model"):
+        load(spec(path=path))
+    with pytest.raises(StoreError, match="is not of that form"):
+        _take(path, tmp_path, tmp_path / "copy", ".safetensors", 1000)
+    assert not (tmp_path / "ran").exists()

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from rootstockd.environments.building import Plan, Say, build, torch_backend
 from rootstockd.environments.builds import Build, EnvironmentBuildError
@@ -48,7 +48,7 @@ class Description(BaseModel):
     format: int = FORMAT
     name: str
     specification: Specification
-    python: str
+    python: str = Field(pattern=r"^\d+\.\d+\.\d+\w*$")
     """Its version; another of the same minor version will do."""
     platform: str
     torch: str

@@ -86,6 +86,14 @@ class Specification(BaseModel):
                 raise ValueError(f"{requirement!r} is no requirement")
         return requirements
 
+    @field_validator("imports")
+    @classmethod
+    def _modules(cls, imports: tuple[str, ...]) -> tuple[str, ...]:
+        for module in imports:
+            if not all(part.isidentifier() for part in module.split(".")):
+                raise ValueError(f"{module!r} is no module's name")
+        return imports
+
     @property
     def has_torch(self) -> bool:
         """Whether there is a build of PyTorch to choose."""

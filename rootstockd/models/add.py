@@ -114,7 +114,7 @@ def remove_entry(name: str, folder: Path) -> bool:
 def _edited(folder: Path) -> Generator[tomlkit.TOMLDocument, None, None]:
     """The state directory's `models.toml`, to be changed; comments in it stay."""
     path, part = folder.parent / FILE_NAME, folder / f"{FILE_NAME}.part"
-    with store.lock(folder / f"{FILE_NAME}.lock", lambda: None):
+    with store.lock(folder / f".{FILE_NAME}.lock", lambda: None):
         document = tomlkit.parse(path.read_text(encoding="utf-8") if path.exists() else _HEAD)
         yield document
         part.write_text(tomlkit.dumps(document), encoding="utf-8")

@@ -65,6 +65,8 @@ def _take(path: Path, folder: Path, part: Path, suffix: str, expected: int) -> S
             data = file.read(limit + 1)
         if len(data) > limit:
             raise StoreError(f"{path.name}, which the worker wrote, is larger than the model can be.")
+        if data[8:9] != b"{" or int.from_bytes(data[:8], "little") >= len(data):
+            raise StoreError(f"{path.name}, which the worker wrote, is not of that form.")
         part.write_bytes(data)
         return store.keep(part, folder, suffix)
     except OSError as error:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urljoin
 
 import requests
 from pydantic import BaseModel, ValidationError
@@ -60,6 +61,18 @@ class _Origin(BaseModel):
     url: str
     version: str
     """A strong ETag or a Last-Modified, for If-Range; empty where the server gave neither."""
+    total: int | None = None
+    """Bytes of the whole file, where the server said it."""
+
+
+class _Session(requests.Session):
+    """Goes where it is sent, but never on from https to http."""
+
+    def get_redirect_target(self, resp: requests.Response) -> str | None:
+        target = super().get_redirect_target(resp)
+        if target and resp.url.startswith("https:") and not (to := urljoin(resp.url, target)).startswith("https:"):
+            raise DownloadError(f"{resp.url} leads to {to}, which anybody on the way could change. Nothing was taken.")
+        return target
 
 
 @dataclass
@@ -78,19 +91,19 @@ class _Part:
             return self.path.stat().st_size
         return 0
 
-    def version(self, url: str) -> str:
-        """Of what is there of `url`; empty where that can't be gone on with."""
+    def origin(self, url: str) -> _Origin:
+        """Where what is there of `url` came from; without a version where that can't be gone on with."""
         try:
             origin = _Origin.model_validate_json(self.note.read_bytes())
         except (FileNotFoundError, ValidationError):
-            return ""
-        return origin.version if origin.url == url and self.size else ""
+            return _Origin(url=url, version="")
+        return origin if origin.url == url and self.size else _Origin(url=url, version="")
 
-    def begin(self, url: str, version: str) -> None:
+    def begin(self, origin: _Origin) -> None:
         """Note what comes now; nothing of it is there. The order keeps old bytes from passing for new ones."""
         self.note.unlink(missing_ok=True)
         self.path.write_bytes(b"")
-        self.note.write_text(_Origin(url=url, version=version).model_dump_json())
+        self.note.write_text(origin.model_dump_json())
 
     def discard(self) -> None:
         self.note.unlink(missing_ok=True)
@@ -123,7 +136,7 @@ def download(
     """
     part = _Part(path)
     failures, before = 0, part.size
-    with requests.Session() as session:
+    with _Session() as session:
         session.headers["User-Agent"] = f"rootstockd/{rootstockd.__version__}"
         while True:
             try:
@@ -161,30 +174,28 @@ def _attempt(
         DownloadError: it will fail again.
     """
     headers = {"Accept-Encoding": "identity"}  # a range of a compressed body is no range of the file
-    if version := part.version(url):
-        headers |= {"Range": f"bytes={part.size}-", "If-Range": version}
+    origin = part.origin(url)
+    if origin.version:
+        headers |= {"Range": f"bytes={part.size}-", "If-Range": origin.version}
     try:
         with session.get(url, headers=headers, stream=True, timeout=timeout) as response:
             _check(response, url, part)
             if response.status_code == requests.codes.requested_range_not_satisfiable:
-                if _total(response) == part.size:
+                if _total(response) == part.size and origin.total in {None, part.size}:
                     return
                 part.discard()
                 raise _Again("what was there of it was longer than the file")
             encoded = response.headers.get("Content-Encoding", "identity").lower() != "identity"
             total = _total(response)
             if response.status_code == requests.codes.partial_content:
-                begin = re.match(rf"bytes {part.size}-", response.headers.get("Content-Range", ""))
-                if not version or encoded or not begin:
-                    part.discard()
-                    raise _Again("the server sent another part than was asked for")
+                total = _check_range(response, part, origin, encoded=encoded, checksum_known=checksum_known)
             else:
                 if total is None and not checksum_known and "chunked" not in _transfer(response):
                     raise DownloadError(
                         f"{url}: the server does not say how long the file is, so it could not be told whether all of "
                         "it came. Give its checksum with --sha256."
                     )
-                part.begin(url, "" if encoded else _version(response))
+                part.begin(_Origin(url=url, version="" if encoded else _version(response), total=total))
             _check_room(part, total)
             _receive(response, part, None if encoded else total, progress)
     except requests.exceptions.SSLError as error:
@@ -193,6 +204,26 @@ def _attempt(
         raise DownloadError(f"{url}: {error}") from error
     except requests.RequestException as error:
         raise _Again(_reason(error)) from error
+
+
+def _check_range(
+    response: requests.Response, part: _Part, origin: _Origin, *, encoded: bool, checksum_known: bool
+) -> int | None:
+    """Whether it is what was asked for, the rest of the same file; its whole length, if anything says it.
+
+    Raises:
+        _Again: it is not, and all of the file is to be asked for.
+    """
+    total = _total(response)
+    begins = re.match(rf"bytes {part.size}-", response.headers.get("Content-Range", ""))
+    if not origin.version or encoded or not begins or origin.total not in {None, total or origin.total}:
+        part.discard()
+        raise _Again("the server sent another part than was asked for")
+    total = total or origin.total
+    if total is None and not checksum_known:
+        part.discard()
+        raise _Again("the server does not say how long the file is")
+    return total
 
 
 def _receive(response: requests.Response, part: _Part, total: int | None, progress: Progress) -> None:
@@ -214,8 +245,6 @@ def _receive(response: requests.Response, part: _Part, total: int | None, progre
 def _check(response: requests.Response, url: str, part: _Part) -> None:
     """Whether it is an answer to go on with."""
     status = response.status_code
-    if url.startswith("https:") and not response.url.startswith("https:"):
-        raise DownloadError(f"{url} leads to {response.url}, which anybody on the way could change. Nothing was taken.")
     if status in {408, 425, 429} or status >= _SERVER_ERROR:
         after = response.headers.get("Retry-After", "")
         raise _Again(f"the server says {status} {response.reason}", float(after) if after.isdecimal() else 0.0)

@@ -22,16 +22,12 @@ from rootstockd.worker.engines.mace.reference import ReferenceBackend
 
 FORM = "mace-1"
 """Version of this form."""
-FILE_NAME = "model.safetensors"
+SUFFIX = ".safetensors"
+FILE_NAME = f"model{SUFFIX}"
 """What `convert` writes in the worker's scratch folder."""
 REPEATS = 3
 """Evaluations until torch has compiled what it compiles, after which its rounding stays the same."""
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
-
-
-def is_safe(data: bytes) -> bool:
-    """Whether it is a file of this form: a length, and a JSON object of so many bytes."""
-    return data[8:9] == b"{" and struct.unpack("<Q", data[:8])[0] < len(data)
 
 
 def to_safe(model: Any) -> bytes:
