@@ -51,11 +51,13 @@ def test_the_last_words_of_a_worker_have_its_name_before_each_line(hostile_daemo
     pid = hostile_daemon.model("hostile")["pid"]
     with pytest.raises(EvaluationError):
         do(hostile_daemon, hostile.NO_TEXT)
+    wait_for(lambda: "can't read caf" in hostile_daemon.log.read_text())  # the answer may be quicker than the pipe
     log = hostile_daemon.log.read_text()
     assert re.search(LINE + rf"hostile {pid}: Traceback \(most recent call last\):$", log, re.MULTILINE)
     assert re.search(LINE + rf"hostile {pid}: ValueError: can't read caf", log, re.MULTILINE)
     with pytest.raises(EvaluationError):
         do(hostile_daemon, hostile.SEGFAULT)
+    wait_for(lambda: "the worker of hostile ended" in hostile_daemon.log.read_text())
     log = hostile_daemon.log.read_text()
     assert re.search(LINE + rf"hostile {pid}: Fatal Python error: Segmentation fault$", log, re.MULTILINE)
     assert re.search(LINE + rf'hostile {pid}:   File ".*hostile.py", line \d+ in calculate$', log, re.MULTILINE)
