@@ -29,6 +29,13 @@ socket_option = click.option(
     show_envvar=True,
     help="The daemon's session socket.",
 )
+catalogue_option = click.option(
+    "--catalogue",
+    "catalogues",
+    multiple=True,
+    type=click.Path(path_type=Path, resolve_path=True),
+    help="A TOML file of further models; may be given repeatedly.",
+)
 
 
 class Refused(click.ClickException):

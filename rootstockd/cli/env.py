@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rootstock_client.errors import RootstockError
-from rootstockd.cli.common import Refused, console
+from rootstockd.cli.common import Refused, catalogue_option, console
 from rootstockd.environments import archive
 from rootstockd.environments.building import Plan, build
 from rootstockd.environments.builds import (
@@ -174,13 +174,7 @@ def show(name: str) -> None:
 @env.command()
 @click.argument("name")
 @click.option("--device", type=click.Choice(["cpu", "auto"]), default="auto", help="cpu, or a GPU if there is one.")
-@click.option(
-    "--catalogue",
-    "catalogues",
-    multiple=True,
-    type=click.Path(path_type=Path, resolve_path=True),
-    help="A TOML file of further models; may be given repeatedly.",
-)
+@catalogue_option
 def verify(name: str, device: str, catalogues: tuple[Path, ...]) -> None:
     """Load a model in an environment, and compare what it computes with known numbers."""
     from rootstockd.devices import choose_devices  # noqa: PLC0415

@@ -30,6 +30,7 @@ from rootstock_client.errors import (
 from rootstock_client.runtime_dir import START_HINT, control_socket
 from rootstockd.cli.common import (
     Refused,
+    catalogue_option,
     console,
     default_log_file,
     default_socket,
@@ -63,13 +64,7 @@ FORCE_TIMEOUT = 5.0
     help="cpu, auto (a GPU if there is one), or the name of a device; may be given repeatedly.",
 )
 @click.option("--model", "models", multiple=True, metavar="NAME", help="Load this model now; may be given repeatedly.")
-@click.option(
-    "--catalogue",
-    "catalogues",
-    multiple=True,
-    type=click.Path(path_type=Path, resolve_path=True),
-    help="A TOML file of further models; may be given repeatedly.",
-)
+@catalogue_option
 @socket_option
 @click.option("--log-file", type=click.Path(path_type=Path, resolve_path=True), help="Where the log goes.")
 @click.option("--max-atoms", type=click.IntRange(min=1), help="The most atoms in one message of one session.")

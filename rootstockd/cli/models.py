@@ -16,7 +16,7 @@ from rich.table import Table
 
 from rootstock_client.errors import RootstockError
 from rootstock_client.runtime_dir import find_socket
-from rootstockd.cli.common import Refused, console, fetch_status, socket_option
+from rootstockd.cli.common import Refused, catalogue_option, console, fetch_status, socket_option
 from rootstockd.models import store
 from rootstockd.models.add import add as add_file
 from rootstockd.models.add import own_file, remove_entry
@@ -31,13 +31,6 @@ from rootstockd.state_dir import StateError
 MIRROR_VARIABLE = "ROOTSTOCKD_MIRROR"
 ERRORS = (CatalogueError, StoreError, StateError, DownloadError, RootstockError)
 
-catalogue_option = click.option(
-    "--catalogue",
-    "catalogues",
-    multiple=True,
-    type=click.Path(path_type=Path, resolve_path=True),
-    help="A TOML file of further models; may be given repeatedly.",
-)
 json_option = click.option("--json", "as_json", is_flag=True, help="For programs.")
 sha256_option = click.option("--sha256", default="", metavar="HEX", help="The checksum that the file must have.")
 
