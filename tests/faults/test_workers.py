@@ -407,14 +407,14 @@ def test_a_daemon_stops_while_its_worker_hangs(start_hostile, monkeypatch, at: s
     with ThreadPoolExecutor(1) as pool:
         outcome = pool.submit(evaluate, daemon, behave(slab(), deed), model)
         wait_for(lambda: any(s["state"] == "busy" for s in daemon.client().status()["sessions"]))
-        processes = psutil.Process(daemon.client().status()["pid"])
-        family = [processes, *processes.children()]
-        assert len(family) == 2
+        process = psutil.Process(daemon.client().status()["pid"])
+        wait_for(process.children)
+        (worker,) = process.children()
         if at == "an evaluation":
-            os.kill(family[1].pid, signal.SIGSTOP)
+            worker.suspend()
         daemon.stop()
         assert isinstance(outcome.result(), RootstockError)
-    assert not psutil.wait_procs(family, timeout=10)[1]
+    assert not psutil.wait_procs([process, worker], timeout=10)[1]
     assert "Traceback" not in daemon.log.read_text()
 
 
