@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("distributed.rootstock")
 """Dask's own name above it, so that it is in the workers' logs."""
 
-PAUSES = (0.0, 1.0, 10.0)
+PAUSES = (0.0, 1.0, 5.0)
 """Seconds before each try to start a daemon again that was killed."""
 
 

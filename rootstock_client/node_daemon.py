@@ -60,29 +60,26 @@ class NodeDaemon:
             RootstockError: it can't be started, or does not answer.
         """
         self._let_go()
-        there = await self._pid()
-        if there is None and not self._start_command:
-            raise DaemonNotFoundError(f"no rootstockd answers at {self.socket}.", START_HINT)
-        if there is not None and not self._file.exists():
+        if await self._pid() is not None and not self._file.exists():
             return
+        if not (self._start_command or self._file.exists()):
+            raise self._none()
+        self._fd = await self._take_turn()
         try:
-            self._fd = await self._take_turn()
             there = await self._pid()
-            if there is None and self._start_command:
-                there = await self._start()
-                os.pwrite(self._fd, b"%-20d\n" % there, 0)
-            if there is None or os.pread(self._fd, 20, 0).strip() != str(there).encode():
-                self._let_go()
-                return
-            self._process = os.pidfd_open(there)
-            _lock(self._fd, fcntl.F_RDLCK, SHARE)
-            _lock(self._fd, fcntl.F_UNLCK, TURN)
+            if there is None:
+                there = await self._start_one(self._fd)
+            if there == self._noted():
+                self._process = os.pidfd_open(there)
+                _lock(self._fd, fcntl.F_RDLCK, SHARE)
+                _lock(self._fd, fcntl.F_UNLCK, TURN)
         except ProcessLookupError as error:
-            self._let_go()
-            raise ConnectionLostError(f"the daemon at {self.socket} ended as soon as it was there.") from error
-        except BaseException:
-            self._let_go()
-            raise
+            raise ConnectionLostError(f"the daemon at {self.socket} has just gone.") from error
+        finally:
+            if self._process is None:
+                if self._alone():
+                    self._file.unlink(missing_ok=True)
+                self._let_go()
 
     async def leave(self) -> None:
         """Give the share back; whoever gives back the last one has the daemon end what is under way, and stop.
@@ -94,9 +91,9 @@ class NodeDaemon:
             if self._fd is None or self._process is None:
                 return
             await _until_locked(self._fd, TURN)
-            if _lock(self._fd, fcntl.F_WRLCK, SHARE):
+            if self._alone():
                 with contextlib.suppress(DaemonNotFoundError, ConnectionLostError):
-                    if await self._pid() == int(os.pread(self._fd, 20, 0)):
+                    if await self._pid() == self._noted():
                         await asyncio.to_thread(request, self.socket, "POST", "/v1/stop", timeout=SILENCE)
                 await _end_of(self._process)
                 self._file.unlink(missing_ok=True)
@@ -113,6 +110,19 @@ class NodeDaemon:
         await _end_of(self._process)
         return self.socket.is_socket()
 
+    def _none(self) -> DaemonNotFoundError:
+        return DaemonNotFoundError(f"no rootstockd answers at {self.socket}, and none shall be started.", START_HINT)
+
+    def _alone(self) -> bool:
+        """Whether nobody else has a share; to be asked by whose turn it is."""
+        assert self._fd is not None
+        return _lock(self._fd, fcntl.F_WRLCK, SHARE)
+
+    def _noted(self) -> int:
+        """The process id of the daemon that one of those who share it has started; 0 if none has."""
+        assert self._fd is not None
+        return int(os.pread(self._fd, 20, 0) or 0)
+
     def _let_go(self) -> None:
         for fd in (self._fd, self._process):
             if fd is not None:
@@ -120,7 +130,7 @@ class NodeDaemon:
         self._fd = self._process = None
 
     async def _pid(self) -> int | None:
-        """The process id of the daemon that answers there, once one that is stopping has gone; None if there is none."""
+        """The process id of the daemon that answers, when one that is stopping has gone; None if there is none."""
         while True:
             try:
                 answer = await asyncio.to_thread(request, self.socket, "GET", "/v1/status", timeout=SILENCE)
@@ -160,37 +170,52 @@ class NodeDaemon:
                 raise
             os.close(fd)  # the last of those before us removed it while we waited
 
-    async def _start(self) -> int:
-        """Start the daemon, and wait until it is ready; its process id.
+    async def _start_one(self, note: int) -> int:
+        """Start a daemon, wait until it is ready, and note which it is; its process id, or that of who was faster.
 
         Raises:
+            DaemonNotFoundError: none shall be started.
             RootstockError: it can't be; with the command's own words.
         """
+        if not self._start_command:
+            raise self._none()
         command = [*self._start_command, "--socket", os.fspath(self.socket)]
-        try:
-            process = await asyncio.create_subprocess_exec(
-                *command,
-                env=self._environment,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.DEVNULL,
-                stderr=asyncio.subprocess.PIPE,
-            )
-        except OSError as error:
-            raise RootstockError(f"can't run {shlex.join(command)}: {error.strerror}.") from error
-        try:
-            _, words = await process.communicate()
-        except asyncio.CancelledError:
-            with contextlib.suppress(ProcessLookupError):
-                process.send_signal(signal.SIGINT)  # it takes its daemon along
-            await process.wait()
-            raise
-        pid = await self._pid()  # if somebody else was faster, theirs
+        status, words = await _run(command, self._environment)
+        pid = await self._pid()
         if pid is None:
             raise RootstockError(
-                f"no daemon could be started here by {shlex.join(command)}: "
-                + words.decode(errors="replace").strip().removeprefix("Error: ")
+                f"no daemon could be started here by {shlex.join(command)}: {words or 'it has ended at once'}"
             )
+        if status == 0:
+            os.pwrite(note, b"%-20d\n" % pid, 0)
         return pid
+
+
+async def _run(command: Sequence[str], environment: Mapping[str, str]) -> tuple[int, str]:
+    """Run a command; its exit status and its last words.
+
+    Raises:
+        RootstockError: it can't be run.
+    """
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            env=environment,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+        )
+    except OSError as error:
+        raise RootstockError(f"can't run {shlex.join(command)}: {error.strerror}.") from error
+    try:
+        _, words = await process.communicate()
+    except asyncio.CancelledError:
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGINT)  # `rootstockd start` takes its daemon along
+        await process.wait()
+        raise
+    assert process.returncode is not None
+    return process.returncode, words.decode(errors="replace").strip().removeprefix("Error: ")
 
 
 def _lock(fd: int, kind: int, byte: int) -> bool:
