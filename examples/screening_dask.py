@@ -48,7 +48,7 @@ def relax(seed: int, model: str) -> dict[str, Any]:
 def make_cluster(options: argparse.Namespace) -> Any:
     """Workers in processes of this machine, or one in each of so many Slurm jobs."""
     if not options.nodes:
-        return LocalCluster(n_workers=options.workers, threads_per_worker=options.threads, dashboard_address=None)
+        return LocalCluster(n_workers=options.workers, threads_per_worker=options.threads, dashboard_address=":0")
     from dask_jobqueue import SLURMCluster  # pip install dask-jobqueue  # noqa: PLC0415
 
     return SLURMCluster(

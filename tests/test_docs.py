@@ -64,7 +64,9 @@ def run(command, home, **options):
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", ["tutorial.md", "migration.md", "administration.md", "models.md", "add-a-model.md"])
+@pytest.mark.parametrize(
+    "name", ["tutorial.md", "migration.md", "administration.md", "models.md", "add-a-model.md", "many-nodes.md"]
+)
 def test_commands_and_programs(name, home):
     blocks = BLOCK.findall((DOCS / name).read_text())
     assert len(blocks) > 1
