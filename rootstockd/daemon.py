@@ -16,7 +16,8 @@ from rootstock_client import ipi
 from rootstock_client.errors import DrainingError, RootstockError, UnknownElementError
 from rootstockd.accounts import Accounts
 from rootstockd.config import Config
-from rootstockd.config_file import RELOADED, ConfigError, read_again
+from rootstockd.config_file import ConfigError, reloadable
+from rootstockd.config_layers import changes, read_again, take_over
 from rootstockd.control.api import ControlServer
 from rootstockd.descriptors import raise_descriptor_limit, share_descriptors
 from rootstockd.devices import found_devices
@@ -163,14 +164,12 @@ class Daemon:
     def _reload(self) -> list[str]:
         fresh = read_again(self.config)
         catalogue = Catalogue.load(fresh.catalogues)
-        changed = {name for name in Config.model_fields if getattr(fresh, name) != getattr(self.config, name)}
-        moved = ["access.socket_group"] * (fresh.access.socket_group != self.config.access.socket_group)
-        self.config = self.config.model_copy(update={name: getattr(fresh, name) for name in changed & RELOADED})
+        restart_needed = sorted(name for name in changes(self.config, fresh) if not reloadable(name))
+        self.config = take_over(self.config, fresh)
         self.catalogue = catalogue
         self.accounts.apply(self.config)
         self.fleet.apply(self.config)
         self._look_over()
-        restart_needed = sorted(changed - RELOADED) + moved
         for name in restart_needed:
             log.warning("%s has changed and takes effect with the next restart", name)
         log.info("reloaded")

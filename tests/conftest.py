@@ -27,7 +27,7 @@ os.environ["ROOTSTOCKD_PATIENCE"] = "60"  # a test that waits for a daemon that 
 
 __all__ = ["no_leaks", "pytest_runtest_makereport"]  # found here by pytest
 
-MARK = "ROOTSTOCKD_TEST_DAEMON"
+MARK = "TEST_OF_ROOTSTOCKD"
 """A variable that a daemon and its workers are started with: the daemon's folder."""
 EMBEDDED_MODEL = Path(str(resources.files("rootstockd.models").joinpath("embedded/mace-emt-small.model")))
 

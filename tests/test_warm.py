@@ -236,7 +236,7 @@ def test_models_go_when_nobody_uses_them(start: Callable[..., RunningDaemon]) ->
     assert [daemon.model(name)["keep_alive"] for name in ("mayfly", "lj", "emt")] == [0.5, 600, None]
     ask_again(atoms)
     np.testing.assert_allclose(atoms.get_forces(), expected(atoms), rtol=0, atol=1e-9)
-    config = daemon.client().status()["config"]["file"]
+    config = daemon.client().status()["config"]["files"][0]["path"]
     Path(config).write_text(Path(config).read_text().replace("600", "0.5"))
     assert daemon.run("reload").stdout == "reloaded\n"
     wait_for(lambda: in_memory(daemon) == {"emt"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 import rootstockd
+from rootstockd.cli.config import config
 from rootstockd.cli.env import env
 from rootstockd.cli.fleet import load, unload
 from rootstockd.cli.lifecycle import reload, restart, start, stop
@@ -24,6 +25,7 @@ def main() -> None:
     rootstockd stop                 let it finish its work and end
     rootstockd models list          which models there are, and which are here
     rootstockd env create mace      build a Python environment for workers
+    rootstockd config show          the settings, and where each comes from
 
     \b
     In a job:
@@ -32,5 +34,5 @@ def main() -> None:
     """  # noqa: D301 - click wants the character \\b itself
 
 
-for command in (start, stop, restart, reload, load, unload, status, logs, models, env, systemd):
+for command in (start, stop, restart, reload, load, unload, status, logs, models, env, config, systemd):
     main.add_command(command)

@@ -100,3 +100,9 @@ def fetch_config(socket: Path) -> Config | None:
         return Config.model_validate(known)
     except ValidationError as error:
         raise RootstockError(f"rootstockd at {socket} has settings that this version can't take: {error}") from error
+
+
+def print_warnings(warnings: list[str]) -> None:
+    """Print what a configuration has that can't be meant so."""
+    for warning in warnings:
+        console.print(warning, style="yellow", markup=False, soft_wrap=True)

@@ -26,9 +26,8 @@ from rootstockd.models.download import DownloadError
 from rootstockd.models.pull import Wishes
 from rootstockd.models.pull import pull as pull_weights
 from rootstockd.models.store import Stored, StoreError
-from rootstockd.state_dir import StateError
+from rootstockd.state_dir import MIRROR_VARIABLE, StateError
 
-MIRROR_VARIABLE = "ROOTSTOCKD_MIRROR"
 ERRORS = (CatalogueError, StoreError, StateError, DownloadError, RootstockError)
 
 json_option = click.option("--json", "as_json", is_flag=True, help="For programs.")

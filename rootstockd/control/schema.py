@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, computed_field
 
 from rootstockd.config import Config
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Raised when a field changes its meaning or goes; new fields alone don't."""
 
 
@@ -109,7 +109,7 @@ class DaemonStatus(BaseModel):
     since: float
     devices: list[str]
     config: Config | None
-    """Its settings; administrators alone see them."""
+    """Its settings, and where they come from; administrators alone see them."""
     memory: int
     """Resident memory of the daemon itself in bytes."""
     evaluations: int
@@ -181,6 +181,6 @@ class ReloadReport(BaseModel):
     """What came of reading the configuration again."""
 
     restart_needed: list[str]
-    """Settings that have changed in the file and take effect with the next restart."""
+    """Settings that have changed in the files and take effect with the next restart."""
     warnings: list[str] = Field(default_factory=list)
     """As in status."""
