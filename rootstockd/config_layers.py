@@ -162,15 +162,18 @@ def changes(running: Config, fresh: Config) -> list[str]:
 
 def unknown_variables(variables: Iterable[str]) -> list[str]:
     """What there is to say of variables that look like ours, and mean nothing."""
-    known = {*VARIABLES, *OTHER_VARIABLES}
-    tables = {PREFIX + "__".join(path).upper(): _name(path) for path, _ in all_settings()}
+    known = [name.removeprefix(PREFIX) for name in (*VARIABLES, *OTHER_VARIABLES)]
+    others = {"__".join(path).upper(): _name(path) for path, _ in all_settings()}
     warnings = []
-    for name in sorted(name for name in variables if name.startswith(PREFIX) and name not in known):
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        if name in tables:
-            hint = f": {tables[name]!r} is more than one value, and set in a file."
-        warnings.append(f"the variable {name} has no effect{hint or '.'}")
+    for name in sorted(name.removeprefix(PREFIX) for name in variables if name.startswith(PREFIX)):
+        if name in known:
+            continue
+        hint = "."
+        if name in others:
+            hint = f": {others[name]!r} is more than one value, and set in a file."
+        elif near := difflib.get_close_matches(name, known, n=1, cutoff=0.7):
+            hint = f"; did you mean {PREFIX}{near[0]}?"
+        warnings.append(f"the variable {PREFIX}{name} has no effect{hint}")
     return warnings
 
 
