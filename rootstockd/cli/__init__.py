@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 import rootstockd
+from rootstockd.cli.completion import completion
 from rootstockd.cli.doctor import doctor
 from rootstockd.cli.env import env
 from rootstockd.cli.fleet import load, unload
@@ -34,5 +35,5 @@ def main() -> None:
     """  # noqa: D301 - click wants the character \\b itself
 
 
-for command in (start, stop, restart, reload, load, unload, status, logs, doctor, models, env, systemd):
+for command in (start, stop, restart, reload, load, unload, status, logs, doctor, models, env, systemd, completion):
     main.add_command(command)

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from rootstock_client.errors import RootstockError
 from rootstockd.cli.common import Refused, catalogue_option, console
+from rootstockd.cli.completion import environments
 from rootstockd.environments import archive
 from rootstockd.environments.building import Plan, build
 from rootstockd.environments.builds import (
@@ -75,7 +76,7 @@ def building_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @env.command()
-@click.argument("name")
+@click.argument("name", shell_complete=environments)
 @building_options
 def create(name: str, spec: Path | None, offline: bool, python: str | None, torch: str | None) -> None:
     """Build an environment; one that is broken is built again from its lock."""
@@ -97,7 +98,7 @@ def create(name: str, spec: Path | None, offline: bool, python: str | None, torc
 
 
 @env.command()
-@click.argument("name")
+@click.argument("name", shell_complete=environments)
 @click.option("--locked", is_flag=True, help="The same versions again.")
 @building_options
 def update(name: str, locked: bool, spec: Path | None, offline: bool, python: str | None, torch: str | None) -> None:
@@ -142,7 +143,7 @@ def list_() -> None:
 
 
 @env.command()
-@click.argument("name")
+@click.argument("name", shell_complete=environments)
 def show(name: str) -> None:
     """Show what is in an environment, and what it lacks."""
     there = find_build(name)
@@ -172,7 +173,7 @@ def show(name: str) -> None:
 
 
 @env.command()
-@click.argument("name")
+@click.argument("name", shell_complete=environments)
 @click.option("--device", type=click.Choice(["cpu", "auto"]), default="auto", help="cpu, or a GPU if there is one.")
 @catalogue_option
 def verify(name: str, device: str, catalogues: tuple[Path, ...]) -> None:
@@ -191,7 +192,7 @@ def verify(name: str, device: str, catalogues: tuple[Path, ...]) -> None:
 
 
 @env.command()
-@click.argument("name")
+@click.argument("name", shell_complete=environments)
 def remove(name: str) -> None:
     """Remove an environment, all its builds."""
     remove_environment(name)
@@ -199,7 +200,7 @@ def remove(name: str) -> None:
 
 
 @env.command()
-@click.argument("name")
+@click.argument("name", shell_complete=environments)
 @click.argument("file", type=click.Path(path_type=Path, resolve_path=True, dir_okay=False))
 def export(name: str, file: Path) -> None:
     """Write an environment with its wheels into FILE, for machines without a network."""
