@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -290,10 +291,12 @@ def _named(name: str, spec: Path | None) -> tuple[Specification, str]:
         return read_specification(spec), str(spec)
     specification = find_specification(name)
     if specification is None:
-        known = ", ".join(sorted(specification_files()))
+        known = sorted(specification_files())
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"Did you mean {near[0]}? " if near else ""
         raise SpecificationError(
-            f"nothing says what should be in an environment {name!r}; there are: {known}. `--spec FILE` names a file "
-            "that does."
+            f"nothing says what should be in an environment {name!r}.\n{hint}There are: {', '.join(known)}. "
+            "`--spec FILE` names a file that says it."
         )
     return specification, "named"
 

@@ -323,7 +323,9 @@ def verify(names: tuple[str, ...], catalogues: tuple[Path, ...]) -> None:
                 done.add(name)
                 bad += tell_verified(name, entry.weights, store.wrong(entry.weights, entry.sha256.lower()))
         if missing := sorted((chosen or set()) - done):
-            raise Refused(f"no weights are stored for {', '.join(missing)}.")
+            raise Refused(
+                f"no weights are stored for {', '.join(missing)}. `rootstockd models list` says which are to be pulled."
+            )
     if bad:
         raise Refused("`rootstockd models pull NAME` mends what was pulled; what was added is removed and added again.")
 

@@ -223,7 +223,10 @@ def logs(socket: Path | None, lines: int, follow: bool) -> None:
     try:
         file = path.open(encoding="utf-8", errors="replace")
     except OSError as error:
-        raise Refused(f"no log at {path}: {error.strerror}.") from error
+        raise Refused(
+            f"no log at {path}: {error.strerror}. If a daemon was started with another --socket or --log-file, name "
+            "its --socket, or read that file; `rootstockd doctor` looks for what is wrong."
+        ) from error
     with file:
         for line in deque(file, maxlen=lines):
             click.echo(line, nl=False)
