@@ -102,9 +102,9 @@ def test_what_a_machine_lacks(fields, expected, mend) -> None:
     ("driver", "expected", "mend"),
     [
         (Driver(hardware=False, failure="NVML Shared Library Not Found"), [], ""),
-        (Driver(hardware=True, failure="NVML Shared Library Not Found"), ["problem driver"], "--nv"),
+        (Driver(hardware=True, failure="NVML Shared Library Not Found"), ["warning driver"], "--nv"),
         (Driver(hardware=True, failure="Driver/library version mismatch"), ["problem driver"], "reboot"),
-        (changed(NODE, visible=("", 0)), ["problem driver"], "unset CUDA_VISIBLE_DEVICES"),
+        (changed(NODE, visible=("", 0)), ["warning driver"], "unset CUDA_VISIBLE_DEVICES"),
         (changed(NODE, closed=("/dev/nvidia0",)), ["problem device files"], "--gpus=1"),
         (changed(NODE, gpus=(changed(H100, compute_mode="exclusive"),)), ["warning GPU 0"], "-c DEFAULT"),
         (changed(NODE, gpus=(changed(H100, compute_mode="prohibited"),)), ["problem GPU 0"], "-c DEFAULT"),
@@ -230,7 +230,8 @@ def test_storage() -> None:
     assert "warning state" in bad(check_storage("state", changed(folder, free=10**8), ""))
     assert "problem state" in bad(check_storage("state", changed(folder, is_folder=False), ""))
     (found,) = check_storage("state", changed(folder, writable=False), "export ROOTSTOCKD_STATE=FOLDER")
-    assert found.mend == "export ROOTSTOCKD_STATE=FOLDER"
+    assert (found.level, found.mend) == ("warning", "export ROOTSTOCKD_STATE=FOLDER")
+    assert "problem log" in bad(check_storage("log", changed(folder, writable=False), "--log-file", needed=True))
 
 
 def test_this_machine() -> None:
@@ -350,7 +351,7 @@ def test_as_another_user(surroundings, tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], env=told, capture_output=True, text=True, check=True)
     assert ["problem", "unset XDG_RUNTIME_DIR"] in json.loads(done.stdout)
-    assert ["problem", "elsewhere"] in json.loads(done.stdout)
+    assert ["warning", "elsewhere"] in json.loads(done.stdout)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount")

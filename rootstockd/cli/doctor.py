@@ -112,7 +112,7 @@ def _places(named: Path | None) -> Iterator[Finding]:
         ("cache", platformdirs.user_cache_path("rootstockd"), "export XDG_CACHE_HOME=FOLDER"),
         ("log", default_log_file(address).parent, "rootstockd start --log-file FILE"),
     ):
-        yield from places.check_storage(name, places.look_at_folder(path), mend)
+        yield from places.check_storage(name, places.look_at_folder(path), mend, needed=name == "log")
 
 
 def _settings() -> Iterator[Finding]:

@@ -18,7 +18,7 @@ WORKER_MEMORY = 2 * 10**9
 """Bytes below which hardly a model fits."""
 _SINCE_CUDA_13 = (7, 5)
 """The oldest compute capability that CUDA 13 has code for."""
-_ROOT_NEEDED = "as root: "
+_AS_ROOT = "sudo "
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def check_driver(driver: Driver) -> Iterator[Finding]:
     if not driver.gpus:
         yield problem("driver", found, "There is nothing to compute on.", "nvidia-smi -L")
     elif not seen:
-        yield problem(
+        yield warning(
             "driver",
             f"{found}; {VISIBLE}={value} hides them all",
             "`start` takes the CPU, and refuses --gpu.",
@@ -158,12 +158,12 @@ def _no_driver(driver: Driver) -> Finding:
             "driver",
             f"NVML: {driver.failure}",
             "The driver was upgraded, and the kernel still has the old one. Programs that begin to use a GPU fail.",
-            f"{_ROOT_NEEDED}reboot",
+            f"{_AS_ROOT}reboot",
         )
-    return problem(
+    return warning(
         "driver",
         f"there is an NVIDIA GPU, and NVML says: {driver.failure}",
-        "`start --gpu` finds no GPU.",
+        "`start` takes the CPU, and refuses --gpu.",
         "nvidia-smi; if that fails too, install the driver. In a container: docker run --gpus all, apptainer --nv.",
     )
 
@@ -179,7 +179,7 @@ def check_gpus(driver: Driver) -> Iterator[Finding]:
                 name,
                 f"{gpu.name}: split by MIG, and has no instances",
                 "Nothing can be computed on it.",
-                f"{_ROOT_NEEDED}nvidia-smi mig -i {gpu.index} -lgip, then -cgi PROFILE -C; or nvidia-smi -i "
+                f"{_AS_ROOT}nvidia-smi mig -i {gpu.index} -lgip, then -cgi PROFILE -C; or nvidia-smi -i "
                 f"{gpu.index} -mig 0",
             )
         if gpu.compute_mode == "prohibited":
@@ -188,7 +188,7 @@ def check_gpus(driver: Driver) -> Iterator[Finding]:
                 name,
                 f"{gpu.name}: its compute mode lets nobody compute",
                 "Every model fails to load.",
-                f"{_ROOT_NEEDED}nvidia-smi -i {gpu.index} -c DEFAULT",
+                f"{_AS_ROOT}nvidia-smi -i {gpu.index} -c DEFAULT",
             )
         elif gpu.compute_mode == "exclusive":
             sound = False
@@ -196,7 +196,7 @@ def check_gpus(driver: Driver) -> Iterator[Finding]:
                 name,
                 f"{gpu.name}: its compute mode lets one process compute at a time",
                 "Each model has a process of its own: a second model, or a replica, fails to load.",
-                f"{_ROOT_NEEDED}nvidia-smi -i {gpu.index} -c DEFAULT",
+                f"{_AS_ROOT}nvidia-smi -i {gpu.index} -c DEFAULT",
             )
         if not gpu.mig and gpu.free < WORKER_MEMORY:
             sound = False
@@ -212,7 +212,7 @@ def check_gpus(driver: Driver) -> Iterator[Finding]:
                 name,
                 f"{gpu.name}: persistence mode is off",
                 "Whoever is first on an idle GPU waits some seconds for the driver.",
-                f"{_ROOT_NEEDED}systemctl enable --now nvidia-persistenced",
+                f"{_AS_ROOT}systemctl enable --now nvidia-persistenced",
             )
         if sound:
             split = f", {gpu.instances} MIG instances" if gpu.mig else ""

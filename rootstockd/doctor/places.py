@@ -244,14 +244,22 @@ def check_trust(folder: Folder) -> Iterator[Finding]:
         )
 
 
-def check_storage(name: str, folder: Folder, mend: str) -> Iterator[Finding]:
-    """A folder that is written to; `mend` names another where this one can't be."""
+def check_storage(name: str, folder: Folder, mend: str, *, needed: bool = False) -> Iterator[Finding]:
+    """A folder that is written to.
+
+    Args:
+        name: what it is.
+        folder: as it is.
+        mend: what names another, where this one can't be written.
+        needed: no daemon starts without it. Others may be somebody else's to write, such as a cluster's shared state.
+    """
     if folder.exists and not folder.is_folder:
         yield problem(
             name, f"{folder.path} is no folder", "Nothing can be kept there.", f"mv {folder.path} {folder.path}.old"
         )
     elif not folder.writable:
-        yield problem(name, f"no right to write to {folder.above}", "Nothing can be kept there.", mend)
+        tell = problem if needed else warning
+        yield tell(name, f"no right to write to {folder.above}", "Nothing new can be kept there.", mend)
     elif folder.free < FULL:
         yield problem(name, f"no space for {folder.path}", "Nothing can be kept.", f"df -h {folder.above}")
     elif folder.free < LITTLE:
