@@ -187,12 +187,8 @@ def test_environments(states, expected) -> None:
         (changed(MINE, exists=False, writable=False), changed(ALICE, uid=0, runtime=""), "problem", "--socket"),
         (changed(MINE, exists=False), ALICE, None, ""),
         (MINE, changed(ALICE, lingers=False), "note", "loginctl enable-linger"),
-        (
-            changed(MINE, path=Path("/tmp/rootstockd-0"), owner=0),
-            Login(0, slurm=True, own_tmp=True),
-            "note",
-            "ROOTSTOCKD_SOCKET",
-        ),
+        (IN_TMP, Login(1000, slurm=True, own_tmp=True), "note", "ROOTSTOCKD_SOCKET"),
+        (IN_TMP, Login(1000, slurm=True), None, ""),
     ],
 )
 def test_runtime_folders(folder, login, expected, mend) -> None:
