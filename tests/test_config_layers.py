@@ -248,6 +248,7 @@ def test_a_file_that_is_named_is_the_only_one(folder: Path) -> None:
         said = shown(run_as(os.geteuid(), "config", "show", "--json", "--device", "cpu", *given, **environment))
         assert said["settings"]["max_sessions"] == 3
         assert said["files"] == [{"path": str(folder / "mine.toml"), "there": True}]
+        assert run_as(os.geteuid(), "config", "check", *given[1:], **environment).returncode == 0
 
 
 def test_what_is_shown_is_a_file_that_says_the_same(folder: Path) -> None:

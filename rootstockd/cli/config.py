@@ -23,14 +23,13 @@ from rootstockd.cli.common import (
     print_warnings,
     socket_in_use,
 )
-from rootstockd.cli.options import devices_of, settings_options, settings_said
+from rootstockd.cli.options import devices_of, files_to_read, settings_options, settings_said
 from rootstockd.config import Config, Device
 from rootstockd.config_file import ConfigError, reloadable
 from rootstockd.config_layers import (
     as_table,
     by_name,
     changes,
-    find_files,
     make_config,
     read_again,
     unknown_variables,
@@ -88,9 +87,9 @@ def check(file: Path | None, instance: str | None) -> None:
     """
     if instance is not None:
         devices_of(instance)
-    files = find_files(file, default_socket(), instance)
     print_warnings(unknown_variables(os.environ))
     try:
+        files = files_to_read(file, instance)
         settings = make_config(files, os.environ, {}, {"socket": default_socket(), "devices": [Device(name="cpu")]})
     except ConfigError as error:
         raise Refused(error) from error

@@ -10,8 +10,10 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from rootstock_client.runtime_dir import SOCKET_VARIABLE
 from rootstockd.cli.common import Refused, catalogue_option, default_log_file, default_socket, socket_option
-from rootstockd.config import Config
+from rootstockd.cli.completion import catalogue_models, devices, gpus
+from rootstockd.config import Config, SettingsFile
 from rootstockd.config_layers import FILE_VARIABLE, find_files, make_config
 from rootstockd.devices import DeviceError, choose_devices
 
@@ -19,17 +21,26 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 _OPTIONS = (
     click.option(
-        "--gpu", metavar="0,1,...", help="The GPUs to use: numbers, UUIDs of GPUs or MIG instances, or `all`."
+        "--gpu",
+        metavar="0,1,...",
+        shell_complete=gpus,
+        help="The GPUs to use: numbers, UUIDs of GPUs or MIG instances, or `all`.",
     ),
     click.option(
         "--device",
         "names",
         multiple=True,
         metavar="NAME",
+        shell_complete=devices,
         help="cpu, auto (a GPU if there is one), or the name of a device; may be given repeatedly.",
     ),
     click.option(
-        "--model", "models", multiple=True, metavar="NAME", help="Load this model now; may be given repeatedly."
+        "--model",
+        "models",
+        multiple=True,
+        metavar="NAME",
+        shell_complete=catalogue_models,
+        help="Load this model now; may be given repeatedly.",
     ),
     catalogue_option,
     socket_option,
@@ -102,6 +113,13 @@ def settings_said(
     if config.log_file is None:
         config = config.model_copy(update={"log_file": default_log_file(config.socket)})
     return config
+
+
+def files_to_read(named: Path | None = None, instance: str | None = None) -> tuple[SettingsFile, ...]:
+    """Where a daemon looks for settings that is started with no option but these."""
+    if named is None and (said := os.environ.get(FILE_VARIABLE)):
+        named = Path(said).absolute()
+    return find_files(named, Path(os.environ.get(SOCKET_VARIABLE) or default_socket()).absolute(), instance)
 
 
 def devices_of(instance: str) -> tuple[str | None, tuple[str, ...]]:
