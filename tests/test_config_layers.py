@@ -307,11 +307,15 @@ def test_a_daemon_that_runs(
     assert before["origins"]["max_sessions"] == str(place)
     assert before["origins"]["max_atoms"] == "command line"
 
-    write(place, "max_sessions = 8\nbatch_atoms = 9\nmax_atoms = 11\n[limits]\nsessions = 3\natoms = 12\n")
+    write(
+        place,
+        "max_sessions = 8\nbatch_atoms = 9\nmax_atoms = 11\n[limits]\nsessions = 3\natoms = 12\n[users.root]\nshare = 2\n",
+    )
     said = running().stdout
     assert re.search(rf"^max_sessions = 7 +# {place}; 8 \({place}\) after a reload$", said, re.MULTILINE)
     assert re.search(rf"^# batch_atoms is not set +# default; 9 \({place}\) after a restart$", said, re.MULTILINE)
     assert re.search(r"^max_atoms = 500 +# command line$", said, re.MULTILINE)
+    assert f"# users.root.share: 2.0 ({place}) after a reload\n" in said
     assert "only a restart takes them over: batch_atoms" in daemon.run("reload").stdout
     after = shown(running("--json"))
     assert after["settings"]["max_sessions"] == 8

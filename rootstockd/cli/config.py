@@ -15,25 +15,11 @@ from click.core import ParameterSource
 
 from rootstock_client.errors import RootstockError
 from rootstockd.accounts import Accounts
-from rootstockd.cli.common import (
-    Refused,
-    console,
-    default_socket,
-    fetch_config,
-    print_warnings,
-    socket_in_use,
-)
+from rootstockd.cli.common import Refused, console, default_socket, fetch_config, print_warnings, socket_in_use
 from rootstockd.cli.options import devices_of, files_to_read, settings_options, settings_said
 from rootstockd.config import Config, Device
 from rootstockd.config_file import ConfigError, reloadable
-from rootstockd.config_layers import (
-    as_table,
-    by_name,
-    changes,
-    make_config,
-    read_again,
-    unknown_variables,
-)
+from rootstockd.config_layers import as_table, by_name, changes, make_config, read_again, unknown_variables
 from rootstockd.devices import DeviceError, found_devices
 from rootstockd.models.catalogue import Catalogue, CatalogueError
 from rootstockd.models.store import located
@@ -152,11 +138,17 @@ def as_toml(settings: Config, changed: dict[str, dict[str, Any]], *, origins: bo
         for name, text in zip(values, shown, strict=True):
             whole = ".".join((*table, name))
             remarks = [settings.origins.get(whole, "default")] if origins else []
-            if change := changed.get(whole):
-                value = "not set" if change["value"] is None else tomlkit.item(change["value"]).as_string()
-                remarks.append(f"{value} ({change['origin']}) after a {change['needs']}")
+            if whole in changed:
+                remarks.append(_in_words(changed[whole]))
             lines.append(f"{text:{column}}  # {'; '.join(remarks)}" if remarks else text)
+    for name in sorted(changed.keys() - by_name(settings).keys()):  # of users who were not mentioned
+        lines.append(f"# {name}: {_in_words(changed[name])}")
     return "\n".join(lines) + "\n"
+
+
+def _in_words(change: dict[str, Any]) -> str:
+    value = "not set" if change["value"] is None else tomlkit.item(change["value"]).as_string()
+    return f"{value} ({change['origin']}) after a {change['needs']}"
 
 
 def _tables(table: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
