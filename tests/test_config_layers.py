@@ -309,7 +309,8 @@ def test_a_daemon_that_runs(
 
     write(
         place,
-        "max_sessions = 8\nbatch_atoms = 9\nmax_atoms = 11\n[limits]\nsessions = 3\natoms = 12\n[users.root]\nshare = 2\n",
+        "max_sessions = 8\nbatch_atoms = 9\nmax_atoms = 11\n[limits]\nsessions = 3\natoms = 12\n"
+        "[users.root]\nshare = 2\n",
     )
     said = running().stdout
     assert re.search(rf"^max_sessions = 7 +# {place}; 8 \({place}\) after a reload$", said, re.MULTILINE)
