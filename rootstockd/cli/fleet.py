@@ -10,7 +10,7 @@ import click
 from rootstock_client.client import request
 from rootstock_client.errors import RootstockError
 from rootstockd.cli.common import Refused, console, fetch_status, socket_in_use, socket_option
-from rootstockd.control.schema import LoadAnswer, ModelStatus
+from rootstockd.control.schema import LoadAnswer, ModelStatus, UnloadAnswer
 
 POLL = 0.1
 
@@ -56,13 +56,19 @@ def _wait(address: Path, name: str, dtype: str) -> ModelStatus:
 @click.command()
 @click.argument("name")
 @dtype_option
-@click.option("--force", is_flag=True, help="Even if evaluations are under way, which get an error.")
+@click.option("--force", is_flag=True, help="Even if it has work, which waits until it is loaded again.")
 @socket_option
 def unload(name: str, dtype: str | None, force: bool, socket: Path | None) -> None:
     """Have a model leave memory; sessions that ask for it again wait while it is loaded again."""
     address = socket_in_use(socket)
     try:
-        request(address, "POST", "/v1/unload", {"model": name, "dtype": dtype, "force": force})
+        order = {"model": name, "dtype": dtype, "force": force}
+        answer = UnloadAnswer.model_validate(request(address, "POST", "/v1/unload", order))
     except RootstockError as error:
         raise Refused(error) from error
     console.print(f"{name} is unloaded", markup=False)
+    if answer.waiting:
+        console.print(
+            f"{answer.waiting} evaluations wait for it; it is loaded again in {answer.held:.0f} s, or when you load it",
+            markup=False,
+        )
