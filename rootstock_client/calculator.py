@@ -85,7 +85,7 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
             tolerance=None if tolerance is None else float(tolerance),
         )
         self._potential = self._chosen()
-        self.fingerprint = fingerprint
+        self.fingerprint = fingerprint or None
 
     backend: str | None
     """What computed the last result, such as `mace-torch`, `fused`, or the name of an ASE calculator."""

@@ -255,11 +255,14 @@ class Fleet:
     # --- what supervisors need
 
     async def admit(self, model: Supervisor) -> dict[str, str] | None:
-        while model.wanted and (left := model.held_until - time.monotonic()) > 0:
-            model.obstacle = f"an administrator has taken it back; {model.spec.name} is loaded again in {left:.0f} s"
-            await asyncio.sleep(POLL)
         began = time.monotonic()
         while model.wanted:
+            if (left := model.held_until - time.monotonic()) > 0:
+                name = model.spec.name
+                model.obstacle = f"an administrator has taken it back; {name} is loaded again in {left:.0f} s"
+                await asyncio.sleep(POLL)
+                began = time.monotonic()
+                continue
             rooms = self._rooms_for(model)
             need = self._devices.need(model, rooms)
             owner = self._owner(model)
@@ -355,7 +358,8 @@ class Fleet:
             self._evaluations += worker.evaluations
         for key, model in list(self._models.items()):
             first = model.first
-            needed = first.clients or first.wanted or model.replicas or model.kept
+            held = first.held_until > time.monotonic()
+            needed = first.clients or first.wanted or model.replicas or model.kept or held
             told = first.refusal is None or first.idle_seconds > REFUSED  # why it did not come
             broken = (
                 bool(key.options) and first.worth_replacing and not first.clients

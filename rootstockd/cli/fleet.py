@@ -66,9 +66,5 @@ def unload(name: str, dtype: str | None, force: bool, socket: Path | None) -> No
         answer = UnloadAnswer.model_validate(request(address, "POST", "/v1/unload", order))
     except RootstockError as error:
         raise Refused(error) from error
-    console.print(f"{name} is unloaded", markup=False)
-    if answer.waiting:
-        console.print(
-            f"{answer.waiting} evaluations wait for it; it is loaded again in {answer.held:.0f} s, or when you load it",
-            markup=False,
-        )
+    away = f" for {answer.held:.0f} s, or until you load it; {answer.waiting} evaluations wait" if answer.held else ""
+    console.print(f"{name} is unloaded{away}", markup=False)
