@@ -145,7 +145,7 @@ def test_models_spread_over_devices_and_status_says_where(start: Callable[..., R
     refused = daemon.run("load", "emt", "--dtype", "float32")
     assert refused.returncode == 1 and "computes in float64 and in nothing else" in refused.stderr
     shown = daemon.run("status").stdout
-    assert "on cpu:0, cpu:1, cpu:2, cpu:3" in shown and devices["lj"] in shown and " ago" in shown
+    assert "on cpu:0, cpu:1, cpu:2, cpu:3" in shown and devices["lj"] in shown and "idle" in shown
     refused = daemon.run("load", "morze")
     assert refused.returncode == 1 and "Did you mean morse" in refused.stderr
 

@@ -69,13 +69,13 @@ def socket_in_use(socket: Path | None) -> Path:
         raise Refused(error) from error
 
 
-def fetch_status(socket: Path) -> DaemonStatus:
-    """Ask a daemon how it is.
+def fetch_status(socket: Path, *, timeout: float = 10.0) -> DaemonStatus:
+    """Ask a daemon how it is, which may say nothing for `timeout` seconds.
 
     Raises:
         RootstockError: it does not answer, or not as this version does.
     """
-    answer: Any = request(socket, "GET", "/v1/status")
+    answer: Any = request(socket, "GET", "/v1/status", timeout=timeout)
     try:
         return DaemonStatus.model_validate(answer)
     except ValidationError as error:

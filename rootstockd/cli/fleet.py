@@ -10,6 +10,7 @@ import click
 from rootstock_client.client import request
 from rootstock_client.errors import RootstockError
 from rootstockd.cli.common import Refused, console, fetch_status, socket_in_use, socket_option
+from rootstockd.cli.completion import catalogue_models, models_in_memory
 from rootstockd.control.schema import LoadAnswer, ModelStatus, UnloadAnswer
 
 POLL = 0.1
@@ -18,7 +19,7 @@ dtype_option = click.option("--dtype", type=click.Choice(["float32", "float64"])
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", shell_complete=catalogue_models)
 @dtype_option
 @socket_option
 def load(name: str, dtype: str | None, socket: Path | None) -> None:
@@ -54,7 +55,7 @@ def _wait(address: Path, name: str, dtype: str) -> ModelStatus:
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", shell_complete=models_in_memory)
 @dtype_option
 @click.option("--force", is_flag=True, help="Even if it has work, which waits until it is loaded again.")
 @socket_option

@@ -39,6 +39,7 @@ from rootstockd.cli.common import (
     socket_in_use,
     socket_option,
 )
+from rootstockd.cli.completion import catalogue_models, devices, gpus
 from rootstockd.cli.units import is_systemd, unit_at
 from rootstockd.config import Config
 from rootstockd.config_file import ConfigError, make_config, read_again
@@ -55,15 +56,28 @@ FORCE_TIMEOUT = 5.0
 
 
 @click.command()
-@click.option("--gpu", metavar="0,1,...", help="The GPUs to use: numbers, UUIDs of GPUs or MIG instances, or `all`.")
+@click.option(
+    "--gpu",
+    metavar="0,1,...",
+    shell_complete=gpus,
+    help="The GPUs to use: numbers, UUIDs of GPUs or MIG instances, or `all`.",
+)
 @click.option(
     "--device",
     "names",
     multiple=True,
     metavar="NAME",
+    shell_complete=devices,
     help="cpu, auto (a GPU if there is one), or the name of a device; may be given repeatedly.",
 )
-@click.option("--model", "models", multiple=True, metavar="NAME", help="Load this model now; may be given repeatedly.")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    metavar="NAME",
+    shell_complete=catalogue_models,
+    help="Load this model now; may be given repeatedly.",
+)
 @catalogue_option
 @socket_option
 @click.option("--log-file", type=click.Path(path_type=Path, resolve_path=True), help="Where the log goes.")

@@ -17,6 +17,7 @@ from rich.table import Table
 from rootstock_client.errors import ModelLoadError, RootstockError
 from rootstock_client.runtime_dir import find_socket
 from rootstockd.cli.common import Refused, catalogue_option, console, fetch_status, socket_option
+from rootstockd.cli.completion import catalogue_models, models_to_pull
 from rootstockd.models import store
 from rootstockd.models.add import add as add_file
 from rootstockd.models.add import own_file, remove_entry
@@ -88,7 +89,7 @@ def list_(catalogues: tuple[Path, ...], as_json: bool) -> None:
 
 
 @models.command()
-@click.argument("name")
+@click.argument("name", shell_complete=catalogue_models)
 @catalogue_option
 @json_option
 def show(name: str, catalogues: tuple[Path, ...], as_json: bool) -> None:
@@ -153,7 +154,7 @@ def described(entry: Entry, stored: Stored | None) -> dict[str, str]:
 
 
 @models.command()
-@click.argument("names", nargs=-1, required=True)
+@click.argument("names", nargs=-1, required=True, shell_complete=models_to_pull)
 @click.option(
     "--mirror",
     default="",
@@ -256,7 +257,7 @@ def add(name: str, file: Path, sha256: str, elements: str, **fields: Any) -> Non
 
 
 @models.command()
-@click.argument("name")
+@click.argument("name", shell_complete=catalogue_models)
 @click.option("--force", is_flag=True, help="Even if the daemon uses it.")
 @socket_option
 def remove(name: str, force: bool, socket: Path | None) -> None:
@@ -303,7 +304,7 @@ def in_use(name: str, socket: Path | None) -> str:
 
 
 @models.command()
-@click.argument("names", nargs=-1)
+@click.argument("names", nargs=-1, shell_complete=catalogue_models)
 @catalogue_option
 def verify(names: tuple[str, ...], catalogues: tuple[Path, ...]) -> None:
     """Compare stored weights, all or those of some models, with their checksums."""
@@ -326,7 +327,9 @@ def verify(names: tuple[str, ...], catalogues: tuple[Path, ...]) -> None:
                 done.add(name)
                 bad += tell_verified(name, entry.weights, store.wrong(entry.weights, entry.sha256.lower()))
         if missing := sorted((chosen or set()) - done):
-            raise Refused(f"no weights are stored for {', '.join(missing)}.")
+            raise Refused(
+                f"no weights are stored for {', '.join(missing)}. `rootstockd models list` says which are to be pulled."
+            )
     if bad:
         raise Refused("`rootstockd models pull NAME` mends what was pulled; what was added is removed and added again.")
 

@@ -240,7 +240,7 @@ def _check_owner(path: Path) -> None:
         if path.stat().st_mode & 0o002:
             raise CatalogueError(f"catalogue {path}: all users may write to it, so it is not used: chmod o-w {path}")
     except OSError as error:
-        raise CatalogueError(f"catalogue {path}: {error}") from error
+        raise CatalogueError(f"catalogue {path}: {error.strerror}; name another with --catalogue.") from error
 
 
 def read_catalogue(path: Path) -> dict[str, Entry]:

@@ -106,7 +106,10 @@ def own_folder() -> Path:
                 path.chmod(0o755)  # whatever the umask says: every user of the machine may read weights
             check_trusted(path)
     except OSError as error:
-        raise StoreError(f"weights can't be stored in {folder}: {error.strerror}.") from error
+        raise StoreError(
+            f"weights can't be stored in {folder}: {error.strerror}. The variable ROOTSTOCKD_STATE names another state "
+            "directory."
+        ) from error
     return folder
 
 
