@@ -109,6 +109,12 @@ class ModelLoadError(RootstockError):
     code = "model-load"
 
 
+class ModelChangedError(RootstockError):
+    """Another potential has come under the name of a calculator's model; nothing of what it computed is given out."""
+
+    code = "model-changed"
+
+
 class EvaluationError(RootstockError):
     """An evaluation that the engine could not finish."""
 

@@ -313,17 +313,18 @@ class Daemon:
         dtype = dtype or entry.dtype
         entry.check_dtype(name, dtype)
         model = self.fleet.open(name, located(name, entry), dtype)
+        model.held_until = 0.0
         if model.error is not None:
             raise model.error
         return name, model.spec.dtype
 
-    def unload(self, name: str, dtype: str | None = None, *, force: bool = False) -> None:
+    def unload(self, name: str, dtype: str | None = None, *, force: bool = False) -> int:
         """Have a model leave memory; see `Fleet.unload`.
 
         Raises:
             RootstockError: it is not there, or has evaluations under way.
         """
-        self.fleet.unload(self.catalogue.name_of(name), dtype, force=force)  # it may be in no catalogue any more
+        return self.fleet.unload(self.catalogue.name_of(name), dtype, force=force)  # it may be in no catalogue any more
 
 
 async def _settled(models: Iterable[Supervisor]) -> None:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from rootstock_client.errors import EvaluationError, LimitError, RootstockError
+from rootstock_client.errors import LimitError, RootstockError
 from rootstockd import placement
 from rootstockd.config import Config, Device, KeepAlive
 from rootstockd.models.catalogue import Entry
@@ -37,6 +37,8 @@ LONG_FOR = 5
 """Looks in a row at which a queue was long: then the model gets a replica, if there is room."""
 PAUSE = 60
 """Looks until the next try after a replica could not be loaded."""
+HOLD = 30.0
+"""Seconds that a model stays away which an administrator had leave in spite of its work, unless one loads it."""
 REFUSED = 10.0
 """Seconds that status shows a model without sessions that had no room."""
 MAX_VARIANTS = 8
@@ -175,13 +177,16 @@ class Fleet:
         longest = max(unused, key=lambda k: variants[k].first.idle_seconds)
         self._retire(self._models.pop(longest).workers)
 
-    def unload(self, name: str, dtype: str | None = None, *, force: bool = False) -> None:
+    def unload(self, name: str, dtype: str | None = None, *, force: bool = False) -> int:
         """Have a model leave memory. Sessions keep it, and wait for it to come back when they next ask.
 
         Args:
             name: the catalogue's name.
             dtype: of which workers; of all if None.
-            force: evaluations under way are told that they won't be done.
+            force: evaluations under way are to be repeated, when it comes back after HOLD.
+
+        Returns:
+            How many evaluations wait for that.
 
         Raises:
             LimitError: it has evaluations under way.
@@ -201,18 +206,14 @@ class Fleet:
         if under_way and not force:
             raise LimitError(
                 f"{what} has {under_way} evaluations under way.",
-                "Wait for them, or use --force: they get an error, and whoever asks again has it loaded again.",
+                f"Wait for them, or use --force: they are repeated when it is loaded again, {HOLD:.0f} s later.",
             )
         for worker in workers:
-            worker.give_up(
-                EvaluationError(
-                    f"model {name!r} was unloaded by an administrator during this evaluation.",
-                    "Ask again: it is then loaded again.",
-                )
-            )
+            worker.held_until = time.monotonic() + HOLD if force else 0.0
             self._unload(worker, "an administrator said so")
         for model in models.values():
             self._drop(model, model.replicas)
+        return under_way
 
     def expected_seconds(self, worker: Supervisor) -> float | None:
         """How long loading took the last time."""
@@ -256,6 +257,12 @@ class Fleet:
     async def admit(self, model: Supervisor) -> dict[str, str] | None:
         began = time.monotonic()
         while model.wanted:
+            if (left := model.held_until - time.monotonic()) > 0:
+                name = model.spec.name
+                model.obstacle = f"an administrator has taken it back; {name} is loaded again in {left:.0f} s"
+                await asyncio.sleep(POLL)
+                began = time.monotonic()
+                continue
             rooms = self._rooms_for(model)
             need = self._devices.need(model, rooms)
             owner = self._owner(model)
@@ -351,7 +358,8 @@ class Fleet:
             self._evaluations += worker.evaluations
         for key, model in list(self._models.items()):
             first = model.first
-            needed = first.clients or first.wanted or model.replicas or model.kept
+            held = first.held_until > time.monotonic()
+            needed = first.clients or first.wanted or model.replicas or model.kept or held
             told = first.refusal is None or first.idle_seconds > REFUSED  # why it did not come
             broken = (
                 bool(key.options) and first.worth_replacing and not first.clients

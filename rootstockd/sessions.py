@@ -264,6 +264,7 @@ class Session(asyncio.BufferedProtocol):
             "session": self.id,
             "stress": request.stress,
             "energies": request.energies,
+            "fingerprint": "" if request.preset else model.spec.fingerprint,  # a stock driver has no use for it
         }
         self.request, self._model, self._checked_cells = request, model, b""
         model.join(self)

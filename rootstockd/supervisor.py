@@ -53,6 +53,9 @@ class Supervisor:
         load_timeout: seconds that loading may take.
     """
 
+    held_until = 0.0
+    """By `time.monotonic`: it does not come back before, as an administrator wanted its memory."""
+
     def __init__(
         self,
         spec: ModelSpec,
@@ -214,13 +217,16 @@ class Supervisor:
         self._wanted.set()
 
     def unload(self) -> None:
-        """Leave memory, until somebody asks for it again; `vacated` says when it is done."""
-        self._wanted.clear()
+        """Leave memory, until somebody asks for it again, as what waits does; `vacated` says when it is done."""
+        self.scheduler.put_back()
+        self._failures = {}  # of a batch that is repeated
+        if not self.scheduler.waiting:
+            self._wanted.clear()
         if not self._vacant.is_set():
             self._leaving = True
             self._kill_worker()
         if self.state is not State.FAILED:
-            self._set_state(State.COLD)
+            self._set_state(State.WAITING if self.scheduler.waiting else State.COLD)
 
     @property
     def ended(self) -> bool:

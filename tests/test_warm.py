@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import threading
 import time
@@ -21,7 +22,7 @@ from ase.calculators.emt import EMT
 from conftest import RunningDaemon, wait_for
 from rootstock_client import RootstockClient
 from rootstock_client.client import request
-from rootstock_client.errors import EvaluationError, LimitError
+from rootstock_client.errors import LimitError
 
 FAULTS = Path(__file__).parent / "faults"
 MB = 10**6
@@ -341,33 +342,31 @@ def test_unloading_while_a_job_runs(start: Callable[..., RunningDaemon]) -> None
     atoms = fcc111("Cu", (2, 2, 2), vacuum=5.0)
     atoms.positions[:, 2] += 900 - atoms.positions[0, 2]  # where `hostile` takes a second
     atoms.calc = daemon.client().calculator("hostile")
-    errors: list[BaseException] = []
-
-    def evaluate() -> None:
-        try:
-            atoms.get_forces()
-        except BaseException as error:
-            errors.append(error)
-
-    def under_way() -> bool:
-        return any(session["state"] == "busy" for session in daemon.client().status()["sessions"])
-
-    for force in (False, True):
-        assert daemon.run("load", "hostile").returncode == 0
-        atoms.calc.reset()
-        job = threading.Thread(target=evaluate)
-        job.start()
-        wait_for(under_way)
-        order = {"model": "hostile", "force": force}  # not by the command, which starts too slowly
-        if force:
-            request(daemon.socket, "POST", "/v1/unload", order)
-        else:
-            with pytest.raises(LimitError, match="has 1 evaluations under way"):
-                request(daemon.socket, "POST", "/v1/unload", order)
-        job.join()
-        assert len(errors) == force
-    assert isinstance(errors[0], EvaluationError) and "unloaded by an administrator" in str(errors[0])
-    np.testing.assert_allclose(atoms.get_forces(), expected(atoms), rtol=0, atol=1e-9)
+    assert daemon.run("load", "hostile").returncode == 0
+    job = threading.Thread(target=atoms.get_forces)
+    job.start()
+    wait_for(lambda: [session["state"] for session in daemon.client().status()["sessions"]] == ["busy"])
+    order = {"model": "hostile"}  # not by the command, which starts too slowly
+    with pytest.raises(LimitError, match="has 1 evaluations under way"):
+        request(daemon.socket, "POST", "/v1/unload", order)
+    assert request(daemon.socket, "POST", "/v1/unload", {**order, "force": True}) == {"waiting": 1, "held": 30}
+    wait_for(lambda: not in_memory(daemon))
+    done = daemon.run("unload", "hostile", "--force")  # once more, now that it is not there
+    assert "hostile is unloaded for 30 s, or until you load it; 1 evaluations wait" in done.stdout.replace("\n", " ")
+    assert (daemon.model("hostile")["state"], in_memory(daemon)) == ("waiting", set())
+    obstacle = daemon.model("hostile")["loading"]["text"]
+    assert re.search(r"an administrator has taken it back; hostile is loaded again in (30|2\d) s", obstacle), obstacle
+    new = copper()
+    new.calc = daemon.client().calculator("hostile")
+    other = threading.Thread(target=new.get_forces)  # not everybody may undo it
+    other.start()
+    wait_for(lambda: daemon.model("hostile")["sessions"] == 2)
+    assert daemon.model("hostile")["state"] == "waiting" and job.is_alive()
+    assert daemon.run("load", "hostile").returncode == 0
+    job.join()
+    other.join()
+    for done_one in (atoms, new):
+        np.testing.assert_allclose(done_one.calc.results["forces"], expected(done_one), rtol=0, atol=1e-9)
     for arguments, words in ((("--dtype", "float32"), "is not in memory"), ((), "hostile is unloaded")):
         done = daemon.run("unload", "hostile", *arguments)
         assert words in done.stdout + done.stderr

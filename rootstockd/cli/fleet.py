@@ -11,7 +11,7 @@ from rootstock_client.client import request
 from rootstock_client.errors import RootstockError
 from rootstockd.cli.common import Refused, console, fetch_status, socket_in_use, socket_option
 from rootstockd.cli.completion import catalogue_models, models_in_memory
-from rootstockd.control.schema import LoadAnswer, ModelStatus
+from rootstockd.control.schema import LoadAnswer, ModelStatus, UnloadAnswer
 
 POLL = 0.1
 
@@ -57,13 +57,15 @@ def _wait(address: Path, name: str, dtype: str) -> ModelStatus:
 @click.command()
 @click.argument("name", shell_complete=models_in_memory)
 @dtype_option
-@click.option("--force", is_flag=True, help="Even if evaluations are under way, which get an error.")
+@click.option("--force", is_flag=True, help="Even if it has work, which waits until it is loaded again.")
 @socket_option
 def unload(name: str, dtype: str | None, force: bool, socket: Path | None) -> None:
     """Have a model leave memory; sessions that ask for it again wait while it is loaded again."""
     address = socket_in_use(socket)
     try:
-        request(address, "POST", "/v1/unload", {"model": name, "dtype": dtype, "force": force})
+        order = {"model": name, "dtype": dtype, "force": force}
+        answer = UnloadAnswer.model_validate(request(address, "POST", "/v1/unload", order))
     except RootstockError as error:
         raise Refused(error) from error
-    console.print(f"{name} is unloaded", markup=False)
+    away = f" for {answer.held:.0f} s, or until you load it; {answer.waiting} evaluations wait" if answer.held else ""
+    console.print(f"{name} is unloaded{away}", markup=False)

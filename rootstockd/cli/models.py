@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from rootstock_client.errors import RootstockError
+from rootstock_client.errors import ModelLoadError, RootstockError
 from rootstock_client.runtime_dir import find_socket
 from rootstockd.cli.common import Refused, catalogue_option, console, fetch_status, socket_option
 from rootstockd.cli.completion import catalogue_models, models_to_pull
@@ -26,6 +26,7 @@ from rootstockd.models.convert import with_safe_form
 from rootstockd.models.download import DownloadError
 from rootstockd.models.pull import Wishes
 from rootstockd.models.pull import pull as pull_weights
+from rootstockd.models.spec import spec_of
 from rootstockd.models.store import Stored, StoreError
 from rootstockd.state_dir import MIRROR_VARIABLE, StateError
 
@@ -96,12 +97,13 @@ def show(name: str, catalogues: tuple[Path, ...], as_json: bool) -> None:
         catalogue = Catalogue.load(catalogues)
         name, entry = catalogue.resolve(name)
         stored = store.weights_of(name, entry) if entry.url else store.find(name)
-        state = state_of(name, entry)
+        state, fingerprint = state_of(name, entry), fingerprint_of(name, entry)
     if as_json:
         said = {
             "name": name,
             "from": str(catalogue.origins[name]),
             "state": state,
+            "fingerprint": fingerprint or None,
             **entry.model_dump(mode="json"),
             "stored": stored.record.model_dump(mode="json") if stored else None,
         }
@@ -112,6 +114,8 @@ def show(name: str, catalogues: tuple[Path, ...], as_json: bool) -> None:
     for key, value in described(entry, stored).items():
         if value:
             console.print(f"[bold]{key:12}[/] {escape(value)}", soft_wrap=True)
+    if fingerprint:
+        console.print(f"[bold]{'fingerprint':12}[/] {fingerprint} in {entry.dtype}")
     console.print(f"[bold]{'state':12}[/] {state}")
     console.print(f"[bold]{'entry':12}[/] {escape(str(catalogue.origins[name]))}", soft_wrap=True)
 
@@ -346,6 +350,13 @@ def state_of(name: str, entry: Entry) -> str:
     if stored is None:
         return "to pull"
     return "here" if stored.weights.is_file() else "missing"
+
+
+def fingerprint_of(name: str, entry: Entry) -> str:
+    """A model's fingerprint in its usual dtype; empty while its weights are to be pulled and may be any."""
+    with contextlib.suppress(ModelLoadError):
+        entry = store.located(name, entry)
+    return spec_of(name, entry).fingerprint if entry.sha256 or not entry.url else ""
 
 
 def size_of(name: str, entry: Entry) -> int | None:

@@ -49,6 +49,8 @@ class ModelStatus(BaseModel):
     dtype: str
     dispersion: dict[str, JsonValue] | None = None
     """Settings of the D3 correction that is added, if one is."""
+    fingerprint: str = ""
+    """Of all that determines its numbers."""
     state: str
     """cold (loaded when somebody next asks), waiting (for room), loading, ready or failed."""
     error: str | None
@@ -174,7 +176,16 @@ class UnloadRequest(BaseModel):
     dtype: Literal["float32", "float64"] | None = None
     """Whichever are there if None."""
     force: bool = False
-    """Evaluations under way get an error; else the model stays if there are any."""
+    """Evaluations under way are repeated when it comes back; else the model stays if there are any."""
+
+
+class UnloadAnswer(BaseModel):
+    """What came of it."""
+
+    waiting: int = 0
+    """Evaluations that wait for the model to come back."""
+    held: float = 0.0
+    """Seconds until it does, if nobody loads it before."""
 
 
 class ReloadReport(BaseModel):
