@@ -402,7 +402,7 @@ def test_workers_killed_while_they_load(daemon: RunningDaemon) -> None:
 @pytest.mark.parametrize("at", ["an evaluation", "loading"])
 def test_a_daemon_stops_while_its_worker_hangs(start_hostile, monkeypatch, at: str) -> None:
     monkeypatch.setenv("ROOTSTOCKD_PATIENCE", "0")
-    daemon = start_hostile(load="", broken=("hang", 1))
+    daemon = start_hostile(load="", broken=("hang", 1_000_000))
     model, deed = ("hostile", hostile.SLEEP) if at == "an evaluation" else ("broken", hostile.QUIET)
     with ThreadPoolExecutor(1) as pool:
         outcome = pool.submit(evaluate, daemon, behave(slab(), deed), model)
