@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from rootstock_client.errors import EvaluationError, LimitError, RootstockError
+from rootstockd.failed_starts import FROM_OUTSIDE
 from rootstockd.hang_limit import HangLimit
 from rootstockd.pace import Pace
 from rootstockd.roles import Client
@@ -184,8 +185,7 @@ class Dispatcher:
                 f"{'; '.join(evaluation.ends)}.",
                 "The model itself is up again; look at the structure, and at `rootstockd logs`."
                 if evaluation.blamed >= MAX_BLAMED
-                else "These signals come from outside: from the kernel when memory runs out (see `dmesg`), or from "
-                "people. Try again, or use a smaller structure.",
+                else f"{FROM_OUTSIDE} Try again, or use a smaller structure.",
             )
             log.warning("%s", error.message)
             evaluation.owner.evaluated(error)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from rootstock_client.errors import ModelLoadError
 from rootstockd.worker_process import End
 
-MAX_FAILED = 5
-"""Workers in a row that died before they were ready, until the model counts as broken."""
+MAX_BLAMED = 5
+"""Workers in a row that died of what they did before they were ready, until the model counts as broken."""
 MAX_HUNG = 2
 """The same, of those that took longer to load than they may."""
-PAUSES = (0.0, 0.0, 0.5, 1.0, 2.0)
-"""Seconds before the next start, by failed starts in a row."""
+MAX_KILLED = 60
+"""The same, of those that signals from outside ended: some ten minutes of them say nothing good of the machine, and
+nothing at all of the model."""
+PAUSES = (0.0, 0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 10.0)
+"""Seconds before the next start, by failed starts in a row; the last for all further ones."""
+FROM_OUTSIDE = "These signals come from outside: from the kernel when memory runs out (see `dmesg`), or from people."
 
 
 class FailedStarts:
@@ -35,14 +41,19 @@ class FailedStarts:
     @property
     def pause(self) -> float:
         """Seconds before the next start."""
-        return PAUSES[len(self._ends)]
+        return PAUSES[min(len(self._ends), len(PAUSES) - 1)]
 
     def verdict(self) -> ModelLoadError | None:
         """Why the model counts as broken, if it does."""
-        if len(self._ends) < MAX_FAILED and sum(end.hung for end in self._ends) < MAX_HUNG:
+        blamed = [end for end in self._ends if end.blamed]
+        if len(blamed) >= MAX_BLAMED or sum(end.hung for end in blamed) >= MAX_HUNG:
+            hint = "`rootstockd logs` has what they printed."
+        elif len(self._ends) - len(blamed) >= MAX_KILLED:
+            blamed, hint = self._ends, f"{FROM_OUTSIDE} The model is tried again when somebody next asks for it."
+        else:
             return None
-        ends = "; ".join(end.how for end in self._ends)
+        count = Counter(end.how for end in blamed)
+        ends = "; ".join(f"{how}, {times} times" if times > 1 else how for how, times in count.items())
         return ModelLoadError(
-            f"model {self._name!r}: {len(self._ends)} workers ended before they were ready: {ends}.",
-            "`rootstockd logs` has what they printed.",
+            f"model {self._name!r}: {len(blamed)} workers ended before they were ready: {ends}.", hint
         )

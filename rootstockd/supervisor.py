@@ -72,7 +72,7 @@ class Supervisor:
         self.load_seconds: float | None = None
         """How long the latest loading took."""
         self.stage = ""
-        """How far loading has come."""
+        """How far loading has come, or when it begins anew."""
         self.obstacle = ""
         """What is in the way of loading, while it waits."""
         self.refusal: LimitError | None = None
@@ -89,8 +89,8 @@ class Supervisor:
         self._dispatcher = Dispatcher(spec.name, batch_atoms, hang_timeout, self._wanted.set)
         self.scheduler, self.pace = self._dispatcher.scheduler, self._dispatcher.pace
         self._vacant = asyncio.Event()
-        self._leaving = False
-        """Its worker is to end so that others may have its memory."""
+        self._leaving = asyncio.Event()
+        """Its worker is to end, for good or so that others may have its memory."""
         self._shortage: LimitError | None = None
         """The device had no memory for it."""
         self.retired = False
@@ -142,6 +142,7 @@ class Supervisor:
     def _end_worker(self) -> None:
         """For good: it holds nothing that wants saving."""
         self._stopping.set()
+        self._leaving.set()
         self._wanted.set()
         self._kill_worker()
 
@@ -170,7 +171,7 @@ class Supervisor:
     @property
     def present(self) -> bool:
         """Its device's memory is its own, or promised to it."""
-        return self.device is not None and not self._leaving and self.state is not State.FAILED
+        return self.device is not None and not self._leaving.is_set() and self.state is not State.FAILED
 
     @property
     def idle_seconds(self) -> float:
@@ -191,7 +192,7 @@ class Supervisor:
         """Leave memory, until somebody asks for it again; `vacated` says when it is done."""
         self._wanted.clear()
         if not self._vacant.is_set():
-            self._leaving = True
+            self._leaving.set()
             self._kill_worker()
         if self.state is not State.FAILED:
             self._set_state(State.COLD)
@@ -316,11 +317,12 @@ class Supervisor:
     async def _keep_warm(self) -> None:
         """Have a worker whenever it is wanted, until the model is broken or no longer wanted for good."""
         while self.state is not State.FAILED:
-            self.device, self._leaving = None, False
+            self.device = None
             self._vacant.set()
             await self._wanted.wait()
             if self._stopping.is_set():
                 return
+            self._leaving.clear()
             self._set_state(State.WAITING)
             self._loading_since, self.refusal = time.perf_counter(), None
             try:
@@ -342,10 +344,10 @@ class Supervisor:
     async def _stay(self, variables: dict[str, str]) -> None:
         """Start workers, one after another as they die."""
         failed = FailedStarts(self.spec.name)
-        while not (self._stopping.is_set() or self._leaving):
+        while not self._leaving.is_set():
             self._set_state(State.LOADING)
             end = await self._run_worker(variables)
-            if self._stopping.is_set() or self._leaving:
+            if self._leaving.is_set():
                 return
             if self.state is State.LOADING:
                 failed.add(end)
@@ -366,8 +368,9 @@ class Supervisor:
                 return
             self._dispatcher.worker_lost(end)
             self.restarts += 1
+            self.stage = f"to be started again in {failed.pause:.0f} s ({end.how})"
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), failed.pause)
+                await asyncio.wait_for(self._leaving.wait(), failed.pause)
 
     async def _run_worker(self, variables: dict[str, str]) -> End:
         """One worker from its start to its end."""
@@ -383,7 +386,7 @@ class Supervisor:
             return End(error.message, blamed=True)
         except Exception as error:  # or the model would count as loading for ever
             return End(f"it could not be started: {error}", blamed=True)
-        if self._stopping.is_set() or self._leaving:
+        if self._leaving.is_set():
             worker.kill()
         name = self.spec.name
         watching = asyncio.create_task(watch(worker, name, self._occupation, self._tick), name=f"watch {name}")
@@ -391,7 +394,7 @@ class Supervisor:
             return await worker.wait()
         finally:
             watching.cancel()
-            self._worker = None
+            self._worker, self.memory = None, 0
 
     def _occupation(self) -> Occupation | None:
         """What the worker is at."""
