@@ -41,6 +41,9 @@ REFUSED = 10.0
 """Seconds that status shows a model without sessions that had no room."""
 MAX_VARIANTS = 8
 """Workers of one model with options of their own, such as D3's settings, at a time."""
+NO_ROOM = (
+    "Try again when others have less to do; an administrator can `rootstockd unload` a model, or raise device_memory."
+)
 REPLICA_IDLE = 60.0
 """Seconds that a replica stays without work; less where `keep_alive` says so."""
 
@@ -269,7 +272,7 @@ class Fleet:
             else:
                 plan = placement.place(need, rooms)
             if plan is not None:
-                model.device = self.devices[plan.room]
+                model.device, model.set_aside = self.devices[plan.room], need
                 await self._evict(model, [tenant.number for tenant in plan.evicted])
                 return self._config.worker_environment(self.devices[plan.room]) if model.wanted else None
             there = self._devices.describe(rooms, self.workers())
@@ -310,8 +313,7 @@ class Fleet:
         return LimitError(
             f"model {model.spec.name!r}: no device has room for it"
             f"{f', for {waited:.0f} s' if waited >= 1 else ''}: {model.obstacle}.",
-            "Try again when others have less to do; an administrator can `rootstockd unload` a model, or raise "
-            "device_memory.",
+            NO_ROOM,
         )
 
     def _owner(self, worker: Supervisor) -> _Model | None:
@@ -371,13 +373,35 @@ class Fleet:
             self._unload(first, f"nobody has used it for {first.idle_seconds:.0f} s")
 
     def _shrink(self, room: Room) -> None:
-        """Where models have grown to more than a device has for them, have some go that have nothing to do."""
+        """Where models have grown to more than a device has for them, have idle ones go.
+
+        If that is not enough, one goes that loads and has more than was set aside for it. The others have work.
+        """
         if room.free >= 0:
             return
-        numbers = [tenant.number for tenant in placement.to_evict(0, room) or ()]
+        device, evicted = self.devices[room.number], placement.to_evict(0, room)
+        if evicted is None:
+            loading = [w for w in self.workers() if w.present and w.device == device and w.state is State.LOADING]
+            growing = [worker for worker in loading if worker.memory > worker.set_aside]
+            if growing:
+                self._stop_loading(min(growing, key=lambda worker: worker.elapsed), room)
+                return
+            evicted = tuple(tenant for tenant in room.tenants if tenant.idle)
+        numbers = [tenant.number for tenant in evicted]
         for worker in self.workers():
-            if worker.state is State.READY and id(worker) in numbers:
-                self._unload(worker, f"models on {worker.device} take {-room.free / 1e6:.0f} MB more than they may")
+            if id(worker) in numbers:
+                self._unload(worker, f"models on {device} take {-room.free / 1e6:.0f} MB more than they may")
+
+    def _stop_loading(self, worker: Supervisor, room: Room) -> None:
+        self._devices.remember_stopped(worker)
+        worker.refuse(
+            LimitError(
+                f"model {worker.spec.name!r}: loading it was stopped: it has {worker.memory / 1e6:.0f} MB, where "
+                f"{worker.set_aside / 1e6:.0f} MB were set aside for it, and there is no more: "
+                f"{self._devices.describe([room], self.workers())}.",
+                NO_ROOM,
+            )
+        )
 
     def _spread(self, model: _Model) -> None:
         """Share the work of a hot model out to the workers it has, or have one more."""

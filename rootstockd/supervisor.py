@@ -69,6 +69,8 @@ class Supervisor:
         """Whose systems are bound to this model."""
         self.loaded_memory = self.memory = self.peak_memory = 0
         """Bytes of its worker: when it had loaded, now and at most; 0 while that is not known."""
+        self.set_aside = 0
+        """Bytes that it was given on its device."""
         self.load_seconds: float | None = None
         """How long the latest loading took."""
         self.stage = ""
@@ -196,6 +198,13 @@ class Supervisor:
             self._kill_worker()
         if self.state is not State.FAILED:
             self._set_state(State.COLD)
+
+    def refuse(self, error: LimitError) -> None:
+        """Leave memory, or do not come there: there is no room. What waits is told so."""
+        log.warning("%s", error.message)
+        self.refusal, self._dispatcher.last_use = error, time.perf_counter()
+        self.unload()
+        self.give_up(error)
 
     @property
     def ended(self) -> bool:
@@ -328,11 +337,7 @@ class Supervisor:
             try:
                 variables = await self._landlord.admit(self)
             except LimitError as error:
-                log.warning("%s", error.message)
-                self.refusal, self._dispatcher.last_use = error, time.perf_counter()
-                self._wanted.clear()
-                self._set_state(State.COLD)
-                self.give_up(error)
+                self.refuse(error)
                 continue
             finally:
                 self.obstacle = ""

@@ -335,6 +335,28 @@ def test_no_memory_while_loading(start: Callable[..., RunningDaemon], tmp_path: 
     assert in_memory(daemon) == set()
 
 
+def test_a_model_that_grows_while_it_loads(start: Callable[..., RunningDaemon], tmp_path: Path) -> None:
+    """An idle one goes for it; with nobody left to go, its loading is stopped, and it asks for more the next time."""
+    options = f'options = {{ what = "grow", counter = "{tmp_path}/count" }}'
+    entry = f'[grow]\nfamily = "ase"\nconfine = false\narguments = {{ calculator = "hostile:AtLoading", {options} }}\n'
+    daemon = start(f"device_memory = {FITS_TWO}\n", catalogue=entry)
+    assert daemon.run("load", "lj").returncode == 0
+    wait_for(lambda: daemon.model("lj")["memory"])
+    atoms = copper()
+    atoms.calc = daemon.client().calculator("grow")
+    with pytest.raises(LimitError, match="'grow': loading it was stopped: it has .* MB, where .* MB were set aside"):
+        atoms.get_forces()
+    wait_for(lambda: not in_memory(daemon))
+    log = daemon.log.read_text()
+    assert "lj leaves cpu:0: models on cpu:0 take" in log
+    with pytest.raises(LimitError, match="no device has room for it: grow needs"):
+        atoms.get_forces()
+    assert (tmp_path / "count").read_text() == "x"  # it was not loaded for that
+    shown = daemon.model("grow")
+    assert shown["state"] == "cold" and shown["memory"] is None and shown["sessions"] == 1
+    ask_again(with_model(daemon, "lj"))
+
+
 def test_unloading_while_a_job_runs(start: Callable[..., RunningDaemon]) -> None:
     entry = '[hostile]\nfamily = "ase"\narguments = { calculator = "hostile:Hostile" }\n'
     daemon = start(catalogue=entry)
