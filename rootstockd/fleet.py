@@ -53,7 +53,9 @@ class WorkerKey:
     """What makes a worker one's own: two sessions with different keys never share one."""
 
     name: str
+    """The catalogue's."""
     dtype: str
+    """What it computes in."""
     options: str = ""
     """What else changes its numbers, as canonical JSON."""
 
@@ -130,28 +132,31 @@ class Fleet:
         """What the models are doing, by catalogue name."""
         return {key.name: model.first.state.value for key, model in self._models.items()}
 
+    def elements(self, key: WorkerKey, entry: Entry) -> set[int]:
+        """Atomic numbers that a model knows, as it says or else as its entry does; none where neither does."""
+        spec, model = self._spec(key, entry), self._models.get(key)
+        info = model.first.info if model is not None and model.spec == spec else None
+        return set((info.elements if info is not None else ()) or spec.elements)
+
     # --- models come and go
 
-    def open(self, name: str, entry: Entry, dtype: str, options: str = "", *, keep: bool = False) -> Supervisor:
+    def open(self, key: WorkerKey, entry: Entry, *, keep: bool = False) -> Supervisor:
         """The worker of a model for one more session; the model is loaded if it is not yet.
 
         Args:
-            name: the catalogue's name.
-            entry: what it has under that.
-            dtype: what to compute in.
-            options: what else changes its numbers.
+            key: which model.
+            entry: what the catalogue has under its name, with its weights.
             keep: it is to stay.
 
         Raises:
             LimitError: sessions have as many workers of it with options of their own as there may be.
         """
-        key = WorkerKey(name, dtype, options)
-        spec = spec_of(name, entry, dtype, device=self.devices[0].kind, options=options, confine=self._config.confine)
+        spec = self._spec(key, entry)
         model = self._models.get(key)
         if model is not None and model.spec != spec:  # the catalogue has been changed since
             self._retire(model.workers)
             keep, model = keep or model.kept, None
-        if model is None and options:
+        if model is None and key.options:
             self._make_way(key)
         if model is None:
             model = self._models[key] = _Model(spec, entry.keep_alive, keep, self._supervisor(spec))
@@ -235,6 +240,10 @@ class Fleet:
         log.info("model %s leaves %s: %s", worker.spec.name, worker.device or "the queue", why)
         self._devices.remember(worker)
         worker.unload()
+
+    def _spec(self, key: WorkerKey, entry: Entry) -> ModelSpec:
+        device, confine = self.devices[0].kind, self._config.confine
+        return spec_of(key.name, entry, key.dtype, device=device, options=key.options, confine=confine)
 
     def _supervisor(self, spec: ModelSpec) -> Supervisor:
         config = self._config

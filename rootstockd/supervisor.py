@@ -171,6 +171,11 @@ class Supervisor:
         return self._wanted.is_set() and not self._stopping.is_set()
 
     @property
+    def coming(self) -> bool:
+        """It is being loaded, or about to be."""
+        return self.wanted and self.state not in (State.READY, State.FAILED)
+
+    @property
     def present(self) -> bool:
         """Its device's memory is its own, or promised to it."""
         return self.device is not None and not self._leaving.is_set() and self.state is not State.FAILED
