@@ -89,8 +89,9 @@ class Fleet:
         self._config = config
         self._devices = Rooms(config)
         self._models: dict[WorkerKey, _Model] = {}
-        self._retired: list[Supervisor] = []
-        """What is to end, as the catalogue has something else under its name, or as it was a replica."""
+        self._retired: dict[Supervisor, KeepAlive | None] = {}
+        """What ends with its last session, as the catalogue has something else under its name, or as it was a replica;
+        and how long its model was to stay."""
         self._evaluations = 0
         """By models that are gone."""
         self._watching: asyncio.Task[None] | None = None
@@ -154,7 +155,7 @@ class Fleet:
         spec = self._spec(key, entry)
         model = self._models.get(key)
         if model is not None and model.spec != spec:  # the catalogue has been changed since
-            self._retire(model.workers)
+            self._retire(model.workers, model.keep_alive)
             keep, model = keep or model.kept, None
         if model is None and key.options:
             self._make_way(key)
@@ -181,7 +182,8 @@ class Fleet:
                 "Use settings that are there, or try again when others have gone.",
             )
         longest = max(unused, key=lambda k: variants[k].first.idle_seconds)
-        self._retire(self._models.pop(longest).workers)
+        gone = self._models.pop(longest)
+        self._retire(gone.workers, gone.keep_alive)
 
     def unload(self, name: str, dtype: str | None = None, *, force: bool = False) -> None:
         """Have a model leave memory. Sessions keep it, and wait for it to come back when they next ask.
@@ -195,12 +197,13 @@ class Fleet:
             LimitError: it has evaluations under way.
             RootstockError: it is not there.
         """
-        models = {k: m for k, m in self._models.items() if k.name == name and dtype in (None, k.dtype)}
         workers = [
             worker
-            for model in models.values()
-            for worker in model.workers
-            if worker.wanted and worker.state is not State.FAILED
+            for worker in self.workers()
+            if worker.spec.name == name
+            and dtype in (None, worker.spec.dtype)
+            and worker.wanted
+            and worker.state is not State.FAILED
         ]
         what = f"model {name!r}" + (f" in {dtype}" if dtype else "")
         if not workers:
@@ -219,8 +222,9 @@ class Fleet:
                 )
             )
             self._unload(worker, "an administrator said so")
-        for model in models.values():
-            self._drop(model, model.replicas)
+        for model in self._models.values():
+            if model.first in workers:
+                self._drop(model, model.replicas)
 
     def expected_seconds(self, worker: Supervisor) -> float | None:
         """How long loading took the last time."""
@@ -230,7 +234,8 @@ class Fleet:
     def keep_alive(self, worker: Supervisor) -> float:
         """Seconds that a worker may have nothing to do until it goes; infinite where it stays."""
         owner = self._owner(worker)
-        said = self._config.keep_alive if owner is None or owner.keep_alive is None else owner.keep_alive
+        said = self._retired.get(worker) if owner is None else owner.keep_alive
+        said = self._config.keep_alive if said is None else said
         seconds = math.inf if said == "forever" else said
         if owner is not None and worker is not owner.first:
             return min(REPLICA_IDLE, seconds)
@@ -249,10 +254,10 @@ class Fleet:
         config = self._config
         return Supervisor(spec, self, config.batch_budget, config.hang_timeout, config.load_timeout)
 
-    def _retire(self, workers: Iterable[Supervisor]) -> None:
+    def _retire(self, workers: Iterable[Supervisor], keep_alive: KeepAlive | None) -> None:
         for worker in workers:
             worker.retire()
-            self._retired.append(worker)
+            self._retired[worker] = keep_alive
 
     def _drop(self, model: _Model, replicas: list[Supervisor]) -> None:
         """Have the sessions of some of a model's replicas go back to its first worker, and the replicas end."""
@@ -261,7 +266,7 @@ class Fleet:
             for client in list(replica.clients):
                 client.move(model.first)
             replica.hand_over(model.first, len(replica.clients))
-        self._retire(replicas)
+        self._retire(replicas, model.keep_alive)
 
     # --- what supervisors need
 
@@ -354,12 +359,17 @@ class Fleet:
             worker.sample()
         for model in self._models.values():
             self._spread(model)
-            self._expire(model)
+            self._thin_out(model)
+            if not model.replicas:
+                self._expire(model.first)
         for room in self._rooms():
             self._shrink(room)
-        for worker in [worker for worker in self._retired if worker.ended]:
-            self._retired.remove(worker)
-            self._evaluations += worker.evaluations
+        for worker in list(self._retired):
+            if worker.ended:
+                del self._retired[worker]
+                self._evaluations += worker.evaluations
+            else:
+                self._expire(worker)
         for key, model in list(self._models.items()):
             first = model.first
             needed = first.clients or first.wanted or model.replicas or model.kept
@@ -369,17 +379,19 @@ class Fleet:
             )  # there may be any number of these
             if broken or (first.state is State.COLD and told and not needed):
                 del self._models[key]
-                self._retire([first])
+                self._retire([first], model.keep_alive)
 
-    def _expire(self, model: _Model) -> None:
-        """Have workers go that nobody has used for long enough."""
+    def _expire(self, worker: Supervisor) -> None:
+        """Have a worker go that nobody has used for long enough."""
+        if worker.state is State.READY and worker.idle_seconds > self.keep_alive(worker):
+            self._unload(worker, f"nobody has used it for {worker.idle_seconds:.0f} s")
+
+    def _thin_out(self, model: _Model) -> None:
+        """Have replicas go that nobody has used for long enough."""
         idle = [replica for replica in model.replicas if replica.idle_seconds > self.keep_alive(replica)]
         if idle:
             log.info("model %s has little to do, and one worker less", model.spec.name)
             self._drop(model, idle)
-        first = model.first
-        if first.state is State.READY and not model.replicas and first.idle_seconds > self.keep_alive(first):
-            self._unload(first, f"nobody has used it for {first.idle_seconds:.0f} s")
 
     def _shrink(self, room: Room) -> None:
         """Where models have grown to more than a device has for them, have idle ones go.

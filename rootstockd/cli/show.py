@@ -82,7 +82,7 @@ def show_models(models: list[ModelStatus]) -> None:
         table.add_row(
             escape(model.name),
             f"{model.dtype} +D3" if model.dispersion else model.dtype,
-            f"[{_STATE_COLOUR[model.state]}]{model.state}[/]{restarts}",
+            f"[{_STATE_COLOUR[model.state]}]{model.state}[/]{', retired' * model.retired}{restarts}",
             model.device or "-",
             str(model.sessions),
             str(model.waiting),

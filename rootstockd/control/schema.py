@@ -56,6 +56,9 @@ class ModelStatus(BaseModel):
     loading: Loading | None
     backend: str | None
     """What computes, with versions."""
+    retired: bool = False
+    """Sessions have it still, and no other gets it: the catalogue has another model of this name now, or it was a
+    replica."""
     environment: str | None = None
     """Where its worker runs: an environment with when it was built, or beside the daemon. None while none is found."""
     note: str | None
