@@ -21,7 +21,7 @@ from rootstockd.control.api import ControlServer
 from rootstockd.descriptors import raise_descriptor_limit, share_descriptors
 from rootstockd.devices import found_devices
 from rootstockd.door import Door
-from rootstockd.fleet import Fleet, WorkerKey
+from rootstockd.fleet import Fleet
 from rootstockd.init_request import InitRequest
 from rootstockd.models.catalogue import Catalogue, CatalogueError, Entry
 from rootstockd.models.store import located
@@ -30,6 +30,7 @@ from rootstockd.sessions import LINGER, Session
 from rootstockd.sockets import AddressError, adopt, claim_gpu, listen, lock, make_runtime_dir
 from rootstockd.supervisor import Supervisor
 from rootstockd.systemd import Manager, describe
+from rootstockd.warm_model import WorkerKey
 from rootstockd.worker_folders import remove_left_behind
 
 log = logging.getLogger(__name__)

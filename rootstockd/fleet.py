@@ -12,7 +12,6 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 
 from rootstock_client.errors import EvaluationError, LimitError, RootstockError
 from rootstockd import placement
@@ -23,6 +22,7 @@ from rootstockd.placement import Room
 from rootstockd.roles import State
 from rootstockd.rooms import Rooms
 from rootstockd.supervisor import STOP_PATIENCE, Supervisor
+from rootstockd.warm_model import WarmModel, WorkerKey
 from rootstockd.worker.engines import ModelSpec
 
 log = logging.getLogger(__name__)
@@ -31,12 +31,6 @@ TICK = 1.0
 """Seconds between looks at what all models do."""
 POLL = 0.1
 """Seconds between looks whether there is room, while somebody waits for it."""
-LONG = 3.0
-"""Evaluations of a worker, waiting and under way, that make its queue a long one."""
-LONG_FOR = 5
-"""Looks in a row at which a queue was long: then the model gets a replica, if there is room."""
-PAUSE = 60
-"""Looks until the next try after a replica could not be loaded."""
 REFUSED = 10.0
 """Seconds that status shows a model without sessions that had no room."""
 MAX_VARIANTS = 8
@@ -46,36 +40,6 @@ NO_ROOM = (
 )
 REPLICA_IDLE = 60.0
 """Seconds that a replica stays without work; less where `keep_alive` says so."""
-
-
-@dataclass(frozen=True)
-class WorkerKey:
-    """What makes a worker one's own: two sessions with different keys never share one."""
-
-    name: str
-    """The catalogue's."""
-    dtype: str
-    """What it computes in."""
-    options: str = ""
-    """What else changes its numbers, as canonical JSON."""
-
-
-@dataclass
-class _Model:
-    """All workers of one key."""
-
-    spec: ModelSpec
-    keep_alive: KeepAlive | None
-    kept: bool
-    """It was loaded at the start."""
-    first: Supervisor
-    replicas: list[Supervisor] = field(default_factory=list)
-    hot_for: int = 0
-    """Looks in a row at which one of its workers had a long queue."""
-
-    @property
-    def workers(self) -> list[Supervisor]:
-        return [self.first, *self.replicas]
 
 
 class Fleet:
@@ -88,7 +52,7 @@ class Fleet:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._devices = Rooms(config)
-        self._models: dict[WorkerKey, _Model] = {}
+        self._models: dict[WorkerKey, WarmModel] = {}
         self._retired: dict[Supervisor, KeepAlive | None] = {}
         """What ends with its last session, as the catalogue has something else under its name, or as it was a replica;
         and how long its model was to stay."""
@@ -160,13 +124,12 @@ class Fleet:
         if model is None and key.options:
             self._make_way(key)
         if model is None:
-            model = self._models[key] = _Model(spec, entry.keep_alive, keep, self._supervisor(spec))
+            model = self._models[key] = WarmModel(spec, entry.keep_alive, keep, self._supervisor(spec))
         elif model.first.worth_replacing:
             self._evaluations += model.first.evaluations
             model.first = self._supervisor(spec)
         model.keep_alive = entry.keep_alive
-        ready = [worker for worker in model.workers if worker.state is State.READY]
-        worker = min(ready, key=lambda worker: (round(worker.pace.queue), len(worker.clients)), default=model.first)
+        worker = model.choose()
         worker.load()
         return worker
 
@@ -175,7 +138,7 @@ class Fleet:
         variants = {k: model for k, model in self._models.items() if k.name == key.name and k.options}
         if len(variants) < MAX_VARIANTS:
             return
-        unused = [k for k, model in variants.items() if not any(w.clients or w.busy for w in model.workers)]
+        unused = [k for k, model in variants.items() if not model.in_use]
         if not unused:
             raise LimitError(
                 f"model {key.name!r} is in use with {MAX_VARIANTS} different settings already, each with a worker.",
@@ -259,13 +222,9 @@ class Fleet:
             worker.retire()
             self._retired[worker] = keep_alive
 
-    def _drop(self, model: _Model, replicas: list[Supervisor]) -> None:
+    def _drop(self, model: WarmModel, replicas: list[Supervisor]) -> None:
         """Have the sessions of some of a model's replicas go back to its first worker, and the replicas end."""
-        model.replicas = [replica for replica in model.replicas if replica not in replicas]
-        for replica in replicas:
-            for client in list(replica.clients):
-                client.move(model.first)
-            replica.hand_over(model.first, len(replica.clients))
+        model.drop(replicas)
         self._retire(replicas, model.keep_alive)
 
     # --- what supervisors need
@@ -330,7 +289,7 @@ class Fleet:
             NO_ROOM,
         )
 
-    def _owner(self, worker: Supervisor) -> _Model | None:
+    def _owner(self, worker: Supervisor) -> WarmModel | None:
         return next((model for model in self._models.values() if worker in model.workers), None)
 
     def _rooms(self) -> list[Room]:
@@ -386,7 +345,7 @@ class Fleet:
         if worker.state is State.READY and worker.idle_seconds > self.keep_alive(worker):
             self._unload(worker, f"nobody has used it for {worker.idle_seconds:.0f} s")
 
-    def _thin_out(self, model: _Model) -> None:
+    def _thin_out(self, model: WarmModel) -> None:
         """Have replicas go that nobody has used for long enough."""
         idle = [replica for replica in model.replicas if replica.idle_seconds > self.keep_alive(replica)]
         if idle:
@@ -424,30 +383,13 @@ class Fleet:
             )
         )
 
-    def _spread(self, model: _Model) -> None:
+    def _spread(self, model: WarmModel) -> None:
         """Share the work of a hot model out to the workers it has, or have one more."""
-        broken = [worker for worker in model.replicas if worker.state is State.FAILED]
-        gone = [worker for worker in model.replicas if not worker.wanted]
-        self._drop(model, broken + gone)
-        if broken:
-            model.hot_for = -PAUSE
-        elif model.hot_for < 0 or max(worker.pace.queue for worker in model.workers) >= LONG:
-            model.hot_for += 1
-        else:
-            model.hot_for = 0
-        if model.hot_for <= 0:
-            return
-        ready = [worker for worker in model.workers if worker.state is State.READY]
-        moved = placement.shift([round(worker.pace.queue) for worker in ready]) if len(ready) > 1 else None
-        if moved is not None:
-            source, target, count = moved
-            ready[source].hand_over(ready[target], count)
-            ready[source].pace.queue -= count
-            ready[target].pace.queue += count
-        elif model.hot_for >= LONG_FOR and len(ready) == len(model.workers):
+        self._drop(model, model.lost)
+        if model.share_out():
             self._replicate(model)
 
-    def _replicate(self, model: _Model) -> None:
+    def _replicate(self, model: WarmModel) -> None:
         taken = {worker.device for worker in model.workers}
         rooms = [room for room in self._rooms() if self.devices[room.number] not in taken]
         if placement.place_replica(self._devices.need(model.first, rooms), rooms) is None:

@@ -14,13 +14,13 @@ import numpy as np
 from rootstock_client import engine_side, ipi
 from rootstock_client.errors import DrainingError, InvalidStructureError, LimitError, RootstockError, error_from_code
 from rootstockd.accounts import Account, Accounts
-from rootstockd.fleet import WorkerKey
 from rootstockd.init_request import InitRequest, is_announced, parse_init
 from rootstockd.log_rate import LogRate
 from rootstockd.peers import Peer, user_name
 from rootstockd.roles import Client, State
 from rootstockd.scheduler import Evaluation
 from rootstockd.supervisor import Supervisor
+from rootstockd.warm_model import WorkerKey
 from rootstockd.worker.slots import Slot
 
 log = logging.getLogger(__name__)
