@@ -20,7 +20,7 @@ class Loading(BaseModel):
     state: str
     """waiting or loading."""
     stage: str
-    """starting, imports, weights or checks; empty while it waits."""
+    """starting, imports, weights or checks, or that and why it is to be started again; empty while it waits."""
     elapsed: float
     """Seconds since it began to load, or to wait."""
     expected: float | None
