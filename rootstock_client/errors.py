@@ -146,7 +146,7 @@ class DaemonFullError(LimitError):
 
 
 class UserLimitError(LimitError):
-    """One user has all the sessions that one user may have; the daemon may have room for others."""
+    """One user has all the sessions or models that one user may have; the daemon may have room for others."""
 
     code = "user-limit"
 

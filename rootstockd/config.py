@@ -84,6 +84,9 @@ class Quota(BaseModel):
     """Evaluations that wait or run at once; None for one in each session."""
     atoms: int = Field(default=20_000_000, ge=0)
     """Atoms in all sessions together; each takes about 80 bytes."""
+    models: int = Field(default=8, ge=0)
+    """Different models that sessions have, or that are being loaded for them; another dtype, or another dispersion,
+    is another model."""
     share: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """How much of a model's time the user gets where several want it, relative to others."""
 
@@ -96,6 +99,7 @@ class OwnQuota(BaseModel):
     sessions: int | None = Field(default=None, ge=0)
     queued: int | None = Field(default=None, ge=0)
     atoms: int | None = Field(default=None, ge=0)
+    models: int | None = Field(default=None, ge=0)
     share: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
 

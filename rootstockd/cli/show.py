@@ -97,7 +97,7 @@ def show_models(models: list[ModelStatus]) -> None:
                     [_dtype(model) for model in models],
                     rank=3 if names == [model.name for model in models] else 0,
                 ),
-                Column("state", [f"[{_STATE_COLOUR[model.state]}]{model.state}[/]" for model in models]),
+                Column("state", [_state(model) for model in models]),
                 Column("device", [model.device or "-" for model in models], rank=0 if alike else 2),
                 Column("sessions", [count(model.sessions) for model in models], right=True),
                 Column("queue", [count(model.waiting) for model in models], right=True, rank=1),
@@ -144,6 +144,10 @@ def _told_apart(models: list[ModelStatus]) -> list[str]:
 
 def _dtype(model: ModelStatus) -> str:
     return f"{model.dtype} +D3" if model.dispersion else model.dtype
+
+
+def _state(model: ModelStatus) -> str:
+    return f"[{_STATE_COLOUR[model.state]}]{model.state}[/]{', retired' * model.retired}"
 
 
 def _batch(model: ModelStatus) -> str:

@@ -205,6 +205,7 @@ def model_status(model: Supervisor, fleet: Fleet) -> ModelStatus:
         error=str(why) if why else None,
         loading=loading_status(model, fleet),
         backend=model.info.backend if model.info else None,
+        retired=model.retired,
         environment=model.environment.description if model.environment else None,
         note=(model.info.note or None) if model.info else None,
         unconfined=model.unconfined,

@@ -20,7 +20,7 @@ class Loading(BaseModel):
     state: str
     """waiting or loading."""
     stage: str
-    """starting, imports, weights or checks; empty while it waits."""
+    """starting, imports, weights or checks, or that and why it is to be started again; empty while it waits."""
     elapsed: float
     """Seconds since it began to load, or to wait."""
     expected: float | None
@@ -58,6 +58,9 @@ class ModelStatus(BaseModel):
     loading: Loading | None
     backend: str | None
     """What computes, with versions."""
+    retired: bool = False
+    """Sessions have it still, and no other gets it: the catalogue has another model of this name now, or it was a
+    replica."""
     environment: str | None = None
     """Where its worker runs: an environment with when it was built, or beside the daemon. None while none is found."""
     note: str | None

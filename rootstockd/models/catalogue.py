@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, f
 from rootstock_client.errors import UnknownModelError, UnsupportedError
 from rootstockd.config import KeepAlive
 from rootstockd.state_dir import StateError, check_trusted, site_folder, state_dirs
+from rootstockd.worker.engines import EngineError, choose_head
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -120,6 +121,18 @@ class Entry(BaseModel):
             raise UnsupportedError(
                 f"model {name!r} computes in {self.dtype} and in nothing else.", "Leave dtype out, or name that one."
             )
+
+    def check_head(self, name: str, head: str | None) -> None:
+        """Whether a session may ask for this head, where it is known which there are.
+
+        Raises:
+            UnsupportedError: there is no such head, or none was chosen of several.
+        """
+        if self.heads:
+            try:
+                choose_head(name, self.heads, head)
+            except EngineError as error:
+                raise UnsupportedError(f"{error.message}.", error.hint) from error
 
 
 class Catalogue(Mapping[str, Entry]):
