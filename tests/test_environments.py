@@ -29,7 +29,7 @@ from ase.calculators.emt import EMT
 from conftest import RunningDaemon, rootstockd, wait_for
 from rootstock_client.errors import EvaluationError, ModelLoadError
 from rootstockd.environments.building import torch_backend, torch_flavour
-from rootstockd.environments.builds import Build, find_build, problems_of
+from rootstockd.environments.builds import Build, find_build, problems_of, site_packages
 from rootstockd.environments.finding import find_environment
 from rootstockd.environments.pythons import readable_by_all
 from rootstockd.environments.specification import SpecificationError, find_specification, read_specification
@@ -82,11 +82,12 @@ def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def make_wheel(folder: Path, name: str, version: str) -> Path:
+def make_wheel(folder: Path, name: str, version: str, more: dict[str, str] | None = None) -> Path:
     info = f"{name}-{version}.dist-info"
     path = folder / f"{name}-{version}-py3-none-any.whl"
     files = {
         f"{name}/__init__.py": f"__version__ = {version!r}\n",
+        **(more or {}),
         f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
         f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }
@@ -228,6 +229,79 @@ def test_a_worker_has_its_environment_and_nothing_of_the_daemons(probed: Running
     )
 
 
+# What a package may bring to be run when Python starts. It tries what a worker may not, and says whether it could.
+AT_START = """
+import socket, sys
+
+def could(attempt):
+    try:
+        attempt()
+    except OSError:
+        return False
+    return True
+
+def connect():
+    socket.socket().close()
+
+def write():
+    with open({victim!r}, "a") as file:
+        file.write("{name} ran\\n")
+
+print("{name} ran:", "it could write" if could(write) else "it could not write",
+      "and connect" if could(connect) else "nor connect", file=sys.stderr, flush=True)
+"""
+
+
+def runs_at_start(victim: Path) -> dict[str, str]:
+    """Files for site-packages: code behind a `.pth` file and a `sitecustomize`."""
+    scripts = {name: AT_START.format(victim=str(victim), name=name) for name in ("of_a_pth", "sitecustomize")}
+    return {"start.pth": "import of_a_pth\n", **{f"{name}.py": text for name, text in scripts.items()}}
+
+
+def copy_of(build: Build, state: Path, name: str) -> Path:
+    """A build in another state directory, where it finds all that it needs."""
+    folder = state / f"environments/{name}/builds/1"
+    shutil.copytree(build.path, folder, symlinks=True)
+    (folder.parent.parent / "current").symlink_to("builds/1")
+    return folder
+
+
+def test_packages_run_nothing_before_a_worker_is_confined(
+    tiny: Path, tmp_path: Path, start_daemon: Callable[..., RunningDaemon], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, victim = copy_of(found("tiny"), tmp_path, "tiny"), tmp_path / "victim"
+    for name, text in runs_at_start(victim).items():
+        (site_packages(folder) / name).write_text(text)
+    monkeypatch.setenv("ROOTSTOCKD_STATE", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    more = probe_catalogue(tmp_path)
+    free = more.read_text().replace("[probe]", "[free]\nconfine = false")
+    more.write_text(more.read_text() + free)
+    running = start_daemon("--catalogue", str(more), "--model", "probe")
+    assert energy_of(running) == pytest.approx(expected_energy(), abs=1e-9)
+    log = running.log.read_text()
+    assert "of_a_pth ran: it could not write nor connect" in log and "it could write" not in log
+    assert not victim.exists()
+    # as it could without confinement
+    assert energy_of(running, "free") == pytest.approx(expected_energy(), abs=1e-9)
+    assert "of_a_pth ran: it could write and connect" in running.log.read_text() and victim.exists()
+
+
+def test_packages_run_nothing_unconfined_while_an_environment_is_built(
+    state: Path, tmp_path: Path, wheels: Path
+) -> None:
+    victim = tmp_path / "victim"
+    files = {**runs_at_start(victim), "fellow/imported.py": AT_START.format(victim=str(victim), name="an import")}
+    make_wheel(wheels / "fellow", "fellow", "1.0", files)
+    spec = specify(tmp_path / "own.toml", "numpy<2", "fellow", more='imports = ["fellow.imported"]')
+    env("create", "own", "--spec", spec)
+    assert site_packages(found("own").path).joinpath("of_a_pth.py").exists()
+    env("export", "own", tmp_path / "own.tar", UV_CACHE_DIR=str(tmp_path / "another-cache"))
+    assert not victim.exists()
+    subprocess.run([found("own").python, "-c", "import fellow.imported"], check=True, capture_output=True)
+    assert {"of_a_pth ran", "an import ran"} <= set(victim.read_text().splitlines())  # where nothing forbids it
+
+
 def test_without_an_environment_a_family_beside_the_daemon_is_used(daemon: RunningDaemon, state: Path) -> None:
     assert daemon.model("emt")["environment"].startswith("beside the daemon, Python 3.")
     assert not find_environment("mace", "mace").built
@@ -288,11 +362,7 @@ def test_verify_compares_what_a_worker_computes(tiny: Path) -> None:
 def test_verify_refuses_an_environment_with_other_numbers(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build = find_build("tiny")
-    assert build is not None
-    folder = tmp_path / "environments/tiny/builds/1"
-    shutil.copytree(build.path, folder, symlinks=True)  # which finds what it needs where it has moved to
-    (folder.parent.parent / "current").symlink_to("builds/1")
+    folder = copy_of(found("tiny"), tmp_path, "tiny")
     manifest = (folder / "manifest.json").read_text()
     (folder / "manifest.json").write_text(manifest.replace("0.097283", "0.098283"))
     monkeypatch.setenv("ROOTSTOCKD_STATE", str(tmp_path))

@@ -103,13 +103,14 @@ def _gather(source: Build, wheels: Path, say: Say) -> str:
     lock = source.lock.read_text()
     # uv knows where each file lies and which fit this Python; it is asked for what is locked, no more
     plan = wheels.parent / "pylock.toml"
+    python = source.python.resolve()  # not the environment's, which runs what packages have for its start
     run_uv(
         [
             *("pip", "compile", "--quiet", "--no-deps", "--format", "pylock.toml"),
             "--output-file",
             plan,
             "--python",
-            source.python,
+            python,
             *torch_backend(source.manifest.torch),
             source.lock,
         ],
@@ -125,7 +126,7 @@ def _gather(source: Build, wheels: Path, say: Say) -> str:
             target = wheels / _file_name(place)
             _fetch(place, wheels.parent, target, set(_HASH.findall(block)))
             if target.suffix != ".whl":
-                made = _make_wheel(source, target, wheels)
+                made = _make_wheel(python, target, wheels)
                 with made.open("rb") as content:
                     digest = _digest(content)
                 lock = lock.replace(block, block.replace("\\\n", f"\\\n    --hash=sha256:{digest} \\\n", 1))
@@ -167,11 +168,11 @@ def _fetch(place: dict[str, Any], base: Path, target: Path, allowed: set[str]) -
     partial.rename(target)
 
 
-def _make_wheel(source: Build, archive: Path, wheels: Path) -> Path:
+def _make_wheel(python: Path, archive: Path, wheels: Path) -> Path:
     """Build what comes as source alone, where there is a network to build it with."""
     before = set(wheels.iterdir())
     run_uv(
-        ["build", "--quiet", "--wheel", "--python", source.python, "--out-dir", wheels, archive],
+        ["build", "--quiet", "--wheel", "--python", python, "--out-dir", wheels, archive],
         f"making a wheel of {archive.name}",
         wheels.parent,
     )

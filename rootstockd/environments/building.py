@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -22,12 +23,16 @@ from rootstockd.environments.builds import (
     building,
     installed_versions,
     new_build,
+    site_packages,
     take_into_use,
 )
+from rootstockd.environments.finding import Environment
 from rootstockd.environments.pythons import find_python
 from rootstockd.environments.running_uv import run_uv
 from rootstockd.environments.specification import Specification
 from rootstockd.state_dir import own_state
+from rootstockd.worker_folders import WorkerFolders
+from rootstockd.worker_process import worker_command
 
 Say = Callable[[str], None]
 IMPORT_TIMEOUT = 600
@@ -109,7 +114,7 @@ def _build(plan: Plan, path: Path, say: Say) -> Build:
     say(f"{what}: installing {count} packages into {path}")
     run_uv(
         [
-            *("pip", "sync", "--require-hashes", "--compile-bytecode", "--python", path / "bin/python"),
+            *("pip", "sync", "--require-hashes", "--python", path / "bin/python"),
             *sources,
             *torch_backend(flavour),
             lock,
@@ -117,6 +122,8 @@ def _build(plan: Plan, path: Path, say: Say) -> Build:
         f"{what}: installing",
         path,
     )
+    say(f"{what}: compiling byte code")
+    compile_bytecode(path)
     say(f"{what}: importing {', '.join(plan.specification.imports) or 'numpy'}")
     check_imports(what, path, ("numpy", *plan.specification.imports))
     let_all_read(path)
@@ -183,29 +190,49 @@ def _flavour_in_words(plan: Plan) -> str:
     return ", torch from the package index" if plan.torch == "index" else f", torch for {plan.torch}"
 
 
+def compile_bytecode(path: Path) -> None:
+    """Write byte code: confined workers can't. Not by uv, whose Pythons run what packages have for their start.
+
+    Files that are no Python of this version, such as templates, are left alone.
+    """
+    python, packages = str(path / "bin/python"), str(site_packages(path))
+    command = [python, "-I", "-S", "-m", "compileall", "-qq", "-j", "0", packages]
+    subprocess.run(command, cwd="/", stdout=subprocess.DEVNULL, umask=0o022, check=False)
+
+
 def check_imports(what: str, path: Path, modules: tuple[str, ...]) -> None:
-    """Whether it is of use.
+    """Whether it is of use: its packages are imported, confined as in a worker.
 
     Raises:
         EnvironmentBuildError: a module can't be imported.
     """
-    code = f"import {', '.join(dict.fromkeys(modules))}"
+    modules = tuple(dict.fromkeys(modules))
     try:
-        done = subprocess.run(
-            [path / "bin/python", "-E", "-s", "-B", "-W", "ignore", "-c", code],
-            cwd="/",
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=IMPORT_TIMEOUT,
-        )
+        folders = WorkerFolders(None)
+        try:
+            done = subprocess.run(
+                [
+                    *worker_command(Environment("", path / "bin/python", True, "")),  # noqa: FBT003
+                    *("import", json.dumps(modules), folders.confinement(gpu=False)),
+                ],
+                cwd="/",
+                env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": "", **folders.environment},
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                check=False,
+                timeout=IMPORT_TIMEOUT,
+            )
+        finally:
+            folders.remove()
     except (OSError, subprocess.TimeoutExpired) as error:
         raise EnvironmentBuildError(f"{what}: its Python can't be used: {error}.") from error
     if done.returncode:
         said = done.stderr.strip().rpartition("\n")[2] or f"exit status {done.returncode}"
         raise EnvironmentBuildError(
-            f"{what}: `{code}` fails in it: {said}. Its specification must require what provides this."
+            f"{what}: `import {', '.join(modules)}` fails in it: {said}. Its specification must require what provides "
+            "this. (Imports are tried as in a worker: without a network, and with nothing to write to but TMPDIR.)"
         )
 
 
