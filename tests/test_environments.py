@@ -359,7 +359,7 @@ def test_verify_compares_what_a_worker_computes(tiny: Path) -> None:
     assert "emt (EMT (ase " in words and "the energy differs by" in words
 
 
-def test_verify_refuses_an_environment_with_other_numbers(
+def test_verify_refuses_an_environment_with_other_numbers_and_one_that_fails(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = copy_of(found("tiny"), tmp_path, "tiny")
@@ -367,6 +367,11 @@ def test_verify_refuses_an_environment_with_other_numbers(
     (folder / "manifest.json").write_text(manifest.replace("0.097283", "0.098283"))
     monkeypatch.setenv("ROOTSTOCKD_STATE", str(tmp_path))
     assert "computes other numbers than it should" in " ".join(env("verify", "tiny", fails=True).split())
+    emt = site_packages(folder) / "ase/calculators/emt.py"
+    emt.write_text("print('the last words', flush=True)\nimport os\nos._exit(3)\n")
+    words = " ".join(env("verify", "tiny", fails=True).split())
+    assert "environment 'tiny' can't be verified: model 'emt' can't be used: its worker ended: exit status 3" in words
+    assert "the last words" in words
 
 
 # --- building
