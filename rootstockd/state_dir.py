@@ -58,8 +58,8 @@ def check_trusted(path: Path) -> None:
     """Whether nobody else could have written a file, or into a folder: what is in it becomes code.
 
     Its owner must be oneself or root; in the state directory that the environment variable names it may be that
-    directory's owner, too, whom the user chose by naming it. Nobody but the owner may write to it. A private group, which
-    is the owner's alone, may as well: many systems give each user one, and a umask of 002. Debian's sshd takes it so.
+    directory's owner, too, whom the user chose by naming it. Nobody but the owner may write to it. The owner's private
+    group may, which has no other members: many systems give each user one, and a umask of 002. Debian's sshd does so.
 
     Raises:
         StateError: it is not so; what mends it.

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -28,11 +29,17 @@ from ase.calculators.emt import EMT
 
 from conftest import RunningDaemon, rootstockd, wait_for
 from rootstock_client.errors import EvaluationError, ModelLoadError
+from rootstockd.environments.archive import Description, unpacked
 from rootstockd.environments.building import torch_backend, torch_flavour
-from rootstockd.environments.builds import Build, find_build, problems_of, site_packages
+from rootstockd.environments.builds import Build, EnvironmentBuildError, find_build, problems_of, site_packages
 from rootstockd.environments.finding import find_environment
 from rootstockd.environments.pythons import readable_by_all
-from rootstockd.environments.specification import SpecificationError, find_specification, read_specification
+from rootstockd.environments.specification import (
+    Specification,
+    SpecificationError,
+    find_specification,
+    read_specification,
+)
 
 NOWHERE = "http://127.0.0.1:9"
 """A proxy that is not there."""
@@ -701,23 +708,6 @@ def test_export_and_import_without_a_network(state: Path, tmp_path: Path, monkey
     alone = {"UV_CACHE_DIR": str(tmp_path / "no-cache"), "HTTPS_PROXY": NOWHERE, "UV_FIND_LINKS": ""}
     assert "not the file you mean" in env("import", file, "--sha256", "0" * 64, fails=True, **alone)
     (wheel,) = (name for name in files if name.startswith("wheels/numpy"))
-    lock = files["lock.txt"]
-    for changed in (
-        {**files, wheel: files[wheel][:-1] + b"?"},
-        {**files, "lock.txt": lock.replace(b"numpy", b"numpi")},
-        {**files, "../../evil.whl": b""},
-        {**files, "wheels/../../evil-1-py3-none-any.whl": b""},
-        {name: content for name, content in files.items() if name != "lock.txt"},
-        {**files, "environment.json": b"[]"},
-        {**files, "environment.json": files["environment.json"].replace(b'"format": 1', b'"format": 2')},
-    ):
-        words = env("import", pack(tmp_path / "bad.tar", changed), fails=True, **alone)
-        assert "no archive to build from" in words, words
-    with tarfile.open(tmp_path / "bad.tar", "w") as tar:
-        link = tarfile.TarInfo("lock.txt")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        tar.addfile(link)
-    assert "does not belong there" in env("import", tmp_path / "bad.tar", fails=True, **alone)
     # a wheel too few is found while building
     words = env(
         "import", pack(tmp_path / "bad.tar", {n: c for n, c in files.items() if n != wheel}), fails=True, **alone
@@ -731,3 +721,103 @@ def test_export_and_import_without_a_network(state: Path, tmp_path: Path, monkey
     build = find_build("own")
     assert build is not None and build.path.is_relative_to(elsewhere)
     assert build.manifest.versions["python-hostlist"] == "2.3.0" and problems_of(build) == []
+
+
+@pytest.fixture(scope="module")
+def archive_of_one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of an archive that is as it should be."""
+    wheel = make_wheel(tmp_path_factory.mktemp("one"), "numpy", "1.0")
+    content = wheel.read_bytes()
+    lock = f"numpy==1.0 --hash=sha256:{hashlib.sha256(content).hexdigest()}\n"
+    description = Description(
+        name="own",
+        specification=Specification(requirements=("numpy",)),
+        python="3.11.1",
+        platform="linux-x86_64",
+        torch="index",
+        lock_sha256=hashlib.sha256(lock.encode()).hexdigest(),
+        rootstockd="0",
+    )
+    text = description.model_dump_json().encode()
+    return {"environment.json": text, "lock.txt": lock.encode(), f"wheels/{wheel.name}": content}
+
+
+def refused(archive: Path) -> str:
+    """What is said of an archive that is none."""
+    with pytest.raises(EnvironmentBuildError, match="Nothing was done") as caught, unpacked(archive, ""):
+        pass
+    return str(caught.value)
+
+
+def test_an_archive_that_was_tampered_with(archive_of_one: dict[str, bytes], tmp_path: Path) -> None:
+    files, file = archive_of_one, tmp_path / "bad.tar"
+    with unpacked(pack(file, files), "") as (description, _, folder):
+        assert description.name == "own" and len(list(folder.iterdir())) == 1
+    *_, wheel = files
+    for changed, words in (
+        ({wheel: files[wheel].replace(b"1.0", b"6.6", 1)}, "is not what the lock says"),
+        ({wheel: b"PK"}, f"its {wheel} can't be read"),
+        ({"lock.txt": files["lock.txt"].replace(b"numpy", b"numpi")}, "its lock was changed"),
+        ({"lock.txt": b"\xff"}, "its lock.txt can't be read"),
+        ({"../../evil.whl": b""}, "'../../evil.whl', which does not belong there"),
+        ({"wheels/../../evil-1-py3-none-any.whl": b""}, "does not belong there"),
+        ({"environment.json": b"[]"}, "what it says of itself can't be read"),
+        ({"environment.json": b"[" * 100_000}, "what it says of itself can't be read"),
+        ({"environment.json": b'{"format": "two"}'}, "what it says of itself can't be read"),
+        ({"environment.json": files["environment.json"].replace(b'"format":1', b'"format":2')}, "which is newer"),
+        ({"environment.json": b" " * (2**24 + 1)}, "its environment.json is far too large"),
+    ):
+        assert words in refused(pack(file, {**files, **changed}))
+    assert "it is not whole" in refused(pack(file, {name: files[name] for name in files if name != "lock.txt"}))
+    link = tarfile.TarInfo("lock.txt")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    with tarfile.open(file, "w") as tar:
+        tar.addfile(link)
+    assert "does not belong there" in refused(file)
+
+
+def test_an_archive_that_would_fill_the_disk(archive_of_one: dict[str, bytes], tmp_path: Path) -> None:
+    *_, wheel = archive_of_one
+    file = tmp_path / "large.tar"
+    # a hole: 8 TiB in a few bytes, in both forms that tar has for that
+    for headers in (
+        {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": str(2**43)},
+        {"GNU.sparse.map": "0,0", "GNU.sparse.size": str(2**43)},
+    ):
+        sparse = tarfile.TarInfo(wheel)
+        sparse.pax_headers, sparse.size = headers, 512
+        with tarfile.open(file, "w", format=tarfile.PAX_FORMAT) as tar:
+            tar.addfile(sparse, io.BytesIO(b"1\n0\n0\n".ljust(512, b"\0")))
+        assert "does not belong there" in refused(file)
+    cut_off = tarfile.TarInfo("lock.txt")
+    cut_off.size = 2**43
+    file.write_bytes(cut_off.tobuf(tarfile.GNU_FORMAT) + b"\0" * 2048)
+    assert "its lock.txt is cut off" in refused(file)
+    # a wheel that says it becomes a terabyte
+    bomb = io.BytesIO()
+    with zipfile.ZipFile(bomb, "w") as packed:
+        packed.writestr("zeros", "")
+        packed.filelist[0].file_size = 2**40
+    assert "takes 1100 GB, and 69 GB is the most" in refused(pack(file, {**archive_of_one, wheel: bomb.getvalue()}))
+
+
+def test_archives_that_are_damaged_by_chance(archive_of_one: dict[str, bytes], tmp_path: Path) -> None:
+    """Whatever bytes there are: it is as it should be, or refused in words."""
+    file = pack(tmp_path / "damaged.tar", archive_of_one)
+    whole, chance = file.read_bytes(), random.Random(1)
+    outcomes = set()
+    for number in range(600):
+        damaged = bytearray(whole)
+        if number % 3 == 0:
+            del damaged[chance.randrange(len(whole)) :]
+        else:
+            # mostly in headers and in the texts at the beginning
+            for _ in range(chance.choice((1, 1, 3, 30))):
+                damaged[chance.randrange(chance.choice((512, 3072, len(whole))))] = chance.randrange(256)
+        file.write_bytes(damaged)
+        try:
+            with unpacked(file, ""):
+                outcomes.add("whole")
+        except EnvironmentBuildError as error:
+            outcomes.add(re.sub(r"[^a-z ].*", "", str(error)))
+    assert len(outcomes) > 1 and "whole" in outcomes
