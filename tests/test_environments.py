@@ -30,7 +30,7 @@ from ase.calculators.emt import EMT
 from conftest import RunningDaemon, rootstockd, wait_for
 from rootstock_client.errors import EvaluationError, ModelLoadError
 from rootstockd.environments.archive import Description, unpacked
-from rootstockd.environments.building import torch_backend, torch_flavour
+from rootstockd.environments.building import torch_backend, torch_flavour, without_torchs_builds
 from rootstockd.environments.builds import Build, EnvironmentBuildError, find_build, problems_of, site_packages
 from rootstockd.environments.finding import find_environment
 from rootstockd.environments.pythons import readable_by_all
@@ -390,9 +390,20 @@ def test_the_lock_gives_the_same_versions_until_they_are_updated(state: Path, tm
     lock = found("own").lock.read_text()
     assert "--hash=sha256:" in lock and "numpy==1.0" in lock
     specify(spec, "numpy<2")
-    assert "is there" in env("create", "own")
+    assert "is there, built" in env("create", "own")
     env("update", "own", "--locked")
-    assert found("own").manifest.versions == {"numpy": "1.0"} and found("own").lock.read_text() == lock
+    first = found("own")
+    assert first.manifest.versions == {"numpy": "1.0"} and first.lock.read_text() == lock
+    # what is asked for is not what is there: no more changes than must
+    specify(spec, "numpy<2", "fellow")
+    words = env("create", "own", "--spec", spec)
+    assert "own: other requirements: fellow, numpy<2 and no longer numpy==1.0" in words and "versions stay" in words
+    second = found("own")
+    assert second != first and second.manifest.versions == {"fellow": "1.0", "numpy": "1.0"}
+    python = ".".join(second.manifest.python.split(".")[:2])
+    words = env("create", "own", "--spec", spec, "--python", python, "--torch", "cpu")  # there is no torch in it
+    assert "own is there, as it is asked for, built" in words and found("own") == second
+    specify(spec, "numpy<2")
     env("update", "own")
     assert found("own").manifest.versions == {"numpy": "1.1"}
     shown = env("show", "own")
@@ -475,6 +486,7 @@ def test_a_killed_build_leaves_what_was_there_and_the_next_cleans_up(state: Path
     spec = specify(tmp_path / "own.toml", "numpy<2")
     env("create", "own", "--spec", spec)
     before = found("own")
+    specify(spec, "numpy<2", "fellow")
     with building_slowly(state, spec) as process:
         (uv_process,) = [child for child in psutil.Process(process.pid).children() if child.name() == "uv"]
         assert "is being built already, by process" in fails_to_build("own", "--spec", spec)
@@ -575,6 +587,9 @@ def test_torch_comes_as_the_driver_wants_it(state: Path, tmp_path: Path) -> None
     assert "download.pytorch.org" not in words
     assert "there are auto" in fails_to_build("own", "--spec", spec, "--torch", "gpu")
     assert torch_backend("auto") == ["--torch-backend=auto"] and torch_backend("index") == []
+    assert without_torchs_builds("a==1 \\\n    --hash=x\ntorch==2.13.0+cpu \\\n    --hash=y\n    # via b\nz==2\n") == (
+        "a==1 \\\n    --hash=x\nz==2\n"
+    )
     assert torch_flavour("auto", "torch==2.13.0+cu128 \\\n") == "cu128"
     assert torch_flavour("auto", "torch==2.13.0 \\\n") == "index"
     assert torch_flavour("cpu", "torch==2.13.0+cpu \\\n") == "cpu"

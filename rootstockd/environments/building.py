@@ -53,6 +53,8 @@ class Plan:
     """Which of PyTorch's builds, as in a specification."""
     lock: str = ""
     """Build exactly this; without one, the requirements are resolved."""
+    preferred: str = ""
+    """A lock whose versions are kept where the requirements allow."""
     offline: bool = False
     wheels: Path | None = None
     """Take packages from this folder and from nowhere else."""
@@ -108,6 +110,8 @@ def _build(plan: Plan, path: Path, say: Say) -> Build:
         flavour = plan.torch
     else:
         say(f"{what}: choosing versions{_flavour_in_words(plan)}")
+        if plan.preferred:
+            lock.write_text(plan.preferred)  # uv keeps to what it finds in the file that it is to write
         resolve(plan, path, lock, sources)
         flavour = torch_flavour(plan.torch, lock.read_text())
     count = len(re.findall(r"^[\w.-]+\[?.*==", lock.read_text(), re.MULTILINE))
@@ -172,6 +176,11 @@ def _sources(plan: Plan) -> list[str]:
 def torch_backend(flavour: str) -> list[str]:
     """What tells uv which of PyTorch's builds to take. `auto` is uv's own: it asks the NVIDIA driver."""
     return [] if flavour == "index" else [f"--torch-backend={flavour}"]
+
+
+def without_torchs_builds(lock: str) -> str:
+    """A lock without the versions that are of one of PyTorch's builds, such as 2.13.0+cpu: another has others."""
+    return re.sub(r"^\S+==\S+\+.*\n(?:[ \t].*\n?)*", "", lock, flags=re.MULTILINE)
 
 
 def torch_flavour(asked: str, lock: str) -> str:
