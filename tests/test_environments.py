@@ -393,6 +393,8 @@ def test_the_lock_gives_the_same_versions_until_they_are_updated(state: Path, tm
     assert "is there, built" in env("create", "own")
     env("update", "own", "--locked")
     first = found("own")
+    (compiled,) = site_packages(first.path).glob("numpy/__pycache__/__init__.*.pyc")
+    assert compiled.stat().st_nlink == 2  # it was compiled once, for both builds
     assert first.manifest.versions == {"numpy": "1.0"} and first.lock.read_text() == lock
     # what is asked for is not what is there: no more changes than must
     specify(spec, "numpy<2", "fellow")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -30,7 +32,7 @@ from rootstockd.environments.finding import Environment
 from rootstockd.environments.pythons import find_python
 from rootstockd.environments.running_uv import run_uv
 from rootstockd.environments.specification import Specification
-from rootstockd.state_dir import own_state
+from rootstockd.state_dir import StateError, check_trusted, own_state
 from rootstockd.worker_folders import WorkerFolders
 from rootstockd.worker_process import worker_command
 
@@ -202,11 +204,33 @@ def _flavour_in_words(plan: Plan) -> str:
 def compile_bytecode(path: Path) -> None:
     """Write byte code: confined workers can't. Not by uv, whose Pythons run what packages have for their start.
 
-    Files that are no Python of this version, such as templates, are left alone.
+    Left out are packages' own tests, a quarter of all there is with torch. So are files that are no Python of this
+    version, such as templates.
     """
+    link_bytecode(path)
     python, packages = str(path / "bin/python"), str(site_packages(path))
-    command = [python, "-I", "-S", "-m", "compileall", "-qq", "-j", "0", packages]
+    tests = rf"^{re.escape(packages)}/.*/tests?/"
+    command = [python, "-I", "-S", "-m", "compileall", "-qq", "-j", "0", "-x", tests, packages]
     subprocess.run(command, cwd="/", stdout=subprocess.DEVNULL, umask=0o022, check=False)
+
+
+def link_bytecode(path: Path) -> None:
+    """Take byte code from the builds in use, where its source is the very same file: uv links them from its cache."""
+    packages = site_packages(path)
+    for current in sorted(path.parent.parent.parent.glob("*/current")):
+        with contextlib.suppress(OSError, StateError):
+            check_trusted(current.parent)
+            check_trusted(current)
+            others = site_packages(current.resolve())
+            if others.parent.name != packages.parent.name:  # another Python
+                continue
+            for theirs in others.rglob("__pycache__/*.pyc"):
+                ours = packages / theirs.relative_to(others)
+                with contextlib.suppress(OSError, ValueError):  # not all are named as Python names them
+                    source = Path(importlib.util.source_from_cache(theirs)).relative_to(others)
+                    if (packages / source).samefile(others / source):
+                        ours.parent.mkdir(mode=0o755, exist_ok=True)
+                        ours.hardlink_to(theirs)
 
 
 def check_imports(what: str, path: Path, modules: tuple[str, ...]) -> None:
