@@ -74,7 +74,7 @@ class OneWorker:
             slot.positions[0] = np.array(positions) / BOHR
             self._process.attach(1, slot, _LIKE_A_SESSIONS)
             self._process.evaluate([1])
-            await self._until(b"E")
+            await self._in_time(b"E")
             return float(slot.energies[0]) * HARTREE, slot.forces[0] * (HARTREE / BOHR)
         finally:
             slot.close()
@@ -85,7 +85,13 @@ class OneWorker:
         Raises:
             RootstockError: it can't be loaded.
         """
-        self.info = await self._until(b"R")
+        self.info = await self._in_time(b"R")
+
+    async def _in_time(self, kind: bytes) -> Any:
+        try:
+            return await asyncio.wait_for(self._until(kind), TIMEOUT)
+        except asyncio.TimeoutError as error:
+            raise self._broken(f"did not answer within {TIMEOUT:.0f} s") from error
 
     async def _until(self, kind: bytes) -> Any:
         """What it says with the next message of this kind.
@@ -94,10 +100,7 @@ class OneWorker:
             RootstockError: it says that something failed, or nothing sensible, or ends.
         """
         while True:
-            try:
-                told = await asyncio.wait_for(self._told.get(), TIMEOUT)
-            except asyncio.TimeoutError as error:
-                raise self._broken(f"did not answer within {TIMEOUT:.0f} s") from error
+            told = await self._told.get()
             if isinstance(told, End):
                 raise self._broken(f"ended: {told.how}")
             if told[0] == kind == b"E":

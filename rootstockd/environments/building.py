@@ -246,7 +246,8 @@ def check_imports(what: str, path: Path, modules: tuple[str, ...]) -> None:
             done = subprocess.run(
                 [
                     *worker_command(Environment("", path / "bin/python", True, "")),  # noqa: FBT003
-                    *("import", json.dumps(modules), folders.confinement(gpu=False)),
+                    # (what is for GPUs may ask the driver when it is imported)
+                    *("import", json.dumps(modules), folders.confinement(gpu=Path("/dev/nvidiactl").exists())),
                 ],
                 cwd="/",
                 env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": "", **folders.environment},
