@@ -173,7 +173,7 @@ class Catalogue(Mapping[str, Entry]):
         """
         files = [*builtin_files(), *_standing_files()]
         for path in extra:
-            _check_owner(path)
+            _check_owners(path)
             files.append(path)
         return cls((path, read_catalogue(path)) for path in files)
 
@@ -239,19 +239,19 @@ def _standing_files() -> list[Path]:
     try:
         found = [site, *(folder / FILE_NAME for folder in reversed(state_dirs())), user_file()]
         there = [path for path in found if os.path.exists(path)]  # False where one may not look
-        for path in there:
-            check_trusted(path.parent)
-            check_trusted(path)
     except (StateError, OSError) as error:
         raise CatalogueError(f"catalogue: {error}") from error
+    for path in there:
+        _check_owners(path.parent, path)
     return there
 
 
-def _check_owner(path: Path) -> None:
-    """A file that was named is its user's choice, whoever owns it; but what all may write is nobody's choice."""
+def _check_owners(*paths: Path) -> None:
     try:
-        if path.stat().st_mode & 0o002:
-            raise CatalogueError(f"catalogue {path}: all users may write to it, so it is not used: chmod o-w {path}")
+        for path in paths:
+            check_trusted(path)
+    except StateError as error:
+        raise CatalogueError(f"catalogue: {error}") from error
     except OSError as error:
         raise CatalogueError(f"catalogue {path}: {error.strerror}; name another with --catalogue.") from error
 
