@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, fi
 
 from rootstock_client.errors import InvalidInitError, InvalidStructureError
 from rootstock_client.units import BOHR
+from rootstockd.validation import describe
 
 PROTOCOL_VERSION = 1
 MAX_BATCH_SIZE = 1024
@@ -126,7 +127,7 @@ def parse_init(text: bytes, preset: InitRequest | None) -> InitRequest:
     try:
         request = InitRequest.model_validate_json(text)
     except ValidationError as error:
-        raise InvalidInitError(_describe(error.errors(include_url=False, include_input=False)[0])) from error
+        raise InvalidInitError(f"INIT can't be read: {describe(error)}.") from error
     if request.rootstock != PROTOCOL_VERSION:
         said = str(request.rootstock)[:20]
         raise InvalidInitError(
@@ -136,8 +137,3 @@ def parse_init(text: bytes, preset: InitRequest | None) -> InitRequest:
     if not request.numbers:
         raise InvalidStructureError("a structure of zero atoms.", "There is nothing to evaluate.")
     return request
-
-
-def _describe(problem: Any) -> str:
-    where = ".".join(map(str, problem["loc"]))[:100]
-    return f"INIT can't be read: {where + ': ' if where else ''}{problem['msg'][:300]}."

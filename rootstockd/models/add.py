@@ -20,6 +20,7 @@ from rootstockd.models.spec import spec_of
 from rootstockd.models.store import Record, Stored, StoreError
 from rootstockd.models.trial import try_out
 from rootstockd.state_dir import own_state
+from rootstockd.validation import describe
 
 
 def add(name: str, file: Path, fields: dict[str, Any], sha256: str, catalogue: Catalogue, say: Say) -> Entry:
@@ -77,8 +78,7 @@ def _entry(name: str, folder: Path, record: Record, fields: dict[str, Any]) -> E
         file = record.loaded
         return Entry.model_validate({**fields, "weights": folder / file.name, "sha256": file.sha256, "size": file.size})
     except ValidationError as error:
-        first = error.errors()[0]
-        raise StoreError(f"model {name!r}: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from error
+        raise StoreError(f"model {name!r}: {describe(error)}.") from error
 
 
 def _tried(name: str, entry: Entry, say: Say) -> Entry:

@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, f
 from rootstock_client.errors import UnknownModelError, UnsupportedError
 from rootstockd.config import KeepAlive
 from rootstockd.state_dir import StateError, check_trusted, site_folder, state_dirs
+from rootstockd.validation import describe
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -262,11 +263,7 @@ def read_catalogue(path: Path) -> dict[str, Entry]:
         try:
             entry = Entry.model_validate(fields)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "it"
-            raise CatalogueError(
-                f"catalogue {path}: model {name!r}: {where}: {first['msg'].removeprefix('Value error, ')}"
-            ) from error
+            raise CatalogueError(f"catalogue {path}: model {name!r}: {describe(error)}") from error
         if entry.weights is not None and not entry.weights.is_absolute():
             entry = entry.model_copy(update={"weights": path.parent / entry.weights})
         if entry.weights is not None and not entry.sha256:
