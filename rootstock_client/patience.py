@@ -42,8 +42,8 @@ def patience_in_seconds(patience: float | None) -> float:
 class Outage:
     """What is between a connection's loss and the next answer. One log line when it begins, and one when it is over.
 
-    Against patience only time spent waiting counts, not time in which a daemon was at work. What the job has lost is both,
-    such as a model that is loaded again.
+    Against patience only time spent waiting counts, not time in which a daemon was at work. What the job has lost is
+    both: a model may have to be loaded again.
 
     Args:
         path: the daemon's session socket.

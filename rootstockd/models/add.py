@@ -47,12 +47,9 @@ def add(name: str, file: Path, fields: dict[str, Any], sha256: str, catalogue: C
             + (f", or `rootstockd models remove {name}` first." if catalogue.origins[real] == own_file() else ".")
         )
     folder = store.own_folder()
-    with store.lock(folder / f"{name}.lock", lambda: say(f"{name} is being added already; waiting")):
+    with store.lock(folder, name, say):
         store.remove(folder, name)  # what an `add` that was killed has left
-        try:
-            original = store.copy_in(file, folder, folder / f"{name}.copy", file.suffix)
-        except OSError as error:
-            raise StoreError(f"{file} can't be copied to {folder}: {error.strerror}.") from error
+        original = store.copy_in(file, folder, folder / f"{name}.copy", file.suffix)
         record = Record(original=original, source=str(file.absolute()), pinned="the user", when=now())
         store.write_record(folder, name, record)
         try:
@@ -114,7 +111,7 @@ def remove_entry(name: str, folder: Path) -> bool:
 def _edited(folder: Path) -> Generator[tomlkit.TOMLDocument, None, None]:
     """The state directory's `models.toml`, to be changed; comments in it stay."""
     path, part = folder.parent / FILE_NAME, folder / f"{FILE_NAME}.part"
-    with store.lock(folder / f".{FILE_NAME}.lock", lambda: None):
+    with store.lock(folder, f".{FILE_NAME}", lambda _: None), store.part_file(part, str(path)):
         document = tomlkit.parse(path.read_text(encoding="utf-8") if path.exists() else _HEAD)
         yield document
         part.write_text(tomlkit.dumps(document), encoding="utf-8")

@@ -8,6 +8,7 @@ finds a record finds the file. Nothing there is believed that others could have 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -23,6 +24,8 @@ from rootstockd.models.catalogue import Entry
 from rootstockd.state_dir import StateError, check_trusted, own_state, state_dirs
 
 FOLDER = "weights"
+LARGEST = 16 << 30
+"""Bytes that a file may have where nobody has said how many they are: more than any model, less than a disk."""
 
 
 class StoreError(Exception):
@@ -192,18 +195,80 @@ def is_here(name: str, entry: Entry) -> bool:
 
 
 @contextlib.contextmanager
-def lock(path: Path, on_wait: Callable[[], None]) -> Generator[None, None, None]:
-    """Be the only one at this; `on_wait` is called if another is at it, which is waited for."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+def lock(folder: Path, name: str, say: Callable[[str], None]) -> Generator[None, None, None]:
+    """Be the only one who changes what is stored of a model, or whatever else has that name.
+
+    Args:
+        folder: the store.
+        name: the model.
+        say: told of another command that is at it, which is waited for.
+
+    Raises:
+        StoreError: the lock can't be had.
+    """
+    path = folder / f"{name}.lock"
     try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            on_wait()
-            fcntl.flock(fd, fcntl.LOCK_EX)
+        fd = _locked(path, lambda: say(f"another command is at {name}; waiting for it"))
+    except OSError as error:
+        raise cannot_be_kept("weights", folder, error) from error
+    try:
         yield
     finally:
+        path.unlink(missing_ok=True)  # while it is held: whoever waits for it sees then that it has to make another
         os.close(fd)
+
+
+def _locked(path: Path, on_wait: Callable[[], None]) -> int:
+    """The descriptor of a locked file that lies at this path."""
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                on_wait()
+                fcntl.flock(fd, fcntl.LOCK_EX)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(fd), path.stat()):
+                    return fd
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def part_file(part: Path, what: str) -> Generator[None, None, None]:
+    """While `part` is written and given its name; where that fails nothing of it is left.
+
+    Args:
+        part: the file.
+        what: it will be, for people.
+
+    Raises:
+        StoreError: it can't be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise cannot_be_kept(what, part.parent, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
+def cannot_be_kept(what: str, folder: Path, error: OSError) -> StoreError:
+    """What is said of a file that can't be written."""
+    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        return StoreError(f"{what} was not kept: {no_room(folder)} Make room and try again.")
+    return StoreError(f"{what} can't be kept in {folder}: {error.strerror}.")
+
+
+def no_room(folder: Path, needed: int | None = None) -> str:
+    """What is said of a full disk; `needed` are bytes, where it is known how many."""
+    free = shutil.disk_usage(folder).free
+    want = f", and {needed / 1e6:.1f} MB are needed" if needed else ""
+    return f"there is no room in {folder}: {free / 1e6:.1f} MB are free{want}."
 
 
 def keep(part: Path, folder: Path, suffix: str) -> StoredFile:
@@ -218,11 +283,22 @@ def copy_in(source: Path, folder: Path, part: Path, suffix: str) -> StoredFile:
     """Copy a file into the store.
 
     Raises:
-        OSError: it can't be.
+        StoreError: it can't be read or kept, or is larger than any model.
     """
-    with source.open("rb") as file, part.open("wb") as out:
-        shutil.copyfileobj(file, out, 1 << 20)
-    return keep(part, folder, suffix)
+    try:
+        file = source.open("rb")
+    except OSError as error:
+        raise StoreError(f"{source} can't be read: {error.strerror}.") from error
+    with file, part_file(part, str(source)):
+        size = os.fstat(file.fileno()).st_size
+        if size > shutil.disk_usage(folder).free:
+            raise StoreError(f"{source} was not copied: {no_room(folder, size)} Make room and try again.")
+        with part.open("wb") as out:
+            while block := file.read(1 << 20):
+                if out.tell() + len(block) > LARGEST:
+                    raise StoreError(f"{source} was not copied: it has more than the {LARGEST >> 30} GiB of a model.")
+                out.write(block)
+        return keep(part, folder, suffix)
 
 
 def replace(part: Path, path: Path) -> None:
@@ -247,10 +323,15 @@ def sync(folder: Path) -> None:
 
 
 def write_record(folder: Path, name: str, record: Record) -> None:
-    """Write a model's record."""
+    """Write a model's record.
+
+    Raises:
+        StoreError: it can't be.
+    """
     part = folder / f"{name}.json.part"
-    part.write_text(record.model_dump_json(indent=2))
-    replace(part, folder / f"{name}.json")
+    with part_file(part, f"the record of {name}"):
+        part.write_text(record.model_dump_json(indent=2))
+        replace(part, folder / f"{name}.json")
 
 
 def remove(folder: Path, name: str) -> int:
