@@ -109,6 +109,12 @@ class ModelLoadError(RootstockError):
     code = "model-load"
 
 
+class NotAModelError(ModelLoadError):
+    """A file of weights that is no model of its family, or not one that its engine can read."""
+
+    code = "not-a-model"
+
+
 class EvaluationError(RootstockError):
     """An evaluation that the engine could not finish."""
 

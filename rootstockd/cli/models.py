@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
+from rootstock_client.client import request
 from rootstock_client.errors import RootstockError
 from rootstock_client.runtime_dir import find_socket
 from rootstockd.cli.common import Refused, catalogue_option, console, fetch_status, socket_option
@@ -181,7 +182,8 @@ def pull(names: tuple[str, ...], mirror: str, sha256: str, accept_licence: bool,
         for name, entry in [catalogue.resolve(name) for name in names]:
             with progress(name) as (say, bytes_):
                 wishes = Wishes(accept, say, bytes_, mirror, sha256)
-                stored = with_safe_form(name, entry, pull_weights(name, entry, wishes), say)
+                pull_weights(name, entry, wishes)
+                stored = with_safe_form(name, entry, say)
             tell_pulled(name, stored)
 
 
@@ -213,7 +215,7 @@ def tell_pulled(name: str, stored: Stored) -> None:
     console.print(f"{name} is here: {stored.weights}", soft_wrap=True, markup=False)
     size = megabytes(record.original.size)
     console.print(f"sha256 {record.original.sha256}, {size}, from {record.source}", soft_wrap=True, markup=False)
-    if record.pinned == "its first use":
+    if record.pinned == store.FIRST_USE:
         console.print(
             "Nobody had said which checksum is right: from now on it is this one. Compare it with what others have.",
             style="yellow",
@@ -253,7 +255,7 @@ def add(name: str, file: Path, sha256: str, elements: str, **fields: Any) -> Non
 
 @models.command()
 @click.argument("name")
-@click.option("--force", is_flag=True, help="Even if the daemon uses it.")
+@click.option("--force", is_flag=True, help="Even if sessions use it.")
 @socket_option
 def remove(name: str, force: bool, socket: Path | None) -> None:
     """Remove what was added or pulled."""
@@ -262,17 +264,16 @@ def remove(name: str, force: bool, socket: Path | None) -> None:
         with contextlib.suppress(RootstockError):  # what the catalogue has no longer can be removed all the same
             name, _ = catalogue.resolve(name)
         folder = store.own_folder()
-        record = store.read_record(folder, name)
-        added = catalogue.origins.get(name) == own_file()
-        if record is None and not added:
-            raise Refused(nothing_to_remove(name, catalogue))
-        if (state := in_use(name, socket)) and not force:
-            raise Refused(
-                f"the daemon has {name} ({state}), and could not load it again. `rootstockd stop` first, or --force."
-            )
-        if added:
-            remove_entry(name, folder)
-        freed = store.remove(folder, name)
+        with store.lock(folder, name, lambda text: console.print(text, markup=False)):
+            record = store.read_record(folder, name)
+            added = catalogue.origins.get(name) == own_file()
+            if record is None and not added:
+                raise Refused(nothing_to_remove(name, catalogue))
+            if not force:
+                let_go(name, socket)
+            if added:
+                remove_entry(name, folder)
+            freed = store.remove(folder, name)
     console.print(f"{name} was removed, {megabytes(freed)} are free again", markup=False)
     if added:
         console.print("a daemon that runs forgets it with `rootstockd reload`")
@@ -288,14 +289,26 @@ def nothing_to_remove(name: str, catalogue: Catalogue) -> str:
     return f"there is nothing to remove: {name} was neither added nor pulled. Its entry stands in {origin}."
 
 
-def in_use(name: str, socket: Path | None) -> str:
-    """What the daemon that answers is doing with a model; empty if nothing."""
+def let_go(name: str, socket: Path | None) -> None:
+    """Have the daemon that answers give up a model that nobody uses; a worker that is gone could not be replaced.
+
+    Raises:
+        Refused: it is used.
+        RootstockError: the daemon does not do so.
+    """
     try:
-        daemon = fetch_status(find_socket(socket))
+        address = find_socket(socket)
+        using = [model for model in fetch_status(address).models if model.name == name]
     except RootstockError:
-        return ""
-    using = [model for model in daemon.models if model.name == name and model.state != "failed"]
-    return f"{using[0].state}, {sum(model.sessions for model in using)} sessions" if using else ""
+        return  # there is none
+    if sessions := sum(model.sessions for model in using):
+        raise Refused(
+            f"the daemon has {name} for {sessions} sessions, and could not load it again. `rootstockd status` says "
+            "whose they are: wait until they have ended, or --force."
+        )
+    if any(model.state not in {"cold", "failed"} for model in using):
+        request(address, "POST", "/v1/unload", {"model": name, "dtype": None, "force": False})
+        console.print(f"{name} is unloaded", markup=False)
 
 
 @models.command()

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from rootstockd.models import store
 from rootstockd.models.catalogue import FILE_NAME, NAME, Catalogue, Entry
-from rootstockd.models.convert import with_safe_form
+from rootstockd.models.convert import converted
 from rootstockd.models.download import Say
 from rootstockd.models.pull import now
 from rootstockd.models.spec import spec_of
@@ -56,7 +56,7 @@ def add(name: str, file: Path, fields: dict[str, Any], sha256: str, catalogue: C
             if sha256 and original.sha256 != sha256.lower():
                 raise StoreError(f"{file} has the SHA-256 {original.sha256}, not {sha256}. It was not added.")
             entry = _tried(name, _entry(name, folder, record, fields), say)
-            record = with_safe_form(name, entry, Stored(folder, record), say).record
+            record = converted(name, entry, Stored(folder, record), say).record
             entry = _entry(name, folder, record, entry.model_dump())
             _write_entry(name, entry, folder)
         except BaseException:

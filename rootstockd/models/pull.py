@@ -95,7 +95,7 @@ def _right(name: str, entry: Entry, stored: Stored | None, given: str) -> tuple[
         raise StoreError(f"model {name!r}: which file is the right one? {said}.{hint}")
     if stored is not None:
         return stored.record.original.sha256, stored.record.pinned
-    return next(((digest, who) for who, digest in known.items()), ("", "its first use"))
+    return next(((digest, who) for who, digest in known.items()), ("", store.FIRST_USE))
 
 
 def _whole(stored: Stored, say: Say) -> bool:

@@ -24,6 +24,8 @@ from rootstockd.models.catalogue import Entry
 from rootstockd.state_dir import StateError, check_trusted, own_state, state_dirs
 
 FOLDER = "weights"
+FIRST_USE = "its first use"
+"""Who says which file is the right one, where nobody does."""
 LARGEST = 16 << 30
 """Bytes that a file may have where nobody has said how many they are: more than any model, less than a disk."""
 
@@ -62,7 +64,7 @@ class Record(BaseModel):
     source: str
     """Where it came from."""
     pinned: str
-    """Who says that this is the right file: the catalogue, the user, or its first use."""
+    """Who says that this is the right file: the catalogue, the user, or FIRST_USE."""
     when: str
     """UTC, ISO 8601."""
     licence_accepted: str = ""
