@@ -16,6 +16,7 @@ _WORDS = {
     "float_type": "{at}{given} is not a number",
     "finite_number": "{at}{given} is not a finite number",
     "string_type": "{at}{given} is not a text",
+    "string_pattern_mismatch": "{at}{given} is not of the form {pattern}",
     "bool_type": "{at}{given} is neither true nor false",
     "list_type": "{at}{given} is not a list",
     "tuple_type": "{at}{given} is not a list",

@@ -30,6 +30,7 @@ from rootstockd.models.store import Stored, StoreError
 from rootstockd.state_dir import StateError
 
 MIRROR_VARIABLE = "ROOTSTOCKD_MIRROR"
+_LACKS = {"missing": "red", "needs env": "yellow"}
 ERRORS = (CatalogueError, StoreError, StateError, DownloadError, RootstockError)
 
 json_option = click.option("--json", "as_json", is_flag=True, help="For programs.")
@@ -58,7 +59,7 @@ def list_(catalogues: tuple[Path, ...], as_json: bool) -> None:
                         "name": name,
                         "aliases": entry.aliases,
                         "family": entry.family,
-                        "environment": entry.environment or entry.family,
+                        "environment": entry.place[0],
                         "state": state,
                         "size": sizes[name],
                         "licence": entry.licence,
@@ -79,12 +80,14 @@ def list_(catalogues: tuple[Path, ...], as_json: bool) -> None:
         size = sizes[name]
         table.add_row(
             escape(name),
-            entry.environment or entry.family,
-            state if state != "missing" else f"[red]{state}[/]",
+            entry.place[0],
+            f"[{colour}]{state}[/]" if (colour := _LACKS.get(state)) else state,
             megabytes(size) if size else "-",
             escape(entry.licence.partition(":")[0]),
         )
     console.print(table)
+    if lacking := sorted({entry.place[0] for _, entry, state in rows if state == "needs env"}):
+        console.print("\nneeds env: " + ", ".join(f"rootstockd env create {name}" for name in lacking), soft_wrap=True)
 
 
 @models.command()
@@ -113,7 +116,8 @@ def show(name: str, catalogues: tuple[Path, ...], as_json: bool) -> None:
     for key, value in described(entry, stored).items():
         if value:
             console.print(f"[bold]{key:12}[/] {escape(value)}", soft_wrap=True)
-    console.print(f"[bold]{'state':12}[/] {state}")
+    mended = f": rootstockd env create {entry.place[0]}" if state == "needs env" else ""
+    console.print(f"[bold]{'state':12}[/] {state}{mended}")
     console.print(f"[bold]{'entry':12}[/] {escape(str(catalogue.origins[name]))}", soft_wrap=True)
 
 
@@ -320,20 +324,18 @@ def verify(names: tuple[str, ...], catalogues: tuple[Path, ...]) -> None:
     with refused():
         catalogue = Catalogue.load(catalogues)
         chosen = {name for name, _ in map(catalogue.resolve, names)} if names else None
-        checks = {
-            (file.name, stored.folder): (name, stored.folder, file)
-            for name, stored in store.all_stored()
-            for file in stored.record.files
-        }
-        done: set[str] = set()
-        for name, folder, file in checks.values():
-            if chosen is None or name in chosen:
-                done.add(name)
-                bad += tell_verified(name, folder / file.name, store.damage(folder, file))
+        owners: dict[tuple[Path, str], list[str]] = {}
+        for name, stored in store.all_stored():
+            for file in stored.record.files:
+                owners.setdefault((stored.folder / file.name, file.sha256), []).append(name)
         for name, entry in catalogue.items():
-            if entry.weights is not None and name not in done and (chosen is None or name in chosen):
-                done.add(name)
-                bad += tell_verified(name, entry.weights, store.wrong(entry.weights, entry.sha256.lower()))
+            if entry.weights is not None and store.find(name) is None:
+                owners.setdefault((entry.weights, entry.sha256.lower()), []).append(name)
+        done: set[str] = set()
+        for (path, sha256), owning in owners.items():
+            if chosen is None or chosen.intersection(owning):
+                done.update(owning)
+                bad += tell_verified(", ".join(owning), path, store.wrong(path, sha256))
         if missing := sorted((chosen or set()) - done):
             raise Refused(f"no weights are stored for {', '.join(missing)}.")
     if bad:
@@ -348,15 +350,8 @@ def tell_verified(name: str, path: Path, damage: str) -> bool:
 
 
 def state_of(name: str, entry: Entry) -> str:
-    """Whether a model's weights are here: "here", "to pull", "missing", or "built in" where it has none of its own."""
-    if entry.weights is not None:
-        return "here" if entry.weights.is_file() else "missing"
-    if not entry.url:
-        return "built in"
-    stored = store.weights_of(name, entry)
-    if stored is None:
-        return "to pull"
-    return "here" if stored.weights.is_file() else "missing"
+    """Whether a model can be loaded: "here", or "built in" where it has no weights of its own, or what it lacks."""
+    return store.lack(name, entry) or ("here" if entry.weights or entry.url else "built in")
 
 
 def size_of(name: str, entry: Entry) -> int | None:

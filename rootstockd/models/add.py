@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 from collections.abc import Generator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import tomlkit
 from ase.data import chemical_symbols
 from pydantic import ValidationError
 
+from rootstock_client.errors import ModelLoadError, NotAModelError
+from rootstockd.environments.finding import find_environment
 from rootstockd.models import store
 from rootstockd.models.catalogue import FILE_NAME, NAME, Catalogue, Entry
 from rootstockd.models.convert import converted
@@ -21,6 +25,7 @@ from rootstockd.models.store import Record, Stored, StoreError
 from rootstockd.models.trial import try_out
 from rootstockd.state_dir import own_state
 from rootstockd.validation import describe
+from rootstockd.worker.engines import ENTRY_POINTS, FAMILIES
 
 
 def add(name: str, file: Path, fields: dict[str, Any], sha256: str, catalogue: Catalogue, say: Say) -> Entry:
@@ -46,6 +51,7 @@ def add(name: str, file: Path, fields: dict[str, Any], sha256: str, catalogue: C
             f"there is a model {name!r} already, from {catalogue.origins[real]}. Choose another name"
             + (f", or `rootstockd models remove {name}` first." if catalogue.origins[real] == own_file() else ".")
         )
+    _check_family(fields["family"], fields.get("environment", ""))
     folder = store.own_folder()
     with store.lock(folder, name, say):
         store.remove(folder, name)  # what an `add` that was killed has left
@@ -59,10 +65,31 @@ def add(name: str, file: Path, fields: dict[str, Any], sha256: str, catalogue: C
             record = converted(name, entry, Stored(folder, record), say).record
             entry = _entry(name, folder, record, entry.model_dump())
             _write_entry(name, entry, folder)
-        except BaseException:
+        except BaseException as error:
             store.remove(folder, name)
+            if isinstance(error, NotAModelError):
+                raise StoreError(f"{file} was not added: {error.message}") from error
             raise
     return entry
+
+
+def _check_family(family: str, environment: str) -> None:
+    """Whether there is an engine for it. What a built environment has is for its workers to say.
+
+    Raises:
+        StoreError: there is none.
+    """
+    known = {*FAMILIES, *(point.name for point in metadata.entry_points(group=ENTRY_POINTS))}
+    if family in known:
+        return
+    with contextlib.suppress(ModelLoadError):
+        if find_environment(environment or family, family).built:
+            return
+    near = difflib.get_close_matches(family.lower(), known, n=1)
+    raise StoreError(
+        f"there is no family {family!r}{f'; did you mean {near[0]!r}?' if near else '.'} There are: "
+        f"{', '.join(sorted(known - {'noop'}))}. More come with packages that have an engine (docs/engines.md)."
+    )
 
 
 def own_file() -> Path:

@@ -20,6 +20,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rootstock_client.errors import ModelLoadError
+from rootstockd.environments.finding import has_environment
 from rootstockd.models.catalogue import Entry
 from rootstockd.state_dir import StateError, check_trusted, own_state, state_dirs
 
@@ -184,13 +185,15 @@ def located(name: str, entry: Entry) -> Entry:
     return entry.model_copy(update={"weights": stored.weights, "sha256": stored.record.loaded.sha256})
 
 
-def is_here(name: str, entry: Entry) -> bool:
-    """Whether a worker finds what it needs."""
+def lack(name: str, entry: Entry) -> str:
+    """What keeps workers from loading a model, in a word or two; empty if nothing."""
     try:
-        located(name, entry)
+        weights = located(name, entry).weights
     except ModelLoadError:
-        return False
-    return True
+        return "to pull"
+    if weights is not None and not os.path.isfile(weights):  # noqa: PTH113 - says no where one may not look
+        return "missing"
+    return "" if has_environment(*entry.place) else "needs env"
 
 
 # --- writing
