@@ -1,5 +1,6 @@
 """Downloads from a server that goes wrong, and what comes of them in the store."""
 
+import contextlib
 import hashlib
 import os
 import re
@@ -532,3 +533,25 @@ def test_what_was_not_pulled(state, entry):
     with pytest.raises(ModelLoadError, match="not on this machine") as caught:
         store.located("mine", entry)
     assert "rootstockd models pull mine" in caught.value.hint
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
+def test_a_disk_without_room_for_the_record(tmp_path):
+    """A file that no record has would stay for ever."""
+    source, folder = tmp_path / "source", tmp_path / "small"
+    source.write_bytes(DATA)
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=400k,mode=755", "none", str(folder)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount")
+    try:
+        stored = store.copy_in(source, folder, folder / "mine.copy", ".model")
+        with (folder / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
+            while filler.write(bytes(4096)):
+                pass
+        record = store.Record(original=stored, source="there", pinned="the user", when="now")
+        with pytest.raises(StoreError, match="the record of mine was not kept: there is no room in"):
+            store.write_record(folder, "mine", record)
+        assert [path.name for path in folder.iterdir()] == ["filler"]
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)

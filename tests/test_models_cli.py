@@ -99,7 +99,7 @@ def test_a_daemon_finds_what_is_pulled_while_it_runs(models, catalogue, start_da
     wait_for(lambda: daemon.model("pulled")["sessions"] == 0)
     said = models("remove", "pulled", "--socket", daemon.socket)
     assert "pulled is unloaded" in said and "pulled was removed" in said
-    assert [model["name"] for model in client.status()["models"]] == ["mace-emt-small"]
+    wait_for(lambda: [model["name"] for model in client.status()["models"]] == ["mace-emt-small"])
     assert not list(state.glob("weights/*"))
 
 
@@ -205,6 +205,7 @@ def test_remove(models, state):
     assert not list(state.glob("weights/*.model")) and not list(state.glob("weights/*.json"))
     assert "neither added nor pulled" in models("remove", "mace-emt-small", fails=True)
     assert "Did you mean mace-emt-small" in models("remove", "mace-emt-smal", fails=True)
+    assert "there is no model '../models'" in models("remove", "../models", fails=True)
 
 
 def test_add(models, state, tmp_path, start_daemon, server):

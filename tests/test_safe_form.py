@@ -83,6 +83,16 @@ def test_what_can_not_be_described_stays_as_it_is(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_can_not_be_evaluated_stays_as_it_is(tmp_path):
+    """It is a model all the same, which its weights are kept for."""
+    model = make_model(**ARCHITECTURES["one layer"])
+    model.products[0].register_forward_hook(lambda *given: given[-1][:0])
+    with pytest.raises(EngineError, match="stays a pickle: ") as caught:
+        safe.convert(model, spec())
+    assert caught.value.code == "unsupported"
+    assert not list(tmp_path.iterdir())
+
+
 # --- what becomes of a file that was pulled
 
 

@@ -21,7 +21,7 @@ from rootstockd.cli.common import Refused, catalogue_option, console, fetch_stat
 from rootstockd.models import store
 from rootstockd.models.add import add as add_file
 from rootstockd.models.add import own_file, remove_entry
-from rootstockd.models.catalogue import Catalogue, CatalogueError, Entry
+from rootstockd.models.catalogue import NAME, Catalogue, CatalogueError, Entry
 from rootstockd.models.convert import with_safe_form
 from rootstockd.models.download import DownloadError
 from rootstockd.models.pull import Wishes
@@ -265,8 +265,9 @@ def remove(name: str, force: bool, socket: Path | None) -> None:
     """Remove what was added or pulled."""
     with refused():
         catalogue = Catalogue.load()
-        with contextlib.suppress(RootstockError):  # what the catalogue has no longer can be removed all the same
-            name, _ = catalogue.resolve(name)
+        name = catalogue.name_of(name)  # what the catalogue has no longer can be removed all the same
+        if not NAME.fullmatch(name):
+            catalogue.resolve(name)
         folder = store.own_folder()
         with store.lock(folder, name, lambda text: console.print(text, markup=False)):
             record = store.read_record(folder, name)

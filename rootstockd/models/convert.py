@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -94,17 +93,15 @@ def converted(name: str, entry: Entry, stored: Stored, say: Say) -> Stored:
     if entry.family not in FORMS or stored.record.safe is not None or folder != store.own_folder():
         return stored
     say("converting it into a form that is not code, and comparing")
-    file_name, suffix = FORMS[entry.family]
+    suffix = FORMS[entry.family][1]
     part = folder / f"{name}.copy{suffix}"  # workers know the form by its suffix
+    limit = 4 * original.size + (1 << 24)
     safe: StoredFile | None = None
-
-    def take(scratch: Path) -> None:
-        part.write_bytes(_safe_form(scratch / file_name, 4 * original.size + (1 << 24)))
-
     with store.part_file(part, f"what {name} was converted to"):
         try:
-            expected = _computed(name, entry, folder / original.name, original.sha256, take)
-            note = f"safetensors; the same as the original {_compared(_rebuilt(name, entry, part), expected)}"
+            form, expected = _worked_out(name, entry, folder / original.name, original.sha256, limit)
+            part.write_bytes(form)
+            note = f"safetensors; the same as the original {_compared(_rebuilt(name, entry, part, limit), expected)}"
             safe = store.keep(part, folder, suffix)
         except NotAModelError:
             raise
@@ -118,22 +115,20 @@ def converted(name: str, entry: Entry, stored: Stored, say: Say) -> Stored:
 # --- workers, and what they write
 
 
-def _rebuilt(name: str, entry: Entry, safe: Path) -> _Numbers:
+def _rebuilt(name: str, entry: Entry, safe: Path, limit: int) -> _Numbers:
     """What a worker computes that has seen the safe form alone.
 
     Raises:
         RootstockError: it can't.
     """
     try:
-        return _computed(name, entry, safe, store.digest_of(safe))
+        return _worked_out(name, entry, safe, store.digest_of(safe), limit)[1]
     except NotAModelError as error:  # the original is one
         raise ModelLoadError(f"it can't be rebuilt from that form: {error.message}") from error
 
 
-def _computed(
-    name: str, entry: Entry, weights: Path, sha256: str, take: Callable[[Path], None] = lambda _: None
-) -> _Numbers:
-    """What a worker computes with these weights; `take` is given its scratch folder.
+def _worked_out(name: str, entry: Entry, weights: Path, sha256: str, limit: int) -> tuple[bytes, _Numbers]:
+    """What a worker makes of weights: their safe form, of so many bytes at most, and what the model computes.
 
     Raises:
         RootstockError: it can't.
@@ -143,12 +138,15 @@ def _computed(
     found: list[bytes] = []
 
     def harvest(scratch: Path) -> None:
-        take(scratch)
-        found.append(_read(scratch / NUMBERS, _MOST_NUMBERS))
+        found.extend((_safe_form(scratch / FORMS[entry.family][0], limit), _read(scratch / NUMBERS, _MOST_NUMBERS)))
 
-    try_out(spec_of(name, entry.model_copy(update=said)), harvest, show_errors=False)
     try:
-        return _NUMBERS.validate_json(found[0])
+        try_out(spec_of(name, entry.model_copy(update=said)), harvest, show_errors=False)
+    except OSError as error:  # such as no room for its scratch folder
+        raise ModelLoadError(f"no worker can be started: {error}") from error
+    form, numbers = found
+    try:
+        return form, _NUMBERS.validate_json(numbers)
     except ValidationError as error:
         raise StoreError(f"{NUMBERS}, which the worker wrote, makes no sense: {describe(error)}.") from error
 

@@ -328,15 +328,19 @@ def sync(folder: Path) -> None:
 
 
 def write_record(folder: Path, name: str, record: Record) -> None:
-    """Write a model's record.
+    """Write a model's record; where that fails, its files go that no record has.
 
     Raises:
-        StoreError: it can't be.
+        StoreError: it can't be written.
     """
     part = folder / f"{name}.json.part"
-    with part_file(part, f"the record of {name}"):
-        part.write_text(record.model_dump_json(indent=2))
-        replace(part, folder / f"{name}.json")
+    try:
+        with part_file(part, f"the record of {name}"):
+            part.write_text(record.model_dump_json(indent=2))
+            replace(part, folder / f"{name}.json")
+    except StoreError:
+        _discard(folder, record.files)
+        raise
 
 
 def remove(folder: Path, name: str) -> int:
@@ -345,10 +349,15 @@ def remove(folder: Path, name: str) -> int:
     if record is None:
         return 0
     (folder / f"{name}.json").unlink()
+    return _discard(folder, record.files)
+
+
+def _discard(folder: Path, files: list[StoredFile]) -> int:
+    """Remove those of these files that no model has; how many bytes were freed."""
     others = (read_record(folder, path.stem) for path in folder.glob("*.json"))
     kept = {file.name for other in others if other for file in other.files}
     freed = 0
-    for file in record.files:
+    for file in files:
         if file.name not in kept:
             with contextlib.suppress(FileNotFoundError):
                 (folder / file.name).unlink()

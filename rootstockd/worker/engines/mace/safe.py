@@ -151,17 +151,17 @@ def convert(model: Any, spec: ModelSpec) -> Conversion:
         spec: what it was read for.
 
     Raises:
-        EngineError: it can't be kept in this form, or there is no room for it.
+        EngineError: it can't be kept in this form, it can't be evaluated, or there is no room for it.
     """
+    numbers = {}
     try:
         data = to_safe(model)
+        for dtype in dict.fromkeys(("float64", spec.dtype)):  # in this order nothing is lost
+            torch.set_default_dtype(_DTYPES[dtype])
+            numbers[dtype] = _numbers(model.to(_DTYPES[dtype]), spec)
     except Exception as error:
         text = f"model {spec.name!r} stays a pickle: {type(error).__name__}: {error}"
         raise EngineError("unsupported", text) from error
-    numbers = {}
-    for dtype in dict.fromkeys(("float64", spec.dtype)):  # in this order nothing is lost
-        torch.set_default_dtype(_DTYPES[dtype])
-        numbers[dtype] = _numbers(model.to(_DTYPES[dtype]), spec)
     scratch = Path(os.environ["TMPDIR"])
     try:
         (scratch / FILE_NAME).write_bytes(data)
