@@ -115,6 +115,12 @@ class ModelChangedError(RootstockError):
     code = "model-changed"
 
 
+class NotAModelError(ModelLoadError):
+    """A file of weights that is no model of its family, or not one that its engine can read."""
+
+    code = "not-a-model"
+
+
 class EvaluationError(RootstockError):
     """An evaluation that the engine could not finish."""
 

@@ -60,7 +60,7 @@ def functional(name: str, damping: str) -> str:
     advice = (
         f" There are with {' and '.join(others)}."
         if others
-        else f" Did you mean {' or '.join(near)}?"
+        else f" Near it are {', '.join(near)}."
         if near
         else " Its names are those of s-dftd3, such as pbe, rpbe, r2scan."
     )

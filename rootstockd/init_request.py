@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, Va
 from rootstock_client.errors import InvalidInitError, InvalidStructureError
 from rootstock_client.units import BOHR
 from rootstockd.functionals import functional
+from rootstockd.validation import describe
 
 PROTOCOL_VERSION = 1
 MAX_BATCH_SIZE = 1024
@@ -132,7 +133,7 @@ def parse_init(text: bytes, preset: InitRequest | None) -> InitRequest:
     try:
         request = InitRequest.model_validate_json(text)
     except ValidationError as error:
-        raise InvalidInitError(_describe(error.errors(include_url=False, include_input=False)[0])) from error
+        raise InvalidInitError(f"INIT can't be read: {describe(error)}.") from error
     if request.rootstock != PROTOCOL_VERSION:
         said = str(request.rootstock)[:20]
         raise InvalidInitError(
@@ -142,9 +143,3 @@ def parse_init(text: bytes, preset: InitRequest | None) -> InitRequest:
     if not request.numbers:
         raise InvalidStructureError("a structure of zero atoms.", "There is nothing to evaluate.")
     return request
-
-
-def _describe(problem: Any) -> str:
-    where = ".".join(map(str, problem["loc"]))[:100]
-    what = problem["msg"].removeprefix("Value error, ")[:300].removesuffix(".")
-    return f"INIT can't be read: {where + ': ' if where else ''}{what}{'' if what.endswith('?') else '.'}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import stat
@@ -379,3 +380,14 @@ def test_sessions_that_come_and_go_leave_nothing(own_daemon: RunningDaemon) -> N
     cycle(200)
     # the last detach may still be on its way to the worker
     wait_for(lambda: open_descriptors(pid) <= before[0] and open_descriptors(worker) <= before[1])
+
+
+@pytest.mark.skipif(shutil.which("systemctl") is None, reason="there is no systemd here")
+def test_what_systemd_install_would_do(tmp_path: Path) -> None:
+    """With the commands that are left to the operator, as after the installation itself."""
+    settings = {**os.environ, "XDG_CONFIG_HOME": str(tmp_path)}
+    done = rootstockd("systemd", "install", "--user", "--gpu", "cpu", "--dry-run", env=settings)
+    assert done.returncode == 0, done.stderr
+    assert "systemctl --user daemon-reload" in done.stdout
+    assert "systemctl --user enable --now rootstockd@cpu.socket" in done.stdout
+    assert not list(tmp_path.iterdir())

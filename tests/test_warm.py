@@ -234,7 +234,7 @@ def test_a_request_that_must_fail_loads_nothing(start: Callable[..., RunningDaem
         ("emt", {}, "does not know Fe"),
         ("headed", {"head": "medium"}, "no head 'medium'"),
         ("headed", {}, "has several heads"),
-        ("lj", {"dispersion": {"xc": "pbbe"}}, "Did you mean pbe"),
+        ("lj", {"dispersion": {"xc": "pbbe"}}, "Near it are pbe"),
     ):
         iron.calc = daemon.client().calculator(name, **options)
         with pytest.raises(Exception, match=words):

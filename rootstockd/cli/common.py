@@ -20,7 +20,7 @@ from rootstockd.control.schema import DaemonStatus
 
 console = Console(highlight=False)
 if not console.is_terminal:
-    console.width = 120  # a file or a pipe has room
+    console.width = 10_000  # a file or a pipe has room for whole lines
 
 socket_option = click.option(
     "--socket",

@@ -39,7 +39,7 @@ from rootstockd.door import Door
 from rootstockd.fleet import HOLD
 from rootstockd.log_rate import LogRate
 from rootstockd.models.catalogue import CatalogueError
-from rootstockd.models.store import is_here
+from rootstockd.models.store import lack
 from rootstockd.peers import user_name
 from rootstockd.roles import State
 
@@ -94,7 +94,7 @@ def make_app(daemon: Daemon) -> FastAPI:
         """What the daemon could load."""
         states = daemon.fleet.states()
         entries = dict(daemon.catalogue.items())
-        here = await asyncio.to_thread(lambda: {name for name, entry in entries.items() if is_here(name, entry)})
+        lacks = await asyncio.to_thread(lambda: {name: lack(name, entry) for name, entry in entries.items()})
         return [
             CatalogueEntry(
                 name=name,
@@ -104,7 +104,7 @@ def make_app(daemon: Daemon) -> FastAPI:
                 elements=list(entry.elements),
                 dtype=entry.dtype,
                 licence=entry.licence,
-                state=states.get(name) or ("cold" if name in here else "to pull"),
+                state=states.get(name) or lacks[name] or "cold",
             )
             for name, entry in entries.items()
             if not entry.hidden

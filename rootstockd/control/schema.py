@@ -138,7 +138,8 @@ class CatalogueEntry(BaseModel):
     dtype: str
     licence: str
     state: str
-    """cold, "to pull" where its weights are not on the machine, or the state of its worker."""
+    """The state of its worker; without one cold, or "to pull" where its weights are not on the machine, "missing" where
+    their file is gone, "needs env" where it has no environment."""
 
 
 class StopRequest(BaseModel):

@@ -24,7 +24,9 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, f
 
 from rootstock_client.errors import UnknownModelError, UnsupportedError
 from rootstockd.config import KeepAlive
+from rootstockd.environments.finding import has_environment
 from rootstockd.state_dir import StateError, check_trusted, site_folder, state_dirs
+from rootstockd.validation import describe
 from rootstockd.worker.engines import EngineError, choose_head
 
 if sys.version_info >= (3, 11):
@@ -110,6 +112,11 @@ class Entry(BaseModel):
                 raise ValueError(f"there is no element {text}")
             found += chemical_symbols[ends[0] : ends[1] + 1]
         return tuple(found)
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """Its environment, and its family: what `find_environment` wants to know."""
+        return self.environment or self.family, self.family
 
     def check_dtype(self, name: str, dtype: str) -> None:
         """Whether a session may ask for this dtype.
@@ -215,12 +222,17 @@ class Catalogue(Mapping[str, Entry]):
         aliases = [alias for alias, meant in self._aliases.items() if meant in shown]
         near = difflib.get_close_matches(name, [*shown, *aliases], n=3, cutoff=0.4)
         hint = f"Did you mean {' or '.join(near)}? " if near else ""
-        here = sorted(name for name in shown if not self._entries[name].url)
         raise UnknownModelError(
             f"there is no model {name[:100]!r}.",
-            f"{hint}There are: {', '.join(here)}. `rootstockd models list` has those as well whose weights are to be "
-            "pulled first.",
+            f"{hint}There are: {', '.join(self._complete(shown))}. `rootstockd models list` has those as well whose "
+            "weights are to be pulled first, or whose environment is to be built.",
         )
+
+    def _complete(self, names: Iterable[str]) -> list[str]:
+        """Those of these that have an environment and nothing to pull, sorted."""
+        places = {name: self._entries[name].place for name in names if not self._entries[name].url}
+        there = {place for place in set(places.values()) if has_environment(*place)}
+        return sorted(name for name, place in places.items() if place in there)
 
 
 def builtin_files() -> list[Path]:
@@ -277,11 +289,7 @@ def read_catalogue(path: Path) -> dict[str, Entry]:
         try:
             entry = Entry.model_validate(fields)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "it"
-            raise CatalogueError(
-                f"catalogue {path}: model {name!r}: {where}: {first['msg'].removeprefix('Value error, ')}"
-            ) from error
+            raise CatalogueError(f"catalogue {path}: model {name!r}: {describe(error)}") from error
         if entry.weights is not None and not entry.weights.is_absolute():
             entry = entry.model_copy(update={"weights": path.parent / entry.weights})
         if entry.weights is not None and not entry.sha256:

@@ -182,6 +182,17 @@ def test_a_patience_that_is_none(given: str, monkeypatch: pytest.MonkeyPatch, tm
         RootstockClient(tmp_path / "x.sock")
 
 
+def test_what_is_said_at_the_end_is_how_long_the_step_took(caplog: pytest.LogCaptureFixture) -> None:
+    begin = time.monotonic()
+    outage = Outage(Path("/x"))
+    outage.wait(ConnectionLostError("gone"), 0.01)
+    time.sleep(0.5)  # a daemon is there, and loads the model
+    outage.over()
+    words = caplog.records[-1].message
+    assert 0.5 <= float(words.split("waited ")[1].split()[0]) <= time.monotonic() - begin + 0.01
+    assert words.endswith("s for its step.")
+
+
 def test_many_jobs_do_not_come_back_in_the_same_moment(monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
     monkeypatch.setattr(time, "sleep", pauses.append)
