@@ -8,6 +8,7 @@ from __future__ import annotations
 import grp
 import os
 import pwd
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
 from rootstock_client.errors import AccessDeniedError, DaemonFullError, LimitError, UserLimitError
@@ -67,6 +68,8 @@ class Accounts:
     def __init__(self, config: Config) -> None:
         self._accounts: dict[int, Account] = {}
         self._sessions = self._atoms = 0
+        self._evaluations: Counter[int] = Counter()
+        """Of sessions that have ended, by uid."""
         self._allowed: tuple[int, str] | None = None
         self.warnings: list[str] = []
         """Of the configuration: names that this machine does not know, who may have left or never have been."""
@@ -149,12 +152,29 @@ class Accounts:
         if self._sessions >= most:
             raise DaemonFullError(f"this daemon has its {most} sessions already{why}.", "Try again when one has ended.")
 
-    def close_session(self, account: Account) -> None:
-        """Count a session out."""
+    def close_session(self, account: Account, evaluations: int) -> None:
+        """Count a session out, which had so many evaluations done."""
+        self._evaluations[account.uid] += evaluations
         self._sessions -= 1
         account.sessions -= 1
         if not account.sessions:
             del self._accounts[account.uid]
+
+    @property
+    def active(self) -> list[Account]:
+        """Of those who have sessions."""
+        return list(self._accounts.values())
+
+    def evaluations(self, sessions: Iterable[tuple[int, int]]) -> dict[str, int]:
+        """How many were done for each user since the daemon began, by name.
+
+        Args:
+            sessions: those that are open, each with its user's uid and its evaluations.
+        """
+        counted = self._evaluations.copy()
+        for uid, evaluations in sessions:
+            counted[uid] += evaluations
+        return {user_name(uid): number for uid, number in counted.items()}
 
     def take(self, account: Account, atoms: int) -> None:
         """Count in the atoms of a system, before memory is taken for it.

@@ -118,6 +118,36 @@ def listen(
 
 
 @contextlib.contextmanager
+def listen_tcp(address: str) -> Iterator[socket.socket]:
+    """Listen on a TCP port.
+
+    Args:
+        address: `HOST:PORT`, with brackets around an IPv6 host.
+
+    Raises:
+        AddressError: there is no such host here, or somebody has the port.
+    """
+    host, _, port = address.rpartition(":")
+    try:
+        ((family, _, _, _, where), *_) = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+        sock = socket.create_server(where[:2], family=family)
+    except (OSError, OverflowError) as error:
+        raise AddressError(
+            f"can't listen on {address} for metrics: {getattr(error, 'strerror', None) or error}. Each daemon of a "
+            "machine needs a port of its own; `metrics` of its configuration, or --metrics, says which."
+        ) from error
+    with sock:
+        sock.setblocking(False)  # noqa: FBT003 - the socket module has no other way
+        yield sock
+
+
+def url_of(sock: socket.socket) -> str:
+    """Where the metrics are that are served on a TCP socket."""
+    host, port = sock.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/metrics"
+
+
+@contextlib.contextmanager
 def adopt(sock: socket.socket, path: Path) -> Iterator[socket.socket]:
     """Listen on a socket that systemd made and keeps: it outlives us, so nothing is locked, made or removed.
 

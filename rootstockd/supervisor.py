@@ -12,6 +12,7 @@ from rootstock_client.errors import EvaluationError, LimitError, ModelLoadError,
 from rootstockd.config import Device
 from rootstockd.environments.finding import Environment, find_environment
 from rootstockd.hang_limit import HangLimit
+from rootstockd.meter import Meter, Totals
 from rootstockd.pace import Pace
 from rootstockd.roles import Client, Landlord, State
 from rootstockd.scheduler import MAX_BLAMED, Evaluation, Scheduler
@@ -72,7 +73,8 @@ class Supervisor:
         self.evaluations = self.batches = self.restarts = 0
         self.clients: set[Client] = set()
         """Whose systems are bound to this model."""
-        self.pace = Pace()
+        self.pace, self.meter = Pace(), Meter(Totals())
+        """How fast it is, and what it does where it is."""
         self.loaded_memory = self.memory = self.peak_memory = 0
         """Bytes of its worker: when it had loaded, now and at most; 0 while that is not known."""
         self.load_seconds: float | None = None
@@ -238,6 +240,7 @@ class Supervisor:
 
     def sample(self) -> None:
         """Look at how fast it is."""
+        self.meter.count()
         now = time.perf_counter()
         under_way = now - self._sent if self.scheduler.running else 0.0
         self.pace.sample(now, self.evaluations, self._computed + under_way, self.queue)
@@ -326,7 +329,8 @@ class Supervisor:
         failures = self._failures
         if failures:
             self._failures = {}
-        seconds = time.perf_counter() - self._sent
+        sent = self._sent
+        seconds = time.perf_counter() - sent
         new, self._new = self._new, False
         # a failure takes as long as it takes, and says nothing of what evaluations cost
         batch = self.scheduler.finished(None if failures else seconds)
@@ -335,10 +339,11 @@ class Supervisor:
         self.batches += 1
         self.evaluations += len(batch)
         self._computed += seconds
-        self._last_use = self._sent + seconds
+        self._last_use = sent + seconds
         for evaluation in batch:
             owner = evaluation.owner
             owner.evaluated(failures.get(owner.number) if failures else None)
+        self.meter.done(batch, sent, seconds)
         if self._going:
             self._let_go()
         if new or seconds > self._hang_limit.ordinary:
@@ -366,6 +371,7 @@ class Supervisor:
         if ready:
             self._last_use = time.perf_counter()
             self.load_seconds = self._last_use - self._loading_since
+            self.meter.totals.loading.add(self.load_seconds)
             log.info("model %s is ready on %s after %.1f s", self.spec.name, where, self.load_seconds)
             self._set_state(State.READY)
             self._dispatch()
@@ -421,7 +427,9 @@ class Supervisor:
                 self.obstacle = ""
             if variables is not None:
                 self._vacant.clear()
+                self.meter = Meter(self._landlord.totals(self))
                 await self._stay(variables)
+                self.meter.count()
         self._vacant.set()
 
     async def _stay(self, variables: dict[str, str]) -> None:
@@ -453,6 +461,7 @@ class Supervisor:
                 self._set_state(State.FAILED)
                 return
             self.restarts += 1
+            self.meter.totals.restarts += 1
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), PAUSES[len(failed)])
 

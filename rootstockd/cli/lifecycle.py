@@ -69,6 +69,7 @@ FORCE_TIMEOUT = 5.0
 @click.option("--log-file", type=click.Path(path_type=Path, resolve_path=True), help="Where the log goes.")
 @click.option("--max-atoms", type=click.IntRange(min=1), help="The most atoms in one message of one session.")
 @click.option("--batch-atoms", type=click.IntRange(min=1), help="The most atoms in one pass over several sessions.")
+@click.option("--metrics", metavar="HOST:PORT", help="Serve metrics for Prometheus there, say on 127.0.0.1:9746.")
 @click.option(
     "--config",
     "file",
@@ -86,6 +87,7 @@ def start(
     log_file: Path | None,
     max_atoms: int | None,
     batch_atoms: int | None,
+    metrics: str | None,
     file: Path | None,
     foreground: bool,
     instance: str | None,
@@ -112,6 +114,7 @@ def start(
         "log_file": log_file,
         "max_atoms": max_atoms,
         "batch_atoms": batch_atoms,
+        "metrics": metrics,
     }
     try:
         config = make_config(flags, file, {"socket": default_socket(), "devices": chosen})
