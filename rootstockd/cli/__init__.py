@@ -11,6 +11,7 @@ from rootstockd.cli.lifecycle import reload, restart, start, stop
 from rootstockd.cli.models import models
 from rootstockd.cli.show import logs, status
 from rootstockd.cli.systemd import systemd
+from rootstockd.cli.top import top
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -21,6 +22,7 @@ def main() -> None:
     \b
     rootstockd start --gpu 0        start a daemon (or --device cpu)
     rootstockd status               what it is doing
+    rootstockd top                  the same, live
     rootstockd stop                 let it finish its work and end
     rootstockd models list          which models there are, and which are here
     rootstockd env create mace      build a Python environment for workers
@@ -32,5 +34,5 @@ def main() -> None:
     """  # noqa: D301 - click wants the character \\b itself
 
 
-for command in (start, stop, restart, reload, load, unload, status, logs, models, env, systemd):
+for command in (start, stop, restart, reload, load, unload, status, top, logs, models, env, systemd):
     main.add_command(command)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import time
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import click
 from rich.markup import escape
@@ -26,7 +29,7 @@ from rootstockd.cli.common import (
 from rootstockd.cli.units import unit_at
 from rootstockd.control.schema import DaemonStatus, ModelStatus
 
-_STATE_COLOUR = {
+STATE_COLOUR = {
     "ready": "green",
     "cold": "dim",
     **dict.fromkeys(("waiting", "loading", "starting", "draining"), "yellow"),
@@ -53,7 +56,7 @@ def status(socket: Path | None, as_json: bool) -> None:
 def show(daemon: DaemonStatus) -> None:
     """Print a status for people."""
     console.print(
-        f"rootstockd {daemon.version} [{_STATE_COLOUR[daemon.state]}]{daemon.state}[/] on {', '.join(daemon.devices)}, "
+        f"rootstockd {daemon.version} [{STATE_COLOUR[daemon.state]}]{daemon.state}[/] on {', '.join(daemon.devices)}, "
         f"pid {daemon.pid}, up {duration(time.time() - daemon.since)}, {daemon.evaluations} evaluations, "
         f"{megabytes(daemon.memory)}"
     )
@@ -82,7 +85,7 @@ def show_models(models: list[ModelStatus]) -> None:
         table.add_row(
             escape(model.name),
             f"{model.dtype} +D3" if model.dispersion else model.dtype,
-            f"[{_STATE_COLOUR[model.state]}]{model.state}[/]{restarts}",
+            f"[{STATE_COLOUR[model.state]}]{model.state}[/]{restarts}",
             model.device or "-",
             str(model.sessions),
             str(model.waiting),
@@ -153,11 +156,30 @@ def logs(socket: Path | None, lines: int, follow: bool) -> None:
     with file:
         for line in deque(file, maxlen=lines):
             click.echo(line, nl=False)
-        while follow:
-            if line := file.readline():
-                click.echo(line, nl=False)
-            else:
-                time.sleep(0.2)
+        for line in new_lines(path, file) if follow else ():
+            click.echo(line, nl=False)
+
+
+def new_lines(path: Path, file: TextIO) -> Iterator[str]:
+    """What comes in a log from now on, also in those that take its place when it is rotated.
+
+    Args:
+        path: where it lies.
+        file: it, read to its end; closed when another takes its place.
+    """
+    while True:
+        yield from file
+        replaced = False
+        with contextlib.suppress(FileNotFoundError):  # there is no other yet
+            replaced = not os.path.samestat(path.stat(), os.fstat(file.fileno()))
+        if replaced:
+            yield from file  # what came until then
+            file.close()
+            file = path.open(encoding="utf-8", errors="replace")
+        elif os.fstat(file.fileno()).st_size < os.lseek(file.fileno(), 0, os.SEEK_CUR):  # logrotate's copytruncate
+            file.seek(0)
+        else:
+            time.sleep(0.2)
 
 
 def log_file(socket: Path | None) -> Path:
