@@ -8,6 +8,7 @@ import rootstockd
 from rootstockd.cli.env import env
 from rootstockd.cli.fleet import load, unload
 from rootstockd.cli.lifecycle import reload, restart, start, stop
+from rootstockd.cli.metrics import metrics
 from rootstockd.cli.models import models
 from rootstockd.cli.show import logs, status
 from rootstockd.cli.systemd import systemd
@@ -34,5 +35,5 @@ def main() -> None:
     """  # noqa: D301 - click wants the character \\b itself
 
 
-for command in (start, stop, restart, reload, load, unload, status, top, logs, models, env, systemd):
+for command in (start, stop, restart, reload, load, unload, status, top, logs, metrics, models, env, systemd):
     main.add_command(command)
