@@ -18,7 +18,7 @@ import pyte
 
 
 class Terminal:
-    """A terminal of some size that runs a command of `rootstockd`.
+    """A terminal of some size that runs a command of `rootstockd`. To be made before there are threads, as it forks.
 
     Args:
         arguments: the command's.
@@ -39,6 +39,7 @@ class Terminal:
             stdout=slave,
             stderr=slave,
             start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # Ctrl-C shall reach it  # noqa: PLW1509
         )
         self._slave = slave
 
@@ -62,6 +63,11 @@ class Terminal:
             if select.select([self._master], [], [], 0.1)[0]:
                 self._stream.feed(os.read(self._master, 65536))
         return self.text
+
+    def end(self) -> int:
+        """The exit status of the program, which is about to end; its screen is read until then, or it would hang."""
+        self.until(lambda _: self.process.poll() is not None)
+        return self.process.wait()
 
     def close(self) -> None:
         if self.process.poll() is None:

@@ -77,13 +77,14 @@ def frame(status: DaemonStatus, history: History, view: View, now: float | None 
         now: Unix time; the clock's if None.
     """
     now = time.time() if now is None else now
-    head = [_title(status, view, now), *(_device(device, view) for device in status.device_states), Text()]
+    devices = status.device_states if view.height is None else status.device_states[: max(1, view.height // 4)]
+    head = [_title(status, view, now), *(_device(device, view) for device in devices), Text()]
     foot = [] if view.height is None else [_keys(view)]
     room = None if view.height is None else max(0, view.height - len(head) - len(foot))
     body = [Text(line, no_wrap=True) for line in HELP] if view.help else _tables(status, history, view, room, now)
     if room is not None:
         body = body[:room] + [Text()] * (room - len(body))
-    return Group(*head, *body, *foot)
+    return Group(*[*head, *body, *foot][: view.height])
 
 
 def _tables(status: DaemonStatus, history: History, view: View, room: int | None, now: float) -> list[Text]:

@@ -75,11 +75,12 @@ class History:
         return self._trends[name_of(model)]
 
     def rate(self, session: SessionStatus) -> float:
-        """Evaluations a second of a session of the latest status; since it is there, if that is not long."""
+        """Evaluations a second of a session of the latest status; since it began, where no earlier one had it."""
         first, last = self._looks[0], self._looks[-1]
-        begin = first.time if session.id in first.sessions else session.since
-        seconds = last.time - begin
-        return (session.evaluations - first.sessions.get(session.id, 0)) / seconds if seconds > 0 else 0.0
+        begin, done = session.since, 0
+        if first is not last and session.id in first.sessions:
+            begin, done = first.time, first.sessions[session.id]
+        return (session.evaluations - done) / (last.time - begin) if last.time > begin else 0.0
 
 
 def name_of(model: ModelStatus) -> WorkerName:

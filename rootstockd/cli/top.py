@@ -118,7 +118,7 @@ class Screen:
 
     def _take(self, said: DaemonStatus | RootstockError) -> None:
         if isinstance(said, RootstockError):
-            self._view.trouble = f"{said.message} Waiting for it."
+            self._view.trouble = f"waiting for the daemon: {said.message}"
             return
         self._view.trouble = ""
         if not self._view.paused:
