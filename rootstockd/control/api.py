@@ -91,7 +91,7 @@ def make_app(daemon: Daemon) -> FastAPI:
     async def metrics(request: Request) -> Response:
         """Metrics for Prometheus; what each user does is for administrators."""
         users = daemon.accounts.is_admin(caller(request))
-        return exposition(daemon, request.headers.get("accept", ""), users=users)
+        return await exposition(daemon, request.headers.get("accept", ""), users=users)
 
     @app.get("/v1/models")
     async def models() -> list[CatalogueEntry]:
