@@ -68,8 +68,8 @@ class Accounts:
     def __init__(self, config: Config) -> None:
         self._accounts: dict[int, Account] = {}
         self._sessions = self._atoms = 0
-        self._evaluations: Counter[int] = Counter()
-        """Of sessions that have ended, by uid."""
+        self._evaluations: Counter[str] = Counter()
+        """Of sessions that have ended, by user."""
         self._allowed: tuple[int, str] | None = None
         self.warnings: list[str] = []
         """Of the configuration: names that this machine does not know, who may have left or never have been."""
@@ -154,7 +154,7 @@ class Accounts:
 
     def close_session(self, account: Account, evaluations: int) -> None:
         """Count a session out, which had so many evaluations done."""
-        self._evaluations[account.uid] += evaluations
+        self._evaluations[account.name] += evaluations
         self._sessions -= 1
         account.sessions -= 1
         if not account.sessions:
@@ -165,16 +165,16 @@ class Accounts:
         """Of those who have sessions."""
         return list(self._accounts.values())
 
-    def evaluations(self, sessions: Iterable[tuple[int, int]]) -> dict[str, int]:
-        """How many were done for each user since the daemon began, by name.
+    def evaluations(self, sessions: Iterable[tuple[str, int]]) -> dict[str, int]:
+        """How many were done for each user since the daemon began, by login name.
 
         Args:
-            sessions: those that are open, each with its user's uid and its evaluations.
+            sessions: those that are open, each with its user's name and its evaluations.
         """
         counted = self._evaluations.copy()
-        for uid, evaluations in sessions:
-            counted[uid] += evaluations
-        return {user_name(uid): number for uid, number in counted.items()}
+        for user, evaluations in sessions:
+            counted[user] += evaluations
+        return counted
 
     def take(self, account: Account, atoms: int) -> None:
         """Count in the atoms of a system, before memory is taken for it.

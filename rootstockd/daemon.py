@@ -275,6 +275,7 @@ class Daemon:
             RootstockError: this error, where there is no descriptor for that.
         """
         if len(self._turned_away) >= self._max_turned_away:
+            self.errors[error.code] += 1
             raise error
         self._turned_away.add(session)
 

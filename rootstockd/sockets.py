@@ -130,14 +130,19 @@ def listen_tcp(address: str) -> Iterator[socket.socket]:
     host, _, port = address.rpartition(":")
     try:
         ((family, _, _, _, where), *_) = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
-        sock = socket.create_server(where[:2], family=family)
-    except (OSError, OverflowError) as error:
-        raise AddressError(
-            f"can't listen on {address} for metrics: {getattr(error, 'strerror', None) or error}. Each daemon of a "
-            "machine needs a port of its own; `metrics` of its configuration, or --metrics, says which."
-        ) from error
-    with sock:
-        sock.setblocking(False)  # noqa: FBT003 - the socket module has no other way
+    except OSError as error:
+        raise AddressError(f"can't listen on {address} for metrics: {error.strerror}.") from error
+    with socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # its predecessor's connections may linger
+        try:
+            sock.bind((where[0], int(port), *where[2:]))  # getaddrinfo takes ports modulo 65,536
+        except (OSError, OverflowError) as error:
+            why = error.strerror if isinstance(error, OSError) else str(error).rstrip(".")
+            raise AddressError(
+                f"can't listen on {address} for metrics: {why}. Each daemon of a machine needs a port of its own; "
+                "`metrics` of its configuration, or --metrics, says which."
+            ) from error
+        sock.listen()
         yield sock
 
 

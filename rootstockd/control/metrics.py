@@ -219,7 +219,7 @@ class DaemonCollector(Collector):
         evaluations = CounterMetricFamily(
             "rootstockd_user_evaluations", "Evaluations that a user got results of.", labels=["user"]
         )
-        ever = accounts.evaluations((session.uid, session.evaluations) for session in self._daemon.sessions)
+        ever = accounts.evaluations((session.user, session.evaluations) for session in self._daemon.sessions)
         for user, number in ever.items():
             evaluations.add_metric([user], number)
         yield from (sessions, queue, evaluations)
