@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -128,21 +129,23 @@ def listen_tcp(address: str) -> Iterator[socket.socket]:
         AddressError: there is no such host here, or somebody has the port.
     """
     host, _, port = address.rpartition(":")
-    try:
-        ((family, _, _, _, where), *_) = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise AddressError(f"can't listen on {address} for metrics: {error.strerror}.") from error
-    with socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # its predecessor's connections may linger
+    with contextlib.ExitStack() as stack:
         try:
+            ((family, _, _, _, where), *_) = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+            sock = stack.enter_context(socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # its predecessor's connections may linger
             sock.bind((where[0], int(port), *where[2:]))  # getaddrinfo takes ports modulo 65,536
+            sock.listen()
         except (OSError, OverflowError) as error:
-            why = error.strerror if isinstance(error, OSError) else str(error).rstrip(".")
+            why = error.strerror if isinstance(error, OSError) else "ports end at 65,535"
+            hint = {
+                errno.EADDRINUSE: " Each daemon of a machine needs a port of its own.",
+                errno.EAFNOSUPPORT: " Under systemd ports must be allowed: see docs/monitoring.md.",
+            }
             raise AddressError(
-                f"can't listen on {address} for metrics: {why}. Each daemon of a machine needs a port of its own; "
-                "`metrics` of its configuration, or --metrics, says which."
+                f"can't listen on {address} for metrics: {why}.{hint.get(getattr(error, 'errno', 0), '')} The address "
+                "is `metrics` of the configuration, or --metrics."
             ) from error
-        sock.listen()
         yield sock
 
 
