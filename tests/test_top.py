@@ -216,7 +216,13 @@ def test_tables_are_sorted_and_scrolled() -> None:
     assert order(sort="memory") == ["a", "c", "b"]
     assert order(sort="name") == ["a", "b", "c"]
     assert order(reverse=True) == ["a", "c", "b"]
+    twice = status([model("a"), model("a", dtype="float32"), model("b", device="cpu:1")], [])
+    history.add(twice, 11.0)
+    narrow = "\n".join(drawn(twice, history, View(50)))
+    assert "a float64 " in narrow and "a float32 " in narrow and "b  " in narrow
+    history.add(shown, 12.0)
     last = drawn(shown, history, View(100, 24, sort="name", scroll=100))
+    assert "3 sessions of others" in last[-2]
     assert any(line.split()[:2] == ["29", "alice"] for line in last)
     assert not any(line.split()[:2] == ["0", "alice"] for line in last)
 

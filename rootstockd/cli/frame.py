@@ -89,9 +89,9 @@ def frame(status: DaemonStatus, history: History, view: View, now: float | None 
 
 def _tables(status: DaemonStatus, history: History, view: View, room: int | None, now: float) -> list[Text]:
     """The tables in so many lines; the sessions get what others leave."""
-    models = Table("models", MODELS, [_model_row(model, history) for model in status.models])
-    sessions = Table("sessions", SESSIONS, [_session_row(session, history, now) for session in status.sessions])
-    users = Table("users", USERS, _user_rows(status.sessions, sessions.rows))
+    models = Table(MODELS, [_model_row(model, status.models, history) for model in status.models])
+    sessions = Table(SESSIONS, [_session_row(session, history, now) for session in status.sessions])
+    users = Table(USERS, _user_rows(status.sessions, sessions.rows))
     body: list[Text] = []
     if not status.models:
         body.append(Text("no model is loaded; the first session that asks for one loads it", no_wrap=True))
@@ -99,7 +99,7 @@ def _tables(status: DaemonStatus, history: History, view: View, room: int | None
         if not table.rows:
             continue
         body += [Text()] * bool(body)
-        left = None if room is None else room - len(body)
+        left = None if room is None else room - len(body) - bool(status.other_sessions)
         most = None if left is None else max(1, int(left * part) - 1)
         body += table.lines(view, most, view.scroll if table is sessions else 0)
     if status.other_sessions:
@@ -141,11 +141,23 @@ def _line(view: View, *parts: tuple[str, str]) -> Text:
     return line
 
 
-def _model_row(model: ModelStatus, history: History) -> dict[str, Any]:
+def _dtype(model: ModelStatus) -> str:
+    return f"{model.dtype} +D3" if model.dispersion else model.dtype
+
+
+def _name(model: ModelStatus, models: Sequence[ModelStatus]) -> str:
+    """A model's name, with what tells it from others of that name."""
+    same = [other for other in models if other.name == model.name]
+    dtype = f" {_dtype(model)}" if len({_dtype(other) for other in same}) > 1 else ""
+    device = f" {model.device or '-'}" if len({other.device for other in same}) > 1 else ""
+    return model.name + dtype + device
+
+
+def _model_row(model: ModelStatus, models: Sequence[ModelStatus], history: History) -> dict[str, Any]:
     trend = history.trend(model)
     return {
-        "name": model.name,
-        "dtype": f"{model.dtype} +D3" if model.dispersion else model.dtype,
+        "name": _name(model, models),
+        "dtype": _dtype(model),
         "state": f"{model.state} {model.loading.elapsed:.0f} s" if model.loading else model.state,
         "device": model.device or "-",
         "sessions": model.sessions,

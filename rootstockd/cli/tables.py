@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from rich.cells import cell_len, set_cell_size
@@ -67,14 +67,12 @@ class Table:
     """Rows of one kind, the columns of which give way where there is no room.
 
     Args:
-        title: what the rows are.
         columns: from left to right.
         rows: what columns make their texts of; the keys of `SORTS` are there to sort by.
     """
 
-    title: str
     columns: Sequence[Column]
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[dict[str, Any]]
 
     def lines(self, view: View, most: int | None = None, scroll: int = 0) -> list[Text]:
         """The heading and the rows.
