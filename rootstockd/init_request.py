@@ -6,10 +6,11 @@ import json
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, ValidationInfo, field_validator
 
 from rootstock_client.errors import InvalidInitError, InvalidStructureError
 from rootstock_client.units import BOHR
+from rootstockd.functionals import functional
 
 PROTOCOL_VERSION = 1
 MAX_BATCH_SIZE = 1024
@@ -35,6 +36,11 @@ class Dispersion(BaseModel):
     """In Å: pairs that are farther apart do not count."""
     cnthr: Annotated[float, Field(gt=0, le=MAX_CUTOFF)] = _FORTY_BOHR
     """In Å: the same, for coordination numbers; no more than `cutoff` has an effect."""
+
+    @field_validator("xc")
+    @classmethod
+    def _known(cls, xc: str, info: ValidationInfo) -> str:
+        return functional(xc, info.data["damping"]) if "damping" in info.data else xc
 
 
 class InitRequest(BaseModel):
@@ -140,4 +146,5 @@ def parse_init(text: bytes, preset: InitRequest | None) -> InitRequest:
 
 def _describe(problem: Any) -> str:
     where = ".".join(map(str, problem["loc"]))[:100]
-    return f"INIT can't be read: {where + ': ' if where else ''}{problem['msg'][:300]}."
+    what = problem["msg"].removeprefix("Value error, ")[:300].removesuffix(".")
+    return f"INIT can't be read: {where + ': ' if where else ''}{what}{'' if what.endswith('?') else '.'}"

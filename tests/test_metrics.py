@@ -24,11 +24,12 @@ from hypothesis import strategies as st
 from prometheus_client import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as read_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as read_text
+from pydantic import ValidationError
 
 from conftest import RunningDaemon, rootstockd, wait_for
 from rootstock_client.client import fetch
 from rootstock_client.errors import UnknownModelError
-from rootstockd.config_file import ConfigError, make_config
+from rootstockd.config import Config, Device
 from rootstockd.control.limits import MAX_SCRAPERS
 from rootstockd.meter import MOST_NOTES, SECONDS, Histogram, Meter, Totals
 from rootstockd.peers import user_name
@@ -241,8 +242,8 @@ def test_a_port_that_is_taken(runtime_folder: Path) -> None:
         done = rootstockd("start", *where, "--metrics", address)
         assert done.returncode == 1
         assert f"can't listen on {address} for metrics" in done.stderr
-    with pytest.raises(ConfigError, match="^metrics: "):
-        make_config({"metrics": "9746"}, None, {"socket": Path("/nowhere"), "devices": ("cpu",)})
+    with pytest.raises(ValidationError, match="metrics"):
+        Config(socket=Path("/nowhere"), devices=(Device(name="cpu"),), metrics="9746")
 
 
 # --- what is shipped

@@ -88,6 +88,8 @@ def test_a_daemon_finds_what_is_pulled_while_it_runs(models, catalogue, start_da
     expected = numbers(client, "mace-emt-small")
     np.testing.assert_allclose(energy, expected[0], rtol=1e-12)
     np.testing.assert_allclose(forces, expected[1], atol=1e-10)
+    told = {model["name"]: model["fingerprint"] for model in client.status()["models"]}
+    assert told["pulled"] == told["mace-emt-small"], "the same model in another form"
     assert {model["name"]: model["state"] for model in client.models()}["pulled"] == "ready"
     assert "the daemon has pulled (ready, 0 sessions)" in models(
         "remove", "pulled", "--socket", daemon.socket, fails=True
@@ -124,6 +126,7 @@ def test_list_and_show(models, catalogue, state):
     assert (listed["pulled"]["state"], listed["mace-emt-small"]["state"]) == ("to pull", "here")
     assert (listed["emt"]["state"], listed["sevennet-0"]["environment"]) == ("built in", "sevennet")
     assert "noop" not in listed
+    assert json.loads(models("show", "pulled", "--json"))["fingerprint"] is None  # it may be anything yet
     models("pull", "pulled")
     line = next(line for line in models("list").splitlines() if line.startswith("pulled "))
     assert line.split()[1:] == ["mace", "here", "0.2", "MB", "MIT"]
@@ -132,7 +135,7 @@ def test_list_and_show(models, catalogue, state):
     assert shown["stored"]["original"]["sha256"] == sha256(EMBEDDED_MODEL)
     assert shown["stored"]["pinned"] == "its first use"
     text = models("show", "pulled")
-    assert str(catalogue) in text and sha256(EMBEDDED_MODEL) in text
+    assert str(catalogue) in text and sha256(EMBEDDED_MODEL) in text and f"{shown['fingerprint']} in float64" in text
     assert "Did you mean pulled" in models("show", "puled", fails=True)
     assert "Did you mean pulled" in models("pull", "puled", fails=True)
 
@@ -204,7 +207,7 @@ def test_add(models, state, tmp_path, start_daemon, server):
     assert (shown["name"], shown["state"], shown["dtype"]) == ("tuned", "here", "float32")
     assert (shown["description"], shown["licence"], shown["aliases"]) == ("Mine.", "MIT", ["t"])
     assert shown["from"] == str(state / "models.toml")
-    assert shown["stored"]["original"]["sha256"] == sha256(EMBEDDED_MODEL)
+    assert shown["stored"]["original"]["sha256"] == sha256(EMBEDDED_MODEL) == shown["original_sha256"]
     daemon = start_daemon()
     energy, _ = numbers(daemon.client(), "tuned")
     atoms = copper()

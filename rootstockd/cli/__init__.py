@@ -5,6 +5,9 @@ from __future__ import annotations
 import click
 
 import rootstockd
+from rootstockd.cli.completion import completion
+from rootstockd.cli.config import config
+from rootstockd.cli.doctor import doctor
 from rootstockd.cli.env import env
 from rootstockd.cli.fleet import load, unload
 from rootstockd.cli.lifecycle import reload, restart, start, stop
@@ -25,8 +28,10 @@ def main() -> None:
     rootstockd status               what it is doing
     rootstockd top                  the same, live
     rootstockd stop                 let it finish its work and end
+    rootstockd doctor               what is wrong here, and what mends it
     rootstockd models list          which models there are, and which are here
     rootstockd env create mace      build a Python environment for workers
+    rootstockd config show          the settings, and where each comes from
 
     \b
     In a job:
@@ -35,5 +40,8 @@ def main() -> None:
     """  # noqa: D301 - click wants the character \\b itself
 
 
-for command in (start, stop, restart, reload, load, unload, status, top, logs, metrics, models, env, systemd):
+for command in (
+    *(start, stop, restart, reload, load, unload, status, top, logs, doctor),
+    *(metrics, models, env, config, systemd, completion),
+):
     main.add_command(command)

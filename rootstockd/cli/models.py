@@ -14,9 +14,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from rootstock_client.errors import RootstockError
+from rootstock_client.errors import ModelLoadError, RootstockError
 from rootstock_client.runtime_dir import find_socket
 from rootstockd.cli.common import Refused, catalogue_option, console, fetch_status, socket_option
+from rootstockd.cli.completion import catalogue_models, models_to_pull
 from rootstockd.models import store
 from rootstockd.models.add import add as add_file
 from rootstockd.models.add import own_file, remove_entry
@@ -25,10 +26,10 @@ from rootstockd.models.convert import with_safe_form
 from rootstockd.models.download import DownloadError
 from rootstockd.models.pull import Wishes
 from rootstockd.models.pull import pull as pull_weights
+from rootstockd.models.spec import spec_of
 from rootstockd.models.store import Stored, StoreError
-from rootstockd.state_dir import StateError
+from rootstockd.state_dir import MIRROR_VARIABLE, StateError
 
-MIRROR_VARIABLE = "ROOTSTOCKD_MIRROR"
 ERRORS = (CatalogueError, StoreError, StateError, DownloadError, RootstockError)
 
 json_option = click.option("--json", "as_json", is_flag=True, help="For programs.")
@@ -87,7 +88,7 @@ def list_(catalogues: tuple[Path, ...], as_json: bool) -> None:
 
 
 @models.command()
-@click.argument("name")
+@click.argument("name", shell_complete=catalogue_models)
 @catalogue_option
 @json_option
 def show(name: str, catalogues: tuple[Path, ...], as_json: bool) -> None:
@@ -96,12 +97,13 @@ def show(name: str, catalogues: tuple[Path, ...], as_json: bool) -> None:
         catalogue = Catalogue.load(catalogues)
         name, entry = catalogue.resolve(name)
         stored = store.weights_of(name, entry) if entry.url else store.find(name)
-        state = state_of(name, entry)
+        state, fingerprint = state_of(name, entry), fingerprint_of(name, entry)
     if as_json:
         said = {
             "name": name,
             "from": str(catalogue.origins[name]),
             "state": state,
+            "fingerprint": fingerprint or None,
             **entry.model_dump(mode="json"),
             "stored": stored.record.model_dump(mode="json") if stored else None,
         }
@@ -112,6 +114,8 @@ def show(name: str, catalogues: tuple[Path, ...], as_json: bool) -> None:
     for key, value in described(entry, stored).items():
         if value:
             console.print(f"[bold]{key:12}[/] {escape(value)}", soft_wrap=True)
+    if fingerprint:
+        console.print(f"[bold]{'fingerprint':12}[/] {fingerprint} in {entry.dtype}")
     console.print(f"[bold]{'state':12}[/] {state}")
     console.print(f"[bold]{'entry':12}[/] {escape(str(catalogue.origins[name]))}", soft_wrap=True)
 
@@ -149,7 +153,7 @@ def described(entry: Entry, stored: Stored | None) -> dict[str, str]:
 
 
 @models.command()
-@click.argument("names", nargs=-1, required=True)
+@click.argument("names", nargs=-1, required=True, shell_complete=models_to_pull)
 @click.option(
     "--mirror",
     default="",
@@ -252,7 +256,7 @@ def add(name: str, file: Path, sha256: str, elements: str, **fields: Any) -> Non
 
 
 @models.command()
-@click.argument("name")
+@click.argument("name", shell_complete=catalogue_models)
 @click.option("--force", is_flag=True, help="Even if the daemon uses it.")
 @socket_option
 def remove(name: str, force: bool, socket: Path | None) -> None:
@@ -299,7 +303,7 @@ def in_use(name: str, socket: Path | None) -> str:
 
 
 @models.command()
-@click.argument("names", nargs=-1)
+@click.argument("names", nargs=-1, shell_complete=catalogue_models)
 @catalogue_option
 def verify(names: tuple[str, ...], catalogues: tuple[Path, ...]) -> None:
     """Compare stored weights, all or those of some models, with their checksums."""
@@ -322,7 +326,9 @@ def verify(names: tuple[str, ...], catalogues: tuple[Path, ...]) -> None:
                 done.add(name)
                 bad += tell_verified(name, entry.weights, store.wrong(entry.weights, entry.sha256.lower()))
         if missing := sorted((chosen or set()) - done):
-            raise Refused(f"no weights are stored for {', '.join(missing)}.")
+            raise Refused(
+                f"no weights are stored for {', '.join(missing)}. `rootstockd models list` says which are to be pulled."
+            )
     if bad:
         raise Refused("`rootstockd models pull NAME` mends what was pulled; what was added is removed and added again.")
 
@@ -344,6 +350,13 @@ def state_of(name: str, entry: Entry) -> str:
     if stored is None:
         return "to pull"
     return "here" if stored.weights.is_file() else "missing"
+
+
+def fingerprint_of(name: str, entry: Entry) -> str:
+    """A model's fingerprint in its usual dtype; empty while its weights are to be pulled and may be any."""
+    with contextlib.suppress(ModelLoadError):
+        entry = store.located(name, entry)
+    return spec_of(name, entry).fingerprint if entry.sha256 or not entry.url else ""
 
 
 def size_of(name: str, entry: Entry) -> int | None:
