@@ -8,6 +8,7 @@ from __future__ import annotations
 import grp
 import os
 import pwd
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -130,6 +131,8 @@ class Accounts:
     def __init__(self, config: Config) -> None:
         self._accounts: dict[int, Account] = {}
         self._sessions = self._atoms = 0
+        self._evaluations: Counter[str] = Counter()
+        """Of sessions that have ended, by user."""
         self._allowed: tuple[int, str] | None = None
         self.warnings: list[str] = []
         """Of the configuration: names that this machine does not know, who may have left or never have been."""
@@ -212,12 +215,29 @@ class Accounts:
         if self._sessions >= most:
             raise DaemonFullError(f"this daemon has its {most} sessions already{why}.", "Try again when one has ended.")
 
-    def close_session(self, account: Account) -> None:
-        """Count a session out."""
+    def close_session(self, account: Account, evaluations: int) -> None:
+        """Count a session out, which had so many evaluations done."""
+        self._evaluations[account.name] += evaluations
         self._sessions -= 1
         account.sessions -= 1
         if not account.sessions and not account.models:
             del self._accounts[account.uid]
+
+    @property
+    def active(self) -> list[Account]:
+        """Of those who have sessions."""
+        return list(self._accounts.values())
+
+    def evaluations(self, sessions: Iterable[tuple[str, int]]) -> dict[str, int]:
+        """How many were done for each user since the daemon began, by login name.
+
+        Args:
+            sessions: those that are open, each with its user's name and its evaluations.
+        """
+        counted = self._evaluations.copy()
+        for user, evaluations in sessions:
+            counted[user] += evaluations
+        return counted
 
     def take(self, account: Account, atoms: int) -> None:
         """Count in the atoms of a system, before memory is taken for it.

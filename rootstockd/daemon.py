@@ -8,6 +8,7 @@ import logging
 import signal
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterable
 
 from ase.data import chemical_symbols
@@ -18,7 +19,8 @@ from rootstockd.accounts import Account, Accounts
 from rootstockd.config import Config
 from rootstockd.config_file import ConfigError, reloadable
 from rootstockd.config_layers import changes, read_again, take_over
-from rootstockd.control.api import ControlServer
+from rootstockd.control.limits import MAX_SCRAPERS
+from rootstockd.control.server import control_server, metrics_server
 from rootstockd.descriptors import raise_descriptor_limit, share_descriptors
 from rootstockd.devices import found_devices
 from rootstockd.door import Door
@@ -28,7 +30,7 @@ from rootstockd.models.catalogue import Catalogue, CatalogueError, Entry
 from rootstockd.models.store import located
 from rootstockd.peers import peer_of
 from rootstockd.sessions import LINGER, Session
-from rootstockd.sockets import AddressError, adopt, claim_gpu, listen, lock, make_runtime_dir
+from rootstockd.sockets import AddressError, adopt, claim_gpu, listen, listen_tcp, lock, make_runtime_dir, url_of
 from rootstockd.supervisor import Supervisor
 from rootstockd.systemd import Manager, describe
 from rootstockd.warm_model import WorkerKey
@@ -57,6 +59,7 @@ class Daemon:
         self.limits = ipi.Limits(atoms=config.max_atoms, init=64 * 1024 + 5 * config.max_atoms)
         self.fleet = Fleet(config)
         self.accounts = Accounts(config)
+        self.errors: Counter[str] = Counter()
         self.warnings: list[str] = []
         """What the configuration and the catalogues have that can't be meant so."""
         self._look_over()
@@ -65,6 +68,7 @@ class Daemon:
         self._max_turned_away = 0
         self.state = "starting"
         self.since = time.time()
+        self.metrics_url: str | None = None
         self._preload = [(name, located(name, entry)) for name, entry in map(self.catalogue.resolve, config.models)]
         self._replaced = False
         self._stop = asyncio.Event()
@@ -90,9 +94,14 @@ class Daemon:
                     ours.enter_context(claim_gpu(device.uuid))
             remove_left_behind()
             sessions, control_socket = self._adopt(ours) if self._manager.sockets else self._listen(ours)
-            control = ControlServer(self, control_socket)
+            servers = [control_server(self, control_socket)]
+            if self.config.metrics is not None:
+                port = ours.enter_context(listen_tcp(self.config.metrics))
+                self.metrics_url = url_of(port)
+                log.info("metrics are at %s", self.metrics_url)
+                servers.append(metrics_server(self, port))
             self.fleet.begin(devices)
-            control_task = asyncio.create_task(control.run_until_stopped(), name="control")
+            serving = [asyncio.create_task(server.run_until_stopped(), name="http") for server in servers]
             attendance = asyncio.create_task(self._manager.attend(self), name="systemd")
             try:
                 door = await self._start(sessions)
@@ -105,8 +114,9 @@ class Daemon:
             finally:
                 await self.fleet.stop(stopping_error())
                 attendance.cancel()
-                control.should_exit = True
-                await control_task
+                for server in servers:
+                    server.should_exit = True
+                await asyncio.gather(*serving)
         log.info("stopped")
 
     def _listen(self, ours: contextlib.ExitStack) -> tuple[socket.socket, socket.socket]:
@@ -265,6 +275,7 @@ class Daemon:
             RootstockError: this error, where there is no descriptor for that.
         """
         if len(self._turned_away) >= self._max_turned_away:
+            self.errors[error.code] += 1
             raise error
         self._turned_away.add(session)
 
@@ -277,7 +288,8 @@ class Daemon:
 
     def _share_descriptors(self) -> None:
         limit = raise_descriptor_limit()
-        allowed, self._max_turned_away = share_descriptors(limit)
+        scrapers = 0 if self.config.metrics is None else MAX_SCRAPERS + 1
+        allowed, self._max_turned_away = share_descriptors(limit - scrapers)
         self.accounts.allow_sessions(allowed, f"all that its limit of {limit} open files (ulimit -n) allows")
 
     def open_model(self, request: InitRequest, account: Account, leaving: WorkerKey | None) -> Supervisor:

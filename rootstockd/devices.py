@@ -7,9 +7,10 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import pynvml
 
 from rootstockd.config import Device
@@ -33,11 +34,11 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Memory:
-    """What is in a GPU's memory, in bytes."""
+    """What is in a device's memory, in bytes."""
 
     total: int
     free: int
-    by_pid: dict[int, int]
+    by_pid: dict[int, int] = field(default_factory=dict)
     """What processes have; not there for those that the driver does not tell of, as in containers."""
 
 
@@ -83,6 +84,12 @@ def gpu_memory(uuid: str) -> Memory | None:
     except pynvml.NVMLError:
         return None
     return Memory(int(info.total), int(info.free), {p.pid: int(p.usedGpuMemory) for p in processes if p.usedGpuMemory})
+
+
+def machine_memory() -> Memory:
+    """What is in the machine's memory; what the kernel could give back at once is free."""
+    memory = psutil.virtual_memory()
+    return Memory(int(memory.total), int(memory.available))
 
 
 def process_memory(pid: int) -> int | None:

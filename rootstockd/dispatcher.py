@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from rootstock_client.errors import EvaluationError, LimitError, RootstockError
 from rootstockd.failed_starts import FROM_OUTSIDE
 from rootstockd.hang_limit import HangLimit
+from rootstockd.meter import Meter, Totals
 from rootstockd.pace import Pace
 from rootstockd.roles import Client
 from rootstockd.scheduler import MAX_BLAMED, Evaluation, Scheduler
@@ -38,7 +39,7 @@ class Dispatcher:
         """The worker, while it is ready."""
         self.evaluations = self.batches = 0
         """Done so far."""
-        self.pace = Pace()
+        self.pace, self.meter = Pace(), Meter(Totals())
         self.sent = 0.0
         """When the batch under way began."""
         self.last_use = time.perf_counter()
@@ -66,6 +67,7 @@ class Dispatcher:
 
     def sample(self) -> None:
         """Look at how fast it is."""
+        self.meter.count()
         now = time.perf_counter()
         under_way = now - self.sent if self.scheduler.running else 0.0
         self.pace.sample(now, self.evaluations, self._computed + under_way, self.queue)
@@ -148,7 +150,8 @@ class Dispatcher:
         failures = self._failures
         if failures:
             self._failures = {}
-        seconds = time.perf_counter() - self.sent
+        sent = self.sent
+        seconds = time.perf_counter() - sent
         new, self._new = self._new, False
         # a failure takes as long as it takes, and says nothing of what evaluations cost
         batch = self.scheduler.finished(None if failures else seconds)
@@ -157,10 +160,11 @@ class Dispatcher:
         self.batches += 1
         self.evaluations += len(batch)
         self._computed += seconds
-        self.last_use = self.sent + seconds
+        self.last_use = sent + seconds
         for evaluation in batch:
             owner = evaluation.owner
             owner.evaluated(failures.get(owner.number) if failures else None)
+        self.meter.done(batch, sent, seconds)
         if self._going:
             self._let_go()
         if new or seconds > self._hang_limit.ordinary:

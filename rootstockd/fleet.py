@@ -16,6 +16,8 @@ from collections.abc import Iterable, Iterator
 from rootstock_client.errors import LimitError, RootstockError
 from rootstockd import placement
 from rootstockd.config import Config, Device, KeepAlive
+from rootstockd.devices import Memory
+from rootstockd.meter import Totals
 from rootstockd.models.catalogue import Entry
 from rootstockd.models.spec import spec_of
 from rootstockd.placement import Room
@@ -58,8 +60,8 @@ class Fleet:
         self._retired: dict[Supervisor, KeepAlive | None] = {}
         """What ends with its last session, as the catalogue has something else under its name, or as it was a replica;
         and how long its model was to stay."""
-        self._evaluations = 0
-        """By models that are gone."""
+        self._totals: dict[tuple[str, str, str], Totals] = {}
+        """By model, dtype and device."""
         self._watching: asyncio.Task[None] | None = None
 
     def begin(self, devices: tuple[Device, ...]) -> None:
@@ -77,6 +79,10 @@ class Fleet:
         """Where models may be."""
         return self._devices.devices
 
+    def device_memory(self, device: Device) -> Memory | None:
+        """What is in a device's memory, as far as that is known."""
+        return self._devices.memory(device)
+
     async def stop(self, error: RootstockError) -> None:
         """End all workers; what still waits is told `error`."""
         if self._watching is not None:
@@ -93,7 +99,13 @@ class Fleet:
     @property
     def evaluations(self) -> int:
         """Done since the daemon began."""
-        return self._evaluations + sum(worker.evaluations for worker in self.workers())
+        return sum(round(totals.evaluations.sum) for totals in self.counted().values())
+
+    def counted(self) -> dict[tuple[str, str, str], Totals]:
+        """What was done since the daemon began, by model, dtype and device, to the last evaluation."""
+        for worker in self.workers():
+            worker.meter.count()
+        return self._totals
 
     def states(self) -> dict[str, str]:
         """What the models are doing, by catalogue name."""
@@ -128,7 +140,6 @@ class Fleet:
         if model is None:
             model = self._models[key] = WarmModel(spec, entry.keep_alive, keep, self._supervisor(spec))
         elif model.first.worth_replacing:
-            self._evaluations += model.first.evaluations
             model.first = self._supervisor(spec)
         model.keep_alive = entry.keep_alive
         worker = model.choose()
@@ -265,6 +276,10 @@ class Fleet:
             await asyncio.sleep(POLL)
         return None
 
+    def totals(self, model: Supervisor) -> Totals:
+        key = model.spec.name, model.spec.dtype, str(model.device)
+        return self._totals.setdefault(key, Totals())
+
     async def make_room(self, model: Supervisor) -> bool:
         assert model.device is not None
         if self._config.worker_memory is not None and model.device.kind == "cpu":
@@ -333,7 +348,6 @@ class Fleet:
         for worker in list(self._retired):
             if worker.ended:
                 del self._retired[worker]
-                self._evaluations += worker.evaluations
             else:
                 self._expire(worker)
         for key, model in list(self._models.items()):

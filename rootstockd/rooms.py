@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from rootstockd.config import Config, Device
-from rootstockd.devices import Memory, find_gpus, gpu_memory, process_memory
+from rootstockd.devices import Memory, find_gpus, gpu_memory, machine_memory, process_memory
 from rootstockd.measured import Measured, Measurements
 from rootstockd.placement import Room, Tenant
 from rootstockd.roles import State
@@ -113,6 +113,10 @@ class Rooms:
             size = f"{room.budget / 1e6:.0f} MB" if room.budget is not None else "no limit"
             texts.append(f"{self.devices[room.number]} has {size}, with {', '.join(there) or 'nothing'} there")
         return "; ".join(texts)
+
+    def memory(self, device: Device) -> Memory | None:
+        """What is in a device's memory, the machine's for a CPU; None where the driver does not say."""
+        return machine_memory() if device.kind == "cpu" else self._gpus.get(device.name)
 
     # --- what workers take
 

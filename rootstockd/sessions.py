@@ -7,6 +7,7 @@ import itertools
 import logging
 import math
 import time
+from collections import Counter
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -37,6 +38,8 @@ class Host(Protocol):
 
     limits: ipi.Limits
     accounts: Accounts
+    errors: Counter[str]
+    """How many drivers were told of, or lost their connection for, by code."""
 
     def check_open(self) -> None:
         """Whether new work is taken.
@@ -146,6 +149,7 @@ class Session(asyncio.BufferedProtocol):
         if self._refusal is None:
             self._host.session_opened(self)
         else:
+            self._count(self._refusal)
             self._transport.write(ipi.error_frame(self._refusal))
             self.end(None)
 
@@ -172,7 +176,7 @@ class Session(asyncio.BufferedProtocol):
         self._release()
         if self.account is not None:
             self._unstage()
-            self._host.accounts.close_session(self.account)
+            self._host.accounts.close_session(self.account, self.evaluations)
             self.account = None
         self._host.session_closed(self)
 
@@ -188,13 +192,15 @@ class Session(asyncio.BufferedProtocol):
                 elif isinstance(event, engine_side.SendResult):
                     self._transport.write(self.slot.reply)
                 elif isinstance(event, engine_side.Send):
-                    self._transport.write(event.data)
+                    self._say(event.data)
                 elif isinstance(event, ipi.Init):
                     self._initialise(event.text)
                     self._unstage()
                 else:
+                    self._count(event.error)
                     self.end(event.error)
         except RootstockError as error:
+            self._count(error)
             # a stock driver says no INIT that is too long to be staged
             if self._ipi.announced or isinstance(error, LimitError):
                 self._transport.write(ipi.error_frame(error))
@@ -202,6 +208,16 @@ class Session(asyncio.BufferedProtocol):
         if self._reading_paused and not self._closing and not self._ipi.full:
             self._reading_paused = False
             self._transport.resume_reading()
+
+    def _say(self, message: bytes) -> None:
+        self._transport.write(message)
+        if message.startswith(ipi.ERROR):
+            self._count(RootstockError.from_json(message[ipi.HEADER_SIZE + ipi.INT.size :]))
+
+    def _count(self, error: RootstockError | None) -> None:
+        """The driver has been told of an error, or its connection ends for it."""
+        if error is not None:
+            self._host.errors[error.code] += 1
 
     def _stage(self, size: int) -> None:
         """A long INIT of so many bytes is about to come."""
@@ -336,7 +352,8 @@ class Session(asyncio.BufferedProtocol):
         except RootstockError as error:
             self._ipi.fail(error)
             return
-        self._evaluation = Evaluation(self, self.slot.natoms * self.slot.frames, account.uid, account.quota.share)
+        atoms = self.slot.natoms * self.slot.frames
+        self._evaluation = Evaluation(self, atoms, account.uid, account.quota.share, time.perf_counter())
         self._model.submit(self._evaluation)
 
     def evaluated(self, error: RootstockError | None) -> None:

@@ -13,6 +13,7 @@ from rootstockd.config import Device
 from rootstockd.dispatcher import Dispatcher
 from rootstockd.environments.finding import Environment, find_environment
 from rootstockd.failed_starts import FailedStarts
+from rootstockd.meter import Meter
 from rootstockd.roles import Client, Landlord, State
 from rootstockd.scheduler import Evaluation
 from rootstockd.watchdog import Occupation, watch
@@ -228,6 +229,11 @@ class Supervisor:
     # --- evaluations
 
     @property
+    def meter(self) -> Meter:
+        """What it does where it is."""
+        return self._dispatcher.meter
+
+    @property
     def evaluations(self) -> int:
         """Done so far."""
         return self._dispatcher.evaluations
@@ -307,6 +313,7 @@ class Supervisor:
         if ready:
             self._dispatcher.last_use = time.perf_counter()
             self.load_seconds = self._dispatcher.last_use - self._loading_since
+            self.meter.totals.loading.add(self.load_seconds)
             log.info("model %s is ready on %s after %.1f s", self.spec.name, where, self.load_seconds)
             self._set_state(State.READY)
             self._dispatcher.dispatch()
@@ -353,7 +360,9 @@ class Supervisor:
                 self.obstacle = ""
             if variables is not None:
                 self._vacant.clear()
+                self._dispatcher.meter = Meter(self._landlord.totals(self))
                 await self._stay(variables)
+                self.meter.count()
         self._vacant.set()
 
     async def _stay(self, variables: dict[str, str]) -> None:
@@ -383,6 +392,7 @@ class Supervisor:
                 return
             self._dispatcher.worker_lost(end)
             self.restarts += 1
+            self.meter.totals.restarts += 1
             self.stage = f"to be started again in {failed.pause:.0f} s ({end.how})"
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._leaving.wait(), failed.pause)

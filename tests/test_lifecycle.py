@@ -110,12 +110,17 @@ def test_logs(own_daemon: RunningDaemon) -> None:
     assert len(own_daemon.run("logs", "-n", "1").stdout.splitlines()) == 1
     command = [sys.executable, "-m", "rootstockd", "logs", "-f", "--socket", str(own_daemon.socket)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as follower:
-        assert follower.stdout is not None
-        for line in follower.stdout:
-            if "ready on" in line:
-                break
+        lines = follower.stdout
+        assert lines is not None
+        assert any("ready on" in line for line in lines)
+        os.truncate(own_daemon.log, 0)  # as logrotate does with copytruncate
+        assert own_daemon.run("reload").returncode == 0
+        assert any("reloaded" in line for line in lines)
+        own_daemon.log.rename(own_daemon.log.with_suffix(".1"))
         own_daemon.stop()
-        assert any("stopped" in line for line in follower.stdout)
+        assert any("stopped" in line for line in lines)
+        own_daemon.start()
+        assert any("ready on" in line for line in lines)
         follower.kill()
 
 

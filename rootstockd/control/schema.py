@@ -80,6 +80,12 @@ class ModelStatus(BaseModel):
     restarts: int
     rate: float
     """Evaluations a second, in the last ten seconds."""
+    latency_p50: float | None = None
+    latency_p99: float | None = None
+    """Seconds that half, and all but a hundredth, of the evaluations in the last ten seconds took from submission to
+    result, at most; None if there were none."""
+    batch_size: float | None = None
+    """Evaluations in a batch, on average, in that time."""
     load: float
     """The part of that time in which it computed."""
     idle: float
@@ -103,6 +109,17 @@ class SessionStatus(BaseModel):
     """Unix time of its beginning."""
 
 
+class DeviceStatus(BaseModel):
+    """A device, and what is in its memory."""
+
+    name: str
+    memory_used: int | None
+    """Bytes in use, by anybody; of a CPU the machine's. None where the driver does not say."""
+    memory_total: int | None
+    load: float
+    """The part of the last ten seconds in which each of its workers computed, added up."""
+
+
 class DaemonStatus(BaseModel):
     """The whole daemon."""
 
@@ -113,6 +130,9 @@ class DaemonStatus(BaseModel):
     """starting, ready or draining."""
     since: float
     devices: list[str]
+    device_states: list[DeviceStatus] = Field(default_factory=list)
+    metrics: str | None = None
+    """The URL of metrics over TCP, if they are served."""
     config: Config | None
     """Its settings, and where they come from; administrators alone see them."""
     memory: int
