@@ -105,8 +105,9 @@ def make_wheel(folder: Path, name: str, version: str, more: dict[str, str] | Non
     return path
 
 
-def specify(file: Path, *requirements: str, more: str = "") -> Path:
-    file.write_text(f"requirements = {json.dumps(requirements)}\n{more}")
+def specify(file: Path, *requirements: str, more: str = "", python: str = sys.executable) -> Path:
+    """Write a specification. A Python that is named need not be looked for, which takes uv longer than all the rest."""
+    file.write_text(f"requirements = {json.dumps(requirements)}\npython = {json.dumps(python)}\n{more}")
     return file
 
 
@@ -642,7 +643,7 @@ def test_other_users_and_a_read_only_file_system(tmp_path: Path, wheels: Path, m
         Path(folder).chmod(0o755)
         state = Path(folder) / "state"
         monkeypatch.setenv("ROOTSTOCKD_STATE", str(state))
-        spec = specify(tmp_path / "own.toml", "numpy<2")
+        spec = specify(tmp_path / "own.toml", "numpy<2", python=">=3.9")
         command = [sys.executable, "-m", "rootstockd", "env", "create", "own", "--spec", str(spec)]
         # a mask, and a cache under it, that hide all from others
         done = subprocess.run(
