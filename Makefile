@@ -23,7 +23,7 @@ BIN := $(VENV)/bin
 # so that the demo and the tests find the command `rootstockd` of this environment
 RUN := PATH="$(abspath $(BIN)):$$PATH"
 
-.PHONY: help demo test bench lint format clean
+.PHONY: help demo test bench docs lint format man clean
 
 help: ## this list
 	@echo "make TARGET [VENV=$(VENV)] [PYTHON=$(PYTHON)]"
@@ -39,6 +39,10 @@ test: $(TEST_STAMP) lint ## ruff, mypy and the tests
 bench: $(TEST_STAMP) ## measure on this machine, next to others (BENCH_ARGS=--quick: minutes, --gpu-checks: all that needs a GPU)
 	@$(RUN) $(BIN)/python -m benchmarks.run_local $(BENCH_ARGS)
 
+docs: $(TEST_STAMP) ## the site, in build/site
+	@$(RUN) NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "open build/site/index.html"
+
 lint: $(TEST_STAMP) ## ruff and mypy alone
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
@@ -47,6 +51,9 @@ lint: $(TEST_STAMP) ## ruff and mypy alone
 format: $(TEST_STAMP) ## mend what ruff can mend
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
+
+man: $(DEMO_STAMP) ## write the manual pages anew, where commands and options have changed
+	@$(BIN)/python man/generate.py
 
 clean: ## remove the environment and all caches
 	@rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis tests/.hypothesis
@@ -68,5 +75,5 @@ $(DEMO_STAMP): $(INPUTS) | $(BIN)/python
 
 $(TEST_STAMP): $(INPUTS) | $(BIN)/python
 	@echo "installing rootstockd, mace-torch, torch, pytest, ruff, mypy and what the benchmarks need into $(VENV): a few minutes the first time"
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[daemon,mace,dev]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[daemon,mace,docs,dev]'
 	@touch $@ $(DEMO_STAMP)

@@ -139,7 +139,7 @@ class Load:
     async def _connect(self, idle: int, active: int, natoms: int) -> dict[str, Any]:
         init, request, reply = messages(natoms, self._model)
         if self._model:
-            self._check(init, request, natoms)
+            reply += self._extras(init, request, natoms)
         buffer = bytearray(reply)
         for _ in range(idle + active):
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -153,14 +153,14 @@ class Load:
         self._active = self._jobs[-active:]
         return {"reply": reply}
 
-    def _check(self, init: bytes, request: bytes, natoms: int) -> None:
-        """That an answer is as long as we think."""
+    def _extras(self, init: bytes, request: bytes, natoms: int) -> int:
+        """How many bytes of extras each answer has."""
         connection = Connection(Path(self._path))
         head = len(request) - len(ipi.GETFORCE) - 24 * natoms
         positions = np.frombuffer(request, "<f8", 3 * natoms, head).reshape(natoms, 3)
         answer = connection.evaluate(init[20:], request[:head], positions, np.zeros((natoms, 3)))
-        assert answer.extras == [b""]
         connection.close()
+        return len(answer.extras[0])
 
 
 async def serve_echo(options: dict[str, Any]) -> None:

@@ -40,6 +40,9 @@ class RootstockClient:
         self.socket: Path = find_socket(socket)
         self._calculators: weakref.WeakSet[RootstockCalculator] = weakref.WeakSet()
 
+    def __repr__(self) -> str:
+        return f"RootstockClient({str(self.socket)!r}, patience={self.patience:g})"
+
     def calculator(
         self,
         model: str,
@@ -49,6 +52,7 @@ class RootstockClient:
         dispersion: bool | dict[str, Any] = False,
         exact: bool = False,
         tolerance: float | None = None,
+        fingerprint: str | None = None,
     ) -> RootstockCalculator:
         """An ASE calculator that has `model` evaluated by the daemon.
 
@@ -59,6 +63,8 @@ class RootstockClient:
             dispersion: whether to add a D3 correction, or a dict with its settings; see RootstockCalculator.
             exact: same structure, same bits, whatever came before and whatever other sessions do.
             tolerance: how far a faster implementation may differ from the reference, in eV/Å; see RootstockCalculator.
+            fingerprint: what the model's must be, such as that of the job that this one goes on from; ModelChangedError
+                is raised if it is another.
         """
         from rootstock_client.calculator import RootstockCalculator  # the one place that needs ASE  # noqa: PLC0415
 
@@ -70,6 +76,7 @@ class RootstockClient:
             dispersion=dispersion,
             exact=exact,
             tolerance=tolerance,
+            fingerprint=fingerprint,
             patience=self.patience,
         )
         self._calculators.add(calculator)

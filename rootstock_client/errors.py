@@ -115,6 +115,12 @@ class NotAModelError(ModelLoadError):
     code = "not-a-model"
 
 
+class ModelChangedError(RootstockError):
+    """Another potential has come under the name of a calculator's model; nothing of what it computed is given out."""
+
+    code = "model-changed"
+
+
 class EvaluationError(RootstockError):
     """An evaluation that the engine could not finish."""
 
@@ -146,7 +152,7 @@ class DaemonFullError(LimitError):
 
 
 class UserLimitError(LimitError):
-    """One user has all the sessions that one user may have; the daemon may have room for others."""
+    """One user has all the sessions or models that one user may have; the daemon may have room for others."""
 
     code = "user-limit"
 

@@ -145,7 +145,7 @@ def find_devices(devices: tuple[Device, ...], gpus: list[Gpu], variable: str | N
             under = f" (with {VISIBLE}={variable})" if variable is not None else ""
             raise DeviceError(
                 f"this machine has no GPU {which}, or several; NVIDIA GPUs found{under}: {there}. "
-                "To compute on the CPU instead: `rootstockd start --device cpu`."
+                "`rootstockd doctor` looks for the reason. To compute on the CPU: `rootstockd start --device cpu`."
             )
         gpu = next(iter(matching[0].instances), matching[0])
         if any(other.uuid == gpu.uuid for other in found):

@@ -6,10 +6,11 @@ import json
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, ValidationInfo, field_validator
 
 from rootstock_client.errors import InvalidInitError, InvalidStructureError
 from rootstock_client.units import BOHR
+from rootstockd.functionals import functional
 from rootstockd.validation import describe
 
 PROTOCOL_VERSION = 1
@@ -36,6 +37,11 @@ class Dispersion(BaseModel):
     """In Å: pairs that are farther apart do not count."""
     cnthr: Annotated[float, Field(gt=0, le=MAX_CUTOFF)] = _FORTY_BOHR
     """In Å: the same, for coordination numbers; no more than `cutoff` has an effect."""
+
+    @field_validator("xc")
+    @classmethod
+    def _known(cls, xc: str, info: ValidationInfo) -> str:
+        return functional(xc, info.data["damping"]) if "damping" in info.data else xc
 
 
 class InitRequest(BaseModel):
@@ -127,7 +133,8 @@ def parse_init(text: bytes, preset: InitRequest | None) -> InitRequest:
     try:
         request = InitRequest.model_validate_json(text)
     except ValidationError as error:
-        raise InvalidInitError(f"INIT can't be read: {describe(error)}.") from error
+        what = describe(error)
+        raise InvalidInitError(f"INIT can't be read: {what}{'' if what.endswith('?') else '.'}") from error
     if request.rootstock != PROTOCOL_VERSION:
         said = str(request.rootstock)[:20]
         raise InvalidInitError(

@@ -255,6 +255,12 @@ class Scheduler(Generic[Owner]):
         self.waiting += len(again)
         return given_up
 
+    def put_back(self) -> None:
+        """The worker goes for no fault of anybody's: what it was at is at the front of the queue again."""
+        batch = [evaluation for evaluation in self.finished() if not evaluation.withdrawn]
+        self._again.extendleft(reversed(batch))
+        self.waiting += len(batch)
+
     def clear(self) -> list[Evaluation[Owner]]:
         """Give up everything, and return it."""
         everything = self.finished() + list(self._again)

@@ -20,6 +20,7 @@ from rootstockd.peers import Peer, user_name
 from rootstockd.roles import Client, State
 from rootstockd.scheduler import Evaluation
 from rootstockd.supervisor import Supervisor
+from rootstockd.warm_model import WorkerKey
 from rootstockd.worker.slots import Slot
 
 log = logging.getLogger(__name__)
@@ -44,8 +45,8 @@ class Host(Protocol):
             DrainingError: it is not.
         """
 
-    def open_model(self, request: InitRequest) -> Supervisor:
-        """The model a session asks for.
+    def open_model(self, request: InitRequest, account: Account, leaving: WorkerKey | None) -> Supervisor:
+        """The model a session asks for, which has another until then, or none.
 
         Raises:
             RootstockError: there is none, or it can't do what is asked for.
@@ -92,6 +93,8 @@ class Session(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport
         self._preset: InitRequest | None = None
         self._model: Supervisor | None = None
+        self._key: WorkerKey | None = None
+        """What makes this model, and its replicas, one for the user's account."""
         self._evaluation: Evaluation[Client] | None = None
         self._reading_paused = self._writing_paused = self._closing = False
         self._checked_cells = b""
@@ -222,7 +225,8 @@ class Session(asyncio.BufferedProtocol):
                     f"{len(request.numbers)} atoms x {request.batch_size} structures in one message; "
                     f"this daemon takes {self._host.limits.atoms} atoms."
                 )
-            model = self._host.open_model(request)
+            assert self.account is not None
+            model = self._host.open_model(request, self.account, self._key)
             self._release()
             try:
                 self._bind(request, model)
@@ -264,8 +268,11 @@ class Session(asyncio.BufferedProtocol):
             "session": self.id,
             "stress": request.stress,
             "energies": request.energies,
+            "fingerprint": "" if request.preset else model.spec.fingerprint,  # a stock driver has no use for it
         }
         self.request, self._model, self._checked_cells = request, model, b""
+        self._key = WorkerKey(model.spec.name, model.spec.dtype, request.options)
+        self.account.join(self._key)
         model.join(self)
 
     def _release(self) -> None:
@@ -280,7 +287,8 @@ class Session(asyncio.BufferedProtocol):
         self._host.accounts.give_back(self.account, self.slot.natoms * self.slot.frames)
         self._model.release(self.number)
         self._model.leave(self)
-        self._model = None
+        self.account.leave(self._key)
+        self._model = self._key = None
         self.slot.close()
         del self.slot  # its memory goes now, not when the garbage collector next runs
 

@@ -39,7 +39,9 @@ def make_runtime_dir(folder: Path, *, shared: bool) -> None:
         if folder == SYSTEM_DIR or (shared and made):
             folder.chmod(0o755)  # whatever the umask
     except OSError as error:
-        raise AddressError(f"can't make the folder {folder} for the socket: {error.strerror}.") from error
+        raise AddressError(
+            f"can't make the folder {folder} for the socket: {error.strerror}. Choose another place with --socket."
+        ) from error
     if not is_private(folder, os.getuid(), 0):
         raise AddressError(
             f"the folder {folder} belongs to somebody else, or others may write to it: they could stand in for the "

@@ -19,6 +19,8 @@ SYSTEM_STATE = Path("/var/lib/rootstockd")
 
 SITE_VARIABLE = "ROOTSTOCKD_SITE"
 """An environment variable: the site's folder of settings in place of `/etc/rootstockd`."""
+MIRROR_VARIABLE = "ROOTSTOCKD_MIRROR"
+"""An environment variable: a folder or an address that weights are pulled from, in place of their own."""
 
 
 class StateError(Exception):

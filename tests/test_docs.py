@@ -18,6 +18,17 @@ MIRRORED = ("2023-12-03-mace-128-L1_epoch-199.model", "MACE-OFF23_small.model")
 BLOCK = re.compile(r"^```(console|python|toml)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
+def test_the_site_builds_without_a_warning(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=DOCS.parent, capture_output=True, text=True, check=False, timeout=280)
+    assert done.returncode == 0, done.stderr  # mkdocs.yml is strict: a warning is an error
+    for page in re.findall(r": (\S+)\.md$", (DOCS.parent / "mkdocs.yml").read_text(), re.MULTILINE):
+        text = (tmp_path / f"{page.replace('README', 'index')}.html").read_text()
+        assert 'href="../' not in text
+    assert "rootstockd env create" in (tmp_path / "commands.html").read_text()
+    assert "ModelLoadError" in (tmp_path / "python.html").read_text()
+
+
 @pytest.fixture
 def home():
     """A new user's, with a mirror of weights and a fine-tune in it."""
@@ -53,10 +64,10 @@ def run(command, home, **options):
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", ["models.md", "add-a-model.md"])
+@pytest.mark.parametrize("name", ["tutorial.md", "migration.md", "administration.md", "models.md", "add-a-model.md"])
 def test_commands_and_programs(name, home):
     blocks = BLOCK.findall((DOCS / name).read_text())
-    assert len(blocks) > 5
+    assert len(blocks) > 1
     try:
         for kind, text in blocks:
             if kind == "toml":

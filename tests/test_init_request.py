@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import re
+from pathlib import Path
 
 import ase.units
 import pytest
@@ -9,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rootstock_client.errors import InvalidInitError, InvalidStructureError
+from rootstockd.functionals import FUNCTIONALS
 from rootstockd.init_request import MAX_BATCH_SIZE, InitRequest, is_announced, parse_init
+from rootstockd.worker.engines import dispersion
 
 FIELDS = {"rootstock": 1, "model": "emt", "numbers": [29, 29], "pbc": [True, True, False]}
 PRESET = InitRequest.model_validate_json(json.dumps({**FIELDS, "preset": True}))
@@ -88,6 +92,9 @@ def test_what_is_computed(want, pbc, stress, energies):
         (text(dispersion={"damping": "bk"}), r"dispersion\.damping: 'bk' is not one of bj, zero"),
         (text(dispersion={"xc": 1}), r"dispersion\.xc: 1 is not a text"),
         (text(dispersion={"xc": "x" * 51}), r"dispersion\.xc: .* has more than 50 characters"),
+        (text(dispersion={"xc": "pbbe"}), r"dispersion\.xc: .* 'pbbe' with damping 'bj'. Did you mean pbe"),
+        (text(dispersion={"xc": "M06", "damping": "bj"}), "'M06' with damping 'bj'. There are with zero"),
+        (text(dispersion={"xc": "????"}), "those of s-dftd3, such as pbe"),
         (text(dispersion={"cutoff": 0}), r"dispersion\.cutoff: 0 is not more than 0"),
         (text(dispersion={"cnthr": 101}), r"dispersion\.cnthr: 101 is more than 100"),
         (text(dispersion={"cutoff": float("nan")}), r"dispersion\.cutoff"),
@@ -121,6 +128,24 @@ def test_dispersion():
     a = parse_init(text(dispersion={"xc": "rpbe", "cutoff": 20}), None)
     b = parse_init(text(dispersion={"cutoff": 20.0, "xc": "rpbe", "damping": "bj"}), None)
     assert a.options == b.options != usual.options
+    assert parse_init(text(dispersion={"xc": "R-PBE", "cutoff": 20}), None).options == a.options
+
+
+@pytest.mark.parametrize("damping", FUNCTIONALS)
+def test_functionals_are_those_of_the_library(damping):
+    """All that are listed, and of those that its table of parameters has no other."""
+    table = Path(dispersion.interface.__file__).with_name("parameters.toml")
+    names = set(re.findall(r"^\[?parameter\.([\w]+)", table.read_text(), re.MULTILINE))
+    assert len(names) > 100
+
+    def known(name: str) -> bool:
+        with contextlib.suppress(ValueError):
+            dispersion.D3(damping, name, 20.0, 20.0)
+            return True
+        return False
+
+    assert [name for name in FUNCTIONALS[damping] if not known(name)] == []
+    assert {name for name in names if known(name)} <= FUNCTIONALS[damping]
 
 
 @pytest.mark.parametrize("version", [0, 2, -1])

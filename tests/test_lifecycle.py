@@ -55,7 +55,7 @@ def test_status_for_people_and_for_programs(own_daemon: RunningDaemon) -> None:
     for words in ("ready on cpu", "emt", "float64", str(os.getpid()), str(own_daemon.model("emt")["pid"])):
         assert words in shown
     told = json.loads(own_daemon.run("status", "--json").stdout)
-    assert told["schema_version"] == 2
+    assert told["schema_version"] == 3
     assert told["models"][0]["evaluations"] == 1
     assert told["sessions"][0]["pid"] == os.getpid()
     assert told["sessions"][0]["natoms"] == 4

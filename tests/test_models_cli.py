@@ -89,6 +89,8 @@ def test_a_daemon_finds_what_is_pulled_while_it_runs(models, catalogue, start_da
     expected = numbers(client, "mace-emt-small")
     np.testing.assert_allclose(energy, expected[0], rtol=1e-12)
     np.testing.assert_allclose(forces, expected[1], atol=1e-10)
+    told = {model["name"]: model["fingerprint"] for model in client.status()["models"]}
+    assert told["pulled"] == told["mace-emt-small"], "the same model in another form"
     states = {model["name"]: model["state"] for model in client.models()}
     assert (states["pulled"], states["sevennet-0"]) == ("ready", "needs env")
     with client.calculator("pulled") as session:
@@ -136,6 +138,7 @@ def test_list_and_show(models, catalogue, state):
     assert "needs env: rootstockd env create chgnet, rootstockd env create sevennet" in models("list")
     assert "needs env: rootstockd env create sevennet" in models("show", "sevennet-0")
     assert "noop" not in listed
+    assert json.loads(models("show", "random", "--json"))["fingerprint"] is None  # it may be anything yet
     models("pull", "random")
     line = next(line for line in models("list").splitlines() if line.startswith("random "))
     assert line.split()[1:] == ["noop", "here", "0.3", "MB"]
@@ -145,6 +148,7 @@ def test_list_and_show(models, catalogue, state):
     assert shown["stored"]["pinned"] == "its first use"
     text = models("show", "random")
     assert str(catalogue) in text and hashlib.sha256(DATA).hexdigest() in text
+    assert f"{shown['fingerprint']} in float64" in text
     assert "Did you mean pulled" in models("show", "puled", fails=True)
     assert "Did you mean pulled" in models("pull", "puled", fails=True)
 
@@ -221,7 +225,7 @@ def test_add(models, state, tmp_path, start_daemon, server):
     assert (shown["name"], shown["state"], shown["dtype"]) == ("tuned", "here", "float32")
     assert (shown["description"], shown["licence"], shown["aliases"]) == ("Mine.", "MIT", ["t"])
     assert shown["from"] == str(state / "models.toml")
-    assert shown["stored"]["original"]["sha256"] == sha256(EMBEDDED_MODEL)
+    assert shown["stored"]["original"]["sha256"] == sha256(EMBEDDED_MODEL) == shown["original_sha256"]
     daemon = start_daemon()
     energy, _ = numbers(daemon.client(), "tuned")
     atoms = copper()

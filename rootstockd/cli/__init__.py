@@ -5,6 +5,9 @@ from __future__ import annotations
 import click
 
 import rootstockd
+from rootstockd.cli.completion import completion
+from rootstockd.cli.config import config
+from rootstockd.cli.doctor import doctor
 from rootstockd.cli.env import env
 from rootstockd.cli.fleet import load, unload
 from rootstockd.cli.lifecycle import reload, restart, start, stop
@@ -22,8 +25,10 @@ def main() -> None:
     rootstockd start --gpu 0        start a daemon (or --device cpu)
     rootstockd status               what it is doing
     rootstockd stop                 let it finish its work and end
+    rootstockd doctor               what is wrong here, and what mends it
     rootstockd models list          which models there are, and which are here
     rootstockd env create mace      build a Python environment for workers
+    rootstockd config show          the settings, and where each comes from
 
     \b
     In a job:
@@ -32,5 +37,8 @@ def main() -> None:
     """  # noqa: D301 - click wants the character \\b itself
 
 
-for command in (start, stop, restart, reload, load, unload, status, logs, models, env, systemd):
+for command in (
+    *(start, stop, restart, reload, load, unload, status, logs, doctor),
+    *(models, env, config, systemd, completion),
+):
     main.add_command(command)

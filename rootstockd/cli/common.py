@@ -69,13 +69,13 @@ def socket_in_use(socket: Path | None) -> Path:
         raise Refused(error) from error
 
 
-def fetch_status(socket: Path) -> DaemonStatus:
-    """Ask a daemon how it is.
+def fetch_status(socket: Path, *, timeout: float = 10.0) -> DaemonStatus:
+    """Ask a daemon how it is, which may say nothing for `timeout` seconds.
 
     Raises:
         RootstockError: it does not answer, or not as this version does.
     """
-    answer: Any = request(socket, "GET", "/v1/status")
+    answer: Any = request(socket, "GET", "/v1/status", timeout=timeout)
     try:
         return DaemonStatus.model_validate(answer)
     except ValidationError as error:
@@ -100,3 +100,9 @@ def fetch_config(socket: Path) -> Config | None:
         return Config.model_validate(known)
     except ValidationError as error:
         raise RootstockError(f"rootstockd at {socket} has settings that this version can't take: {error}") from error
+
+
+def print_warnings(warnings: list[str]) -> None:
+    """Print what a configuration has that can't be meant so."""
+    for warning in warnings:
+        console.print(warning, style="yellow", markup=False, soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from rich.table import Table
 
 from rootstock_client.errors import RootstockError
 from rootstockd.cli.common import Refused, catalogue_option, console
+from rootstockd.cli.completion import environments
 from rootstockd.environments import archive
 from rootstockd.environments.building import Plan, build
 from rootstockd.environments.builds import (
@@ -75,7 +77,7 @@ def building_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @env.command()
-@click.argument("name")
+@click.argument("name", shell_complete=environments)
 @building_options
 def create(name: str, spec: Path | None, offline: bool, python: str | None, torch: str | None) -> None:
     """Build an environment; one that is broken is built again from its lock."""
@@ -97,7 +99,7 @@ def create(name: str, spec: Path | None, offline: bool, python: str | None, torc
 
 
 @env.command()
-@click.argument("name")
+@click.argument("name", shell_complete=environments)
 @click.option("--locked", is_flag=True, help="The same versions again.")
 @building_options
 def update(name: str, locked: bool, spec: Path | None, offline: bool, python: str | None, torch: str | None) -> None:
@@ -142,7 +144,7 @@ def list_() -> None:
 
 
 @env.command()
-@click.argument("name")
+@click.argument("name", shell_complete=environments)
 def show(name: str) -> None:
     """Show what is in an environment, and what it lacks."""
     there = find_build(name)
@@ -172,7 +174,7 @@ def show(name: str) -> None:
 
 
 @env.command()
-@click.argument("name")
+@click.argument("name", shell_complete=environments)
 @click.option("--device", type=click.Choice(["cpu", "auto"]), default="auto", help="cpu, or a GPU if there is one.")
 @catalogue_option
 def verify(name: str, device: str, catalogues: tuple[Path, ...]) -> None:
@@ -191,7 +193,7 @@ def verify(name: str, device: str, catalogues: tuple[Path, ...]) -> None:
 
 
 @env.command()
-@click.argument("name")
+@click.argument("name", shell_complete=environments)
 def remove(name: str) -> None:
     """Remove an environment, all its builds."""
     remove_environment(name)
@@ -199,7 +201,7 @@ def remove(name: str) -> None:
 
 
 @env.command()
-@click.argument("name")
+@click.argument("name", shell_complete=environments)
 @click.argument("file", type=click.Path(path_type=Path, resolve_path=True, dir_okay=False))
 def export(name: str, file: Path) -> None:
     """Write an environment with its wheels into FILE, for machines without a network."""
@@ -289,10 +291,12 @@ def _named(name: str, spec: Path | None) -> tuple[Specification, str]:
         return read_specification(spec), str(spec)
     specification = find_specification(name)
     if specification is None:
-        known = ", ".join(sorted(specification_files()))
+        known = sorted(specification_files())
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"Did you mean {near[0]}? " if near else ""
         raise SpecificationError(
-            f"nothing says what should be in an environment {name!r}; there are: {known}. `--spec FILE` names a file "
-            "that does."
+            f"nothing says what should be in an environment {name!r}.\n{hint}There are: {', '.join(known)}. "
+            "`--spec FILE` names a file that says it."
         )
     return specification, "named"
 

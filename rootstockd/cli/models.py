@@ -15,9 +15,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from rootstock_client.client import request
-from rootstock_client.errors import RootstockError
+from rootstock_client.errors import ModelLoadError, RootstockError
 from rootstock_client.runtime_dir import find_socket
 from rootstockd.cli.common import Refused, catalogue_option, console, fetch_status, socket_option
+from rootstockd.cli.completion import catalogue_models, models_to_pull
 from rootstockd.models import store
 from rootstockd.models.add import add as add_file
 from rootstockd.models.add import own_file, remove_entry
@@ -26,10 +27,10 @@ from rootstockd.models.convert import with_safe_form
 from rootstockd.models.download import DownloadError
 from rootstockd.models.pull import Wishes
 from rootstockd.models.pull import pull as pull_weights
+from rootstockd.models.spec import spec_of
 from rootstockd.models.store import Stored, StoreError
-from rootstockd.state_dir import StateError
+from rootstockd.state_dir import MIRROR_VARIABLE, StateError
 
-MIRROR_VARIABLE = "ROOTSTOCKD_MIRROR"
 _LACKS = {"missing": "red", "needs env": "yellow"}
 ERRORS = (CatalogueError, StoreError, StateError, DownloadError, RootstockError)
 
@@ -91,7 +92,7 @@ def list_(catalogues: tuple[Path, ...], as_json: bool) -> None:
 
 
 @models.command()
-@click.argument("name")
+@click.argument("name", shell_complete=catalogue_models)
 @catalogue_option
 @json_option
 def show(name: str, catalogues: tuple[Path, ...], as_json: bool) -> None:
@@ -100,12 +101,13 @@ def show(name: str, catalogues: tuple[Path, ...], as_json: bool) -> None:
         catalogue = Catalogue.load(catalogues)
         name, entry = catalogue.resolve(name)
         stored = store.weights_of(name, entry) if entry.url else store.find(name)
-        state = state_of(name, entry)
+        state, fingerprint = state_of(name, entry), fingerprint_of(name, entry)
     if as_json:
         said = {
             "name": name,
             "from": str(catalogue.origins[name]),
             "state": state,
+            "fingerprint": fingerprint or None,
             **entry.model_dump(mode="json"),
             "stored": stored.record.model_dump(mode="json") if stored else None,
         }
@@ -116,6 +118,8 @@ def show(name: str, catalogues: tuple[Path, ...], as_json: bool) -> None:
     for key, value in described(entry, stored).items():
         if value:
             console.print(f"[bold]{key:12}[/] {escape(value)}", soft_wrap=True)
+    if fingerprint:
+        console.print(f"[bold]{'fingerprint':12}[/] {fingerprint} in {entry.dtype}")
     mended = f": rootstockd env create {entry.place[0]}" if state == "needs env" else ""
     console.print(f"[bold]{'state':12}[/] {state}{mended}")
     console.print(f"[bold]{'entry':12}[/] {escape(str(catalogue.origins[name]))}", soft_wrap=True)
@@ -154,7 +158,7 @@ def described(entry: Entry, stored: Stored | None) -> dict[str, str]:
 
 
 @models.command()
-@click.argument("names", nargs=-1, required=True)
+@click.argument("names", nargs=-1, required=True, shell_complete=models_to_pull)
 @click.option(
     "--mirror",
     default="",
@@ -258,7 +262,7 @@ def add(name: str, file: Path, sha256: str, elements: str, **fields: Any) -> Non
 
 
 @models.command()
-@click.argument("name")
+@click.argument("name", shell_complete=catalogue_models)
 @click.option("--force", is_flag=True, help="Even if sessions use it.")
 @socket_option
 def remove(name: str, force: bool, socket: Path | None) -> None:
@@ -317,7 +321,7 @@ def let_go(name: str, socket: Path | None) -> None:
 
 
 @models.command()
-@click.argument("names", nargs=-1)
+@click.argument("names", nargs=-1, shell_complete=catalogue_models)
 @catalogue_option
 def verify(names: tuple[str, ...], catalogues: tuple[Path, ...]) -> None:
     """Compare stored weights, all or those of some models, with their checksums."""
@@ -338,7 +342,9 @@ def verify(names: tuple[str, ...], catalogues: tuple[Path, ...]) -> None:
                 done.update(owning)
                 bad += tell_verified(", ".join(owning), path, store.wrong(path, sha256))
         if missing := sorted((chosen or set()) - done):
-            raise Refused(f"no weights are stored for {', '.join(missing)}.")
+            raise Refused(
+                f"no weights are stored for {', '.join(missing)}. `rootstockd models list` says which are to be pulled."
+            )
     if bad:
         raise Refused("`rootstockd models pull NAME` mends what was pulled; what was added is removed and added again.")
 
@@ -353,6 +359,13 @@ def tell_verified(name: str, path: Path, damage: str) -> bool:
 def state_of(name: str, entry: Entry) -> str:
     """Whether a model can be loaded: "here", or "built in" where it has no weights of its own, or what it lacks."""
     return store.lack(name, entry) or ("here" if entry.weights or entry.url else "built in")
+
+
+def fingerprint_of(name: str, entry: Entry) -> str:
+    """A model's fingerprint in its usual dtype; empty while its weights are to be pulled and may be any."""
+    with contextlib.suppress(ModelLoadError):
+        entry = store.located(name, entry)
+    return spec_of(name, entry).fingerprint if entry.sha256 or not entry.url else ""
 
 
 def size_of(name: str, entry: Entry) -> int | None:

@@ -14,7 +14,8 @@ import click
 
 import rootstockd
 from rootstockd.cli.common import Refused, console, default_socket
-from rootstockd.cli.lifecycle import devices_of
+from rootstockd.cli.options import devices_of
+from rootstockd.config_file import FILE_NAME
 from rootstockd.devices import gpu_names
 
 _SHIPPED_COMMAND = "/usr/bin/rootstockd"
@@ -69,9 +70,9 @@ def install(user: bool, instances: tuple[str, ...], dry_run: bool) -> None:
         devices_of(name)
     check_place(place)
     files = {**units(place), **defaults(place, names[0])}
-    settings = place.settings / "rootstockd/rootstockd.toml"
+    settings = place.settings / "rootstockd" / FILE_NAME
     if not settings.exists():
-        files[settings] = (shipped() / "rootstockd.toml").read_text()
+        files[settings] = (shipped() / FILE_NAME).read_text()
     commands = (
         [] if user else [["systemd-sysusers", "rootstockd.conf"], ["systemd-tmpfiles", "--create", "rootstockd.conf"]]
     )

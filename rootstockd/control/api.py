@@ -31,10 +31,12 @@ from rootstockd.control.schema import (
     ReloadReport,
     SessionStatus,
     StopRequest,
+    UnloadAnswer,
     UnloadRequest,
 )
 from rootstockd.devices import process_memory
 from rootstockd.door import Door
+from rootstockd.fleet import HOLD
 from rootstockd.log_rate import LogRate
 from rootstockd.models.catalogue import CatalogueError
 from rootstockd.models.store import lack
@@ -140,9 +142,10 @@ def _take_orders(app: FastAPI, daemon: Daemon) -> None:
         return LoadAnswer(model=name, dtype=dtype)
 
     @app.post("/v1/unload", status_code=202, dependencies=[Depends(admin)])
-    async def unload(request: UnloadRequest) -> None:
+    async def unload(request: UnloadRequest) -> UnloadAnswer:
         """Have a model leave memory."""
-        daemon.unload(request.model, request.dtype, force=request.force)
+        waiting = daemon.unload(request.model, request.dtype, force=request.force)
+        return UnloadAnswer(waiting=waiting, held=HOLD if request.force else 0.0)
 
     @app.post("/v1/stop", status_code=202, dependencies=[Depends(admin)])
     async def stop(asked: StopRequest, request: Request) -> None:
@@ -197,10 +200,12 @@ def model_status(model: Supervisor, fleet: Fleet) -> ModelStatus:
         device=str(model.device) if model.device else None,
         dtype=model.spec.dtype,
         dispersion=model.spec.dispersion,
+        fingerprint=model.spec.fingerprint,
         state=model.state.value,
         error=str(why) if why else None,
         loading=loading_status(model, fleet),
         backend=model.info.backend if model.info else None,
+        retired=model.retired,
         environment=model.environment.description if model.environment else None,
         note=(model.info.note or None) if model.info else None,
         unconfined=model.unconfined,

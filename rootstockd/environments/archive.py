@@ -218,7 +218,9 @@ def import_archive(file: Path, sha256: str, python: str, say: Say) -> Build:
                 )
                 return build(plan, say)
     except (OSError, tarfile.TarError) as error:
-        raise EnvironmentBuildError(f"{file} can't be imported: {error}.") from error
+        why = getattr(error, "strerror", None) or str(error)
+        hint = "`rootstockd env export` writes such files."
+        raise EnvironmentBuildError(f"{file} can't be imported: {why}. {hint}") from error
 
 
 @contextlib.contextmanager

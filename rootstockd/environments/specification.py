@@ -157,5 +157,7 @@ def read_specification(path: Path) -> Specification:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "it"
         raise SpecificationError(f"specification {path}: {where}: {first['msg']}.") from error
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise SpecificationError(f"specification {path}: {error.strerror}; name another with --spec.") from error
+    except ValueError as error:
         raise SpecificationError(f"specification {path}: {error}.") from error

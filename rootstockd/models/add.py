@@ -100,7 +100,10 @@ def own_file() -> Path:
 def _entry(name: str, folder: Path, record: Record, fields: dict[str, Any]) -> Entry:
     try:
         file = record.loaded
-        return Entry.model_validate({**fields, "weights": folder / file.name, "sha256": file.sha256, "size": file.size})
+        said = {"weights": folder / file.name, "sha256": file.sha256, "size": file.size}
+        if record.safe is not None:
+            said["original_sha256"] = record.original.sha256
+        return Entry.model_validate({**fields, **said})
     except ValidationError as error:
         raise StoreError(f"model {name!r}: {describe(error)}.") from error
 

@@ -27,6 +27,7 @@ from rootstockd.config import KeepAlive
 from rootstockd.environments.finding import has_environment
 from rootstockd.state_dir import StateError, check_trusted, site_folder, state_dirs
 from rootstockd.validation import describe
+from rootstockd.worker.engines import EngineError, choose_head
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -62,6 +63,8 @@ class Entry(BaseModel):
     """Where `rootstockd models pull` gets the weights; they then lie in a state directory."""
     sha256: str = ""
     """Of the weights, which are code: no other file is loaded."""
+    original_sha256: str = ""
+    """Of what the weights were converted from, if they were: another form of a model has the same fingerprint."""
     size: int | None = Field(default=None, ge=0)
     """Of the weights in bytes, where it is known."""
     elements: tuple[str, ...] = ()
@@ -89,7 +92,7 @@ class Entry(BaseModel):
     confine: bool = True
     """Whether its workers give away the rights that they need not (SECURITY.md)."""
 
-    @field_validator("sha256")
+    @field_validator("sha256", "original_sha256")
     @classmethod
     def _digits(cls, digest: str) -> str:
         if digest and not re.fullmatch("[0-9a-fA-F]{64}", digest):
@@ -125,6 +128,18 @@ class Entry(BaseModel):
             raise UnsupportedError(
                 f"model {name!r} computes in {self.dtype} and in nothing else.", "Leave dtype out, or name that one."
             )
+
+    def check_head(self, name: str, head: str | None) -> None:
+        """Whether a session may ask for this head, where it is known which there are.
+
+        Raises:
+            UnsupportedError: there is no such head, or none was chosen of several.
+        """
+        if self.heads:
+            try:
+                choose_head(name, self.heads, head)
+            except EngineError as error:
+                raise UnsupportedError(f"{error.message}.", error.hint) from error
 
 
 class Catalogue(Mapping[str, Entry]):
@@ -250,7 +265,7 @@ def _check_owner(path: Path) -> None:
         if path.stat().st_mode & 0o002:
             raise CatalogueError(f"catalogue {path}: all users may write to it, so it is not used: chmod o-w {path}")
     except OSError as error:
-        raise CatalogueError(f"catalogue {path}: {error}") from error
+        raise CatalogueError(f"catalogue {path}: {error.strerror}; name another with --catalogue.") from error
 
 
 def read_catalogue(path: Path) -> dict[str, Entry]:

@@ -112,7 +112,10 @@ def own_folder() -> Path:
                 path.chmod(0o755)  # whatever the umask says: every user of the machine may read weights
             check_trusted(path)
     except OSError as error:
-        raise StoreError(f"weights can't be stored in {folder}: {error.strerror}.") from error
+        raise StoreError(
+            f"weights can't be stored in {folder}: {error.strerror}. The variable ROOTSTOCKD_STATE names another state "
+            "directory."
+        ) from error
     return folder
 
 
@@ -182,7 +185,9 @@ def located(name: str, entry: Entry) -> Entry:
             f"the weights of model {name!r} are not on this machine.",
             f"Whoever runs the daemon gets them with `rootstockd models pull {name}`; it finds them without a restart.",
         )
-    return entry.model_copy(update={"weights": stored.weights, "sha256": stored.record.loaded.sha256})
+    record = stored.record
+    sums = {"sha256": record.loaded.sha256, "original_sha256": record.original.sha256}
+    return entry.model_copy(update={"weights": stored.weights, **sums})
 
 
 def lack(name: str, entry: Entry) -> str:

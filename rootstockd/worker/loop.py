@@ -75,6 +75,7 @@ class _Attached:
         self.number: int = fields["slot"]
         self.stress: bool = fields["stress"]
         self.energies: bool = fields["energies"]
+        self._fingerprint: str = fields.get("fingerprint", "")  # a daemon that runs over an upgrade says none
         self._positions, self._forces, self._virials = list(slot.positions), list(slot.forces), list(slot.virials)
         self._cells: list[np.ndarray] = []
         self._seen = b""
@@ -148,6 +149,8 @@ class _Attached:
         extras = []
         for result in results:
             extra: dict[str, Any] = {"backend": result.backend} if result.backend else {}
+            if self._fingerprint:
+                extra["fingerprint"] = self._fingerprint
             if self.energies:
                 if result.energies is None:
                     raise EngineError("unsupported", "the engine computed no per-atom energies")
