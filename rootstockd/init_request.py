@@ -133,7 +133,8 @@ def parse_init(text: bytes, preset: InitRequest | None) -> InitRequest:
     try:
         request = InitRequest.model_validate_json(text)
     except ValidationError as error:
-        raise InvalidInitError(f"INIT can't be read: {describe(error)}.") from error
+        what = describe(error)
+        raise InvalidInitError(f"INIT can't be read: {what}{'' if what.endswith('?') else '.'}") from error
     if request.rootstock != PROTOCOL_VERSION:
         said = str(request.rootstock)[:20]
         raise InvalidInitError(

@@ -43,7 +43,7 @@ def describe(error: ValidationError) -> str:
     where = ".".join(map(str, problem["loc"]))[:100]
     at = f"{where}: " if where else ""
     if (words := _WORDS.get(problem["type"])) is None:
-        return f"{at}{problem['msg'].removeprefix('Value error, ').removesuffix('.')}"[:LONGEST]
+        return f"{at}{problem['msg'].removeprefix('Value error, ')}"[:LONGEST].removesuffix(".")
     context: dict[str, Any] = problem.get("ctx", {})
     given = "null" if problem["input"] is None else _shortened.repr(problem["input"])
     choices = str(context.get("expected", "")).replace(" or ", ", ").replace("'", "")

@@ -138,7 +138,7 @@ def test_list_and_show(models, catalogue, state):
     assert "needs env: rootstockd env create chgnet, rootstockd env create sevennet" in models("list")
     assert "needs env: rootstockd env create sevennet" in models("show", "sevennet-0")
     assert "noop" not in listed
-    assert json.loads(models("show", "pulled", "--json"))["fingerprint"] is None  # it may be anything yet
+    assert json.loads(models("show", "random", "--json"))["fingerprint"] is None  # it may be anything yet
     models("pull", "random")
     line = next(line for line in models("list").splitlines() if line.startswith("random "))
     assert line.split()[1:] == ["noop", "here", "0.3", "MB"]
@@ -148,6 +148,7 @@ def test_list_and_show(models, catalogue, state):
     assert shown["stored"]["pinned"] == "its first use"
     text = models("show", "random")
     assert str(catalogue) in text and hashlib.sha256(DATA).hexdigest() in text
+    assert f"{shown['fingerprint']} in float64" in text
     assert "Did you mean pulled" in models("show", "puled", fails=True)
     assert "Did you mean pulled" in models("pull", "puled", fails=True)
 
