@@ -14,6 +14,7 @@ from ase.data import atomic_numbers, chemical_symbols
 
 from rootstock_client import ipi
 from rootstock_client.errors import DrainingError, RootstockError, UnknownElementError
+from rootstock_client.runtime_dir import job_runtime_dir
 from rootstockd.accounts import Accounts
 from rootstockd.config import Config
 from rootstockd.config_file import RELOADED, ConfigError, read_again
@@ -27,7 +28,7 @@ from rootstockd.models.catalogue import Catalogue, CatalogueError
 from rootstockd.models.store import located
 from rootstockd.peers import peer_of
 from rootstockd.sessions import LINGER, Session
-from rootstockd.sockets import AddressError, adopt, claim_gpu, listen, lock, make_runtime_dir
+from rootstockd.sockets import AddressError, adopt, claim_gpu, listen, lock, make_runtime_dir, remove_if_empty
 from rootstockd.supervisor import Supervisor
 from rootstockd.systemd import Manager, describe
 from rootstockd.worker_folders import remove_left_behind
@@ -80,7 +81,10 @@ class Daemon:
         self._share_descriptors()
         with contextlib.ExitStack() as ours:
             if not self._manager.sockets:
-                make_runtime_dir(self.config.socket.parent, shared=self.config.shared)
+                folder = self.config.socket.parent
+                make_runtime_dir(folder, shared=self.config.shared)
+                if folder == job_runtime_dir():
+                    ours.callback(remove_if_empty, folder)
                 ours.enter_context(lock(self.config.lock))
             devices = found_devices(self.config.devices)
             for device in devices:
@@ -183,7 +187,9 @@ class Daemon:
 
     def _on_end(self, number: signal.Signals) -> None:
         log.info("%s: stopping", number.name)
-        self.stop()
+        again = self._stop.is_set() and not self._replaced
+        if not again or number is signal.SIGINT:  # managers such as Slurm send SIGTERM more than once, meaning no more
+            self.stop()
 
     def _on_hangup(self) -> None:
         log.info("SIGHUP: reloading")
@@ -241,6 +247,8 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_end, number)
         loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
+        for number in (signal.SIGUSR1, signal.SIGUSR2):  # Slurm's `--signal=USR1@60` goes to all processes of a job
+            signal.signal(number, signal.SIG_IGN)
 
     # --- what sessions need
 

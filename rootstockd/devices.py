@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pynvml
 
+from rootstock_client.runtime_dir import JOB_VARIABLE
 from rootstockd.config import Device
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+"""What Slurm sets for jobs that asked for GPUs, beside others."""
 
 
 class DeviceError(Exception):
@@ -159,7 +161,8 @@ def choose_devices(*, gpus: str | None = None, names: tuple[str, ...] = ()) -> t
 
     Args:
         gpus: the GPUs that were asked for: numbers and UUIDs with commas between them, or `all`.
-        names: devices that were asked for. With neither, the first GPU if there is one, and the CPU otherwise.
+        names: devices that were asked for. With neither, the first GPU if there is one (all that Slurm gave, in a job
+            that has GPUs), and the CPU otherwise.
 
     Raises:
         DeviceError: one that was asked for is not there.
@@ -171,7 +174,9 @@ def choose_devices(*, gpus: str | None = None, names: tuple[str, ...] = ()) -> t
     elif gpus is not None:
         names = tuple(f"cuda:{name}" if name.isdigit() else name for name in map(str.strip, gpus.split(",")))
     elif not names:
-        names = ("cuda:0",) if visible_gpus(find_gpus(), os.environ.get(VISIBLE)) else ("cpu",)
+        seen = visible_gpus(find_gpus(), os.environ.get(VISIBLE))
+        given = len(seen) if JOB_VARIABLE in os.environ and VISIBLE in os.environ else 1
+        names = tuple(f"cuda:{i}" for i in range(given)) if seen else ("cpu",)
     return found_devices(tuple(Device(name=name) for name in names))
 
 

@@ -10,6 +10,7 @@ from rootstockd.cli.fleet import load, unload
 from rootstockd.cli.lifecycle import reload, restart, start, stop
 from rootstockd.cli.models import models
 from rootstockd.cli.show import logs, status
+from rootstockd.cli.slurm import slurm
 from rootstockd.cli.systemd import systemd
 
 
@@ -32,5 +33,5 @@ def main() -> None:
     """  # noqa: D301 - click wants the character \\b itself
 
 
-for command in (start, stop, restart, reload, load, unload, status, logs, models, env, systemd):
+for command in (start, stop, restart, reload, load, unload, status, logs, models, env, systemd, slurm):
     main.add_command(command)

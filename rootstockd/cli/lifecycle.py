@@ -75,7 +75,11 @@ FORCE_TIMEOUT = 5.0
     type=click.Path(path_type=Path, resolve_path=True),
     help="A TOML file of settings; what is given here goes before it.",
 )
+@click.option(
+    "--drain-timeout", type=click.FloatRange(min=0), help="Seconds for evaluations under way when it is stopped."
+)
 @click.option("--foreground", is_flag=True, help="Stay in front, log to the terminal, end with Ctrl-C.")
+@click.option("--wait", is_flag=True, help="When it is ready, stay until it has ended; whoever ends this ends it.")
 @click.option("--instance", metavar="NAME", help="The devices, as instances of systemd's units are named: 0, 0:1, cpu.")
 def start(
     gpu: str | None,
@@ -87,7 +91,9 @@ def start(
     max_atoms: int | None,
     batch_atoms: int | None,
     file: Path | None,
+    drain_timeout: float | None,
     foreground: bool,
+    wait: bool,
     instance: str | None,
 ) -> None:
     """Start a daemon; returns when it is ready."""
@@ -112,6 +118,7 @@ def start(
         "log_file": log_file,
         "max_atoms": max_atoms,
         "batch_atoms": batch_atoms,
+        "drain_timeout": drain_timeout,
     }
     try:
         config = make_config(flags, file, {"socket": default_socket(), "devices": chosen})
@@ -126,14 +133,9 @@ def start(
     if config.log_file is None:
         config = config.model_copy(update={"log_file": default_log_file(config.socket)})
     if foreground:
-        # imports what only a daemon needs
-        from rootstockd.serve import StartError, serve, start_logging  # noqa: PLC0415
-
-        start_logging()
-        try:
-            serve(config)
-        except StartError as error:
-            raise Refused(error) from error
+        serve_in_front(config)
+    elif wait:
+        stay_with(config)
     else:
         launch(config)
 
@@ -225,8 +227,41 @@ def check_startable(config: Config) -> None:
         prepare_log(config.log_file).close()
 
 
-def launch(config: Config, *, after: int | None = None) -> None:
-    """Start a daemon in the background and wait until it is ready.
+def serve_in_front(config: Config) -> None:
+    """Be the daemon.
+
+    Raises:
+        Refused: it can't start.
+    """
+    # imports what only a daemon needs
+    from rootstockd.serve import StartError, serve, start_logging  # noqa: PLC0415
+
+    start_logging()
+    try:
+        serve(config)
+    except StartError as error:
+        raise Refused(error) from error
+
+
+def stay_with(config: Config) -> None:
+    """Start a daemon in the background and be there as long as it is; exits as it does.
+
+    Raises:
+        Refused: as `launch` says.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGUSR1, signal.SIGUSR2):  # the daemon ignores them, too
+        signal.signal(number, signal.SIG_IGN)
+    process = launch(config)
+    while True:
+        try:
+            raise SystemExit(process.wait())
+        except KeyboardInterrupt:
+            process.terminate()
+
+
+def launch(config: Config, *, after: int | None = None) -> subprocess.Popen[bytes]:
+    """Start a daemon in the background and wait until it is ready; its process.
 
     Args:
         config: its settings.
@@ -276,6 +311,7 @@ def launch(config: Config, *, after: int | None = None) -> None:
         soft_wrap=True,
         markup=False,
     )
+    return process
 
 
 def prepare_log(path: Path) -> BinaryIO:
