@@ -1,4 +1,4 @@
-"""On a real Slurm: daemons for a job and for a node, whom clients find, GPUs, signals, and the scripts of docs/slurm.md."""
+"""On a real Slurm: daemons for a job and for a node, who finds which, GPUs, signals; the scripts of docs/slurm.md."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PROLOG, EPILOG = re.findall(r"^```sh\n(.*?)^```$", DOCUMENT, re.MULTILINE | re.D
 (MD,) = re.findall(r"^```python\n(.*?)^```$", DOCUMENT, re.MULTILINE | re.DOTALL)
 
 ASK = """
-import json, os, sys
+import contextlib, json, os
 from pathlib import Path
 from ase.build import bulk
 from rootstock_client import RootstockClient
@@ -33,7 +33,10 @@ atoms = bulk("Cu", cubic=True)
 atoms.calc = client.calculator("emt")
 atoms.get_potential_energy()
 status = client.status()
-variables = dict(v.split("=", 1) for v in Path(f"/proc/{status['pid']}/environ").read_text().split("\\0") if "=" in v)
+variables = {}
+with contextlib.suppress(PermissionError):  # it is somebody else's
+    words = Path(f"/proc/{status['pid']}/environ").read_text().split("\\0")
+    variables = dict(word.split("=", 1) for word in words if "=" in word)
 print(json.dumps({
     "node": os.environ["SLURMD_NODENAME"], "pid": status["pid"], "devices": status["devices"],
     "socket": str(client.socket), "gpus": variables.get("CUDA_VISIBLE_DEVICES"),
@@ -122,7 +125,7 @@ def test_each_node_has_its_own_and_its_tasks_find_it(slurm: Slurm) -> None:
     script = f"""#!/bin/bash
 export ROOTSTOCKD_SOCKET=/nowhere/else.sock
 rootstockd slurm run --model emt -- srun python ask.py
-rootstockd slurm run --model emt -- srun --export=NONE env PYTHONPATH={REPOSITORY} {PYTHON} ask.py
+rootstockd slurm run --model emt -- srun --export=NONE /usr/bin/env PYTHONPATH={REPOSITORY} {PYTHON} ask.py
 """
     with slurm.submit(script, "--nodes=2", "--ntasks=4", "--gpus-per-task=1", ask=ASK) as job:
         assert job.wait() == 0, job.output
@@ -139,7 +142,8 @@ rootstockd slurm run --model emt -- srun --export=NONE env PYTHONPATH={REPOSITOR
 def test_jobs_of_a_user_at_a_time_on_one_node(slurm: Slurm, gate: None) -> None:
     """They have daemons of their own on GPUs of their own."""
     script = """#!/bin/bash
-rootstockd slurm run --model emt --device cpu:$CUDA_VISIBLE_DEVICES -- sh -c 'python ask.py; until [ -e /srv/gates/open ]; do sleep 0.1; done'
+until_open='until [ -e /srv/gates/open ]; do sleep 0.1; done'
+rootstockd slurm run --model emt --device cpu:$CUDA_VISIBLE_DEVICES -- sh -c "python ask.py; $until_open"
 """
     options = ("--nodelist=n1", "--gres=gpu:1")
     with slurm.submit(script, *options, ask=ASK) as one, slurm.submit(script, *options, ask=ASK) as other:
@@ -160,7 +164,6 @@ rootstockd slurm run --model emt --device cpu:$CUDA_VISIBLE_DEVICES -- sh -c 'py
 def test_exit_status_and_what_is_refused(slurm: Slurm) -> None:
     script = """#!/bin/bash
 rootstockd slurm run --model emt -- bash -c 'exit 7'; echo status $?
-rootstockd slurm run --model emt -- bash -c 'kill -KILL $$'; echo status $?
 rootstockd slurm run --model nothing -- touch it-ran; echo status $?
 rootstockd slurm run --model emt -- no-such-command; echo status $?
 rootstockd slurm run --model emt; echo status $?
@@ -169,7 +172,7 @@ srun --ntasks=2 rootstockd slurm run --model emt -- true; echo status $?
     with slurm.submit(script, "--ntasks=2", "--nodes=1") as job:
         assert job.wait() == 0
         said = job.output
-        assert re.findall(r"status (\d+)", said) == ["7", "137", "1", "1", "2", "1"], said
+        assert re.findall(r"status (\d+)", said) == ["7", "1", "1", "2", "1"], said
         assert not (job.folder / "it-ran").exists()
     assert "there is no model 'nothing'" in said
     assert "no daemon on each node of the job, so the command was not run" in said
@@ -227,10 +230,9 @@ def test_a_daemon_for_all_jobs_of_a_node(slurm: Slurm, gate: None) -> None:
     """The first job's Prolog starts it, the last one's Epilog stops it."""
     machine = slurm.machine
     machine.write("/etc/rootstockd/rootstockd.toml", 'models = ["emt"]\n')
-    ours = f"{PYTHON} -m rootstockd"
+    ours = f"env PYTHONPATH={REPOSITORY} {PYTHON} -m rootstockd"
     for name, text in (("prolog", PROLOG), ("epilog", EPILOG)):
-        text = text.replace("/opt/rootstockd/bin/rootstockd", ours).replace("--gpu 0", "--device cpu")
-        slurm.hook(name, text)
+        slurm.hook(name, text.replace("/opt/rootstockd/bin/rootstockd", ours).replace("--gpu 0", "--device cpu"))
     script = "#!/bin/bash\npython ask.py\nuntil [ -e enough ]; do sleep 0.1; done\n"
     site = "/run/rootstockd/rootstockd.sock"
     options = ("--nodelist=n1", "--gres=gpu:1")
@@ -241,9 +243,10 @@ def test_a_daemon_for_all_jobs_of_a_node(slurm: Slurm, gate: None) -> None:
             (first,), (second,) = answers(one.output), answers(other.output)
             assert first["socket"] == second["socket"] == site
             assert first["pid"] == second["pid"]
-            assert first["gpus"] is None, "it is no job's"
+            variables = machine.do("cat", f"/proc/{first['pid']}/environ")
+            assert "SLURM_" not in variables
+            assert "CUDA_VISIBLE_DEVICES" not in variables
             for job in (one, other):
-                assert (machine.root / "run").exists()
                 (job.folder / "enough").touch()
                 assert job.wait() == 0, job.output
                 if job is one:

@@ -37,6 +37,8 @@ from rootstockd.devices import VISIBLE
 from rootstockd.sockets import AddressError, make_runtime_dir
 
 COMMAND = (sys.executable, "-m", "rootstockd")
+STEP = "rootstockd"
+"""What the daemons' step is called."""
 READY = "ready on "
 """How `start` says that it is."""
 KILL_WAIT = 30.0
@@ -114,9 +116,8 @@ def daemons(socket: Path, options: list[str]) -> Iterator[None]:
         Refused: one of them can't start, and has said why.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    on_all_nodes = srun()
     step = subprocess.Popen(
-        [*on_all_nodes, *COMMAND, "start", "--wait", "--socket", socket, *options],
+        [*srun(), *COMMAND, "start", "--wait", "--socket", socket, *options],
         env=job_environment(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -127,10 +128,8 @@ def daemons(socket: Path, options: list[str]) -> Iterator[None]:
         wait_until_ready(step)
         yield
     finally:
-        # a signal to srun would have the daemons killed; where the job is being ended, Slurm has told them itself
-        stop = [*on_all_nodes, *COMMAND, "stop", "--socket", os.fspath(socket)]
         if step.poll() is None:
-            subprocess.run(stop, env=job_environment(), stdin=subprocess.DEVNULL, capture_output=True, check=False)
+            end_step()
         step.wait()
 
 
@@ -155,7 +154,7 @@ def srun() -> list[str]:
         "--mpi=none",
         "--export=ALL",
         "--kill-on-bad-exit=1",
-        "--job-name=rootstockd",
+        f"--job-name={STEP}",
         *[f"--gpus-per-node={gpus}"] * bool(gpus and per_task),  # not those of one task
     ]
 
@@ -186,6 +185,16 @@ def wait_until_ready(step: subprocess.Popen[str]) -> None:
             return
     step.wait()
     raise Refused("no daemon on each node of the job, so the command was not run. Why is said above.")
+
+
+def end_step() -> None:
+    """Have the daemons drain. (A signal to srun would have them killed.)"""
+    steps = ["squeue", "--noheader", f"--jobs={os.environ[JOB_VARIABLE]}", "--steps", "--format=%i %j"]
+    listed = subprocess.run(steps, check=False, stdout=subprocess.PIPE, text=True).stdout
+    for number, name in map(str.split, listed.splitlines()):
+        if name == STEP:
+            end = ["scancel", "--signal=TERM", number]
+            subprocess.run(end, check=False, capture_output=True)  # Slurm may have ended it itself
 
 
 def run_command(command: list[str], environment: dict[str, str]) -> int:
