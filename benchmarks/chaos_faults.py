@@ -106,14 +106,14 @@ def daemon_restarted(victim: Victim) -> str:
 
 
 def daemon_terminated(victim: Victim) -> str:
-    """SIGTERM, sometimes twice; another is started when it is gone."""
+    """SIGTERM, sometimes with a SIGINT after it; another is started when it is gone."""
     process = psutil.Process(victim.daemon.pid)
     process.terminate()
     twice = victim.rng.random() < 0.5
     if twice:
         time.sleep(victim.rng.uniform(0, 0.1))
         with contextlib.suppress(psutil.NoSuchProcess):
-            process.terminate()
+            process.send_signal(signal.SIGINT)
     _, alive = psutil.wait_procs([process], timeout=90)
     if alive:
         raise AssertionError("a daemon did not end within 90 s of SIGTERM")

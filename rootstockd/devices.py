@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -161,8 +161,7 @@ def choose_devices(*, gpus: str | None = None, names: tuple[str, ...] = ()) -> t
 
     Args:
         gpus: the GPUs that were asked for: numbers and UUIDs with commas between them, or `all`.
-        names: devices that were asked for. With neither, the first GPU if there is one (all that Slurm gave, in a job
-            that has GPUs), and the CPU otherwise.
+        names: devices that were asked for. With neither, those of `default_names`.
 
     Raises:
         DeviceError: one that was asked for is not there.
@@ -174,10 +173,20 @@ def choose_devices(*, gpus: str | None = None, names: tuple[str, ...] = ()) -> t
     elif gpus is not None:
         names = tuple(f"cuda:{name}" if name.isdigit() else name for name in map(str.strip, gpus.split(",")))
     elif not names:
-        seen = visible_gpus(find_gpus(), os.environ.get(VISIBLE))
-        given = len(seen) if JOB_VARIABLE in os.environ and VISIBLE in os.environ else 1
-        names = tuple(f"cuda:{i}" for i in range(given)) if seen else ("cpu",)
+        names = default_names(find_gpus(), os.environ)
     return found_devices(tuple(Device(name=name) for name in names))
+
+
+def default_names(gpus: list[Gpu], variables: Mapping[str, str]) -> tuple[str, ...]:
+    """The devices of whoever names none: the first GPU, in a Slurm job all that it has, or the CPU where there is none.
+
+    Args:
+        gpus: those of the machine.
+        variables: the environment.
+    """
+    seen = visible_gpus(gpus, variables.get(VISIBLE))
+    given = len(seen) if JOB_VARIABLE in variables and VISIBLE in variables else 1
+    return tuple(f"cuda:{i}" for i in range(given)) if seen else ("cpu",)
 
 
 def found_devices(devices: tuple[Device, ...]) -> tuple[Device, ...]:

@@ -191,10 +191,10 @@ def end_step() -> None:
     """Have the daemons drain. (A signal to srun would have them killed.)"""
     steps = ["squeue", "--noheader", f"--jobs={os.environ[JOB_VARIABLE]}", "--steps", "--format=%i %j"]
     listed = subprocess.run(steps, check=False, stdout=subprocess.PIPE, text=True).stdout
-    for number, name in map(str.split, listed.splitlines()):
-        if name == STEP:
-            end = ["scancel", "--signal=TERM", number]
-            subprocess.run(end, check=False, capture_output=True)  # Slurm may have ended it itself
+    for number, _, name in (line.partition(" ") for line in listed.splitlines()):
+        if name.strip() == STEP:
+            signal_step = ["scancel", "--signal=TERM", number]
+            subprocess.run(signal_step, check=False, capture_output=True)  # Slurm may have ended it itself
 
 
 def run_command(command: list[str], environment: dict[str, str]) -> int:

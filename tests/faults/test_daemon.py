@@ -309,7 +309,7 @@ def test_a_job_that_starts_during_a_restart(own_daemon: RunningDaemon) -> None:
 
 
 def test_signals_once_and_twice(own_daemon: RunningDaemon) -> None:
-    """SIGTERM lets the evaluation end; a second one does not, and its job goes on with the next daemon."""
+    """SIGTERM lets the evaluation end, however often it comes. SIGINT then does not; the job goes on with the next one."""
     long = bulk("Cu", cubic=True) * 14
     long.calc = own_daemon.client().calculator("emt")
     outcome: list[float] = []
@@ -319,8 +319,11 @@ def test_signals_once_and_twice(own_daemon: RunningDaemon) -> None:
     process = psutil.Process(own_daemon.pid)
     process.terminate()
     wait_for(lambda: own_daemon.client().status()["state"] == "draining")
-    assert not outcome
     process.terminate()
+    process.send_signal(signal.SIGUSR1)  # what Slurm may send to all processes of a job
+    assert own_daemon.client().status()["state"] == "draining"
+    assert not outcome
+    process.send_signal(signal.SIGINT)
     psutil.wait_procs([process], timeout=10)
     assert not process.is_running()
     assert not outcome, "the evaluation was waited for"
