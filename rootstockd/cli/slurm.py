@@ -72,9 +72,17 @@ class AroundCommand(click.Command):
         return [*super().collect_usage_pieces(ctx), "--", "COMMAND..."]
 
 
-def start_options(*others: str) -> list[click.Parameter]:
-    """The options of `start`, without those that make no sense here, and `others`."""
-    without = {"foreground", "wait", "instance", "socket", *others}
+class ForStart(click.Command):
+    """Hands its options on; `obj` of its context is how they were given."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.obj = args.copy()
+        return super().parse_args(ctx, args)
+
+
+def start_options() -> list[click.Parameter]:
+    """The options of `start`, without those that make no sense here."""
+    without = {"foreground", "wait", "instance", "socket"}
     return [option for option in start.params if option.name not in without]
 
 
@@ -115,7 +123,7 @@ def daemons(socket: Path, options: list[str]) -> Iterator[None]:
     Raises:
         Refused: one of them can't start, and has said why.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # until the command runs
     step = subprocess.Popen(
         [*srun(), *COMMAND, "start", "--wait", "--socket", socket, *options],
         env=job_environment(),
@@ -221,9 +229,9 @@ def time_to_drain() -> float:
 # --- one daemon for all jobs of a node
 
 
-@slurm.command(params=start_options("drain_timeout"), cls=AroundCommand)
+@slurm.command(cls=ForStart, params=start_options())
 @click.pass_obj
-def prolog(obj: tuple[list[str], list[str]], /, **_: Any) -> None:
+def prolog(options: list[str], /, **_: Any) -> None:
     """In Slurm's Prolog: start the node's daemon with the first job.
 
     Returns when sessions are taken; models load meanwhile. Where systemd has the daemon, nothing is done.
@@ -233,7 +241,7 @@ def prolog(obj: tuple[list[str], list[str]], /, **_: Any) -> None:
             return
         job.touch()
         if not answers():
-            start_for_node(obj[0])
+            start_for_node(options)
             STARTED.touch()
 
 
@@ -307,7 +315,6 @@ def start_for_node(options: list[str]) -> None:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=words,
-            cwd="/",
             start_new_session=True,
         )
         while not answers():

@@ -309,7 +309,7 @@ def test_a_job_that_starts_during_a_restart(own_daemon: RunningDaemon) -> None:
 
 
 def test_signals_once_and_twice(own_daemon: RunningDaemon) -> None:
-    """SIGTERM lets the evaluation end, however often it comes. SIGINT then does not; the job goes on with the next one."""
+    """SIGTERM lets the evaluation end, however often it comes; SIGINT then does not: its job goes on with the next."""
     long = bulk("Cu", cubic=True) * 14
     long.calc = own_daemon.client().calculator("emt")
     outcome: list[float] = []
