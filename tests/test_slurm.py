@@ -226,7 +226,7 @@ def test_a_signal_to_the_batch_script_is_for_the_command(slurm: Slurm, gate: Non
         assert "energy" in job.output
 
 
-def test_a_daemon_for_all_jobs_of_a_node(slurm: Slurm, gate: None) -> None:
+def test_a_daemon_for_all_jobs_of_a_node(slurm: Slurm) -> None:
     """The first job's Prolog starts it, the last one's Epilog stops it."""
     machine = slurm.machine
     machine.write("/etc/rootstockd/rootstockd.toml", 'models = ["emt"]\n')
