@@ -15,6 +15,7 @@ from ase.data import chemical_symbols
 
 from rootstock_client import ipi
 from rootstock_client.errors import DrainingError, RootstockError, UnknownElementError
+from rootstock_client.runtime_dir import job_runtime_dir
 from rootstockd.accounts import Account, Accounts
 from rootstockd.config import Config
 from rootstockd.config_file import ConfigError, reloadable
@@ -30,7 +31,17 @@ from rootstockd.models.catalogue import Catalogue, CatalogueError, Entry
 from rootstockd.models.store import located
 from rootstockd.peers import peer_of
 from rootstockd.sessions import LINGER, Session
-from rootstockd.sockets import AddressError, adopt, claim_gpu, listen, listen_tcp, lock, make_runtime_dir, url_of
+from rootstockd.sockets import (
+    AddressError,
+    adopt,
+    claim_gpu,
+    listen,
+    listen_tcp,
+    lock,
+    make_runtime_dir,
+    remove_if_empty,
+    url_of,
+)
 from rootstockd.supervisor import Supervisor
 from rootstockd.systemd import Manager, describe
 from rootstockd.warm_model import WorkerKey
@@ -86,7 +97,10 @@ class Daemon:
         self._share_descriptors()
         with contextlib.ExitStack() as ours:
             if not self._manager.sockets:
-                make_runtime_dir(self.config.socket.parent, shared=self.config.shared)
+                folder = self.config.socket.parent
+                make_runtime_dir(folder, shared=self.config.shared)
+                if folder == job_runtime_dir():
+                    ours.callback(remove_if_empty, folder)
                 ours.enter_context(lock(self.config.lock))
             devices = found_devices(self.config.devices)
             for device in devices:
@@ -193,6 +207,9 @@ class Daemon:
 
     def _on_end(self, number: signal.Signals) -> None:
         log.info("%s: stopping", number.name)
+        again = self._stop.is_set() and not self._replaced
+        if again and number is signal.SIGTERM and self.config.socket.parent == job_runtime_dir():
+            return  # Slurm sends it to all processes of a job, to some twice, and means no more by that
         self.stop()
 
     def _on_hangup(self) -> None:
@@ -251,6 +268,8 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_end, number)
         loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
+        for number in (signal.SIGUSR1, signal.SIGUSR2):  # Slurm's `--signal=USR1@60` goes to all processes of a job
+            signal.signal(number, signal.SIG_IGN)
 
     # --- what sessions need
 

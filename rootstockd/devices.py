@@ -6,16 +6,18 @@ import contextlib
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 import pynvml
 
+from rootstock_client.runtime_dir import JOB_VARIABLE
 from rootstockd.config import Device
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+"""What Slurm sets for jobs that asked for GPUs, beside others."""
 
 
 class DeviceError(Exception):
@@ -166,7 +168,7 @@ def choose_devices(*, gpus: str | None = None, names: tuple[str, ...] = ()) -> t
 
     Args:
         gpus: the GPUs that were asked for: numbers and UUIDs with commas between them, or `all`.
-        names: devices that were asked for. With neither, the first GPU if there is one, and the CPU otherwise.
+        names: devices that were asked for. With neither, those of `default_names`.
 
     Raises:
         DeviceError: one that was asked for is not there.
@@ -178,8 +180,20 @@ def choose_devices(*, gpus: str | None = None, names: tuple[str, ...] = ()) -> t
     elif gpus is not None:
         names = tuple(f"cuda:{name}" if name.isdigit() else name for name in map(str.strip, gpus.split(",")))
     elif not names:
-        names = ("cuda:0",) if visible_gpus(find_gpus(), os.environ.get(VISIBLE)) else ("cpu",)
+        names = default_names(find_gpus(), os.environ)
     return found_devices(tuple(Device(name=name) for name in names))
+
+
+def default_names(gpus: list[Gpu], variables: Mapping[str, str]) -> tuple[str, ...]:
+    """The devices of whoever names none: the first GPU, in a Slurm job all that it has, or the CPU where there is none.
+
+    Args:
+        gpus: those of the machine.
+        variables: the environment.
+    """
+    seen = visible_gpus(gpus, variables.get(VISIBLE))
+    given = len(seen) if JOB_VARIABLE in variables and VISIBLE in variables else 1
+    return tuple(f"cuda:{i}" for i in range(given)) if seen else ("cpu",)
 
 
 def found_devices(devices: tuple[Device, ...]) -> tuple[Device, ...]:

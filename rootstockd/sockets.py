@@ -50,6 +50,12 @@ def make_runtime_dir(folder: Path, *, shared: bool) -> None:
         )
 
 
+def remove_if_empty(folder: Path) -> None:
+    """Remove a folder, unless somebody has something in it."""
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
 @contextlib.contextmanager
 def lock(path: Path) -> Iterator[None]:
     """Hold a lock on `path`, with our process id in it; the file goes with the lock.

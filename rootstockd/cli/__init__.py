@@ -14,6 +14,7 @@ from rootstockd.cli.lifecycle import reload, restart, start, stop
 from rootstockd.cli.metrics import metrics
 from rootstockd.cli.models import models
 from rootstockd.cli.show import logs, status
+from rootstockd.cli.slurm import slurm
 from rootstockd.cli.systemd import systemd
 from rootstockd.cli.top import top
 
@@ -42,6 +43,6 @@ def main() -> None:
 
 for command in (
     *(start, stop, restart, reload, load, unload, status, top, logs, doctor),
-    *(metrics, models, env, config, systemd, completion),
+    *(metrics, models, env, config, systemd, slurm, completion),
 ):
     main.add_command(command)

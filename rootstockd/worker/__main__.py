@@ -68,8 +68,9 @@ def work() -> None:
     from rootstockd.worker.memory import limit_memory
     from rootstockd.worker.version import PROTOCOL, SLOT_LAYOUT
 
-    # a terminal's Ctrl-C is for the daemon, which then drains its workers
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # a terminal's Ctrl-C, and what Slurm sends to all processes of a job, is for the daemon, which then drains
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     # the daemon reads what is printed, and has the time and the worker's name before each line of its log
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     faulthandler.enable()

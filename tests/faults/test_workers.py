@@ -213,9 +213,9 @@ def test_several_bad_ones_at_once(daemon: RunningDaemon) -> None:
 # --- signals from somewhere else
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_whoever_kills_workers_is_not_the_structures_fault(daemon: RunningDaemon, number: int) -> None:
+def test_whoever_kills_workers_is_not_the_structures_fault(daemon: RunningDaemon) -> None:
     """Four times; the fifth death is the end, whoever is to blame."""
+    number = signal.SIGKILL
     atoms = behave(slab(), hostile.SLOW)
 
     def kill() -> None:
@@ -237,6 +237,17 @@ def test_whoever_kills_workers_is_not_the_structures_fault(daemon: RunningDaemon
     assert error.message.count(f"signal {number:d} ") == 5
     assert "from outside" in error.hint
     np.testing.assert_allclose(evaluate(daemon, slab()), expected(slab()), atol=1e-9)
+
+
+def test_what_is_sent_to_all_processes_of_a_job_is_not_for_workers(daemon: RunningDaemon) -> None:
+    """Slurm does so with SIGTERM when a job is to end, and the daemon wants its workers until it has drained."""
+    atoms = behave(slab(), hostile.SLOW)
+    with under_way(daemon, atoms) as outcome:
+        pid = daemon.model("hostile")["pid"]
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+            os.kill(pid, number)
+        np.testing.assert_allclose(outcome.result(), expected(atoms), atol=1e-9)
+    assert daemon.model("hostile")["pid"] == pid
 
 
 def trajectory(daemon: RunningDaemon, seed: int, steps: int) -> list[Any]:
