@@ -23,7 +23,7 @@ BIN := $(VENV)/bin
 # so that the demo and the tests find the command `rootstockd` of this environment
 RUN := PATH="$(abspath $(BIN)):$$PATH"
 
-.PHONY: help demo test bench docs lint format clean
+.PHONY: help demo test bench docs lint format man clean
 
 help: ## this list
 	@echo "make TARGET [VENV=$(VENV)] [PYTHON=$(PYTHON)]"
@@ -51,6 +51,9 @@ lint: $(TEST_STAMP) ## ruff and mypy alone
 format: $(TEST_STAMP) ## mend what ruff can mend
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
+
+man: $(DEMO_STAMP) ## write the manual pages anew, where commands and options have changed
+	@$(BIN)/python man/generate.py
 
 clean: ## remove the environment and all caches
 	@rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis tests/.hypothesis

@@ -39,7 +39,7 @@ KINDS = (
     {"model": "mace-emt-small", "exact": False},
 )
 SESSIONS, PROCESSES = 16, 4
-MARK = "ROOTSTOCKD_CHAOS"
+MARK = "CHAOS_OF_ROOTSTOCKD"
 """A variable that the daemon and its workers are started with, to find what is left of them."""
 LAST_ROUNDS = 120.0
 """Seconds in which every session must end a round when the faults are over."""

@@ -15,7 +15,7 @@ from ase.calculators.calculator import Calculator, CalculatorSetupError, Propert
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from rootstock_client.connection import Connection
-from rootstock_client.errors import ProtocolError, UnsupportedError
+from rootstock_client.errors import ModelChangedError, ProtocolError, UnsupportedError
 from rootstock_client.patience import patience_in_seconds
 from rootstock_client.snapshot import Box, Snapshot
 from rootstock_client.units import BOHR, HARTREE
@@ -23,6 +23,8 @@ from rootstock_client.units import BOHR, HARTREE
 PROTOCOL_VERSION = 1
 _ON_REQUEST = frozenset({"stress", "energies"})
 """What costs extra, and is computed only for those who ask."""
+_POTENTIAL = ("model", "dtype", "dispersion")
+"""The parameters that choose a potential; the others say how it is evaluated."""
 _BOHR, _FORCE = np.array(BOHR), np.array(HARTREE / BOHR)
 """Arrays: numpy takes several times as long to look at a float."""
 
@@ -52,6 +54,7 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         tolerance: how far a faster implementation's forces may differ from the reference's on the first structure, in
             eV/Å, and by this part of the largest force where that is over 1 eV/Å; energies (in eV an atom) and virials
             likewise. By default 1e-4 in float32 and 1e-9, rounding, in float64.
+        fingerprint: what the model's must be; see the attribute. None takes it as it is found.
         patience: how many seconds to wait for a daemon that has gone; see RootstockClient.
     """
 
@@ -68,6 +71,7 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         dispersion: bool | dict[str, Any] = False,
         exact: bool = False,
         tolerance: float | None = None,
+        fingerprint: str | None = None,
         patience: float | None = None,
     ) -> None:
         self._connect(Connection(Path(socket), patience_in_seconds(patience)))
@@ -80,9 +84,22 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
             exact=_yes_or_no("exact", exact),
             tolerance=None if tolerance is None else float(tolerance),
         )
+        self._potential = self._chosen()
+        self.fingerprint = fingerprint or None
 
     backend: str | None
     """What computed the last result, such as `mace-torch`, `fused`, or the name of an ASE calculator."""
+    fingerprint: str | None
+    """What the potential is, in 16 hexadecimal digits: weights, settings, dtype and dispersion; not device or backend.
+
+    None until a daemon has said it with a result, if it was not given. From then on results with another fingerprint
+    are not given out, but ModelChangedError is raised. Setting `model`, `dtype` or `dispersion` makes it None again.
+    """
+
+    def __repr__(self) -> str:
+        said = {key: value for key, value in self.parameters.items() if value not in (None, False)}
+        settings = "".join(f"{key}={value!r}, " for key, value in said.items())
+        return f"{type(self).__name__}({settings}socket={str(self._connection.path)!r})"
 
     def _connect(self, connection: Connection) -> None:
         self._connection = connection
@@ -117,6 +134,7 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
 
         Raises:
             PropertyNotImplementedError: the model does not have it, or the system has no stress.
+            ModelChangedError: the catalogue has another potential under this model's name by now.
             RootstockError: the evaluation failed; the message says why.
         """
         if name not in self.implemented_properties:
@@ -179,12 +197,37 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         if "stress" in wanted:
             results["stress"] = full_3x3_to_voigt_6_stress(answer.virials[0] * (-HARTREE / box.volume))
         if answer.extras[0] != self._extras:  # the same bytes at nearly every step
-            self.backend, energies = _read_extras(answer.extras[0], len(positions) if "energies" in wanted else 0)
+            backend, fingerprint, energies = _read_extras(
+                answer.extras[0], len(positions) if "energies" in wanted else 0
+            )
+            self._check_potential(fingerprint)
+            self.backend = backend
             if "energies" in wanted:
                 results["energies"] = energies * HARTREE
             else:
                 self._extras = answer.extras[0]
         return results
+
+    def _chosen(self) -> tuple[Any, ...]:
+        return tuple(self.parameters[name] for name in _POTENTIAL)
+
+    def _check_potential(self, fingerprint: str | None) -> None:
+        """Whether what has answered is what has answered before; a daemon that is older does not say.
+
+        Raises:
+            ModelChangedError: it is not.
+        """
+        if fingerprint is None or self.fingerprint in (None, fingerprint):
+            self.fingerprint = fingerprint or self.fingerprint
+            return
+        self._connection.close()  # a session keeps its model, and the next shall find what has been put back meanwhile
+        model = self.parameters["model"]
+        raise ModelChangedError(
+            f"model {model!r} is another than before: its fingerprint was {self.fingerprint} and is {fingerprint} now.",
+            "To go on with the new one, make a new calculator. To go on with the old one, have whoever runs the daemon "
+            f"put its entry in the catalogue back (`rootstockd models show {model}`) and `rootstockd reload`, and then "
+            "repeat the step.",
+        )
 
     def _describe(self, snapshot: Snapshot, box: Box, wanted: frozenset[str]) -> bytes:
         """The INIT text; made anew only when something in it has changed."""
@@ -202,6 +245,8 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
             }
             self._init = json.dumps(fields).encode()
             self._system = system
+            if (chosen := self._chosen()) != self._potential:
+                self._potential, self.fingerprint, self._extras = chosen, None, b""
         return self._init
 
     # --- its life
@@ -255,17 +300,18 @@ def _yes_or_no(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def _read_extras(text: bytes, energies: int) -> tuple[str | None, np.ndarray[Any, Any]]:
-    """What computed, and so many per-atom energies in Hartree.
+def _read_extras(text: bytes, energies: int) -> tuple[str | None, str | None, np.ndarray[Any, Any]]:
+    """What computed, its fingerprint, and so many per-atom energies in Hartree.
 
     Raises:
         ProtocolError: the extras are no such thing.
     """
     try:
         extras = json.loads(text or b"{}")
-        backend, values = extras.get("backend"), np.array(extras["energies"] if energies else (), float)
+        backend, fingerprint = extras.get("backend"), extras.get("fingerprint")
+        values = np.array(extras["energies"] if energies else (), float)
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise ProtocolError(f"extras that can't be read: {text[:80]!r}") from error
     if values.shape != (energies,) or not np.isfinite(values).all():
         raise ProtocolError(f"extras without {energies} per-atom energies: {text[:80]!r}")
-    return backend, values
+    return backend, fingerprint, values

@@ -40,6 +40,9 @@ class RootstockClient:
         self.socket: Path = find_socket(socket)
         self._calculators: weakref.WeakSet[RootstockCalculator] = weakref.WeakSet()
 
+    def __repr__(self) -> str:
+        return f"RootstockClient({str(self.socket)!r}, patience={self.patience:g})"
+
     def calculator(
         self,
         model: str,
@@ -49,6 +52,7 @@ class RootstockClient:
         dispersion: bool | dict[str, Any] = False,
         exact: bool = False,
         tolerance: float | None = None,
+        fingerprint: str | None = None,
     ) -> RootstockCalculator:
         """An ASE calculator that has `model` evaluated by the daemon.
 
@@ -59,6 +63,8 @@ class RootstockClient:
             dispersion: whether to add a D3 correction, or a dict with its settings; see RootstockCalculator.
             exact: same structure, same bits, whatever came before and whatever other sessions do.
             tolerance: how far a faster implementation may differ from the reference, in eV/Å; see RootstockCalculator.
+            fingerprint: what the model's must be, such as that of the job that this one goes on from; ModelChangedError
+                is raised if it is another.
         """
         from rootstock_client.calculator import RootstockCalculator  # the one place that needs ASE  # noqa: PLC0415
 
@@ -70,6 +76,7 @@ class RootstockClient:
             dispersion=dispersion,
             exact=exact,
             tolerance=tolerance,
+            fingerprint=fingerprint,
             patience=self.patience,
         )
         self._calculators.add(calculator)
@@ -119,6 +126,13 @@ class _UnixHTTPConnection(http.client.HTTPConnection):
 def request(
     session_socket: Path, method: str, path: str, body: dict[str, Any] | None = None, *, timeout: float = 10.0
 ) -> object:
+    """Ask a daemon's control API for JSON; arguments and errors are those of `fetch`."""
+    return json.loads(fetch(session_socket, method, path, body, timeout=timeout))
+
+
+def fetch(
+    session_socket: Path, method: str, path: str, body: dict[str, Any] | None = None, *, timeout: float = 10.0
+) -> bytes:
     """Ask a daemon's control API.
 
     Args:
@@ -129,7 +143,7 @@ def request(
         timeout: seconds that the daemon may say nothing.
 
     Returns:
-        The answer's JSON.
+        The answer's body.
 
     Raises:
         DaemonNotFoundError: nobody answers there.
@@ -157,4 +171,4 @@ def request(
     if response.status >= http.client.BAD_REQUEST:
         text = answer[:500].decode(errors="replace")
         raise RootstockError(f"rootstockd refused {method} {path}: {response.status} {response.reason} {text}")
-    return json.loads(answer)
+    return answer

@@ -22,7 +22,7 @@ from rootstock_client.client import RootstockClient
 from rootstock_client.errors import DaemonNotFoundError, RootstockError
 from rootstock_client.node_daemon import NodeDaemon
 from rootstock_client.patience import patience_in_seconds
-from rootstock_client.runtime_dir import SOCKET_NAME, find_socket, user_runtime_dir
+from rootstock_client.runtime_dir import SOCKET_NAME, find_socket, job_runtime_dir, user_runtime_dir
 
 try:
     import dask.config
@@ -44,7 +44,7 @@ class RootstockPlugin(WorkerPlugin):  # type: ignore[misc]  # Dask is not typed
     """Sees that each node of a Dask cluster has its daemon: `client.register_plugin(RootstockPlugin(...))`.
 
     A worker that joins looks for a daemon as every job does (see `rootstock_client.runtime_dir`). Where there is none,
-    it starts one; the workers of a node share it, whichever cluster of this user they belong to. It is started again if
+    it starts one; the workers of a node (in Slurm: of a job on it) share it, whichever cluster of this user they belong to. It is started again if
     it is killed, while tasks wait, and stopped when the last of them leaves. One that was there before is used and left
     alone. A worker that joins later, and whose node can't have a daemon, leaves the cluster: its tasks would all fail.
 
@@ -118,7 +118,7 @@ class RootstockPlugin(WorkerPlugin):  # type: ignore[misc]  # Dask is not typed
         except DaemonNotFoundError:
             if self._start is None:
                 raise
-            return user_runtime_dir() / SOCKET_NAME
+            return (job_runtime_dir() or user_runtime_dir()) / SOCKET_NAME
 
     def _start_command(self) -> list[str]:
         """The command that starts a daemon, if one shall be started."""

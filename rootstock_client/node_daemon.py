@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from rootstock_client.client import request
 from rootstock_client.errors import AccessDeniedError, ConnectionLostError, DaemonNotFoundError, RootstockError
-from rootstock_client.runtime_dir import START_HINT, is_private
+from rootstock_client.runtime_dir import START_HINT, is_private, job_runtime_dir
 
 POLL = 0.05
 """Seconds between looks at what can't be waited for."""
@@ -78,7 +78,7 @@ class NodeDaemon:
         finally:
             if self._process is None:
                 if self._alone():
-                    self._file.unlink(missing_ok=True)
+                    self._remove_file()
                 self._let_go()
 
     async def leave(self) -> None:
@@ -96,7 +96,7 @@ class NodeDaemon:
                     if await self._pid() == self._noted():
                         await asyncio.to_thread(request, self.socket, "POST", "/v1/stop", timeout=SILENCE)
                 await _end_of(self._process)
-                self._file.unlink(missing_ok=True)
+                self._remove_file()
         finally:
             self._let_go()
 
@@ -117,6 +117,12 @@ class NodeDaemon:
         """Whether nobody else has a share; to be asked by whose turn it is."""
         assert self._fd is not None
         return _lock(self._fd, fcntl.F_WRLCK, SHARE)
+
+    def _remove_file(self) -> None:
+        self._file.unlink(missing_ok=True)
+        if self.socket.parent == job_runtime_dir():  # which goes with the job's last daemon
+            with contextlib.suppress(OSError):
+                self.socket.parent.rmdir()
 
     def _noted(self) -> int:
         """The process id of the daemon that one of those who share it has started; 0 if none has."""

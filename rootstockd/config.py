@@ -12,7 +12,8 @@ from rootstockd.worker.memory import MEMORY_VARIABLE
 
 CPU_BATCH_ATOMS = 2_048
 GPU_BATCH_ATOMS = 16_384
-
+ADDRESS = r"^([\w.-]+|\[[0-9a-fA-F:.]+\]):\d{1,5}$"
+"""A host's name or number and a port; IPv6 has brackets."""
 
 Forever: TypeAlias = Literal["forever"]
 KeepAlive: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)] | Forever
@@ -84,6 +85,9 @@ class Quota(BaseModel):
     """Evaluations that wait or run at once; None for one in each session."""
     atoms: int = Field(default=20_000_000, ge=0)
     """Atoms in all sessions together; each takes about 80 bytes."""
+    models: int = Field(default=8, ge=0)
+    """Different models that sessions have, or that are being loaded for them; another dtype, or another dispersion,
+    is another model."""
     share: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """How much of a model's time the user gets where several want it, relative to others."""
 
@@ -96,18 +100,15 @@ class OwnQuota(BaseModel):
     sessions: int | None = Field(default=None, ge=0)
     queued: int | None = Field(default=None, ge=0)
     atoms: int | None = Field(default=None, ge=0)
+    models: int | None = Field(default=None, ge=0)
     share: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
 
-class Config(BaseModel):
-    """A daemon's settings."""
+class Settings(BaseModel):
+    """What can be set, by file, variable or flag; docs/configuration.md has a line for each."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    file: Path | None = None
-    """Where these settings come from, but for those in `flags`."""
-    flags: tuple[str, ...] = ()
-    """What the command line said."""
     socket: Path
     """The session socket; the control socket and the lock lie beside it."""
     devices: tuple[Device, ...] = Field(min_length=1)
@@ -122,6 +123,11 @@ class Config(BaseModel):
     device_memory: int | None = Field(default=None, ge=2**20)
     """Bytes that all models on one device may take together. Without it what a GPU has, but for a reserve, and as much
     as they like on a CPU."""
+    metrics: Annotated[str, Field(pattern=ADDRESS)] | None = None
+    """Where Prometheus finds metrics over TCP, such as `127.0.0.1:9746`; whoever reaches it may read them. Port 0 is
+    any that is free."""
+    metrics_users: bool = False
+    """Whether they say there what each user does, by login name."""
     room_timeout: float = Field(default=300.0, ge=0)
     """Seconds that evaluations wait while no device has room for their model."""
     max_atoms: int = Field(default=1_000_000, ge=1)
@@ -182,9 +188,32 @@ class Config(BaseModel):
     def worker_environment(self, device: Device) -> dict[str, str]:
         """Variables for a worker on one of the devices."""
         limited = self.worker_memory is not None and device.kind == "cpu"
-        return {**device.environment, **({MEMORY_VARIABLE: str(self.worker_memory)} if limited else {})}
+        # it is also the variable of the setting, which workers would have from the daemon
+        return {**device.environment, MEMORY_VARIABLE: str(self.worker_memory) if limited else ""}
 
     @property
     def batch_budget(self) -> int:
         """`batch_atoms`, or what suits the devices."""
         return self.batch_atoms or (CPU_BATCH_ATOMS if self.devices[0].kind == "cpu" else GPU_BATCH_ATOMS)
+
+
+class SettingsFile(BaseModel):
+    """A file that settings are looked for in."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: Path
+    named: bool = False
+    """Whoever started the daemon named it: it has to be there."""
+    others: bool = False
+    """It is the site's, and the daemon is a user's own: only defaults are taken from it, and none if it is not to be
+    read by all."""
+
+
+class Config(Settings):
+    """A daemon's settings, and where they come from."""
+
+    files: tuple[SettingsFile, ...] = ()
+    """Where they were looked for, the weakest first."""
+    origins: dict[str, str] = Field(default_factory=dict)
+    """Of each setting that is not at its default: a file, a variable, or the command line."""

@@ -1,20 +1,27 @@
-"""Settings from a TOML file, whose keys are those of `Config`."""
+"""Settings from a TOML file, whose keys are those of `Settings`, and the words for those that are wrong."""
 
 from __future__ import annotations
 
 import difflib
+import os
+import stat
 import sys
-from pathlib import Path
-from typing import Any, get_args
+from collections.abc import Iterator
+from typing import Any, get_args, get_origin
 
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
-from rootstockd.config import Config
+from rootstockd.config import Settings, SettingsFile
+from rootstockd.state_dir import StateError, check_trusted
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+FILE_NAME = "config.toml"
+"""What the settings of a site and of a user are called in their folders."""
 
 RELOADED = {
     "access",
@@ -27,87 +34,120 @@ RELOADED = {
     "keep_alive",
     "device_memory",
     "room_timeout",
+    "metrics_users",
 }
-"""Settings that a running daemon takes over when it reads its file again."""
+"""Settings that a running daemon takes over when it reads its files again."""
+_NOT_RELOADED = "access.socket_group"
+
+_OF_THE_SITES_DAEMONS = ("access", "socket", "log_file")
+"""What a site's file says of the site's daemons alone. A user's own is nobody else's to open, whatever it says."""
+_ANYTHING = {"socket": "/", "devices": ["cpu"]}
+"""For what has no default, when a part of the settings is checked alone."""
 
 
 class ConfigError(Exception):
-    """A setting that can't be used: where it stands, and what is wrong with it."""
+    """Settings that can't be used: where each stands, and what is wrong with it, in a line for each."""
 
 
-def read_config_file(path: Path) -> dict[str, Any]:
-    """The settings in a file, unchecked.
+def reloadable(name: str) -> bool:
+    """Whether a running daemon takes a setting over; `limits.sessions` is one in a table."""
+    return name.partition(".")[0] in RELOADED and name != _NOT_RELOADED
+
+
+def all_settings(model: Any = Settings, parents: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
+    """Each setting by its path, tables resolved: `("limits", "sessions")`. `users` is one, whoever is in it."""
+    for name, field in model.model_fields.items():
+        if hasattr(field.annotation, "model_fields"):
+            yield from all_settings(field.annotation, (*parents, name))
+        else:
+            yield (*parents, name), field
+
+
+def read_config_file(file: SettingsFile) -> dict[str, Any]:
+    """What a file sets, checked; relative paths start where it lies. Nothing if it is not there and need not be.
 
     Raises:
-        ConfigError: there is no such file, or it is no TOML.
+        ConfigError: it is missing, is no TOML, could be written by others, or has keys or values that are wrong.
     """
     try:
-        with path.open("rb") as file:
-            return tomllib.load(file)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"configuration {path}: {error}") from error
-
-
-def make_config(flags: dict[str, Any], file: Path | None, defaults: dict[str, Any]) -> Config:
-    """A daemon's settings.
-
-    Args:
-        flags: what the command line says; goes before the file. None stands for what it does not say.
-        file: the file.
-        defaults: what holds where neither says anything.
-
-    Raises:
-        ConfigError: a key or a value is wrong.
-    """
-    given = _read(file) if file else {}
-    said = {key: value for key, value in flags.items() if value is not None}
-    return _validate({**defaults, **given, **said, "file": file, "flags": tuple(said)}, given, file)
-
-
-def read_again(config: Config) -> Config:
-    """A daemon's settings as they would be if it were started again, with the same command and its file as it is now.
-
-    Raises:
-        ConfigError: a key or a value is wrong, or the file is gone.
-    """
-    if config.file is None:
-        return config
-    given = {key: value for key, value in _read(config.file).items() if key not in config.flags}
-    kept = config.model_dump(include={"file", "flags", "socket", "devices", "log_file", *config.flags})
-    return _validate({**kept, **given}, given, config.file)
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """The settings in a file; relative paths start where it lies."""
-    given = read_config_file(file)
+        given = _load(file)
+    except FileNotFoundError as error:
+        if not file.named:
+            return {}
+        raise ConfigError(f"configuration {file.path}: {error.strerror}.") from error
+    except PermissionError as error:
+        if file.others:
+            return {}
+        raise ConfigError(f"configuration {file.path}: {error.strerror}.") from error
+    except (OSError, ValueError, StateError) as error:
+        raise ConfigError(f"configuration {file.path}: {error}") from error
     for name in ("socket", "log_file"):
         if isinstance(given.get(name), str):
-            given[name] = file.parent / given[name]
+            given[name] = file.path.parent / given[name]
     if isinstance(given.get("catalogues"), list):
-        given["catalogues"] = [file.parent / path if isinstance(path, str) else path for path in given["catalogues"]]
-    return given
+        given["catalogues"] = [
+            file.path.parent / path if isinstance(path, str) else path for path in given["catalogues"]
+        ]
+    if problems := problems_of(given):
+        raise ConfigError("\n".join(f"configuration {file.path}: {text}" for text in problems))
+    return {name: value for name, value in given.items() if not (file.others and name in _OF_THE_SITES_DAEMONS)}
 
 
-def _validate(fields: dict[str, Any], given: dict[str, Any], file: Path | None) -> Config:
+def _load(file: SettingsFile) -> dict[str, Any]:
+    if not file.named:
+        check_trusted(file.path.parent)
+        check_trusted(file.path)
+    with file.path.open("rb") as opened:
+        info = os.fstat(opened.fileno())
+        # a file that was named is its user's choice, whoever owns it; but what all may write is nobody's choice
+        if stat.S_ISREG(info.st_mode) and info.st_mode & stat.S_IWOTH:
+            raise StateError(f"all users may write to it, so it is not used: chmod o-w {file.path}")
+        return tomllib.load(opened)
+
+
+def problems_of(given: dict[str, Any]) -> list[str]:
+    """What is wrong with settings, a line of words for each that is."""
     try:
-        return Config.model_validate(fields)
+        Settings.model_validate({**_ANYTHING, **given})
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = f"configuration {file}: " if file and first["loc"][0] in given else ""
-        raise ConfigError(f"{place}{describe(first)}") from error
+        return describe(error)
+    return []
 
 
-def describe(problem: Any) -> str:
-    """A pydantic error in a line, with the nearest right key for a wrong one."""
-    *parents, key = problem["loc"]
-    where = ".".join(map(str, problem["loc"]))
-    if problem["type"] != "extra_forbidden":
-        return f"{where}: {problem['msg']}."
-    model: Any = Config
+def _place(location: tuple[int | str, ...]) -> tuple[str, ...]:
+    """Where an error of pydantic's stands, without what it says of a union's members."""
+    kind: Any = Settings
+    for depth, part in enumerate(location):
+        if fields := getattr(kind, "model_fields", None):
+            kind = fields[part].annotation if part in fields else None
+        elif get_origin(kind) in (dict, tuple):
+            kind = next(argument for argument in reversed(get_args(kind)) if argument is not ...)
+        elif kind is not None:
+            return tuple(map(str, location[:depth]))
+    return tuple(map(str, location))
+
+
+def describe(error: ValidationError) -> list[str]:
+    """An error of pydantic's as a line for each setting, with the nearest right key for a wrong one."""
+    lines: dict[tuple[str, ...], str] = {}
+    for problem in error.errors(include_url=False):
+        place = _place(problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            lines[place] = _unknown(place)
+        else:
+            said = problem["msg"].removeprefix("Value error, ")
+            lines[place] = f"{lines[place][:-1]}, or: {said}." if place in lines else f"{'.'.join(place)}: {said}."
+    return [*lines.values()]
+
+
+def _unknown(place: tuple[str, ...]) -> str:
+    *parents, key = place
+    model: Any = Settings
     for parent in parents:
         if parent in model.model_fields:  # else it is a key of our user's own choice, such as a login name
             kind = model.model_fields[parent].annotation
             model = (get_args(kind) or (kind,))[-1]
-    near = difflib.get_close_matches(str(key), model.model_fields, n=1, cutoff=0.5)
+    elsewhere = [".".join(path) for path, _ in all_settings() if path[-1] == key]
+    near = elsewhere or difflib.get_close_matches(key, model.model_fields, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else f"; there are: {', '.join(model.model_fields)}."
-    return f"there is no setting {where!r}{hint}"
+    return f"there is no setting {'.'.join(place)!r}{hint}"

@@ -47,12 +47,14 @@ class Evaluation(Generic[Owner]):
         atoms: how large it is.
         user: whose it is.
         share: how much of the worker that user gets, relative to others.
+        submitted: when it was asked for, by a clock of the owner's.
     """
 
     owner: Owner
     atoms: int
     user: int = 0
     share: float = 1.0
+    submitted: float = 0.0
     attempts: int = 0
     """How many workers died under it."""
     blamed: int = 0
@@ -254,6 +256,12 @@ class Scheduler(Generic[Owner]):
         self._again.extendleft(reversed(again))
         self.waiting += len(again)
         return given_up
+
+    def put_back(self) -> None:
+        """The worker goes for no fault of anybody's: what it was at is at the front of the queue again."""
+        batch = [evaluation for evaluation in self.finished() if not evaluation.withdrawn]
+        self._again.extendleft(reversed(batch))
+        self.waiting += len(batch)
 
     def clear(self) -> list[Evaluation[Owner]]:
         """Give up everything, and return it."""

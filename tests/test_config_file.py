@@ -1,11 +1,15 @@
-"""Settings from a TOML file, and the words for those that are wrong."""
+"""Settings from TOML files, and the words for those that are wrong."""
 
+from __future__ import annotations
+
+import os
 from pathlib import Path
 
 import pytest
 
-from rootstockd.config import Config
-from rootstockd.config_file import ConfigError, make_config
+from rootstockd.config import Config, SettingsFile
+from rootstockd.config_file import ConfigError
+from rootstockd.config_layers import make_config
 
 DEFAULTS = {"socket": "/run/x/rootstockd.sock", "devices": ["cpu"]}
 
@@ -20,13 +24,8 @@ def write(tmp_path):
     return write
 
 
-def test_flags_go_before_the_file_and_the_file_before_defaults(write):
-    file = write('models = ["emt"]\nmax_atoms = 10\nbatch_atoms = 7\nsocket = "/a/b.sock"\n')
-    config = make_config({"max_atoms": 20, "models": None}, file, DEFAULTS)
-    assert (config.max_atoms, config.models, config.batch_atoms) == (20, ("emt",), 7)
-    assert config.socket == Path("/a/b.sock")
-    assert config.devices[0].kind == "cpu"
-    assert config.file == file
+def named(path: Path, flags: dict[str, object] | None = None) -> Config:
+    return make_config((SettingsFile(path=path, named=True),), {}, flags or {}, DEFAULTS)
 
 
 @pytest.mark.parametrize(
@@ -34,14 +33,19 @@ def test_flags_go_before_the_file_and_the_file_before_defaults(write):
     [
         ("max_atom = 3", "no setting 'max_atom'; did you mean 'max_atoms'?"),
         ("xyzzy = 3", "no setting 'xyzzy'; there are: "),
+        ("[xyzzy]", "no setting 'xyzzy'; there are: "),
+        ("sessions = 3", "no setting 'sessions'; did you mean 'limits.sessions'?"),
+        ("[limits]\nmax_sessions = 3", "no setting 'limits.max_sessions'; did you mean 'max_sessions'?"),
+        ("files = []", "no setting 'files'; "),
         ('max_atoms = "many"', "max_atoms: "),
         ("max_atoms = -1", "max_atoms: "),
-        ('devices = ["cpu", "cuda:0"]', "devices: Value error, a daemon computes on CPUs or on GPUs, not on both"),
-        ('devices = ["cpu:1", "cpu:1"]', "devices: Value error, a device is named twice"),
+        ("limits = 5", "limits: "),
+        ('devices = ["cpu", "cuda:0"]', "devices: a daemon computes on CPUs or on GPUs, not on both"),
+        ('devices = ["cpu:1", "cpu:1"]', "devices: a device is named twice"),
         ('devices = ["tpu"]', "devices.0.name: "),
         ("devices = []", "devices: "),
-        ("keep_alive = -1", "keep_alive."),
-        ('keep_alive = "a while"', "keep_alive."),
+        ("keep_alive = -1", "keep_alive: "),
+        ('keep_alive = "a while"', "keep_alive: "),
         ("max_atoms = ", "config.toml: "),
         ("[access]\nuser = ['a']", "no setting 'access.user'; did you mean 'users'?"),
         ("[users.alice]\nsesions = 2", "no setting 'users.alice.sesions'; did you mean 'sessions'?"),
@@ -50,31 +54,46 @@ def test_flags_go_before_the_file_and_the_file_before_defaults(write):
 )
 def test_what_is_wrong_is_said(write, text, words):
     with pytest.raises(ConfigError) as caught:
-        make_config({}, write(text), DEFAULTS)
+        named(write(text))
     assert words in str(caught.value)
     assert "config.toml" in str(caught.value)
 
 
+def test_all_that_is_wrong_is_said_at_once(write):
+    with pytest.raises(ConfigError) as caught:
+        named(write("max_atom = 3\nmax_sessions = 0\n[limits]\nshare = 0"), {"batch_atoms": -1})
+    lines = str(caught.value).splitlines()
+    assert [line.rpartition(".toml: ")[2].split(":")[0] for line in lines] == [
+        "batch_atoms",
+        "max_sessions",
+        "limits.share",
+        "there is no setting 'max_atom'; did you mean 'max_atoms'?",
+    ]
+    assert "config.toml" not in lines[0]
+
+
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(ConfigError, match="No such file"):
-        make_config({}, tmp_path / "none.toml", DEFAULTS)
+        named(tmp_path / "none.toml")
 
 
-def test_a_wrong_flag_is_not_blamed_on_the_file(write):
-    with pytest.raises(ConfigError) as caught:
-        make_config({"max_atoms": -1}, write(""), DEFAULTS)
-    assert "config.toml" not in str(caught.value)
+def test_a_file_that_all_may_write_is_refused(write):
+    path = write("")
+    path.chmod(0o646)
+    with pytest.raises(ConfigError, match="chmod o-w"):
+        named(path)
+    named(Path(os.devnull))  # which is no file, and sets nothing
 
 
 def test_relative_paths_start_at_the_file(write):
     file = write('catalogues = ["more.toml", "/abs.toml"]\nlog_file = "log"\nsocket = "run/d.sock"\n')
-    config = make_config({}, file, DEFAULTS)
+    config = named(file)
     assert config.catalogues == (file.parent / "more.toml", Path("/abs.toml"))
     assert (config.log_file, config.socket) == (file.parent / "log", file.parent / "run/d.sock")
 
 
 def test_devices_and_keep_alive_survive_the_way_to_the_daemon(write):
-    config = make_config({}, write('devices = ["cuda:0", "MIG-1-2"]\nkeep_alive = 3\n'), DEFAULTS)
+    config = named(write('devices = ["cuda:0", "MIG-1-2"]\nkeep_alive = 3\n'))
     assert [str(device) for device in config.devices] == ["cuda:0", "MIG-1-2"] and config.keep_alive == 3
     assert Config.model_validate_json(config.model_dump_json()) == config
-    assert make_config({}, write('keep_alive = "forever"'), DEFAULTS).keep_alive == "forever"
+    assert named(write('keep_alive = "forever"')).keep_alive == "forever"

@@ -216,6 +216,9 @@ def test_whoever_may_use_it_may_see_its_models_and_themselves(start):
         mine = status_for("rsd-alice", daemon)
         assert [session["user"] for session in mine["sessions"]] == ["rsd-alice"] and mine["config"] is None
         assert status_for("rsd-bob", daemon)["sessions"] == mine["sessions"]
+        seen = {name: command_for(name, daemon, "metrics", "show")[1] for name in ("rsd-alice", "rsd-bob")}
+        assert 'rootstockd_sessions{state="idle"} 1.0' in seen["rsd-alice"] and "rsd-" not in seen["rsd-alice"]
+        assert 'rootstockd_user_sessions{user="rsd-alice"} 1.0' in seen["rsd-bob"]
     assert models_for("rsd-carol", daemon) == "access-denied"
     status, _, words = command_for("rsd-carol", daemon, "status")
     assert status == 1 and "rsd-carol may not use this daemon" in words

@@ -20,7 +20,7 @@ import pytest
 
 from conftest import RunningDaemon, wait_for
 from rootstock_client import RootstockClient
-from rootstockd.cli.lifecycle import devices_of
+from rootstockd.cli.options import devices_of
 from rootstockd.config import Config, Device
 from rootstockd.daemon import Daemon
 from rootstockd.sockets import AddressError, adopt

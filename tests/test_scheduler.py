@@ -161,6 +161,17 @@ def test_what_was_withdrawn_while_it_ran_is_not_run_again():
     assert scheduler.next_batch() == []
 
 
+def test_what_a_worker_was_at_that_was_sent_away_is_at_the_front_again():
+    scheduler, (one, two, three) = queue(40, 40, 40)
+    scheduler.next_batch()
+    scheduler.withdraw(two)
+    scheduler.put_back()
+    assert (scheduler.running, scheduler.waiting, one.attempts) == ([], 2, 0)
+    assert scheduler.next_batch() == [one]
+    scheduler.finished()
+    assert scheduler.next_batch() == [three]
+
+
 def test_clear_gives_up_what_runs_and_what_waits():
     scheduler, (a, b, c) = queue(60, 60, 60)
     scheduler.next_batch()
@@ -207,6 +218,7 @@ class Story(RuleBasedStateMachine):
         self.running = []
         self.unwanted = []
         """Withdrawn while they ran."""
+        self.put_back = []
 
     @rule(
         atoms=st.one_of(st.integers(1, 60), st.integers(90, 300)),
@@ -232,7 +244,7 @@ class Story(RuleBasedStateMachine):
             assert sum(evaluation.atoms for evaluation in batch) <= BUDGET
             assert not any(evaluation.attempts for evaluation in batch)
         elif any(evaluation.attempts for evaluation in self.live):
-            assert batch[0].attempts  # what is suspect goes first
+            assert batch[0].attempts or batch[0] in self.put_back  # what is suspect goes first
         self.running = list(batch)
 
     def end(self, evaluations):
@@ -260,6 +272,13 @@ class Story(RuleBasedStateMachine):
                 given_up.append(evaluation)
         self.running = []
         self.end(given_up)
+
+    @rule()
+    def worker_sent_away(self):
+        self.scheduler.put_back()
+        self.put_back += self.running
+        self.end([evaluation for evaluation in self.running if evaluation in self.unwanted])
+        self.running = []
 
     @precondition(lambda self: len(self.live) > len(self.running))
     @rule(data=st.data())

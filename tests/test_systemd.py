@@ -17,7 +17,7 @@ from machine import PYTHON, REPOSITORY, USERS, Machine
 pytestmark = pytest.mark.skipif((why := machines.why_not()) is not None, reason=why or "")
 SERVICE, SOCKET = "rootstockd@cpu.service", "rootstockd@cpu.socket"
 OTHER, OTHER_SOCKET = "rootstockd@auto.service", "rootstockd@auto.socket"
-SETTINGS = "/etc/rootstockd/rootstockd.toml"
+SETTINGS = "/etc/rootstockd/config.toml"
 
 GATES = '''
 """A calculator that waits for a file when it is made, and for another when it evaluates."""
@@ -84,7 +84,7 @@ def machine() -> Iterator[Machine]:
         assert f"systemctl enable --now {SOCKET} {OTHER_SOCKET}" in done.stdout
         drop_in = f"[Service]\nEnvironment=OMP_NUM_THREADS=1 PYTHONPATH={REPOSITORY}:/srv/gates\n"
         machine.write("/etc/systemd/system/rootstockd@.service.d/test.conf", drop_in)
-        other = "[Service]\nEnvironment=ROOTSTOCKD_CONFIG=/etc/rootstockd/auto.toml\nWatchdogSec=4\nTimeoutAbortSec=1\n"
+        other = "[Service]\nWatchdogSec=4\nTimeoutAbortSec=1\n"
         machine.write(f"/etc/systemd/system/{OTHER}.d/other.conf", other)
         machine.write(SETTINGS, 'models = ["emt"]\n')
         machine.write("/etc/rootstockd/auto.toml", 'models = ["gated"]\ncatalogues = ["gated.toml"]\n')

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -19,9 +21,9 @@ from ase.build import bulk, fcc111
 from ase.calculators.emt import EMT
 
 from conftest import RunningDaemon, wait_for
-from rootstock_client import RootstockClient
+from rootstock_client import RootstockClient, ipi
 from rootstock_client.client import request
-from rootstock_client.errors import EvaluationError, LimitError
+from rootstock_client.errors import LimitError, UserLimitError
 
 FAULTS = Path(__file__).parent / "faults"
 MB = 10**6
@@ -144,7 +146,7 @@ def test_models_spread_over_devices_and_status_says_where(start: Callable[..., R
     refused = daemon.run("load", "emt", "--dtype", "float32")
     assert refused.returncode == 1 and "computes in float64 and in nothing else" in refused.stderr
     shown = daemon.run("status").stdout
-    assert "on cpu:0, cpu:1, cpu:2, cpu:3" in shown and devices["lj"] in shown and " ago" in shown
+    assert "on cpu:0, cpu:1, cpu:2, cpu:3" in shown and devices["lj"] in shown and "idle" in shown
     refused = daemon.run("load", "morze")
     assert refused.returncode == 1 and "Did you mean morse" in refused.stderr
 
@@ -223,6 +225,54 @@ def test_a_reloaded_model_gives_the_same_bits(start: Callable[..., RunningDaemon
     assert daemon.client().status()["sessions"][0]["id"] == session
 
 
+def test_a_request_that_must_fail_loads_nothing(start: Callable[..., RunningDaemon]) -> None:
+    entry = '[headed]\nfamily = "ase"\nheads = ["soft", "hard"]\n'
+    arguments = 'arguments = { calculator = "ase.calculators.lj:LennardJones" }\n'
+    daemon = start(catalogue=entry + arguments)
+    iron = bulk("Fe", cubic=True)
+    for name, options, words in (
+        ("emt", {}, "does not know Fe"),
+        ("headed", {"head": "medium"}, "no head 'medium'"),
+        ("headed", {}, "has several heads"),
+        ("lj", {"dispersion": {"xc": "pbbe"}}, "Near it are pbe"),
+    ):
+        iron.calc = daemon.client().calculator(name, **options)
+        with pytest.raises(Exception, match=words):
+            iron.get_potential_energy()
+        assert daemon.client().status()["models"] == []
+
+
+def test_a_user_has_so_many_models_and_no_more(start: Callable[..., RunningDaemon], tmp_path: Path) -> None:
+    """Those that load count, though nobody waits for them any more."""
+    options = f'options = {{ what = "hang", counter = "{tmp_path}/count" }}'
+    entry = f'[hang]\nfamily = "ase"\nconfine = false\narguments = {{ calculator = "hostile:AtLoading", {options} }}\n'
+    daemon = start("[limits]\nmodels = 2\n", catalogue=entry)
+    first, second = with_model(daemon, "emt"), with_model(daemon, "lj")
+    with_model(daemon, "lj")  # the same again
+    for name, more in (("morse", {}), ("lj", {"dispersion": True})):
+        third = copper()
+        third.calc = daemon.client().calculator(name, **more)
+        with pytest.raises(UserLimitError, match=r"has 2 models in use already.*limits\.models"):
+            third.get_forces()
+    assert {model["name"] for model in daemon.client().status()["models"]} == {"emt", "lj"}
+    first.calc.close()
+    wait_for(lambda: not daemon.model("emt")["sessions"])
+    client = daemon.client()
+    text = {"rootstock": 1, "model": "hang", "numbers": [29], "pbc": [False] * 3}
+    with socket.socket(socket.AF_UNIX) as driver:  # who asks, and does not wait
+        driver.connect(str(daemon.socket))
+        driver.sendall(ipi.init_frame(json.dumps(text).encode()))
+        wait_for(lambda: any(model["name"] == "hang" and model["sessions"] for model in client.status()["models"]))
+    wait_for(lambda: not daemon.model("hang")["sessions"])
+    third = copper()
+    third.calc = client.calculator("morse")
+    with pytest.raises(UserLimitError):
+        third.get_forces()
+    request(daemon.socket, "POST", "/v1/unload", {"model": "hang", "force": False})
+    third.get_forces()
+    ask_again(second)
+
+
 # --- going
 
 
@@ -236,7 +286,7 @@ def test_models_go_when_nobody_uses_them(start: Callable[..., RunningDaemon]) ->
     assert [daemon.model(name)["keep_alive"] for name in ("mayfly", "lj", "emt")] == [0.5, 600, None]
     ask_again(atoms)
     np.testing.assert_allclose(atoms.get_forces(), expected(atoms), rtol=0, atol=1e-9)
-    config = daemon.client().status()["config"]["file"]
+    config = daemon.client().status()["config"]["files"][0]["path"]
     Path(config).write_text(Path(config).read_text().replace("600", "0.5"))
     assert daemon.run("reload").stdout == "reloaded\n"
     wait_for(lambda: in_memory(daemon) == {"emt"})
@@ -335,39 +385,59 @@ def test_no_memory_while_loading(start: Callable[..., RunningDaemon], tmp_path: 
     assert in_memory(daemon) == set()
 
 
+def test_a_model_that_grows_while_it_loads(start: Callable[..., RunningDaemon], tmp_path: Path) -> None:
+    """An idle one goes for it; with nobody left to go, its loading is stopped, and it asks for more the next time."""
+    options = f'options = {{ what = "grow", counter = "{tmp_path}/count" }}'
+    entry = f'[grow]\nfamily = "ase"\nconfine = false\narguments = {{ calculator = "hostile:AtLoading", {options} }}\n'
+    daemon = start(f"device_memory = {FITS_TWO}\n", catalogue=entry)
+    assert daemon.run("load", "lj").returncode == 0
+    wait_for(lambda: daemon.model("lj")["memory"])
+    atoms = copper()
+    atoms.calc = daemon.client().calculator("grow")
+    with pytest.raises(LimitError, match="'grow': loading it was stopped: it has .* MB, where .* MB were set aside"):
+        atoms.get_forces()
+    wait_for(lambda: not in_memory(daemon))
+    log = daemon.log.read_text()
+    assert "lj leaves cpu:0: models on cpu:0 take" in log
+    with pytest.raises(LimitError, match="no device has room for it: grow needs"):
+        atoms.get_forces()
+    assert (tmp_path / "count").read_text() == "x"  # it was not loaded for that
+    shown = daemon.model("grow")
+    assert shown["state"] == "cold" and shown["memory"] is None and shown["sessions"] == 1
+    ask_again(with_model(daemon, "lj"))
+
+
 def test_unloading_while_a_job_runs(start: Callable[..., RunningDaemon]) -> None:
     entry = '[hostile]\nfamily = "ase"\narguments = { calculator = "hostile:Hostile" }\n'
     daemon = start(catalogue=entry)
     atoms = fcc111("Cu", (2, 2, 2), vacuum=5.0)
     atoms.positions[:, 2] += 900 - atoms.positions[0, 2]  # where `hostile` takes a second
     atoms.calc = daemon.client().calculator("hostile")
-    errors: list[BaseException] = []
-
-    def evaluate() -> None:
-        try:
-            atoms.get_forces()
-        except BaseException as error:
-            errors.append(error)
-
-    def under_way() -> bool:
-        return any(session["state"] == "busy" for session in daemon.client().status()["sessions"])
-
-    for force in (False, True):
-        assert daemon.run("load", "hostile").returncode == 0
-        atoms.calc.reset()
-        job = threading.Thread(target=evaluate)
-        job.start()
-        wait_for(under_way)
-        order = {"model": "hostile", "force": force}  # not by the command, which starts too slowly
-        if force:
-            request(daemon.socket, "POST", "/v1/unload", order)
-        else:
-            with pytest.raises(LimitError, match="has 1 evaluations under way"):
-                request(daemon.socket, "POST", "/v1/unload", order)
-        job.join()
-        assert len(errors) == force
-    assert isinstance(errors[0], EvaluationError) and "unloaded by an administrator" in str(errors[0])
-    np.testing.assert_allclose(atoms.get_forces(), expected(atoms), rtol=0, atol=1e-9)
+    assert daemon.run("load", "hostile").returncode == 0
+    job = threading.Thread(target=atoms.get_forces)
+    job.start()
+    wait_for(lambda: [session["state"] for session in daemon.client().status()["sessions"]] == ["busy"])
+    order = {"model": "hostile"}  # not by the command, which starts too slowly
+    with pytest.raises(LimitError, match="has 1 evaluations under way"):
+        request(daemon.socket, "POST", "/v1/unload", order)
+    assert request(daemon.socket, "POST", "/v1/unload", {**order, "force": True}) == {"waiting": 1, "held": 30}
+    wait_for(lambda: not in_memory(daemon))
+    done = daemon.run("unload", "hostile", "--force")  # once more, now that it is not there
+    assert "hostile is unloaded for 30 s, or until you load it; 1 evaluations wait" in done.stdout.replace("\n", " ")
+    assert (daemon.model("hostile")["state"], in_memory(daemon)) == ("waiting", set())
+    obstacle = daemon.model("hostile")["loading"]["text"]
+    assert re.search(r"an administrator has taken it back; hostile is loaded again in (30|2\d) s", obstacle), obstacle
+    new = copper()
+    new.calc = daemon.client().calculator("hostile")
+    other = threading.Thread(target=new.get_forces)  # not everybody may undo it
+    other.start()
+    wait_for(lambda: daemon.model("hostile")["sessions"] == 2)
+    assert daemon.model("hostile")["state"] == "waiting" and job.is_alive()
+    assert daemon.run("load", "hostile").returncode == 0
+    job.join()
+    other.join()
+    for done_one in (atoms, new):
+        np.testing.assert_allclose(done_one.calc.results["forces"], expected(done_one), rtol=0, atol=1e-9)
     for arguments, words in ((("--dtype", "float32"), "is not in memory"), ((), "hostile is unloaded")):
         done = daemon.run("unload", "hostile", *arguments)
         assert words in done.stdout + done.stderr

@@ -138,6 +138,14 @@ def test_extras_say_what_computed_last():
     assert said == [b'{"backend": "a"}', b'{"backend": "a"}', b"", b'{"backend": "b"}']
 
 
+def test_extras_say_the_fingerprint_where_the_daemon_wants_it():
+    with worker(Engine(lambda tasks: plain(tasks, backend="a"))) as daemon:
+        slots = [daemon.attach(fingerprint="f"), daemon.attach(fingerprint=""), daemon.attach()]
+        assert daemon.evaluate(1, 2, 3) == {}
+        said = [bytes(slot.reply[slot_end(slot) :]) for slot in slots]
+    assert said == [b'{"backend": "a", "fingerprint": "f"}', b'{"backend": "a"}', b'{"backend": "a"}']
+
+
 def test_extras_of_an_earlier_worker_are_replaced():
     with worker(Engine(plain)) as daemon:
         slot = daemon.attach()

@@ -5,12 +5,18 @@ from __future__ import annotations
 import click
 
 import rootstockd
+from rootstockd.cli.completion import completion
+from rootstockd.cli.config import config
+from rootstockd.cli.doctor import doctor
 from rootstockd.cli.env import env
 from rootstockd.cli.fleet import load, unload
 from rootstockd.cli.lifecycle import reload, restart, start, stop
+from rootstockd.cli.metrics import metrics
 from rootstockd.cli.models import models
 from rootstockd.cli.show import logs, status
+from rootstockd.cli.slurm import slurm
 from rootstockd.cli.systemd import systemd
+from rootstockd.cli.top import top
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -21,9 +27,12 @@ def main() -> None:
     \b
     rootstockd start --gpu 0        start a daemon (or --device cpu)
     rootstockd status               what it is doing
+    rootstockd top                  the same, live
     rootstockd stop                 let it finish its work and end
+    rootstockd doctor               what is wrong here, and what mends it
     rootstockd models list          which models there are, and which are here
     rootstockd env create mace      build a Python environment for workers
+    rootstockd config show          the settings, and where each comes from
 
     \b
     In a job:
@@ -32,5 +41,8 @@ def main() -> None:
     """  # noqa: D301 - click wants the character \\b itself
 
 
-for command in (start, stop, restart, reload, load, unload, status, logs, models, env, systemd):
+for command in (
+    *(start, stop, restart, reload, load, unload, status, top, logs, doctor),
+    *(metrics, models, env, config, systemd, slurm, completion),
+):
     main.add_command(command)

@@ -10,7 +10,8 @@ import click
 from rootstock_client.client import request
 from rootstock_client.errors import RootstockError
 from rootstockd.cli.common import Refused, console, fetch_status, socket_in_use, socket_option
-from rootstockd.control.schema import LoadAnswer, ModelStatus
+from rootstockd.cli.completion import catalogue_models, models_in_memory
+from rootstockd.control.schema import LoadAnswer, ModelStatus, UnloadAnswer
 
 POLL = 0.1
 
@@ -18,7 +19,7 @@ dtype_option = click.option("--dtype", type=click.Choice(["float32", "float64"])
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", shell_complete=catalogue_models)
 @dtype_option
 @socket_option
 def load(name: str, dtype: str | None, socket: Path | None) -> None:
@@ -40,7 +41,8 @@ def _wait(address: Path, name: str, dtype: str) -> ModelStatus:
     """
     with console.status(f"loading {name}") as spinner:
         while True:
-            found = [m for m in fetch_status(address).models if m.name == name and m.dtype == dtype]
+            models = fetch_status(address).models
+            found = [m for m in models if (m.name, m.dtype, m.dispersion) == (name, dtype, None) and not m.retired]
             for model in found:
                 if model.state == "ready":
                     return model
@@ -54,15 +56,17 @@ def _wait(address: Path, name: str, dtype: str) -> ModelStatus:
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", shell_complete=models_in_memory)
 @dtype_option
-@click.option("--force", is_flag=True, help="Even if evaluations are under way, which get an error.")
+@click.option("--force", is_flag=True, help="Even if it has work, which waits until it is loaded again.")
 @socket_option
 def unload(name: str, dtype: str | None, force: bool, socket: Path | None) -> None:
     """Have a model leave memory; sessions that ask for it again wait while it is loaded again."""
     address = socket_in_use(socket)
     try:
-        request(address, "POST", "/v1/unload", {"model": name, "dtype": dtype, "force": force})
+        order = {"model": name, "dtype": dtype, "force": force}
+        answer = UnloadAnswer.model_validate(request(address, "POST", "/v1/unload", order))
     except RootstockError as error:
         raise Refused(error) from error
-    console.print(f"{name} is unloaded", markup=False)
+    away = f" for {answer.held:.0f} s, or until you load it; {answer.waiting} evaluations wait" if answer.held else ""
+    console.print(f"{name} is unloaded{away}", markup=False)

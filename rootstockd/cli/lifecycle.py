@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import click
 
@@ -30,20 +30,20 @@ from rootstock_client.errors import (
 from rootstock_client.runtime_dir import START_HINT, control_socket
 from rootstockd.cli.common import (
     Refused,
-    catalogue_option,
     console,
-    default_log_file,
-    default_socket,
     fetch_config,
     fetch_status,
+    print_warnings,
     socket_in_use,
     socket_option,
 )
+from rootstockd.cli.options import settings_options, settings_said
 from rootstockd.cli.units import is_systemd, unit_at
 from rootstockd.config import Config
-from rootstockd.config_file import ConfigError, make_config, read_again
+from rootstockd.config_file import ConfigError
+from rootstockd.config_layers import read_again, unknown_variables
 from rootstockd.control.schema import DaemonStatus, ReloadReport
-from rootstockd.devices import DeviceError, choose_devices, found_devices
+from rootstockd.devices import DeviceError, found_devices
 from rootstockd.models.catalogue import Catalogue, CatalogueError
 from rootstockd.models.store import located
 from rootstockd.peers import peer_of
@@ -55,85 +55,26 @@ FORCE_TIMEOUT = 5.0
 
 
 @click.command()
-@click.option("--gpu", metavar="0,1,...", help="The GPUs to use: numbers, UUIDs of GPUs or MIG instances, or `all`.")
-@click.option(
-    "--device",
-    "names",
-    multiple=True,
-    metavar="NAME",
-    help="cpu, auto (a GPU if there is one), or the name of a device; may be given repeatedly.",
-)
-@click.option("--model", "models", multiple=True, metavar="NAME", help="Load this model now; may be given repeatedly.")
-@catalogue_option
-@socket_option
-@click.option("--log-file", type=click.Path(path_type=Path, resolve_path=True), help="Where the log goes.")
-@click.option("--max-atoms", type=click.IntRange(min=1), help="The most atoms in one message of one session.")
-@click.option("--batch-atoms", type=click.IntRange(min=1), help="The most atoms in one pass over several sessions.")
-@click.option(
-    "--config",
-    "file",
-    type=click.Path(path_type=Path, resolve_path=True),
-    help="A TOML file of settings; what is given here goes before it.",
-)
+@settings_options
 @click.option("--foreground", is_flag=True, help="Stay in front, log to the terminal, end with Ctrl-C.")
-@click.option("--instance", metavar="NAME", help="The devices, as instances of systemd's units are named: 0, 0:1, cpu.")
-def start(
-    gpu: str | None,
-    names: tuple[str, ...],
-    models: tuple[str, ...],
-    catalogues: tuple[Path, ...],
-    socket: Path | None,
-    log_file: Path | None,
-    max_atoms: int | None,
-    batch_atoms: int | None,
-    file: Path | None,
-    foreground: bool,
-    instance: str | None,
-) -> None:
+@click.option("--wait", is_flag=True, help="When it is ready, stay until it has ended; whoever ends this ends it.")
+def start(foreground: bool, wait: bool, **said: Any) -> None:
     """Start a daemon; returns when it is ready."""
-    if instance is not None:
-        gpu, names = devices_of(instance)
-    names = tuple(name for name in names if name != "auto")
-    if gpu is not None and names:
-        raise click.UsageError("--gpu and --device exclude each other.")
     try:
-        chosen = choose_devices(gpus=gpu, names=names)
-    except DeviceError as error:
-        raise Refused(error) from error
-    except ValueError as error:
-        raise click.UsageError(
-            f"{gpu or ', '.join(names)!r} names no device; names are cpu, cpu:1, cuda:1, and UUIDs (GPU-..., MIG-...)."
-        ) from error
-    flags = {
-        "socket": socket.absolute() if socket else None,
-        "devices": chosen if gpu is not None or names else None,
-        "models": models or None,
-        "catalogues": catalogues or None,
-        "log_file": log_file,
-        "max_atoms": max_atoms,
-        "batch_atoms": batch_atoms,
-    }
-    try:
-        config = make_config(flags, file, {"socket": default_socket(), "devices": chosen})
+        config = settings_said(**said)
         found_devices(config.devices)
     except (ConfigError, DeviceError) as error:
         raise Refused(error) from error
+    print_warnings(unknown_variables(os.environ))
     if os.environ.get("LISTEN_PID") != str(os.getpid()) and (unit := unit_at(config.socket)):
         raise Refused(
             f"systemd listens at {config.socket}, and starts {unit.service} for whoever comes; use that. For one of "
             f"your own, `{' '.join(unit.systemctl)} stop {unit.socket}` first, or choose another --socket."
         )
-    if config.log_file is None:
-        config = config.model_copy(update={"log_file": default_log_file(config.socket)})
     if foreground:
-        # imports what only a daemon needs
-        from rootstockd.serve import StartError, serve, start_logging  # noqa: PLC0415
-
-        start_logging()
-        try:
-            serve(config)
-        except StartError as error:
-            raise Refused(error) from error
+        serve_in_front(config)
+    elif wait:
+        stay_with(config)
     else:
         launch(config)
 
@@ -160,7 +101,7 @@ def stop(socket: Path | None, force: bool) -> None:
 @click.command()
 @socket_option
 def restart(socket: Path | None) -> None:
-    """Stop the daemon and start it again, with the same options and its configuration file as it is now."""
+    """Stop the daemon and start it again, with the same options and its configuration as it is now."""
     address = socket_in_use(socket)
     if unit := unit_at(address):
         unit.ask("restart", unit.service)
@@ -182,7 +123,7 @@ def restart(socket: Path | None) -> None:
 @click.command()
 @socket_option
 def reload(socket: Path | None) -> None:
-    """Have the daemon read its configuration file and its catalogues again; no job notices."""
+    """Have the daemon read its configuration and its catalogues again; no job notices."""
     try:
         answer = request(socket_in_use(socket), "POST", "/v1/reload")
     except RootstockError as error:
@@ -194,22 +135,6 @@ def reload(socket: Path | None) -> None:
         console.print(
             f"changed, but only a restart takes them over: {', '.join(report.restart_needed)}", style="yellow"
         )
-
-
-def devices_of(instance: str) -> tuple[str | None, tuple[str, ...]]:
-    """The devices that an instance of systemd's units is named after, as --gpu and --device have them."""
-    if instance in {"cpu", "auto"}:
-        return None, (instance,)
-    gpus = instance.split(":")
-    if not all(gpu.isdecimal() or gpu.startswith(("GPU-", "MIG-")) for gpu in gpus):
-        raise click.UsageError(f"the instance {instance!r} is neither GPUs (0, or 0:1, or a UUID) nor cpu nor auto.")
-    return ",".join(gpus), ()
-
-
-def print_warnings(warnings: list[str]) -> None:
-    """Print what a configuration has that can't be meant so."""
-    for warning in warnings:
-        console.print(warning, style="yellow", markup=False, soft_wrap=True)
 
 
 def check_startable(config: Config) -> None:
@@ -225,8 +150,41 @@ def check_startable(config: Config) -> None:
         prepare_log(config.log_file).close()
 
 
-def launch(config: Config, *, after: int | None = None) -> None:
-    """Start a daemon in the background and wait until it is ready.
+def serve_in_front(config: Config) -> None:
+    """Be the daemon.
+
+    Raises:
+        Refused: it can't start.
+    """
+    # imports what only a daemon needs
+    from rootstockd.serve import StartError, serve, start_logging  # noqa: PLC0415
+
+    start_logging()
+    try:
+        serve(config)
+    except StartError as error:
+        raise Refused(error) from error
+
+
+def stay_with(config: Config) -> None:
+    """Start a daemon in the background and be there as long as it is; exits as it does.
+
+    Raises:
+        Refused: as `launch` says.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGUSR1, signal.SIGUSR2):  # the daemon ignores them, too
+        signal.signal(number, signal.SIG_IGN)
+    process = launch(config)
+    while True:
+        try:
+            raise SystemExit(process.wait())
+        except KeyboardInterrupt:
+            process.terminate()
+
+
+def launch(config: Config, *, after: int | None = None) -> subprocess.Popen[bytes]:
+    """Start a daemon in the background and wait until it is ready; its process.
 
     Args:
         config: its settings.
@@ -276,6 +234,7 @@ def launch(config: Config, *, after: int | None = None) -> None:
         soft_wrap=True,
         markup=False,
     )
+    return process
 
 
 def prepare_log(path: Path) -> BinaryIO:

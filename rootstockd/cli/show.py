@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import time
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import click
+from rich.cells import cell_len
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from rootstock_client.errors import RootstockError
 from rootstock_client.runtime_dir import find_socket
@@ -26,13 +32,15 @@ from rootstockd.cli.common import (
 from rootstockd.cli.units import unit_at
 from rootstockd.control.schema import DaemonStatus, ModelStatus
 
-_STATE_COLOUR = {
+STATE_COLOUR = {
     "ready": "green",
     "cold": "dim",
     **dict.fromkeys(("waiting", "loading", "starting", "draining"), "yellow"),
     "failed": "red",
 }
 _SHOWN_SESSIONS = 20
+_SHOWN_NAMES = 3
+_GAP = 2
 
 
 @click.command()
@@ -51,86 +59,158 @@ def status(socket: Path | None, as_json: bool) -> None:
 
 
 def show(daemon: DaemonStatus) -> None:
-    """Print a status for people."""
+    """Print a status for people, in as many columns as the terminal has room for."""
     console.print(
-        f"rootstockd {daemon.version} [{_STATE_COLOUR[daemon.state]}]{daemon.state}[/] on {', '.join(daemon.devices)}, "
-        f"pid {daemon.pid}, up {duration(time.time() - daemon.since)}, {daemon.evaluations} evaluations, "
-        f"{megabytes(daemon.memory)}"
+        f"rootstockd {daemon.version} [{STATE_COLOUR[daemon.state]}]{daemon.state}[/] on {', '.join(daemon.devices)}, "
+        f"up {duration(time.time() - daemon.since)}"
     )
+    sessions = len(daemon.sessions) + daemon.other_sessions
+    console.print(
+        f"{plural(sessions, 'session')}, {plural(daemon.evaluations, 'evaluation')}, pid {daemon.pid}, "
+        f"{memory(daemon.memory)}",
+        style="dim",
+    )
+    if daemon.state == "draining":
+        console.print("evaluations under way end; jobs wait for the next daemon", style="yellow")
+    for text in daemon.warnings:
+        console.print(text, style="yellow", markup=False)
+    console.print()
     if daemon.models:
         show_models(daemon.models)
     else:
         console.print("no model is loaded; the first session that asks for one loads it")
-    for why in sorted({why for model in daemon.models for why in model.unconfined}):
-        names = ", ".join(model.name for model in daemon.models if why in model.unconfined)
-        console.print(f"{names}: not wholly confined: {why}", style="yellow", markup=False)
     if daemon.sessions:
+        console.print()
         show_sessions(daemon)
     if daemon.other_sessions:
-        console.print(f"{daemon.other_sessions} sessions of others")
+        console.print(f"{plural(daemon.other_sessions, 'session')} of others", style="dim")
 
 
 def show_models(models: list[ModelStatus]) -> None:
-    """Print the models, and what there is to say of each."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("model", "dtype", "state", "device"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("sessions", "queue", "evaluations", "per second", "batch", "pid", "memory", "last use"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for model in models:
-        restarts = f", {model.restarts} restarts" if model.restarts else ""
-        table.add_row(
-            escape(model.name),
-            f"{model.dtype} +D3" if model.dispersion else model.dtype,
-            f"[{_STATE_COLOUR[model.state]}]{model.state}[/]{restarts}",
-            model.device or "-",
-            str(model.sessions),
-            str(model.waiting),
-            str(model.evaluations),
-            f"{model.rate:.1f}" if model.rate else "-",
-            f"{model.evaluations / model.batches:.1f}" if model.batches else "-",
-            str(model.pid or "-"),
-            megabytes(model.memory) if model.memory else "-",
-            "now" if model.idle < 1 else f"{duration(model.idle)} ago",
+    """Print the models, what is wrong with some, and what computes."""
+    names = _told_apart(models)
+    alike = len({(model.name, _dtype(model)) for model in models}) < len(models)
+    console.print(
+        fitting(
+            [
+                Column("model", [escape(model.name) for model in models]),
+                Column(
+                    "dtype",
+                    [_dtype(model) for model in models],
+                    rank=3 if names == [model.name for model in models] else 0,
+                ),
+                Column("state", [_state(model) for model in models]),
+                Column("device", [model.device or "-" for model in models], rank=0 if alike else 2),
+                Column("sessions", [count(model.sessions) for model in models], right=True),
+                Column("queue", [count(model.waiting) for model in models], right=True, rank=1),
+                Column("eval/s", [f"{model.rate:.1f}" if model.rate else "-" for model in models], right=True),
+                Column("busy", [f"{model.load:.0%}" if model.rate else "-" for model in models], right=True, rank=5),
+                Column("memory", [memory(model.memory) for model in models], right=True, rank=4),
+                Column("idle", [span(model.idle) for model in models], right=True, rank=6),
+                Column("evaluations", [count(model.evaluations) for model in models], right=True, rank=8),
+                Column("a batch", [_batch(model) for model in models], right=True, rank=9),
+                Column("pid", [str(model.pid or "-") for model in models], right=True, rank=7),
+            ]
         )
-    console.print(table)
-    for model in models:
+    )
+    for name, model in zip(names, models, strict=True):
         if model.loading:
-            console.print(f"{model.name} {model.loading.text}", style="yellow", markup=False)
+            console.print(f"{name} {model.loading.text}", style="yellow", markup=False)
         if model.error:
-            console.print(f"{model.name}: {model.error}", style="red", markup=False)
-        elif model.backend:
-            note = f"; {model.note}" if model.note else ""
-            settings = ", ".join(f"{key} {value}" for key, value in (model.dispersion or {}).items())
-            added = f" with D3 ({settings})" if settings else ""
-            console.print(
-                f"{model.name} {model.dtype}: {model.backend}{added}; {model.environment}{note}",
-                style="yellow" if note else "dim",
-                markup=False,
-            )
+            console.print(f"{name}: {model.error}", style="red", markup=False)
+        elif model.restarts:
+            text = f"{name}: its worker was replaced {plural(model.restarts, 'time')}"
+            console.print(text, style="yellow", markup=False)
+    say_for_all(models, lambda model: [f"not wholly confined: {why}" for why in model.unconfined], "yellow")
+    say_for_all(models, lambda model: [model.note] if model.note else [], "yellow")
+    say_for_all(models, lambda model: [_computing(model)] if model.backend and not model.error else [], "dim")
+
+
+def say_for_all(models: list[ModelStatus], words: Callable[[ModelStatus], list[str]], style: str) -> None:
+    """Print what there is to say of models, once for those of which the same is to be said."""
+    of: dict[str, list[str]] = {}
+    for name, model in zip(_told_apart(models), models, strict=True):
+        for text in words(model):
+            if name not in of.setdefault(text, []):
+                of[text].append(name)
+    for text, names in of.items():
+        shown = names if len(names) <= _SHOWN_NAMES else [*names[:_SHOWN_NAMES], f"{len(names) - _SHOWN_NAMES} more"]
+        console.print(f"{', '.join(shown)}: {text}", style=style, markup=False)
+
+
+def _told_apart(models: list[ModelStatus]) -> list[str]:
+    """Names, with the dtype where it takes that to tell models apart."""
+    seen = Counter(model.name for model in models)
+    return [model.name if seen[model.name] == 1 else f"{model.name} {_dtype(model)}" for model in models]
+
+
+def _dtype(model: ModelStatus) -> str:
+    return f"{model.dtype} +D3" if model.dispersion else model.dtype
+
+
+def _state(model: ModelStatus) -> str:
+    return f"[{STATE_COLOUR[model.state]}]{model.state}[/]{', retired' * model.retired}"
+
+
+def _batch(model: ModelStatus) -> str:
+    return f"{model.evaluations / model.batches:.1f}" if model.batches else "-"
+
+
+def _computing(model: ModelStatus) -> str:
+    """What computes a model, and where."""
+    settings = ", ".join(f"{key} {value}" for key, value in (model.dispersion or {}).items())
+    return f"{model.backend}{f' with D3 ({settings})' if settings else ''}; {model.environment}"
 
 
 def show_sessions(daemon: DaemonStatus) -> None:
     """Print the sessions, the oldest first."""
-    sessions = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("session", "user", "pid", "model", "state"):
-        sessions.add_column(heading, no_wrap=True)
-    for heading in ("atoms", "evaluations"):
-        sessions.add_column(heading, justify="right")
-    for session in sorted(daemon.sessions, key=lambda session: session.id)[:_SHOWN_SESSIONS]:
-        sessions.add_row(
-            str(session.id),
-            session.user,
-            str(session.pid),
-            escape(session.model or "-"),
-            session.state,
-            str(session.natoms or "-"),
-            str(session.evaluations),
+    shown = sorted(daemon.sessions, key=lambda session: session.id)[:_SHOWN_SESSIONS]
+    console.print(
+        fitting(
+            [
+                Column("session", [str(session.id) for session in shown]),
+                Column("user", [escape(session.user) for session in shown]),
+                Column("pid", [str(session.pid) for session in shown], rank=1),
+                Column("model", [escape(session.model or "-") for session in shown]),
+                Column("state", [session.state for session in shown], rank=2),
+                Column("atoms", [str(session.natoms or "-") for session in shown], right=True),
+                Column("evaluations", [count(session.evaluations) for session in shown], right=True, rank=3),
+            ]
         )
-    console.print()
-    console.print(sessions)
-    if len(daemon.sessions) > _SHOWN_SESSIONS:
-        console.print(f"and {len(daemon.sessions) - _SHOWN_SESSIONS} more; --json shows all")
+    )
+    if len(daemon.sessions) > len(shown):
+        console.print(f"and {len(daemon.sessions) - len(shown)} more; --json shows all", style="dim")
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table for people."""
+
+    heading: str
+    cells: list[str]
+    """In rich's markup."""
+    right: bool = False
+    """Numbers stand so."""
+    rank: int = 0
+    """0 for what is always shown; of the others the highest go first where there is no room."""
+
+    @property
+    def width(self) -> int:
+        """What it needs."""
+        return max(len(self.heading), *(cell_len(Text.from_markup(cell).plain) for cell in self.cells))
+
+
+def fitting(columns: list[Column]) -> Table:
+    """A table of the columns for which the terminal has room."""
+    shown = list(columns)
+    while sum(column.width + _GAP for column in shown) - _GAP > console.width and any(c.rank for c in shown):
+        shown.remove(max(shown, key=lambda column: column.rank))
+    table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="bold")
+    for column in shown:
+        table.add_column(column.heading, justify="right" if column.right else "left", overflow="fold")
+    for cells in zip(*(column.cells for column in shown), strict=True):
+        table.add_row(*cells)
+    return table
 
 
 @click.command()
@@ -149,15 +229,37 @@ def logs(socket: Path | None, lines: int, follow: bool) -> None:
     try:
         file = path.open(encoding="utf-8", errors="replace")
     except OSError as error:
-        raise Refused(f"no log at {path}: {error.strerror}.") from error
+        raise Refused(
+            f"no log at {path}: {error.strerror}. If a daemon was started with another --socket or --log-file, name "
+            "its --socket, or read that file; `rootstockd doctor` looks for what is wrong."
+        ) from error
     with file:
         for line in deque(file, maxlen=lines):
             click.echo(line, nl=False)
-        while follow:
-            if line := file.readline():
-                click.echo(line, nl=False)
-            else:
-                time.sleep(0.2)
+        for line in new_lines(path, file) if follow else ():
+            click.echo(line, nl=False)
+
+
+def new_lines(path: Path, file: TextIO) -> Iterator[str]:
+    """What comes in a log from now on, also in those that take its place when it is rotated.
+
+    Args:
+        path: where it lies.
+        file: it, read to its end; closed when another takes its place.
+    """
+    while True:
+        yield from file
+        replaced = False
+        with contextlib.suppress(FileNotFoundError):  # there is no other yet
+            replaced = not os.path.samestat(path.stat(), os.fstat(file.fileno()))
+        if replaced:
+            yield from file  # what came until then
+            file.close()
+            file = path.open(encoding="utf-8", errors="replace")
+        elif os.fstat(file.fileno()).st_size < os.lseek(file.fileno(), 0, os.SEEK_CUR):  # logrotate's copytruncate
+            file.seek(0)
+        else:
+            time.sleep(0.2)
 
 
 def log_file(socket: Path | None) -> Path:
@@ -180,6 +282,30 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {int(seconds) % 60} s" if minutes else f"{int(seconds)} s"
 
 
-def megabytes(size: int) -> str:
-    """Bytes, in MB."""
-    return f"{size / 1e6:.0f} MB"
+def span(seconds: float) -> str:
+    """A time span in its largest unit."""
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{int(seconds // size)} {unit}"
+    return f"{int(seconds)} s" if seconds >= 1 else "-"
+
+
+def memory(size: int | None) -> str:
+    """Bytes, in MB or GB."""
+    if not size:
+        return "-"
+    return f"{size / 1e6:.0f} MB" if size < 1e9 else f"{size / 1e9:.1f} GB"  # noqa: PLR2004 - one GB
+
+
+def count(number: int) -> str:
+    """A number; large ones in thousands or millions, with three digits."""
+    if number >= 10_000:  # noqa: PLR2004 - up to there all digits
+        for size, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+            if number >= size:
+                return f"{number / size:.{0 if number >= 100 * size else 1}f} {unit}"
+    return str(number)
+
+
+def plural(number: int, word: str) -> str:
+    """So many of something."""
+    return f"{count(number)} {word}{'' if number == 1 else 's'}"

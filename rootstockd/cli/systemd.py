@@ -14,7 +14,8 @@ import click
 
 import rootstockd
 from rootstockd.cli.common import Refused, console, default_socket
-from rootstockd.cli.lifecycle import devices_of
+from rootstockd.cli.options import devices_of
+from rootstockd.config_file import FILE_NAME
 from rootstockd.devices import gpu_names
 
 _SHIPPED_COMMAND = "/usr/bin/rootstockd"
@@ -69,9 +70,9 @@ def install(user: bool, instances: tuple[str, ...], dry_run: bool) -> None:
         devices_of(name)
     check_place(place)
     files = {**units(place), **defaults(place, names[0])}
-    settings = place.settings / "rootstockd/rootstockd.toml"
+    settings = place.settings / "rootstockd" / FILE_NAME
     if not settings.exists():
-        files[settings] = (shipped() / "rootstockd.toml").read_text()
+        files[settings] = (shipped() / FILE_NAME).read_text()
     commands = (
         [] if user else [["systemd-sysusers", "rootstockd.conf"], ["systemd-tmpfiles", "--create", "rootstockd.conf"]]
     )
@@ -80,6 +81,7 @@ def install(user: bool, instances: tuple[str, ...], dry_run: bool) -> None:
         for path, text in files.items():
             click.echo(f"--- {path}\n{text}")
         click.echo("--- then\n" + "\n".join(map(shlex.join, commands)))
+        tell_next(place, names, settings)
         return
     try:
         for path, text in files.items():
@@ -96,16 +98,7 @@ def install(user: bool, instances: tuple[str, ...], dry_run: bool) -> None:
             f"{address} is that of a daemon started by hand: `rootstockd stop` it first, or systemd takes its address.",
             style="yellow",
         )
-    sockets = [f"rootstockd@{name}.socket" for name in names]
-    console.print(
-        f"\nSettings are in {settings}. Start with the first client, and with the machine:\n\n"
-        f"  {shlex.join([*place.systemctl, 'enable', '--now', *sockets])}\n\n"
-        "To have models loaded before there is a client, enable the services, too:\n\n"
-        f"  {shlex.join([*place.systemctl, 'enable', '--now', *(name[:-6] + 'service' for name in sockets)])}"
-        + ("\n\nThat it goes on when you log out:\n\n  loginctl enable-linger" if user else ""),
-        soft_wrap=True,
-        markup=False,
-    )
+    tell_next(place, names, settings)
 
 
 @systemd.command()
@@ -134,6 +127,20 @@ def uninstall(user: bool) -> None:
         if path.parent.suffix == ".d" and path.parent.parent == place.units and not any(path.parent.iterdir()):
             path.parent.rmdir()
     run([*place.systemctl, "daemon-reload"])
+
+
+def tell_next(place: Place, names: list[str], settings: Path) -> None:
+    """Say which commands come next; they are the operator's, for they start daemons."""
+    sockets = [f"rootstockd@{name}.socket" for name in names]
+    console.print(
+        f"\nSettings are in {settings}. Start with the first client, and with the machine:\n\n"
+        f"  {shlex.join([*place.systemctl, 'enable', '--now', *sockets])}\n\n"
+        "To have models loaded before there is a client, enable the services, too:\n\n"
+        f"  {shlex.join([*place.systemctl, 'enable', '--now', *(name[:-6] + 'service' for name in sockets)])}"
+        + ("\n\nThat it goes on when you log out:\n\n  loginctl enable-linger" if place.user else ""),
+        soft_wrap=True,
+        markup=False,
+    )
 
 
 def shipped() -> Path:

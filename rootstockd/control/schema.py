@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, computed_field
 
 from rootstockd.config import Config
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Raised when a field changes its meaning or goes; new fields alone don't."""
 
 
@@ -20,7 +20,7 @@ class Loading(BaseModel):
     state: str
     """waiting or loading."""
     stage: str
-    """starting, imports, weights or checks; empty while it waits."""
+    """starting, imports, weights or checks, or that and why it is to be started again; empty while it waits."""
     elapsed: float
     """Seconds since it began to load, or to wait."""
     expected: float | None
@@ -49,6 +49,8 @@ class ModelStatus(BaseModel):
     dtype: str
     dispersion: dict[str, JsonValue] | None = None
     """Settings of the D3 correction that is added, if one is."""
+    fingerprint: str = ""
+    """Of all that determines its numbers."""
     state: str
     """cold (loaded when somebody next asks), waiting (for room), loading, ready or failed."""
     error: str | None
@@ -56,6 +58,9 @@ class ModelStatus(BaseModel):
     loading: Loading | None
     backend: str | None
     """What computes, with versions."""
+    retired: bool = False
+    """Sessions have it still, and no other gets it: the catalogue has another model of this name now, or it was a
+    replica."""
     environment: str | None = None
     """Where its worker runs: an environment with when it was built, or beside the daemon. None while none is found."""
     note: str | None
@@ -75,6 +80,12 @@ class ModelStatus(BaseModel):
     restarts: int
     rate: float
     """Evaluations a second, in the last ten seconds."""
+    latency_p50: float | None = None
+    latency_p99: float | None = None
+    """Seconds that half, and all but a hundredth, of the evaluations in the last ten seconds took from submission to
+    result, at most; None if there were none."""
+    batch_size: float | None = None
+    """Evaluations in a batch, on average, in that time."""
     load: float
     """The part of that time in which it computed."""
     idle: float
@@ -98,6 +109,17 @@ class SessionStatus(BaseModel):
     """Unix time of its beginning."""
 
 
+class DeviceStatus(BaseModel):
+    """A device, and what is in its memory."""
+
+    name: str
+    memory_used: int | None
+    """Bytes in use, by anybody; of a CPU the machine's. None where the driver does not say."""
+    memory_total: int | None
+    load: float
+    """The part of the last ten seconds in which each of its workers computed, added up."""
+
+
 class DaemonStatus(BaseModel):
     """The whole daemon."""
 
@@ -108,8 +130,11 @@ class DaemonStatus(BaseModel):
     """starting, ready or draining."""
     since: float
     devices: list[str]
+    device_states: list[DeviceStatus] = Field(default_factory=list)
+    metrics: str | None = None
+    """The URL of metrics over TCP, if they are served."""
     config: Config | None
-    """Its settings; administrators alone see them."""
+    """Its settings, and where they come from; administrators alone see them."""
     memory: int
     """Resident memory of the daemon itself in bytes."""
     evaluations: int
@@ -133,7 +158,8 @@ class CatalogueEntry(BaseModel):
     dtype: str
     licence: str
     state: str
-    """cold, "to pull" where its weights are not on the machine, or the state of its worker."""
+    """The state of its worker; without one cold, or "to pull" where its weights are not on the machine, "missing" where
+    their file is gone, "needs env" where it has no environment."""
 
 
 class StopRequest(BaseModel):
@@ -174,13 +200,22 @@ class UnloadRequest(BaseModel):
     dtype: Literal["float32", "float64"] | None = None
     """Whichever are there if None."""
     force: bool = False
-    """Evaluations under way get an error; else the model stays if there are any."""
+    """Evaluations under way are repeated when it comes back; else the model stays if there are any."""
+
+
+class UnloadAnswer(BaseModel):
+    """What came of it."""
+
+    waiting: int = 0
+    """Evaluations that wait for the model to come back."""
+    held: float = 0.0
+    """Seconds until it does, if nobody loads it before."""
 
 
 class ReloadReport(BaseModel):
     """What came of reading the configuration again."""
 
     restart_needed: list[str]
-    """Settings that have changed in the file and take effect with the next restart."""
+    """Settings that have changed in the files and take effect with the next restart."""
     warnings: list[str] = Field(default_factory=list)
     """As in status."""

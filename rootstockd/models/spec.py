@@ -1,13 +1,18 @@
-"""From an entry of the catalogue to what a worker is told."""
+"""From an entry of the catalogue to what a worker is told, and what tells one potential from another."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 
 from ase.data import atomic_numbers
 
 from rootstockd.models.catalogue import Entry
 from rootstockd.worker.engines import ModelSpec
+
+FINGERPRINT_DIGITS = 16
+"""Hexadecimal: nobody has so many models that two of them are the same by chance."""
 
 
 def spec_of(
@@ -23,7 +28,7 @@ def spec_of(
         options: what else changes its numbers, as JSON.
         confine: whether workers give their rights away, if the entry has nothing against it.
     """
-    return ModelSpec(
+    spec = ModelSpec(
         name=name,
         family=entry.family,
         device=device,
@@ -37,3 +42,28 @@ def spec_of(
         heads=list(entry.heads),
         **json.loads(options or "{}"),
     )
+    return dataclasses.replace(spec, fingerprint=_fingerprint(spec, entry.original_sha256 or entry.sha256))
+
+
+def _fingerprint(spec: ModelSpec, original: str) -> str:
+    """All that determines the numbers, and nothing of what does not: its name, where it runs, how fast.
+
+    Args:
+        spec: the model.
+        original: SHA-256 of its weights as they were published; another form of them is the same model. Empty where
+            they come with a package: then its arguments say which they are.
+    """
+    what = {
+        "family": spec.family,
+        "environment": spec.environment,
+        "weights": original.lower(),
+        "arguments": spec.arguments,
+        "dtype": spec.dtype,
+        # whoever names none gets one by them; but a MACE has its own in its weights
+        "heads": spec.heads if spec.family != "mace" else [],
+        "dispersion": spec.dispersion,
+    }
+    # without what is empty, so that a key that is new here changes nothing for those who don't have it: jobs that run
+    # over an upgrade would take the model for another
+    said = json.dumps({key: value for key, value in what.items() if value}, sort_keys=True)
+    return hashlib.sha256(said.encode()).hexdigest()[:FINGERPRINT_DIGITS]

@@ -75,6 +75,7 @@ class _Attached:
         self.number: int = fields["slot"]
         self.stress: bool = fields["stress"]
         self.energies: bool = fields["energies"]
+        self._fingerprint: str = fields.get("fingerprint", "")  # a daemon that runs over an upgrade says none
         self._positions, self._forces, self._virials = list(slot.positions), list(slot.forces), list(slot.virials)
         self._cells: list[np.ndarray] = []
         self._seen = b""
@@ -148,6 +149,8 @@ class _Attached:
         extras = []
         for result in results:
             extra: dict[str, Any] = {"backend": result.backend} if result.backend else {}
+            if self._fingerprint:
+                extra["fingerprint"] = self._fingerprint
             if self.energies:
                 if result.energies is None:
                     raise EngineError("unsupported", "the engine computed no per-atom energies")
@@ -311,7 +314,8 @@ def main(channel: socket.socket, spec: ModelSpec) -> int:
     try:
         engine = load_engine(spec)
     except BaseException as error:  # it may be somebody's code that calls sys.exit()
-        print_error(error)
+        if not isinstance(error, EngineError) or (error.__cause__ and error.code == "model-load"):
+            print_error(error)  # others say all that there is to say
         cause = (error.__cause__ or error) if isinstance(error, EngineError) else error
         if out_of_memory(cause):
             text = shortage(cause) or describe(cause)

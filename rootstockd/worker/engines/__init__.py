@@ -72,6 +72,8 @@ class ModelSpec:
     """Names of its heads, likewise."""
     dispersion: dict[str, Any] | None = None
     """Settings of the D3 correction that is added, if one is; see `rootstockd.worker.engines.dispersion`."""
+    fingerprint: str = ""
+    """Of all that determines its numbers (`rootstockd.models.spec`), in hexadecimal; the daemon's, not the engine's."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,186 @@
+"""`config show` and `check`: what a daemon's settings are, where each comes from, and what is wrong with them."""
+
+from __future__ import annotations
+
+import grp
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import tomlkit
+from click.core import ParameterSource
+
+from rootstock_client.errors import RootstockError
+from rootstockd.accounts import Accounts
+from rootstockd.cli.common import Refused, console, default_socket, fetch_config, print_warnings, socket_in_use
+from rootstockd.cli.options import devices_of, files_to_read, settings_options, settings_said
+from rootstockd.config import Config, Device
+from rootstockd.config_file import ConfigError, reloadable
+from rootstockd.config_layers import as_table, by_name, changes, make_config, read_again, unknown_variables
+from rootstockd.devices import DeviceError, found_devices
+from rootstockd.models.catalogue import Catalogue, CatalogueError
+from rootstockd.models.store import located
+
+_COLUMN = 60
+"""Remarks stand below each other, but for settings that are longer than this."""
+
+
+@click.group()
+def config() -> None:
+    """A daemon's settings, and where each comes from (docs/configuration.md)."""
+
+
+@config.command()
+@settings_options
+@click.option("--running", is_flag=True, help="Those of the daemon that runs, and what has changed in its files since.")
+@click.option("--origins/--no-origins", default=True, help="Say where each comes from.  [default: origins]")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def show(running: bool, origins: bool, as_json: bool, socket: Path | None, **said: Any) -> None:
+    """Show what `rootstockd start` would use with these options, as TOML."""
+    problems = ""
+    if running:
+        _refuse_others()
+        settings = settings_of(socket_in_use(socket))
+        try:
+            fresh = read_again(settings)
+        except ConfigError as error:
+            fresh, problems = settings, str(error)
+    else:
+        try:
+            fresh = settings = settings_said(socket=socket, **said)
+        except ConfigError as error:
+            raise Refused(error) from error
+    changed = {name: _change(name, fresh) for name in changes(settings, fresh)}
+    if as_json:
+        known = {"settings": as_table(settings), "origins": settings.origins, "files": _files(settings)}
+        click.echo(json.dumps({**known, "changed": changed} if running else known, indent=2))
+    else:
+        click.echo(as_toml(settings, changed, origins=origins), nl=False)
+    if problems:
+        raise Refused(f"its files can't be read again as they are now:\n{problems}")
+
+
+@config.command()
+@click.argument("file", required=False, type=click.Path(path_type=Path, resolve_path=True))
+@click.option("--instance", metavar="NAME", help="Which of systemd's instances they are for: 0, 0:1, cpu.")
+def check(file: Path | None, instance: str | None) -> None:
+    """See whether a daemon could start with its settings: the files that it would read, or FILE in place of them.
+
+    Variables are checked as well, and so are catalogues, models, users and groups that the settings name.
+    """
+    if instance is not None:
+        devices_of(instance)
+    print_warnings(unknown_variables(os.environ))
+    try:
+        files = files_to_read(file, instance)
+        settings = make_config(files, os.environ, {}, {"socket": default_socket(), "devices": [Device(name="cpu")]})
+    except ConfigError as error:
+        raise Refused(error) from error
+    print_warnings(Accounts(settings).warnings)
+    if problems := problems_of(settings):
+        raise Refused("\n".join(problems))
+    there = [place["path"] for place in _files(settings) if place["there"]]
+    console.print(f"nothing is wrong with {', '.join(there)}" if there else "there is no file, and none is needed")
+
+
+def settings_of(socket: Path) -> Config:
+    """What a daemon that runs has.
+
+    Raises:
+        Refused: it does not answer, or not to this user.
+    """
+    try:
+        settings = fetch_config(socket)
+    except RootstockError as error:
+        raise Refused(error) from error
+    if settings is None:
+        raise Refused(f"only those who administer rootstockd at {socket} may see its settings.")
+    return settings
+
+
+def problems_of(settings: Config) -> list[str]:
+    """What would keep a daemon from starting, though its settings are right as such."""
+    problems = []
+    try:
+        found_devices(settings.devices)
+    except DeviceError as error:
+        problems.append(f"devices: {error}")
+    group = settings.access.socket_group
+    try:
+        if group is not None:
+            grp.getgrnam(group)
+    except KeyError:
+        problems.append(f"access.socket_group: there is no group {group!r} on this machine.")
+    try:
+        catalogue = Catalogue.load(settings.catalogues)
+    except CatalogueError as error:
+        return [*problems, str(error)]
+    print_warnings(catalogue.warnings())
+    for name in settings.models:
+        try:
+            located(*catalogue.resolve(name))
+        except RootstockError as error:
+            problems.append(f"models: {error}")
+    return problems
+
+
+def as_toml(settings: Config, changed: dict[str, dict[str, Any]], *, origins: bool) -> str:
+    """Settings as a file that would have them so, with what there is to say of each behind it."""
+    lines = [f"# {place['path']}{'' if place['there'] else ' (not there)'}" for place in _files(settings) if origins]
+    for table, values in _tables(as_table(settings)):
+        if table:
+            lines += ["", f"[{tomlkit.key(table).as_string()}]"]
+        shown = [_assignment(name, value) for name, value in values.items()]
+        column = max((len(text) for text in shown if len(text) <= _COLUMN), default=0)
+        for name, text in zip(values, shown, strict=True):
+            whole = ".".join((*table, name))
+            remarks = [settings.origins.get(whole, "default")] if origins else []
+            if whole in changed:
+                remarks.append(_in_words(changed[whole]))
+            lines.append(f"{text:{column}}  # {'; '.join(remarks)}" if remarks else text)
+    for name in sorted(changed.keys() - by_name(settings).keys()):  # of users who were not mentioned
+        lines.append(f"# {name}: {_in_words(changed[name])}")
+    return "\n".join(lines) + "\n"
+
+
+def _in_words(change: dict[str, Any]) -> str:
+    value = "not set" if change["value"] is None else tomlkit.item(change["value"]).as_string()
+    return f"{value} ({change['origin']}) after a {change['needs']}"
+
+
+def _tables(table: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+    """Each table that has values of its own, with them."""
+    if values := {name: value for name, value in table.items() if not isinstance(value, dict)}:
+        yield path, values
+    for name, value in table.items():
+        if isinstance(value, dict):
+            yield from _tables(value, (*path, name))
+
+
+def _assignment(name: str, value: Any) -> str:
+    key = tomlkit.key(name).as_string()
+    return f"# {key} is not set" if value is None else f"{key} = {tomlkit.item(value).as_string()}"
+
+
+def _change(name: str, fresh: Config) -> dict[str, Any]:
+    """What a setting will be."""
+    return {
+        "value": by_name(fresh).get(name),
+        "origin": fresh.origins.get(name, "default"),
+        "needs": "reload" if reloadable(name) else "restart",
+    }
+
+
+def _files(settings: Config) -> list[dict[str, Any]]:
+    return [{"path": str(file.path), "there": os.path.exists(file.path)} for file in settings.files]
+
+
+def _refuse_others() -> None:
+    """Options that mean nothing for a daemon that runs."""
+    context = click.get_current_context()
+    given = {name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    if given - {"running", "origins", "as_json", "socket"}:
+        raise click.UsageError("--running shows what is; of the other options it takes --socket alone.")

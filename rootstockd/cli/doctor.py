@@ -1,0 +1,163 @@
+"""`doctor`: what is wrong here, and the command that mends it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import click
+import platformdirs
+from rich.text import Text
+
+import rootstockd
+from rootstock_client.errors import RootstockError
+from rootstock_client.runtime_dir import SYSTEM_DIR, find_socket
+from rootstockd.cli.common import console, default_log_file, default_socket, fetch_status, socket_option
+from rootstockd.cli.options import files_to_read
+from rootstockd.doctor import gpus, machine, places, running, settings, software
+from rootstockd.doctor.findings import Examination, Finding, Level, examine
+from rootstockd.peers import user_name
+from rootstockd.state_dir import SYSTEM_STATE, own_state
+
+SCHEMA_VERSION = 1
+"""Of what `--json` prints; raised when a field changes its meaning or goes."""
+_COLOUR: dict[Level, str] = {"ok": "green", "note": "cyan", "warning": "yellow", "problem": "bold red"}
+_NARROW = 72
+"""Columns below which what belongs to a finding begins at the margin."""
+
+
+@click.command()
+@socket_option
+@click.option("--json", "as_json", is_flag=True, help="For programs; the schema has a version.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0.1),
+    default=5.0,
+    show_default=True,
+    help="Seconds to wait for file systems, drivers and daemons that do not answer.",
+)
+def doctor(socket: Path | None, as_json: bool, timeout: float) -> None:
+    """Look at this node, and say what is wrong and how to mend it.
+
+    Nothing is changed, and no rights are needed. Run it where something does not work: as the same user, on the same
+    node, in the same job. The exit status is 1 if something will not work, 0 otherwise.
+    """
+    found = examine(_examinations(socket, timeout), timeout)
+    counts = Counter(finding.level for findings in found.values() for finding in findings)
+    if as_json:
+        said = {
+            "schema_version": SCHEMA_VERSION,
+            "version": rootstockd.__version__,
+            "host": platform.node(),
+            "user": user_name(os.getuid()),
+            "findings": [
+                {"area": area, **finding.model_dump()} for area, findings in found.items() for finding in findings
+            ],
+        }
+        click.echo(json.dumps(said, indent=2))
+    else:
+        _show(found, counts)
+    raise SystemExit(1 if counts["problem"] else 0)
+
+
+def _examinations(named: Path | None, timeout: float) -> dict[str, Examination]:
+    """What to look at, in the order of the report."""
+    return {
+        "machine": _machine,
+        "GPUs": _gpus,
+        "software": _software,
+        "places": partial(_places, named),
+        "settings": _settings,
+        "daemon": partial(_daemon, named, timeout),
+    }
+
+
+def _machine() -> Iterator[Finding]:
+    facts = machine.look_at_machine()
+    for check in (
+        machine.check_processors,
+        machine.check_memory,
+        machine.check_limits,
+        machine.check_variables,
+        machine.check_confinement,
+    ):
+        yield from check(facts)
+
+
+def _gpus() -> Iterator[Finding]:
+    driver = gpus.look_at_driver()
+    yield from gpus.check_driver(driver)
+    yield from gpus.check_gpus(driver)
+
+
+def _software() -> Iterator[Finding]:
+    yield from software.check_python()
+    yield from software.check_environments(list(software.look_at_environments()), gpus.look_at_driver())
+
+
+def _places(named: Path | None) -> Iterator[Finding]:
+    login = places.look_at_login(os.environ, named)
+    address = Path(login.named).absolute() if login.named else default_socket()
+    yield from places.check_runtime_folder(places.look_at_folder(address.parent), login)
+    for path in [address] if login.named else dict.fromkeys([address, SYSTEM_DIR / address.name]):
+        yield from places.check_address(places.look_at_address(path), login)
+    yield from places.check_trust(places.look_at_folder(SYSTEM_STATE))
+    yield from places.check_trust(places.look_at_folder(own_state()))
+    for name, path, mend in (
+        ("state", own_state(), "export ROOTSTOCKD_STATE=FOLDER"),
+        ("cache", platformdirs.user_cache_path("rootstockd"), "export XDG_CACHE_HOME=FOLDER"),
+        ("log", default_log_file(address).parent, "rootstockd start --log-file FILE"),
+    ):
+        yield from places.check_storage(name, places.look_at_folder(path), mend, needed=name == "log")
+
+
+def _settings() -> Iterator[Finding]:
+    yield from settings.check_settings(files_to_read(), os.environ, default_socket())
+    yield from settings.check_catalogue()
+
+
+def _daemon(named: Path | None, timeout: float) -> Iterator[Finding]:
+    try:
+        status = fetch_status(find_socket(named), timeout=timeout * 0.8)
+    except RootstockError as error:
+        yield from running.check_absence(error)
+    else:
+        yield from running.check_daemon(status, gpus.look_at_driver())
+        yield from running.check_models(status)
+
+
+def _show(found: dict[str, list[Finding]], counts: Counter[Level]) -> None:
+    """Print the findings for people: one line for what is well, more for what is not."""
+    console.print(f"[bold]rootstockd {rootstockd.__version__}[/] on {platform.node()}, for {user_name(os.getuid())}")
+    for area, findings in found.items():
+        console.print(f"\n[bold]{area}[/]")
+        for finding in findings:
+            _show_finding(finding)
+    bad = [
+        f"[{_COLOUR[level]}]{counts[level]} {level}{'s' * (counts[level] > 1)}[/]"
+        for level in ("problem", "warning")
+        if counts[level]
+    ]
+    console.print(f"\n{', '.join(bad) or '[green]nothing is wrong[/]'}")
+
+
+def _show_finding(finding: Finding) -> None:
+    wide = console.width >= _NARROW
+    head = Text(finding.level.ljust(9), _COLOUR[finding.level])
+    if wide:
+        head.append(finding.subject.ljust(16), "default")
+    words = Text(finding.what if wide else f"{finding.subject}: {finding.what}")
+    room = max(20, console.width - len(head))
+    lines = list(words.wrap(console, room))
+    if finding.why:
+        lines += Text(finding.why, "dim").wrap(console, room)
+    if finding.mend:
+        lines.append(Text(f"> {finding.mend}", "bold"))  # in one piece, to be copied
+    for line in lines:
+        console.print(Text.assemble(head, line), soft_wrap=True)
+        head = Text(" " * len(head))

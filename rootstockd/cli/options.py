@@ -1,0 +1,136 @@
+"""The options of `start` that are settings, for all commands that ask what they would come to."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from click.core import ParameterSource
+
+from rootstock_client.runtime_dir import SOCKET_VARIABLE
+from rootstockd.cli.common import Refused, catalogue_option, default_log_file, default_socket, socket_option
+from rootstockd.cli.completion import catalogue_models, devices, gpus
+from rootstockd.config import Config, SettingsFile
+from rootstockd.config_layers import FILE_VARIABLE, find_files, make_config
+from rootstockd.devices import DeviceError, choose_devices
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_OPTIONS = (
+    click.option(
+        "--gpu",
+        metavar="0,1,...",
+        shell_complete=gpus,
+        help="The GPUs to use: numbers, UUIDs of GPUs or MIG instances, or `all`.",
+    ),
+    click.option(
+        "--device",
+        "names",
+        multiple=True,
+        metavar="NAME",
+        shell_complete=devices,
+        help="cpu, auto (a GPU if there is one), or the name of a device; may be given repeatedly.",
+    ),
+    click.option(
+        "--model",
+        "models",
+        multiple=True,
+        metavar="NAME",
+        shell_complete=catalogue_models,
+        help="Load this model now; may be given repeatedly.",
+    ),
+    catalogue_option,
+    socket_option,
+    click.option("--log-file", type=click.Path(path_type=Path, resolve_path=True), help="Where the log goes."),
+    click.option("--max-atoms", type=click.IntRange(min=1), help="The most atoms in one message of one session."),
+    click.option("--batch-atoms", type=click.IntRange(min=1), help="The most atoms in one pass over several sessions."),
+    click.option(
+        "--drain-timeout", type=click.FloatRange(min=0), help="Seconds for evaluations under way when it is stopped."
+    ),
+    click.option("--metrics", metavar="HOST:PORT", help="Serve metrics for Prometheus there, say on 127.0.0.1:9746."),
+    click.option(
+        "--config",
+        "file",
+        type=click.Path(path_type=Path, resolve_path=True),
+        envvar=FILE_VARIABLE,
+        show_envvar=True,
+        help="A TOML file of settings, in place of the site's and the user's; what is given here goes before it.",
+    ),
+    click.option(
+        "--instance", metavar="NAME", help="The devices, as instances of systemd's units are named: 0, 0:1, cpu."
+    ),
+)
+
+
+def settings_options(command: Command) -> Command:
+    """Give a command the options; what they say is for `settings_said`."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def settings_said(
+    *,
+    gpu: str | None,
+    names: tuple[str, ...],
+    models: tuple[str, ...],
+    catalogues: tuple[Path, ...],
+    socket: Path | None,
+    file: Path | None,
+    instance: str | None,
+    **others: Any,
+) -> Config:
+    """What a daemon would be started with, by the command that is run, the environment and the files.
+
+    Raises:
+        ConfigError: keys or values are wrong.
+        Refused, UsageError: there is no such device.
+    """
+    if instance is not None:
+        gpu, names = devices_of(instance)
+    names = tuple(name for name in names if name != "auto")
+    if gpu is not None and names:
+        raise click.UsageError("--gpu and --device exclude each other.")
+    try:
+        chosen = choose_devices(gpus=gpu, names=names)
+    except DeviceError as error:
+        raise Refused(error) from error
+    except ValueError as error:
+        raise click.UsageError(
+            f"{gpu or ', '.join(names)!r} names no device; names are cpu, cpu:1, cuda:1, and UUIDs (GPU-..., MIG-...)."
+        ) from error
+    address = (socket or default_socket()).absolute()
+    if click.get_current_context().get_parameter_source("socket") is ParameterSource.ENVIRONMENT:
+        socket = None  # it is a setting's variable as well
+    flags = {
+        "socket": address if socket else None,
+        "devices": chosen if gpu is not None or names else None,
+        "models": models or None,
+        "catalogues": catalogues or None,
+        **others,
+    }
+    files = find_files(file, address, instance)
+    config = make_config(files, os.environ, flags, {"socket": default_socket(), "devices": chosen})
+    if config.log_file is None:
+        config = config.model_copy(update={"log_file": default_log_file(config.socket)})
+    return config
+
+
+def files_to_read(named: Path | None = None, instance: str | None = None) -> tuple[SettingsFile, ...]:
+    """Where a daemon looks for settings that is started with no option but these."""
+    if named is None and (said := os.environ.get(FILE_VARIABLE)):
+        named = Path(said).absolute()
+    return find_files(named, Path(os.environ.get(SOCKET_VARIABLE) or default_socket()).absolute(), instance)
+
+
+def devices_of(instance: str) -> tuple[str | None, tuple[str, ...]]:
+    """The devices that an instance of systemd's units is named after, as --gpu and --device have them."""
+    if instance in {"cpu", "auto"}:
+        return None, (instance,)
+    gpus = instance.split(":")
+    if not all(gpu.isdecimal() or gpu.startswith(("GPU-", "MIG-")) for gpu in gpus):
+        raise click.UsageError(f"the instance {instance!r} is neither GPUs (0, or 0:1, or a UUID) nor cpu nor auto.")
+    return ",".join(gpus), ()

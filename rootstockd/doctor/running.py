@@ -1,0 +1,70 @@
+"""The daemon that runs, by what it says of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import rootstockd
+from rootstock_client.errors import DaemonNotFoundError, RootstockError
+from rootstockd.control.schema import DaemonStatus
+from rootstockd.doctor.findings import Finding, note, ok, problem, warning
+from rootstockd.doctor.gpus import Driver
+
+
+def check_absence(error: RootstockError) -> Iterator[Finding]:
+    """No status was to be had."""
+    if isinstance(error, DaemonNotFoundError):
+        yield note("daemon", "none runs", "Jobs here find none.", "rootstockd start")
+    else:
+        yield problem("daemon", error.message, "Jobs may wait for it in vain.", error.hint)
+
+
+def check_daemon(daemon: DaemonStatus, driver: Driver) -> Iterator[Finding]:
+    """What is wrong with one that answers."""
+    if daemon.version != rootstockd.__version__:
+        yield warning(
+            "daemon",
+            f"it is version {daemon.version}, and this is {rootstockd.__version__}",
+            "Workers that start from now on have this version's code, which may not go with it.",
+            "rootstockd restart",
+        )
+    if daemon.state != "ready":
+        why = "Jobs wait until it is ready, or for the next one."
+        yield note("daemon", f"it is {daemon.state}", why, "rootstockd status")
+    else:
+        yield ok("daemon", f"{daemon.version}, ready on {', '.join(daemon.devices)}, pid {daemon.pid}")
+    if driver.gpus and driver.visible[1] and all(device.startswith("cpu") for device in daemon.devices):
+        yield note(
+            "daemon",
+            "it computes on the CPU, on a node with a GPU",
+            "Most models are far faster on a GPU.",
+            "rootstockd stop; rootstockd start --gpu 0",
+        )
+    for text in daemon.warnings:
+        yield warning("daemon", text, "Its configuration can't be meant so.", "rootstockd reload, once that is mended")
+
+
+def check_models(daemon: DaemonStatus) -> Iterator[Finding]:
+    """What is wrong with its models."""
+    for model in daemon.models:
+        name = f"model {model.name}"
+        if model.state == "failed":
+            yield problem(
+                name,
+                model.error or "failed",
+                "Sessions that ask for it get this error.",
+                f"rootstockd load {model.name}",
+            )
+        elif model.loading and model.loading.obstacle:
+            yield warning(name, model.loading.text, "Its sessions wait.", "rootstockd unload NAME, of one that is idle")
+        elif model.restarts:
+            yield warning(
+                name, f"its worker was replaced {model.restarts} times", "Each time its jobs waited.", "rootstockd logs"
+            )
+        if model.note:
+            yield note(name, model.note)
+    for why in sorted({why for model in daemon.models for why in model.unconfined}):
+        names = ", ".join(model.name for model in daemon.models if why in model.unconfined)
+        yield warning(
+            "confinement", f"{names}: {why}", "A malicious model could do what the daemon's user can (SECURITY.md)."
+        )

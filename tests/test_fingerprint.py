@@ -1,0 +1,314 @@
+"""A calculator never goes on with another potential unnoticed, whatever becomes of the catalogue."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import pickle
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ase import Atoms
+from ase.build import bulk
+from pydantic import ValidationError
+from test_ipi import Springs
+
+from conftest import RunningDaemon, rootstockd
+from rootstock_client.calculator import RootstockCalculator
+from rootstock_client.client import request
+from rootstock_client.errors import ModelChangedError
+from rootstockd.models import store
+from rootstockd.models.catalogue import Catalogue, Entry
+from rootstockd.models.spec import spec_of
+from rootstockd.models.store import Record, StoredFile
+
+ENTRY: dict[str, Any] = {
+    "family": "ase",
+    "arguments": {"calculator": "x:Y", "options": {"head": "{head}", "device": "{device}"}},
+    "weights": "w.model",
+    "sha256": 64 * "a",
+    "heads": ("one",),
+    "elements": ("Cu",),
+}
+
+
+def fingerprint(dtype: str | None = None, device: str = "cpu", options: str = "", **changed: Any) -> str:
+    entry = Entry.model_validate({**ENTRY, **changed})
+    return spec_of("m", entry, dtype, device=device, options=options).fingerprint
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"family": "noop"},
+        {"environment": "newer"},
+        {"arguments": {**ENTRY["arguments"], "charge": 1}},
+        {"sha256": 64 * "b"},
+        {"heads": ("two",)},
+        {"dtype": "float32"},
+        {"options": '{"dispersion": {"xc": "pbe"}}'},
+    ],
+)
+def test_what_determines_numbers_tells_models_apart(changed: dict[str, Any]) -> None:
+    assert fingerprint(**changed) != fingerprint()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"environment": "ase"},  # which is what it is without
+        {"weights": "elsewhere/w.model", "size": 10},
+        {"sha256": 64 * "A"},
+        {"sha256": 64 * "b", "original_sha256": 64 * "A"},  # converted
+        {"description": "Mine.", "licence": "MIT", "citation": "doi:1", "url": "https://x/y"},
+        {"aliases": ("n",), "hidden": True, "keep_alive": 3, "confine": False},
+        {"elements": ("Cu", "Au"), "computes": ("energy",)},
+        {"device": "cuda"},
+        {"arguments": dict(reversed(ENTRY["arguments"].items()))},
+    ],
+)
+def test_what_does_not_determine_numbers_makes_no_difference(changed: dict[str, Any]) -> None:
+    assert fingerprint(**changed) == fingerprint()
+
+
+def test_a_dtype_is_the_same_by_default_and_by_name() -> None:
+    assert fingerprint(dtype="float64") == fingerprint()
+
+
+def test_heads_are_in_a_maces_weights() -> None:
+    assert fingerprint(family="mace", heads=()) == fingerprint(family="mace")
+
+
+def test_it_is_the_same_in_every_version() -> None:
+    """Or jobs that run over an upgrade would take their model for another."""
+    assert fingerprint() == "998e5f02e9f10d3c"
+    assert spec_of("emt", Catalogue.load()["emt"]).fingerprint == "3d3398613e164ec2"
+
+
+def test_a_checksum_that_is_none() -> None:
+    with pytest.raises(ValidationError, match="64 hexadecimal digits"):
+        Entry.model_validate({**ENTRY, "original_sha256": "a"})
+
+
+def test_a_model_that_is_converted_stays_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROOTSTOCKD_STATE", str(tmp_path / "state"))
+    entry = Entry(family="mace", url="https://nowhere/m.model")
+    original, safe = (StoredFile(sha256=64 * digit, suffix=".x", size=1) for digit in "ab")
+    record = Record(original=original, url=entry.url, source="", pinned="", when="")
+    seen = []
+    for version in (record, record.model_copy(update={"safe": safe})):
+        store.write_record(store.own_folder(), "m", version)
+        seen.append(spec_of("m", store.located("m", entry)))
+    known = spec_of("m", entry.model_copy(update={"sha256": original.sha256}))
+    assert seen[0].sha256 != seen[1].sha256
+    assert seen[0].fingerprint == seen[1].fingerprint == known.fingerprint
+
+
+# --- with a daemon
+
+
+LJ = """
+[{name}]
+family = "ase"
+arguments = {{ calculator = "ase.calculators.lj:LennardJones", options = {{ epsilon = {epsilon} }} }}
+"""
+
+
+class Site:
+    """A daemon, and what its catalogue says of the model `mine`."""
+
+    def __init__(self, folder: Path, start: Callable[..., RunningDaemon]) -> None:
+        self.file = folder / "models.toml"
+        self._write(1.0)
+        self.daemon = start("--catalogue", str(self.file))
+
+    def _write(self, epsilon: float, more: str = "") -> None:
+        self.file.write_text(LJ.format(name="mine", epsilon=epsilon) + more)
+
+    def say(self, epsilon: float, more: str = "", *, restart: bool = False) -> None:
+        """Something else, which the daemon is told."""
+        self._write(epsilon, more)
+        if restart:
+            assert self.daemon.run("restart").returncode == 0
+        else:  # not by the command, which starts slowly
+            request(self.daemon.socket, "POST", "/v1/reload")
+
+
+@pytest.fixture(scope="module")
+def whole_site(tmp_path_factory: pytest.TempPathFactory, start_shared_daemon: Callable[..., RunningDaemon]) -> Site:
+    return Site(tmp_path_factory.mktemp("site"), start_shared_daemon)
+
+
+@pytest.fixture
+def site(whole_site: Site) -> Site:
+    """As at the beginning."""
+    whole_site.say(1.0)
+    return whole_site
+
+
+def copper(seed: int = 1) -> Atoms:
+    atoms = bulk("Cu", cubic=True)
+    atoms.rattle(0.05, seed=seed)
+    return atoms
+
+
+def calculated(site: Site, model: str = "mine", **options: Any) -> Atoms:
+    atoms = copper()
+    atoms.calc = site.daemon.client().calculator(model, **options)
+    atoms.get_potential_energy()
+    return atoms
+
+
+def refused(atoms: Atoms) -> ModelChangedError:
+    with pytest.raises(ModelChangedError) as caught:
+        atoms.get_stress()
+    assert "stress" not in atoms.calc.results
+    return caught.value
+
+
+def test_an_entry_that_changes_under_a_job(site: Site) -> None:
+    atoms, other = calculated(site), calculated(site)
+    before, energy = atoms.calc.fingerprint, atoms.get_potential_energy()
+    assert before == site.daemon.model("mine")["fingerprint"] and len(before) == 16
+    site.say(0.5)
+    for seed in range(2):  # nothing is asked for that its session does not have
+        other.rattle(0.01, seed=seed)
+        other.get_forces()
+    for _ in range(2):  # and not taken in by asking twice
+        error = refused(atoms)
+    assert f"model 'mine' is another than before: its fingerprint was {before} and is " in error.message
+    assert "make a new calculator" in error.hint and "models show mine" in error.hint
+    assert atoms.calc.fingerprint == before
+    assert atoms.get_potential_energy() == energy, "what was computed before stays"
+    new = calculated(site)
+    assert new.get_potential_energy() == pytest.approx(energy / 2)
+    assert new.calc.fingerprint in error.message
+    other.calc.close()  # as if its connection were lost
+    other.rattle(0.01, seed=3)
+    with pytest.raises(ModelChangedError):
+        other.get_potential_energy()
+    assert other.calc.results == {}
+    site.say(1.0)  # the old one is there again, and the jobs go on
+    atoms.get_stress()
+    other.get_potential_energy()
+    assert refused(new)
+
+
+def test_per_atom_energies_are_watched_as_well(site: Site) -> None:
+    atoms = copper()
+    atoms.calc = site.daemon.client().calculator("mine")
+    atoms.get_potential_energies()
+    site.say(0.5)
+    atoms.calc.close()
+    atoms.rattle(0.01, seed=2)
+    with pytest.raises(ModelChangedError):
+        atoms.get_potential_energies()
+
+
+def energy_in_a_fork(atoms: Atoms) -> str:
+    def work(pipe: Any) -> None:
+        try:
+            atoms.rattle(0.01, seed=5)
+            pipe.send(str(atoms.get_potential_energy()))
+        except Exception as error:
+            pipe.send(type(error).__name__)
+
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=work, args=(theirs,))
+    process.start()
+    said: str = ours.recv()
+    process.join()
+    return said
+
+
+def test_a_restart_and_copies_of_the_calculator(site: Site) -> None:
+    atoms = calculated(site)
+    site.say(0.5, restart=True)
+    for again in (pickle.loads(pickle.dumps(atoms.calc)), copy.copy(atoms.calc), copy.deepcopy(atoms.calc)):
+        assert again.fingerprint == atoms.calc.fingerprint
+        one = copper(2)
+        one.calc = again
+        refused(one)
+    assert energy_in_a_fork(atoms) == "ModelChangedError"
+    refused(atoms)
+    site.say(1.0)
+    atoms.get_stress()
+
+
+def test_what_is_no_change(site: Site) -> None:
+    """Other words about it, another place in the catalogue, another name; a session's own wishes."""
+    atoms = calculated(site)
+    before = atoms.calc.fingerprint
+    more = 'description = "The same."\nkeep_alive = 100\naliases = ["also"]\n'
+    site.say(1.0, more + LJ.format(name="second", epsilon=1.0))
+    atoms.get_stress()
+    assert calculated(site, "also").calc.fingerprint == calculated(site, "second").calc.fingerprint == before
+    atoms.calc.set(exact=True)
+    atoms.info["charge"] = 0
+    assert atoms.get_stress() is not None and atoms.calc.fingerprint == before
+
+
+def test_a_calculator_that_is_told_another_starts_afresh(site: Site) -> None:
+    atoms = calculated(site)
+    before = atoms.calc.fingerprint
+    atoms.calc.set(model="emt")
+    atoms.get_potential_energy()
+    assert atoms.calc.fingerprint == site.daemon.model("emt")["fingerprint"] != before
+    atoms.calc.set(model="mine")
+    atoms.get_potential_energy()
+    assert atoms.calc.fingerprint == before
+    atoms.calc.set(dispersion=True)
+    atoms.get_potential_energy()
+    assert atoms.calc.fingerprint not in (None, before)
+    atoms.calc.set(dispersion=False, dtype="float64")  # which it is by default: the same bytes from the daemon
+    atoms.get_potential_energy()
+    assert atoms.calc.fingerprint == before
+    site.say(0.5)
+    refused(atoms)
+
+
+def test_a_job_that_goes_on_where_another_ended(site: Site) -> None:
+    before = calculated(site).calc.fingerprint
+    calculated(site, fingerprint=before)
+    site.say(0.5)
+    with pytest.raises(ModelChangedError, match=f"was {before} and is "):
+        calculated(site, fingerprint=before)
+
+
+def test_a_daemon_that_says_no_fingerprint(tmp_path: Path) -> None:
+    """It is older: nothing is compared, and what is remembered stays so."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "sock"))
+        listener.listen()
+
+        def serve() -> None:
+            with listener.accept()[0] as sock:
+                engine = Springs(sock, 4, extras=b'{"backend": "EMT"}')
+                engine.run()
+                engine.slot.close()
+
+        server = threading.Thread(target=serve)
+        server.start()
+        atoms = copper()
+        with RootstockCalculator(tmp_path / "sock", "emt", fingerprint="0123456789abcdef") as atoms.calc:
+            atoms.get_forces()
+            assert (atoms.calc.backend, atoms.calc.fingerprint) == ("EMT", "0123456789abcdef")
+        server.join()
+
+
+def test_reprs_say_which(site: Site) -> None:
+    client = site.daemon.client(patience=5)
+    assert repr(client) == f"RootstockClient('{site.daemon.socket}', patience=5)"
+    assert repr(client.calculator("mine")) == f"RootstockCalculator(model='mine', socket='{site.daemon.socket}')"
+    said = repr(client.calculator("mine", dtype="float32", exact=True))
+    assert said.startswith("RootstockCalculator(model='mine', dtype='float32', exact=True, socket=")
+
+
+def test_it_is_shown(site: Site) -> None:
+    fingerprint = calculated(site).calc.fingerprint
+    assert f"{fingerprint} in float64" in rootstockd("models", "show", "mine", "--catalogue", site.file).stdout
+    assert site.daemon.model("mine")["fingerprint"] == fingerprint
