@@ -98,6 +98,7 @@ def main() -> None:
             seconds = time.perf_counter() - start
             rates = f"{len(results) / seconds:.1f} structures/s, {evaluations / seconds:.0f} evaluations/s"
             progress.update(bar, advance=1, description=rates)
+        client.unregister_worker_plugin(RootstockPlugin.name)  # the daemons end before Slurm cancels their jobs
     print(f"{len(results)} relaxed, {len(failures)} failed, {seconds:.1f} s: {rates}")
     if options.json:
         options.json.write_text(json.dumps({"seconds": seconds, "results": results, "failures": failures}))

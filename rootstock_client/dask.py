@@ -44,9 +44,10 @@ class RootstockPlugin(WorkerPlugin):  # type: ignore[misc]  # Dask is not typed
     """Sees that each node of a Dask cluster has its daemon: `client.register_plugin(RootstockPlugin(...))`.
 
     A worker that joins looks for a daemon as every job does (see `rootstock_client.runtime_dir`). Where there is none,
-    it starts one; the workers of a node (in Slurm: of a job on it) share it, whichever cluster of this user they belong to. It is started again if
-    it is killed, while tasks wait, and stopped when the last of them leaves. One that was there before is used and left
-    alone. A worker that joins later, and whose node can't have a daemon, leaves the cluster: its tasks would all fail.
+    it starts one; the workers of a node (in Slurm: of a job on it) share it, whichever cluster of this user they belong
+    to. It is started again if it is killed, while tasks wait, and stopped when the last of them leaves. One that was
+    there before is used and left alone. A worker that joins later, and whose node can't have a daemon, leaves the
+    cluster: its tasks would all fail.
 
     Args:
         start: the options of `rootstockd start` for a node that has no daemon, such as `["--gpu", "0", "--model",

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from rootstock_client.client import request
 from rootstock_client.errors import AccessDeniedError, ConnectionLostError, DaemonNotFoundError, RootstockError
-from rootstock_client.runtime_dir import START_HINT, is_private, job_runtime_dir
+from rootstock_client.runtime_dir import START_HINT, is_private, job_runtime_dir, share_file
 
 POLL = 0.05
 """Seconds between looks at what can't be waited for."""
@@ -42,7 +42,7 @@ class NodeDaemon:
     def __init__(self, socket: Path, start: Sequence[str], environment: Mapping[str, str]) -> None:
         self.socket = socket
         self._start_command, self._environment = [*start], environment
-        self._file = socket.with_suffix(".shared")
+        self._file = share_file(socket)
         self._fd: int | None = None
         self._process: int | None = None
 
@@ -118,8 +118,16 @@ class NodeDaemon:
         assert self._fd is not None
         return _lock(self._fd, fcntl.F_WRLCK, SHARE)
 
+    def _is_current(self, fd: int) -> bool:
+        """Whether the file has not been removed."""
+        with contextlib.suppress(FileNotFoundError):
+            return os.path.samestat(os.fstat(fd), self._file.stat())
+        return False
+
     def _remove_file(self) -> None:
-        self._file.unlink(missing_ok=True)
+        assert self._fd is not None
+        if self._is_current(self._fd):
+            self._file.unlink(missing_ok=True)
         if self.socket.parent == job_runtime_dir():  # which goes with the job's last daemon
             with contextlib.suppress(OSError):
                 self.socket.parent.rmdir()
@@ -168,9 +176,8 @@ class NodeDaemon:
                 raise RootstockError(f"can't share a daemon by {self._file}: {error.strerror}.") from error
             try:
                 await _until_locked(fd, TURN)
-                with contextlib.suppress(FileNotFoundError):
-                    if os.path.samestat(os.fstat(fd), self._file.stat()):
-                        return fd
+                if self._is_current(fd):
+                    return fd
             except BaseException:
                 os.close(fd)
                 raise

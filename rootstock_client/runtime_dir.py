@@ -58,6 +58,11 @@ def control_socket(session_socket: Path) -> Path:
     return session_socket.with_suffix(".control")
 
 
+def share_file(session_socket: Path) -> Path:
+    """The file by which those who share a daemon agree; see `rootstock_client.node_daemon`."""
+    return session_socket.with_suffix(".shared")
+
+
 def is_private(folder: Path, *owners: int) -> bool:
     """Whether `folder` is a real directory that one of `owners` (uids) has and that nobody else may write to."""
     try:

@@ -15,7 +15,7 @@ from ase.data import chemical_symbols
 
 from rootstock_client import ipi
 from rootstock_client.errors import DrainingError, RootstockError, UnknownElementError
-from rootstock_client.runtime_dir import job_runtime_dir
+from rootstock_client.runtime_dir import job_runtime_dir, share_file
 from rootstockd.accounts import Account, Accounts
 from rootstockd.config import Config
 from rootstockd.config_file import ConfigError, reloadable
@@ -102,6 +102,8 @@ class Daemon:
                 if folder == job_runtime_dir():
                     ours.callback(remove_if_empty, folder)
                 ours.enter_context(lock(self.config.lock))
+                if folder == job_runtime_dir():  # Slurm may have killed those who would have removed it
+                    ours.callback(share_file(self.config.socket).unlink, missing_ok=True)
             devices = found_devices(self.config.devices)
             for device in devices:
                 if device.kind == "cuda":

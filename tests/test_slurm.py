@@ -13,7 +13,7 @@ import pytest
 import slurm as slurms
 from conftest import rootstockd, wait_for
 from machine import PYTHON, REPOSITORY
-from slurm import Slurm
+from slurm import PATH, Slurm
 
 pytestmark = pytest.mark.skipif((why := slurms.why_not()) is not None, reason=why or "")
 
@@ -261,6 +261,19 @@ def test_a_daemon_for_all_jobs_of_a_node(slurm: Slurm) -> None:
     finally:
         for name in ("prolog", "epilog"):
             slurm.hook(name, "#!/bin/sh\nexit 0\n")
+
+
+def test_dask_workers_in_jobs(slurm: Slurm) -> None:
+    """Dask's own SLURMCluster submits them; each node has a daemon, which goes with its job."""
+    command = [f"PATH={PATH}", f"PYTHONPATH={REPOSITORY}", PYTHON, f"{REPOSITORY}/examples/screening_dask.py"]
+    options = ["--model=emt", "--count=20", "--nodes=2", "--threads=1", "--memory=900MB", "--slurm=--gres=gpu:2"]
+    home = f"/home/{slurm.user}"
+    done = slurm.machine.run("env", f"--chdir={home}", *command, *options, user=slurm.user)
+    assert "20 relaxed, 0 failed" in done.stdout, done.stdout + done.stderr
+    nodes = {path.name.split(".")[1] for path in slurm.home.glob(".local/state/rootstockd/log/job-*.log")}
+    assert nodes >= {"n1", "n2"}
+    wait_for(lambda: slurm.machine.run("squeue", "--noheader").stdout == "", timeout=60)
+    wait_for(lambda: nothing_left(slurm))
 
 
 def test_prolog_and_epilog_are_for_slurm() -> None:
