@@ -73,17 +73,24 @@ except RootstockError as error:
 @pytest.fixture(scope="session")
 def users() -> Iterator[dict[str, int]]:
     """Three users of this machine, and a group."""
-    subprocess.run(["groupadd", GROUP], check=True)
-    made = []
+    remove_users()  # those of a run that was killed
     try:
+        subprocess.run(["groupadd", GROUP], check=True)
         for name in USERS:
             groups = ["--groups", GROUP] if name != "rsd-carol" else []
             subprocess.run(["useradd", "--no-create-home", "--user-group", *groups, name], check=True)
-            made.append(name)
         yield {name: pwd.getpwnam(name).pw_uid for name in USERS}
     finally:
-        for name in made:
-            subprocess.run(["userdel", name], check=True)
+        remove_users()
+
+
+def remove_users() -> None:
+    for name in USERS:
+        with contextlib.suppress(KeyError):
+            pwd.getpwnam(name)
+            subprocess.run(["userdel", "--force", name], check=True)
+    with contextlib.suppress(KeyError):
+        grp.getgrnam(GROUP)
         subprocess.run(["groupdel", GROUP], check=True)
 
 
