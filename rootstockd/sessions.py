@@ -6,14 +6,23 @@ import asyncio
 import itertools
 import logging
 import math
+import socket
 import time
 from typing import Any, Protocol, cast
 
 import numpy as np
 
 from rootstock_client import engine_side, ipi
-from rootstock_client.errors import DrainingError, InvalidStructureError, LimitError, RootstockError, error_from_code
+from rootstock_client.errors import (
+    ConnectionLostError,
+    DrainingError,
+    InvalidStructureError,
+    LimitError,
+    RootstockError,
+    error_from_code,
+)
 from rootstockd.accounts import Account, Accounts
+from rootstockd.attachments import DriverTransport, Line
 from rootstockd.init_request import InitRequest, is_announced, parse_init
 from rootstockd.log_rate import LogRate
 from rootstockd.peers import Peer, user_name
@@ -91,6 +100,7 @@ class Session(asyncio.BufferedProtocol):
         self.get_buffer = self._ipi.get_buffer  # type: ignore[method-assign]  # one call less for each read
         self._transport: asyncio.Transport
         self._preset: InitRequest | None = None
+        self._line: Line | None = None
         self._model: Supervisor | None = None
         self._evaluation: Evaluation[Client] | None = None
         self._reading_paused = self._writing_paused = self._closing = False
@@ -166,12 +176,31 @@ class Session(asyncio.BufferedProtocol):
 
     def connection_lost(self, _exc: Exception | None) -> None:
         self._ipi.close()
+        if self._line is not None:
+            self._line.stop_waiting()
+            self._line.end(None)
         self._release()
         if self.account is not None:
             self._unstage()
             self._host.accounts.close_session(self.account)
             self.account = None
         self._host.session_closed(self)
+
+    # --- a driver's stream that is handed over
+
+    def attached(self, stream: socket.socket) -> None:
+        """The stream is there: from now on the session is with its driver."""
+        self._transport = DriverTransport(stream, self)
+        try:
+            self._ipi.taken_over()
+        except RootstockError as error:
+            self.end(error)
+
+    def not_attached(self, error: RootstockError) -> None:
+        """What was handed over is no stream of a driver."""
+        if self.account is not None and not self._closing:
+            self._transport.write(ipi.error_frame(error))
+            self.end(error)
 
     # --- the protocol's side
 
@@ -189,6 +218,8 @@ class Session(asyncio.BufferedProtocol):
                 elif isinstance(event, ipi.Init):
                     self._initialise(event.text)
                     self._unstage()
+                elif isinstance(event, engine_side.TakeOver):
+                    self._line = Line(self._transport, self)
                 else:
                     self.end(event.error)
         except RootstockError as error:
@@ -238,7 +269,10 @@ class Session(asyncio.BufferedProtocol):
             self._ipi.refuse(error, batch_size, announced=(json or self._ipi.announced) and not preset)
             return
         if json:
-            self._preset = request if request.preset else None
+            self._preset = request if request.stock else None
+        if json and request.attach:
+            self._ipi.accept(request.batch_size, announced=True, offered=True)
+            return
         stock = self._preset is not None
         self._ipi.accept(request.batch_size, announced=not stock, await_init=json and stock)
 
@@ -264,7 +298,7 @@ class Session(asyncio.BufferedProtocol):
             "session": self.id,
             "stress": request.stress,
             "energies": request.energies,
-            "fingerprint": "" if request.preset else model.spec.fingerprint,  # a stock driver has no use for it
+            "fingerprint": "" if request.stock else model.spec.fingerprint,  # a stock driver has no use for it
         }
         self.request, self._model, self._checked_cells = request, model, b""
         model.join(self)
@@ -362,11 +396,23 @@ class Session(asyncio.BufferedProtocol):
                 *(self.id, self.user, self.pid, error.message),
                 extra={"about": about},
             )
+        if self._line is not None:
+            if isinstance(error, DrainingError) and self._ipi.at_rest and not self._writing_paused:
+                self._line.end(error)  # the next daemon goes on with the stream
+                self._ipi.close()
+                self._transport.close()
+                return
+            self._line.end(error if not isinstance(error, DrainingError) else _cut_off())
         self._ipi.close()
         self._transport.write_eof()
         # a driver of ours repeats the step that it may just be sending; others would choke on a socket closed at once
         linger = 0.0 if self._ipi.announced and isinstance(error, DrainingError) else LINGER
         asyncio.get_running_loop().call_later(linger, self._transport.close)
+
+
+def _cut_off() -> ConnectionLostError:
+    """What is said of a stream that ends in the middle of a step, though its driver did nothing wrong."""
+    return ConnectionLostError("the daemon stopped in the middle of a step.")
 
 
 def check_cells(cells: ipi.FloatArray, pbc: tuple[bool, bool, bool]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 import rootstockd
+from rootstockd.cli.attach import attach
 from rootstockd.cli.completion import completion
 from rootstockd.cli.config import config
 from rootstockd.cli.doctor import doctor
@@ -26,6 +27,7 @@ def main() -> None:
     rootstockd status               what it is doing
     rootstockd stop                 let it finish its work and end
     rootstockd doctor               what is wrong here, and what mends it
+    rootstockd attach NAME ...      serve i-PI, or another driver that listens
     rootstockd models list          which models there are, and which are here
     rootstockd env create mace      build a Python environment for workers
     rootstockd config show          the settings, and where each comes from
@@ -38,7 +40,7 @@ def main() -> None:
 
 
 for command in (
-    *(start, stop, restart, reload, load, unload, status, logs, doctor),
+    *(start, stop, restart, reload, load, unload, attach, status, logs, doctor),
     *(models, env, config, systemd, completion),
 ):
     main.add_command(command)
