@@ -36,6 +36,8 @@ from rootstock_client.stream import STAGING_SIZE, Grammar, MessageReader, Skip
 
 _POSDATA_HEAD = struct.Struct(f"<{HEADER_SIZE}s{CELL_PAIR}si")
 """POSDATA for one structure up to its positions."""
+_BEGIN = 16
+"""Bytes behind POSDATA that are looked at before the rest is waited for."""
 
 
 class Send(NamedTuple):
@@ -307,15 +309,16 @@ class EngineSide:
     def _read_posdata(self) -> Generator[int | memoryview | Skip | DriverMessage, memoryview, PosData]:
         batch = self.batch_size
         if batch == 1:
-            head = yield CELL_PAIR + 4
-            _check_mode(head[4:])
-            cells = bytes(head[:CELL_PAIR])
-            (natoms,) = INT.unpack(head[CELL_PAIR:])
+            begin = bytes((yield _BEGIN))
+            _check_mode(begin)
+            rest = yield CELL_PAIR + 4 - _BEGIN
+            cells = begin + bytes(rest[:-4])
+            (natoms,) = INT.unpack(rest[-4:])
         else:
-            (natoms,) = INT.unpack((yield 4))
-            cells = bytes((yield CELL_PAIR))
-            _check_mode(cells)
-            cells += bytes((yield (batch - 1) * CELL_PAIR))
+            begin = bytes((yield _BEGIN))
+            _check_mode(begin)
+            (natoms,) = INT.unpack(begin[:4])
+            cells = begin[4:] + bytes((yield batch * CELL_PAIR + 4 - _BEGIN))
         size = 24 * natoms * batch
         if self._state is _NEEDINIT and natoms >= 0:  # refused, for instance as too large: GETFORCE will say so
             yield Skip(size)
@@ -332,10 +335,10 @@ class EngineSide:
         return PosData(natoms, cells, None)
 
 
-def _check_mode(behind_natoms: bytes | memoryview) -> None:
-    """Refuse i-PI's ``mode="shm"``: it sends the names of shared memory, each with its length, and no cells.
+def _check_mode(begin: bytes) -> None:
+    """Refuse i-PI's ``mode="shm"``: it sends the number of atoms, and for each array a name's length and the name.
 
     It would save nothing: structures are received straight into the slot that a worker sees.
     """
-    if behind_natoms[4:12] == b"ipi_shm_":
+    if begin.endswith(b"ipi_shm_"):
         raise ProtocolError('the driver speaks i-PI\'s mode="shm"; set mode="unix" in its <ffsocket>')
