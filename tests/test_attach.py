@@ -23,8 +23,9 @@ from ase.calculators.socketio import SocketIOCalculator
 
 from conftest import RunningDaemon, wait_for
 from rootstock_client import ipi
-from rootstock_client.attachment import offer
-from rootstock_client.errors import ProtocolError, RootstockError
+from rootstock_client.attachment import offer, parse_address
+from rootstock_client.errors import InvalidInitError, ProtocolError, RootstockError
+from rootstockd.cli.system import System, read_parameters, read_structure
 
 TREE = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -351,3 +352,67 @@ def test_a_driver_that_wants_shared_memory_is_told(daemon: RunningDaemon, batch:
         error = last_words(line)
         assert isinstance(error, ProtocolError)
         assert 'set mode="unix"' in error.message
+
+
+# --- what is said beforehand
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("water", "/tmp/ipi_water"),
+        ("./water", "./water"),
+        ("/scratch/my_water:1", "/scratch/my_water:1"),
+        ("node7:31415", ("node7", 31415)),
+        (":31415", ("localhost", 31415)),
+        ("[::1]:31415", ("::1", 31415)),
+    ],
+)
+def test_addresses(text: str, where: str | tuple[str, int]) -> None:
+    assert parse_address(text).where == where
+
+
+@pytest.mark.parametrize("text", ["", "node7:", "node7:ipi"])
+def test_no_addresses(text: str) -> None:
+    with pytest.raises(ValueError, match="is no address"):
+        parse_address(text)
+
+
+def test_parameters_of_ipi() -> None:
+    """As i-PI sends them; what the command says goes before them, and what is neither's is left alone."""
+    text = b" model : emt , species : CuOCu , pbc : TTF , charge : -1 , latency : 3, batch_size:8"
+    assert read_parameters(text) == {
+        "model": "emt",
+        "numbers": [29, 8, 29],
+        "pbc": [True, True, False],
+        "charge": -1.0,
+        "batch_size": 8,
+    }
+    assert json.loads(System({"model": "other", "pbc": [False] * 3}).init(text)) == {
+        "rootstock": 1,
+        "model": "other",
+        "numbers": [29, 8, 29],
+        "pbc": [False] * 3,
+        "charge": -1.0,
+        "batch_size": 8,
+        "attach": True,
+    }
+    for nothing in (b"", b" ", b"\0"):
+        with pytest.raises(InvalidInitError, match="model and numbers"):
+            System({}).init(nothing)
+    with pytest.raises(InvalidInitError, match="species : Xx"):
+        read_parameters(b"species : Xx2")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "pbc"),
+    [
+        ("plain.xyz", "1\n\nCu 0 0 0\n", False),
+        ("ipi.xyz", "1\n# CELL(abcABC): 5 5 5 90 90 90 cell{angstrom} positions{angstrom}\nCu 0 0 0\n", True),
+        ("extended.xyz", '1\nLattice="5 0 0 0 5 0 0 0 5" charge=2 spin=1\nCu 0 0 0\n', True),
+    ],
+)
+def test_structure_files(folder: Path, name: str, text: str, pbc: bool) -> None:
+    (folder / name).write_text(text)
+    more = {"charge": 2.0, "spin": 1.0} if "charge" in text else {}
+    assert read_structure(folder / name) == {"numbers": [29], "pbc": [pbc] * 3, **more}

@@ -51,9 +51,14 @@ def read_structure(path: Path) -> dict[str, Any]:
     return numbers | {name: float(value) for name, value in said.items() if value is not None}
 
 
+def _numbers(formula: str) -> list[int]:
+    """Atomic numbers in the order of a formula, such as (OH2)32."""
+    return [atomic_numbers[symbol] for symbol in string2symbols(formula)]
+
+
 _READ: dict[str, Callable[[str], Any]] = {
     "model": str,
-    "species": string2symbols,
+    "species": _numbers,
     "pbc": periodicity,
     "charge": float,
     "spin": float,
@@ -82,7 +87,7 @@ def read_parameters(text: bytes) -> dict[str, Any]:
         except (ValueError, KeyError) as error:
             raise InvalidInitError(f"the driver's INIT says {name} : {value}, which can't be read.") from error
     if "species" in found:
-        found["numbers"] = [atomic_numbers[symbol] for symbol in found.pop("species")]
+        found["numbers"] = found.pop("species")
     return found
 
 
@@ -118,7 +123,7 @@ class System:
         fields = {"pbc": [True] * 3, **read_parameters(text), **self.said}
         if missing := {"model", "numbers"} - fields.keys():
             raise InvalidInitError(
-                f"neither the command nor the driver's INIT says what the {' and '.join(sorted(missing))} are.",
+                f"neither the command nor the driver's INIT says: {' and '.join(sorted(missing))}.",
                 "Give --model and --structure, or <parameters>{model: NAME, species: FORMULA}</parameters> to i-PI.",
             )
         return json.dumps({"rootstock": PROTOCOL_VERSION, **fields, "attach": True}).encode()
