@@ -105,6 +105,13 @@ def greet(stream: socket.socket) -> bytes | None:
     Raises:
         ProtocolError: it does not speak i-PI's protocol.
     """
+    try:
+        return _greet(stream)
+    except ConnectionError:
+        return None
+
+
+def _greet(stream: socket.socket) -> bytes | None:
     while True:
         word = _receive(stream, ipi.HEADER_SIZE)
         if word in (b"", ipi.EXIT):
@@ -168,11 +175,10 @@ class Attachment:
                     return
                 assert self._stream is not None
                 with offer(self._daemon, self._init) as line:
-                    socket.send_fds(line, [ipi.ATTACH], [self._stream.fileno()])
                     met = self.attached = True
                     outage.over()
                     outage = Outage(self._daemon)
-                    wait_for_end(line)
+                    hand_over(line, self._stream)
                     return
             except (DrainingError, ConnectionLostError, DaemonNotFoundError, DaemonFullError, UserLimitError) as error:
                 if isinstance(error, ConnectionLostError) and self.attached:
@@ -230,14 +236,15 @@ def offer(daemon: Path, init: bytes) -> socket.socket:
         raise
 
 
-def wait_for_end(line: socket.socket) -> None:
-    """Wait until a driver ends that the daemon has.
+def hand_over(line: socket.socket, stream: socket.socket) -> None:
+    """Hand a stream over to the daemon, and wait until its driver ends.
 
     Raises:
         RootstockError: why the daemon has ended it.
         ConnectionLostError: the daemon has gone.
     """
     try:
+        socket.send_fds(line, [ipi.ATTACH], [stream.fileno()])
         answer = _receive(line, ipi.HEADER_SIZE)
     except OSError:
         answer = b""

@@ -36,6 +36,8 @@ log.addFilter(LogRate(log))
 
 _slot_numbers = itertools.count(1)
 _session_numbers = itertools.count(1)
+_CUT_OFF = ConnectionLostError("the daemon stopped in the middle of a step.")
+"""What is said of a stream that ends though its driver did nothing wrong."""
 LINGER = 2.0
 """Seconds that a connection we end is still read: i-PI hangs when a socket closes on what it has just sent."""
 
@@ -101,6 +103,7 @@ class Session(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport
         self._preset: InitRequest | None = None
         self._line: Line | None = None
+        self._leaving = False
         self._model: Supervisor | None = None
         self._evaluation: Evaluation[Client] | None = None
         self._reading_paused = self._writing_paused = self._closing = False
@@ -169,6 +172,7 @@ class Session(asyncio.BufferedProtocol):
 
     def resume_writing(self) -> None:
         self._writing_paused = False
+        self._leave_at_rest()
         self._advance()
 
     def eof_received(self) -> None:
@@ -196,6 +200,19 @@ class Session(asyncio.BufferedProtocol):
         except RootstockError as error:
             self.end(error)
 
+    def leave(self) -> None:
+        """As soon as a stream that was handed over is at rest, leave it to the next daemon; others stay."""
+        self._leaving = self._line is not None
+        self._leave_at_rest()
+
+    def _leave_at_rest(self) -> None:
+        if self._leaving and not self._closing and self._ipi.at_rest and not self._writing_paused:
+            assert self._line is not None
+            self._closing = True
+            self._line.end(stopping_error())
+            self._ipi.close()
+            self._transport.close()
+
     def not_attached(self, error: RootstockError) -> None:
         """What was handed over is no stream of a driver."""
         if self.account is not None and not self._closing:
@@ -213,15 +230,10 @@ class Session(asyncio.BufferedProtocol):
                     self._evaluate(event.cells)
                 elif isinstance(event, engine_side.SendResult):
                     self._transport.write(self.slot.reply)
-                elif isinstance(event, engine_side.Send):
-                    self._transport.write(event.data)
-                elif isinstance(event, ipi.Init):
-                    self._initialise(event.text)
-                    self._unstage()
-                elif isinstance(event, engine_side.TakeOver):
-                    self._line = Line(self._transport, self)
+                    if self._leaving:
+                        self._leave_at_rest()
                 else:
-                    self.end(event.error)
+                    self._do(event)
         except RootstockError as error:
             # a stock driver says no INIT that is too long to be staged
             if self._ipi.announced or isinstance(error, LimitError):
@@ -230,6 +242,19 @@ class Session(asyncio.BufferedProtocol):
         if self._reading_paused and not self._closing and not self._ipi.full:
             self._reading_paused = False
             self._transport.resume_reading()
+
+    def _do(self, event: engine_side.Event) -> None:
+        """What is not on the way of a step, and STATUS."""
+        match event:
+            case engine_side.Send():
+                self._transport.write(event.data)
+            case ipi.Init():
+                self._initialise(event.text)
+                self._unstage()
+            case engine_side.TakeOver():
+                self._line = Line(self._transport, self)
+            case engine_side.Close():
+                self.end(event.error)
 
     def _stage(self, size: int) -> None:
         """A long INIT of so many bytes is about to come."""
@@ -397,22 +422,12 @@ class Session(asyncio.BufferedProtocol):
                 extra={"about": about},
             )
         if self._line is not None:
-            if isinstance(error, DrainingError) and self._ipi.at_rest and not self._writing_paused:
-                self._line.end(error)  # the next daemon goes on with the stream
-                self._ipi.close()
-                self._transport.close()
-                return
-            self._line.end(error if not isinstance(error, DrainingError) else _cut_off())
+            self._line.end(_CUT_OFF if isinstance(error, DrainingError) else error)
         self._ipi.close()
         self._transport.write_eof()
         # a driver of ours repeats the step that it may just be sending; others would choke on a socket closed at once
         linger = 0.0 if self._ipi.announced and isinstance(error, DrainingError) else LINGER
         asyncio.get_running_loop().call_later(linger, self._transport.close)
-
-
-def _cut_off() -> ConnectionLostError:
-    """What is said of a stream that ends in the middle of a step, though its driver did nothing wrong."""
-    return ConnectionLostError("the daemon stopped in the middle of a step.")
 
 
 def check_cells(cells: ipi.FloatArray, pbc: tuple[bool, bool, bool]) -> None:
@@ -433,3 +448,8 @@ def check_cells(cells: ipi.FloatArray, pbc: tuple[bool, bool, bool]) -> None:
                 f"the system is periodic (pbc {list(pbc)}), but its lattice vectors span no volume.",
                 "Set a cell, or switch pbc off.",
             )
+
+
+def stopping_error() -> DrainingError:
+    """What is said to whoever wants something of a daemon on its way down."""
+    return DrainingError("the daemon is stopping.", "Start it again with `rootstockd start`.")

@@ -220,13 +220,17 @@ def test_ase(daemon: RunningDaemon, folder: Path) -> None:
 
 
 def test_ase_does_not_notice_that_its_daemon_is_restarted(own_daemon: RunningDaemon, folder: Path) -> None:
-    """Between steps the stream is at rest, and the next daemon goes on with it."""
+    """The stream is left at rest, in the middle of a run, and the next daemon goes on with it."""
     atoms = structure()
     with attached(own_daemon, folder.name, "--model", "emt", "--structure", folder / "init.xyz") as command:
         with socket_calculator(folder, atoms):
             check(atoms)
-            assert own_daemon.run("restart").returncode == 0
-            atoms.rattle(0.01, seed=2)
+            arguments = [sys.executable, "-m", "rootstockd", "restart", "--socket", own_daemon.socket]
+            with subprocess.Popen(arguments) as restart:
+                while restart.poll() is None:
+                    atoms.rattle(0.01, seed=2)
+                    check(atoms)
+            assert restart.returncode == 0
             check(atoms)
         status, said = end_of(command)
         assert status == 0, said
