@@ -126,6 +126,13 @@ class _UnixHTTPConnection(http.client.HTTPConnection):
 def request(
     session_socket: Path, method: str, path: str, body: dict[str, Any] | None = None, *, timeout: float = 10.0
 ) -> object:
+    """Ask a daemon's control API for JSON; arguments and errors are those of `fetch`."""
+    return json.loads(fetch(session_socket, method, path, body, timeout=timeout))
+
+
+def fetch(
+    session_socket: Path, method: str, path: str, body: dict[str, Any] | None = None, *, timeout: float = 10.0
+) -> bytes:
     """Ask a daemon's control API.
 
     Args:
@@ -136,7 +143,7 @@ def request(
         timeout: seconds that the daemon may say nothing.
 
     Returns:
-        The answer's JSON.
+        The answer's body.
 
     Raises:
         DaemonNotFoundError: nobody answers there.
@@ -164,4 +171,4 @@ def request(
     if response.status >= http.client.BAD_REQUEST:
         text = answer[:500].decode(errors="replace")
         raise RootstockError(f"rootstockd refused {method} {path}: {response.status} {response.reason} {text}")
-    return json.loads(answer)
+    return answer

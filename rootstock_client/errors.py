@@ -115,6 +115,12 @@ class ModelChangedError(RootstockError):
     code = "model-changed"
 
 
+class NotAModelError(ModelLoadError):
+    """A file of weights that is no model of its family, or not one that its engine can read."""
+
+    code = "not-a-model"
+
+
 class EvaluationError(RootstockError):
     """An evaluation that the engine could not finish."""
 
@@ -146,7 +152,7 @@ class DaemonFullError(LimitError):
 
 
 class UserLimitError(LimitError):
-    """One user has all the sessions that one user may have; the daemon may have room for others."""
+    """One user has all the sessions or models that one user may have; the daemon may have room for others."""
 
     code = "user-limit"
 

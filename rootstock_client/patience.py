@@ -42,7 +42,8 @@ def patience_in_seconds(patience: float | None) -> float:
 class Outage:
     """What is between a connection's loss and the next answer. One log line when it begins, and one when it is over.
 
-    Only time spent waiting counts, not time in which a daemon was at work.
+    Against patience only time spent waiting counts, not time in which a daemon was at work. What the job has lost is
+    both: a model may have to be loaded again.
 
     Args:
         path: the daemon's session socket.
@@ -52,6 +53,7 @@ class Outage:
         self._path = path
         self._tries = 0
         self._waited = 0.0
+        self._begun = time.monotonic()
 
     def wait(self, error: RootstockError, patience: float) -> None:
         """Wait a little before the next try.
@@ -87,4 +89,5 @@ class Outage:
     def over(self) -> None:
         """A daemon has answered."""
         if self._tries:
-            log.warning("rootstockd at %s is back; this job waited %.3g s.", self._path, self._waited)
+            took = time.monotonic() - self._begun
+            log.warning("rootstockd at %s is back; this job waited %.3g s for its step.", self._path, took)

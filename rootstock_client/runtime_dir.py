@@ -5,12 +5,13 @@ A daemon listens on two Unix sockets that lie side by side: `NAME.sock` for sess
 
 1. the argument (`RootstockClient("/path/to.sock")`, `rootstockd --socket`);
 2. the environment variable ROOTSTOCKD_SOCKET;
-3. the user's own runtime directory, `$XDG_RUNTIME_DIR/rootstockd/`, or `/tmp/rootstockd-UID/` where the login
+3. the Slurm job's, `/tmp/rootstockd-UID-job-ID/`, inside a job;
+4. the user's own runtime directory, `$XDG_RUNTIME_DIR/rootstockd/`, or `/tmp/rootstockd-UID/` where the login
    session has none;
-4. the system's, `/run/rootstockd/`.
+5. the system's, `/run/rootstockd/`.
 
-A folder is only believed when its owner is the user (3) or root or the folder's daemon (4) and nobody else may write
-to it: otherwise anybody could stand in for the daemon.
+A folder is only believed when its owner is the user (3, 4) or root or the folder's daemon (5) and nobody else may
+write to it: otherwise anybody could stand in for the daemon.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from rootstock_client.errors import DaemonNotFoundError
 SOCKET_VARIABLE = "ROOTSTOCKD_SOCKET"
 SOCKET_NAME = "rootstockd.sock"
 SYSTEM_DIR = Path("/run/rootstockd")
+JOB_VARIABLE = "SLURM_JOB_ID"
 MAX_SOCKET_PATH = 107
 """Bytes that a Unix socket's address can hold (sun_path, with its final zero)."""
 
@@ -39,6 +41,16 @@ def user_runtime_dir() -> Path:
     if base and os.path.isabs(base):
         return Path(base) / "rootstockd"
     return Path(f"/tmp/rootstockd-{os.getuid()}")  # noqa: S108 - its owner and mode are checked before use
+
+
+def job_runtime_dir() -> Path | None:
+    """The folder for sockets of the Slurm job that this process is part of; None outside of jobs.
+
+    It lies in /tmp, which each node has for itself: one path for all nodes of a job, and on each the node's own daemon.
+    Nothing lies between it and /tmp that another user could have made.
+    """
+    job = os.environ.get(JOB_VARIABLE, "")
+    return Path(f"/tmp/rootstockd-{os.getuid()}-job-{job}") if job.isdecimal() else None  # noqa: S108 - as above
 
 
 def control_socket(session_socket: Path) -> Path:
@@ -64,7 +76,7 @@ def _answers(path: Path) -> bool:
 def find_socket(socket: str | os.PathLike[str] | None = None) -> Path:
     """The session socket to use, by the order that this module's documentation gives.
 
-    An address that was given outright (argument or environment) is taken, whether or not a daemon is there; the two
+    An address that was given outright (argument or environment) is taken, whether or not a daemon is there; the
     folders are searched, and one where a daemon answers goes first. Where there is no socket now, it is that of the
     daemon that this process had.
 
@@ -75,10 +87,11 @@ def find_socket(socket: str | os.PathLike[str] | None = None) -> Path:
         return Path(socket).absolute()
     if named := os.environ.get(SOCKET_VARIABLE):
         return Path(named).absolute()
-    user = user_runtime_dir()
-    found = []
-    if is_private(user, os.getuid()) and (user / SOCKET_NAME).is_socket():
-        found.append(user / SOCKET_NAME)
+    job = job_runtime_dir()
+    own = [user_runtime_dir()] if job is None else [job, user_runtime_dir()]
+    found = [
+        folder / SOCKET_NAME for folder in own if is_private(folder, os.getuid()) and (folder / SOCKET_NAME).is_socket()
+    ]
     system = SYSTEM_DIR / SOCKET_NAME
     with contextlib.suppress(OSError):  # a folder that we may not even look into has nothing for us
         if system.is_socket() and is_private(SYSTEM_DIR, 0, system.lstat().st_uid):
@@ -87,10 +100,11 @@ def find_socket(socket: str | os.PathLike[str] | None = None) -> Path:
         if len(found) == 1:
             return found[0]
         return next((path for path in found if _answers(path)), found[0])
-    if away := [path for path in (user / SOCKET_NAME, system) if path in MET]:
+    if away := [path for path in (*(folder / SOCKET_NAME for folder in own), system) if path in MET]:
         return away[0]
     raise DaemonNotFoundError(
-        f"no rootstockd found: no socket in {user} or {SYSTEM_DIR}, and {SOCKET_VARIABLE} is not set.",
+        f"no rootstockd found: no socket in {', '.join(map(str, own))} or {SYSTEM_DIR}, and {SOCKET_VARIABLE} is not "
+        "set.",
         START_HINT,
     )
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 import grp
 import os
 import pwd
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
 
 from rootstock_client.errors import AccessDeniedError, DaemonFullError, LimitError, UserLimitError
 from rootstockd.config import Config, Quota
@@ -18,15 +21,33 @@ STAGED_BYTES = 128 * 2**20
 """Bytes of long INITs that have not come in full yet, for each user."""
 
 
+class Coming(Protocol):
+    """What an account needs of a model's worker."""
+
+    @property
+    def coming(self) -> bool:
+        """It is being loaded, or about to be."""
+
+
+@dataclass(slots=True)
+class _Held:
+    """A model that a user asked for."""
+
+    worker: Coming
+    sessions: int = 0
+    """Those that have it."""
+
+
 class Account:
     """What one user has of the daemon now, and may have."""
 
-    __slots__ = ("atoms", "name", "queued", "quota", "sessions", "staged", "uid")
+    __slots__ = ("_models", "atoms", "name", "queued", "quota", "sessions", "staged", "uid")
 
     def __init__(self, uid: int, quota: Quota) -> None:
         self.uid, self.quota = uid, quota
         self.name = user_name(uid)
         self.sessions = self.atoms = self.queued = self.staged = 0
+        self._models: dict[Hashable, _Held] = {}
 
     def stage(self, size: int) -> None:
         """An INIT of so many bytes is about to come; a single one may be as long as any.
@@ -56,6 +77,49 @@ class Account:
             )
         self.queued += 1
 
+    @property
+    def models(self) -> int:
+        """Different models that sessions have, or that are being loaded though these have gone."""
+        for key in [key for key, held in self._models.items() if not held.sessions and not held.worker.coming]:
+            del self._models[key]
+        return len(self._models)
+
+    def check_models(self, key: Hashable, leaving: Hashable | None) -> None:
+        """Whether a session may have a model, before anything is loaded for it.
+
+        Args:
+            key: which, with its dtype and options.
+            leaving: what the session has until now, if anything.
+
+        Raises:
+            UserLimitError: it would be one model too many.
+        """
+        count, old = self.models, self._models.get(leaving)
+        if key in self._models:
+            return
+        if old is not None and old.sessions == 1 and not old.worker.coming:
+            count -= 1
+        if count >= self.quota.models:
+            raise UserLimitError(
+                f"{self.name} has {count} models in use already, as many as one user may (limits.models); one with "
+                "another dtype or dispersion counts as another.",
+                "Close sessions of models that are no longer needed, or ask whoever runs this daemon for a higher "
+                "limit.",
+            )
+
+    def ask(self, key: Hashable, worker: Coming) -> None:
+        """A model is loaded for the user, if it is not there."""
+        held = self._models.setdefault(key, _Held(worker))
+        held.worker = worker
+
+    def join(self, key: Hashable) -> None:
+        """A session has the model that it asked for."""
+        self._models[key].sessions += 1
+
+    def leave(self, key: Hashable) -> None:
+        """It has not any more."""
+        self._models[key].sessions -= 1
+
 
 class Accounts:
     """All users' accounts.
@@ -67,6 +131,8 @@ class Accounts:
     def __init__(self, config: Config) -> None:
         self._accounts: dict[int, Account] = {}
         self._sessions = self._atoms = 0
+        self._evaluations: Counter[str] = Counter()
+        """Of sessions that have ended, by user."""
         self._allowed: tuple[int, str] | None = None
         self.warnings: list[str] = []
         """Of the configuration: names that this machine does not know, who may have left or never have been."""
@@ -149,12 +215,29 @@ class Accounts:
         if self._sessions >= most:
             raise DaemonFullError(f"this daemon has its {most} sessions already{why}.", "Try again when one has ended.")
 
-    def close_session(self, account: Account) -> None:
-        """Count a session out."""
+    def close_session(self, account: Account, evaluations: int) -> None:
+        """Count a session out, which had so many evaluations done."""
+        self._evaluations[account.name] += evaluations
         self._sessions -= 1
         account.sessions -= 1
-        if not account.sessions:
+        if not account.sessions and not account.models:
             del self._accounts[account.uid]
+
+    @property
+    def active(self) -> list[Account]:
+        """Of those who have sessions."""
+        return list(self._accounts.values())
+
+    def evaluations(self, sessions: Iterable[tuple[str, int]]) -> dict[str, int]:
+        """How many were done for each user since the daemon began, by login name.
+
+        Args:
+            sessions: those that are open, each with its user's name and its evaluations.
+        """
+        counted = self._evaluations.copy()
+        for user, evaluations in sessions:
+            counted[user] += evaluations
+        return counted
 
     def take(self, account: Account, atoms: int) -> None:
         """Count in the atoms of a system, before memory is taken for it.

@@ -12,7 +12,8 @@ from rootstockd.worker.memory import MEMORY_VARIABLE
 
 CPU_BATCH_ATOMS = 2_048
 GPU_BATCH_ATOMS = 16_384
-
+ADDRESS = r"^([\w.-]+|\[[0-9a-fA-F:.]+\]):\d{1,5}$"
+"""A host's name or number and a port; IPv6 has brackets."""
 
 Forever: TypeAlias = Literal["forever"]
 KeepAlive: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)] | Forever
@@ -84,6 +85,9 @@ class Quota(BaseModel):
     """Evaluations that wait or run at once; None for one in each session."""
     atoms: int = Field(default=20_000_000, ge=0)
     """Atoms in all sessions together; each takes about 80 bytes."""
+    models: int = Field(default=8, ge=0)
+    """Different models that sessions have, or that are being loaded for them; another dtype, or another dispersion,
+    is another model."""
     share: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """How much of a model's time the user gets where several want it, relative to others."""
 
@@ -96,6 +100,7 @@ class OwnQuota(BaseModel):
     sessions: int | None = Field(default=None, ge=0)
     queued: int | None = Field(default=None, ge=0)
     atoms: int | None = Field(default=None, ge=0)
+    models: int | None = Field(default=None, ge=0)
     share: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
 
@@ -118,6 +123,11 @@ class Settings(BaseModel):
     device_memory: int | None = Field(default=None, ge=2**20)
     """Bytes that all models on one device may take together. Without it what a GPU has, but for a reserve, and as much
     as they like on a CPU."""
+    metrics: Annotated[str, Field(pattern=ADDRESS)] | None = None
+    """Where Prometheus finds metrics over TCP, such as `127.0.0.1:9746`; whoever reaches it may read them. Port 0 is
+    any that is free."""
+    metrics_users: bool = False
+    """Whether they say there what each user does, by login name."""
     room_timeout: float = Field(default=300.0, ge=0)
     """Seconds that evaluations wait while no device has room for their model."""
     max_atoms: int = Field(default=1_000_000, ge=1)

@@ -34,6 +34,7 @@ RELOADED = {
     "keep_alive",
     "device_memory",
     "room_timeout",
+    "metrics_users",
 }
 """Settings that a running daemon takes over when it reads its files again."""
 _NOT_RELOADED = "access.socket_group"

@@ -8,29 +8,43 @@ import logging
 import signal
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterable
 
-from ase.data import atomic_numbers, chemical_symbols
+from ase.data import chemical_symbols
 
 from rootstock_client import ipi
 from rootstock_client.errors import DrainingError, RootstockError, UnknownElementError
-from rootstockd.accounts import Accounts
+from rootstock_client.runtime_dir import job_runtime_dir
+from rootstockd.accounts import Account, Accounts
 from rootstockd.config import Config
 from rootstockd.config_file import ConfigError, reloadable
 from rootstockd.config_layers import changes, read_again, take_over
-from rootstockd.control.api import ControlServer
+from rootstockd.control.limits import MAX_SCRAPERS
+from rootstockd.control.server import control_server, metrics_server
 from rootstockd.descriptors import raise_descriptor_limit, share_descriptors
 from rootstockd.devices import found_devices
 from rootstockd.door import Door
 from rootstockd.fleet import Fleet
 from rootstockd.init_request import InitRequest
-from rootstockd.models.catalogue import Catalogue, CatalogueError
+from rootstockd.models.catalogue import Catalogue, CatalogueError, Entry
 from rootstockd.models.store import located
 from rootstockd.peers import peer_of
 from rootstockd.sessions import LINGER, Session, stopping_error
-from rootstockd.sockets import AddressError, adopt, claim_gpu, listen, lock, make_runtime_dir
+from rootstockd.sockets import (
+    AddressError,
+    adopt,
+    claim_gpu,
+    listen,
+    listen_tcp,
+    lock,
+    make_runtime_dir,
+    remove_if_empty,
+    url_of,
+)
 from rootstockd.supervisor import Supervisor
 from rootstockd.systemd import Manager, describe
+from rootstockd.warm_model import WorkerKey
 from rootstockd.worker_folders import remove_left_behind
 
 log = logging.getLogger(__name__)
@@ -56,6 +70,7 @@ class Daemon:
         self.limits = ipi.Limits(atoms=config.max_atoms, init=64 * 1024 + 5 * config.max_atoms)
         self.fleet = Fleet(config)
         self.accounts = Accounts(config)
+        self.errors: Counter[str] = Counter()
         self.warnings: list[str] = []
         """What the configuration and the catalogues have that can't be meant so."""
         self._look_over()
@@ -64,6 +79,7 @@ class Daemon:
         self._max_turned_away = 0
         self.state = "starting"
         self.since = time.time()
+        self.metrics_url: str | None = None
         self._preload = [(name, located(name, entry)) for name, entry in map(self.catalogue.resolve, config.models)]
         self._replaced = False
         self._stop = asyncio.Event()
@@ -81,7 +97,10 @@ class Daemon:
         self._share_descriptors()
         with contextlib.ExitStack() as ours:
             if not self._manager.sockets:
-                make_runtime_dir(self.config.socket.parent, shared=self.config.shared)
+                folder = self.config.socket.parent
+                make_runtime_dir(folder, shared=self.config.shared)
+                if folder == job_runtime_dir():
+                    ours.callback(remove_if_empty, folder)
                 ours.enter_context(lock(self.config.lock))
             devices = found_devices(self.config.devices)
             for device in devices:
@@ -89,9 +108,14 @@ class Daemon:
                     ours.enter_context(claim_gpu(device.uuid))
             remove_left_behind()
             sessions, control_socket = self._adopt(ours) if self._manager.sockets else self._listen(ours)
-            control = ControlServer(self, control_socket)
+            servers = [control_server(self, control_socket)]
+            if self.config.metrics is not None:
+                port = ours.enter_context(listen_tcp(self.config.metrics))
+                self.metrics_url = url_of(port)
+                log.info("metrics are at %s", self.metrics_url)
+                servers.append(metrics_server(self, port))
             self.fleet.begin(devices)
-            control_task = asyncio.create_task(control.run_until_stopped(), name="control")
+            serving = [asyncio.create_task(server.run_until_stopped(), name="http") for server in servers]
             attendance = asyncio.create_task(self._manager.attend(self), name="systemd")
             try:
                 door = await self._start(sessions)
@@ -104,8 +128,9 @@ class Daemon:
             finally:
                 await self.fleet.stop(stopping_error())
                 attendance.cancel()
-                control.should_exit = True
-                await control_task
+                for server in servers:
+                    server.should_exit = True
+                await asyncio.gather(*serving)
         log.info("stopped")
 
     def _listen(self, ours: contextlib.ExitStack) -> tuple[socket.socket, socket.socket]:
@@ -182,6 +207,9 @@ class Daemon:
 
     def _on_end(self, number: signal.Signals) -> None:
         log.info("%s: stopping", number.name)
+        again = self._stop.is_set() and not self._replaced
+        if again and number is signal.SIGTERM and self.config.socket.parent == job_runtime_dir():
+            return  # Slurm sends it to all processes of a job, to some twice, and means no more by that
         self.stop()
 
     def _on_hangup(self) -> None:
@@ -196,7 +224,7 @@ class Daemon:
     async def _start(self, sessions_socket: socket.socket) -> Door:
         """Load what is to be preloaded, and open the door. Sessions that come early wait for their model."""
         door = Door(sessions_socket, lambda connection: Session(self, peer_of(connection)))
-        models = [self.fleet.open(name, entry, entry.dtype, keep=True) for name, entry in self._preload]
+        models = [self.fleet.open(WorkerKey(name, entry.dtype), entry, keep=True) for name, entry in self._preload]
         loaded = asyncio.create_task(_settled(models))
         stopped = asyncio.create_task(self._stop.wait())
         await asyncio.wait([loaded, stopped], return_when=asyncio.FIRST_COMPLETED)
@@ -242,6 +270,8 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_end, number)
         loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
+        for number in (signal.SIGUSR1, signal.SIGUSR2):  # Slurm's `--signal=USR1@60` goes to all processes of a job
+            signal.signal(number, signal.SIG_IGN)
 
     # --- what sessions need
 
@@ -266,6 +296,7 @@ class Daemon:
             RootstockError: this error, where there is no descriptor for that.
         """
         if len(self._turned_away) >= self._max_turned_away:
+            self.errors[error.code] += 1
             raise error
         self._turned_away.add(session)
 
@@ -278,29 +309,47 @@ class Daemon:
 
     def _share_descriptors(self) -> None:
         limit = raise_descriptor_limit()
-        allowed, self._max_turned_away = share_descriptors(limit)
+        scrapers = 0 if self.config.metrics is None else MAX_SCRAPERS + 1
+        allowed, self._max_turned_away = share_descriptors(limit - scrapers)
         self.accounts.allow_sessions(allowed, f"all that its limit of {limit} open files (ulimit -n) allows")
 
-    def open_model(self, request: InitRequest) -> Supervisor:
+    def open_model(self, request: InitRequest, account: Account, leaving: WorkerKey | None) -> Supervisor:
         """The model that a session asks for; it is loaded if it is not yet.
 
+        Args:
+            request: what the session asks for.
+            account: its user's.
+            leaving: the model that it has until now, if any.
+
         Raises:
-            UnknownModelError, UnknownElementError, UnsupportedError, DrainingError, ModelLoadError: what its name says.
+            UnknownModelError, UnknownElementError, UnsupportedError, DrainingError, ModelLoadError, LimitError: what
+                its name says. Nothing is loaded where the catalogue knows that the model can't do what is asked.
         """
-        self.check_open()
-        name, entry = self.catalogue.resolve(request.model)
-        dtype = request.dtype or entry.dtype
-        entry.check_dtype(name, dtype)
-        model = self.fleet.open(name, located(name, entry), dtype, request.options)
-        known = (model.info and model.info.elements) or [atomic_numbers[symbol] for symbol in entry.elements]
-        unknown = set(request.numbers) - set(known)
-        if known and unknown:
+        key, entry = self._resolve(request.model, request.dtype, request.options)
+        entry.check_head(key.name, request.head)
+        known = self.fleet.elements(key, entry)
+        if known and (unknown := set(request.numbers) - known):
             raise UnknownElementError(
-                f"model {name!r} does not know {_symbols(unknown)}.", f"It knows {_symbols(known)}."
+                f"model {key.name!r} does not know {_symbols(unknown)}.", f"It knows {_symbols(known)}."
             )
+        account.check_models(key, leaving)
+        model = self.fleet.open(key, entry)
+        account.ask(key, model)
         if model.error is not None:
             raise model.error
         return model
+
+    def _resolve(self, name: str, dtype: str | None, options: str = "") -> tuple[WorkerKey, Entry]:
+        """Which worker is meant, and what the catalogue has for it, with its weights.
+
+        Raises:
+            UnknownModelError, UnsupportedError, DrainingError, ModelLoadError: what its name says.
+        """
+        self.check_open()
+        name, entry = self.catalogue.resolve(name)
+        dtype = dtype or entry.dtype
+        entry.check_dtype(name, dtype)
+        return WorkerKey(name, dtype, options), located(name, entry)
 
     # --- what administrators need
 
@@ -310,15 +359,12 @@ class Daemon:
         Raises:
             UnknownModelError, UnsupportedError, DrainingError, ModelLoadError: what its name says.
         """
-        self.check_open()
-        name, entry = self.catalogue.resolve(name)
-        dtype = dtype or entry.dtype
-        entry.check_dtype(name, dtype)
-        model = self.fleet.open(name, located(name, entry), dtype)
+        key, entry = self._resolve(name, dtype)
+        model = self.fleet.open(key, entry)
         model.held_until = 0.0
         if model.error is not None:
             raise model.error
-        return name, model.spec.dtype
+        return key.name, key.dtype
 
     def unload(self, name: str, dtype: str | None = None, *, force: bool = False) -> int:
         """Have a model leave memory; see `Fleet.unload`.

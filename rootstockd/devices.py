@@ -6,15 +6,18 @@ import contextlib
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import pynvml
 
+from rootstock_client.runtime_dir import JOB_VARIABLE
 from rootstockd.config import Device
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+"""What Slurm sets for jobs that asked for GPUs, beside others."""
 
 
 class DeviceError(Exception):
@@ -33,11 +36,11 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Memory:
-    """What is in a GPU's memory, in bytes."""
+    """What is in a device's memory, in bytes."""
 
     total: int
     free: int
-    by_pid: dict[int, int]
+    by_pid: dict[int, int] = field(default_factory=dict)
     """What processes have; not there for those that the driver does not tell of, as in containers."""
 
 
@@ -83,6 +86,12 @@ def gpu_memory(uuid: str) -> Memory | None:
     except pynvml.NVMLError:
         return None
     return Memory(int(info.total), int(info.free), {p.pid: int(p.usedGpuMemory) for p in processes if p.usedGpuMemory})
+
+
+def machine_memory() -> Memory:
+    """What is in the machine's memory; what the kernel could give back at once is free."""
+    memory = psutil.virtual_memory()
+    return Memory(int(memory.total), int(memory.available))
 
 
 def process_memory(pid: int) -> int | None:
@@ -159,7 +168,7 @@ def choose_devices(*, gpus: str | None = None, names: tuple[str, ...] = ()) -> t
 
     Args:
         gpus: the GPUs that were asked for: numbers and UUIDs with commas between them, or `all`.
-        names: devices that were asked for. With neither, the first GPU if there is one, and the CPU otherwise.
+        names: devices that were asked for. With neither, those of `default_names`.
 
     Raises:
         DeviceError: one that was asked for is not there.
@@ -171,8 +180,20 @@ def choose_devices(*, gpus: str | None = None, names: tuple[str, ...] = ()) -> t
     elif gpus is not None:
         names = tuple(f"cuda:{name}" if name.isdigit() else name for name in map(str.strip, gpus.split(",")))
     elif not names:
-        names = ("cuda:0",) if visible_gpus(find_gpus(), os.environ.get(VISIBLE)) else ("cpu",)
+        names = default_names(find_gpus(), os.environ)
     return found_devices(tuple(Device(name=name) for name in names))
+
+
+def default_names(gpus: list[Gpu], variables: Mapping[str, str]) -> tuple[str, ...]:
+    """The devices of whoever names none: the first GPU, in a Slurm job all that it has, or the CPU where there is none.
+
+    Args:
+        gpus: those of the machine.
+        variables: the environment.
+    """
+    seen = visible_gpus(gpus, variables.get(VISIBLE))
+    given = len(seen) if JOB_VARIABLE in variables and VISIBLE in variables else 1
+    return tuple(f"cuda:{i}" for i in range(given)) if seen else ("cpu",)
 
 
 def found_devices(devices: tuple[Device, ...]) -> tuple[Device, ...]:

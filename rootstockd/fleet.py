@@ -12,17 +12,19 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 
 from rootstock_client.errors import LimitError, RootstockError
 from rootstockd import placement
 from rootstockd.config import Config, Device, KeepAlive
+from rootstockd.devices import Memory
+from rootstockd.meter import Totals
 from rootstockd.models.catalogue import Entry
 from rootstockd.models.spec import spec_of
 from rootstockd.placement import Room
 from rootstockd.roles import State
 from rootstockd.rooms import Rooms
 from rootstockd.supervisor import STOP_PATIENCE, Supervisor
+from rootstockd.warm_model import WarmModel, WorkerKey
 from rootstockd.worker.engines import ModelSpec
 
 log = logging.getLogger(__name__)
@@ -31,48 +33,17 @@ TICK = 1.0
 """Seconds between looks at what all models do."""
 POLL = 0.1
 """Seconds between looks whether there is room, while somebody waits for it."""
-LONG = 3.0
-"""Evaluations of a worker, waiting and under way, that make its queue a long one."""
-LONG_FOR = 5
-"""Looks in a row at which a queue was long: then the model gets a replica, if there is room."""
-PAUSE = 60
-"""Looks until the next try after a replica could not be loaded."""
 HOLD = 30.0
 """Seconds that a model stays away which an administrator had leave in spite of its work, unless one loads it."""
 REFUSED = 10.0
 """Seconds that status shows a model without sessions that had no room."""
 MAX_VARIANTS = 8
 """Workers of one model with options of their own, such as D3's settings, at a time."""
+NO_ROOM = (
+    "Try again when others have less to do; an administrator can `rootstockd unload` a model, or raise device_memory."
+)
 REPLICA_IDLE = 60.0
 """Seconds that a replica stays without work; less where `keep_alive` says so."""
-
-
-@dataclass(frozen=True)
-class WorkerKey:
-    """What makes a worker one's own: two sessions with different keys never share one."""
-
-    name: str
-    dtype: str
-    options: str = ""
-    """What else changes its numbers, as canonical JSON."""
-
-
-@dataclass
-class _Model:
-    """All workers of one key."""
-
-    spec: ModelSpec
-    keep_alive: KeepAlive | None
-    kept: bool
-    """It was loaded at the start."""
-    first: Supervisor
-    replicas: list[Supervisor] = field(default_factory=list)
-    hot_for: int = 0
-    """Looks in a row at which one of its workers had a long queue."""
-
-    @property
-    def workers(self) -> list[Supervisor]:
-        return [self.first, *self.replicas]
 
 
 class Fleet:
@@ -85,11 +56,12 @@ class Fleet:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._devices = Rooms(config)
-        self._models: dict[WorkerKey, _Model] = {}
-        self._retired: list[Supervisor] = []
-        """What is to end, as the catalogue has something else under its name, or as it was a replica."""
-        self._evaluations = 0
-        """By models that are gone."""
+        self._models: dict[WorkerKey, WarmModel] = {}
+        self._retired: dict[Supervisor, KeepAlive | None] = {}
+        """What ends with its last session, as the catalogue has something else under its name, or as it was a replica;
+        and how long its model was to stay."""
+        self._totals: dict[tuple[str, str, str], Totals] = {}
+        """By model, dtype and device."""
         self._watching: asyncio.Task[None] | None = None
 
     def begin(self, devices: tuple[Device, ...]) -> None:
@@ -107,6 +79,10 @@ class Fleet:
         """Where models may be."""
         return self._devices.devices
 
+    def device_memory(self, device: Device) -> Memory | None:
+        """What is in a device's memory, as far as that is known."""
+        return self._devices.memory(device)
+
     async def stop(self, error: RootstockError) -> None:
         """End all workers; what still waits is told `error`."""
         if self._watching is not None:
@@ -123,43 +99,50 @@ class Fleet:
     @property
     def evaluations(self) -> int:
         """Done since the daemon began."""
-        return self._evaluations + sum(worker.evaluations for worker in self.workers())
+        return sum(round(totals.evaluations.sum) for totals in self.counted().values())
+
+    def counted(self) -> dict[tuple[str, str, str], Totals]:
+        """What was done since the daemon began, by model, dtype and device, to the last evaluation."""
+        for worker in self.workers():
+            worker.meter.count()
+        return self._totals
 
     def states(self) -> dict[str, str]:
         """What the models are doing, by catalogue name."""
         return {key.name: model.first.state.value for key, model in self._models.items()}
 
+    def elements(self, key: WorkerKey, entry: Entry) -> set[int]:
+        """Atomic numbers that a model knows, as it says or else as its entry does; none where neither does."""
+        spec, model = self._spec(key, entry), self._models.get(key)
+        info = model.first.info if model is not None and model.spec == spec else None
+        return set((info.elements if info is not None else ()) or spec.elements)
+
     # --- models come and go
 
-    def open(self, name: str, entry: Entry, dtype: str, options: str = "", *, keep: bool = False) -> Supervisor:
+    def open(self, key: WorkerKey, entry: Entry, *, keep: bool = False) -> Supervisor:
         """The worker of a model for one more session; the model is loaded if it is not yet.
 
         Args:
-            name: the catalogue's name.
-            entry: what it has under that.
-            dtype: what to compute in.
-            options: what else changes its numbers.
+            key: which model.
+            entry: what the catalogue has under its name, with its weights.
             keep: it is to stay.
 
         Raises:
             LimitError: sessions have as many workers of it with options of their own as there may be.
         """
-        key = WorkerKey(name, dtype, options)
-        spec = spec_of(name, entry, dtype, device=self.devices[0].kind, options=options, confine=self._config.confine)
+        spec = self._spec(key, entry)
         model = self._models.get(key)
         if model is not None and model.spec != spec:  # the catalogue has been changed since
-            self._retire(model.workers)
+            self._retire(model.workers, model.keep_alive)
             keep, model = keep or model.kept, None
-        if model is None and options:
+        if model is None and key.options:
             self._make_way(key)
         if model is None:
-            model = self._models[key] = _Model(spec, entry.keep_alive, keep, self._supervisor(spec))
+            model = self._models[key] = WarmModel(spec, entry.keep_alive, keep, self._supervisor(spec))
         elif model.first.worth_replacing:
-            self._evaluations += model.first.evaluations
             model.first = self._supervisor(spec)
         model.keep_alive = entry.keep_alive
-        ready = [worker for worker in model.workers if worker.state is State.READY]
-        worker = min(ready, key=lambda worker: (round(worker.pace.queue), len(worker.clients)), default=model.first)
+        worker = model.choose()
         worker.load()
         return worker
 
@@ -168,14 +151,15 @@ class Fleet:
         variants = {k: model for k, model in self._models.items() if k.name == key.name and k.options}
         if len(variants) < MAX_VARIANTS:
             return
-        unused = [k for k, model in variants.items() if not any(w.clients or w.busy for w in model.workers)]
+        unused = [k for k, model in variants.items() if not model.in_use]
         if not unused:
             raise LimitError(
                 f"model {key.name!r} is in use with {MAX_VARIANTS} different settings already, each with a worker.",
                 "Use settings that are there, or try again when others have gone.",
             )
         longest = max(unused, key=lambda k: variants[k].first.idle_seconds)
-        self._retire(self._models.pop(longest).workers)
+        gone = self._models.pop(longest)
+        self._retire(gone.workers, gone.keep_alive)
 
     def unload(self, name: str, dtype: str | None = None, *, force: bool = False) -> int:
         """Have a model leave memory. Sessions keep it, and wait for it to come back when they next ask.
@@ -192,12 +176,13 @@ class Fleet:
             LimitError: it has evaluations under way.
             RootstockError: it is not there.
         """
-        models = {k: m for k, m in self._models.items() if k.name == name and dtype in (None, k.dtype)}
         workers = [
             worker
-            for model in models.values()
-            for worker in model.workers
-            if worker.wanted and worker.state is not State.FAILED
+            for worker in self.workers()
+            if worker.spec.name == name
+            and dtype in (None, worker.spec.dtype)
+            and worker.wanted
+            and worker.state is not State.FAILED
         ]
         what = f"model {name!r}" + (f" in {dtype}" if dtype else "")
         if not workers:
@@ -211,8 +196,9 @@ class Fleet:
         for worker in workers:
             worker.held_until = time.monotonic() + HOLD if force else 0.0
             self._unload(worker, "an administrator said so")
-        for model in models.values():
-            self._drop(model, model.replicas)
+        for model in self._models.values():
+            if model.first in workers:
+                self._drop(model, model.replicas)
         return under_way
 
     def expected_seconds(self, worker: Supervisor) -> float | None:
@@ -223,7 +209,8 @@ class Fleet:
     def keep_alive(self, worker: Supervisor) -> float:
         """Seconds that a worker may have nothing to do until it goes; infinite where it stays."""
         owner = self._owner(worker)
-        said = self._config.keep_alive if owner is None or owner.keep_alive is None else owner.keep_alive
+        said = self._retired.get(worker) if owner is None else owner.keep_alive
+        said = self._config.keep_alive if said is None else said
         seconds = math.inf if said == "forever" else said
         if owner is not None and worker is not owner.first:
             return min(REPLICA_IDLE, seconds)
@@ -234,23 +221,23 @@ class Fleet:
         self._devices.remember(worker)
         worker.unload()
 
+    def _spec(self, key: WorkerKey, entry: Entry) -> ModelSpec:
+        device, confine = self.devices[0].kind, self._config.confine
+        return spec_of(key.name, entry, key.dtype, device=device, options=key.options, confine=confine)
+
     def _supervisor(self, spec: ModelSpec) -> Supervisor:
         config = self._config
         return Supervisor(spec, self, config.batch_budget, config.hang_timeout, config.load_timeout)
 
-    def _retire(self, workers: Iterable[Supervisor]) -> None:
+    def _retire(self, workers: Iterable[Supervisor], keep_alive: KeepAlive | None) -> None:
         for worker in workers:
             worker.retire()
-            self._retired.append(worker)
+            self._retired[worker] = keep_alive
 
-    def _drop(self, model: _Model, replicas: list[Supervisor]) -> None:
+    def _drop(self, model: WarmModel, replicas: list[Supervisor]) -> None:
         """Have the sessions of some of a model's replicas go back to its first worker, and the replicas end."""
-        model.replicas = [replica for replica in model.replicas if replica not in replicas]
-        for replica in replicas:
-            for client in list(replica.clients):
-                client.move(model.first)
-            replica.hand_over(model.first, len(replica.clients))
-        self._retire(replicas)
+        model.drop(replicas)
+        self._retire(replicas, model.keep_alive)
 
     # --- what supervisors need
 
@@ -276,7 +263,7 @@ class Fleet:
             else:
                 plan = placement.place(need, rooms)
             if plan is not None:
-                model.device = self.devices[plan.room]
+                model.device, model.set_aside = self.devices[plan.room], need
                 await self._evict(model, [tenant.number for tenant in plan.evicted])
                 return self._config.worker_environment(self.devices[plan.room]) if model.wanted else None
             there = self._devices.describe(rooms, self.workers())
@@ -288,6 +275,10 @@ class Fleet:
                 raise self._refusal(model, waited)
             await asyncio.sleep(POLL)
         return None
+
+    def totals(self, model: Supervisor) -> Totals:
+        key = model.spec.name, model.spec.dtype, str(model.device)
+        return self._totals.setdefault(key, Totals())
 
     async def make_room(self, model: Supervisor) -> bool:
         assert model.device is not None
@@ -317,11 +308,10 @@ class Fleet:
         return LimitError(
             f"model {model.spec.name!r}: no device has room for it"
             f"{f', for {waited:.0f} s' if waited >= 1 else ''}: {model.obstacle}.",
-            "Try again when others have less to do; an administrator can `rootstockd unload` a model, or raise "
-            "device_memory.",
+            NO_ROOM,
         )
 
-    def _owner(self, worker: Supervisor) -> _Model | None:
+    def _owner(self, worker: Supervisor) -> WarmModel | None:
         return next((model for model in self._models.values() if worker in model.workers), None)
 
     def _rooms(self) -> list[Room]:
@@ -350,12 +340,16 @@ class Fleet:
             worker.sample()
         for model in self._models.values():
             self._spread(model)
-            self._expire(model)
+            self._thin_out(model)
+            if not model.replicas:
+                self._expire(model.first)
         for room in self._rooms():
             self._shrink(room)
-        for worker in [worker for worker in self._retired if worker.ended]:
-            self._retired.remove(worker)
-            self._evaluations += worker.evaluations
+        for worker in list(self._retired):
+            if worker.ended:
+                del self._retired[worker]
+            else:
+                self._expire(worker)
         for key, model in list(self._models.items()):
             first = model.first
             held = first.held_until > time.monotonic()
@@ -366,51 +360,58 @@ class Fleet:
             )  # there may be any number of these
             if broken or (first.state is State.COLD and told and not needed):
                 del self._models[key]
-                self._retire([first])
+                self._retire([first], model.keep_alive)
 
-    def _expire(self, model: _Model) -> None:
-        """Have workers go that nobody has used for long enough."""
+    def _expire(self, worker: Supervisor) -> None:
+        """Have a worker go that nobody has used for long enough."""
+        if worker.state is State.READY and worker.idle_seconds > self.keep_alive(worker):
+            self._unload(worker, f"nobody has used it for {worker.idle_seconds:.0f} s")
+
+    def _thin_out(self, model: WarmModel) -> None:
+        """Have replicas go that nobody has used for long enough."""
         idle = [replica for replica in model.replicas if replica.idle_seconds > self.keep_alive(replica)]
         if idle:
             log.info("model %s has little to do, and one worker less", model.spec.name)
             self._drop(model, idle)
-        first = model.first
-        if first.state is State.READY and not model.replicas and first.idle_seconds > self.keep_alive(first):
-            self._unload(first, f"nobody has used it for {first.idle_seconds:.0f} s")
 
     def _shrink(self, room: Room) -> None:
-        """Where models have grown to more than a device has for them, have some go that have nothing to do."""
+        """Where models have grown to more than a device has for them, have idle ones go.
+
+        If that is not enough, one goes that loads and has more than was set aside for it. The others have work.
+        """
         if room.free >= 0:
             return
-        numbers = [tenant.number for tenant in placement.to_evict(0, room) or ()]
+        device, evicted = self.devices[room.number], placement.to_evict(0, room)
+        if evicted is None:
+            loading = [w for w in self.workers() if w.present and w.device == device and w.state is State.LOADING]
+            growing = [worker for worker in loading if worker.memory > worker.set_aside]
+            if growing:
+                self._stop_loading(min(growing, key=lambda worker: worker.elapsed), room)
+                return
+            evicted = tuple(tenant for tenant in room.tenants if tenant.idle)
+        numbers = [tenant.number for tenant in evicted]
         for worker in self.workers():
-            if worker.state is State.READY and id(worker) in numbers:
-                self._unload(worker, f"models on {worker.device} take {-room.free / 1e6:.0f} MB more than they may")
+            if id(worker) in numbers:
+                self._unload(worker, f"models on {device} take {-room.free / 1e6:.0f} MB more than they may")
 
-    def _spread(self, model: _Model) -> None:
+    def _stop_loading(self, worker: Supervisor, room: Room) -> None:
+        self._devices.remember_stopped(worker)
+        worker.refuse(
+            LimitError(
+                f"model {worker.spec.name!r}: loading it was stopped: it has {worker.memory / 1e6:.0f} MB, where "
+                f"{worker.set_aside / 1e6:.0f} MB were set aside for it, and there is no more: "
+                f"{self._devices.describe([room], self.workers())}.",
+                NO_ROOM,
+            )
+        )
+
+    def _spread(self, model: WarmModel) -> None:
         """Share the work of a hot model out to the workers it has, or have one more."""
-        broken = [worker for worker in model.replicas if worker.state is State.FAILED]
-        gone = [worker for worker in model.replicas if not worker.wanted]
-        self._drop(model, broken + gone)
-        if broken:
-            model.hot_for = -PAUSE
-        elif model.hot_for < 0 or max(worker.pace.queue for worker in model.workers) >= LONG:
-            model.hot_for += 1
-        else:
-            model.hot_for = 0
-        if model.hot_for <= 0:
-            return
-        ready = [worker for worker in model.workers if worker.state is State.READY]
-        moved = placement.shift([round(worker.pace.queue) for worker in ready]) if len(ready) > 1 else None
-        if moved is not None:
-            source, target, count = moved
-            ready[source].hand_over(ready[target], count)
-            ready[source].pace.queue -= count
-            ready[target].pace.queue += count
-        elif model.hot_for >= LONG_FOR and len(ready) == len(model.workers):
+        self._drop(model, model.lost)
+        if model.share_out():
             self._replicate(model)
 
-    def _replicate(self, model: _Model) -> None:
+    def _replicate(self, model: WarmModel) -> None:
         taken = {worker.device for worker in model.workers}
         rooms = [room for room in self._rooms() if self.devices[room.number] not in taken]
         if placement.place_replica(self._devices.need(model.first, rooms), rooms) is None:

@@ -6,10 +6,12 @@ import json
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, ValidationInfo, field_validator
 
 from rootstock_client.errors import InvalidInitError, InvalidStructureError
 from rootstock_client.units import BOHR
+from rootstockd.functionals import functional
+from rootstockd.validation import describe
 
 PROTOCOL_VERSION = 1
 MAX_BATCH_SIZE = 1024
@@ -35,6 +37,11 @@ class Dispersion(BaseModel):
     """In Å: pairs that are farther apart do not count."""
     cnthr: Annotated[float, Field(gt=0, le=MAX_CUTOFF)] = _FORTY_BOHR
     """In Å: the same, for coordination numbers; no more than `cutoff` has an effect."""
+
+    @field_validator("xc")
+    @classmethod
+    def _known(cls, xc: str, info: ValidationInfo) -> str:
+        return functional(xc, info.data["damping"]) if "damping" in info.data else xc
 
 
 class InitRequest(BaseModel):
@@ -133,7 +140,8 @@ def parse_init(text: bytes, preset: InitRequest | None) -> InitRequest:
     try:
         request = InitRequest.model_validate_json(text)
     except ValidationError as error:
-        raise InvalidInitError(_describe(error.errors(include_url=False, include_input=False)[0])) from error
+        what = describe(error)
+        raise InvalidInitError(f"INIT can't be read: {what}{'' if what.endswith('?') else '.'}") from error
     if request.rootstock != PROTOCOL_VERSION:
         said = str(request.rootstock)[:20]
         raise InvalidInitError(
@@ -143,8 +151,3 @@ def parse_init(text: bytes, preset: InitRequest | None) -> InitRequest:
     if not request.numbers:
         raise InvalidStructureError("a structure of zero atoms.", "There is nothing to evaluate.")
     return request
-
-
-def _describe(problem: Any) -> str:
-    where = ".".join(map(str, problem["loc"]))[:100]
-    return f"INIT can't be read: {where + ': ' if where else ''}{problem['msg'][:300]}."

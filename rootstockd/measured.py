@@ -20,6 +20,11 @@ log = logging.getLogger(__name__)
 FILE = "measured.json"
 CHANGE = 0.05
 """Measurements that differ by less are the same."""
+LIGHT, HEAVY = 100 * 10**6, 700 * 10**6
+"""Bytes of a worker without weights: with ASE alone, and with torch or CUDA."""
+LIGHT_ENVIRONMENTS = ("ase", "noop")
+COPIES = 2
+"""How often weights are in memory: in float64 what was written in float32, or as they are and compiled."""
 
 
 class Measured(BaseModel):
@@ -47,6 +52,8 @@ class Measurements:
 
     def __init__(self) -> None:
         self._known: dict[str, Measured] = {}
+        self._at_least: dict[str, int] = {}
+        """Bytes that workers had that never came to the end of loading."""
         self._fresh: dict[str, Measured] = {}
         """Not on disk yet."""
         self._complained = False
@@ -67,6 +74,30 @@ class Measurements:
         key = _key(spec, device)
         if (known := self._known.get(key)) is None or not measured.like(known):
             self._known[key] = self._fresh[key] = measured
+
+    def put_at_least(self, spec: ModelSpec, device: str, memory: int) -> None:
+        """A worker had so many bytes when it was stopped before it was ready. Only this daemon remembers it."""
+        key = _key(spec, device)
+        self._at_least[key] = max(memory, self._at_least.get(key, 0))
+
+    def at_least(self, spec: ModelSpec, device: str) -> int:
+        """Bytes below which a model has been seen not to load; 0 where none have."""
+        return self._at_least.get(_key(spec, device), 0)
+
+    def guess(self, spec: ModelSpec, device: str, weights: int) -> int:
+        """Bytes that a model takes that was never seen: what its packages take, and its weights.
+
+        Of what packages take there is a measurement as soon as any model of the same kind has been loaded.
+
+        Args:
+            spec: the model.
+            device: the kind of device.
+            weights: size of its file in bytes.
+        """
+        kin = _kin(_key(spec, device))
+        seen = [measured.loaded for key, measured in self._known.items() if _kin(key) == kin]
+        packages = min(seen) if seen else LIGHT if spec.environment in LIGHT_ENVIRONMENTS else HEAVY
+        return packages + COPIES * weights
 
     @property
     def unsaved(self) -> bool:
@@ -103,6 +134,15 @@ def _key(spec: ModelSpec, device: str) -> str:
     for indifferent in ("weights", "confine", "dispersion", "fingerprint"):
         del what[indifferent]
     return json.dumps(what, sort_keys=True)
+
+
+def _kin(key: str) -> tuple[object, ...] | None:
+    """What models have in common that import the same packages."""
+    try:
+        what = json.loads(key)
+        return what["family"], what["environment"], what["device"]
+    except (ValueError, TypeError, LookupError):  # a file that others wrote
+        return None
 
 
 def _read(path: Path) -> dict[str, Measured]:

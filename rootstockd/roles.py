@@ -6,6 +6,7 @@ import enum
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rootstock_client.errors import RootstockError
+from rootstockd.meter import Totals
 from rootstockd.worker.slots import Slot
 
 if TYPE_CHECKING:
@@ -56,6 +57,9 @@ class Landlord(Protocol):
         Raises:
             LimitError: none has, and it was waited for long enough.
         """
+
+    def totals(self, model: Supervisor) -> Totals:
+        """What was ever done of a model on the device that it has."""
 
     async def make_room(self, model: Supervisor) -> bool:
         """A model's device turned out to have no memory for it: whether another model has gone for it."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from rootstockd.config import Config, Device
-from rootstockd.devices import Memory, find_gpus, gpu_memory, process_memory
+from rootstockd.devices import Memory, find_gpus, gpu_memory, machine_memory, process_memory
 from rootstockd.measured import Measured, Measurements
 from rootstockd.placement import Room, Tenant
 from rootstockd.roles import State
@@ -73,19 +73,25 @@ class Rooms:
         return rooms
 
     def need(self, worker: Supervisor, rooms: Iterable[Room]) -> int:
-        """Bytes to have free for a worker: what it grew to before, but no more than a device has; or its weights."""
-        known = self.known(worker)
-        if known is None:
-            return _file_size(worker.spec.weights)
+        """Bytes to have free for a worker: what it grew to before, or a guess.
+
+        But no more than a device has, as long as it has not been seen to need more only to be loaded.
+        """
+        spec, label = worker.spec, self._label(worker.device or self.devices[0])
+        if (known := self._measurements.get(spec, label)) is not None:
+            expected, least = known.memory, known.loaded
+        else:
+            weights = _file_size(spec.weights)
+            least = max(weights, self._measurements.at_least(spec, label))
+            expected = max(least, self._measurements.guess(spec, label, weights))
         largest = max((math.inf if room.budget is None else room.budget for room in rooms), default=math.inf)
-        return known.memory if known.memory <= largest else max(known.loaded, int(largest))
+        return expected if expected <= largest else max(least, int(largest))
 
     def _taken(self, worker: Supervisor) -> int:
-        """Bytes that it has; while it loads, what it will have."""
+        """Bytes that it has; while it loads, what was set aside for it, if that is more."""
         if worker.state is State.READY and worker.memory:
             return worker.memory
-        known = self.known(worker)
-        return max(worker.memory, known.memory if known else _file_size(worker.spec.weights))
+        return max(worker.memory, worker.set_aside)
 
     def _budget(self, device: Device, tenants: tuple[Tenant, ...]) -> int | None:
         """Bytes for all models on a device; other programs' on a GPU are not theirs."""
@@ -108,6 +114,10 @@ class Rooms:
             texts.append(f"{self.devices[room.number]} has {size}, with {', '.join(there) or 'nothing'} there")
         return "; ".join(texts)
 
+    def memory(self, device: Device) -> Memory | None:
+        """What is in a device's memory, the machine's for a CPU; None where the driver does not say."""
+        return machine_memory() if device.kind == "cpu" else self._gpus.get(device.name)
+
     # --- what workers take
 
     def known(self, worker: Supervisor) -> Measured | None:
@@ -125,6 +135,11 @@ class Rooms:
         seconds = round(worker.load_seconds, 2)
         measured = Measured(loaded=worker.loaded_memory, memory=worker.peak_memory, load_seconds=seconds)
         self._measurements.put(worker.spec, self._label(worker.device), measured)
+
+    def remember_stopped(self, worker: Supervisor) -> None:
+        """A worker that loads is about to be stopped: the next needs what this one has, and more."""
+        if worker.device is not None:
+            self._measurements.put_at_least(worker.spec, self._label(worker.device), worker.memory)
 
     async def measure(self, workers: Iterable[Supervisor]) -> None:
         """Look at how much memory workers and devices have."""

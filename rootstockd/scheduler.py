@@ -47,12 +47,14 @@ class Evaluation(Generic[Owner]):
         atoms: how large it is.
         user: whose it is.
         share: how much of the worker that user gets, relative to others.
+        submitted: when it was asked for, by a clock of the owner's.
     """
 
     owner: Owner
     atoms: int
     user: int = 0
     share: float = 1.0
+    submitted: float = 0.0
     attempts: int = 0
     """How many workers died under it."""
     blamed: int = 0

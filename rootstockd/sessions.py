@@ -8,6 +8,7 @@ import logging
 import math
 import socket
 import time
+from collections import Counter
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -29,6 +30,7 @@ from rootstockd.peers import Peer, user_name
 from rootstockd.roles import Client, State
 from rootstockd.scheduler import Evaluation
 from rootstockd.supervisor import Supervisor
+from rootstockd.warm_model import WorkerKey
 from rootstockd.worker.slots import Slot
 
 log = logging.getLogger(__name__)
@@ -47,6 +49,8 @@ class Host(Protocol):
 
     limits: ipi.Limits
     accounts: Accounts
+    errors: Counter[str]
+    """How many drivers were told of, or lost their connection for, by code."""
 
     def check_open(self) -> None:
         """Whether new work is taken.
@@ -55,8 +59,8 @@ class Host(Protocol):
             DrainingError: it is not.
         """
 
-    def open_model(self, request: InitRequest) -> Supervisor:
-        """The model a session asks for.
+    def open_model(self, request: InitRequest, account: Account, leaving: WorkerKey | None) -> Supervisor:
+        """The model a session asks for, which has another until then, or none.
 
         Raises:
             RootstockError: there is none, or it can't do what is asked for.
@@ -105,6 +109,8 @@ class Session(asyncio.BufferedProtocol):
         self._line: Line | None = None
         self._leaving = False
         self._model: Supervisor | None = None
+        self._key: WorkerKey | None = None
+        """What makes this model, and its replicas, one for the user's account."""
         self._evaluation: Evaluation[Client] | None = None
         self._reading_paused = self._writing_paused = self._closing = False
         self._checked_cells = b""
@@ -156,6 +162,7 @@ class Session(asyncio.BufferedProtocol):
         if self._refusal is None:
             self._host.session_opened(self)
         else:
+            self._count(self._refusal)
             self._transport.write(ipi.error_frame(self._refusal))
             self.end(None)
 
@@ -186,7 +193,7 @@ class Session(asyncio.BufferedProtocol):
         self._release()
         if self.account is not None:
             self._unstage()
-            self._host.accounts.close_session(self.account)
+            self._host.accounts.close_session(self.account, self.evaluations)
             self.account = None
         self._host.session_closed(self)
 
@@ -216,7 +223,7 @@ class Session(asyncio.BufferedProtocol):
     def not_attached(self, error: RootstockError) -> None:
         """What was handed over is no stream of a driver."""
         if self.account is not None and not self._closing:
-            self._transport.write(ipi.error_frame(error))
+            self._say(ipi.error_frame(error))
             self.end(error)
 
     # --- the protocol's side
@@ -235,6 +242,7 @@ class Session(asyncio.BufferedProtocol):
                 else:
                     self._do(event)
         except RootstockError as error:
+            self._count(error)
             # a stock driver says no INIT that is too long to be staged
             if self._ipi.announced or isinstance(error, LimitError):
                 self._transport.write(ipi.error_frame(error))
@@ -247,14 +255,25 @@ class Session(asyncio.BufferedProtocol):
         """What is not on the way of a step, and STATUS."""
         match event:
             case engine_side.Send():
-                self._transport.write(event.data)
+                self._say(event.data)
             case ipi.Init():
                 self._initialise(event.text)
                 self._unstage()
             case engine_side.TakeOver():
                 self._line = Line(self._transport, self)
             case engine_side.Close():
+                self._count(event.error)
                 self.end(event.error)
+
+    def _say(self, message: bytes) -> None:
+        self._transport.write(message)
+        if message.startswith(ipi.ERROR):
+            self._count(RootstockError.from_json(message[ipi.HEADER_SIZE + ipi.INT.size :]))
+
+    def _count(self, error: RootstockError | None) -> None:
+        """The driver has been told of an error, or its connection ends for it."""
+        if error is not None:
+            self._host.errors[error.code] += 1
 
     def _stage(self, size: int) -> None:
         """A long INIT of so many bytes is about to come."""
@@ -278,7 +297,8 @@ class Session(asyncio.BufferedProtocol):
                     f"{len(request.numbers)} atoms x {request.batch_size} structures in one message; "
                     f"this daemon takes {self._host.limits.atoms} atoms."
                 )
-            model = self._host.open_model(request)
+            assert self.account is not None
+            model = self._host.open_model(request, self.account, self._key)
             self._release()
             try:
                 self._bind(request, model)
@@ -326,6 +346,8 @@ class Session(asyncio.BufferedProtocol):
             "fingerprint": "" if request.stock else model.spec.fingerprint,  # a stock driver has no use for it
         }
         self.request, self._model, self._checked_cells = request, model, b""
+        self._key = WorkerKey(model.spec.name, model.spec.dtype, request.options)
+        self.account.join(self._key)
         model.join(self)
 
     def _release(self) -> None:
@@ -340,7 +362,8 @@ class Session(asyncio.BufferedProtocol):
         self._host.accounts.give_back(self.account, self.slot.natoms * self.slot.frames)
         self._model.release(self.number)
         self._model.leave(self)
-        self._model = None
+        self.account.leave(self._key)
+        self._model = self._key = None
         self.slot.close()
         del self.slot  # its memory goes now, not when the garbage collector next runs
 
@@ -388,7 +411,8 @@ class Session(asyncio.BufferedProtocol):
         except RootstockError as error:
             self._ipi.fail(error)
             return
-        self._evaluation = Evaluation(self, self.slot.natoms * self.slot.frames, account.uid, account.quota.share)
+        atoms = self.slot.natoms * self.slot.frames
+        self._evaluation = Evaluation(self, atoms, account.uid, account.quota.share, time.perf_counter())
         self._model.submit(self._evaluation)
 
     def evaluated(self, error: RootstockError | None) -> None:

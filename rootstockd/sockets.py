@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -47,6 +48,12 @@ def make_runtime_dir(folder: Path, *, shared: bool) -> None:
             f"the folder {folder} belongs to somebody else, or others may write to it: they could stand in for the "
             "daemon. Choose another with --socket, or mend its owner and mode (chmod go-w)."
         )
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Remove a folder, unless somebody has something in it."""
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 @contextlib.contextmanager
@@ -117,6 +124,43 @@ def listen(
             _remove(unseen, ours)
             if not keep():
                 _remove(path, ours)
+
+
+@contextlib.contextmanager
+def listen_tcp(address: str) -> Iterator[socket.socket]:
+    """Listen on a TCP port.
+
+    Args:
+        address: `HOST:PORT`, with brackets around an IPv6 host.
+
+    Raises:
+        AddressError: there is no such host here, or somebody has the port.
+    """
+    host, _, port = address.rpartition(":")
+    with contextlib.ExitStack() as stack:
+        try:
+            ((family, _, _, _, where), *_) = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+            sock = stack.enter_context(socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # its predecessor's connections may linger
+            sock.bind((where[0], int(port), *where[2:]))  # getaddrinfo takes ports modulo 65,536
+            sock.listen()
+        except (OSError, OverflowError) as error:
+            why = error.strerror if isinstance(error, OSError) else "ports end at 65,535"
+            hint = {
+                errno.EADDRINUSE: " Each daemon of a machine needs a port of its own.",
+                errno.EAFNOSUPPORT: " Under systemd ports must be allowed: see docs/monitoring.md.",
+            }
+            raise AddressError(
+                f"can't listen on {address} for metrics: {why}.{hint.get(getattr(error, 'errno', 0), '')} The address "
+                "is `metrics` of the configuration, or --metrics."
+            ) from error
+        yield sock
+
+
+def url_of(sock: socket.socket) -> str:
+    """Where the metrics are that are served on a TCP socket."""
+    host, port = sock.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/metrics"
 
 
 @contextlib.contextmanager

@@ -6,7 +6,10 @@ A state directory has `weights/`, `environments/`, `models.toml` (what `rootstoc
 
 from __future__ import annotations
 
+import contextlib
+import grp
 import os
+import pwd
 import stat
 from pathlib import Path
 
@@ -53,16 +56,61 @@ def state_dirs() -> list[Path]:
     return there
 
 
-def check_trusted(folder: Path) -> None:
-    """Whether nobody but its owner could have written to a folder, and its owner is one to trust.
+def check_trusted(path: Path) -> None:
+    """Whether nobody else could have written a file, or into a folder: what is in it becomes code.
 
-    That is oneself, root, or whoever owns what the environment variable names: saying so was the user's choice.
+    Its owner must be oneself or root; in the state directory that the environment variable names it may be that
+    directory's owner, too, whom the user chose by naming it. Nobody but the owner may write to it. The owner's private
+    group may, which has no other members: many systems give each user one, and a umask of 002. Debian's sshd does so.
 
     Raises:
-        StateError: it is not so.
+        StateError: it is not so; what mends it.
     """
-    status = folder.stat()
-    if status.st_mode & stat.S_IWOTH:
-        raise StateError(f"all users may write to {folder}, so what is in it is not to be trusted: chmod o-w {folder}")
-    if status.st_uid not in (0, os.geteuid()) and not os.environ.get(VARIABLE):
-        raise StateError(f"{folder} belongs to another user (uid {status.st_uid}), so what is in it is not used.")
+    status = path.stat()
+    uid, mode = status.st_uid, status.st_mode
+    if uid not in {0, os.geteuid(), _owner_of_named_state(path)}:
+        raise StateError(
+            f"{path} belongs to another user ({_user(uid)}), so what is in it is not used: have it given to "
+            f"{_user(os.geteuid())} or to root, `chown {_user(os.geteuid())} {path}`."
+        )
+    if mode & stat.S_IWOTH:
+        raise StateError(f"all users may write to {path}, so what is in it is not to be trusted: chmod o-w {path}")
+    if mode & stat.S_IWGRP and not _is_owners_alone(path, uid, status.st_gid):
+        raise StateError(
+            f"the group {_group(status.st_gid)} may write to {path}, so what is in it is not to be trusted: "
+            f"chmod g-w {path}"
+        )
+
+
+def _owner_of_named_state(path: Path) -> int:
+    """Whoever owns the state directory that the variable names, if the path lies in it; otherwise root."""
+    if not os.environ.get(VARIABLE):
+        return 0
+    state = own_state().resolve()
+    return state.stat().st_uid if path.resolve().is_relative_to(state) else 0
+
+
+def _is_owners_alone(path: Path, uid: int, gid: int) -> bool:
+    """Whether a group is a user's private one: named as the user, theirs by default, and without other members."""
+    with contextlib.suppress(OSError):
+        os.getxattr(path, "system.posix_acl_access")
+        return False  # what looks like the group's rights are the most that an access control list gives to anybody
+    try:
+        user, group = pwd.getpwuid(uid), grp.getgrgid(gid)
+    except KeyError:
+        return False
+    return user.pw_gid == gid and group.gr_name == user.pw_name and set(group.gr_mem) <= {user.pw_name}
+
+
+def _user(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"uid {uid}"
+
+
+def _group(gid: int) -> str:
+    try:
+        return grp.getgrgid(gid).gr_name
+    except KeyError:
+        return str(gid)

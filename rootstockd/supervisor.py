@@ -1,4 +1,4 @@
-"""One warm model: its queue, its worker, and whatever has to happen for there always to be a worker."""
+"""One warm model: its worker, and whatever has to happen for there always to be one."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ import functools
 import logging
 import time
 
-from rootstock_client.errors import EvaluationError, LimitError, ModelLoadError, RootstockError
+from rootstock_client.errors import LimitError, ModelLoadError, RootstockError
 from rootstockd.config import Device
+from rootstockd.dispatcher import Dispatcher
 from rootstockd.environments.finding import Environment, find_environment
-from rootstockd.hang_limit import HangLimit
-from rootstockd.pace import Pace
+from rootstockd.failed_starts import FailedStarts
+from rootstockd.meter import Meter
 from rootstockd.roles import Client, Landlord, State
-from rootstockd.scheduler import MAX_BLAMED, Evaluation, Scheduler
+from rootstockd.scheduler import Evaluation
+from rootstockd.watchdog import Occupation, watch
 from rootstockd.worker.engines import EngineInfo, ModelSpec
 from rootstockd.worker_messages import Confined, Failure, Said, Stage, Versions, parse
 from rootstockd.worker_output import Ration
@@ -22,12 +24,6 @@ from rootstockd.worker_process import End, WorkerProcess
 
 log = logging.getLogger(__name__)
 
-MAX_FAILED_STARTS = 5
-"""Workers in a row that died before they were ready, until the model counts as broken."""
-MAX_HUNG_STARTS = 2
-"""The same, of those that took longer to load than they may."""
-PAUSES = (0.0, 0.0, 0.5, 1.0, 2.0)
-"""Seconds before the next start, by failed starts in a row."""
 TICK = 1.0
 """Seconds between looks at how long the worker has been at something, at most."""
 STOP_PATIENCE = 10.0
@@ -72,46 +68,42 @@ class Supervisor:
         self.info: EngineInfo | None = None
         self.unconfined: list[str] = [] if spec.confine else ["the configuration or the catalogue says confine = false"]
         """Why its workers have more rights than they need."""
-        self.evaluations = self.batches = self.restarts = 0
+        self.restarts = 0
         self.clients: set[Client] = set()
         """Whose systems are bound to this model."""
-        self.pace = Pace()
         self.loaded_memory = self.memory = self.peak_memory = 0
         """Bytes of its worker: when it had loaded, now and at most; 0 while that is not known."""
+        self.set_aside = 0
+        """Bytes that it was given on its device."""
         self.load_seconds: float | None = None
         """How long the latest loading took."""
         self.stage = ""
-        """How far loading has come."""
+        """How far loading has come, or when it begins anew."""
         self.obstacle = ""
         """What is in the way of loading, while it waits."""
         self.refusal: LimitError | None = None
         """Why it is not in memory, where there was no room for it."""
-        self.scheduler: Scheduler[Client] = Scheduler(batch_atoms)
         self.environment: Environment | None = None
         """Where its last worker was started; looked for anew for each, as another may have been built."""
         self._landlord = landlord
         self._ration = Ration()
         self._worker: WorkerProcess | None = None
-        self._failures: dict[int, RootstockError] = {}
-        self._asked, self._shortages = b"", 0
         self._settled = asyncio.Event()
         self._stopping = asyncio.Event()
         self._wanted = asyncio.Event()
         self._wanted.set()
+        self._dispatcher = Dispatcher(spec.name, batch_atoms, hang_timeout, self._wanted.set)
+        self.scheduler, self.pace = self._dispatcher.scheduler, self._dispatcher.pace
         self._vacant = asyncio.Event()
-        self._leaving = False
-        """Its worker is to end so that others may have its memory."""
-        self._going: dict[Client, Supervisor] = {}
-        """Who goes over to which other worker after the evaluation under way."""
+        self._leaving = asyncio.Event()
+        """Its worker is to end, for good or so that others may have its memory."""
         self._shortage: LimitError | None = None
         """The device had no memory for it."""
         self.retired = False
-        self._hang_limit, self._load_timeout = HangLimit(hang_timeout), load_timeout
+        self._load_timeout = load_timeout
         self._tick = min(TICK, hang_timeout / 10, load_timeout / 10)
-        self._ended_at = self._sent = self._computed = 0.0
-        self._last_use = self._loading_since = time.perf_counter()
-        self._new = False
-        """Something in the batch under way is in it for the first time."""
+        self._ended_at = 0.0
+        self._loading_since = time.perf_counter()
         self._task = asyncio.create_task(self._keep_warm(), name=f"supervisor {spec.name}")
 
     @property
@@ -137,27 +129,12 @@ class Supervisor:
     def leave(self, client: Client) -> None:
         """It is not any more."""
         self.clients.discard(client)
-        self._going.pop(client, None)
+        self._dispatcher.stays(client)
         self._end_if_unwanted()
 
     def hand_over(self, target: Supervisor, count: int) -> None:
         """Have so many of the sessions that have work go over to another worker of the model, the newest first."""
-        running = {evaluation.owner for evaluation in self.scheduler.running}
-        for client in sorted(self.clients - self._going.keys(), key=lambda client: -client.number):
-            if count == 0:
-                return
-            if client in running:
-                self._going[client] = target  # when its evaluation is over
-                count -= 1
-            elif client.queued:
-                count -= client.move(target)
-
-    def _let_go(self) -> None:
-        """An evaluation is over after which sessions were to go over to another worker."""
-        going, self._going = self._going, {}
-        for client, target in going.items():
-            if not target.retired:  # nor has it ended
-                client.move(target)
+        self._dispatcher.hand_over(self.clients, target, count)
 
     def retire(self) -> None:
         """No new sessions come: end with the last that is there."""
@@ -171,6 +148,7 @@ class Supervisor:
     def _end_worker(self) -> None:
         """For good: it holds nothing that wants saving."""
         self._stopping.set()
+        self._leaving.set()
         self._wanted.set()
         self._kill_worker()
 
@@ -189,7 +167,7 @@ class Supervisor:
     @property
     def queue(self) -> int:
         """Evaluations that wait or are under way."""
-        return self.scheduler.waiting + len(self.scheduler.running)
+        return self._dispatcher.queue
 
     @property
     def wanted(self) -> bool:
@@ -197,14 +175,19 @@ class Supervisor:
         return self._wanted.is_set() and not self._stopping.is_set()
 
     @property
+    def coming(self) -> bool:
+        """It is being loaded, or about to be."""
+        return self.wanted and self.state not in (State.READY, State.FAILED)
+
+    @property
     def present(self) -> bool:
         """Its device's memory is its own, or promised to it."""
-        return self.device is not None and not self._leaving and self.state is not State.FAILED
+        return self.device is not None and not self._leaving.is_set() and self.state is not State.FAILED
 
     @property
     def idle_seconds(self) -> float:
         """How long it has had nothing to do."""
-        return 0.0 if self.busy else time.perf_counter() - self._last_use
+        return 0.0 if self.busy else time.perf_counter() - self._dispatcher.last_use
 
     @property
     def elapsed(self) -> float:
@@ -213,20 +196,26 @@ class Supervisor:
 
     def load(self) -> None:
         """Come into memory, if it is not there."""
-        self._last_use = time.perf_counter()
+        self._dispatcher.last_use = time.perf_counter()
         self._wanted.set()
 
     def unload(self) -> None:
         """Leave memory, until somebody asks for it again, as what waits does; `vacated` says when it is done."""
-        self.scheduler.put_back()
-        self._failures = {}  # of a batch that is repeated
+        self._dispatcher.put_back()
         if not self.scheduler.waiting:
             self._wanted.clear()
         if not self._vacant.is_set():
-            self._leaving = True
+            self._leaving.set()
             self._kill_worker()
         if self.state is not State.FAILED:
             self._set_state(State.WAITING if self.scheduler.waiting else State.COLD)
+
+    def refuse(self, error: LimitError) -> None:
+        """Leave memory, or do not come there: there is no room. What waits is told so."""
+        log.warning("%s", error.message)
+        self.refusal, self._dispatcher.last_use = error, time.perf_counter()
+        self.give_up(error)
+        self.unload()
 
     @property
     def ended(self) -> bool:
@@ -237,83 +226,58 @@ class Supervisor:
         """Until it has no worker."""
         await self._vacant.wait()
 
-    def give_up(self, error: RootstockError) -> None:
-        """Tell all who wait for an evaluation that it won't be done."""
-        for evaluation in self.scheduler.clear():
-            evaluation.owner.evaluated(error)
+    # --- evaluations
+
+    @property
+    def meter(self) -> Meter:
+        """What it does where it is."""
+        return self._dispatcher.meter
+
+    @property
+    def evaluations(self) -> int:
+        """Done so far."""
+        return self._dispatcher.evaluations
+
+    @property
+    def batches(self) -> int:
+        """They were done in so many."""
+        return self._dispatcher.batches
 
     def sample(self) -> None:
         """Look at how fast it is."""
-        now = time.perf_counter()
-        under_way = now - self._sent if self.scheduler.running else 0.0
-        self.pace.sample(now, self.evaluations, self._computed + under_way, self.queue)
+        self._dispatcher.sample()
 
-    # --- evaluations
+    def give_up(self, error: RootstockError) -> None:
+        """Tell all who wait for an evaluation that it won't be done."""
+        self._dispatcher.give_up(error)
 
     def submit(self, evaluation: Evaluation[Client]) -> None:
         """Have an evaluation done; its owner is told when it is over."""
         if self.error is not None:
             evaluation.owner.evaluated(self.error)
-            return
-        self.scheduler.submit(evaluation)
-        if not self.scheduler.running:
-            self._dispatch()
+        else:
+            self._dispatcher.submit(evaluation)
 
     def release(self, number: int) -> None:
         """A slot will not be used again."""
         if self._worker is not None:
             self._worker.detach(number)
 
-    def _dispatch(self) -> None:
-        worker = self._worker
-        if worker is None or not worker.usable or self.state is not State.READY:
-            self._wanted.set()
-            return
-        batch = self.scheduler.next_batch()
-        if not batch:
-            return
-        numbers: list[int] = []
-        refused: list[tuple[Evaluation[Client], LimitError]] = []
-        for evaluation in batch:
-            owner = evaluation.owner
-            try:
-                if owner.number not in worker.attached:
-                    worker.attach(owner.number, owner.slot, owner.settings)
-                    self._hang_limit.new_system()
-                    self._new = True
-            except OSError as error:
-                refusal = LimitError(f"the daemon can't hand over this structure: {error.strerror}.")
-                refused.append((evaluation, refusal))
-            else:
-                numbers.append(owner.number)
-        if numbers:
-            self._sent = time.perf_counter()
-            self._asked, self._shortages = worker.evaluate(numbers), 0
-        for evaluation, refusal in refused:
-            batch.remove(evaluation)
-            evaluation.owner.evaluated(refusal)
-        if refused and not batch:
-            self._dispatch()
+    # --- what the worker says
 
     def _on_message(self, kind: bytes, body: bytes) -> None:
-        if kind == b"E" and body == self._asked and self.scheduler.running:
-            self._done()
-        elif kind == b"O" and self._shortages < len(self.scheduler.running):
-            self._shortages += 1  # each splits a batch
-            self.scheduler.back_off()
-            atoms = self.scheduler.batch_atoms
-            log.warning("model %s: no memory for a batch; they have %d atoms at most now", self.spec.name, atoms)
+        if self._dispatcher.heard(kind, body):
+            return
+        try:
+            said = parse(kind, body)
+            self._check_time(kind, said)
+        except ValueError as error:
+            what = str(error).partition("\n")[0][:200]
+            log.warning("model %s: its worker says what makes no sense, and is ended: %s", self.spec.name, what)
+            if self._worker is not None:  # whatever it sends now can't be trusted, nor what it computes
+                self._worker.distrust("what is no message")
         else:
-            try:
-                said = parse(kind, body)
-                self._check_time(kind, said)
-            except ValueError as error:
-                what = str(error).partition("\n")[0][:200]
-                log.warning("model %s: its worker says what makes no sense, and is ended: %s", self.spec.name, what)
-                if self._worker is not None:  # whatever it sends now can't be trusted, nor what it computes
-                    self._worker.distrust("what is no message")
-            else:
-                self._told(kind, said)
+            self._told(kind, said)
 
     def _check_time(self, kind: bytes, said: Said) -> None:
         """Whether a worker may say this now.
@@ -322,34 +286,9 @@ class Supervisor:
             ValueError: it may not.
         """
         if isinstance(said, Failure) and kind == b"F":
-            if all(evaluation.owner.number != said.slot for evaluation in self.scheduler.running):
-                raise ValueError(f"a failure of slot {said.slot}, which is not under way")
+            self._dispatcher.check_under_way(said.slot)
         elif (self.state is State.LOADING) == (kind == b"I"):
             raise ValueError(f"{kind!r} while the model is {self.state.value}")
-
-    def _done(self) -> None:
-        """The batch is done."""
-        failures = self._failures
-        if failures:
-            self._failures = {}
-        seconds = time.perf_counter() - self._sent
-        new, self._new = self._new, False
-        # a failure takes as long as it takes, and says nothing of what evaluations cost
-        batch = self.scheduler.finished(None if failures else seconds)
-        if self.scheduler.waiting:
-            self._dispatch()  # first the device, then the answers
-        self.batches += 1
-        self.evaluations += len(batch)
-        self._computed += seconds
-        self._last_use = self._sent + seconds
-        for evaluation in batch:
-            owner = evaluation.owner
-            owner.evaluated(failures.get(owner.number) if failures else None)
-        if self._going:
-            self._let_go()
-        if new or seconds > self._hang_limit.ordinary:
-            sizes = [evaluation.atoms for evaluation in batch if evaluation.owner.number not in failures]
-            self._hang_limit.learn(sum(sizes), max(sizes, default=0), seconds)
 
     def _told(self, kind: bytes, said: Said) -> None:
         """What the worker says in JSON."""
@@ -359,8 +298,10 @@ class Supervisor:
             self.unconfined = said.missing
             for what in said.missing:
                 warn_once(f"workers are not wholly confined: {what} (SECURITY.md)")
+        elif isinstance(said, Failure) and kind == b"F":
+            self._dispatcher.failed(said)
         elif isinstance(said, Failure):
-            self._failed(kind, said)
+            self._not_loaded(said.error)
         elif isinstance(said, Stage):
             self.stage = said.stage
         else:
@@ -370,11 +311,12 @@ class Supervisor:
         self.info = info
         where = f"{self.device} in {self.spec.dtype} ({info.backend})"
         if ready:
-            self._last_use = time.perf_counter()
-            self.load_seconds = self._last_use - self._loading_since
+            self._dispatcher.last_use = time.perf_counter()
+            self.load_seconds = self._dispatcher.last_use - self._loading_since
+            self.meter.totals.loading.add(self.load_seconds)
             log.info("model %s is ready on %s after %.1f s", self.spec.name, where, self.load_seconds)
             self._set_state(State.READY)
-            self._dispatch()
+            self._dispatcher.dispatch()
         if info.note:
             log.warning("model %s on %s: %s", self.spec.name, where, info.note)
 
@@ -388,16 +330,10 @@ class Supervisor:
                 self._worker.kill(End(error.message, blamed=False))
                 self._worker.hang_up()
 
-    def _failed(self, kind: bytes, said: Failure) -> None:
-        """An evaluation has failed, or loading has."""
-        error = said.error
+    def _not_loaded(self, error: RootstockError) -> None:
+        """Loading has failed."""
         if isinstance(error, LimitError):
-            if kind == b"F" and (largest := self._hang_limit.largest):
-                error.message += f" The largest that this model has evaluated had {largest} atoms."
             log.warning("model %s: %s", self.spec.name, error.message)
-        if kind == b"F":
-            self._failures[said.slot] = error
-        elif isinstance(error, LimitError):
             self._shortage = error
         else:
             self.error = error
@@ -407,60 +343,59 @@ class Supervisor:
     async def _keep_warm(self) -> None:
         """Have a worker whenever it is wanted, until the model is broken or no longer wanted for good."""
         while self.state is not State.FAILED:
-            self.device, self._leaving = None, False
+            self.device = None
             self._vacant.set()
             await self._wanted.wait()
             if self._stopping.is_set():
                 return
+            self._leaving.clear()
             self._set_state(State.WAITING)
             self._loading_since, self.refusal = time.perf_counter(), None
             try:
                 variables = await self._landlord.admit(self)
             except LimitError as error:
-                log.warning("%s", error.message)
-                self.refusal, self._last_use = error, time.perf_counter()
-                self._wanted.clear()
-                self._set_state(State.COLD)
-                self.give_up(error)
+                self.refuse(error)
                 continue
             finally:
                 self.obstacle = ""
             if variables is not None:
                 self._vacant.clear()
+                self._dispatcher.meter = Meter(self._landlord.totals(self))
                 await self._stay(variables)
+                self.meter.count()
         self._vacant.set()
 
     async def _stay(self, variables: dict[str, str]) -> None:
         """Start workers, one after another as they die."""
-        failed: list[End] = []
-        while not (self._stopping.is_set() or self._leaving):
+        failed = FailedStarts(self.spec.name)
+        while not self._leaving.is_set():
             self._set_state(State.LOADING)
             end = await self._run_worker(variables)
-            if self._stopping.is_set() or self._leaving:
+            if self._leaving.is_set():
                 return
-            failed = [*failed, end] if self.state is State.LOADING else []
+            if self.state is State.LOADING:
+                failed.add(end)
+            else:
+                failed.forget()
             log.warning("the worker of %s ended: %s", self.spec.name, end.how)
             if (shortage := self._shortage) is not None:
-                self._shortage, failed = None, []
+                self._shortage = None
+                failed.forget()
                 if not await self._landlord.make_room(self):
                     self.error = shortage
-            if self.error is None and (
-                len(failed) >= MAX_FAILED_STARTS or sum(start.hung for start in failed) >= MAX_HUNG_STARTS
-            ):
-                ends = "; ".join(start.how for start in failed)
-                self.error = ModelLoadError(
-                    f"model {self.spec.name!r}: {len(failed)} workers ended before they were ready: {ends}.",
-                    "`rootstockd logs` has what they printed.",
-                )
-            self._worker_lost(end)
+            self.error = self.error or failed.verdict()
             if self.error is not None:
+                self.give_up(self.error)
                 log.error("%s", self.error)
                 self._ended_at = time.monotonic()
                 self._set_state(State.FAILED)
                 return
+            self._dispatcher.worker_lost(end)
             self.restarts += 1
+            self.meter.totals.restarts += 1
+            self.stage = f"to be started again in {failed.pause:.0f} s ({end.how})"
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), PAUSES[len(failed)])
+                await asyncio.wait_for(self._leaving.wait(), failed.pause)
 
     async def _run_worker(self, variables: dict[str, str]) -> End:
         """One worker from its start to its end."""
@@ -476,68 +411,27 @@ class Supervisor:
             return End(error.message, blamed=True)
         except Exception as error:  # or the model would count as loading for ever
             return End(f"it could not be started: {error}", blamed=True)
-        if self._stopping.is_set() or self._leaving:
+        if self._leaving.is_set():
             worker.kill()
-        watch = asyncio.create_task(self._watch(worker), name=f"watch {self.spec.name}")
+        name = self.spec.name
+        watching = asyncio.create_task(watch(worker, name, self._occupation, self._tick), name=f"watch {name}")
         try:
             return await worker.wait()
         finally:
-            watch.cancel()
-            self._worker = None
+            watching.cancel()
+            self._worker, self.memory = None, 0
 
-    async def _watch(self, worker: WorkerProcess) -> None:
-        """Kill a worker that is at one thing for too long.
-
-        Time is counted in looks at it: while the daemon itself is stopped, or the whole machine, none goes by.
-        """
-        began, looks = -1.0, 0
-        while True:
-            await asyncio.sleep(self._tick)
-            loading, running = self.state is State.LOADING, self.scheduler.running
-            if not loading and (not running or self._sent != began):
-                began, looks = self._sent, 0
-                continue
-            looks += 1
-            waited = looks * self._tick
-            limit = self._load_timeout if loading else self._batch_limit(running)
-            if waited < limit:
-                continue
-            worker.hear_out()  # its answer may have come while nobody looked
-            if self.state is State.LOADING if loading else self.scheduler.running and self._sent == began:
-                what = "loading" if loading else "an evaluation"
-                how = f"it hung: {what} took {waited:.3g} s where {limit:.3g} s is the limit"
-                end = End(how, blamed=True, hung=True)
-                log.warning("model %s: worker %d is killed, %s", self.spec.name, worker.pid, end.how)
-                worker.kill(end)
-                return
-
-    def _batch_limit(self, batch: list[Evaluation[Client]]) -> float:
-        sizes = [evaluation.atoms for evaluation in batch]
-        return self._hang_limit.seconds(sum(sizes), max(sizes))
-
-    def _worker_lost(self, end: End) -> None:
-        failures, self._failures = self._failures, {}
-        if self.error is not None:
-            for evaluation in self.scheduler.clear():
-                evaluation.owner.evaluated(self.error)
-            return
-        for evaluation in [e for e in self.scheduler.running if e.owner.number in failures]:
-            self.scheduler.withdraw(evaluation)  # what became of it was said before the end
-            evaluation.owner.evaluated(failures[evaluation.owner.number])
-        for evaluation in self.scheduler.worker_lost(end.how, blame=end.blamed):
-            error = EvaluationError(
-                f"model {self.spec.name!r}: {evaluation.attempts} workers ended over this structure: "
-                f"{'; '.join(evaluation.ends)}.",
-                "The model itself is up again; look at the structure, and at `rootstockd logs`."
-                if evaluation.blamed >= MAX_BLAMED
-                else "These signals come from outside: from the kernel when memory runs out (see `dmesg`), or from "
-                "people. Try again, or use a smaller structure.",
-            )
-            log.warning("%s", error.message)
-            evaluation.owner.evaluated(error)
+    def _occupation(self) -> Occupation | None:
+        """What the worker is at."""
+        if self.state is State.LOADING:
+            return Occupation("loading", self._loading_since, self._load_timeout)
+        if self.scheduler.running:
+            return Occupation("an evaluation", self._dispatcher.sent, self._dispatcher.hang_limit)
+        return None
 
     def _set_state(self, state: State) -> None:
         self.state = state
+        self._dispatcher.worker = self._worker if state is State.READY else None
         if state in (State.READY, State.FAILED, State.COLD):
             self._settled.set()
 

@@ -37,21 +37,25 @@ class WorkerFolders:
     """One worker's folders. The scratch folder exists, and is locked, until `remove`.
 
     Args:
-        spec: the worker's model.
+        spec: the worker's model; None for one that loads none, and has nothing to keep.
 
     Raises:
         OSError: there is no room for scratch.
     """
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec | None) -> None:
         self.scratch, self._lock = _make_scratch()
-        self.cache = _cache(spec) or self.scratch
+        self.cache = (_cache(spec) if spec else None) or self.scratch
 
     @property
     def environment(self) -> dict[str, str]:
         """Variables that lead a worker to its folders."""
         caches = {variable: f"{self.cache}/{name}" for variable, name in _CACHES.items()}
         return {"TMPDIR": self.scratch, **caches}
+
+    def confinement(self, *, gpu: bool) -> str:
+        """What `rootstockd.worker.confine` is to leave to the worker, as its process takes it."""
+        return json.dumps({"folders": [self.scratch, self.cache], "gpu": gpu})
 
     def remove(self) -> None:
         """Remove the scratch folder."""

@@ -108,8 +108,7 @@ class WorkerProcess:
             ours.setblocking(False)  # noqa: FBT003 - the socket module has no other way
             arguments = [str(theirs.fileno()), json.dumps(dataclasses.asdict(spec))]
             if folders is not None:
-                confinement = {"folders": [folders.scratch, folders.cache], "gpu": spec.device != "cpu"}
-                arguments.append(json.dumps(confinement))
+                arguments.append(folders.confinement(gpu=spec.device != "cpu"))
                 variables = variables | folders.environment
             process = await asyncio.create_subprocess_exec(
                 *worker_command(environment),
@@ -276,10 +275,11 @@ class WorkerProcess:
 def worker_command(environment: Environment) -> list[str]:
     """What starts a worker in an environment, but for its arguments.
 
-    A built environment is taken as it was built: without variables that change Python (-E), packages in the user's home
+    Packages can run code when Python starts: they come in when the worker has given its rights away, not before (-S). A
+    built environment is taken as it was built: without variables that change Python (-E), packages in the user's home
     (-s), or writing to it (-B). `worker/__main__.py` adds what PYTHONPATH names behind its own packages.
     """
-    return [str(environment.python), *(["-E", "-s", "-B"] if environment.built else []), "-u", str(ENTRY)]
+    return [str(environment.python), "-S", *(["-E", "-s", "-B"] if environment.built else []), "-u", str(ENTRY)]
 
 
 def ending(status: int) -> End:

@@ -23,6 +23,7 @@ from rootstockd.devices import gpu_names
 
 # Test processes and their workers share few cores: threads that wait for each other would take most of the time.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ["ROOTSTOCKD_PATIENCE"] = "60"  # a test that waits for a daemon that nobody starts should say so
 
 __all__ = ["no_leaks", "pytest_runtest_makereport"]  # found here by pytest
@@ -40,6 +41,7 @@ def no_settings_of_this_machine(tmp_path_factory: pytest.TempPathFactory) -> Ite
         patch.setenv("ROOTSTOCKD_STATE", str(folder / "state"))
         patch.setenv("ROOTSTOCKD_SITE", str(folder / "site"))
         patch.setenv("XDG_CONFIG_HOME", str(folder / "config"))
+        patch.delenv("SLURM_JOB_ID", raising=False)
         yield
 
 

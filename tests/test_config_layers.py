@@ -105,7 +105,7 @@ def test_the_later_goes_before_the_earlier(tmp_path: Path) -> None:
     )
     assert (config.max_atoms, config.max_sessions, config.batch_atoms) == (1, 2, 4)
     assert config.models == ("c",)  # a list is taken whole
-    assert config.limits.model_dump() == {"sessions": 1, "queued": 3, "atoms": 2, "share": 1.0}
+    assert config.limits.model_dump() == {"sessions": 1, "queued": 3, "atoms": 2, "models": 8, "share": 1.0}
     assert (config.users["alice"].sessions, config.users["alice"].share) == (1, 2)
     first, second = (str(tmp_path / name) for name in ("0.toml", "1.toml"))
     assert config.origins == {

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from rootstockd.devices import make_device_files
+from rootstockd.devices import Gpu, default_names, make_device_files
 
 
 @pytest.mark.parametrize("there", [False, True])
@@ -26,3 +26,22 @@ def test_the_file_that_cuda_would_have_made(tmp_path: Path, monkeypatch: pytest.
 def test_where_that_program_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     make_device_files(tmp_path / "nvidia-uvm")
+
+
+@pytest.mark.parametrize(
+    ("variables", "names"),
+    [
+        ({}, ("cuda:0",)),
+        ({"CUDA_VISIBLE_DEVICES": "2,1"}, ("cuda:0",)),
+        ({"CUDA_VISIBLE_DEVICES": "2,1", "SLURM_JOB_ID": "7"}, ("cuda:0", "cuda:1")),
+        ({"SLURM_JOB_ID": "7"}, ("cuda:0",)),  # a Slurm that knows of no GPUs
+        ({"CUDA_VISIBLE_DEVICES": "NoDevFiles", "SLURM_JOB_ID": "7"}, ("cpu",)),  # how it says that the job has none
+    ],
+)
+def test_the_devices_of_whoever_names_none(variables: dict[str, str], names: tuple[str, ...]) -> None:
+    """A job in Slurm has all GPUs that it was given."""
+    assert default_names([Gpu(f"GPU-{i}", "pretend") for i in range(4)], variables) == names
+
+
+def test_without_gpus_it_is_the_cpu() -> None:
+    assert default_names([], {"CUDA_VISIBLE_DEVICES": "0", "SLURM_JOB_ID": "7"}) == ("cpu",)

@@ -1,7 +1,9 @@
 """Downloads from a server that goes wrong, and what comes of them in the store."""
 
+import contextlib
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import threading
@@ -13,7 +15,7 @@ from fileserver import serving
 from rootstock_client.errors import ModelLoadError
 from rootstockd.models import store
 from rootstockd.models.catalogue import Entry
-from rootstockd.models.download import ATTEMPTS, DownloadError, download
+from rootstockd.models.download import ATTEMPTS, DownloadError, Known, download
 from rootstockd.models.pull import Wishes, pull
 from rootstockd.models.store import StoreError
 
@@ -34,11 +36,11 @@ def fetch(server, tmp_path):
     """Download the server's file; what came of it, and what was said."""
     path, heard = tmp_path / "part", []
 
-    def fetch(checksum_known=True, timeout=(5, 5), path=path):
+    def fetch(checksum_known=True, size=None, timeout=(5, 5), path=path):
         download(
             server.url(FILE),
             path,
-            checksum_known=checksum_known,
+            Known(checksum_known, size),
             progress=lambda done, total: heard.append((done, total)),
             say=heard.append,
             pause=0.01,
@@ -205,9 +207,19 @@ def test_a_server_that_falls_silent(server, fetch):
 
 def test_nobody_listens(fetch, server):
     with pytest.raises(DownloadError, match="Connection refused"):
-        download(
-            "http://127.0.0.1:1/x", fetch.path, checksum_known=True, progress=print, say=fetch.heard.append, pause=0.01
-        )
+        download("http://127.0.0.1:1/x", fetch.path, Known(True), progress=print, say=fetch.heard.append, pause=0.01)
+
+
+def test_a_name_that_nobody_knows(fetch, monkeypatch):
+    for variable in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(DownloadError) as caught:
+        download("http://files.invalid/x", fetch.path, Known(True), progress=print, say=fetch.heard.append, pause=0.01)
+    assert re.search(r"the name files\.invalid can't be looked up: [A-Z].* name", str(caught.value)), caught.value
+    assert "https_proxy" in str(caught.value) and "--mirror" in str(caught.value)
+    monkeypatch.setenv("http_proxy", "http://proxy.invalid:80")
+    with pytest.raises(DownloadError, match="the proxy's name can't be looked up"):
+        download("http://files.invalid/x", fetch.path, Known(True), progress=print, say=fetch.heard.append, pause=0.01)
 
 
 def test_a_proxy_of_the_environment(server, fetch, monkeypatch):
@@ -216,7 +228,7 @@ def test_a_proxy_of_the_environment(server, fetch, monkeypatch):
     monkeypatch.setenv("http_proxy", server.url(""))
     monkeypatch.delenv("NO_PROXY", raising=False)
     monkeypatch.delenv("no_proxy", raising=False)
-    download("http://files.invalid/x.model", fetch.path, checksum_known=True, progress=lambda *_: None, say=print)
+    download("http://files.invalid/x.model", fetch.path, Known(True), progress=lambda *_: None, say=print)
     assert fetch.path.read_bytes() == DATA
 
 
@@ -266,8 +278,25 @@ def test_a_file_larger_than_the_disk(server, fetch, monkeypatch):
     free = os.statvfs(fetch.path.parent).f_bavail * os.statvfs(fetch.path.parent).f_frsize
     monkeypatch.setitem(server.files, FILE, _Huge(free * 2))
     with pytest.raises(DownloadError, match=r"no room.*MB are needed"):
-        fetch()
+        fetch(size=free * 2)
     assert fetch.path.stat().st_size == 0
+
+
+def test_a_file_larger_than_any_model(fetch, server, monkeypatch):
+    monkeypatch.setitem(server.files, FILE, _Huge((16 << 30) + 1))
+    with pytest.raises(DownloadError, match="more than 16 GiB, as no model has"):
+        fetch()
+    assert not fetch.path.exists()
+
+
+@pytest.mark.parametrize("fault", ["chunked", "no-length", "gzip"])
+def test_more_than_was_expected_is_not_written(fetch, server, fault):
+    """Where the server does not say how much will come, it is stopped as soon as it is too much."""
+    server.faults += [fault]
+    with pytest.raises(DownloadError, match="more than the 100000 bytes that were expected"):
+        fetch(size=100_000)
+    assert not fetch.path.exists()
+    assert max(done for done, _ in fetch.heard) <= 100_000
 
 
 class _Huge(bytes):
@@ -370,7 +399,7 @@ def test_pieces_that_do_not_fit_are_fetched_anew(server, state, entry):
 
 
 def test_of_another_size_than_the_catalogue_says(server, state, entry):
-    with pytest.raises(StoreError, match="300000 bytes, where 299999 were expected"):
+    with pytest.raises(DownloadError, match="300000 bytes, where 299999 were expected"):
         pull("mine", entry.model_copy(update={"size": 299_999}), wishes())
 
 
@@ -394,12 +423,33 @@ def test_two_at_once(server, state, entry):
         if hopes[1].heard:
             break
         threading.Event().wait(0.02)
-    assert hopes[1].heard == ["mine is being pulled already; waiting"]
+    assert hopes[1].heard == ["another command is at mine; waiting for it"]
     server.go.set()
     for thread in threads:
         thread.join()
     assert len(server.requests) == 1
     assert found[0] == found[1]
+    assert not list(state.glob("weights/*.lock"))
+
+
+def test_one_at_a_time_though_every_lock_is_removed(tmp_path):
+    inside, most = [], []
+
+    def work():
+        for _ in range(30):
+            with store.lock(tmp_path, "mine", lambda _: None):
+                inside.append(1)
+                most.append(len(inside))
+                threading.Event().wait(0.0001)
+                inside.pop()
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 180
+    assert not list(tmp_path.iterdir())
 
 
 def test_one_file_of_two_models(server, state, entry):
@@ -483,3 +533,25 @@ def test_what_was_not_pulled(state, entry):
     with pytest.raises(ModelLoadError, match="not on this machine") as caught:
         store.located("mine", entry)
     assert "rootstockd models pull mine" in caught.value.hint
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
+def test_a_disk_without_room_for_the_record(tmp_path):
+    """A file that no record has would stay for ever."""
+    source, folder = tmp_path / "source", tmp_path / "small"
+    source.write_bytes(DATA)
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=400k,mode=755", "none", str(folder)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount")
+    try:
+        stored = store.copy_in(source, folder, folder / "mine.copy", ".model")
+        with (folder / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
+            while filler.write(bytes(4096)):
+                pass
+        record = store.Record(original=stored, source="there", pinned="the user", when="now")
+        with pytest.raises(StoreError, match="the record of mine was not kept: there is no room in"):
+            store.write_record(folder, "mine", record)
+        assert [path.name for path in folder.iterdir()] == ["filler"]
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)

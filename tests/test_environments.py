@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -28,11 +29,17 @@ from ase.calculators.emt import EMT
 
 from conftest import RunningDaemon, rootstockd, wait_for
 from rootstock_client.errors import EvaluationError, ModelLoadError
-from rootstockd.environments.building import torch_backend, torch_flavour
-from rootstockd.environments.builds import Build, find_build, problems_of
+from rootstockd.environments.archive import Description, unpacked
+from rootstockd.environments.building import torch_backend, torch_flavour, without_torchs_builds
+from rootstockd.environments.builds import Build, EnvironmentBuildError, find_build, problems_of, site_packages
 from rootstockd.environments.finding import find_environment
 from rootstockd.environments.pythons import readable_by_all
-from rootstockd.environments.specification import SpecificationError, find_specification, read_specification
+from rootstockd.environments.specification import (
+    Specification,
+    SpecificationError,
+    find_specification,
+    read_specification,
+)
 
 NOWHERE = "http://127.0.0.1:9"
 """A proxy that is not there."""
@@ -82,11 +89,12 @@ def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def make_wheel(folder: Path, name: str, version: str) -> Path:
+def make_wheel(folder: Path, name: str, version: str, more: dict[str, str] | None = None) -> Path:
     info = f"{name}-{version}.dist-info"
     path = folder / f"{name}-{version}-py3-none-any.whl"
     files = {
         f"{name}/__init__.py": f"__version__ = {version!r}\n",
+        **(more or {}),
         f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
         f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }
@@ -97,8 +105,9 @@ def make_wheel(folder: Path, name: str, version: str) -> Path:
     return path
 
 
-def specify(file: Path, *requirements: str, more: str = "") -> Path:
-    file.write_text(f"requirements = {json.dumps(requirements)}\n{more}")
+def specify(file: Path, *requirements: str, more: str = "", python: str = sys.executable) -> Path:
+    """Write a specification. A Python that is named need not be looked for, which takes uv longer than all the rest."""
+    file.write_text(f"requirements = {json.dumps(requirements)}\npython = {json.dumps(python)}\n{more}")
     return file
 
 
@@ -228,6 +237,79 @@ def test_a_worker_has_its_environment_and_nothing_of_the_daemons(probed: Running
     )
 
 
+# What a package may bring to be run when Python starts. It tries what a worker may not, and says whether it could.
+AT_START = """
+import socket, sys
+
+def could(attempt):
+    try:
+        attempt()
+    except OSError:
+        return False
+    return True
+
+def connect():
+    socket.socket().close()
+
+def write():
+    with open({victim!r}, "a") as file:
+        file.write("{name} ran\\n")
+
+print("{name} ran:", "it could write" if could(write) else "it could not write",
+      "and connect" if could(connect) else "nor connect", file=sys.stderr, flush=True)
+"""
+
+
+def runs_at_start(victim: Path) -> dict[str, str]:
+    """Files for site-packages: code behind a `.pth` file and a `sitecustomize`."""
+    scripts = {name: AT_START.format(victim=str(victim), name=name) for name in ("of_a_pth", "sitecustomize")}
+    return {"start.pth": "import of_a_pth\n", **{f"{name}.py": text for name, text in scripts.items()}}
+
+
+def copy_of(build: Build, state: Path, name: str) -> Path:
+    """A build in another state directory, where it finds all that it needs."""
+    folder = state / f"environments/{name}/builds/1"
+    shutil.copytree(build.path, folder, symlinks=True)
+    (folder.parent.parent / "current").symlink_to("builds/1")
+    return folder
+
+
+def test_packages_run_nothing_before_a_worker_is_confined(
+    tiny: Path, tmp_path: Path, start_daemon: Callable[..., RunningDaemon], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, victim = copy_of(found("tiny"), tmp_path, "tiny"), tmp_path / "victim"
+    for name, text in runs_at_start(victim).items():
+        (site_packages(folder) / name).write_text(text)
+    monkeypatch.setenv("ROOTSTOCKD_STATE", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    more = probe_catalogue(tmp_path)
+    free = more.read_text().replace("[probe]", "[free]\nconfine = false")
+    more.write_text(more.read_text() + free)
+    running = start_daemon("--catalogue", str(more), "--model", "probe")
+    assert energy_of(running) == pytest.approx(expected_energy(), abs=1e-9)
+    log = running.log.read_text()
+    assert "of_a_pth ran: it could not write nor connect" in log and "it could write" not in log
+    assert not victim.exists()
+    # as it could without confinement
+    assert energy_of(running, "free") == pytest.approx(expected_energy(), abs=1e-9)
+    assert "of_a_pth ran: it could write and connect" in running.log.read_text() and victim.exists()
+
+
+def test_packages_run_nothing_unconfined_while_an_environment_is_built(
+    state: Path, tmp_path: Path, wheels: Path
+) -> None:
+    victim = tmp_path / "victim"
+    files = {**runs_at_start(victim), "fellow/imported.py": AT_START.format(victim=str(victim), name="an import")}
+    make_wheel(wheels / "fellow", "fellow", "1.0", files)
+    spec = specify(tmp_path / "own.toml", "numpy<2", "fellow", more='imports = ["fellow.imported"]')
+    env("create", "own", "--spec", spec)
+    assert site_packages(found("own").path).joinpath("of_a_pth.py").exists()
+    env("export", "own", tmp_path / "own.tar", UV_CACHE_DIR=str(tmp_path / "another-cache"))
+    assert not victim.exists()
+    subprocess.run([found("own").python, "-c", "import fellow.imported"], check=True, capture_output=True)
+    assert {"of_a_pth ran", "an import ran"} <= set(victim.read_text().splitlines())  # where nothing forbids it
+
+
 def test_without_an_environment_a_family_beside_the_daemon_is_used(daemon: RunningDaemon, state: Path) -> None:
     assert daemon.model("emt")["environment"].startswith("beside the daemon, Python 3.")
     assert not find_environment("mace", "mace").built
@@ -285,18 +367,19 @@ def test_verify_compares_what_a_worker_computes(tiny: Path) -> None:
     assert "emt (EMT (ase " in words and "the energy differs by" in words
 
 
-def test_verify_refuses_an_environment_with_other_numbers(
+def test_verify_refuses_an_environment_with_other_numbers_and_one_that_fails(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build = find_build("tiny")
-    assert build is not None
-    folder = tmp_path / "environments/tiny/builds/1"
-    shutil.copytree(build.path, folder, symlinks=True)  # which finds what it needs where it has moved to
-    (folder.parent.parent / "current").symlink_to("builds/1")
+    folder = copy_of(found("tiny"), tmp_path, "tiny")
     manifest = (folder / "manifest.json").read_text()
     (folder / "manifest.json").write_text(manifest.replace("0.097283", "0.098283"))
     monkeypatch.setenv("ROOTSTOCKD_STATE", str(tmp_path))
     assert "computes other numbers than it should" in " ".join(env("verify", "tiny", fails=True).split())
+    emt = site_packages(folder) / "ase/calculators/emt.py"
+    emt.write_text("print('the last words', flush=True)\nimport os\nos._exit(3)\n")
+    words = " ".join(env("verify", "tiny", fails=True).split())
+    assert "environment 'tiny' can't be verified: model 'emt' can't be used: its worker ended: exit status 3" in words
+    assert "the last words" in words
 
 
 # --- building
@@ -308,9 +391,22 @@ def test_the_lock_gives_the_same_versions_until_they_are_updated(state: Path, tm
     lock = found("own").lock.read_text()
     assert "--hash=sha256:" in lock and "numpy==1.0" in lock
     specify(spec, "numpy<2")
-    assert "is there" in env("create", "own")
+    assert "is there, built" in env("create", "own")
     env("update", "own", "--locked")
-    assert found("own").manifest.versions == {"numpy": "1.0"} and found("own").lock.read_text() == lock
+    first = found("own")
+    (compiled,) = site_packages(first.path).glob("numpy/__pycache__/__init__.*.pyc")
+    assert compiled.stat().st_nlink == 2  # it was compiled once, for both builds
+    assert first.manifest.versions == {"numpy": "1.0"} and first.lock.read_text() == lock
+    # what is asked for is not what is there: no more changes than must
+    specify(spec, "numpy<2", "fellow")
+    words = env("create", "own", "--spec", spec)
+    assert "own: other requirements: fellow, numpy<2 and no longer numpy==1.0" in words and "versions stay" in words
+    second = found("own")
+    assert second != first and second.manifest.versions == {"fellow": "1.0", "numpy": "1.0"}
+    python = ".".join(second.manifest.python.split(".")[:2])
+    words = env("create", "own", "--spec", spec, "--python", python, "--torch", "cpu")  # there is no torch in it
+    assert "own is there, as it is asked for, built" in words and found("own") == second
+    specify(spec, "numpy<2")
     env("update", "own")
     assert found("own").manifest.versions == {"numpy": "1.1"}
     shown = env("show", "own")
@@ -393,6 +489,7 @@ def test_a_killed_build_leaves_what_was_there_and_the_next_cleans_up(state: Path
     spec = specify(tmp_path / "own.toml", "numpy<2")
     env("create", "own", "--spec", spec)
     before = found("own")
+    specify(spec, "numpy<2", "fellow")
     with building_slowly(state, spec) as process:
         (uv_process,) = [child for child in psutil.Process(process.pid).children() if child.name() == "uv"]
         assert "is being built already, by process" in fails_to_build("own", "--spec", spec)
@@ -493,6 +590,9 @@ def test_torch_comes_as_the_driver_wants_it(state: Path, tmp_path: Path) -> None
     assert "download.pytorch.org" not in words
     assert "there are auto" in fails_to_build("own", "--spec", spec, "--torch", "gpu")
     assert torch_backend("auto") == ["--torch-backend=auto"] and torch_backend("index") == []
+    assert without_torchs_builds("a==1 \\\n    --hash=x\ntorch==2.13.0+cpu \\\n    --hash=y\n    # via b\nz==2\n") == (
+        "a==1 \\\n    --hash=x\nz==2\n"
+    )
     assert torch_flavour("auto", "torch==2.13.0+cu128 \\\n") == "cu128"
     assert torch_flavour("auto", "torch==2.13.0 \\\n") == "index"
     assert torch_flavour("cpu", "torch==2.13.0+cpu \\\n") == "cpu"
@@ -543,7 +643,7 @@ def test_other_users_and_a_read_only_file_system(tmp_path: Path, wheels: Path, m
         Path(folder).chmod(0o755)
         state = Path(folder) / "state"
         monkeypatch.setenv("ROOTSTOCKD_STATE", str(state))
-        spec = specify(tmp_path / "own.toml", "numpy<2")
+        spec = specify(tmp_path / "own.toml", "numpy<2", python=">=3.9")
         command = [sys.executable, "-m", "rootstockd", "env", "create", "own", "--spec", str(spec)]
         # a mask, and a cache under it, that hide all from others
         done = subprocess.run(
@@ -626,23 +726,6 @@ def test_export_and_import_without_a_network(state: Path, tmp_path: Path, monkey
     alone = {"UV_CACHE_DIR": str(tmp_path / "no-cache"), "HTTPS_PROXY": NOWHERE, "UV_FIND_LINKS": ""}
     assert "not the file you mean" in env("import", file, "--sha256", "0" * 64, fails=True, **alone)
     (wheel,) = (name for name in files if name.startswith("wheels/numpy"))
-    lock = files["lock.txt"]
-    for changed in (
-        {**files, wheel: files[wheel][:-1] + b"?"},
-        {**files, "lock.txt": lock.replace(b"numpy", b"numpi")},
-        {**files, "../../evil.whl": b""},
-        {**files, "wheels/../../evil-1-py3-none-any.whl": b""},
-        {name: content for name, content in files.items() if name != "lock.txt"},
-        {**files, "environment.json": b"[]"},
-        {**files, "environment.json": files["environment.json"].replace(b'"format": 1', b'"format": 2')},
-    ):
-        words = env("import", pack(tmp_path / "bad.tar", changed), fails=True, **alone)
-        assert "no archive to build from" in words, words
-    with tarfile.open(tmp_path / "bad.tar", "w") as tar:
-        link = tarfile.TarInfo("lock.txt")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        tar.addfile(link)
-    assert "does not belong there" in env("import", tmp_path / "bad.tar", fails=True, **alone)
     # a wheel too few is found while building
     words = env(
         "import", pack(tmp_path / "bad.tar", {n: c for n, c in files.items() if n != wheel}), fails=True, **alone
@@ -656,3 +739,103 @@ def test_export_and_import_without_a_network(state: Path, tmp_path: Path, monkey
     build = find_build("own")
     assert build is not None and build.path.is_relative_to(elsewhere)
     assert build.manifest.versions["python-hostlist"] == "2.3.0" and problems_of(build) == []
+
+
+@pytest.fixture(scope="module")
+def archive_of_one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of an archive that is as it should be."""
+    wheel = make_wheel(tmp_path_factory.mktemp("one"), "numpy", "1.0")
+    content = wheel.read_bytes()
+    lock = f"numpy==1.0 --hash=sha256:{hashlib.sha256(content).hexdigest()}\n"
+    description = Description(
+        name="own",
+        specification=Specification(requirements=("numpy",)),
+        python="3.11.1",
+        platform="linux-x86_64",
+        torch="index",
+        lock_sha256=hashlib.sha256(lock.encode()).hexdigest(),
+        rootstockd="0",
+    )
+    text = description.model_dump_json().encode()
+    return {"environment.json": text, "lock.txt": lock.encode(), f"wheels/{wheel.name}": content}
+
+
+def refused(archive: Path) -> str:
+    """What is said of an archive that is none."""
+    with pytest.raises(EnvironmentBuildError, match="Nothing was done") as caught, unpacked(archive, ""):
+        pass
+    return str(caught.value)
+
+
+def test_an_archive_that_was_tampered_with(archive_of_one: dict[str, bytes], tmp_path: Path) -> None:
+    files, file = archive_of_one, tmp_path / "bad.tar"
+    with unpacked(pack(file, files), "") as (description, _, folder):
+        assert description.name == "own" and len(list(folder.iterdir())) == 1
+    *_, wheel = files
+    for changed, words in (
+        ({wheel: files[wheel].replace(b"1.0", b"6.6", 1)}, "is not what the lock says"),
+        ({wheel: b"PK"}, f"its {wheel} can't be read"),
+        ({"lock.txt": files["lock.txt"].replace(b"numpy", b"numpi")}, "its lock was changed"),
+        ({"lock.txt": b"\xff"}, "its lock.txt can't be read"),
+        ({"../../evil.whl": b""}, "'../../evil.whl', which does not belong there"),
+        ({"wheels/../../evil-1-py3-none-any.whl": b""}, "does not belong there"),
+        ({"environment.json": b"[]"}, "what it says of itself can't be read"),
+        ({"environment.json": b"[" * 100_000}, "what it says of itself can't be read"),
+        ({"environment.json": b'{"format": "two"}'}, "what it says of itself can't be read"),
+        ({"environment.json": files["environment.json"].replace(b'"format":1', b'"format":2')}, "which is newer"),
+        ({"environment.json": b" " * (2**24 + 1)}, "its environment.json is far too large"),
+    ):
+        assert words in refused(pack(file, {**files, **changed}))
+    assert "it is not whole" in refused(pack(file, {name: files[name] for name in files if name != "lock.txt"}))
+    link = tarfile.TarInfo("lock.txt")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    with tarfile.open(file, "w") as tar:
+        tar.addfile(link)
+    assert "does not belong there" in refused(file)
+
+
+def test_an_archive_that_would_fill_the_disk(archive_of_one: dict[str, bytes], tmp_path: Path) -> None:
+    *_, wheel = archive_of_one
+    file = tmp_path / "large.tar"
+    # a hole: 8 TiB in a few bytes, in both forms that tar has for that
+    for headers in (
+        {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": str(2**43)},
+        {"GNU.sparse.map": "0,0", "GNU.sparse.size": str(2**43)},
+    ):
+        sparse = tarfile.TarInfo(wheel)
+        sparse.pax_headers, sparse.size = headers, 512
+        with tarfile.open(file, "w", format=tarfile.PAX_FORMAT) as tar:
+            tar.addfile(sparse, io.BytesIO(b"1\n0\n0\n".ljust(512, b"\0")))
+        assert "does not belong there" in refused(file)
+    cut_off = tarfile.TarInfo("lock.txt")
+    cut_off.size = 2**43
+    file.write_bytes(cut_off.tobuf(tarfile.GNU_FORMAT) + b"\0" * 2048)
+    assert "its lock.txt is cut off" in refused(file)
+    # a wheel that says it becomes a terabyte
+    bomb = io.BytesIO()
+    with zipfile.ZipFile(bomb, "w") as packed:
+        packed.writestr("zeros", "")
+        packed.filelist[0].file_size = 2**40
+    assert "takes 1100 GB, and 69 GB is the most" in refused(pack(file, {**archive_of_one, wheel: bomb.getvalue()}))
+
+
+def test_archives_that_are_damaged_by_chance(archive_of_one: dict[str, bytes], tmp_path: Path) -> None:
+    """Whatever bytes there are: it is as it should be, or refused in words."""
+    file = pack(tmp_path / "damaged.tar", archive_of_one)
+    whole, chance = file.read_bytes(), random.Random(1)
+    outcomes = set()
+    for number in range(600):
+        damaged = bytearray(whole)
+        if number % 3 == 0:
+            del damaged[chance.randrange(len(whole)) :]
+        else:
+            # mostly in headers and in the texts at the beginning
+            for _ in range(chance.choice((1, 1, 3, 30))):
+                damaged[chance.randrange(chance.choice((512, 3072, len(whole))))] = chance.randrange(256)
+        file.write_bytes(damaged)
+        try:
+            with unpacked(file, ""):
+                outcomes.add("whole")
+        except EnvironmentBuildError as error:
+            outcomes.add(re.sub(r"[^a-z ].*", "", str(error)))
+    assert len(outcomes) > 1 and "whole" in outcomes

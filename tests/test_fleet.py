@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from rootstockd.config import Device
 from rootstockd.devices import DeviceError, Gpu, find_devices, process_memory, visible_gpus
-from rootstockd.measured import FILE, Measured, Measurements
+from rootstockd.measured import FILE, HEAVY, LIGHT, Measured, Measurements
 from rootstockd.pace import SPAN, Pace
 from rootstockd.placement import Room, Tenant, first_to_go, place, place_replica, shift, stays, to_evict
 from rootstockd.worker.engines import ModelSpec
@@ -268,6 +269,24 @@ def test_two_daemons_do_not_overwrite_each_other(folder: Path) -> None:
     second.save()
     third = Measurements()
     assert third.get(SPEC, "cpu") == third.get(SPEC, "gpu") == SEEN
+
+
+def test_what_was_never_seen_is_guessed(folder: Path) -> None:
+    """By the smallest of its kin that was seen, and by its weights."""
+    measurements = Measurements()
+    ase = ModelSpec("a", "ase", "cpu", "float64", environment="ase")
+    other = ModelSpec("o", "ase", "cpu", "float64", environment="sevennet")
+    assert measurements.guess(ase, "cpu", 0) == LIGHT and measurements.guess(other, "cpu", 10) == HEAVY + 20
+    measurements.put(other, "cpu", SEEN)
+    measurements.put(dataclasses.replace(other, name="larger"), "cpu", Measured(loaded=150, memory=900, load_seconds=1))
+    new = dataclasses.replace(other, name="new")
+    assert measurements.guess(new, "cpu", 10) == SEEN.loaded + 20
+    assert measurements.guess(new, "NVIDIA H100", 10) == HEAVY + 20
+    assert measurements.guess(ase, "cpu", 0) == LIGHT
+    measurements.save()
+    stored = json.loads((folder / FILE).read_text())
+    (folder / FILE).write_text(json.dumps({**stored, "no key": SEEN.model_dump(), "[]": SEEN.model_dump()}))
+    assert Measurements().guess(new, "cpu", 10) == SEEN.loaded + 20
 
 
 def test_a_little_more_or_less_is_the_same(folder: Path) -> None:

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import re
+from pathlib import Path
 
 import ase.units
 import pytest
@@ -9,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rootstock_client.errors import InvalidInitError, InvalidStructureError
+from rootstockd.functionals import FUNCTIONALS
 from rootstockd.init_request import MAX_BATCH_SIZE, InitRequest, is_announced, parse_init
+from rootstockd.worker.engines import dispersion
 
 FIELDS = {"rootstock": 1, "model": "emt", "numbers": [29, 29], "pbc": [True, True, False]}
 PRESET = InitRequest.model_validate_json(json.dumps({**FIELDS, "preset": True}))
@@ -64,30 +68,39 @@ def test_what_is_computed(want, pbc, stress, energies):
 @pytest.mark.parametrize(
     ("init", "named"),
     [
-        *[(without(key), f"{key}: Field required") for key in FIELDS],
-        (text(colour="red"), "colour: Extra inputs"),
-        (text(numbers=[29, 0]), r"numbers\.1"),
-        (text(numbers=[119]), r"numbers\.0"),
-        (text(numbers=[29.5]), r"numbers\.0"),
-        (text(numbers="Cu"), "numbers"),
-        (text(pbc=[True, True]), "pbc"),
-        (text(model="m" * 201), "model"),
-        (text(model=None), "model"),
-        (text(head="h" * 201), "head"),
-        (text(dtype="float16"), "dtype"),
-        (text(want=["dipole"]), "want"),
-        (text(charge=float("nan")), "charge"),
-        (text(spin=float("inf")), "spin"),
-        (text(dispersion=1), "dispersion"),
-        (text(dispersion={"damping": "bk"}), r"dispersion\.damping"),
-        (text(dispersion={"xc": 1}), r"dispersion\.xc"),
-        (text(dispersion={"xc": "x" * 51}), r"dispersion\.xc"),
-        (text(dispersion={"cutoff": 0}), r"dispersion\.cutoff"),
-        (text(dispersion={"cnthr": 101}), r"dispersion\.cnthr"),
+        *[(without(key), f"{key} is missing") for key in FIELDS],
+        (text(colour="red"), "there is no field colour"),
+        (text(numbers=[29, 0]), r"numbers\.1: 0 is less than 1"),
+        (text(numbers=[119]), r"numbers\.0: 119 is more than 118"),
+        (text(numbers=[29.5]), r"numbers\.0: 29\.5 is not an integer"),
+        (text(numbers=["Cu"]), r"numbers\.0: 'Cu' is not an integer"),
+        (text(numbers="Cu"), "numbers: 'Cu' is not a list"),
+        (text(pbc=[True, True]), r"pbc\.2 is missing"),
+        (text(pbc=[True] * 4), "pbc: there are 4 of them, and 3 have a place"),
+        (text(pbc=True), "pbc: True is not a list"),
+        (text(model="m" * 201), r"model: 'mm+\.\.\.mm+' has more than 200 characters"),
+        (text(model=None), "model: null is not a text"),
+        (text(head="h" * 201), "head: .* has more than 200 characters"),
+        (text(dtype="float16"), r"dtype: 'float16' is not one of float32, float64\."),
+        (text(dtype=[64] * 10_000), r"dtype: \[64, .*\.\.\.\] is not one of"),
+        (text(want=["dipole"]), r"want\.0: 'dipole' is not one of energy, forces, stress, energies"),
+        (text(charge=float("nan")), "charge: nan is not a finite number"),
+        (text(charge="1"), "charge: '1' is not a number"),
+        (text(spin=float("inf")), "spin: inf is not a finite number"),
+        (text(exact=1), "exact: 1 is neither true nor false"),
+        (text(dispersion=1), "dispersion: 1 is not a table of fields"),
+        (text(dispersion={"damping": "bk"}), r"dispersion\.damping: 'bk' is not one of bj, zero"),
+        (text(dispersion={"xc": 1}), r"dispersion\.xc: 1 is not a text"),
+        (text(dispersion={"xc": "x" * 51}), r"dispersion\.xc: .* has more than 50 characters"),
+        (text(dispersion={"cutoff": 0}), r"dispersion\.cutoff: 0 is not more than 0"),
+        (text(dispersion={"cnthr": 101}), r"dispersion\.cnthr: 101 is more than 100"),
+        (text(dispersion={"xc": "pbbe"}), r"dispersion\.xc: .* 'pbbe' with damping 'bj'. Near it are pbe"),
+        (text(dispersion={"xc": "M06", "damping": "bj"}), "'M06' with damping 'bj'. There are with zero"),
+        (text(dispersion={"xc": "????"}), "those of s-dftd3, such as pbe"),
         (text(dispersion={"cutoff": float("nan")}), r"dispersion\.cutoff"),
-        (text(dispersion={"abc": True}), r"dispersion\.abc: Extra"),
-        (text(batch_size=0), "batch_size"),
-        (text(batch_size=MAX_BATCH_SIZE + 1), "batch_size"),
+        (text(dispersion={"abc": True}), r"there is no field dispersion\.abc"),
+        (text(batch_size=0), "batch_size: 0 is less than 1"),
+        (text(batch_size=MAX_BATCH_SIZE + 1), "batch_size: 1025 is more than 1024"),
         (b"{", "Invalid JSON"),
         (b'{"rootstock": ', "Invalid JSON"),
         (b"{\xff}", "Invalid JSON"),
@@ -95,8 +108,9 @@ def test_what_is_computed(want, pbc, stress, energies):
     ],
 )
 def test_what_is_wrong_is_named(init, named):
-    with pytest.raises(InvalidInitError, match=named):
+    with pytest.raises(InvalidInitError, match=f"^INIT can't be read: .*{named}") as caught:
         parse_init(init, None)
+    assert len(str(caught.value)) < 400
 
 
 def test_dispersion():
@@ -114,6 +128,24 @@ def test_dispersion():
     a = parse_init(text(dispersion={"xc": "rpbe", "cutoff": 20}), None)
     b = parse_init(text(dispersion={"cutoff": 20.0, "xc": "rpbe", "damping": "bj"}), None)
     assert a.options == b.options != usual.options
+    assert parse_init(text(dispersion={"xc": "R-PBE", "cutoff": 20}), None).options == a.options
+
+
+@pytest.mark.parametrize("damping", FUNCTIONALS)
+def test_functionals_are_those_of_the_library(damping):
+    """All that are listed, and of those that its table of parameters has no other."""
+    table = Path(dispersion.interface.__file__).with_name("parameters.toml")
+    names = set(re.findall(r"^\[?parameter\.([\w]+)", table.read_text(), re.MULTILINE))
+    assert len(names) > 100
+
+    def known(name: str) -> bool:
+        with contextlib.suppress(ValueError):
+            dispersion.D3(damping, name, 20.0, 20.0)
+            return True
+        return False
+
+    assert [name for name in FUNCTIONALS[damping] if not known(name)] == []
+    assert {name for name in names if known(name)} <= FUNCTIONALS[damping]
 
 
 @pytest.mark.parametrize("version", [0, 2, -1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import stat
@@ -109,12 +110,17 @@ def test_logs(own_daemon: RunningDaemon) -> None:
     assert len(own_daemon.run("logs", "-n", "1").stdout.splitlines()) == 1
     command = [sys.executable, "-m", "rootstockd", "logs", "-f", "--socket", str(own_daemon.socket)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as follower:
-        assert follower.stdout is not None
-        for line in follower.stdout:
-            if "ready on" in line:
-                break
+        lines = follower.stdout
+        assert lines is not None
+        assert any("ready on" in line for line in lines)
+        os.truncate(own_daemon.log, 0)  # as logrotate does with copytruncate
+        assert own_daemon.run("reload").returncode == 0
+        assert any("reloaded" in line for line in lines)
+        own_daemon.log.rename(own_daemon.log.with_suffix(".1"))
         own_daemon.stop()
-        assert any("stopped" in line for line in follower.stdout)
+        assert any("stopped" in line for line in lines)
+        own_daemon.start()
+        assert any("ready on" in line for line in lines)
         follower.kill()
 
 
@@ -379,3 +385,14 @@ def test_sessions_that_come_and_go_leave_nothing(own_daemon: RunningDaemon) -> N
     cycle(200)
     # the last detach may still be on its way to the worker
     wait_for(lambda: open_descriptors(pid) <= before[0] and open_descriptors(worker) <= before[1])
+
+
+@pytest.mark.skipif(shutil.which("systemctl") is None, reason="there is no systemd here")
+def test_what_systemd_install_would_do(tmp_path: Path) -> None:
+    """With the commands that are left to the operator, as after the installation itself."""
+    settings = {**os.environ, "XDG_CONFIG_HOME": str(tmp_path)}
+    done = rootstockd("systemd", "install", "--user", "--gpu", "cpu", "--dry-run", env=settings)
+    assert done.returncode == 0, done.stderr
+    assert "systemctl --user daemon-reload" in done.stdout
+    assert "systemctl --user enable --now rootstockd@cpu.socket" in done.stdout
+    assert not list(tmp_path.iterdir())

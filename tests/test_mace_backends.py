@@ -17,6 +17,7 @@ from ase.build import bulk, fcc111, molecule  # noqa: E402
 from ase.neighborlist import neighbor_list  # noqa: E402
 
 from rootstockd.worker.engines import EngineError, ModelSpec, Result, System, Task  # noqa: E402
+from rootstockd.worker.engines.differences import Difference, compare  # noqa: E402
 from rootstockd.worker.engines.mace import MaceEngine, checks  # noqa: E402
 from rootstockd.worker.engines.mace.fused import FusedBackend, NotApplicableError  # noqa: E402
 from rootstockd.worker.engines.mace.graph import Neighbours  # noqa: E402
@@ -154,7 +155,7 @@ def test_fused_is_mace_torch_to_rounding(architecture):
         one = task(of, atoms, head=model.heads[-1])
         right, result = reference.evaluate([one])[0], fused.evaluate([one])[0]
         assert result.backend == "fused"
-        difference = checks.compare(result, right)
+        difference = compare(result, right)
         assert difference.within(5e-11), f"{name}: {difference}"
         np.testing.assert_allclose(result.energies, right.energies, rtol=0, atol=1e-11 * max(1, abs(right.energy)))
         np.testing.assert_array_equal(result.virial, result.virial.T)
@@ -167,7 +168,7 @@ def test_fused_in_single_precision():
     of, reference, fused = engine(model, "float32"), ReferenceBackend(model, "cpu"), FusedBackend(model)
     for name, atoms in STRUCTURES.items():
         one = task(of, atoms)
-        difference = checks.compare(fused.evaluate([one])[0], reference.evaluate([one])[0])
+        difference = compare(fused.evaluate([one])[0], reference.evaluate([one])[0])
         assert difference.within(2e-5), f"{name}: {difference}"
 
 
@@ -177,7 +178,7 @@ def test_a_batch_is_its_parts():
     tasks = [task(of, atoms) for atoms in STRUCTURES.values()]
     for order in (tasks, tasks[::-1], tasks[3:6]):
         for alone, together in zip([fused.evaluate([one])[0] for one in order], fused.evaluate(order), strict=True):
-            assert checks.compare(together, alone).within(1e-12)
+            assert compare(together, alone).within(1e-12)
             assert together.forces.shape == alone.forces.shape
 
 
@@ -445,8 +446,8 @@ def test_a_large_structure_may_have_an_empty_middle():
 @pytest.mark.parametrize("wrong", ["force", "energy", "virial"])
 def test_nan_is_never_within_a_tolerance(wrong):
     fields = {"force": 0.0, "energy": 0.0, "virial": 0.0, "scale": 1.0}
-    assert checks.Difference(**fields).within(0.0)
-    assert not checks.Difference(**{**fields, wrong: np.nan}).within(1e9)
+    assert Difference(**fields).within(0.0)
+    assert not Difference(**{**fields, wrong: np.nan}).within(1e9)
 
 
 def test_structures_for_checking_span_all_elements_and_every_kind_of_periodicity():

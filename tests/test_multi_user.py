@@ -75,17 +75,24 @@ except RootstockError as error:
 @pytest.fixture(scope="session")
 def users() -> Iterator[dict[str, int]]:
     """Three users of this machine, and a group."""
-    subprocess.run(["groupadd", GROUP], check=True)
-    made = []
+    remove_users()  # those of a run that was killed
     try:
+        subprocess.run(["groupadd", GROUP], check=True)
         for name in USERS:
             groups = ["--groups", GROUP] if name != "rsd-carol" else []
             subprocess.run(["useradd", "--no-create-home", "--user-group", *groups, name], check=True)
-            made.append(name)
         yield {name: pwd.getpwnam(name).pw_uid for name in USERS}
     finally:
-        for name in made:
-            subprocess.run(["userdel", name], check=True)
+        remove_users()
+
+
+def remove_users() -> None:
+    for name in USERS:
+        with contextlib.suppress(KeyError):
+            pwd.getpwnam(name)
+            subprocess.run(["userdel", "--force", name], check=True)
+    with contextlib.suppress(KeyError):
+        grp.getgrnam(GROUP)
         subprocess.run(["groupdel", GROUP], check=True)
 
 
@@ -218,6 +225,9 @@ def test_whoever_may_use_it_may_see_its_models_and_themselves(start):
         mine = status_for("rsd-alice", daemon)
         assert [session["user"] for session in mine["sessions"]] == ["rsd-alice"] and mine["config"] is None
         assert status_for("rsd-bob", daemon)["sessions"] == mine["sessions"]
+        seen = {name: command_for(name, daemon, "metrics", "show")[1] for name in ("rsd-alice", "rsd-bob")}
+        assert 'rootstockd_sessions{state="idle"} 1.0' in seen["rsd-alice"] and "rsd-" not in seen["rsd-alice"]
+        assert 'rootstockd_user_sessions{user="rsd-alice"} 1.0' in seen["rsd-bob"]
     assert models_for("rsd-carol", daemon) == "access-denied"
     status, _, words = command_for("rsd-carol", daemon, "status")
     assert status == 1 and "rsd-carol may not use this daemon" in words

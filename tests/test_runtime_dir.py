@@ -1,6 +1,7 @@
 """Where a daemon's socket is looked for, and who is believed."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 
 from rootstock_client import runtime_dir
 from rootstock_client.errors import DaemonNotFoundError
-from rootstock_client.runtime_dir import control_socket, find_socket, is_private, user_runtime_dir
+from rootstock_client.runtime_dir import control_socket, find_socket, is_private, job_runtime_dir, user_runtime_dir
 
 as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
 
@@ -51,6 +52,32 @@ def test_the_order(places, monkeypatch):
     assert find_socket() == Path("/from/the/environment.sock")
     assert find_socket("/given.sock") == Path("/given.sock")
     assert find_socket(Path("/given.sock")) == Path("/given.sock")
+
+
+def test_in_a_slurm_job_its_own_folder_goes_first(places, monkeypatch):
+    job = f"4{os.getpid()}"
+    monkeypatch.setenv("SLURM_JOB_ID", job)
+    folder = Path(f"/tmp/rootstockd-{os.getuid()}-job-{job}")
+    assert job_runtime_dir() == folder
+    with pytest.raises(DaemonNotFoundError, match=str(folder)):
+        find_socket()
+    in_user = put_socket(places[0])
+    assert find_socket() == in_user
+    folder.mkdir(mode=0o700)
+    try:
+        with socket.socket(socket.AF_UNIX) as daemon:  # one that answers: the other is a dead one's
+            daemon.bind(str(folder / "rootstockd.sock"))
+            daemon.listen()
+            assert find_socket() == folder / "rootstockd.sock"
+            monkeypatch.delenv("SLURM_JOB_ID")
+            assert find_socket() == in_user
+            monkeypatch.setenv("SLURM_JOB_ID", "../../home/somebody")
+            assert find_socket() == in_user
+            monkeypatch.setenv("SLURM_JOB_ID", job)
+            folder.chmod(0o777)
+            assert find_socket() == in_user
+    finally:
+        shutil.rmtree(folder)
 
 
 def test_an_empty_variable_counts_for_nothing(places, monkeypatch):

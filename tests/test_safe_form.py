@@ -4,6 +4,9 @@ import json
 import os
 import pickle
 import struct
+import subprocess
+import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -15,8 +18,11 @@ pytest.importorskip("safetensors")
 from test_mace_backends import ARCHITECTURES, STRUCTURES, engine, make_model, task  # noqa: E402
 
 from conftest import EMBEDDED_MODEL, sha256  # noqa: E402
-from rootstockd.models.convert import _take  # noqa: E402
-from rootstockd.models.store import StoreError  # noqa: E402
+from rootstock_client.errors import ModelLoadError  # noqa: E402
+from rootstockd.models import store  # noqa: E402
+from rootstockd.models.catalogue import Entry  # noqa: E402
+from rootstockd.models.convert import _NUMBERS, _compared, _safe_form, with_safe_form  # noqa: E402
+from rootstockd.models.store import Record, StoreError  # noqa: E402
 from rootstockd.worker.engines import EngineError, ModelSpec  # noqa: E402
 from rootstockd.worker.engines.mace import load, safe  # noqa: E402
 
@@ -62,7 +68,6 @@ def test_single_precision_stays_as_it_was():
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_workers_load_it_and_unpickle_nothing(tmp_path, monkeypatch):
     conversion = load(spec(path=EMBEDDED_MODEL, convert=True))
-    assert "bit for bit" in conversion.info.note
     with pytest.raises(EngineError, match="evaluates nothing"):
         conversion.prepare(None)
     monkeypatch.setattr(torch, "load", None)
@@ -78,12 +83,125 @@ def test_what_can_not_be_described_stays_as_it_is(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_model_that_is_another_when_it_is_rebuilt(tmp_path):
+def test_what_can_not_be_evaluated_stays_as_it_is(tmp_path):
+    """It is a model all the same, which its weights are kept for."""
     model = make_model(**ARCHITECTURES["one layer"])
-    model.products[0].register_forward_hook(lambda *given: given[-1] * 1.001)
-    with pytest.raises(EngineError, match="stays a pickle: rebuilt, it differs by"):
+    model.products[0].register_forward_hook(lambda *given: given[-1][:0])
+    with pytest.raises(EngineError, match="stays a pickle: ") as caught:
         safe.convert(model, spec())
+    assert caught.value.code == "unsupported"
     assert not list(tmp_path.iterdir())
+
+
+# --- what becomes of a file that was pulled
+
+
+@pytest.fixture
+def keep(tmp_path, monkeypatch):
+    """Have a file be what was pulled as `mine`; its entry."""
+    monkeypatch.setenv("ROOTSTOCKD_STATE", str(tmp_path / "state"))
+    entry = Entry(family="mace", url="https://files.invalid/mine.model")
+
+    def keep(content, pinned=store.FIRST_USE):
+        path = tmp_path / "pulled"
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*torch.jit", DeprecationWarning)
+            path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+        folder = store.own_folder()
+        original = store.copy_in(path, folder, folder / "mine.copy", ".model")
+        record = Record(original=original, url=entry.url, source="there", pinned=pinned, when="now")
+        store.write_record(folder, "mine", record)
+        return entry
+
+    return keep
+
+
+def stored_files(tmp_path):
+    return sorted(path.suffix for path in (tmp_path / "state/weights").iterdir())
+
+
+class _Runs:
+    """In a pickle: a model, and code that is run when it is read."""
+
+    def __init__(self, model, code):
+        self.parts = {"model": model, "code": code}
+
+    def __reduce__(self):
+        return (eval, ("exec(code) or model", self.parts))
+
+
+def test_whether_it_is_the_same_is_not_for_the_models_worker_to_say(keep, tmp_path):
+    """It computes what its state does not say, and has its process find everything right."""
+    code = """
+from rootstockd.worker.engines import differences
+differences.Difference.within = lambda *given: True
+differences.compare = lambda *given: differences.Difference(0.0, 0.0, 0.0, 1.0)
+model.products[0].register_forward_hook(lambda *given: given[-1] * 1.001)
+"""
+    entry = keep(_Runs(make_model(**ARCHITECTURES["one layer"]), code))
+    stored = with_safe_form("mine", entry, print)
+    assert "not converted, so workers run what is in the file: rebuilt, it differs by" in stored.record.note
+    assert stored.record.safe is None
+    assert stored_files(tmp_path) == [".json", ".model"]
+
+
+def test_what_is_no_model_is_not_kept(keep, tmp_path):
+    entry = keep(b"<html>Please log in</html>")
+    with pytest.raises(
+        StoreError, match="there has no model, and was not kept: .* is not a MACE model that mace-torch"
+    ):
+        with_safe_form("mine", entry, print)
+    assert stored_files(tmp_path) == []
+
+
+def test_what_is_no_model_but_the_right_file(keep, tmp_path):
+    """It may be one for another version of mace-torch."""
+    entry = keep({"not": "a model"}, pinned="the user")
+    with pytest.raises(StoreError, match="it holds a dict\nIt is the file that the user means, so it is kept"):
+        with_safe_form("mine", entry, print)
+    assert stored_files(tmp_path) == [".json", ".model"]
+
+
+def test_a_model_that_is_removed_while_it_is_converted(keep, tmp_path):
+    """The removal waits, and nothing comes back after it."""
+    entry = keep(make_model(**ARCHITECTURES["without shift"]))
+    command = [sys.executable, "-m", "rootstockd", "models", "remove", "mine", "--socket", str(tmp_path / "none.sock")]
+    removals = []
+
+    def remove(_):
+        removals.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        assert removals[0].stdout.readline() == "another command is at mine; waiting for it\n"
+
+    assert "stays a pickle" in with_safe_form("mine", entry, remove).record.note
+    with removals[0] as removal:
+        assert "mine was removed" in removal.stdout.read()
+    assert removal.returncode == 0
+    assert stored_files(tmp_path) == []
+    with pytest.raises(StoreError, match="mine was removed again by another command"):
+        with_safe_form("mine", entry, print)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda computed: computed.clear(), "other structures"),
+        (lambda computed: computed.pop(), "other structures"),
+        (lambda computed: computed[1].update(forces=[[0.0, 0.0, 0.0]]), "other structures"),
+        (lambda computed: computed[1].update(energy=float("nan")), "it differs by"),
+        (lambda computed: computed[1].update(virial=[[1e-3, 0.0, 0.0]] * 3), "it differs by"),
+    ],
+)
+def test_numbers_that_are_not_those_of_the_same_model(change, words):
+    def numbers(change=lambda _: None):
+        row = [0.0, 0.0, 0.0]
+        computed = [{"energy": 1.0, "forces": [row, row], "virial": [row] * 3} for _ in range(3)]
+        change(computed)
+        return _NUMBERS.validate_json(json.dumps({"float64": computed}))
+
+    assert _compared(numbers(), numbers()) == "bit for bit, in 3 comparisons"
+    for rebuilt, original in ((numbers(change), numbers()), (numbers(), numbers(change))):
+        with pytest.raises(ModelLoadError, match=words):
+            _compared(rebuilt, original)
 
 
 def test_a_gate_of_ones_own():
@@ -135,5 +253,5 @@ def test_what_is_called_so_is_never_unpickled(tmp_path):
     with pytest.raises(EngineError, match="is not a MACE model"):
         load(spec(path=path))
     with pytest.raises(StoreError, match="is not of that form"):
-        _take(path, tmp_path, tmp_path / "copy", ".safetensors", 1000)
+        _safe_form(path, 1000)
     assert not (tmp_path / "ran").exists()

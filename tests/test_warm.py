@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -20,9 +21,9 @@ from ase.build import bulk, fcc111
 from ase.calculators.emt import EMT
 
 from conftest import RunningDaemon, wait_for
-from rootstock_client import RootstockClient
+from rootstock_client import RootstockClient, ipi
 from rootstock_client.client import request
-from rootstock_client.errors import LimitError
+from rootstock_client.errors import LimitError, UserLimitError
 
 FAULTS = Path(__file__).parent / "faults"
 MB = 10**6
@@ -224,6 +225,54 @@ def test_a_reloaded_model_gives_the_same_bits(start: Callable[..., RunningDaemon
     assert daemon.client().status()["sessions"][0]["id"] == session
 
 
+def test_a_request_that_must_fail_loads_nothing(start: Callable[..., RunningDaemon]) -> None:
+    entry = '[headed]\nfamily = "ase"\nheads = ["soft", "hard"]\n'
+    arguments = 'arguments = { calculator = "ase.calculators.lj:LennardJones" }\n'
+    daemon = start(catalogue=entry + arguments)
+    iron = bulk("Fe", cubic=True)
+    for name, options, words in (
+        ("emt", {}, "does not know Fe"),
+        ("headed", {"head": "medium"}, "no head 'medium'"),
+        ("headed", {}, "has several heads"),
+        ("lj", {"dispersion": {"xc": "pbbe"}}, "Near it are pbe"),
+    ):
+        iron.calc = daemon.client().calculator(name, **options)
+        with pytest.raises(Exception, match=words):
+            iron.get_potential_energy()
+        assert daemon.client().status()["models"] == []
+
+
+def test_a_user_has_so_many_models_and_no_more(start: Callable[..., RunningDaemon], tmp_path: Path) -> None:
+    """Those that load count, though nobody waits for them any more."""
+    options = f'options = {{ what = "hang", counter = "{tmp_path}/count" }}'
+    entry = f'[hang]\nfamily = "ase"\nconfine = false\narguments = {{ calculator = "hostile:AtLoading", {options} }}\n'
+    daemon = start("[limits]\nmodels = 2\n", catalogue=entry)
+    first, second = with_model(daemon, "emt"), with_model(daemon, "lj")
+    with_model(daemon, "lj")  # the same again
+    for name, more in (("morse", {}), ("lj", {"dispersion": True})):
+        third = copper()
+        third.calc = daemon.client().calculator(name, **more)
+        with pytest.raises(UserLimitError, match=r"has 2 models in use already.*limits\.models"):
+            third.get_forces()
+    assert {model["name"] for model in daemon.client().status()["models"]} == {"emt", "lj"}
+    first.calc.close()
+    wait_for(lambda: not daemon.model("emt")["sessions"])
+    client = daemon.client()
+    text = {"rootstock": 1, "model": "hang", "numbers": [29], "pbc": [False] * 3}
+    with socket.socket(socket.AF_UNIX) as driver:  # who asks, and does not wait
+        driver.connect(str(daemon.socket))
+        driver.sendall(ipi.init_frame(json.dumps(text).encode()))
+        wait_for(lambda: any(model["name"] == "hang" and model["sessions"] for model in client.status()["models"]))
+    wait_for(lambda: not daemon.model("hang")["sessions"])
+    third = copper()
+    third.calc = client.calculator("morse")
+    with pytest.raises(UserLimitError):
+        third.get_forces()
+    request(daemon.socket, "POST", "/v1/unload", {"model": "hang", "force": False})
+    third.get_forces()
+    ask_again(second)
+
+
 # --- going
 
 
@@ -334,6 +383,28 @@ def test_no_memory_while_loading(start: Callable[..., RunningDaemon], tmp_path: 
     refused = daemon.run("load", "ever")
     assert refused.returncode == 1 and "'ever' does not fit the device's memory" in refused.stderr
     assert in_memory(daemon) == set()
+
+
+def test_a_model_that_grows_while_it_loads(start: Callable[..., RunningDaemon], tmp_path: Path) -> None:
+    """An idle one goes for it; with nobody left to go, its loading is stopped, and it asks for more the next time."""
+    options = f'options = {{ what = "grow", counter = "{tmp_path}/count" }}'
+    entry = f'[grow]\nfamily = "ase"\nconfine = false\narguments = {{ calculator = "hostile:AtLoading", {options} }}\n'
+    daemon = start(f"device_memory = {FITS_TWO}\n", catalogue=entry)
+    assert daemon.run("load", "lj").returncode == 0
+    wait_for(lambda: daemon.model("lj")["memory"])
+    atoms = copper()
+    atoms.calc = daemon.client().calculator("grow")
+    with pytest.raises(LimitError, match="'grow': loading it was stopped: it has .* MB, where .* MB were set aside"):
+        atoms.get_forces()
+    wait_for(lambda: not in_memory(daemon))
+    log = daemon.log.read_text()
+    assert "lj leaves cpu:0: models on cpu:0 take" in log
+    with pytest.raises(LimitError, match="no device has room for it: grow needs"):
+        atoms.get_forces()
+    assert (tmp_path / "count").read_text() == "x"  # it was not loaded for that
+    shown = daemon.model("grow")
+    assert shown["state"] == "cold" and shown["memory"] is None and shown["sessions"] == 1
+    ask_again(with_model(daemon, "lj"))
 
 
 def test_unloading_while_a_job_runs(start: Callable[..., RunningDaemon]) -> None:

@@ -12,9 +12,12 @@ from rootstockd.cli.doctor import doctor
 from rootstockd.cli.env import env
 from rootstockd.cli.fleet import load, unload
 from rootstockd.cli.lifecycle import reload, restart, start, stop
+from rootstockd.cli.metrics import metrics
 from rootstockd.cli.models import models
 from rootstockd.cli.show import logs, status
+from rootstockd.cli.slurm import slurm
 from rootstockd.cli.systemd import systemd
+from rootstockd.cli.top import top
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -25,6 +28,7 @@ def main() -> None:
     \b
     rootstockd start --gpu 0        start a daemon (or --device cpu)
     rootstockd status               what it is doing
+    rootstockd top                  the same, live
     rootstockd stop                 let it finish its work and end
     rootstockd doctor               what is wrong here, and what mends it
     rootstockd attach NAME ...      serve i-PI, or another driver that listens
@@ -40,7 +44,7 @@ def main() -> None:
 
 
 for command in (
-    *(start, stop, restart, reload, load, unload, attach, status, logs, doctor),
-    *(models, env, config, systemd, completion),
+    *(start, stop, restart, reload, load, unload, attach, status, top, logs, doctor),
+    *(metrics, models, env, config, systemd, slurm, completion),
 ):
     main.add_command(command)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from socket import gethostname
 from typing import Any
 
 import click
@@ -14,13 +15,21 @@ from rich.console import Console
 import rootstockd
 from rootstock_client.client import request
 from rootstock_client.errors import RootstockError
-from rootstock_client.runtime_dir import SOCKET_NAME, SOCKET_VARIABLE, SYSTEM_DIR, find_socket, user_runtime_dir
+from rootstock_client.runtime_dir import (
+    JOB_VARIABLE,
+    SOCKET_NAME,
+    SOCKET_VARIABLE,
+    SYSTEM_DIR,
+    find_socket,
+    job_runtime_dir,
+    user_runtime_dir,
+)
 from rootstockd.config import Config
 from rootstockd.control.schema import DaemonStatus
 
 console = Console(highlight=False)
 if not console.is_terminal:
-    console.width = 120  # a file or a pipe has room
+    console.width = 10_000  # a file or a pipe has room for whole lines
 
 socket_option = click.option(
     "--socket",
@@ -46,13 +55,15 @@ class Refused(click.ClickException):
 
 
 def default_socket() -> Path:
-    """Where a new daemon puts its session socket: the user's runtime directory (root: the system's)."""
-    return (SYSTEM_DIR if os.geteuid() == 0 else user_runtime_dir()) / SOCKET_NAME
+    """Where a new daemon puts its session socket: the job's or the user's runtime directory (root: the system's)."""
+    return (SYSTEM_DIR if os.geteuid() == 0 else job_runtime_dir() or user_runtime_dir()) / SOCKET_NAME
 
 
 def default_log_file(socket: Path) -> Path:
     """Where a background daemon on `socket` writes its log unless it was told otherwise."""
     folder = platformdirs.user_log_path("rootstockd")
+    if socket.parent == job_runtime_dir():  # homes are the same on all nodes
+        return folder / f"job-{os.environ[JOB_VARIABLE]}.{os.environ.get('SLURMD_NODENAME') or gethostname()}.log"
     standard = socket.name == SOCKET_NAME and socket.parent in (SYSTEM_DIR, user_runtime_dir())
     return folder / ("rootstockd.log" if standard else "-".join(socket.with_suffix("").parts[1:]) + ".log")
 

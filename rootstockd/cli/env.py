@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from rootstock_client.errors import RootstockError
 from rootstockd.cli.common import Refused, catalogue_option, console
 from rootstockd.cli.completion import environments
 from rootstockd.environments import archive
-from rootstockd.environments.building import Plan, build
+from rootstockd.environments.building import Plan, build, without_torchs_builds
 from rootstockd.environments.builds import (
     Build,
     EnvironmentBuildError,
@@ -80,22 +81,30 @@ def building_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.argument("name", shell_complete=environments)
 @building_options
 def create(name: str, spec: Path | None, offline: bool, python: str | None, torch: str | None) -> None:
-    """Build an environment; one that is broken is built again from its lock."""
+    """Build an environment, if it is not there as it is asked for; one that is broken is built again from its lock."""
     check_name(name)
     there, wrong = _state_of(name)
-    if there is not None and not wrong and not (spec or python or torch):
-        console.print(
-            f"{name} is there, built {there.day}. `rootstockd env update {name}` builds it anew.", markup=False
-        )
-        return
-    if there is not None and wrong and not (spec or python or torch):
-        for problem in wrong:
-            console.print(f"{name}: {problem}", style="yellow", markup=False)
-        _build(_again(there, offline=offline))
-    elif there is not None and not spec:
-        _build(_plan(name, *_specification_for(there), offline, python, torch))
-    else:
+    for problem in wrong:
+        console.print(f"{name}: {problem}", style="yellow", markup=False)
+    if there is None:
         _build(_plan(name, *_named(name, spec), offline, python, torch))
+        return
+    asked = bool(spec or python or torch)
+    if wrong and not asked:
+        _build(_again(there, offline=offline))
+        return
+    plan, changes = _changed(there, spec, offline, python, torch) if asked else (None, [])
+    if not wrong and not changes:
+        as_asked = ", as it is asked for" if asked else ""
+        words = f"{name} is there{as_asked}, built {there.day}. `rootstockd env update {name}` builds it anew."
+        console.print(words, markup=False)
+        return
+    assert plan is not None
+    for change in changes:
+        console.print(f"{name}: {change}", markup=False, soft_wrap=True)
+    words = f"{name}: versions stay where that allows; the build of {there.day} serves until the new one is whole"
+    console.print(words, markup=False, soft_wrap=True)
+    _build(plan)
 
 
 @env.command()
@@ -255,6 +264,40 @@ def _plan(
     )
 
 
+def _changed(
+    there: Build, spec: Path | None, offline: bool, python: str | None, torch: str | None
+) -> tuple[Plan, list[str]]:
+    """How to build what is there as it is asked for now, and in words what that changes."""
+    was = there.manifest
+    specification, origin = _specification_for(there) if spec is None else _named(was.name, spec)
+    if specification.python == was.specification.python:
+        python = python or was.python_request
+    if specification.torch == was.specification.torch:
+        torch = torch or was.torch
+    plan = _plan(was.name, specification, origin, offline, python, torch)
+    lock = there.lock.read_text() if there.lock.is_file() else ""
+    changes = []
+    if plan.python != was.python_request and not f"{was.python}.".startswith(f"{plan.python}."):
+        changes.append(f"Python {plan.python}, where it has {was.python}")
+    if plan.torch != was.torch:
+        changes.append(f"torch: {plan.torch}, where it has {was.torch}")
+        lock = without_torchs_builds(lock)
+    before, after = was.specification.model_dump(), specification.model_dump()
+    changes += [
+        f"other {field}: {_difference(before[field], after[field])}"
+        for field in after
+        if after[field] != before[field] and field not in ("python", "torch")  # which come into the two above
+    ]
+    return dataclasses.replace(plan, preferred=lock), changes
+
+
+def _difference(before: Any, after: Any) -> str:
+    if not isinstance(after, tuple):
+        return "see its specification"
+    gone, new = (", ".join(sorted({*some} - {*others})) for some, others in ((before, after), (after, before)))
+    return " and ".join(filter(None, (new, gone and f"no longer {gone}"))) or "in another order"
+
+
 def _again(there: Build, *, offline: bool, python: str | None = None) -> Plan:
     """The same versions as in a build."""
     manifest = there.manifest
@@ -264,8 +307,8 @@ def _again(there: Build, *, offline: bool, python: str | None = None) -> Plan:
         manifest.origin,
         python or manifest.python_request,
         manifest.torch,
-        there.lock.read_text(),
-        offline,
+        lock=there.lock.read_text(),
+        offline=offline,
     )
 
 

@@ -41,7 +41,8 @@ def _wait(address: Path, name: str, dtype: str) -> ModelStatus:
     """
     with console.status(f"loading {name}") as spinner:
         while True:
-            found = [m for m in fetch_status(address).models if m.name == name and m.dtype == dtype]
+            models = fetch_status(address).models
+            found = [m for m in models if (m.name, m.dtype, m.dispersion) == (name, dtype, None) and not m.retired]
             for model in found:
                 if model.state == "ready":
                     return model

@@ -57,7 +57,8 @@ FORCE_TIMEOUT = 5.0
 @click.command()
 @settings_options
 @click.option("--foreground", is_flag=True, help="Stay in front, log to the terminal, end with Ctrl-C.")
-def start(foreground: bool, **said: Any) -> None:
+@click.option("--wait", is_flag=True, help="When it is ready, stay until it has ended; whoever ends this ends it.")
+def start(foreground: bool, wait: bool, **said: Any) -> None:
     """Start a daemon; returns when it is ready."""
     try:
         config = settings_said(**said)
@@ -71,14 +72,9 @@ def start(foreground: bool, **said: Any) -> None:
             f"your own, `{' '.join(unit.systemctl)} stop {unit.socket}` first, or choose another --socket."
         )
     if foreground:
-        # imports what only a daemon needs
-        from rootstockd.serve import StartError, serve, start_logging  # noqa: PLC0415
-
-        start_logging()
-        try:
-            serve(config)
-        except StartError as error:
-            raise Refused(error) from error
+        serve_in_front(config)
+    elif wait:
+        stay_with(config)
     else:
         launch(config)
 
@@ -154,8 +150,41 @@ def check_startable(config: Config) -> None:
         prepare_log(config.log_file).close()
 
 
-def launch(config: Config, *, after: int | None = None) -> None:
-    """Start a daemon in the background and wait until it is ready.
+def serve_in_front(config: Config) -> None:
+    """Be the daemon.
+
+    Raises:
+        Refused: it can't start.
+    """
+    # imports what only a daemon needs
+    from rootstockd.serve import StartError, serve, start_logging  # noqa: PLC0415
+
+    start_logging()
+    try:
+        serve(config)
+    except StartError as error:
+        raise Refused(error) from error
+
+
+def stay_with(config: Config) -> None:
+    """Start a daemon in the background and be there as long as it is; exits as it does.
+
+    Raises:
+        Refused: as `launch` says.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGUSR1, signal.SIGUSR2):  # the daemon ignores them, too
+        signal.signal(number, signal.SIG_IGN)
+    process = launch(config)
+    while True:
+        try:
+            raise SystemExit(process.wait())
+        except KeyboardInterrupt:
+            process.terminate()
+
+
+def launch(config: Config, *, after: int | None = None) -> subprocess.Popen[bytes]:
+    """Start a daemon in the background and wait until it is ready; its process.
 
     Args:
         config: its settings.
@@ -205,6 +234,7 @@ def launch(config: Config, *, after: int | None = None) -> None:
         soft_wrap=True,
         markup=False,
     )
+    return process
 
 
 def prepare_log(path: Path) -> BinaryIO:

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
+from rootstock_client.client import request
 from rootstock_client.errors import ModelLoadError, RootstockError
 from rootstock_client.runtime_dir import find_socket
 from rootstockd.cli.common import Refused, catalogue_option, console, fetch_status, socket_option
@@ -21,7 +22,7 @@ from rootstockd.cli.completion import catalogue_models, models_to_pull
 from rootstockd.models import store
 from rootstockd.models.add import add as add_file
 from rootstockd.models.add import own_file, remove_entry
-from rootstockd.models.catalogue import Catalogue, CatalogueError, Entry
+from rootstockd.models.catalogue import NAME, Catalogue, CatalogueError, Entry
 from rootstockd.models.convert import with_safe_form
 from rootstockd.models.download import DownloadError
 from rootstockd.models.pull import Wishes
@@ -30,6 +31,7 @@ from rootstockd.models.spec import spec_of
 from rootstockd.models.store import Stored, StoreError
 from rootstockd.state_dir import MIRROR_VARIABLE, StateError
 
+_LACKS = {"missing": "red", "needs env": "yellow"}
 ERRORS = (CatalogueError, StoreError, StateError, DownloadError, RootstockError)
 
 json_option = click.option("--json", "as_json", is_flag=True, help="For programs.")
@@ -58,7 +60,7 @@ def list_(catalogues: tuple[Path, ...], as_json: bool) -> None:
                         "name": name,
                         "aliases": entry.aliases,
                         "family": entry.family,
-                        "environment": entry.environment or entry.family,
+                        "environment": entry.place[0],
                         "state": state,
                         "size": sizes[name],
                         "licence": entry.licence,
@@ -79,12 +81,14 @@ def list_(catalogues: tuple[Path, ...], as_json: bool) -> None:
         size = sizes[name]
         table.add_row(
             escape(name),
-            entry.environment or entry.family,
-            state if state != "missing" else f"[red]{state}[/]",
+            entry.place[0],
+            f"[{colour}]{state}[/]" if (colour := _LACKS.get(state)) else state,
             megabytes(size) if size else "-",
             escape(entry.licence.partition(":")[0]),
         )
     console.print(table)
+    if lacking := sorted({entry.place[0] for _, entry, state in rows if state == "needs env"}):
+        console.print("\nneeds env: " + ", ".join(f"rootstockd env create {name}" for name in lacking), soft_wrap=True)
 
 
 @models.command()
@@ -116,7 +120,8 @@ def show(name: str, catalogues: tuple[Path, ...], as_json: bool) -> None:
             console.print(f"[bold]{key:12}[/] {escape(value)}", soft_wrap=True)
     if fingerprint:
         console.print(f"[bold]{'fingerprint':12}[/] {fingerprint} in {entry.dtype}")
-    console.print(f"[bold]{'state':12}[/] {state}")
+    mended = f": rootstockd env create {entry.place[0]}" if state == "needs env" else ""
+    console.print(f"[bold]{'state':12}[/] {state}{mended}")
     console.print(f"[bold]{'entry':12}[/] {escape(str(catalogue.origins[name]))}", soft_wrap=True)
 
 
@@ -185,7 +190,8 @@ def pull(names: tuple[str, ...], mirror: str, sha256: str, accept_licence: bool,
         for name, entry in [catalogue.resolve(name) for name in names]:
             with progress(name) as (say, bytes_):
                 wishes = Wishes(accept, say, bytes_, mirror, sha256)
-                stored = with_safe_form(name, entry, pull_weights(name, entry, wishes), say)
+                pull_weights(name, entry, wishes)
+                stored = with_safe_form(name, entry, say)
             tell_pulled(name, stored)
 
 
@@ -217,7 +223,7 @@ def tell_pulled(name: str, stored: Stored) -> None:
     console.print(f"{name} is here: {stored.weights}", soft_wrap=True, markup=False)
     size = megabytes(record.original.size)
     console.print(f"sha256 {record.original.sha256}, {size}, from {record.source}", soft_wrap=True, markup=False)
-    if record.pinned == "its first use":
+    if record.pinned == store.FIRST_USE:
         console.print(
             "Nobody had said which checksum is right: from now on it is this one. Compare it with what others have.",
             style="yellow",
@@ -257,26 +263,26 @@ def add(name: str, file: Path, sha256: str, elements: str, **fields: Any) -> Non
 
 @models.command()
 @click.argument("name", shell_complete=catalogue_models)
-@click.option("--force", is_flag=True, help="Even if the daemon uses it.")
+@click.option("--force", is_flag=True, help="Even if sessions use it.")
 @socket_option
 def remove(name: str, force: bool, socket: Path | None) -> None:
     """Remove what was added or pulled."""
     with refused():
         catalogue = Catalogue.load()
-        with contextlib.suppress(RootstockError):  # what the catalogue has no longer can be removed all the same
-            name, _ = catalogue.resolve(name)
+        name = catalogue.name_of(name)  # what the catalogue has no longer can be removed all the same
+        if not NAME.fullmatch(name):
+            catalogue.resolve(name)
         folder = store.own_folder()
-        record = store.read_record(folder, name)
-        added = catalogue.origins.get(name) == own_file()
-        if record is None and not added:
-            raise Refused(nothing_to_remove(name, catalogue))
-        if (state := in_use(name, socket)) and not force:
-            raise Refused(
-                f"the daemon has {name} ({state}), and could not load it again. `rootstockd stop` first, or --force."
-            )
-        if added:
-            remove_entry(name, folder)
-        freed = store.remove(folder, name)
+        with store.lock(folder, name, lambda text: console.print(text, markup=False)):
+            record = store.read_record(folder, name)
+            added = catalogue.origins.get(name) == own_file()
+            if record is None and not added:
+                raise Refused(nothing_to_remove(name, catalogue))
+            if not force:
+                let_go(name, socket)
+            if added:
+                remove_entry(name, folder)
+            freed = store.remove(folder, name)
     console.print(f"{name} was removed, {megabytes(freed)} are free again", markup=False)
     if added:
         console.print("a daemon that runs forgets it with `rootstockd reload`")
@@ -292,14 +298,26 @@ def nothing_to_remove(name: str, catalogue: Catalogue) -> str:
     return f"there is nothing to remove: {name} was neither added nor pulled. Its entry stands in {origin}."
 
 
-def in_use(name: str, socket: Path | None) -> str:
-    """What the daemon that answers is doing with a model; empty if nothing."""
+def let_go(name: str, socket: Path | None) -> None:
+    """Have the daemon that answers give up a model that nobody uses; a worker that is gone could not be replaced.
+
+    Raises:
+        Refused: it is used.
+        RootstockError: the daemon does not do so.
+    """
     try:
-        daemon = fetch_status(find_socket(socket))
+        address = find_socket(socket)
+        using = [model for model in fetch_status(address).models if model.name == name]
     except RootstockError:
-        return ""
-    using = [model for model in daemon.models if model.name == name and model.state != "failed"]
-    return f"{using[0].state}, {sum(model.sessions for model in using)} sessions" if using else ""
+        return  # there is none
+    if sessions := sum(model.sessions for model in using):
+        raise Refused(
+            f"the daemon has {name} for {sessions} sessions, and could not load it again. `rootstockd status` says "
+            "whose they are: wait until they have ended, or --force."
+        )
+    if any(model.state not in {"cold", "failed"} for model in using):
+        request(address, "POST", "/v1/unload", {"model": name, "dtype": None, "force": False})
+        console.print(f"{name} is unloaded", markup=False)
 
 
 @models.command()
@@ -311,20 +329,18 @@ def verify(names: tuple[str, ...], catalogues: tuple[Path, ...]) -> None:
     with refused():
         catalogue = Catalogue.load(catalogues)
         chosen = {name for name, _ in map(catalogue.resolve, names)} if names else None
-        checks = {
-            (file.name, stored.folder): (name, stored.folder, file)
-            for name, stored in store.all_stored()
-            for file in stored.record.files
-        }
-        done: set[str] = set()
-        for name, folder, file in checks.values():
-            if chosen is None or name in chosen:
-                done.add(name)
-                bad += tell_verified(name, folder / file.name, store.damage(folder, file))
+        owners: dict[tuple[Path, str], list[str]] = {}
+        for name, stored in store.all_stored():
+            for file in stored.record.files:
+                owners.setdefault((stored.folder / file.name, file.sha256), []).append(name)
         for name, entry in catalogue.items():
-            if entry.weights is not None and name not in done and (chosen is None or name in chosen):
-                done.add(name)
-                bad += tell_verified(name, entry.weights, store.wrong(entry.weights, entry.sha256.lower()))
+            if entry.weights is not None and store.find(name) is None:
+                owners.setdefault((entry.weights, entry.sha256.lower()), []).append(name)
+        done: set[str] = set()
+        for (path, sha256), owning in owners.items():
+            if chosen is None or chosen.intersection(owning):
+                done.update(owning)
+                bad += tell_verified(", ".join(owning), path, store.wrong(path, sha256))
         if missing := sorted((chosen or set()) - done):
             raise Refused(
                 f"no weights are stored for {', '.join(missing)}. `rootstockd models list` says which are to be pulled."
@@ -341,15 +357,8 @@ def tell_verified(name: str, path: Path, damage: str) -> bool:
 
 
 def state_of(name: str, entry: Entry) -> str:
-    """Whether a model's weights are here: "here", "to pull", "missing", or "built in" where it has none of its own."""
-    if entry.weights is not None:
-        return "here" if entry.weights.is_file() else "missing"
-    if not entry.url:
-        return "built in"
-    stored = store.weights_of(name, entry)
-    if stored is None:
-        return "to pull"
-    return "here" if stored.weights.is_file() else "missing"
+    """Whether a model can be loaded: "here", or "built in" where it has no weights of its own, or what it lacks."""
+    return store.lack(name, entry) or ("here" if entry.weights or entry.url else "built in")
 
 
 def fingerprint_of(name: str, entry: Entry) -> str:

@@ -48,6 +48,10 @@ _OPTIONS = (
     click.option("--max-atoms", type=click.IntRange(min=1), help="The most atoms in one message of one session."),
     click.option("--batch-atoms", type=click.IntRange(min=1), help="The most atoms in one pass over several sessions."),
     click.option(
+        "--drain-timeout", type=click.FloatRange(min=0), help="Seconds for evaluations under way when it is stopped."
+    ),
+    click.option("--metrics", metavar="HOST:PORT", help="Serve metrics for Prometheus there, say on 127.0.0.1:9746."),
+    click.option(
         "--config",
         "file",
         type=click.Path(path_type=Path, resolve_path=True),

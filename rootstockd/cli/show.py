@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import click
 from rich.cells import cell_len
@@ -30,7 +32,7 @@ from rootstockd.cli.common import (
 from rootstockd.cli.units import unit_at
 from rootstockd.control.schema import DaemonStatus, ModelStatus
 
-_STATE_COLOUR = {
+STATE_COLOUR = {
     "ready": "green",
     "cold": "dim",
     **dict.fromkeys(("waiting", "loading", "starting", "draining"), "yellow"),
@@ -59,7 +61,7 @@ def status(socket: Path | None, as_json: bool) -> None:
 def show(daemon: DaemonStatus) -> None:
     """Print a status for people, in as many columns as the terminal has room for."""
     console.print(
-        f"rootstockd {daemon.version} [{_STATE_COLOUR[daemon.state]}]{daemon.state}[/] on {', '.join(daemon.devices)}, "
+        f"rootstockd {daemon.version} [{STATE_COLOUR[daemon.state]}]{daemon.state}[/] on {', '.join(daemon.devices)}, "
         f"up {duration(time.time() - daemon.since)}"
     )
     sessions = len(daemon.sessions) + daemon.other_sessions
@@ -97,7 +99,7 @@ def show_models(models: list[ModelStatus]) -> None:
                     [_dtype(model) for model in models],
                     rank=3 if names == [model.name for model in models] else 0,
                 ),
-                Column("state", [f"[{_STATE_COLOUR[model.state]}]{model.state}[/]" for model in models]),
+                Column("state", [_state(model) for model in models]),
                 Column("device", [model.device or "-" for model in models], rank=0 if alike else 2),
                 Column("sessions", [count(model.sessions) for model in models], right=True),
                 Column("queue", [count(model.waiting) for model in models], right=True, rank=1),
@@ -144,6 +146,10 @@ def _told_apart(models: list[ModelStatus]) -> list[str]:
 
 def _dtype(model: ModelStatus) -> str:
     return f"{model.dtype} +D3" if model.dispersion else model.dtype
+
+
+def _state(model: ModelStatus) -> str:
+    return f"[{STATE_COLOUR[model.state]}]{model.state}[/]{', retired' * model.retired}"
 
 
 def _batch(model: ModelStatus) -> str:
@@ -230,11 +236,30 @@ def logs(socket: Path | None, lines: int, follow: bool) -> None:
     with file:
         for line in deque(file, maxlen=lines):
             click.echo(line, nl=False)
-        while follow:
-            if line := file.readline():
-                click.echo(line, nl=False)
-            else:
-                time.sleep(0.2)
+        for line in new_lines(path, file) if follow else ():
+            click.echo(line, nl=False)
+
+
+def new_lines(path: Path, file: TextIO) -> Iterator[str]:
+    """What comes in a log from now on, also in those that take its place when it is rotated.
+
+    Args:
+        path: where it lies.
+        file: it, read to its end; closed when another takes its place.
+    """
+    while True:
+        yield from file
+        replaced = False
+        with contextlib.suppress(FileNotFoundError):  # there is no other yet
+            replaced = not os.path.samestat(path.stat(), os.fstat(file.fileno()))
+        if replaced:
+            yield from file  # what came until then
+            file.close()
+            file = path.open(encoding="utf-8", errors="replace")
+        elif os.fstat(file.fileno()).st_size < os.lseek(file.fileno(), 0, os.SEEK_CUR):  # logrotate's copytruncate
+            file.seek(0)
+        else:
+            time.sleep(0.2)
 
 
 def log_file(socket: Path | None) -> Path:

@@ -81,6 +81,7 @@ def install(user: bool, instances: tuple[str, ...], dry_run: bool) -> None:
         for path, text in files.items():
             click.echo(f"--- {path}\n{text}")
         click.echo("--- then\n" + "\n".join(map(shlex.join, commands)))
+        tell_next(place, names, settings)
         return
     try:
         for path, text in files.items():
@@ -97,16 +98,7 @@ def install(user: bool, instances: tuple[str, ...], dry_run: bool) -> None:
             f"{address} is that of a daemon started by hand: `rootstockd stop` it first, or systemd takes its address.",
             style="yellow",
         )
-    sockets = [f"rootstockd@{name}.socket" for name in names]
-    console.print(
-        f"\nSettings are in {settings}. Start with the first client, and with the machine:\n\n"
-        f"  {shlex.join([*place.systemctl, 'enable', '--now', *sockets])}\n\n"
-        "To have models loaded before there is a client, enable the services, too:\n\n"
-        f"  {shlex.join([*place.systemctl, 'enable', '--now', *(name[:-6] + 'service' for name in sockets)])}"
-        + ("\n\nThat it goes on when you log out:\n\n  loginctl enable-linger" if user else ""),
-        soft_wrap=True,
-        markup=False,
-    )
+    tell_next(place, names, settings)
 
 
 @systemd.command()
@@ -135,6 +127,20 @@ def uninstall(user: bool) -> None:
         if path.parent.suffix == ".d" and path.parent.parent == place.units and not any(path.parent.iterdir()):
             path.parent.rmdir()
     run([*place.systemctl, "daemon-reload"])
+
+
+def tell_next(place: Place, names: list[str], settings: Path) -> None:
+    """Say which commands come next; they are the operator's, for they start daemons."""
+    sockets = [f"rootstockd@{name}.socket" for name in names]
+    console.print(
+        f"\nSettings are in {settings}. Start with the first client, and with the machine:\n\n"
+        f"  {shlex.join([*place.systemctl, 'enable', '--now', *sockets])}\n\n"
+        "To have models loaded before there is a client, enable the services, too:\n\n"
+        f"  {shlex.join([*place.systemctl, 'enable', '--now', *(name[:-6] + 'service' for name in sockets)])}"
+        + ("\n\nThat it goes on when you log out:\n\n  loginctl enable-linger" if place.user else ""),
+        soft_wrap=True,
+        markup=False,
+    )
 
 
 def shipped() -> Path:

@@ -1,29 +1,28 @@
-"""The routes of the control API, and the server that answers on the control socket."""
+"""The routes of the control API."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import math
 import os
-import socket
-from collections.abc import Generator
 from typing import TYPE_CHECKING
 
 import psutil
-import uvicorn
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import Response
+from fastapi.responses import PlainTextResponse, Response
 
 import rootstockd
 from rootstock_client.errors import AccessDeniedError, RootstockError
+from rootstockd.config import Device
 from rootstockd.config_file import ConfigError
-from rootstockd.control.limits import MAX_HEAD, REFUSALS, BoundedBody, BoundedProtocol, Paced, invalid_request
+from rootstockd.control.limits import REFUSALS, invalid_request
+from rootstockd.control.metrics import exposition
 from rootstockd.control.schema import (
     CatalogueEntry,
     DaemonStatus,
+    DeviceStatus,
     LoadAnswer,
     Loading,
     LoadRequest,
@@ -35,11 +34,10 @@ from rootstockd.control.schema import (
     UnloadRequest,
 )
 from rootstockd.devices import process_memory
-from rootstockd.door import Door
 from rootstockd.fleet import HOLD
 from rootstockd.log_rate import LogRate
 from rootstockd.models.catalogue import CatalogueError
-from rootstockd.models.store import is_here
+from rootstockd.models.store import lack
 from rootstockd.peers import user_name
 from rootstockd.roles import State
 
@@ -76,6 +74,8 @@ def make_app(daemon: Daemon) -> FastAPI:
             state=daemon.state,
             since=daemon.since,
             devices=[str(device) for device in daemon.fleet.devices],
+            device_states=[device_status(device, daemon.fleet) for device in daemon.fleet.devices],
+            metrics=daemon.metrics_url,
             config=daemon.config if everything else None,
             memory=resident_memory(os.getpid()) or 0,
             evaluations=daemon.fleet.evaluations,
@@ -89,12 +89,18 @@ def make_app(daemon: Daemon) -> FastAPI:
             warnings=daemon.warnings if everything else [],
         )
 
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics(request: Request) -> Response:
+        """Metrics for Prometheus; what each user does is for administrators."""
+        users = daemon.accounts.is_admin(caller(request))
+        return await exposition(daemon, request.headers.get("accept", ""), users=users)
+
     @app.get("/v1/models")
     async def models() -> list[CatalogueEntry]:
         """What the daemon could load."""
         states = daemon.fleet.states()
         entries = dict(daemon.catalogue.items())
-        here = await asyncio.to_thread(lambda: {name for name, entry in entries.items() if is_here(name, entry)})
+        lacks = await asyncio.to_thread(lambda: {name: lack(name, entry) for name, entry in entries.items()})
         return [
             CatalogueEntry(
                 name=name,
@@ -104,7 +110,7 @@ def make_app(daemon: Daemon) -> FastAPI:
                 elements=list(entry.elements),
                 dtype=entry.dtype,
                 licence=entry.licence,
-                state=states.get(name) or ("cold" if name in here else "to pull"),
+                state=states.get(name) or lacks[name] or "cold",
             )
             for name, entry in entries.items()
             if not entry.hidden
@@ -191,10 +197,22 @@ def loading_status(model: Supervisor, fleet: Fleet) -> Loading | None:
     )
 
 
+def device_status(device: Device, fleet: Fleet) -> DeviceStatus:
+    """A device as status shows it."""
+    memory = fleet.device_memory(device)
+    return DeviceStatus(
+        name=str(device),
+        memory_used=memory.total - memory.free if memory else None,
+        memory_total=memory.total if memory else None,
+        load=sum(worker.pace.load for worker in fleet.workers() if worker.device == device),
+    )
+
+
 def model_status(model: Supervisor, fleet: Fleet) -> ModelStatus:
     """A model as status shows it."""
     why = model.error or model.refusal
     keep_alive = fleet.keep_alive(model)
+    latencies = model.meter.latencies(0.5, 0.99)
     return ModelStatus(
         name=model.spec.name,
         device=str(model.device) if model.device else None,
@@ -205,6 +223,7 @@ def model_status(model: Supervisor, fleet: Fleet) -> ModelStatus:
         error=str(why) if why else None,
         loading=loading_status(model, fleet),
         backend=model.info.backend if model.info else None,
+        retired=model.retired,
         environment=model.environment.description if model.environment else None,
         note=(model.info.note or None) if model.info else None,
         unconfined=model.unconfined,
@@ -217,6 +236,9 @@ def model_status(model: Supervisor, fleet: Fleet) -> ModelStatus:
         batches=model.batches,
         restarts=model.restarts,
         rate=model.pace.rate,
+        latency_p50=latencies[0] if latencies else None,
+        latency_p99=latencies[1] if latencies else None,
+        batch_size=model.meter.batch_size,
         load=model.pace.load,
         idle=model.idle_seconds,
         keep_alive=None if keep_alive == math.inf else keep_alive,
@@ -244,43 +266,3 @@ def resident_memory(pid: int) -> int | None:
         return int(psutil.Process(pid).memory_info().rss)
     except psutil.Error:
         return None
-
-
-class ControlServer(uvicorn.Server):
-    """uvicorn on the daemon's own loop, with a door that outlasts whatever happens at it; signals stay the daemon's."""
-
-    def __init__(self, daemon: Daemon, sock: socket.socket) -> None:
-        config = uvicorn.Config(
-            Paced(BoundedBody(make_app(daemon)), daemon.accounts),
-            proxy_headers=False,  # they would change who asks
-            ws="none",
-            h11_max_incomplete_event_size=MAX_HEAD,
-            log_config=None,
-            access_log=False,
-            lifespan="off",
-        )
-        config.timeout_graceful_shutdown = 1  # a request that never ends must not keep the daemon from ending
-        super().__init__(config)
-        self._sock, self._accounts = sock, daemon.accounts
-
-    async def run_until_stopped(self) -> None:
-        """Serve until `should_exit` is set."""
-        await self.serve(sockets=[])
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Open the door."""
-        await super().startup(sockets)
-        self._door = Door(self._sock, self._make_protocol)
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Close it, and end what is under way."""
-        self._door.close()
-        await super().shutdown(sockets)
-
-    def _make_protocol(self, _connection: socket.socket) -> BoundedProtocol:
-        return BoundedProtocol(self._accounts, self.config, self.server_state, self.lifespan.state)
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Generator[None, None, None]:
-        """Leave the signals alone."""
-        yield

@@ -1,4 +1,4 @@
-"""What one HTTP client may take of the daemon: so many connections, so large a body, and so long for one request."""
+"""What HTTP clients may take of the daemon: so many connections, so large a body, and so long for one request."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ MAX_HEAD = 16 * 1024
 DEADLINE = 10.0
 """Seconds from a connection, or from the last answer on it, until the next one has been sent in full."""
 
+MAX_SCRAPERS = 8
+"""Connections at a time to the port for metrics, likewise."""
 PACE = 0.02
 """Seconds between two requests of a user who does not administer the daemon: each keeps the loop from steps."""
 
@@ -42,65 +44,38 @@ REFUSALS: dict[int | str, dict[str, object]] = {
     503: {"description": "Too many connections are open."},
 }
 """What any request may be told, for the API's description."""
-TOO_MANY: Reason = (503, f"{MAX_CONNECTIONS} connections to the control socket are open already; try again")
+TOO_MANY = "too many connections are open already; try again"
 
 
 class BoundedProtocol(H11Protocol):
-    """uvicorn's HTTP, with an end to connections that are too many or too slow.
-
-    Its client has a uid, as the kernel tells it, for a host, and a process id for a port.
-
-    Args:
-        accounts: who may use and administer the daemon.
-        config, state, app_state: uvicorn's.
-    """
-
-    def __init__(
-        self, accounts: Accounts, config: uvicorn.Config, state: ServerState, app_state: dict[str, object]
-    ) -> None:
-        super().__init__(config, state, app_state)
-        self._accounts = accounts
+    """uvicorn's HTTP, with an end to connections that are too many or too slow."""
 
     _deadline: asyncio.TimerHandle | None = None
     _refused = False
-    uid = -1
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        peer = peer_of(transport.get_extra_info("socket"))
-        self.uid, self.client = peer.uid, (str(peer.uid), peer.pid)
         if self._too_many():
-            status, why = TOO_MANY
-            self._refuse(f"{status} Service Unavailable", json.dumps({"detail": why}).encode())
+            self._refuse("503 Service Unavailable", json.dumps({"detail": TOO_MANY}).encode())
             transport.close()
-            return
-        try:
-            self._accounts.check_may_use(peer)
-        except AccessDeniedError as error:
-            self._refuse("403 Forbidden", error.to_json())
-            return
-        self._deadline = self.loop.call_later(DEADLINE, transport.abort)
+        else:
+            self._deadline = self.loop.call_later(DEADLINE, transport.abort)
+
+    def _too_many(self) -> bool:
+        return len(self.connections) > MAX_SCRAPERS
 
     def _refuse(self, status: str, body: bytes) -> None:
         """Say so, and listen to nothing: a socket closed on what the client says would lose it the answer."""
         head = f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\nconnection: close\r\n"
         self.transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
         self._refused = True
+        if self._deadline is not None:
+            self._deadline.cancel()
         self._deadline = self.loop.call_later(1.0, self.transport.abort)
 
     def data_received(self, data: bytes) -> None:
         if not self._refused:
             super().data_received(data)
-
-    def _too_many(self) -> bool:
-        """Whether there are; those who administer the daemon always have half of them, whatever others do."""
-        if len(self.connections) > MAX_CONNECTIONS:
-            return True
-        is_admin = self._accounts.is_admin
-        others = [uid for uid in (getattr(c, "uid", -1) for c in self.connections) if not is_admin(uid)]
-        return not is_admin(self.uid) and (
-            len(others) > MAX_CONNECTIONS // 2 or others.count(self.uid) > MAX_CONNECTIONS // 4
-        )
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._deadline is not None:
@@ -112,6 +87,45 @@ class BoundedProtocol(H11Protocol):
             self._deadline.cancel()
             self._deadline = self.loop.call_later(DEADLINE, self.transport.abort)
         super().on_response_complete()
+
+
+class ControlProtocol(BoundedProtocol):
+    """The same on the control socket: its client has a uid, as the kernel tells it, for a host, and a pid for a port.
+
+    Args:
+        accounts: who may use and administer the daemon.
+        config, state, app_state: uvicorn's.
+    """
+
+    uid = -1
+
+    def __init__(
+        self, accounts: Accounts, config: uvicorn.Config, state: ServerState, app_state: dict[str, object]
+    ) -> None:
+        super().__init__(config, state, app_state)
+        self._accounts = accounts
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        peer = peer_of(transport.get_extra_info("socket"))
+        self.uid = peer.uid
+        super().connection_made(transport)
+        self.client = str(peer.uid), peer.pid
+        if self._refused:
+            return
+        try:
+            self._accounts.check_may_use(peer)
+        except AccessDeniedError as error:
+            self._refuse("403 Forbidden", error.to_json())
+
+    def _too_many(self) -> bool:
+        """Whether there are; those who administer the daemon always have half of them, whatever others do."""
+        if len(self.connections) > MAX_CONNECTIONS:
+            return True
+        is_admin = self._accounts.is_admin
+        others = [uid for uid in (getattr(c, "uid", -1) for c in self.connections) if not is_admin(uid)]
+        return not is_admin(self.uid) and (
+            len(others) > MAX_CONNECTIONS // 2 or others.count(self.uid) > MAX_CONNECTIONS // 4
+        )
 
 
 class Paced:

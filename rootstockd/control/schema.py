@@ -20,7 +20,7 @@ class Loading(BaseModel):
     state: str
     """waiting or loading."""
     stage: str
-    """starting, imports, weights or checks; empty while it waits."""
+    """starting, imports, weights or checks, or that and why it is to be started again; empty while it waits."""
     elapsed: float
     """Seconds since it began to load, or to wait."""
     expected: float | None
@@ -58,6 +58,9 @@ class ModelStatus(BaseModel):
     loading: Loading | None
     backend: str | None
     """What computes, with versions."""
+    retired: bool = False
+    """Sessions have it still, and no other gets it: the catalogue has another model of this name now, or it was a
+    replica."""
     environment: str | None = None
     """Where its worker runs: an environment with when it was built, or beside the daemon. None while none is found."""
     note: str | None
@@ -77,6 +80,12 @@ class ModelStatus(BaseModel):
     restarts: int
     rate: float
     """Evaluations a second, in the last ten seconds."""
+    latency_p50: float | None = None
+    latency_p99: float | None = None
+    """Seconds that half, and all but a hundredth, of the evaluations in the last ten seconds took from submission to
+    result, at most; None if there were none."""
+    batch_size: float | None = None
+    """Evaluations in a batch, on average, in that time."""
     load: float
     """The part of that time in which it computed."""
     idle: float
@@ -100,6 +109,17 @@ class SessionStatus(BaseModel):
     """Unix time of its beginning."""
 
 
+class DeviceStatus(BaseModel):
+    """A device, and what is in its memory."""
+
+    name: str
+    memory_used: int | None
+    """Bytes in use, by anybody; of a CPU the machine's. None where the driver does not say."""
+    memory_total: int | None
+    load: float
+    """The part of the last ten seconds in which each of its workers computed, added up."""
+
+
 class DaemonStatus(BaseModel):
     """The whole daemon."""
 
@@ -110,6 +130,9 @@ class DaemonStatus(BaseModel):
     """starting, ready or draining."""
     since: float
     devices: list[str]
+    device_states: list[DeviceStatus] = Field(default_factory=list)
+    metrics: str | None = None
+    """The URL of metrics over TCP, if they are served."""
     config: Config | None
     """Its settings, and where they come from; administrators alone see them."""
     memory: int
@@ -135,7 +158,8 @@ class CatalogueEntry(BaseModel):
     dtype: str
     licence: str
     state: str
-    """cold, "to pull" where its weights are not on the machine, or the state of its worker."""
+    """The state of its worker; without one cold, or "to pull" where its weights are not on the machine, "missing" where
+    their file is gone, "needs env" where it has no environment."""
 
 
 class StopRequest(BaseModel):

@@ -11,22 +11,25 @@ import hashlib
 import io
 import json
 import re
+import shutil
 import sys
 import sysconfig
 import tarfile
 import tempfile
 import urllib.parse
 import urllib.request
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
 from rootstockd.environments.building import Plan, Say, build, torch_backend
 from rootstockd.environments.builds import Build, EnvironmentBuildError
 from rootstockd.environments.running_uv import run_uv
 from rootstockd.environments.specification import Specification
+from rootstockd.state_dir import own_state
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -37,6 +40,8 @@ FORMAT = 1
 _WHEEL = re.compile(r"wheels/([A-Za-z0-9_.+!]+(?:-[A-Za-z0-9_.+!]+){4,5}\.whl)")
 _SMALL = 16 * 2**20
 """Bytes that a lock or a description may have."""
+_MOST = 64 * 2**30
+"""Bytes that an environment may have; those with torch for CUDA have a tenth."""
 _HASH = re.compile(r"--hash=sha256:([0-9a-f]{64})")
 TIMEOUT = 60.0
 """Seconds that a server may be silent."""
@@ -103,13 +108,14 @@ def _gather(source: Build, wheels: Path, say: Say) -> str:
     lock = source.lock.read_text()
     # uv knows where each file lies and which fit this Python; it is asked for what is locked, no more
     plan = wheels.parent / "pylock.toml"
+    python = source.python.resolve()  # not the environment's, which runs what packages have for its start
     run_uv(
         [
             *("pip", "compile", "--quiet", "--no-deps", "--format", "pylock.toml"),
             "--output-file",
             plan,
             "--python",
-            source.python,
+            python,
             *torch_backend(source.manifest.torch),
             source.lock,
         ],
@@ -125,7 +131,7 @@ def _gather(source: Build, wheels: Path, say: Say) -> str:
             target = wheels / _file_name(place)
             _fetch(place, wheels.parent, target, set(_HASH.findall(block)))
             if target.suffix != ".whl":
-                made = _make_wheel(source, target, wheels)
+                made = _make_wheel(python, target, wheels)
                 with made.open("rb") as content:
                     digest = _digest(content)
                 lock = lock.replace(block, block.replace("\\\n", f"\\\n    --hash=sha256:{digest} \\\n", 1))
@@ -167,11 +173,11 @@ def _fetch(place: dict[str, Any], base: Path, target: Path, allowed: set[str]) -
     partial.rename(target)
 
 
-def _make_wheel(source: Build, archive: Path, wheels: Path) -> Path:
+def _make_wheel(python: Path, archive: Path, wheels: Path) -> Path:
     """Build what comes as source alone, where there is a network to build it with."""
     before = set(wheels.iterdir())
     run_uv(
-        ["build", "--quiet", "--wheel", "--python", source.python, "--out-dir", wheels, archive],
+        ["build", "--quiet", "--wheel", "--python", python, "--out-dir", wheels, archive],
         f"making a wheel of {archive.name}",
         wheels.parent,
     )
@@ -193,81 +199,140 @@ def import_archive(file: Path, sha256: str, python: str, say: Say) -> Build:
     Raises:
         EnvironmentBuildError: the file is damaged, was tampered with, or can't be built here.
     """
-    try:
-        with file.open("rb") as archive:
+    with unpacked(file, sha256) as (description, lock, wheels):
+        if description.platform != sysconfig.get_platform():
+            raise EnvironmentBuildError(
+                f"{file} is for {description.platform}, and this machine is {sysconfig.get_platform()}."
+            )
+        minor = ".".join(description.python.split(".")[:2])
+        plan = Plan(
+            name=description.name,
+            specification=description.specification,
+            origin=f"archive {file.name}",
+            python=python or minor,
+            torch=description.torch,
+            lock=lock,
+            offline=True,
+            wheels=wheels,
+        )
+        return build(plan, say)
+
+
+@contextlib.contextmanager
+def unpacked(file: Path, sha256: str) -> Iterator[tuple[Description, str, Path]]:
+    """Description, lock, and a folder of the wheels, each of which is one that the lock means.
+
+    Nothing is written before it is known how much that will be, here and when the wheels are installed.
+
+    Args:
+        file: the archive.
+        sha256: what the whole file must have; empty where nobody knows.
+
+    Raises:
+        EnvironmentBuildError: the file is damaged, was tampered with, or there is no room for what is in it.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            archive = stack.enter_context(file.open("rb"))
             if sha256 and (digest := _digest(archive)) != sha256.lower():
                 raise EnvironmentBuildError(
                     f"{file} is not the file you mean: its SHA-256 is {digest}. Nothing was done."
                 )
             archive.seek(0)
-            with tarfile.open(fileobj=archive, mode="r:") as tar, _unpacked(tar) as (description, lock, wheels):
-                if description.platform != sysconfig.get_platform():
-                    raise EnvironmentBuildError(
-                        f"{file} is for {description.platform}, and this machine is {sysconfig.get_platform()}."
-                    )
-                minor = ".".join(description.python.split(".")[:2])
-                plan = Plan(
-                    name=description.name,
-                    specification=description.specification,
-                    origin=f"archive {file.name}",
-                    python=python or minor,
-                    torch=description.torch,
-                    lock=lock,
-                    offline=True,
-                    wheels=wheels,
-                )
-                return build(plan, say)
-    except (OSError, tarfile.TarError) as error:
-        why = getattr(error, "strerror", None) or str(error)
-        hint = "`rootstockd env export` writes such files."
-        raise EnvironmentBuildError(f"{file} can't be imported: {why}. {hint}") from error
+            with _understood("it"):
+                tar = stack.enter_context(tarfile.open(fileobj=archive, mode="r:"))
+            wheels = _members(tar, file.stat().st_size)
+            if not {"environment.json", "lock.txt"} <= wheels.keys():
+                raise _refused("it is not whole")
+            description = _describe(_text(tar, wheels.pop("environment.json")))
+            lock = _text(tar, wheels.pop("lock.txt"))
+            if hashlib.sha256(lock.encode()).hexdigest() != description.lock_sha256:
+                raise _refused("its lock was changed")
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rootstockd-import-")))
+            _check_room(folder, sum(wheel.size for wheel in wheels.values()))
+            _check_room(own_state(), sum(_installed_size(tar, wheel) for wheel in wheels.values()))
+            allowed = set(_HASH.findall(lock))
+            for name, wheel in wheels.items():
+                with (folder / Path(name).name).open("xb") as out:
+                    if _copy(tar.extractfile(wheel), out.write) not in allowed:
+                        raise _refused(f"{name} is not what the lock says")
+        except OSError as error:
+            raise EnvironmentBuildError(
+                f"{file} can't be imported: {error.strerror}. `rootstockd env export` writes such files."
+            ) from error
+        yield description, lock, folder
 
 
-@contextlib.contextmanager
-def _unpacked(tar: tarfile.TarFile) -> Iterator[tuple[Description, str, Path]]:
-    """Description, lock, and a folder of the wheels, each of which is one that the lock means.
+def _members(tar: tarfile.TarFile, size: int) -> dict[str, tarfile.TarInfo]:
+    """What is in it, by name. None is larger than the archive is, for only sparse members could be.
 
     Raises:
-        EnvironmentBuildError: it is not so.
+        EnvironmentBuildError: something does not belong there, or is cut off.
     """
-    with tempfile.TemporaryDirectory(prefix="rootstockd-import-") as folder:
-        description, lock, allowed = None, None, set()
+    found: dict[str, tarfile.TarInfo] = {}
+    with _understood("it"):
         for member in tar:
-            wheel = _WHEEL.fullmatch(member.name)
-            if not member.isreg() or not (wheel or member.name in ("environment.json", "lock.txt")):
+            known = member.name in ("environment.json", "lock.txt") or _WHEEL.fullmatch(member.name)
+            if not known or not member.isreg() or member.issparse() or member.name in found:
                 raise _refused(f"it has {member.name[:200]!r}, which does not belong there")
-            content = tar.extractfile(member)
-            assert content is not None
-            if wheel:
-                if lock is None:
-                    raise _refused("its wheels come before its lock")
-                with (Path(folder) / wheel[1]).open("xb") as out:
-                    digest = _copy(content, out.write)
-                if digest not in allowed:
-                    raise _refused(f"{wheel[1]} is not what the lock says")
-                continue
-            if member.size > _SMALL:
-                raise _refused(f"its {member.name} is far too large")
-            text = content.read().decode()
-            if member.name == "environment.json":
-                description = _describe(text)
-            else:
-                lock, allowed = text, set(_HASH.findall(text))
-        if description is None or lock is None:
-            raise _refused("it is not whole")
-        if hashlib.sha256(lock.encode()).hexdigest() != description.lock_sha256:
-            raise _refused("its lock was changed")
-        yield description, lock, Path(folder)
+            if not 0 <= member.size <= size - member.offset_data:
+                raise _refused(f"its {member.name} is cut off")
+            found[member.name] = member
+    return found
+
+
+def _text(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:
+    if member.size > _SMALL:
+        raise _refused(f"its {member.name} is far too large")
+    with _understood(f"its {member.name}"):
+        content: Any = tar.extractfile(member)
+        return str(content.read(), "utf-8")
+
+
+def _installed_size(tar: tarfile.TarFile, wheel: tarfile.TarInfo) -> int:
+    """Bytes that a wheel says it has when it is installed."""
+    with _understood(f"its {wheel.name}"), zipfile.ZipFile(cast("IO[bytes]", tar.extractfile(wheel))) as packed:
+        return sum(member.file_size for member in packed.infolist())
+
+
+def _check_room(folder: Path, size: int) -> None:
+    """Whether so many bytes may be written there.
+
+    Raises:
+        EnvironmentBuildError: they may not.
+    """
+    if size > _MOST:
+        raise _refused(f"what is in it takes {size / 1e9:.0f} GB, and {_MOST / 1e9:.0f} GB is the most")
+    while not folder.exists():
+        folder = folder.parent
+    if size > (free := shutil.disk_usage(folder).free):
+        raise EnvironmentBuildError(
+            f"what is in the archive takes {size / 1e6:.0f} MB, and there are {free / 1e6:.0f} MB left in {folder}. "
+            "Nothing was done. Free some; ROOTSTOCKD_STATE and TMPDIR name other places."
+        )
 
 
 def _describe(text: str) -> Description:
-    try:
+    with _understood("what it says of itself"):
         fields = json.loads(text)
         if fields.get("format", 0) > FORMAT:
             raise _refused(f"it was written by rootstockd {fields.get('rootstockd')}, which is newer; upgrade this one")
         return Description.model_validate(fields)
-    except (ValueError, AttributeError, ValidationError) as error:
-        raise _refused(f"what it says of itself can't be read: {error}") from error
+
+
+@contextlib.contextmanager
+def _understood(what: str) -> Iterator[None]:
+    """Those who parse have many kinds of errors for what is damaged, or made to be.
+
+    Raises:
+        EnvironmentBuildError: there was one.
+    """
+    try:
+        yield
+    except (EnvironmentBuildError, OSError):
+        raise
+    except Exception as error:
+        raise _refused(f"{what} can't be read: {str(error) or type(error).__name__}") from error
 
 
 def _refused(why: str) -> EnvironmentBuildError:

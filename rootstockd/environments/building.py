@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib.util
+import json
 import os
 import re
 import shutil
@@ -22,12 +25,16 @@ from rootstockd.environments.builds import (
     building,
     installed_versions,
     new_build,
+    site_packages,
     take_into_use,
 )
+from rootstockd.environments.finding import Environment
 from rootstockd.environments.pythons import find_python
 from rootstockd.environments.running_uv import run_uv
 from rootstockd.environments.specification import Specification
-from rootstockd.state_dir import own_state
+from rootstockd.state_dir import StateError, check_trusted, own_state
+from rootstockd.worker_folders import WorkerFolders
+from rootstockd.worker_process import worker_command
 
 Say = Callable[[str], None]
 IMPORT_TIMEOUT = 600
@@ -48,6 +55,8 @@ class Plan:
     """Which of PyTorch's builds, as in a specification."""
     lock: str = ""
     """Build exactly this; without one, the requirements are resolved."""
+    preferred: str = ""
+    """A lock whose versions are kept where the requirements allow."""
     offline: bool = False
     wheels: Path | None = None
     """Take packages from this folder and from nowhere else."""
@@ -103,13 +112,15 @@ def _build(plan: Plan, path: Path, say: Say) -> Build:
         flavour = plan.torch
     else:
         say(f"{what}: choosing versions{_flavour_in_words(plan)}")
+        if plan.preferred:
+            lock.write_text(plan.preferred)  # uv keeps to what it finds in the file that it is to write
         resolve(plan, path, lock, sources)
         flavour = torch_flavour(plan.torch, lock.read_text())
     count = len(re.findall(r"^[\w.-]+\[?.*==", lock.read_text(), re.MULTILINE))
     say(f"{what}: installing {count} packages into {path}")
     run_uv(
         [
-            *("pip", "sync", "--require-hashes", "--compile-bytecode", "--python", path / "bin/python"),
+            *("pip", "sync", "--require-hashes", "--python", path / "bin/python"),
             *sources,
             *torch_backend(flavour),
             lock,
@@ -117,6 +128,8 @@ def _build(plan: Plan, path: Path, say: Say) -> Build:
         f"{what}: installing",
         path,
     )
+    say(f"{what}: compiling byte code")
+    compile_bytecode(path)
     say(f"{what}: importing {', '.join(plan.specification.imports) or 'numpy'}")
     check_imports(what, path, ("numpy", *plan.specification.imports))
     let_all_read(path)
@@ -167,6 +180,11 @@ def torch_backend(flavour: str) -> list[str]:
     return [] if flavour == "index" else [f"--torch-backend={flavour}"]
 
 
+def without_torchs_builds(lock: str) -> str:
+    """A lock without the versions that are of one of PyTorch's builds, such as 2.13.0+cpu: another has others."""
+    return re.sub(r"^\S+==\S+\+.*\n(?:[ \t].*\n?)*", "", lock, flags=re.MULTILINE)
+
+
 def torch_flavour(asked: str, lock: str) -> str:
     """The build that `auto` chose, for the next build from this lock on any machine: torch 2.13.0+cu128 says it."""
     if asked != "auto":
@@ -183,29 +201,72 @@ def _flavour_in_words(plan: Plan) -> str:
     return ", torch from the package index" if plan.torch == "index" else f", torch for {plan.torch}"
 
 
+def compile_bytecode(path: Path) -> None:
+    """Write byte code: confined workers can't. Not by uv, whose Pythons run what packages have for their start.
+
+    Left out are packages' own tests, a quarter of all there is with torch. So are files that are no Python of this
+    version, such as templates.
+    """
+    link_bytecode(path)
+    python, packages = str(path / "bin/python"), str(site_packages(path))
+    tests = rf"^{re.escape(packages)}/.*/tests?/"
+    command = [python, "-I", "-S", "-m", "compileall", "-qq", "-j", "0", "-x", tests, packages]
+    subprocess.run(command, cwd="/", stdout=subprocess.DEVNULL, umask=0o022, check=False)
+
+
+def link_bytecode(path: Path) -> None:
+    """Take byte code from the builds in use, where its source is the very same file: uv links them from its cache."""
+    packages = site_packages(path)
+    for current in sorted(path.parent.parent.parent.glob("*/current")):
+        with contextlib.suppress(OSError, StateError):
+            check_trusted(current.parent)
+            check_trusted(current)
+            others = site_packages(current.resolve())
+            if others.parent.name != packages.parent.name:  # another Python
+                continue
+            for theirs in others.rglob("__pycache__/*.pyc"):
+                ours = packages / theirs.relative_to(others)
+                with contextlib.suppress(OSError, ValueError):  # not all are named as Python names them
+                    source = Path(importlib.util.source_from_cache(theirs)).relative_to(others)
+                    if (packages / source).samefile(others / source):
+                        ours.parent.mkdir(mode=0o755, exist_ok=True)
+                        ours.hardlink_to(theirs)
+
+
 def check_imports(what: str, path: Path, modules: tuple[str, ...]) -> None:
-    """Whether it is of use.
+    """Whether it is of use: its packages are imported, confined as in a worker.
 
     Raises:
         EnvironmentBuildError: a module can't be imported.
     """
-    code = f"import {', '.join(dict.fromkeys(modules))}"
+    modules = tuple(dict.fromkeys(modules))
     try:
-        done = subprocess.run(
-            [path / "bin/python", "-E", "-s", "-B", "-W", "ignore", "-c", code],
-            cwd="/",
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=IMPORT_TIMEOUT,
-        )
+        folders = WorkerFolders(None)
+        try:
+            done = subprocess.run(
+                [
+                    *worker_command(Environment("", path / "bin/python", True, "")),  # noqa: FBT003
+                    # (what is for GPUs may ask the driver when it is imported)
+                    *("import", json.dumps(modules), folders.confinement(gpu=Path("/dev/nvidiactl").exists())),
+                ],
+                cwd="/",
+                env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": "", **folders.environment},
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                check=False,
+                timeout=IMPORT_TIMEOUT,
+            )
+        finally:
+            folders.remove()
     except (OSError, subprocess.TimeoutExpired) as error:
         raise EnvironmentBuildError(f"{what}: its Python can't be used: {error}.") from error
     if done.returncode:
         said = done.stderr.strip().rpartition("\n")[2] or f"exit status {done.returncode}"
         raise EnvironmentBuildError(
-            f"{what}: `{code}` fails in it: {said}. Its specification must require what provides this."
+            f"{what}: `import {', '.join(modules)}` fails in it: {said}. Its specification must require what provides "
+            "this. (Imports are tried as in a worker: without a network, and with nothing to write to but TMPDIR.)"
         )
 
 

@@ -65,6 +65,15 @@ def find_environment(name: str, family: str) -> Environment:
     )
 
 
+def has_environment(name: str, family: str) -> bool:
+    """Whether `find_environment` finds one."""
+    try:
+        find_environment(name, family)
+    except ModelLoadError:
+        return False
+    return True
+
+
 def _built(build: Build) -> Environment:
     manifest = build.manifest
     if not os.access(build.python, os.X_OK):

@@ -16,13 +16,14 @@ import platformdirs
 from ase.data import atomic_numbers
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from rootstockd.state_dir import site_folder
+from rootstockd.state_dir import check_trusted, site_folder
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
+_BUILTIN = Path(str(resources.files("rootstockd.environments").joinpath("builtin")))
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 Vector = tuple[float, float, float]
 
@@ -117,10 +118,9 @@ def check_name(name: str) -> str:
 
 def specification_files() -> dict[str, Path]:
     """All there are, by the environment's name."""
-    builtin = Path(str(resources.files("rootstockd.environments").joinpath("builtin")))
     found = {}
     for folder in (
-        builtin,
+        _BUILTIN,
         site_folder() / "environments",
         platformdirs.user_config_path("rootstockd") / "environments",
     ):
@@ -130,7 +130,7 @@ def specification_files() -> dict[str, Path]:
 
 def is_builtin(name: str) -> bool:
     """Whether the package itself specifies it."""
-    return resources.files("rootstockd.environments").joinpath("builtin", f"{name}.toml").is_file()
+    return (_BUILTIN / f"{name}.toml").is_file()
 
 
 def find_specification(name: str) -> Specification | None:
@@ -138,9 +138,15 @@ def find_specification(name: str) -> Specification | None:
 
     Raises:
         SpecificationError: there is, and it can't be used.
+        StateError: others could have written it.
     """
     path = specification_files().get(name)
-    return read_specification(path) if path else None
+    if path is None:
+        return None
+    if path.parent != _BUILTIN:
+        check_trusted(path.parent)
+        check_trusted(path)
+    return read_specification(path)
 
 
 def read_specification(path: Path) -> Specification:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 from collections.abc import Generator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +13,19 @@ import tomlkit
 from ase.data import chemical_symbols
 from pydantic import ValidationError
 
+from rootstock_client.errors import ModelLoadError, NotAModelError
+from rootstockd.environments.finding import find_environment
 from rootstockd.models import store
 from rootstockd.models.catalogue import FILE_NAME, NAME, Catalogue, Entry
-from rootstockd.models.convert import with_safe_form
+from rootstockd.models.convert import converted
 from rootstockd.models.download import Say
 from rootstockd.models.pull import now
 from rootstockd.models.spec import spec_of
 from rootstockd.models.store import Record, Stored, StoreError
 from rootstockd.models.trial import try_out
 from rootstockd.state_dir import own_state
+from rootstockd.validation import describe
+from rootstockd.worker.engines import ENTRY_POINTS, FAMILIES
 
 
 def add(name: str, file: Path, fields: dict[str, Any], sha256: str, catalogue: Catalogue, say: Say) -> Entry:
@@ -45,26 +51,45 @@ def add(name: str, file: Path, fields: dict[str, Any], sha256: str, catalogue: C
             f"there is a model {name!r} already, from {catalogue.origins[real]}. Choose another name"
             + (f", or `rootstockd models remove {name}` first." if catalogue.origins[real] == own_file() else ".")
         )
+    _check_family(fields["family"], fields.get("environment", ""))
     folder = store.own_folder()
-    with store.lock(folder / f"{name}.lock", lambda: say(f"{name} is being added already; waiting")):
+    with store.lock(folder, name, say):
         store.remove(folder, name)  # what an `add` that was killed has left
-        try:
-            original = store.copy_in(file, folder, folder / f"{name}.copy", file.suffix)
-        except OSError as error:
-            raise StoreError(f"{file} can't be copied to {folder}: {error.strerror}.") from error
+        original = store.copy_in(file, folder, folder / f"{name}.copy", file.suffix)
         record = Record(original=original, source=str(file.absolute()), pinned="the user", when=now())
         store.write_record(folder, name, record)
         try:
             if sha256 and original.sha256 != sha256.lower():
                 raise StoreError(f"{file} has the SHA-256 {original.sha256}, not {sha256}. It was not added.")
             entry = _tried(name, _entry(name, folder, record, fields), say)
-            record = with_safe_form(name, entry, Stored(folder, record), say).record
+            record = converted(name, entry, Stored(folder, record), say).record
             entry = _entry(name, folder, record, entry.model_dump())
             _write_entry(name, entry, folder)
-        except BaseException:
+        except BaseException as error:
             store.remove(folder, name)
+            if isinstance(error, NotAModelError):
+                raise StoreError(f"{file} was not added: {error.message}") from error
             raise
     return entry
+
+
+def _check_family(family: str, environment: str) -> None:
+    """Whether there is an engine for it. What a built environment has is for its workers to say.
+
+    Raises:
+        StoreError: there is none.
+    """
+    known = {*FAMILIES, *(point.name for point in metadata.entry_points(group=ENTRY_POINTS))}
+    if family in known:
+        return
+    with contextlib.suppress(ModelLoadError):
+        if find_environment(environment or family, family).built:
+            return
+    near = difflib.get_close_matches(family.lower(), known, n=1)
+    raise StoreError(
+        f"there is no family {family!r}{f'; did you mean {near[0]!r}?' if near else '.'} There are: "
+        f"{', '.join(sorted(known - {'noop'}))}. More come with packages that have an engine (docs/engines.md)."
+    )
 
 
 def own_file() -> Path:
@@ -80,8 +105,7 @@ def _entry(name: str, folder: Path, record: Record, fields: dict[str, Any]) -> E
             said["original_sha256"] = record.original.sha256
         return Entry.model_validate({**fields, **said})
     except ValidationError as error:
-        first = error.errors()[0]
-        raise StoreError(f"model {name!r}: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from error
+        raise StoreError(f"model {name!r}: {describe(error)}.") from error
 
 
 def _tried(name: str, entry: Entry, say: Say) -> Entry:
@@ -117,7 +141,7 @@ def remove_entry(name: str, folder: Path) -> bool:
 def _edited(folder: Path) -> Generator[tomlkit.TOMLDocument, None, None]:
     """The state directory's `models.toml`, to be changed; comments in it stay."""
     path, part = folder.parent / FILE_NAME, folder / f"{FILE_NAME}.part"
-    with store.lock(folder / f".{FILE_NAME}.lock", lambda: None):
+    with store.lock(folder, f".{FILE_NAME}", lambda _: None), store.part_file(part, str(path)):
         document = tomlkit.parse(path.read_text(encoding="utf-8") if path.exists() else _HEAD)
         yield document
         part.write_text(tomlkit.dumps(document), encoding="utf-8")

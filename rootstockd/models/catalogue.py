@@ -24,7 +24,10 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, f
 
 from rootstock_client.errors import UnknownModelError, UnsupportedError
 from rootstockd.config import KeepAlive
+from rootstockd.environments.finding import has_environment
 from rootstockd.state_dir import StateError, check_trusted, site_folder, state_dirs
+from rootstockd.validation import describe
+from rootstockd.worker.engines import EngineError, choose_head
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -110,6 +113,11 @@ class Entry(BaseModel):
             found += chemical_symbols[ends[0] : ends[1] + 1]
         return tuple(found)
 
+    @property
+    def place(self) -> tuple[str, str]:
+        """Its environment, and its family: what `find_environment` wants to know."""
+        return self.environment or self.family, self.family
+
     def check_dtype(self, name: str, dtype: str) -> None:
         """Whether a session may ask for this dtype.
 
@@ -120,6 +128,18 @@ class Entry(BaseModel):
             raise UnsupportedError(
                 f"model {name!r} computes in {self.dtype} and in nothing else.", "Leave dtype out, or name that one."
             )
+
+    def check_head(self, name: str, head: str | None) -> None:
+        """Whether a session may ask for this head, where it is known which there are.
+
+        Raises:
+            UnsupportedError: there is no such head, or none was chosen of several.
+        """
+        if self.heads:
+            try:
+                choose_head(name, self.heads, head)
+            except EngineError as error:
+                raise UnsupportedError(f"{error.message}.", error.hint) from error
 
 
 class Catalogue(Mapping[str, Entry]):
@@ -160,7 +180,7 @@ class Catalogue(Mapping[str, Entry]):
         """
         files = [*builtin_files(), *_standing_files()]
         for path in extra:
-            _check_owner(path)
+            _check_owners(path)
             files.append(path)
         return cls((path, read_catalogue(path)) for path in files)
 
@@ -202,12 +222,17 @@ class Catalogue(Mapping[str, Entry]):
         aliases = [alias for alias, meant in self._aliases.items() if meant in shown]
         near = difflib.get_close_matches(name, [*shown, *aliases], n=3, cutoff=0.4)
         hint = f"Did you mean {' or '.join(near)}? " if near else ""
-        here = sorted(name for name in shown if not self._entries[name].url)
         raise UnknownModelError(
             f"there is no model {name[:100]!r}.",
-            f"{hint}There are: {', '.join(here)}. `rootstockd models list` has those as well whose weights are to be "
-            "pulled first.",
+            f"{hint}There are: {', '.join(self._complete(shown))}. `rootstockd models list` has those as well whose "
+            "weights are to be pulled first, or whose environment is to be built.",
         )
+
+    def _complete(self, names: Iterable[str]) -> list[str]:
+        """Those of these that have an environment and nothing to pull, sorted."""
+        places = {name: self._entries[name].place for name in names if not self._entries[name].url}
+        there = {place for place in set(places.values()) if has_environment(*place)}
+        return sorted(name for name, place in places.items() if place in there)
 
 
 def builtin_files() -> list[Path]:
@@ -226,19 +251,19 @@ def _standing_files() -> list[Path]:
     try:
         found = [site, *(folder / FILE_NAME for folder in reversed(state_dirs())), user_file()]
         there = [path for path in found if os.path.exists(path)]  # False where one may not look
-        for path in there:
-            check_trusted(path.parent)
-            check_trusted(path)
     except (StateError, OSError) as error:
         raise CatalogueError(f"catalogue: {error}") from error
+    for path in there:
+        _check_owners(path.parent, path)
     return there
 
 
-def _check_owner(path: Path) -> None:
-    """A file that was named is its user's choice, whoever owns it; but what all may write is nobody's choice."""
+def _check_owners(*paths: Path) -> None:
     try:
-        if path.stat().st_mode & 0o002:
-            raise CatalogueError(f"catalogue {path}: all users may write to it, so it is not used: chmod o-w {path}")
+        for path in paths:
+            check_trusted(path)
+    except StateError as error:
+        raise CatalogueError(f"catalogue: {error}") from error
     except OSError as error:
         raise CatalogueError(f"catalogue {path}: {error.strerror}; name another with --catalogue.") from error
 
@@ -264,11 +289,7 @@ def read_catalogue(path: Path) -> dict[str, Entry]:
         try:
             entry = Entry.model_validate(fields)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "it"
-            raise CatalogueError(
-                f"catalogue {path}: model {name!r}: {where}: {first['msg'].removeprefix('Value error, ')}"
-            ) from error
+            raise CatalogueError(f"catalogue {path}: model {name!r}: {describe(error)}") from error
         if entry.weights is not None and not entry.weights.is_absolute():
             entry = entry.model_copy(update={"weights": path.parent / entry.weights})
         if entry.weights is not None and not entry.sha256:

@@ -13,16 +13,18 @@ import os
 import random
 import re
 import shutil
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urljoin
+from urllib.parse import urljoin, urlsplit
 
 import requests
 from pydantic import BaseModel, ValidationError
 
 import rootstockd
+from rootstockd.models.store import LARGEST, no_room
 
 BLOCK = 1 << 14
 """Bytes at a time: what came of a block that was cut off is lost."""
@@ -32,10 +34,27 @@ TIMEOUT = (15.0, 60.0)
 """Seconds to connect, and to wait for the next bytes."""
 LONGEST_PAUSE = 30.0
 _SERVER_ERROR = 500
+_WAYS = (
+    "Try again later. Where the internet is behind a proxy, https_proxy has to name it; with --mirror the file can "
+    "come from elsewhere."
+)
 Progress = Callable[[int, "int | None"], None]
 """Told how many bytes there are, and how many there will be, where that is known."""
 Say = Callable[[str], None]
 """Told what people should know meanwhile."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the caller knows of the right file.
+
+    Args:
+        checksum: whether the right bytes can be told by it.
+        size: how many bytes it has, where that is known.
+    """
+
+    checksum: bool
+    size: int | None = None
 
 
 class DownloadError(Exception):
@@ -113,8 +132,8 @@ class _Part:
 def download(
     url: str,
     path: Path,
+    known: Known,
     *,
-    checksum_known: bool,
     progress: Progress,
     say: Say,
     pause: float = 1.0,
@@ -125,7 +144,8 @@ def download(
     Args:
         url: what to get.
         path: the part file. The caller holds a lock on it, and renames or removes it.
-        checksum_known: whether the caller can tell the right bytes. If not, a length has to be known.
+        known: of the right file. No more bytes are written than it has, or than LARGEST; and where its checksum is not
+            known, the server has to say how many there are.
         progress: told of each block.
         say: told of each failure that is waited out.
         pause: seconds until the first new attempt; doubled for each further one.
@@ -140,21 +160,21 @@ def download(
         session.headers["User-Agent"] = f"rootstockd/{rootstockd.__version__}"
         while True:
             try:
-                _attempt(session, url, part, timeout, progress, checksum_known=checksum_known)
+                _attempt(session, url, part, known, timeout, progress)
                 part.note.unlink(missing_ok=True)
                 return
             except _Again as error:
                 failures = 1 if part.size > before else failures + 1
                 before = part.size
                 if failures >= ATTEMPTS:
-                    kept = f" {part.size} bytes are kept, and the next attempt goes on from there." * bool(part.size)
-                    raise DownloadError(f"{url} can't be had: {error}.{kept} Try again later.") from error
+                    kept = f"{part.size} bytes are kept, and the next attempt goes on from there. Try again later."
+                    raise DownloadError(f"{url} can't be had: {error}. {kept if part.size else _WAYS}") from error
                 wait = min(max(error.pause, pause * 2 ** (failures - 1)), LONGEST_PAUSE)
                 say(f"{error}; trying again in {wait:.1f} s")
                 time.sleep(wait * random.uniform(0.8, 1.2))  # noqa: S311 - not a secret
             except OSError as error:  # what requests raises was dealt with
                 if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-                    raise no_room(path.parent) from error
+                    raise _no_room(path.parent) from error
                 raise DownloadError(f"{path} can't be written: {error.strerror}.") from error
 
 
@@ -162,10 +182,9 @@ def _attempt(
     session: requests.Session,
     url: str,
     part: _Part,
+    known: Known,
     timeout: tuple[float, float],
     progress: Progress,
-    *,
-    checksum_known: bool,
 ) -> None:
     """One request, and all of its body.
 
@@ -188,16 +207,18 @@ def _attempt(
             encoded = response.headers.get("Content-Encoding", "identity").lower() != "identity"
             total = _total(response)
             if response.status_code == requests.codes.partial_content:
-                total = _check_range(response, part, origin, encoded=encoded, checksum_known=checksum_known)
+                total = _check_range(response, part, origin, encoded=encoded, checksum_known=known.checksum)
             else:
-                if total is None and not checksum_known and "chunked" not in _transfer(response):
+                if total is None and not known.checksum and "chunked" not in _transfer(response):
                     raise DownloadError(
                         f"{url}: the server does not say how long the file is, so it could not be told whether all of "
                         "it came. Give its checksum with --sha256."
                     )
                 part.begin(_Origin(url=url, version="" if encoded else _version(response), total=total))
-            _check_room(part, total)
-            _receive(response, part, None if encoded else total, progress)
+            total = None if encoded else total
+            _check_size(part, url, total, known.size)
+            if not _receive(response, part, total, progress, limit=known.size or LARGEST):
+                raise _too_large(part, url, known.size)
     except requests.exceptions.SSLError as error:
         raise DownloadError(f"{url}: its certificate is not accepted: {error}") from error
     except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema, requests.TooManyRedirects) as error:
@@ -226,11 +247,14 @@ def _check_range(
     return total
 
 
-def _receive(response: requests.Response, part: _Part, total: int | None, progress: Progress) -> None:
+def _receive(response: requests.Response, part: _Part, total: int | None, progress: Progress, *, limit: int) -> bool:
+    """Write what comes; False if that is more than `limit`."""
     size = part.size
     progress(size, total)
     with part.path.open("ab", buffering=0) as file:
         for block in response.iter_content(BLOCK):
+            if size + len(block) > limit:
+                return False
             written = 0
             while written < len(block):  # a disk that is almost full takes some of it
                 written += file.write(block[written:])
@@ -240,6 +264,7 @@ def _receive(response: requests.Response, part: _Part, total: int | None, progre
         if size > total:
             part.discard()
         raise _Again(f"the connection ended after {size} of {total} bytes")
+    return True
 
 
 def _check(response: requests.Response, url: str, part: _Part) -> None:
@@ -259,19 +284,26 @@ def _check(response: requests.Response, url: str, part: _Part) -> None:
         raise DownloadError(f"{url}: a web page came in place of the file; a proxy or a login may be in the way.")
 
 
-def _check_room(part: _Part, total: int | None) -> None:
-    if total is not None and shutil.disk_usage(part.path.parent).free < total - part.size:
-        raise no_room(part.path.parent, total - part.size)
+def _check_size(part: _Part, url: str, total: int | None, size: int | None) -> None:
+    """Whether a file of so many bytes can be the one that is meant, and has room."""
+    if size is not None and total not in {None, size}:
+        part.discard()
+        raise DownloadError(f"{url} is not the file that is meant: it has {total} bytes, where {size} were expected.")
+    if size is None and (total or 0) > LARGEST:
+        raise _too_large(part, url, size)
+    needed = (total or size or 0) - part.size
+    if needed > shutil.disk_usage(part.path.parent).free:
+        raise _no_room(part.path.parent, needed)
 
 
-def no_room(folder: Path, needed: int | None = None) -> DownloadError:
-    """What is said where the disk is full."""
-    free = shutil.disk_usage(folder).free
-    want = f" {needed / 1e6:.0f} MB are needed." if needed else ""
-    return DownloadError(
-        f"there is no room in {folder}: {free / 1e6:.0f} MB are free.{want} What has come is kept: "
-        "make room and pull again."
-    )
+def _too_large(part: _Part, url: str, size: int | None) -> DownloadError:
+    part.discard()
+    most = f"the {size} bytes that were expected" if size is not None else f"{LARGEST >> 30} GiB, as no model has"
+    return DownloadError(f"{url} is not the file that is meant: it has more than {most}. It was not kept.")
+
+
+def _no_room(folder: Path, needed: int | None = None) -> DownloadError:
+    return DownloadError(f"{no_room(folder, needed)} What has come is kept: make room and pull again.")
 
 
 def _total(response: requests.Response) -> int | None:
@@ -301,5 +333,10 @@ def _reason(error: requests.RequestException) -> str:
         if not isinstance(inner, BaseException):
             break
         cause = inner
+    if isinstance(cause, socket.gaierror):
+        proxied = isinstance(error, requests.exceptions.ProxyError)
+        host = urlsplit(str(error.request.url)).hostname if error.request else ""
+        name = "the proxy's name" if proxied else f"the name {host}"
+        return f"{name} can't be looked up: {cause.strerror}"
     text = str(cause) or type(cause).__name__
     return text.removesuffix(".") if not isinstance(cause, OSError) or not cause.errno else os.strerror(cause.errno)

@@ -7,7 +7,6 @@ neither does, the first one that came, which is recorded, shown, and from then o
 from __future__ import annotations
 
 import datetime as dt
-import errno
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 from rootstockd.models import store
 from rootstockd.models.catalogue import Entry
-from rootstockd.models.download import DownloadError, Progress, Say, download, no_room
+from rootstockd.models.download import Known, Progress, Say, download
 from rootstockd.models.store import Record, Stored, StoredFile, StoreError
 from rootstockd.peers import user_name
 from rootstockd.state_dir import StateError, check_trusted
@@ -54,7 +53,7 @@ def pull(name: str, entry: Entry, wishes: Wishes) -> Stored:
     if not entry.url:
         raise StoreError(f"there is nothing to pull for model {name!r}: its weights {_where(entry)}.")
     folder = store.own_folder()
-    with store.lock(folder / f"{name}.lock", lambda: wishes.say(f"{name} is being pulled already; waiting")):
+    with store.lock(folder, name, wishes.say):
         stored = store.weights_of(name, entry)
         right, pinned = _right(name, entry, stored, wishes.sha256)
         if stored is not None and _whole(stored, wishes.say):
@@ -96,7 +95,7 @@ def _right(name: str, entry: Entry, stored: Stored | None, given: str) -> tuple[
         raise StoreError(f"model {name!r}: which file is the right one? {said}.{hint}")
     if stored is not None:
         return stored.record.original.sha256, stored.record.pinned
-    return next(((digest, who) for who, digest in known.items()), ("", "its first use"))
+    return next(((digest, who) for who, digest in known.items()), ("", store.FIRST_USE))
 
 
 def _whole(stored: Stored, say: Say) -> bool:
@@ -170,15 +169,14 @@ def _copy(path: Path, part: Path, entry: Entry, right: str, folder: Path, say: S
         if (entry.size and path.stat().st_size != entry.size) or (right and store.digest_of(path) != right):
             say(f"{path} is another file than the one that is meant; it is left alone")
             return None
-        say(f"copying {path}")
-        # the part file may have what an earlier download left
-        copy = part.with_suffix(".copy")
-        file = store.copy_in(path, folder, copy, suffix(entry.url))
     except StateError as error:
         say(f"{path} is not used: {error}")
         return None
     except OSError as error:
-        raise StoreError(f"{path} can't be copied to {folder}: {error.strerror}.") from error
+        raise StoreError(f"{path} can't be read: {error.strerror}.") from error
+    say(f"copying {path}")
+    # the part file may have what an earlier download left
+    file = store.copy_in(path, folder, part.with_suffix(".copy"), suffix(entry.url))
     if right and file.sha256 != right:
         raise StoreError(f"{path} changed while it was copied.")
     return file
@@ -197,7 +195,7 @@ def _download(url: str, part: Path, entry: Entry, right: str, folder: Path, wish
             download(
                 url,
                 part,
-                checksum_known=bool(right),
+                Known(checksum=bool(right), size=entry.size),
                 progress=wishes.progress,
                 say=wishes.say,
                 pause=wishes.pause,
@@ -209,10 +207,8 @@ def _download(url: str, part: Path, entry: Entry, right: str, folder: Path, wish
             if not resumed:
                 break
             wishes.say("what was there of it does not belong to it; it is fetched anew")
-    except DownloadError:
-        raise
     except OSError as error:
-        raise no_room(folder) if error.errno == errno.ENOSPC else StoreError(f"{folder}: {error.strerror}.") from error
+        raise store.cannot_be_kept(url, folder, error) from error
     if right:
         said = f"it has the SHA-256 {digest}, where {right} was expected"
     else:

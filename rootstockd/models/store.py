@@ -8,6 +8,7 @@ finds a record finds the file. Nothing there is believed that others could have 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -19,10 +20,15 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rootstock_client.errors import ModelLoadError
+from rootstockd.environments.finding import has_environment
 from rootstockd.models.catalogue import Entry
 from rootstockd.state_dir import StateError, check_trusted, own_state, state_dirs
 
 FOLDER = "weights"
+FIRST_USE = "its first use"
+"""Who says which file is the right one, where nobody does."""
+LARGEST = 16 << 30
+"""Bytes that a file may have where nobody has said how many they are: more than any model, less than a disk."""
 
 
 class StoreError(Exception):
@@ -59,7 +65,7 @@ class Record(BaseModel):
     source: str
     """Where it came from."""
     pinned: str
-    """Who says that this is the right file: the catalogue, the user, or its first use."""
+    """Who says that this is the right file: the catalogue, the user, or FIRST_USE."""
     when: str
     """UTC, ISO 8601."""
     licence_accepted: str = ""
@@ -184,31 +190,95 @@ def located(name: str, entry: Entry) -> Entry:
     return entry.model_copy(update={"weights": stored.weights, **sums})
 
 
-def is_here(name: str, entry: Entry) -> bool:
-    """Whether a worker finds what it needs."""
+def lack(name: str, entry: Entry) -> str:
+    """What keeps workers from loading a model, in a word or two; empty if nothing."""
     try:
-        located(name, entry)
+        weights = located(name, entry).weights
     except ModelLoadError:
-        return False
-    return True
+        return "to pull"
+    if weights is not None and not os.path.isfile(weights):  # noqa: PTH113 - says no where one may not look
+        return "missing"
+    return "" if has_environment(*entry.place) else "needs env"
 
 
 # --- writing
 
 
 @contextlib.contextmanager
-def lock(path: Path, on_wait: Callable[[], None]) -> Generator[None, None, None]:
-    """Be the only one at this; `on_wait` is called if another is at it, which is waited for."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+def lock(folder: Path, name: str, say: Callable[[str], None]) -> Generator[None, None, None]:
+    """Be the only one who changes what is stored of a model, or whatever else has that name.
+
+    Args:
+        folder: the store.
+        name: the model.
+        say: told of another command that is at it, which is waited for.
+
+    Raises:
+        StoreError: the lock can't be had.
+    """
+    path = folder / f"{name}.lock"
     try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            on_wait()
-            fcntl.flock(fd, fcntl.LOCK_EX)
+        fd = _locked(path, lambda: say(f"another command is at {name}; waiting for it"))
+    except OSError as error:
+        raise cannot_be_kept("weights", folder, error) from error
+    try:
         yield
     finally:
+        path.unlink(missing_ok=True)  # while it is held: whoever waits for it sees then that it has to make another
         os.close(fd)
+
+
+def _locked(path: Path, on_wait: Callable[[], None]) -> int:
+    """The descriptor of a locked file that lies at this path."""
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                on_wait()
+                fcntl.flock(fd, fcntl.LOCK_EX)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(fd), path.stat()):
+                    return fd
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def part_file(part: Path, what: str) -> Generator[None, None, None]:
+    """While `part` is written and given its name; where that fails nothing of it is left.
+
+    Args:
+        part: the file.
+        what: it will be, for people.
+
+    Raises:
+        StoreError: it can't be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise cannot_be_kept(what, part.parent, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
+def cannot_be_kept(what: str, folder: Path, error: OSError) -> StoreError:
+    """What is said of a file that can't be written."""
+    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        return StoreError(f"{what} was not kept: {no_room(folder)} Make room and try again.")
+    return StoreError(f"{what} can't be kept in {folder}: {error.strerror}.")
+
+
+def no_room(folder: Path, needed: int | None = None) -> str:
+    """What is said of a full disk; `needed` are bytes, where it is known how many."""
+    free = shutil.disk_usage(folder).free
+    want = f", and {needed / 1e6:.1f} MB are needed" if needed else ""
+    return f"there is no room in {folder}: {free / 1e6:.1f} MB are free{want}."
 
 
 def keep(part: Path, folder: Path, suffix: str) -> StoredFile:
@@ -223,11 +293,22 @@ def copy_in(source: Path, folder: Path, part: Path, suffix: str) -> StoredFile:
     """Copy a file into the store.
 
     Raises:
-        OSError: it can't be.
+        StoreError: it can't be read or kept, or is larger than any model.
     """
-    with source.open("rb") as file, part.open("wb") as out:
-        shutil.copyfileobj(file, out, 1 << 20)
-    return keep(part, folder, suffix)
+    try:
+        file = source.open("rb")
+    except OSError as error:
+        raise StoreError(f"{source} can't be read: {error.strerror}.") from error
+    with file, part_file(part, str(source)):
+        size = os.fstat(file.fileno()).st_size
+        if size > shutil.disk_usage(folder).free:
+            raise StoreError(f"{source} was not copied: {no_room(folder, size)} Make room and try again.")
+        with part.open("wb") as out:
+            while block := file.read(1 << 20):
+                if out.tell() + len(block) > LARGEST:
+                    raise StoreError(f"{source} was not copied: it has more than the {LARGEST >> 30} GiB of a model.")
+                out.write(block)
+        return keep(part, folder, suffix)
 
 
 def replace(part: Path, path: Path) -> None:
@@ -252,10 +333,19 @@ def sync(folder: Path) -> None:
 
 
 def write_record(folder: Path, name: str, record: Record) -> None:
-    """Write a model's record."""
+    """Write a model's record; where that fails, its files go that no record has.
+
+    Raises:
+        StoreError: it can't be written.
+    """
     part = folder / f"{name}.json.part"
-    part.write_text(record.model_dump_json(indent=2))
-    replace(part, folder / f"{name}.json")
+    try:
+        with part_file(part, f"the record of {name}"):
+            part.write_text(record.model_dump_json(indent=2))
+            replace(part, folder / f"{name}.json")
+    except StoreError:
+        _discard(folder, record.files)
+        raise
 
 
 def remove(folder: Path, name: str) -> int:
@@ -264,10 +354,15 @@ def remove(folder: Path, name: str) -> int:
     if record is None:
         return 0
     (folder / f"{name}.json").unlink()
+    return _discard(folder, record.files)
+
+
+def _discard(folder: Path, files: list[StoredFile]) -> int:
+    """Remove those of these files that no model has; how many bytes were freed."""
     others = (read_record(folder, path.stem) for path in folder.glob("*.json"))
     kept = {file.name for other in others if other for file in other.files}
     freed = 0
-    for file in record.files:
+    for file in files:
         if file.name not in kept:
             with contextlib.suppress(FileNotFoundError):
                 (folder / file.name).unlink()

@@ -3,24 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import io
-import logging
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from rootstock_client.errors import ModelLoadError, RootstockError
-from rootstockd import worker_output
 from rootstockd.environments.finding import find_environment
+from rootstockd.one_worker import one_worker
 from rootstockd.worker.engines import EngineInfo, ModelSpec
-from rootstockd.worker_messages import Failure, Versions, parse
-from rootstockd.worker_output import Ration
-from rootstockd.worker_process import WorkerProcess
-
-TIMEOUT = 600.0
-"""Seconds that loading may take."""
 
 
 def try_out(spec: ModelSpec, harvest: Callable[[Path], None] | None = None, *, show_errors: bool = True) -> EngineInfo:
@@ -34,56 +22,13 @@ def try_out(spec: ModelSpec, harvest: Callable[[Path], None] | None = None, *, s
     Raises:
         RootstockError: it can't be loaded.
     """
-    words = io.StringIO()
-    handler = logging.StreamHandler(words)
-    output = logging.getLogger(worker_output.__name__)
-    output.addHandler(handler)
-    try:
-        return asyncio.run(_try_out(spec, harvest))
-    except RootstockError:
-        if show_errors:
-            sys.stderr.write(words.getvalue())
-        raise
-    finally:
-        output.removeHandler(handler)
+    return asyncio.run(_try_out(spec, harvest, show_errors=show_errors))
 
 
-async def _try_out(spec: ModelSpec, harvest: Callable[[Path], None] | None) -> EngineInfo:
-    answer: asyncio.Future[EngineInfo] = asyncio.get_running_loop().create_future()
-
-    def listen(kind: bytes, body: bytes) -> None:
-        if answer.done():
-            return
-        try:
-            said = parse(kind, body)
-            if isinstance(said, Versions):
-                said.check()
-        except ValueError as error:
-            answer.set_exception(ModelLoadError(f"model {spec.name!r}: its worker said what makes no sense: {error}"))
-            return
-        except ModelLoadError as error:
-            answer.set_exception(error)
-            return
-        if isinstance(said, EngineInfo):
-            answer.set_result(said)
-        elif isinstance(said, Failure):
-            answer.set_exception(said.error)
-
+async def _try_out(spec: ModelSpec, harvest: Callable[[Path], None] | None, *, show_errors: bool) -> EngineInfo:
     variables = {"CUDA_VISIBLE_DEVICES": ""} if spec.device == "cpu" else {}
     environment = find_environment(spec.environment, spec.family)
-    worker = await WorkerProcess.start(spec, environment, variables, listen, Ration())
-    ended = asyncio.create_task(worker.wait())
-    try:
-        waited: list[asyncio.Future[Any]] = [answer, ended]
-        await asyncio.wait(waited, timeout=TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
-        if not answer.done():
-            how = f"its worker ended: {ended.result().how}" if ended.done() else f"that took more than {TIMEOUT:.0f} s"
-            raise ModelLoadError(f"model {spec.name!r} can't be loaded: {how}.")
-        info = answer.result()
+    async with one_worker(spec, environment, variables, show_output=show_errors) as worker:
         if harvest is not None and worker.scratch is not None:
             harvest(worker.scratch)
-        return info
-    finally:
-        worker.kill()
-        with contextlib.suppress(asyncio.CancelledError):
-            await ended
+        return worker.info

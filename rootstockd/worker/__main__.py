@@ -1,10 +1,12 @@
-"""`python .../rootstockd/worker/__main__.py FD SPEC [CONFINEMENT]`: a worker, started by the daemon and by nobody else.
+"""`python -S .../rootstockd/worker/__main__.py FD SPEC [CONFINEMENT]`: a worker, started by the daemon alone.
 
 FD is the descriptor of its end of the socket, SPEC a ModelSpec as JSON, CONFINEMENT what `confine` takes as JSON;
-without it the worker keeps its rights.
+without it the worker keeps its rights. `import MODULES CONFINEMENT` imports the modules of a JSON list, no more: so a
+build of an environment is tried.
 
 The file is run by its path, with any Python: of the tree that it lies in only `rootstockd.worker` becomes importable,
-and what the daemon needs can't get in the way of what the engine needs.
+and what the daemon needs can't get in the way of what the engine needs. With -S Python runs nothing of what is
+installed before the worker has given its rights away.
 """
 
 import sys
@@ -20,6 +22,7 @@ import json
 import logging
 import os
 import signal
+import site
 import socket
 import traceback
 import types
@@ -29,11 +32,6 @@ from pathlib import Path
 def make_importable() -> None:
     """Have this folder be the package `rootstockd.worker`, and nothing be importable that lies beside it."""
     folder = Path(__file__).absolute().parent
-    if sys.flags.ignore_environment:
-        # a built environment's own packages go before modules that the operator adds
-        tree = folder.parent.parent.resolve()
-        added = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-        sys.path += [path for path in added if path and Path(path).resolve() != tree]
     outer = types.ModuleType("rootstockd")
     outer.__path__ = []
     sys.modules["rootstockd"] = outer
@@ -47,10 +45,21 @@ def make_importable() -> None:
     outer.worker = package  # type: ignore[attr-defined]
 
 
-def hold_environment() -> None:
-    """Lock the environment's folder as long as this process lives: it is not removed meanwhile."""
+def enter_environment() -> None:
+    """Make what is installed importable, as Python does at its start without -S.
+
+    This is the first that runs code of packages: their `.pth` files, `sitecustomize`, `usercustomize`.
+    """
+    site.main()
+    if not sys.flags.ignore_environment:
+        return
+    # a built environment is held: its folder is locked as long as this process lives, and not removed meanwhile...
     with contextlib.suppress(OSError):  # not every file system has locks
         fcntl.flock(os.open(sys.prefix, os.O_RDONLY | os.O_DIRECTORY), fcntl.LOCK_SH | fcntl.LOCK_NB)
+    # ...and its own packages go before modules that the operator adds
+    tree = Path(__file__).absolute().parent.parent.parent.resolve()
+    added = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path += [path for path in added if path and Path(path).resolve() != tree]
 
 
 def work() -> None:
@@ -59,8 +68,9 @@ def work() -> None:
     from rootstockd.worker.memory import limit_memory
     from rootstockd.worker.version import PROTOCOL, SLOT_LAYOUT
 
-    # a terminal's Ctrl-C is for the daemon, which then drains its workers
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # a terminal's Ctrl-C, and what Slurm sends to all processes of a job, is for the daemon, which then drains
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     # the daemon reads what is printed, and has the time and the worker's name before each line of its log
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     faulthandler.enable()
@@ -68,17 +78,16 @@ def work() -> None:
     die_with_parent(channel)
     # first: all that comes after, the other arguments too, may be of another version
     channel.send(b"V" + json.dumps({"protocol": PROTOCOL, "slots": SLOT_LAYOUT}).encode())
-    if sys.flags.ignore_environment:
-        hold_environment()
     limit_memory()
     missing = confine(**json.loads(sys.argv[3])) if len(sys.argv) > 3 else None  # noqa: PLR2004
 
-    # only now: numpy starts threads when it is imported
-    from rootstockd.worker.engines import ModelSpec
-    from rootstockd.worker.loop import main, send
-
     status = 1
     try:
+        enter_environment()
+        # only now: numpy is a package, and starts threads when it is imported
+        from rootstockd.worker.engines import ModelSpec
+        from rootstockd.worker.loop import main, send
+
         if missing is not None:
             send(channel, b"C", {"missing": missing})
         status = main(channel, ModelSpec(**json.loads(sys.argv[2])))
@@ -91,6 +100,19 @@ def work() -> None:
     os._exit(status)  # torch's own teardown takes long and has nothing left to do
 
 
+def try_imports() -> None:
+    """Import modules with a worker's rights. Python's own error says which can't be."""
+    from rootstockd.worker.confine import confine
+
+    confine(**json.loads(sys.argv[3]))
+    enter_environment()
+    for module in json.loads(sys.argv[2]):
+        importlib.import_module(module)
+
+
 if __name__ == "__main__":
     make_importable()
-    work()
+    if sys.argv[1] == "import":
+        try_imports()
+    else:
+        work()

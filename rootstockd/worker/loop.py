@@ -314,7 +314,8 @@ def main(channel: socket.socket, spec: ModelSpec) -> int:
     try:
         engine = load_engine(spec)
     except BaseException as error:  # it may be somebody's code that calls sys.exit()
-        print_error(error)
+        if not isinstance(error, EngineError) or (error.__cause__ and error.code == "model-load"):
+            print_error(error)  # others say all that there is to say
         cause = (error.__cause__ or error) if isinstance(error, EngineError) else error
         if out_of_memory(cause):
             text = shortage(cause) or describe(cause)

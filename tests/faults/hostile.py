@@ -22,6 +22,8 @@ SLOWLY = 1.0
 CHATTER = 20_000
 """Lines that CHATTY and TALK_AND_DIE print."""
 SLOW_TO_LOAD = 7.0
+GROWTH = 0.3
+"""Seconds between 16 MB and the next."""
 _HEIGHT = 100.0
 
 
@@ -86,7 +88,7 @@ class AtLoading(Hostile):
     """Misbehaves when it is made.
 
     Args:
-        what: segfault, kill, exit, hang, slow, memory or raise.
+        what: segfault, kill, exit, hang, slow, memory, grow or raise.
         times: how often, counted in `counter`; after that all is well.
     """
 
@@ -110,5 +112,10 @@ class AtLoading(Hostile):
             time.sleep(SLOW_TO_LOAD)
         elif what == "memory":
             raise MemoryError
+        elif what == "grow":
+            grown = []
+            while True:
+                grown.append(np.ones(2_000_000))
+                time.sleep(GROWTH)
         else:
             sys.exit("not today")

@@ -319,6 +319,8 @@ def test_signals_once_and_twice(own_daemon: RunningDaemon) -> None:
     process = psutil.Process(own_daemon.pid)
     process.terminate()
     wait_for(lambda: own_daemon.client().status()["state"] == "draining")
+    process.send_signal(signal.SIGUSR1)  # what Slurm may send to all processes of a job
+    assert own_daemon.client().status()["state"] == "draining"
     assert not outcome
     process.terminate()
     psutil.wait_procs([process], timeout=10)

@@ -20,7 +20,7 @@ from ase.build import bulk
 from ase.calculators.emt import EMT
 
 from conftest import RunningDaemon, wait_for
-from rootstock_client import RootstockClient, ipi
+from rootstock_client import RootstockClient, connection, ipi
 from rootstock_client.errors import (
     ConnectionLostError,
     DaemonFullError,
@@ -80,7 +80,8 @@ def test_a_first_connection_to_nothing_fails_at_once(runtime_folder: Path) -> No
     assert time.monotonic() - start < 3  # not its 60 s
 
 
-def test_a_first_connection_where_a_daemon_died_waits_a_little(own_daemon: RunningDaemon) -> None:
+def test_a_first_connection_where_a_daemon_died_waits_a_little(own_daemon: RunningDaemon, monkeypatch) -> None:
+    monkeypatch.setattr(connection, "STALE", 60.0)  # however long a start takes here
     process = psutil.Process(own_daemon.pid)
     process.kill()
     wait_for(lambda: not process.is_running())
@@ -179,6 +180,17 @@ def test_a_patience_that_is_none(given: str, monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setenv("ROOTSTOCKD_PATIENCE", given)
     with pytest.raises(ValueError, match="ROOTSTOCKD_PATIENCE is"):
         RootstockClient(tmp_path / "x.sock")
+
+
+def test_what_is_said_at_the_end_is_how_long_the_step_took(caplog: pytest.LogCaptureFixture) -> None:
+    begin = time.monotonic()
+    outage = Outage(Path("/x"))
+    outage.wait(ConnectionLostError("gone"), 0.01)
+    time.sleep(0.5)  # a daemon is there, and loads the model
+    outage.over()
+    words = caplog.records[-1].message
+    assert 0.5 <= float(words.split("waited ")[1].split()[0]) <= time.monotonic() - begin + 0.01
+    assert words.endswith("s for its step.")
 
 
 def test_many_jobs_do_not_come_back_in_the_same_moment(monkeypatch: pytest.MonkeyPatch) -> None:

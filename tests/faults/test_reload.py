@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from ase import Atoms
 from ase.build import bulk
 from ase.calculators.emt import EMT
 
-from conftest import RunningDaemon
+from conftest import RunningDaemon, wait_for
 from rootstock_client import RootstockClient
 from rootstock_client.errors import LimitError, UnknownModelError
 
@@ -51,6 +52,35 @@ def crystal(seed: int) -> Atoms:
 
 def pid(daemon: RunningDaemon) -> int:
     return int(daemon.client().status()["pid"])
+
+
+def retired_that_goes_and_comes(daemon: RunningDaemon, folder: Path, old: Atoms) -> int:
+    """The model of a session whose entry was changed goes as any other does, and comes again; its pid at last."""
+
+    def retired() -> dict[str, Any]:
+        (found,) = [model for model in daemon.client().status()["models"] if model["retired"]]
+        return found
+
+    assert "ready, retired" in daemon.run("status").stdout
+    config = folder / "config.toml"
+    before = config.read_text()
+    config.write_text(f"keep_alive = 0.1\n{before}")
+    assert daemon.run("reload").returncode == 0
+    wait_for(lambda: retired()["state"] == "cold")
+    config.write_text(before)
+    assert daemon.run("reload").returncode == 0
+    for _ in range(2):
+        old.rattle(0.01)
+        reference = old.copy()
+        reference.calc = EMT()
+        assert old.get_potential_energy() == pytest.approx(reference.get_potential_energy(), abs=1e-12)
+        assert daemon.run("unload", "mine").returncode == 0
+        wait_for(lambda: retired()["state"] == "cold" and not retired()["pid"] and retired()["memory"] is None)
+    assert daemon.run("load", "mine").returncode == 0  # the new one
+    assert retired()["state"] == "cold"
+    old.rattle(0.01)
+    old.get_potential_energy()
+    return int(retired()["pid"])
 
 
 def test_no_evaluation_is_dropped(configured, folder):
@@ -143,6 +173,7 @@ def test_a_changed_model_is_a_new_worker_and_sessions_keep_the_old(configured, f
     assert old.get_potential_energy() == pytest.approx(reference.get_potential_energy(), abs=1e-12)
     running = {model["pid"] for model in configured.client().status()["models"] if model["name"] == "mine"}
     assert len(running) == 2 and first in running
+    first = retired_that_goes_and_comes(configured, folder, old)
     old.calc.close()
     deadline = time.monotonic() + 30
     while Path(f"/proc/{first}").exists() and time.monotonic() < deadline:

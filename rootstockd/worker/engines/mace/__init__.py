@@ -29,6 +29,7 @@ from rootstockd.worker.engines import (
     read_weights,
 )
 from rootstockd.worker.engines import System as Wanted
+from rootstockd.worker.engines.differences import TOLERANCE, compare
 from rootstockd.worker.engines.mace import checks, safe
 from rootstockd.worker.engines.mace.radial import NotApplicableError
 from rootstockd.worker.engines.mace.reference import ReferenceBackend, System, mace
@@ -103,7 +104,7 @@ class MaceEngine:
                 "total_spin": 1.0 if system.spin is None else system.spin,
             },
             exact=system.exact,
-            tolerance=checks.TOLERANCE[self._dtype] if system.tolerance is None else system.tolerance,
+            tolerance=TOLERANCE[self._dtype] if system.tolerance is None else system.tolerance,
             session=system.session,
             check=(system.session, elements, system.pbc, head, system.tolerance),
         )
@@ -149,7 +150,7 @@ class MaceEngine:
         if len(self._trusted) >= REMEMBERED:
             self._trusted.clear()
         try:
-            difference = checks.compare(fast.evaluate([sample])[0], reference)
+            difference = compare(fast.evaluate([sample])[0], reference)
             if whole is None:
                 whole = fast.evaluate([task])[0]
             trusted = difference.within(system.tolerance)
@@ -186,8 +187,8 @@ class MaceEngine:
                     self._switch_off(f"{fast.name} is switched off: {type(error).__name__}: {error}")
                     return
                 repeats = 1
-                difference = checks.compare(result, reference)
-                if not difference.within(checks.TOLERANCE[self._dtype]):
+                difference = compare(result, reference)
+                if not difference.within(TOLERANCE[self._dtype]):
                     self._switch_off(f"{fast.name} is switched off: it differs by {difference}")
                     return
         moved = {"up": checks.moved(task, _STEP), "down": checks.moved(task, -_STEP), "here": task}
@@ -215,7 +216,7 @@ def _understood(model: Any) -> tuple[str, ...]:
 def load(spec: ModelSpec) -> MaceEngine | safe.Conversion:
     """Load a MACE model file, a pickle or of the form that is not code (`safe`).
 
-    With the argument `convert` the model is written in that form and evaluates nothing.
+    With the argument `convert` the model, of either form, is written in that form, beside what it computes.
 
     Raises:
         EngineError: the file is missing or is no MACE model, or the device is not there.
@@ -234,6 +235,8 @@ def load(spec: ModelSpec) -> MaceEngine | safe.Conversion:
         else:
             # weights are code: the catalogue, which is the operator's, says which file this is, and what is in it
             model = torch.load(io.BytesIO(weights), map_location=spec.device, weights_only=False)
+        if not hasattr(model, "atomic_numbers"):
+            raise ValueError(f"it holds a {type(model).__name__}")
         if spec.arguments.get("convert"):
             return safe.convert(model, spec)
         model = model.to(device=spec.device, dtype=dtype)
@@ -245,7 +248,9 @@ def load(spec: ModelSpec) -> MaceEngine | safe.Conversion:
         raise
     except Exception as error:
         text = f"model {spec.name!r}: {spec.weights} is not a MACE model that mace-torch {mace.__version__} can read"
-        raise EngineError("model-load", f"{text}: {error}") from error
+        # one that names code that is not here may be a model to another version
+        code = "model-load" if isinstance(error, (ImportError, AttributeError)) else "not-a-model"
+        raise EngineError(code, f"{text}: {error}") from error
     stages.begin(stages.CHECKS)
     fast, why = _accelerate(model, spec)
     return MaceEngine(model, spec, reference, fast, why)

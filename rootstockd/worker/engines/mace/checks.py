@@ -5,56 +5,17 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from rootstockd.worker.engines import Array, Result, Task
 from rootstockd.worker.engines.mace.reference import System
 
-TOLERANCE = {"float32": 1e-4, "float64": 1e-9}
-"""How far a backend's forces may differ from the reference's where a session does not say: eV/Å, and by this part of
-the largest force where that is over 1 eV/Å. What float64 allows is rounding."""
 LARGEST = 500
 """Atoms of a session's first structure up to which it is compared whole; of a larger one, a cluster is."""
 NEUTRAL = {"total_charge": 0.0, "total_spin": 1.0}
 _SPACING = 2.6
 _SEED = 20_261_124
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How far two backends are apart on one structure."""
-
-    force: float
-    """Largest component, eV/Å."""
-    energy: float
-    """eV an atom."""
-    virial: float
-    """Largest component, eV an atom; 0 where it was not asked for."""
-    scale: float
-    """The largest force component of the reference, but at least 1: what `within` is relative to."""
-
-    def within(self, tolerance: float) -> bool:
-        """Whether all of it is tolerable; a NaN never is."""
-        return all(value <= tolerance * self.scale for value in (self.force, self.energy, self.virial))
-
-    def __str__(self) -> str:
-        return f"{self.force:.1e} eV/Å, {self.energy:.1e} eV an atom, virial {self.virial:.1e} eV an atom"
-
-
-def compare(result: Result, reference: Result) -> Difference:
-    """How far `result` is from `reference`."""
-    natoms = len(reference.forces)
-    virial = 0.0
-    if reference.virial is not None and result.virial is not None:
-        virial = float(np.abs(result.virial - reference.virial).max()) / natoms
-    return Difference(
-        force=float(np.abs(result.forces - reference.forces).max()),
-        energy=abs(result.energy - reference.energy) / natoms,
-        virial=virial,
-        scale=max(1.0, float(np.abs(reference.forces).max())),
-    )
 
 
 def structures(elements: Sequence[int], head: str, head_index: int) -> Iterator[Task]:

@@ -1,0 +1,88 @@
+"""What `rootstockd top` remembers of one status after another: rates, and how they went."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple, TypeAlias
+
+from rootstockd.control.schema import DaemonStatus, ModelStatus, SessionStatus
+
+SPAN = 5.0
+"""Seconds over which the rates of sessions are averaged."""
+KEPT = 120
+"""Looks that trends show, at most."""
+
+WorkerName: TypeAlias = tuple[str, str, str, str | None]
+
+
+class Trend(NamedTuple):
+    """How a model went, look by look."""
+
+    rate: deque[float]
+    """Evaluations a second since the look before."""
+    latency: deque[float]
+    """The median, in seconds; 0 where there was none."""
+    batch: deque[float]
+    """Evaluations in a batch, on average; 0 where there was none."""
+
+
+class _Look(NamedTuple):
+    time: float
+    sessions: dict[int, int]
+    models: dict[WorkerName, int]
+
+
+class History:
+    """Looks at one daemon."""
+
+    def __init__(self) -> None:
+        self._looks: deque[_Look] = deque()
+        self._trends: dict[WorkerName, Trend] = {}
+        self._since = 0.0
+
+    def add(self, status: DaemonStatus, now: float) -> None:
+        """Remember a status.
+
+        Args:
+            status: what a daemon said of itself.
+            now: Unix time.
+        """
+        if status.since != self._since:  # another daemon, which counts from the start
+            self._looks.clear()
+            self._since = status.since
+        look = _Look(
+            now,
+            {session.id: session.evaluations for session in status.sessions},
+            {name_of(model): model.evaluations for model in status.models},
+        )
+        last = self._looks[-1] if self._looks else None
+        for model in status.models:
+            name = name_of(model)
+            rate = model.rate
+            if last is not None and name in last.models and now > last.time:
+                rate = max(0, model.evaluations - last.models[name]) / (now - last.time)
+            trend = self._trends.setdefault(name, Trend(*(deque[float](maxlen=KEPT) for _ in Trend._fields)))
+            trend.rate.append(rate)
+            trend.latency.append(model.latency_p50 or 0.0)
+            trend.batch.append(model.batch_size or 0.0)
+        self._trends = {name: trend for name, trend in self._trends.items() if name in look.models}
+        self._looks.append(look)
+        while len(self._looks) > 2 and now - self._looks[1].time >= SPAN:  # noqa: PLR2004 - two make a difference
+            self._looks.popleft()
+
+    def trend(self, model: ModelStatus) -> Trend:
+        """How a model of the latest status went."""
+        return self._trends[name_of(model)]
+
+    def rate(self, session: SessionStatus) -> float:
+        """Evaluations a second of a session of the latest status; since it began, where no earlier one had it."""
+        first, last = self._looks[0], self._looks[-1]
+        begin, done = session.since, 0
+        if first is not last and session.id in first.sessions:
+            begin, done = first.time, first.sessions[session.id]
+        return (session.evaluations - done) / (last.time - begin) if last.time > begin else 0.0
+
+
+def name_of(model: ModelStatus) -> WorkerName:
+    """What tells a worker from others of its daemon."""
+    return model.name, model.dtype, str(model.dispersion or ""), model.device

@@ -1,0 +1,325 @@
+"""`slurm run`: daemons for the length of a job, one a node. `slurm prolog` and `epilog`: one for all jobs of a node."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from rootstock_client.connection import connect
+from rootstock_client.errors import RootstockError
+from rootstock_client.runtime_dir import (
+    JOB_VARIABLE,
+    SOCKET_NAME,
+    SOCKET_VARIABLE,
+    SYSTEM_DIR,
+    control_socket,
+    job_runtime_dir,
+)
+from rootstockd.cli.common import Refused
+from rootstockd.cli.lifecycle import POLL, end, start
+from rootstockd.cli.options import settings_said
+from rootstockd.cli.units import unit_at
+from rootstockd.config_file import ConfigError
+from rootstockd.devices import VISIBLE
+from rootstockd.sockets import AddressError, make_runtime_dir
+
+COMMAND = (sys.executable, "-m", "rootstockd")
+STEP = "rootstockd"
+"""What the daemons' step is called."""
+READY = "ready on "
+"""How `start` says that it is."""
+KILL_WAIT = 30.0
+"""Seconds between SIGTERM and SIGKILL, unless the cluster's configuration says otherwise."""
+AFTER_DRAIN = 5.0
+"""Seconds of these that a daemon may need for the rest of its end."""
+PASSED_ON = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_WHICH_JOB = ("SLURM_JOB", "SLURM_CONF", "SLURM_CLUSTER", "SLURM_WORKING_CLUSTER", "SLURM_JWT")
+"""What begins the names of the variables that srun needs to find its job. Others are options in disguise."""
+SITE_SOCKET = SYSTEM_DIR / SOCKET_NAME
+JOBS = SYSTEM_DIR / "jobs"
+"""A file for each job of this node."""
+STARTED = JOBS / "started"
+"""There while a daemon runs that `prolog` has started."""
+
+
+@click.group()
+def slurm() -> None:
+    """Daemons for Slurm's jobs (docs/slurm.md)."""
+
+
+class AroundCommand(click.Command):
+    """Takes a command behind `--`; `obj` of its context is what stood before, and the command."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        cut = args.index("--") if "--" in args else len(args)
+        ctx.obj = args[:cut], args[cut + 1 :]
+        return super().parse_args(ctx, args[:cut])
+
+    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+        return [*super().collect_usage_pieces(ctx), "--", "COMMAND..."]
+
+
+class ForStart(click.Command):
+    """Hands its options on; `obj` of its context is how they were given."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.obj = args.copy()
+        return super().parse_args(ctx, args)
+
+
+def start_options() -> list[click.Parameter]:
+    """The options of `start`, without those that make no sense here."""
+    without = {"foreground", "wait", "instance", "socket"}
+    return [option for option in start.params if option.name not in without]
+
+
+@slurm.command(cls=AroundCommand, params=start_options())
+@click.pass_obj
+def run(obj: tuple[list[str], list[str]], /, **said: Any) -> None:
+    """Run a command with a daemon on each node of the job, and stop them afterwards.
+
+    To be called in a batch script, not by srun. The daemons use the GPUs that the job has, unless told otherwise. Ends
+    with the exit status of the command, which, and whose steps, find the daemon of the node that they are on.
+    """
+    options, command = obj
+    folder = job_runtime_dir()
+    if folder is None:
+        raise Refused(f"this is no Slurm job: {JOB_VARIABLE} is not set. Call it in a batch script, or in salloc.")
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        raise Refused("each task of this step would start daemons. Call it without srun, and srun behind the --.")
+    if not command:
+        raise click.UsageError("what shall run with the daemons? rootstockd slurm run [OPTIONS] -- COMMAND...")
+    if shutil.which(command[0]) is None:
+        raise Refused(f"there is no command {command[0]!r}.")
+    try:
+        config = settings_said(socket=folder / SOCKET_NAME, instance=None, **said)
+    except ConfigError as error:
+        raise Refused(error) from error
+    if "drain_timeout" not in config.origins:
+        options = ["--drain-timeout", f"{time_to_drain():g}", *options]
+    socket = folder / SOCKET_NAME
+    with daemons(socket, options):
+        status = run_command(command, {**os.environ, SOCKET_VARIABLE: str(socket)})
+    sys.exit(status)
+
+
+@contextlib.contextmanager
+def daemons(socket: Path, options: list[str]) -> Iterator[None]:
+    """A daemon on each node of the job, ready; at the end they drain and are gone.
+
+    Raises:
+        Refused: one of them can't start, and has said why.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # until the command runs
+    step = subprocess.Popen(
+        [*srun(), *COMMAND, "start", "--wait", "--socket", socket, *options],
+        env=job_environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # what a terminal sends is for the command
+    )
+    try:
+        wait_until_ready(step)
+        yield
+    finally:
+        if step.poll() is None:
+            end_step()
+        step.wait()
+
+
+def srun() -> list[str]:
+    """The command that runs another once on each node of the job, beside the job's own tasks.
+
+    Raises:
+        Refused: there is none.
+    """
+    nodes = os.environ.get("SLURM_JOB_NUM_NODES", "1")
+    if shutil.which("srun") is None:
+        raise Refused("there is no srun in PATH.")
+    gpus = os.environ.get("SLURM_GPUS_ON_NODE")
+    per_task = os.environ.keys() & {"SLURM_GPUS_PER_TASK", "SLURM_TRES_PER_TASK"}
+    return [
+        "srun",
+        "--overlap",
+        f"--nodes={nodes}",
+        f"--ntasks={nodes}",
+        "--ntasks-per-node=1",
+        "--cpu-bind=none",
+        "--mpi=none",
+        "--export=ALL",
+        "--kill-on-bad-exit=1",
+        f"--job-name={STEP}",
+        *[f"--gpus-per-node={gpus}"] * bool(gpus and per_task),  # not those of one task
+    ]
+
+
+def job_environment() -> dict[str, str]:
+    """Variables for srun: without what tells how many GPUs and CPUs each of the job's own tasks shall see."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("SLURM_", "SRUN_")) or name.startswith(_WHICH_JOB)
+    }
+
+
+def wait_until_ready(step: subprocess.Popen[str]) -> None:
+    """Until the daemons of all nodes say so. What they say later is read and dropped.
+
+    Raises:
+        Refused: one has ended before.
+    """
+    assert step.stdout is not None
+    missing = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
+    for line in step.stdout:
+        if line.startswith(READY):
+            missing -= 1
+            click.echo(f"rootstockd: {line}", nl=False, err=True)
+        if not missing:
+            threading.Thread(target=step.stdout.read, daemon=True).start()
+            return
+    step.wait()
+    raise Refused("no daemon on each node of the job, so the command was not run. Why is said above.")
+
+
+def end_step() -> None:
+    """Have the daemons drain. (A signal to srun would have them killed.)"""
+    steps = ["squeue", "--noheader", f"--jobs={os.environ[JOB_VARIABLE]}", "--steps", "--format=%i %j"]
+    listed = subprocess.run(steps, check=False, stdout=subprocess.PIPE, text=True).stdout
+    for number, _, name in (line.partition(" ") for line in listed.splitlines()):
+        if name.strip() == STEP:
+            signal_step = ["scancel", "--signal=TERM", number]
+            subprocess.run(signal_step, check=False, capture_output=True)  # Slurm may have ended it itself
+
+
+def run_command(command: list[str], environment: dict[str, str]) -> int:
+    """Run it, pass signals on to it, and give its exit status as a shell does."""
+    process = subprocess.Popen(command, env=environment)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it has it from the terminal, too
+    for number in PASSED_ON:
+        signal.signal(number, lambda number, _: process.send_signal(number))
+    status = process.wait()
+    return status if status >= 0 else 128 - status
+
+
+def time_to_drain() -> float:
+    """Seconds for evaluations under way that fit between SIGTERM and SIGKILL, as this cluster has them."""
+    kill_wait = KILL_WAIT
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        command = ["scontrol", "show", "config"]
+        shown = subprocess.run(command, check=False, capture_output=True, text=True, timeout=10).stdout
+        if found := re.search(r"^KillWait\s*=\s*(\d+)", shown, re.MULTILINE):
+            kill_wait = float(found[1])
+    return max(kill_wait - AFTER_DRAIN, kill_wait / 2)
+
+
+# --- one daemon for all jobs of a node
+
+
+@slurm.command(cls=ForStart, params=start_options())
+@click.pass_obj
+def prolog(options: list[str], /, **_: Any) -> None:
+    """In Slurm's Prolog: start the node's daemon with the first job.
+
+    Returns when sessions are taken; models load meanwhile. Where systemd has the daemon, nothing is done.
+    """
+    with jobs() as job:
+        if job is None:
+            return
+        job.touch()
+        if not answers():
+            start_for_node(options)
+            STARTED.touch()
+
+
+@slurm.command()
+def epilog() -> None:
+    """In Slurm's Epilog: stop the node's daemon with the last job, if it was `prolog` that started it."""
+    with jobs() as job:
+        if job is None:
+            return
+        job.unlink(missing_ok=True)
+        if STARTED.exists() and not any(JOBS.glob("[0-9]*")):
+            try:
+                if answers():
+                    end(SITE_SOCKET)
+            except RootstockError as error:
+                raise Refused(error) from error
+            STARTED.unlink()
+
+
+@contextlib.contextmanager
+def jobs() -> Iterator[Path | None]:
+    """The file of the job that begins or ends, while no other one can begin or end; None if systemd has the daemon.
+
+    Raises:
+        Refused: this is no job's prolog or epilog.
+    """
+    job = os.environ.get(JOB_VARIABLE, "")
+    if os.geteuid() != 0 or not job.isdecimal():
+        raise Refused("this is for Slurm's Prolog and Epilog, which run as root: see docs/slurm.md.")
+    if unit_at(SITE_SOCKET):
+        yield None
+        return
+    try:
+        make_runtime_dir(SYSTEM_DIR, shared=True)
+        JOBS.mkdir(mode=0o755, exist_ok=True)
+        folder = os.open(JOBS, os.O_RDONLY | os.O_DIRECTORY)
+    except (AddressError, OSError) as error:
+        raise Refused(str(error)) from error
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield JOBS / job
+    finally:
+        os.close(folder)
+
+
+def answers() -> bool:
+    """Whether the node has a daemon."""
+    try:
+        connect(control_socket(SITE_SOCKET), 5.0).close()
+    except (RootstockError, TimeoutError):
+        return False
+    return True
+
+
+def start_for_node(options: list[str]) -> None:
+    """Start the node's daemon, and wait until it takes sessions.
+
+    Raises:
+        Refused: it can't start.
+    """
+    # nothing of the job that happens to be the first
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("SLURM") and name not in {VISIBLE, SOCKET_VARIABLE}
+    }
+    with tempfile.TemporaryFile() as words:
+        process = subprocess.Popen(
+            [*COMMAND, "start", "--socket", SITE_SOCKET, *options],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=words,
+            start_new_session=True,
+        )
+        while not answers():
+            if process.poll() is not None:
+                words.seek(0)
+                raise Refused(f"the node's daemon can't start: {words.read().decode(errors='replace').strip()}")
+            time.sleep(POLL)

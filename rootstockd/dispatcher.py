@@ -1,0 +1,225 @@
+"""The evaluations of one model: handed to its worker in batches, and back to their sessions when they are done."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from rootstock_client.errors import EvaluationError, LimitError, RootstockError
+from rootstockd.failed_starts import FROM_OUTSIDE
+from rootstockd.hang_limit import HangLimit
+from rootstockd.meter import Meter, Totals
+from rootstockd.pace import Pace
+from rootstockd.roles import Client
+from rootstockd.scheduler import MAX_BLAMED, Evaluation, Scheduler
+from rootstockd.worker_messages import Failure
+from rootstockd.worker_process import End, WorkerProcess
+
+if TYPE_CHECKING:
+    from rootstockd.supervisor import Supervisor
+
+log = logging.getLogger(__name__)
+
+
+class Dispatcher:
+    """Has evaluations done by one worker after another.
+
+    Args:
+        name: the model's, for the log.
+        batch_atoms: the most atoms in one forward pass.
+        hang_timeout: seconds that any batch may take.
+        want: called when there is something to do and no worker for it.
+    """
+
+    def __init__(self, name: str, batch_atoms: int, hang_timeout: float, want: Callable[[], object]) -> None:
+        self.scheduler: Scheduler[Client] = Scheduler(batch_atoms)
+        self.worker: WorkerProcess | None = None
+        """The worker, while it is ready."""
+        self.evaluations = self.batches = 0
+        """Done so far."""
+        self.pace, self.meter = Pace(), Meter(Totals())
+        self.sent = 0.0
+        """When the batch under way began."""
+        self.last_use = time.perf_counter()
+        """When there last was something to do."""
+        self._name, self._want = name, want
+        self._hang_limit = HangLimit(hang_timeout)
+        self._asked, self._shortages = b"", 0
+        self._failures: dict[int, RootstockError] = {}
+        self._going: dict[Client, Supervisor] = {}
+        """Who goes over to which other worker after the evaluation under way."""
+        self._computed = 0.0
+        self._new = False
+        """Something in the batch under way is in it for the first time."""
+
+    @property
+    def queue(self) -> int:
+        """Evaluations that wait or are under way."""
+        return self.scheduler.waiting + len(self.scheduler.running)
+
+    @property
+    def hang_limit(self) -> float:
+        """Seconds that the batch under way may take."""
+        sizes = [evaluation.atoms for evaluation in self.scheduler.running]
+        return self._hang_limit.seconds(sum(sizes), max(sizes))
+
+    def sample(self) -> None:
+        """Look at how fast it is."""
+        self.meter.count()
+        now = time.perf_counter()
+        under_way = now - self.sent if self.scheduler.running else 0.0
+        self.pace.sample(now, self.evaluations, self._computed + under_way, self.queue)
+
+    # --- from sessions to the worker
+
+    def submit(self, evaluation: Evaluation[Client]) -> None:
+        """Have an evaluation done; its owner is told when it is over."""
+        self.scheduler.submit(evaluation)
+        if not self.scheduler.running:
+            self.dispatch()
+
+    def dispatch(self) -> None:
+        """Send the next batch, if there is one and a worker for it."""
+        worker = self.worker
+        if worker is None or not worker.usable:
+            self._want()
+            return
+        batch = self.scheduler.next_batch()
+        if not batch:
+            return
+        numbers: list[int] = []
+        refused: list[tuple[Evaluation[Client], LimitError]] = []
+        for evaluation in batch:
+            owner = evaluation.owner
+            try:
+                if owner.number not in worker.attached:
+                    worker.attach(owner.number, owner.slot, owner.settings)
+                    self._hang_limit.new_system()
+                    self._new = True
+            except OSError as error:
+                refusal = LimitError(f"the daemon can't hand over this structure: {error.strerror}.")
+                refused.append((evaluation, refusal))
+            else:
+                numbers.append(owner.number)
+        if numbers:
+            self.sent = time.perf_counter()
+            self._asked, self._shortages = worker.evaluate(numbers), 0
+        for evaluation, refusal in refused:
+            batch.remove(evaluation)
+            evaluation.owner.evaluated(refusal)
+        if refused and not batch:
+            self.dispatch()
+
+    # --- from the worker to sessions
+
+    def heard(self, kind: bytes, body: bytes) -> bool:
+        """Whether a message of the worker was about the batch under way, and has been taken."""
+        if kind == b"E" and body == self._asked and self.scheduler.running:
+            self._done()
+            return True
+        if kind == b"O" and self._shortages < len(self.scheduler.running):
+            self._shortages += 1  # each splits a batch
+            self.scheduler.back_off()
+            atoms = self.scheduler.batch_atoms
+            log.warning("model %s: no memory for a batch; they have %d atoms at most now", self._name, atoms)
+            return True
+        return False
+
+    def check_under_way(self, slot: int) -> None:
+        """Whether an evaluation of this slot is.
+
+        Raises:
+            ValueError: it is not.
+        """
+        if all(evaluation.owner.number != slot for evaluation in self.scheduler.running):
+            raise ValueError(f"a failure of slot {slot}, which is not under way")
+
+    def failed(self, failure: Failure) -> None:
+        """An evaluation under way has failed; its owner hears of it with the batch."""
+        error = failure.error
+        if isinstance(error, LimitError):
+            if largest := self._hang_limit.largest:
+                error.message += f" The largest that this model has evaluated had {largest} atoms."
+            log.warning("model %s: %s", self._name, error.message)
+        self._failures[failure.slot] = error
+
+    def _done(self) -> None:
+        """The batch is done."""
+        failures = self._failures
+        if failures:
+            self._failures = {}
+        sent = self.sent
+        seconds = time.perf_counter() - sent
+        new, self._new = self._new, False
+        # a failure takes as long as it takes, and says nothing of what evaluations cost
+        batch = self.scheduler.finished(None if failures else seconds)
+        if self.scheduler.waiting:
+            self.dispatch()  # first the device, then the answers
+        self.batches += 1
+        self.evaluations += len(batch)
+        self._computed += seconds
+        self.last_use = sent + seconds
+        for evaluation in batch:
+            owner = evaluation.owner
+            owner.evaluated(failures.get(owner.number) if failures else None)
+        self.meter.done(batch, sent, seconds)
+        if self._going:
+            self._let_go()
+        if new or seconds > self._hang_limit.ordinary:
+            sizes = [evaluation.atoms for evaluation in batch if evaluation.owner.number not in failures]
+            self._hang_limit.learn(sum(sizes), max(sizes, default=0), seconds)
+
+    def give_up(self, error: RootstockError) -> None:
+        """Tell all who wait for an evaluation that it won't be done."""
+        self._failures.clear()
+        for evaluation in self.scheduler.clear():
+            evaluation.owner.evaluated(error)
+
+    def put_back(self) -> None:
+        """The worker goes for no fault of anybody's: what it was at is at the front of the queue again."""
+        self._failures.clear()
+        self.scheduler.put_back()
+
+    def worker_lost(self, end: End) -> None:
+        """The worker has ended; what it was at goes back to the front of the queue."""
+        failures, self._failures = self._failures, {}
+        for evaluation in [e for e in self.scheduler.running if e.owner.number in failures]:
+            self.scheduler.withdraw(evaluation)  # what became of it was said before the end
+            evaluation.owner.evaluated(failures[evaluation.owner.number])
+        for evaluation in self.scheduler.worker_lost(end.how, blame=end.blamed):
+            error = EvaluationError(
+                f"model {self._name!r}: {evaluation.attempts} workers ended over this structure: "
+                f"{'; '.join(evaluation.ends)}.",
+                "The model itself is up again; look at the structure, and at `rootstockd logs`."
+                if evaluation.blamed >= MAX_BLAMED
+                else f"{FROM_OUTSIDE} Try again, or use a smaller structure.",
+            )
+            log.warning("%s", error.message)
+            evaluation.owner.evaluated(error)
+
+    # --- to another worker
+
+    def hand_over(self, clients: Iterable[Client], target: Supervisor, count: int) -> None:
+        """Have so many of these clients, of those that have work, go over to another worker, the newest first."""
+        running = {evaluation.owner for evaluation in self.scheduler.running}
+        for client in sorted(set(clients) - self._going.keys(), key=lambda client: -client.number):
+            if count == 0:
+                return
+            if client in running:
+                self._going[client] = target  # when its evaluation is over
+                count -= 1
+            elif client.queued:
+                count -= client.move(target)
+
+    def stays(self, client: Client) -> None:
+        """Do not have it go over any more: it has left by itself."""
+        self._going.pop(client, None)
+
+    def _let_go(self) -> None:
+        """An evaluation is over after which sessions were to go over to another worker."""
+        going, self._going = self._going, {}
+        for client, target in going.items():
+            if not target.retired:  # nor has it ended
+                client.move(target)

@@ -1,0 +1,100 @@
+"""One model of the fleet: its workers, and how sessions and their work are shared out among these."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from rootstockd import placement
+from rootstockd.config import KeepAlive
+from rootstockd.roles import State
+from rootstockd.supervisor import Supervisor
+from rootstockd.worker.engines import ModelSpec
+
+LONG = 3.0
+"""Evaluations of a worker, waiting and under way, that make its queue a long one."""
+LONG_FOR = 5
+"""Looks in a row at which a queue was long: then the model gets a replica, if there is room."""
+PAUSE = 60
+"""Looks until the next try after a replica could not be loaded."""
+
+
+@dataclass(frozen=True)
+class WorkerKey:
+    """What makes a worker one's own: two sessions with different keys never share one."""
+
+    name: str
+    """The catalogue's."""
+    dtype: str
+    """What it computes in."""
+    options: str = ""
+    """What else changes its numbers, as canonical JSON."""
+
+
+@dataclass
+class WarmModel:
+    """All workers of one key."""
+
+    spec: ModelSpec
+    keep_alive: KeepAlive | None
+    kept: bool
+    """It was loaded at the start."""
+    first: Supervisor
+    replicas: list[Supervisor] = field(default_factory=list)
+    _hot_for: int = 0
+    """Looks in a row at which one of its workers had a long queue; negative where it gets no replica for so many."""
+
+    @property
+    def workers(self) -> list[Supervisor]:
+        """The first, and the replicas."""
+        return [self.first, *self.replicas]
+
+    @property
+    def in_use(self) -> bool:
+        """Sessions have it."""
+        return any(worker.clients or worker.busy for worker in self.workers)
+
+    @property
+    def ready(self) -> list[Supervisor]:
+        """Those that compute."""
+        return [worker for worker in self.workers if worker.state is State.READY]
+
+    @property
+    def lost(self) -> list[Supervisor]:
+        """Replicas that are none any more: they could not be loaded, or had to leave memory."""
+        return [worker for worker in self.replicas if worker.state is State.FAILED or not worker.wanted]
+
+    def choose(self) -> Supervisor:
+        """The worker for one more session: the one with the least to do."""
+        return min(self.ready, key=lambda worker: (round(worker.pace.queue), len(worker.clients)), default=self.first)
+
+    def drop(self, replicas: Iterable[Supervisor]) -> None:
+        """Have the sessions of some replicas go back to the first worker."""
+        replicas = list(replicas)
+        if any(replica.state is State.FAILED for replica in replicas):
+            self._hot_for = -PAUSE
+        self.replicas = [replica for replica in self.replicas if replica not in replicas]
+        for replica in replicas:
+            for client in list(replica.clients):
+                client.move(self.first)
+            replica.hand_over(self.first, len(replica.clients))
+
+    def share_out(self) -> bool:
+        """Where a queue is long, share the work out to the workers that there are; to be called once a second.
+
+        Returns:
+            Whether it has been long for some time, and there is nobody to share it with.
+        """
+        long = max(worker.pace.queue for worker in self.workers) >= LONG
+        self._hot_for = self._hot_for + 1 if self._hot_for < 0 or long else 0
+        if self._hot_for <= 0:
+            return False
+        ready = self.ready
+        moved = placement.shift([round(worker.pace.queue) for worker in ready]) if len(ready) > 1 else None
+        if moved is None:
+            return self._hot_for >= LONG_FOR and len(ready) == len(self.workers)
+        source, target, count = moved
+        ready[source].hand_over(ready[target], count)
+        ready[source].pace.queue -= count
+        ready[target].pace.queue += count
+        return False

@@ -1,0 +1,50 @@
+"""When a model whose workers end at once is tried again, and when it is broken."""
+
+from __future__ import annotations
+
+import pytest
+
+from rootstockd.failed_starts import MAX_BLAMED, MAX_HUNG, MAX_KILLED, PAUSES, FailedStarts
+from rootstockd.worker_process import End
+
+CRASH = End("signal 11 (SIGSEGV)", blamed=True)
+KILLED = End("signal 9 (SIGKILL)", blamed=False)
+HUNG = End("it hung", blamed=True, hung=True)
+
+
+@pytest.mark.parametrize(
+    ("end", "times", "words"),
+    [
+        (CRASH, MAX_BLAMED, "5 workers ended before they were ready: signal 11 .SIGSEGV., 5 times.*rootstockd logs"),
+        (HUNG, MAX_HUNG, "2 workers ended before they were ready: it hung, 2 times"),
+        (KILLED, MAX_KILLED, "60 workers ended .*: signal 9 .SIGKILL., 60 times.*from outside.*dmesg.*tried again"),
+    ],
+)
+def test_a_model_is_broken_after_so_many(end: End, times: int, words: str) -> None:
+    starts = FailedStarts("m")
+    for _ in range(times):
+        assert starts.verdict() is None
+        starts.add(end)
+    with pytest.raises(Exception, match=f"(?s){words}"):
+        raise starts.verdict() or AssertionError
+    starts.forget()
+    assert starts.verdict() is None and starts.pause == 0
+
+
+def test_signals_from_outside_are_not_counted_with_crashes() -> None:
+    starts = FailedStarts("m")
+    for _ in range(MAX_BLAMED - 1):
+        starts.add(KILLED)
+        starts.add(CRASH)
+    assert starts.verdict() is None
+    starts.add(CRASH)
+    assert "5 workers" in str(starts.verdict()) and "SIGKILL" not in str(starts.verdict())
+
+
+def test_whoever_kills_for_minutes_is_outlasted() -> None:
+    starts, seconds, pauses = FailedStarts("m"), 0.0, []
+    while starts.verdict() is None:
+        pauses.append(starts.pause)
+        seconds += starts.pause
+        starts.add(KILLED)
+    assert seconds > 8 * 60 and pauses == sorted(pauses) and max(pauses) == PAUSES[-1]

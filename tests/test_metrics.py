@@ -1,0 +1,319 @@
+"""Metrics are what was done, as Prometheus reads them; what ships for Grafana and Prometheus asks for nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import bulk
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import Metric
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as read_openmetrics
+from prometheus_client.parser import text_string_to_metric_families as read_text
+from pydantic import ValidationError
+
+from conftest import RunningDaemon, rootstockd, wait_for
+from rootstock_client.client import fetch
+from rootstock_client.errors import UnknownModelError
+from rootstockd.config import Config, Device
+from rootstockd.control.limits import MAX_SCRAPERS
+from rootstockd.meter import MOST_NOTES, SECONDS, Histogram, Meter, Totals
+from rootstockd.peers import user_name
+from rootstockd.scheduler import Evaluation
+
+EMT = {"model": "emt", "dtype": "float64", "device": "cpu"}
+
+
+class Metrics:
+    """The samples of one look."""
+
+    def __init__(self, families: Iterator[Metric]) -> None:
+        self.samples = [sample for family in families for sample in family.samples]
+
+    def __call__(self, name: str, **labels: str) -> float:
+        """The one sample of that name with these labels, and maybe others."""
+        (value,) = [s.value for s in self.samples if s.name == name and labels.items() <= s.labels.items()]
+        return value
+
+    def labels(self, name: str) -> set[str]:
+        return {label for sample in self.samples if sample.name == name for label in sample.labels}
+
+    @property
+    def names(self) -> set[str]:
+        return {sample.name for sample in self.samples}
+
+
+def look(daemon: RunningDaemon) -> Metrics:
+    return Metrics(read_text(fetch(daemon.socket, "GET", "/metrics").decode()))
+
+
+def port(daemon: RunningDaemon) -> str:
+    return str(daemon.client().status()["metrics"])
+
+
+def look_at_port(daemon: RunningDaemon) -> Metrics:
+    with urllib.request.urlopen(port(daemon), timeout=30) as answer:
+        assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+        return Metrics(read_text(answer.read().decode()))
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("metrics") / "config.toml"
+    file.write_text('metrics = "127.0.0.1:0"\n')
+    return file
+
+
+@pytest.fixture(scope="module")
+def daemon(start_shared_daemon: Callable[..., RunningDaemon], config: Path) -> RunningDaemon:
+    return start_shared_daemon("--model", "emt", "--config", str(config))
+
+
+def copper(daemon: RunningDaemon, model: str = "emt") -> Atoms:
+    atoms = bulk("Cu", cubic=True)
+    atoms.calc = daemon.client().calculator(model)
+    return atoms
+
+
+def step(atoms: Atoms, times: int = 1) -> None:
+    for seed in range(times):
+        atoms.rattle(0.01, seed=seed)
+        atoms.get_potential_energy()
+
+
+# --- what was done
+
+
+def test_they_say_what_was_done(daemon: RunningDaemon) -> None:
+    before = look(daemon)
+    atoms = copper(daemon)
+    step(atoms, 7)
+    with pytest.raises(UnknownModelError):
+        copper(daemon, "no-such-model").get_potential_energy()
+    after = look(daemon)
+
+    def more(name: str, **labels: str) -> float:
+        return after(name, **labels) - before(name, **labels)
+
+    assert more("rootstockd_errors_total", code="unknown-model") == 1
+    assert sum(more("rootstockd_errors_total", code=code) for code in ("protocol", "evaluation", "limit")) == 0
+    assert after("rootstockd_evaluations_total", **EMT) == daemon.model("emt")["evaluations"]
+    assert more("rootstockd_evaluations_total", **EMT) == 7
+    assert more("rootstockd_atoms_total", **EMT) == 7 * 4
+    assert more("rootstockd_batch_evaluations_count", **EMT) == more("rootstockd_batch_evaluations_sum", **EMT) == 7
+    assert more("rootstockd_batch_evaluations_bucket", **EMT, le="1.0") == 7
+    assert more("rootstockd_batch_atoms_bucket", **EMT, le="8.0") == more("rootstockd_batch_atoms_count", **EMT) == 7
+    for stage in ("queue", "worker"):
+        assert more("rootstockd_evaluation_seconds_count", **EMT, stage=stage) == 7
+        assert more("rootstockd_evaluation_seconds_bucket", **EMT, stage=stage, le="100.0") == 7
+        assert 0 < more("rootstockd_evaluation_seconds_sum", **EMT, stage=stage) < 100
+    assert more("rootstockd_worker_busy_seconds_total", **EMT) == pytest.approx(
+        more("rootstockd_evaluation_seconds_sum", **EMT, stage="worker")
+    )
+    assert after("rootstockd_model_load_seconds_count", **EMT) == 1
+    assert after("rootstockd_models", state="ready") == 1 and after("rootstockd_models", state="failed") == 0
+    assert after("rootstockd_sessions", state="idle") >= 1
+    assert after("rootstockd_queue_length", **EMT) == 0
+    assert after("rootstockd_model_memory_bytes", **EMT) > 10e6
+    assert after("rootstockd_device_memory_total_bytes") > after("rootstockd_device_memory_used_bytes") > 100e6
+    assert after("rootstockd_ready") == 1 and after("process_open_fds") > 5
+    status = daemon.model("emt")
+    assert 0 < status["latency_p50"] <= status["latency_p99"] < 100 and status["batch_size"] >= 1
+    (device,) = daemon.client().status()["device_states"]
+    assert device["name"] == "cpu" and device["memory_total"] == after("rootstockd_device_memory_total_bytes")
+
+
+def test_counters_never_go_back(own_daemon: RunningDaemon) -> None:
+    atoms = copper(own_daemon)
+    step(atoms, 3)
+    os.kill(own_daemon.model("emt")["pid"], signal.SIGKILL)
+    step(atoms, 2)
+    assert look(own_daemon)("rootstockd_worker_restarts_total", **EMT) == 1
+    user = user_name(os.getuid())
+    assert look(own_daemon)("rootstockd_user_evaluations_total", user=user) == 5
+    atoms.calc.close()
+    wait_for(lambda: look(own_daemon)("rootstockd_sessions", state="idle") == 0)
+    assert own_daemon.run("unload", "emt").returncode == 0
+    # it is no longer in the fleet once its supervisor has ended
+    wait_for(lambda: look(own_daemon)("rootstockd_models", state="ready") == 0)
+    for _ in range(2):
+        after = look(own_daemon)
+        assert after("rootstockd_evaluations_total", **EMT) == own_daemon.client().status()["evaluations"] == 5
+        assert after("rootstockd_user_evaluations_total", user=user) == 5
+    step(copper(own_daemon), 2)
+    after = look(own_daemon)
+    assert after("rootstockd_evaluations_total", **EMT) == own_daemon.client().status()["evaluations"] == 7
+    assert after("rootstockd_worker_restarts_total", **EMT) == 1
+    assert after("rootstockd_user_evaluations_total", user=user) == 7
+
+
+def test_both_formats(daemon: RunningDaemon) -> None:
+    for wanted in (
+        "application/openmetrics-text; version=1.0.0; charset=utf-8",
+        "application/openmetrics-text;version=x",
+    ):
+        request = urllib.request.Request(port(daemon), headers={"Accept": wanted})
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            assert answer.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
+            families = {family.name: family.type for family in read_openmetrics(answer.read().decode())}
+    assert families["rootstockd_build"] == "info"
+    assert families["rootstockd_evaluations"] == "counter"
+    assert families["rootstockd_evaluation_seconds"] == "histogram"
+    shown = {family.name: family.type for family in read_text(daemon_command(daemon, "show"))}
+    told = (Path(__file__).parent.parent / "docs/monitoring.md").read_text()
+    for name, kind in shown.items():
+        assert name.startswith("process_") or f"`{name}{'_total' * (kind == 'counter')}`" in told
+
+
+def daemon_command(daemon: RunningDaemon, name: str) -> str:
+    done = rootstockd("metrics", name, env={**os.environ, "ROOTSTOCKD_SOCKET": str(daemon.socket)})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# --- the port
+
+
+def test_users_are_named_on_the_port_where_the_settings_say_so(daemon: RunningDaemon, config: Path) -> None:
+    atoms = copper(daemon)
+    step(atoms)
+    assert "rootstockd_user_sessions" in look(daemon).names
+    assert not any("_user_" in name for name in look_at_port(daemon).names)
+    config.write_text(config.read_text() + "metrics_users = true\n")
+    assert daemon.run("reload").returncode == 0
+    wait_for(lambda: "rootstockd_user_sessions" in look_at_port(daemon).names)
+    assert look_at_port(daemon)("rootstockd_user_sessions", user=user_name(os.getuid())) >= 1
+
+
+def test_the_port_has_metrics_alone(daemon: RunningDaemon) -> None:
+    address = port(daemon).removeprefix("http://").removesuffix("/metrics")
+    for method, path in (("GET", "/v1/status"), ("POST", "/v1/stop"), ("GET", "/docs")):
+        with contextlib.closing(http.client.HTTPConnection(address, timeout=30)) as connection:
+            connection.request(method, path, "{}")
+            assert connection.getresponse().status == http.HTTPStatus.NOT_FOUND
+    assert daemon.client().status()["state"] == "ready"
+
+
+def test_nobody_takes_the_daemons_descriptors_through_the_port(daemon: RunningDaemon) -> None:
+    host, _, number = port(daemon).removeprefix("http://").removesuffix("/metrics").rpartition(":")
+    with contextlib.ExitStack() as stack:
+        opened = [
+            stack.enter_context(socket.create_connection((host, int(number)), timeout=30))
+            for _ in range(3 * MAX_SCRAPERS)
+        ]
+        for refused in opened[MAX_SCRAPERS:]:
+            assert refused.recv(100).startswith(b"HTTP/1.1 503 ")
+        step(copper(daemon))
+    wait_for(lambda: "rootstockd_ready" in look_at_port_if_let_in(daemon))
+
+
+def look_at_port_if_let_in(daemon: RunningDaemon) -> set[str]:
+    try:
+        return look_at_port(daemon).names
+    except urllib.error.HTTPError:
+        return set()
+
+
+def test_a_port_that_is_taken(runtime_folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        where = (
+            "--device",
+            "cpu",
+            "--socket",
+            runtime_folder / "taken.sock",
+            "--log-file",
+            runtime_folder / "taken.log",
+        )
+        done = rootstockd("start", *where, "--metrics", address)
+        assert done.returncode == 1
+        assert f"can't listen on {address} for metrics" in done.stderr
+    with pytest.raises(ValidationError, match="metrics"):
+        Config(socket=Path("/nowhere"), devices=(Device(name="cpu"),), metrics="9746")
+
+
+# --- what is shipped
+
+
+def expressions(text: str) -> list[str]:
+    if text.startswith("{"):
+        board = json.loads(text)
+        queries = [target["expr"] for panel in board["panels"] for target in panel.get("targets", [])]
+        return queries + [v["definition"] for v in board["templating"]["list"] if v["type"] == "query"]
+    return re.findall(r"expr: (?:\|\n)?(.*?)\n +(?:for|labels):", text, re.DOTALL)
+
+
+@pytest.mark.parametrize("what", ["dashboard", "alerts"])
+def test_what_is_shipped_asks_for_what_there_is(what: str, daemon: RunningDaemon) -> None:
+    atoms = copper(daemon)
+    step(atoms)
+    metrics = look(daemon)
+    queries = expressions(daemon_command(daemon, what))
+    assert len(queries) >= 5
+    for query in queries:
+        for name, selected in re.findall(r"\b((?:rootstockd|process)_\w+)(?:\{([^}]*)\})?", query):
+            assert name in metrics.names, f"{query}: there is no {name}"
+            asked = set(re.findall(r"(\w+)=", selected))
+            asked.update(*(labels.split(", ") for labels in re.findall(r"by \(([^)]*)\)", query)))
+            asked -= {"instance", "job"}
+            assert asked <= metrics.labels(name), f"{query}: {name} has no such label"
+
+
+def test_the_dashboard_is_one() -> None:
+    board = json.loads(resources.files("rootstockd").joinpath("monitoring/grafana-dashboard.json").read_text())
+    panels = board["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    variables = {variable["name"] for variable in board["templating"]["list"]}
+    taken = np.zeros((200, 24), dtype=int)
+    for panel in panels:
+        place = panel["gridPos"]
+        taken[place["y"] : place["y"] + place["h"], place["x"] : place["x"] + place["w"]] += 1
+        assert panel["type"] in {"row", "stat", "timeseries"} and panel["title"]
+        for target in panel.get("targets", []):
+            assert target["datasource"]["uid"] == panel["datasource"]["uid"] == "${datasource}"
+            used = set(re.findall(r"\$(\w+)", target["expr"])) - {"__rate_interval", "__range"}
+            assert used <= variables
+            assert panel["description"]
+    assert taken.max() == 1, "panels lie over each other"
+
+
+# --- the counting itself
+
+
+@given(st.lists(st.sampled_from([1e-6, 1e-5, 3e-5, 0.5, 1.0, 99.0, 100.0, 1e4]), max_size=20), st.integers(1, 5))
+def test_a_histogram_counts_what_is_up_to_each_bound(values: list[float], times: int) -> None:
+    histogram = Histogram(SECONDS)
+    histogram.add(values, times)
+    for bound, count in zip((*SECONDS, float("inf")), histogram.counts.cumsum(), strict=True):
+        assert count == times * sum(value <= bound for value in values)
+    assert histogram.sum == pytest.approx(times * sum(values))
+
+
+def test_a_meter_counts_each_evaluation_once() -> None:
+    totals = Totals()
+    meter = Meter(totals)
+    assert meter.latencies(0.5) is None and meter.batch_size is None
+    batch = [Evaluation("session", 10, submitted=99.0), Evaluation("another", 20, submitted=99.5)]
+    for _ in range(MOST_NOTES):  # more than it keeps
+        meter.done(batch, 100.0, 0.25)
+    meter.count()
+    meter.count()
+    assert totals.evaluations.sum == 2 * MOST_NOTES and totals.evaluations.counts.sum() == MOST_NOTES
+    assert totals.atoms.sum == 30 * MOST_NOTES
+    assert totals.queue.sum == pytest.approx(1.5 * MOST_NOTES) and totals.queue.counts.sum() == 2 * MOST_NOTES
+    assert totals.worker.sum == pytest.approx(2 * 0.25 * MOST_NOTES) and totals.busy == pytest.approx(0.25 * MOST_NOTES)
+    assert meter.latencies(0.0, 1.0) == pytest.approx([0.75, 1.25]) and meter.batch_size == 2
