@@ -27,7 +27,6 @@ from rootstock_client.attachment import offer, parse_address
 from rootstock_client.errors import InvalidInitError, ProtocolError, RootstockError
 from rootstockd.cli.system import System, read_parameters, read_structure
 
-TREE = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 STEPS = 12
 
@@ -282,7 +281,6 @@ def test_what_a_daemon_says_of_a_step_ends_the_command(daemon: RunningDaemon, fo
 def test_refused(daemon: RunningDaemon, folder: Path, options: list[str], words: str, monkeypatch) -> None:
     (folder / "input.xml").write_text("<simulation/>")
     monkeypatch.chdir(folder)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(TREE)]))
     with attached(daemon, "./ipi", *options) as command:
         status, said = end_of(command)
     assert status == 1

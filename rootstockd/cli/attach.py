@@ -72,7 +72,7 @@ def attach(
     try:
         where = parse_address(address)
         patience = patience_in_seconds(None)
-        said = {name: value for name, value in options.items() if value not in (None, False)}
+        said = {name: value for name, value in options.items() if value is not None and value is not False}
         atoms = read_structure(structure) if structure else {}
         system = System({**atoms, **({"pbc": periodicity(pbc)} if pbc else {}), **said})
     except (ValueError, RootstockError) as error:
