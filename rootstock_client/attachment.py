@@ -22,6 +22,7 @@ from rootstock_client.errors import (
     DaemonFullError,
     DaemonNotFoundError,
     DrainingError,
+    DriverNotFoundError,
     ProtocolError,
     RootstockError,
     UserLimitError,
@@ -33,12 +34,6 @@ LINGER = 2.0
 """Seconds that a stream we end is still read: a socket closed on unread bytes is a reset."""
 PAUSE = 0.1
 """Seconds between tries while a driver does not listen yet."""
-
-
-class DriverNotFoundError(RootstockError, ConnectionError):
-    """No driver listens where one should."""
-
-    code = "driver-not-found"
 
 
 class Address(NamedTuple):

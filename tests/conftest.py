@@ -165,7 +165,7 @@ def start_shared_daemon(runtime_folder: Path) -> Iterator[Callable[..., RunningD
 @pytest.fixture(scope="session")
 def daemon(start_shared_daemon: Callable[..., RunningDaemon]) -> RunningDaemon:
     """The daemon that tests share: MACE and EMT, warm."""
-    return start_shared_daemon("--model", "emt")
+    return start_shared_daemon("--model", "mace-emt-small", "--model", "emt")
 
 
 @pytest.fixture
