@@ -36,6 +36,8 @@ from rootstock_client.stream import STAGING_SIZE, Grammar, MessageReader, Skip
 
 _POSDATA_HEAD = struct.Struct(f"<{HEADER_SIZE}s{CELL_PAIR}si")
 """POSDATA for one structure up to its positions."""
+_BEGIN = 16
+"""Bytes behind POSDATA that are looked at before the rest is waited for."""
 
 
 class Send(NamedTuple):
@@ -57,13 +59,17 @@ class SendResult(NamedTuple):
     """The driver asked for the result: send FORCEREADY with it."""
 
 
+class TakeOver(NamedTuple):
+    """Send READY; what comes next is a descriptor, and no bytes. Then call `taken_over`."""
+
+
 class Close(NamedTuple):
     """End the connection; `error` is None when the driver said EXIT."""
 
     error: RootstockError | None
 
 
-Event: TypeAlias = Send | Init | Evaluate | SendResult | Close
+Event: TypeAlias = Send | Init | Evaluate | SendResult | TakeOver | Close
 
 
 class _State(enum.Enum):
@@ -74,10 +80,14 @@ class _State(enum.Enum):
     """An evaluation is under way; what the driver says meanwhile waits."""
     HAVEDATA = enum.auto()
     """A result, or a failure, waits for its GETFORCE."""
+    OFFERED = enum.auto()
+    """The system is known; the stream on which its driver speaks is yet to come."""
+    HANDOVER = enum.auto()
+    """That stream comes next; nothing is read until it is there."""
     CLOSED = enum.auto()
 
 
-_NEEDINIT, _READY, _BUSY, _HAVEDATA, _CLOSED = _State
+_NEEDINIT, _READY, _BUSY, _HAVEDATA, _OFFERED, _HANDOVER, _CLOSED = _State
 _SEND_RESULT = SendResult()
 
 
@@ -125,16 +135,24 @@ class EngineSide:
         """There is no room for more bytes until events are taken: stop reading."""
         return self._reader.full
 
-    def accept(self, batch_size: int = 1, *, announced: bool = False, await_init: bool = False) -> None:
+    @property
+    def at_rest(self) -> bool:
+        """Nothing has been begun: the driver's stream could go on elsewhere, and its driver would not notice."""
+        return self._state is _READY and self._reader.between and self._reader.start == self._reader.end
+
+    def accept(
+        self, batch_size: int = 1, *, announced: bool = False, await_init: bool = False, offered: bool = False
+    ) -> None:
         """The INIT just handed out is good.
 
         Args:
             batch_size: structures in each POSDATA from now on.
             announced: the driver understands ERROR frames.
             await_init: the system was given in advance; the driver that follows still has its own INIT to say.
+            offered: the system was given in advance; the driver speaks on another stream, which is handed over.
         """
         self.batch_size, self.announced, self._error = batch_size, announced, None
-        self._state = _NEEDINIT if await_init else _READY
+        self._state = _OFFERED if offered else _NEEDINIT if await_init else _READY
 
     def refuse(self, error: RootstockError, batch_size: int = 1, *, announced: bool = False) -> None:
         """The INIT just handed out is no good: every GETFORCE is answered with `error` until a better one comes.
@@ -143,6 +161,17 @@ class EngineSide:
         """
         self.batch_size, self.announced, self._error = batch_size, announced, error
         self._state = _NEEDINIT
+
+    def taken_over(self) -> None:
+        """The stream of a stock driver that has said its INIT is there: all that is received from now on is from it.
+
+        Raises:
+            ProtocolError: the descriptor was not waited for: bytes have come in its place.
+        """
+        if self._reader.start != self._reader.end:
+            self._state = _CLOSED
+            raise ProtocolError("bytes came where a descriptor should: wait for READY before sending it")
+        self._state, self.announced = _READY, False
 
     def finish(self) -> None:
         """The evaluation is done and its result can be sent."""
@@ -168,7 +197,7 @@ class EngineSide:
         """
         # while BUSY nothing is read on: what comes next may be positions, for the place that the worker looks at
         reader = self._reader
-        while self._state is not _BUSY and self._state is not _CLOSED:
+        while self._state is not _BUSY and self._state is not _CLOSED and self._state is not _HANDOVER:
             if self._error is not None:
                 if not self.announced:
                     self._state = _CLOSED  # a stock driver knows no errors, only a closed connection
@@ -219,6 +248,9 @@ class EngineSide:
 
     def _react(self, message: DriverMessage) -> Event | None:
         match message:
+            case Status() if self._state is _OFFERED:
+                self._state = _HANDOVER
+                return TakeOver()
             case Status():
                 return Send({_NEEDINIT: NEEDINIT, _READY: READY}.get(self._state, HAVEDATA))
             case Init():
@@ -232,6 +264,8 @@ class EngineSide:
                 return Close(None)
 
     def _posdata(self, message: PosData) -> Event | None:
+        if self._state is _OFFERED:
+            raise ProtocolError("POSDATA where a descriptor should be handed over")
         if self._state is _NEEDINIT:
             if self._error is None:
                 raise ProtocolError("POSDATA before INIT: the engine does not know the species yet")
@@ -275,12 +309,16 @@ class EngineSide:
     def _read_posdata(self) -> Generator[int | memoryview | Skip | DriverMessage, memoryview, PosData]:
         batch = self.batch_size
         if batch == 1:
-            head = yield CELL_PAIR + 4
-            cells = bytes(head[:CELL_PAIR])
-            (natoms,) = INT.unpack(head[CELL_PAIR:])
+            begin = bytes((yield _BEGIN))
+            _check_mode(begin)
+            rest = yield CELL_PAIR + 4 - _BEGIN
+            cells = begin + bytes(rest[:-4])
+            (natoms,) = INT.unpack(rest[-4:])
         else:
-            (natoms,) = INT.unpack((yield 4))
-            cells = bytes((yield batch * CELL_PAIR))
+            begin = bytes((yield _BEGIN))
+            _check_mode(begin)
+            (natoms,) = INT.unpack(begin[:4])
+            cells = begin[4:] + bytes((yield batch * CELL_PAIR + 4 - _BEGIN))
         size = 24 * natoms * batch
         if self._state is _NEEDINIT and natoms >= 0:  # refused, for instance as too large: GETFORCE will say so
             yield Skip(size)
@@ -295,3 +333,12 @@ class EngineSide:
             return PosData(natoms, cells, error)
         yield target
         return PosData(natoms, cells, None)
+
+
+def _check_mode(begin: bytes) -> None:
+    """Refuse i-PI's ``mode="shm"``: it sends the number of atoms, and for each array a name's length and the name.
+
+    It would save nothing: structures are received straight into the slot that a worker sees.
+    """
+    if begin.endswith(b"ipi_shm_"):
+        raise ProtocolError('the driver speaks i-PI\'s mode="shm"; set mode="unix" in its <ffsocket>')

@@ -157,6 +157,12 @@ class UserLimitError(LimitError):
     code = "user-limit"
 
 
+class DriverNotFoundError(RootstockError, ConnectionError):
+    """No driver listens where one was to be attached."""
+
+    code = "driver-not-found"
+
+
 class NotAnsweringError(RootstockError, TimeoutError):
     """A daemon is there and does not answer."""
 

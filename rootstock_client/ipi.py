@@ -19,6 +19,7 @@ GETFORCE    -                                                               FORC
                                                                             B x (int32 n, n bytes of extras)
                                                                             or ERROR int32 n, n bytes of JSON
 EXIT        -                                                               the connection is closed
+ATTACH      -, and a descriptor beside the stream (docs/protocol.md)        at its end EXIT, or ERROR
 =========== =============================================================== ==========================================
 
 Every STATUS and every GETFORCE has exactly one answer, and nothing else has any: a driver may pipeline as it likes.
@@ -54,6 +55,8 @@ def header(word: str) -> bytes:
 
 
 STATUS, INIT, POSDATA, GETFORCE, EXIT = map(header, ("STATUS", "INIT", "POSDATA", "GETFORCE", "EXIT"))
+ATTACH = header("ATTACH")
+"""What a driver's stream is handed over with: an ordinary byte has to go along with a descriptor."""
 NEEDINIT, READY, HAVEDATA, FORCEREADY, ERROR = map(header, ("NEEDINIT", "READY", "HAVEDATA", "FORCEREADY", "ERROR"))
 
 

@@ -30,7 +30,7 @@ from rootstockd.init_request import InitRequest
 from rootstockd.models.catalogue import Catalogue, CatalogueError, Entry
 from rootstockd.models.store import located
 from rootstockd.peers import peer_of
-from rootstockd.sessions import LINGER, Session
+from rootstockd.sessions import LINGER, Session, stopping_error
 from rootstockd.sockets import (
     AddressError,
     adopt,
@@ -249,6 +249,8 @@ class Daemon:
         if self._manager.sockets:
             door.close()
         log.info("draining%s: %d sessions", " for a restart" * self._replaced, len(self.sessions))
+        for session in list(self.sessions):
+            session.leave()
         fetched_by = time.monotonic() + LINGER
         deadline = time.monotonic() + self.config.drain_timeout
         while not self._force.is_set() and (now := time.monotonic()) < deadline:
@@ -382,8 +384,3 @@ async def _settled(models: Iterable[Supervisor]) -> None:
 
 def _symbols(numbers: Iterable[int]) -> str:
     return ", ".join(chemical_symbols[z] for z in sorted(numbers))
-
-
-def stopping_error() -> DrainingError:
-    """What is said to whoever wants something of a daemon on its way down."""
-    return DrainingError("the daemon is stopping.", "Start it again with `rootstockd start`.")

@@ -76,11 +76,18 @@ class InitRequest(BaseModel):
     """Structures in each POSDATA."""
     preset: bool = False
     """What follows on this connection is a stock driver, and all of this holds for its own INIT."""
+    attach: bool = False
+    """The stream of a stock driver that has said its INIT is handed over next, as a descriptor."""
 
     @field_validator("dispersion", mode="before")
     @classmethod
     def _yes_or_no(cls, given: Any) -> Any:
         return ({} if given else None) if isinstance(given, bool) else given
+
+    @property
+    def stock(self) -> bool:
+        """Whether the driver is one that knows nothing of rootstockd."""
+        return self.preset or self.attach
 
     @property
     def options(self) -> str:

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import logging
 import math
+import socket
 import time
 from collections import Counter
 from typing import Any, Protocol, cast
@@ -13,8 +14,16 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from rootstock_client import engine_side, ipi
-from rootstock_client.errors import DrainingError, InvalidStructureError, LimitError, RootstockError, error_from_code
+from rootstock_client.errors import (
+    ConnectionLostError,
+    DrainingError,
+    InvalidStructureError,
+    LimitError,
+    RootstockError,
+    error_from_code,
+)
 from rootstockd.accounts import Account, Accounts
+from rootstockd.attachments import DriverTransport, Line
 from rootstockd.init_request import InitRequest, is_announced, parse_init
 from rootstockd.log_rate import LogRate
 from rootstockd.peers import Peer, user_name
@@ -29,6 +38,8 @@ log.addFilter(LogRate(log))
 
 _slot_numbers = itertools.count(1)
 _session_numbers = itertools.count(1)
+_CUT_OFF = ConnectionLostError("the daemon stopped in the middle of a step.")
+"""What is said of a stream that ends though its driver did nothing wrong."""
 LINGER = 2.0
 """Seconds that a connection we end is still read: i-PI hangs when a socket closes on what it has just sent."""
 
@@ -95,6 +106,8 @@ class Session(asyncio.BufferedProtocol):
         self.get_buffer = self._ipi.get_buffer  # type: ignore[method-assign]  # one call less for each read
         self._transport: asyncio.Transport
         self._preset: InitRequest | None = None
+        self._line: Line | None = None
+        self._leaving = False
         self._model: Supervisor | None = None
         self._key: WorkerKey | None = None
         """What makes this model, and its replicas, one for the user's account."""
@@ -166,6 +179,7 @@ class Session(asyncio.BufferedProtocol):
 
     def resume_writing(self) -> None:
         self._writing_paused = False
+        self._leave_at_rest()
         self._advance()
 
     def eof_received(self) -> None:
@@ -173,12 +187,44 @@ class Session(asyncio.BufferedProtocol):
 
     def connection_lost(self, _exc: Exception | None) -> None:
         self._ipi.close()
+        if self._line is not None:
+            self._line.stop_waiting()
+            self._line.end(None)
         self._release()
         if self.account is not None:
             self._unstage()
             self._host.accounts.close_session(self.account, self.evaluations)
             self.account = None
         self._host.session_closed(self)
+
+    # --- a driver's stream that is handed over
+
+    def attached(self, stream: socket.socket) -> None:
+        """The stream is there: from now on the session is with its driver."""
+        self._transport = DriverTransport(stream, self)
+        try:
+            self._ipi.taken_over()
+        except RootstockError as error:
+            self.end(error)
+
+    def leave(self) -> None:
+        """As soon as a stream that was handed over is at rest, leave it to the next daemon; others stay."""
+        self._leaving = self._line is not None
+        self._leave_at_rest()
+
+    def _leave_at_rest(self) -> None:
+        if self._leaving and not self._closing and self._ipi.at_rest and not self._writing_paused:
+            assert self._line is not None
+            self._closing = True
+            self._line.end(stopping_error())
+            self._ipi.close()
+            self._transport.close()
+
+    def not_attached(self, error: RootstockError) -> None:
+        """What was handed over is no stream of a driver."""
+        if self.account is not None and not self._closing:
+            self._say(ipi.error_frame(error))
+            self.end(error)
 
     # --- the protocol's side
 
@@ -191,14 +237,10 @@ class Session(asyncio.BufferedProtocol):
                     self._evaluate(event.cells)
                 elif isinstance(event, engine_side.SendResult):
                     self._transport.write(self.slot.reply)
-                elif isinstance(event, engine_side.Send):
-                    self._say(event.data)
-                elif isinstance(event, ipi.Init):
-                    self._initialise(event.text)
-                    self._unstage()
+                    if self._leaving:
+                        self._leave_at_rest()
                 else:
-                    self._count(event.error)
-                    self.end(event.error)
+                    self._do(event)
         except RootstockError as error:
             self._count(error)
             # a stock driver says no INIT that is too long to be staged
@@ -208,6 +250,20 @@ class Session(asyncio.BufferedProtocol):
         if self._reading_paused and not self._closing and not self._ipi.full:
             self._reading_paused = False
             self._transport.resume_reading()
+
+    def _do(self, event: engine_side.Event) -> None:
+        """What is not on the way of a step, and STATUS."""
+        match event:
+            case engine_side.Send():
+                self._say(event.data)
+            case ipi.Init():
+                self._initialise(event.text)
+                self._unstage()
+            case engine_side.TakeOver():
+                self._line = Line(self._transport, self)
+            case engine_side.Close():
+                self._count(event.error)
+                self.end(event.error)
 
     def _say(self, message: bytes) -> None:
         self._transport.write(message)
@@ -258,7 +314,10 @@ class Session(asyncio.BufferedProtocol):
             self._ipi.refuse(error, batch_size, announced=(json or self._ipi.announced) and not preset)
             return
         if json:
-            self._preset = request if request.preset else None
+            self._preset = request if request.stock else None
+        if json and request.attach:
+            self._ipi.accept(request.batch_size, announced=True, offered=True)
+            return
         stock = self._preset is not None
         self._ipi.accept(request.batch_size, announced=not stock, await_init=json and stock)
 
@@ -284,7 +343,7 @@ class Session(asyncio.BufferedProtocol):
             "session": self.id,
             "stress": request.stress,
             "energies": request.energies,
-            "fingerprint": "" if request.preset else model.spec.fingerprint,  # a stock driver has no use for it
+            "fingerprint": "" if request.stock else model.spec.fingerprint,  # a stock driver has no use for it
         }
         self.request, self._model, self._checked_cells = request, model, b""
         self._key = WorkerKey(model.spec.name, model.spec.dtype, request.options)
@@ -386,6 +445,8 @@ class Session(asyncio.BufferedProtocol):
                 *(self.id, self.user, self.pid, error.message),
                 extra={"about": about},
             )
+        if self._line is not None:
+            self._line.end(_CUT_OFF if isinstance(error, DrainingError) else error)
         self._ipi.close()
         self._transport.write_eof()
         # a driver of ours repeats the step that it may just be sending; others would choke on a socket closed at once
@@ -411,3 +472,8 @@ def check_cells(cells: ipi.FloatArray, pbc: tuple[bool, bool, bool]) -> None:
                 f"the system is periodic (pbc {list(pbc)}), but its lattice vectors span no volume.",
                 "Set a cell, or switch pbc off.",
             )
+
+
+def stopping_error() -> DrainingError:
+    """What is said to whoever wants something of a daemon on its way down."""
+    return DrainingError("the daemon is stopping.", "Start it again with `rootstockd start`.")

@@ -15,7 +15,7 @@ from conftest import EMBEDDED_MODEL
 DOCS = Path(__file__).parent.parent / "docs"
 MIRRORED = ("2023-12-03-mace-128-L1_epoch-199.model", "MACE-OFF23_small.model")
 """Weights that the documents pull. No machine need reach them: the small model stands in for each."""
-BLOCK = re.compile(r"^```(console|python|toml)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```(console|python|toml|xml)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def test_the_site_builds_without_a_warning(tmp_path):
@@ -65,15 +65,17 @@ def run(command, home, **options):
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    "name", ["tutorial.md", "migration.md", "administration.md", "models.md", "add-a-model.md", "many-nodes.md"]
+    "name",
+    ["tutorial.md", "migration.md", "administration.md", "models.md", "add-a-model.md", "many-nodes.md", "drivers.md"],
 )
 def test_commands_and_programs(name, home):
     blocks = BLOCK.findall((DOCS / name).read_text())
     assert len(blocks) > 1
     try:
         for kind, text in blocks:
-            if kind == "toml":
-                path = home / text.partition("\n")[0].removeprefix("# ~/")
+            if kind in {"toml", "xml"}:
+                (name,) = re.findall(r"~/(\S+)", text.partition("\n")[0])
+                path = home / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with path.open("a") as file:
                     file.write(text)

@@ -8,6 +8,7 @@ import json
 import os
 import pwd
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 
 from conftest import RunningDaemon
+from rootstock_client import ipi
 from rootstockd.control.limits import PACE
 from rootstockd.log_rate import MOST
 
@@ -312,3 +314,28 @@ def test_new_rules_hold_for_what_comes_and_leave_what_is_there(start):
             assert answers == ["access-denied"]
         with job("rsd-carol", daemon) as (answer,):
             assert isinstance(answer, float)
+
+
+def test_a_driver_that_listens_is_attached_by_whoever_may_connect_and_counts_for_them(start, open_folder):
+    daemon = start('[access]\nusers = ["rsd-alice", "rsd-bob"]\n\n[limits]\nsessions = 1\n')
+    path = open_folder / "driver"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        status, _, said = command_for("rsd-bob", daemon, "attach", str(path), "--wait", "0")
+        assert (status, said) == (1, f"Error: can't connect to {path}: Permission denied.\n")
+        path.chmod(0o666)
+        with as_user("rsd-alice", COMMAND, "attach", str(path), "--socket", str(daemon.socket)) as process:
+            with listener.accept()[0] as driver:
+                driver.settimeout(60)
+                driver.sendall(ipi.STATUS)
+                assert driver.recv(12) == ipi.NEEDINIT
+                driver.sendall(ipi.init_frame(b"model : emt , species : Cu2 , pbc : F ,") + ipi.STATUS)
+                assert driver.recv(12) == ipi.READY
+                (session,) = daemon.client().status()["sessions"]
+                assert (session["user"], session["natoms"]) == ("rsd-alice", 2)
+                assert status_for("rsd-bob", daemon)["sessions"] == []
+                with job("rsd-alice", daemon) as answers:
+                    assert answers == ["user-limit"]
+                driver.sendall(ipi.EXIT)
+            assert process.communicate(timeout=60) == ("the driver has ended\n", "")

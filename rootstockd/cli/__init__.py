@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 import rootstockd
+from rootstockd.cli.attach import attach
 from rootstockd.cli.completion import completion
 from rootstockd.cli.config import config
 from rootstockd.cli.doctor import doctor
@@ -30,6 +31,7 @@ def main() -> None:
     rootstockd top                  the same, live
     rootstockd stop                 let it finish its work and end
     rootstockd doctor               what is wrong here, and what mends it
+    rootstockd attach NAME ...      serve i-PI, or another driver that listens
     rootstockd models list          which models there are, and which are here
     rootstockd env create mace      build a Python environment for workers
     rootstockd config show          the settings, and where each comes from
@@ -42,7 +44,7 @@ def main() -> None:
 
 
 for command in (
-    *(start, stop, restart, reload, load, unload, status, top, logs, doctor),
+    *(start, stop, restart, reload, load, unload, attach, status, top, logs, doctor),
     *(metrics, models, env, config, systemd, slurm, completion),
 ):
     main.add_command(command)

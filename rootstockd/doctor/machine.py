@@ -175,7 +175,7 @@ def check_limits(machine: Machine) -> Iterator[Finding]:
         yield warning(
             "open files",
             f"at most {files} (ulimit -Hn), enough for {sessions} sessions",
-            "Each session takes two; those that do not fit are refused.",
+            "Each session takes up to three; those that do not fit are refused.",
             f"As root, raise it to 65536 ({everywhere}).",
         )
     else:

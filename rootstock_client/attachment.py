@@ -1,0 +1,261 @@
+"""A stock driver that listens (i-PI, ASE's SocketIOCalculator), and its stream in a daemon's hands.
+
+The user's side opens the stream, answers up to the driver's INIT, and hands it over to the daemon; then it waits on the
+line. It keeps a copy of the stream: when the daemon dies, the driver shall find an end of file and not a reset, over
+which i-PI hangs, and when the daemon is replaced, the next one goes on with the stream.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from rootstock_client import ipi
+from rootstock_client.connection import connect
+from rootstock_client.errors import (
+    ConnectionLostError,
+    DaemonFullError,
+    DaemonNotFoundError,
+    DrainingError,
+    DriverNotFoundError,
+    ProtocolError,
+    RootstockError,
+    UserLimitError,
+)
+from rootstock_client.patience import Outage
+
+IPI_PREFIX = "/tmp/ipi_"  # noqa: S108 - i-PI's and ASE's
+LINGER = 2.0
+"""Seconds that a stream we end is still read: a socket closed on unread bytes is a reset."""
+PAUSE = 0.1
+"""Seconds between tries while a driver does not listen yet."""
+
+
+class Address(NamedTuple):
+    """Where a driver listens."""
+
+    family: socket.AddressFamily
+    where: str | tuple[str, int]
+
+    def __str__(self) -> str:
+        return self.where if isinstance(self.where, str) else f"{self.where[0]}:{self.where[1]}"
+
+
+def parse_address(text: str) -> Address:
+    """Read an address: a path, `HOST:PORT` or `:PORT`, or a name as i-PI has them, for `/tmp/ipi_NAME`.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if "/" in text:
+        return Address(socket.AF_UNIX, text)
+    if found := re.fullmatch(r"(?P<host>.*):(?P<port>\d{1,5})", text):
+        return Address(socket.AF_INET, (found["host"].strip("[]") or "localhost", int(found["port"])))
+    if not text or ":" in text:
+        raise ValueError(f"{text!r} is no address; it is a path, HOST:PORT, or the name of an i-PI socket.")
+    return Address(socket.AF_UNIX, IPI_PREFIX + text)
+
+
+def dial(address: Address, patience: float) -> socket.socket:
+    """Connect to a driver, which may take up to `patience` seconds to listen.
+
+    Raises:
+        DriverNotFoundError: nobody listens, or not for this user.
+    """
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            if isinstance(address.where, tuple):
+                stream = socket.create_connection(address.where, timeout=max(patience, 1.0))
+                stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            else:
+                stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+                try:
+                    stream.connect(address.where)
+                except BaseException:
+                    stream.close()
+                    raise
+        except (FileNotFoundError, ConnectionRefusedError, TimeoutError, BlockingIOError) as error:
+            if time.monotonic() >= deadline:
+                raise DriverNotFoundError(
+                    f"no driver listens at {address}: {(error.strerror or str(error)).lower()}.",
+                    "Start i-PI, or the script with the SocketIOCalculator, and see that both name the same socket.",
+                ) from error
+            time.sleep(PAUSE)
+        except OSError as error:
+            raise DriverNotFoundError(f"can't connect to {address}: {error.strerror or error}.") from error
+        else:
+            stream.settimeout(None)
+            return stream
+
+
+def greet(stream: socket.socket) -> bytes | None:
+    """Answer a driver as far as its INIT, and return that text; None if it has gone.
+
+    Raises:
+        ProtocolError: it does not speak i-PI's protocol.
+    """
+    try:
+        return _greet(stream)
+    except ConnectionError:
+        return None
+
+
+def _greet(stream: socket.socket) -> bytes | None:
+    while True:
+        word = _receive(stream, ipi.HEADER_SIZE)
+        if word in (b"", ipi.EXIT):
+            return None
+        if word == ipi.STATUS:
+            stream.sendall(ipi.NEEDINIT)
+        elif word == ipi.INIT:
+            if len(numbers := _receive(stream, ipi.TWO_INTS.size)) < ipi.TWO_INTS.size:
+                return None
+            size = ipi.checked_count(ipi.TWO_INTS.unpack(numbers)[1], ipi.Limits().init, "bytes of INIT")
+            text = _receive(stream, size)
+            return text if len(text) == size else None
+        else:
+            raise ProtocolError(f"the driver began with {word!r}, which is not i-PI's protocol.")
+
+
+def dismiss(stream: socket.socket) -> None:
+    """End a stream so that its driver finds an end of file, whatever it is just saying."""
+    with contextlib.suppress(OSError), stream:
+        stream.shutdown(socket.SHUT_WR)
+        deadline = time.monotonic() + LINGER
+        while (left := deadline - time.monotonic()) > 0:
+            stream.settimeout(left)
+            if not stream.recv(65536):
+                break
+
+
+class Attachment:
+    """One of a driver's connections, served by a daemon until the driver ends.
+
+    Args:
+        daemon: the daemon's session socket.
+        address: where the driver listens.
+        describe: the INIT for the daemon, as JSON with `attach` set, from the text of the driver's own.
+        patience: seconds to wait for a daemon that has gone.
+        wait: seconds to wait for the driver to listen.
+    """
+
+    def __init__(
+        self, daemon: Path, address: Address, describe: Callable[[bytes], bytes], *, patience: float, wait: float
+    ) -> None:
+        self._daemon, self._address, self._describe = daemon, address, describe
+        self._patience, self._wait = patience, wait
+        self._stream: socket.socket | None = None
+        self._init = b""
+        self.attached = False
+        """A daemon has the stream."""
+
+    def run(self) -> None:
+        """Serve the driver until it ends.
+
+        Raises:
+            DriverNotFoundError: it never listened.
+            RootstockError: the daemon refused, or failed at a step; or it is gone, and patience is at its end.
+        """
+        met = False
+        outage = Outage(self._daemon)
+        while True:
+            try:
+                if self._stream is None and not self._dial(first=not met):
+                    return
+                assert self._stream is not None
+                with offer(self._daemon, self._init) as line:
+                    met = self.attached = True
+                    outage.over()
+                    outage = Outage(self._daemon)
+                    hand_over(line, self._stream)
+                    return
+            except (DrainingError, ConnectionLostError, DaemonNotFoundError, DaemonFullError, UserLimitError) as error:
+                if isinstance(error, ConnectionLostError) and self.attached:
+                    self.leave()  # nobody knows what the daemon had read of it; i-PI asks another connection again
+                self.attached = False
+                outage.wait(error, self._patience if met else 0.0)
+            finally:
+                self.attached = False
+
+    def _dial(self, *, first: bool) -> bool:
+        """Connect to the driver; whether it is there."""
+        try:
+            self._stream = dial(self._address, self._wait if first else 0.0)
+        except DriverNotFoundError:
+            if first:
+                raise
+            return False
+        text = greet(self._stream)
+        if text is None:
+            return False
+        self._init = self._describe(text)
+        return True
+
+    def leave(self) -> None:
+        """End the stream, as far as it is ours."""
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            dismiss(stream)
+
+
+def offer(daemon: Path, init: bytes) -> socket.socket:
+    """Open a line to a daemon that is ready to take a driver's stream over.
+
+    Args:
+        daemon: its session socket.
+        init: JSON with `attach` set.
+
+    Raises:
+        RootstockError: it refuses, or is not there.
+    """
+    line = connect(daemon)
+    try:
+        line.sendall(ipi.init_frame(init) + ipi.STATUS)
+        answer = _receive(line, ipi.HEADER_SIZE)
+        if answer == ipi.NEEDINIT:  # it was refused; GETFORCE brings the reason
+            line.sendall(ipi.GETFORCE)
+            answer = _receive(line, ipi.HEADER_SIZE)
+        if answer == ipi.READY:
+            return line
+        raise _error(line, answer)
+    except BaseException as error:
+        line.close()
+        if isinstance(error, OSError) and not isinstance(error, RootstockError):
+            raise ConnectionLostError(f"rootstockd at {daemon} closed the connection.") from error
+        raise
+
+
+def hand_over(line: socket.socket, stream: socket.socket) -> None:
+    """Hand a stream over to the daemon, and wait until its driver ends.
+
+    Raises:
+        RootstockError: why the daemon has ended it.
+        ConnectionLostError: the daemon has gone.
+    """
+    try:
+        socket.send_fds(line, [ipi.ATTACH], [stream.fileno()])
+        answer = _receive(line, ipi.HEADER_SIZE)
+    except OSError:
+        answer = b""
+    if answer != ipi.EXIT:
+        raise _error(line, answer)
+
+
+def _error(line: socket.socket, answer: bytes) -> RootstockError:
+    if answer == ipi.ERROR and len(size := _receive(line, ipi.INT.size)) == ipi.INT.size:
+        return RootstockError.from_json(_receive(line, *ipi.INT.unpack(size)))
+    return ConnectionLostError("rootstockd closed the connection.", "`rootstockd logs` may say why.")
+
+
+def _receive(sock: socket.socket, size: int) -> bytes:
+    """So many bytes, or fewer at the end of the stream."""
+    data = b""
+    while len(data) < size and (part := sock.recv(size - len(data))):
+        data += part
+    return data

@@ -1,0 +1,159 @@
+"""`attach`: a daemon for drivers that listen, such as i-PI and ASE's SocketIOCalculator."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import click
+
+from rootstock_client.attachment import Attachment, offer, parse_address
+from rootstock_client.errors import RootstockError
+from rootstock_client.patience import patience_in_seconds
+from rootstockd.cli.common import Refused, console, fetch_status, socket_in_use, socket_option
+from rootstockd.cli.completion import catalogue_models
+from rootstockd.cli.fleet import dtype_option
+from rootstockd.cli.show import plural
+from rootstockd.cli.system import System, periodicity, read_structure
+
+POLL = 1.0
+"""Seconds between looks at how far it has come."""
+
+
+@click.command()
+@click.argument("address")
+@click.option("--model", shell_complete=catalogue_models, help="A model of the daemon's catalogue.")
+@click.option(
+    "--structure",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="A file with the driver's atoms, in its order: any that ASE reads. Positions in it do not matter.",
+)
+@click.option(
+    "--pbc", metavar="TTT", help="Along which lattice vectors it is periodic, as T or F each; goes before the file's."
+)
+@click.option("--charge", type=float, help="Total charge in e.")
+@click.option("--spin", type=float, help="Spin multiplicity.")
+@dtype_option
+@click.option("--head", help="Which of the model's heads.")
+@click.option("--dispersion", is_flag=True, help="Add the D3 correction of mace_mp(dispersion=True).")
+@click.option("--exact", is_flag=True, help="Same structure, same bits: the model's reference implementation.")
+@click.option(
+    "--count", type=click.IntRange(1, 1024), default=1, show_default=True, help="Connections at once, for i-PI's beads."
+)
+@click.option(
+    "--wait", type=click.FloatRange(0), default=60.0, show_default=True, help="Seconds for the driver to listen."
+)
+@socket_option
+def attach(
+    address: str,
+    structure: Path | None,
+    pbc: str | None,
+    count: int,
+    wait: float,
+    socket: Path | None,
+    **options: Any,
+) -> None:
+    """Serve a driver that listens: i-PI, or ASE's SocketIOCalculator.
+
+    ADDRESS is where: the name of an i-PI socket (NAME for /tmp/ipi_NAME), a path, or HOST:PORT. Returns when the driver
+    has ended.
+
+    \b
+    rootstockd attach h2o --model mace-mp-small --structure init.xyz --count 8
+    """  # noqa: D301 - click wants the character \\b itself
+    try:
+        where = parse_address(address)
+        patience = patience_in_seconds(None)
+        said = {name: value for name, value in options.items() if value is not None and value is not False}
+        atoms = read_structure(structure) if structure else {}
+        system = System({**atoms, **({"pbc": periodicity(pbc)} if pbc else {}), **said})
+    except (ValueError, RootstockError) as error:
+        raise Refused(error) from error
+    daemon = socket_in_use(socket)
+    attachments = [Attachment(daemon, where, system.init, patience=patience, wait=wait) for _ in range(count)]
+    with _ended_by_signals():
+        try:
+            if system.complete:  # what the daemon refuses no driver needs to hear of
+                offer(daemon, system.init(b"")).close()
+                console.print(f"attaching {system} to {where}", markup=False, soft_wrap=True)
+            _run(attachments, daemon)
+        except RootstockError as error:
+            raise Refused(error) from error
+        finally:
+            _leave(attachments)
+    console.print("the driver has ended")
+
+
+def _run(attachments: list[Attachment], daemon: Path) -> None:
+    """Until all have ended, or one has failed.
+
+    Raises:
+        RootstockError: why it did.
+    """
+    ends: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+
+    def serve(attachment: Attachment) -> None:
+        try:
+            attachment.run()
+        except BaseException as error:
+            ends.put(error)
+        else:
+            ends.put(None)
+
+    for attachment in attachments:
+        threading.Thread(target=serve, args=(attachment,), daemon=True).start()
+    with console.status("waiting for the driver") if console.is_terminal else contextlib.nullcontext() as spinner:
+        before, then = 0, time.monotonic()
+        for _ in attachments:
+            while True:
+                with contextlib.suppress(queue.Empty):
+                    if (error := ends.get(timeout=POLL)) is not None:
+                        raise error
+                    break
+                if spinner is not None:
+                    done, now = _evaluations(daemon), time.monotonic()
+                    attached = sum(attachment.attached for attachment in attachments)
+                    rate = max(0, done - before) / (now - then)
+                    before, then = done, now
+                    spinner.update(f"{plural(attached, 'session')}, {plural(done, 'evaluation')}, {rate:.1f}/s")
+
+
+def _evaluations(daemon: Path) -> int:
+    """What the daemon has done for this process; 0 while it does not say."""
+    try:
+        sessions = fetch_status(daemon, timeout=POLL).sessions
+    except RootstockError:
+        return 0
+    return sum(session.evaluations for session in sessions if session.pid == os.getpid())
+
+
+def _leave(attachments: list[Attachment]) -> None:
+    """End the streams, all at once: each may take a moment."""
+    threads = [threading.Thread(target=attachment.leave) for attachment in attachments]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Ctrl-C, and what batch systems send, end it in good order."""
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

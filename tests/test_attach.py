@@ -1,0 +1,420 @@
+"""`rootstockd attach`: real i-PI and ASE's SocketIOCalculator, as they come, with a daemon's numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import bulk
+from ase.calculators.emt import EMT
+from ase.calculators.socketio import SocketIOCalculator
+
+from conftest import RunningDaemon, wait_for
+from rootstock_client import ipi
+from rootstock_client.attachment import offer, parse_address
+from rootstock_client.errors import InvalidInitError, ProtocolError, RootstockError
+from rootstockd.cli.system import System, read_parameters, read_structure
+
+BIN = Path(sys.executable).parent
+STEPS = 12
+
+
+@pytest.fixture
+def folder(runtime_folder: Path) -> Iterator[Path]:
+    """A user's, with a structure and a path that is short enough for sockets."""
+    with tempfile.TemporaryDirectory(dir=runtime_folder) as name:
+        structure().write(Path(name) / "init.xyz")
+        yield Path(name)
+
+
+def structure() -> Atoms:
+    atoms = bulk("Cu", cubic=True) * (2, 1, 1)
+    atoms.rattle(0.1, seed=1)
+    return atoms
+
+
+@contextlib.contextmanager
+def attached(daemon: RunningDaemon, address: str | Path, *options: str | Path) -> Iterator[subprocess.Popen[str]]:
+    """The command, which ends with the block if not before."""
+    command = [sys.executable, "-m", "rootstockd", "attach", address, "--socket", daemon.socket, *options]
+    with subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
+
+
+def end_of(process: subprocess.Popen[str]) -> tuple[int, str]:
+    said, _ = process.communicate(timeout=60)
+    return process.returncode, said
+
+
+def check(atoms: Atoms) -> None:
+    reference = atoms.copy()
+    reference.calc = EMT()
+    assert atoms.get_potential_energy() == pytest.approx(reference.get_potential_energy(), abs=1e-9)
+    np.testing.assert_allclose(atoms.get_forces(), reference.get_forces(), atol=1e-9)
+    np.testing.assert_allclose(atoms.get_stress(), reference.get_stress(), atol=1e-9)
+
+
+# --- i-PI
+
+INPUT = """
+<simulation verbosity='quiet' safe_stride='100000' sockets_prefix='{folder}/'>
+  <output prefix='out'>
+    <properties stride='1' filename='properties'> [potential, kinetic_cv, conserved] </properties>
+  </output>
+  <total_steps>{steps}</total_steps>
+  <prng><seed>31415</seed></prng>
+  <ffsocket name='engine' mode='{mode}' pbc='False'>
+    <address>{address}</address> <port>{port}</port> <latency>1e-3</latency>
+    <consolidate_messages>{consolidated}</consolidate_messages> <batch_size>{batch}</batch_size>
+    <parameters>{parameters}</parameters>
+  </ffsocket>
+  <system>
+    <initialize nbeads='{beads}'>
+      <file mode='ase' units='angstrom'>init.xyz</file>
+      <velocities mode='thermal' units='kelvin'>300</velocities>
+    </initialize>
+    <forces><force forcefield='engine'/></forces>
+    <ensemble><temperature units='kelvin'>300</temperature></ensemble>
+    <motion mode='dynamics'><dynamics mode='nve'><timestep units='femtosecond'>1</timestep></dynamics></motion>
+  </system>
+</simulation>
+"""
+
+
+@contextlib.contextmanager
+def running_ipi(folder: Path, *, beads: int = 1, steps: int = STEPS, **settings: object) -> Iterator[subprocess.Popen]:
+    usual = {"mode": "unix", "address": "ipi", "port": 31415, "consolidated": True, "batch": 1, "parameters": "{}"}
+    text = INPUT.format(folder=folder, beads=beads, steps=steps, **usual | settings)
+    (folder / "input.xml").write_text(text)
+    with (
+        (folder / "ipi.log").open("w") as log,
+        subprocess.Popen([BIN / "i-pi", "input.xml"], cwd=folder, stdout=log, stderr=log) as process,
+    ):
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def trajectory(folder: Path) -> tuple[np.ndarray, ...]:
+    """Energies of each step, and the last positions and momenta of all beads, as i-PI writes them: nine digits."""
+    end = ET.parse(folder / "RESTART")
+    arrays = [np.fromstring(end.find(f".//beads/{name}").text.strip(" \n[]"), sep=",") for name in "qp"]
+    return np.loadtxt(folder / "out.properties"), *arrays
+
+
+@pytest.fixture(scope="module")
+def reference(runtime_folder: Path):
+    """Trajectories that i-PI makes with its own driver and EMT, each made once."""
+    made = {}
+
+    def run(beads: int) -> tuple[np.ndarray, ...]:
+        if beads not in made:
+            with tempfile.TemporaryDirectory(dir=runtime_folder) as name:
+                folder = Path(name)
+                structure().write(folder / "init.xyz")
+                with running_ipi(folder, beads=beads) as driver:
+                    wait_for((folder / "ipi").exists, timeout=60)
+                    command = [sys.executable, BIN / "i-pi-driver-py", "-u", "-S", f"{folder}/", "-a", "ipi"]
+                    own = Path(__file__).parent / "emt_for_ipi.py"
+                    more = ["-m", "custom", "-P", own, "-o", f"template={folder / 'init.xyz'}"]
+                    with subprocess.Popen([*command, *more], stdout=subprocess.DEVNULL) as engine:
+                        assert driver.wait(timeout=60) == 0
+                        engine.kill()
+                made[beads] = trajectory(folder)
+        return made[beads]
+
+    return run
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return sock.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("beads", "count", "settings"),
+    [
+        pytest.param(1, 1, {"consolidated": False}, id="classic order"),
+        pytest.param(1, 1, {"mode": "inet", "address": "127.0.0.1"}, id="TCP, system from parameters"),
+        pytest.param(8, 8, {}, id="8 beads, 8 sessions"),
+        pytest.param(8, 1, {"batch": 8}, id="8 beads, one batch"),
+    ],
+)
+def test_ipi(daemon: RunningDaemon, folder: Path, reference, beads: int, count: int, settings) -> None:
+    options: list[str | Path] = ["--model", "emt", "--structure", folder / "init.xyz", "--count", str(count)]
+    address = str(folder / "ipi")
+    if settings.get("mode") == "inet":
+        settings = settings | {"port": free_port(), "parameters": "{model: emt, species: Cu8, pbc: TTT}"}
+        address, options = f"127.0.0.1:{settings['port']}", []
+    with running_ipi(folder, beads=beads, **settings) as driver, attached(daemon, address, *options) as command:
+        assert end_of(command) == (0, command_said(folder, options, address))
+        assert driver.wait(timeout=60) == 0
+    same(trajectory(folder), reference(beads))
+
+
+def same(found: tuple[np.ndarray, ...], expected: tuple[np.ndarray, ...]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert one.size == other.size > 0
+        np.testing.assert_allclose(one, other, rtol=1e-8, atol=1e-8)
+
+
+def command_said(folder: Path, options: list, address: str) -> str:
+    first = f"attaching 8 atoms (Cu8, pbc TTT), emt, to {address}\n" if options else ""
+    return f"{first}the driver has ended\n"
+
+
+def test_ipi_does_not_notice_that_its_daemon_is_killed(own_daemon: RunningDaemon, folder: Path, reference) -> None:
+    """It finds an end of file, asks again over the connection that `attach` opens, and goes on."""
+    options = ("--model", "emt", "--structure", folder / "init.xyz", "--count", "2")
+    with running_ipi(folder, beads=8) as driver, attached(own_daemon, folder / "ipi", *options) as command:
+        wait_for(lambda: own_daemon.client().status()["evaluations"] > 8, timeout=60)
+        os.kill(own_daemon.pid, signal.SIGKILL)
+        own_daemon.start()
+        status, said = end_of(command)
+        assert status == 0, said
+        assert "is away; this job waits" in said
+        assert driver.wait(timeout=60) == 0
+    same(trajectory(folder), reference(8))
+
+
+# --- ASE
+
+
+@contextlib.contextmanager
+def socket_calculator(folder: Path, atoms: Atoms) -> Iterator[SocketIOCalculator]:
+    with SocketIOCalculator(unixsocket=folder.name) as calculator:
+        atoms.calc = calculator
+        yield calculator
+
+
+def test_ase(daemon: RunningDaemon, folder: Path) -> None:
+    atoms = structure()
+    with attached(daemon, folder.name, "--model", "emt", "--structure", folder / "init.xyz") as command:
+        with socket_calculator(folder, atoms):
+            for seed in range(3):
+                atoms.rattle(0.01, seed=seed)
+                atoms.set_cell(atoms.cell.array * 1.01, scale_atoms=True)
+                check(atoms)
+            (session,) = daemon.client().status()["sessions"]
+            assert (session["pid"], session["natoms"]) == (command.pid, 8)
+        assert end_of(command)[0] == 0
+
+
+def test_ase_does_not_notice_that_its_daemon_is_restarted(own_daemon: RunningDaemon, folder: Path) -> None:
+    """The stream is left at rest, in the middle of a run, and the next daemon goes on with it."""
+    atoms = structure()
+    with attached(own_daemon, folder.name, "--model", "emt", "--structure", folder / "init.xyz") as command:
+        with socket_calculator(folder, atoms):
+            check(atoms)
+            arguments = [sys.executable, "-m", "rootstockd", "restart", "--socket", own_daemon.socket]
+            with subprocess.Popen(arguments) as restart:
+                while restart.poll() is None:
+                    atoms.rattle(0.01, seed=2)
+                    check(atoms)
+            assert restart.returncode == 0
+            check(atoms)
+        status, said = end_of(command)
+        assert status == 0, said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_driver_whose_attach_is_ended(daemon: RunningDaemon, folder: Path, number: signal.Signals) -> None:
+    """The session ends with it, and the driver finds an end of file."""
+    atoms = structure()
+    with (
+        attached(daemon, folder.name, "--model", "emt", "--structure", folder / "init.xyz") as command,
+        socket_calculator(folder, atoms),
+    ):
+        check(atoms)
+        command.send_signal(number)
+        assert command.wait(timeout=30) == (-number if number == signal.SIGKILL else 128 + number)
+        atoms.rattle(0.01)
+        with pytest.raises(OSError):  # noqa: PT011 - ASE's own, which has no words
+            atoms.get_forces()
+    wait_for(lambda: not daemon.client().status()["sessions"])
+
+
+def test_what_a_daemon_says_of_a_step_ends_the_command(daemon: RunningDaemon, folder: Path) -> None:
+    atoms = structure()
+    with attached(daemon, folder.name, "--model", "emt", "--structure", folder / "init.xyz") as command:
+        with socket_calculator(folder, atoms * (2, 1, 1)) as calculator, pytest.raises(OSError):  # noqa: PT011
+            calculator.get_forces(atoms * (2, 1, 1))
+        status, said = end_of(command)
+        assert status == 1
+        assert said.endswith("Error: POSDATA has 16 atoms, INIT announced 8.\nSend a new INIT when atoms come or go.\n")
+
+
+# --- what no driver hears of
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--model", "nonsense", "--structure", "init.xyz"], "no model 'nonsense'"),
+        (
+            ["--model", "emt", "--structure", "init.xyz", "--dtype", "float32"],
+            "computes in float64 and in nothing else",
+        ),
+        (["--model", "emt", "--structure", "init.xyz", "--pbc", "yes"], "it is T or F"),
+        (["--model", "emt", "--structure", "input.xml"], "ASE can't read input.xml"),
+        (["--model", "emt", "--structure", "init.xyz", "--wait", "0"], "no driver listens at ./ipi"),
+    ],
+)
+def test_refused(daemon: RunningDaemon, folder: Path, options: list[str], words: str, monkeypatch) -> None:
+    (folder / "input.xml").write_text("<simulation/>")
+    monkeypatch.chdir(folder)
+    with attached(daemon, "./ipi", *options) as command:
+        status, said = end_of(command)
+    assert status == 1
+    assert words in said
+
+
+# --- the hand-over itself
+
+INIT = json.dumps({"rootstock": 1, "model": "emt", "numbers": [29], "pbc": [False] * 3, "attach": True}).encode()
+
+
+def test_only_a_connected_stream_is_taken(daemon: RunningDaemon, folder: Path) -> None:
+    with (
+        socket.socket(socket.AF_UNIX) as alone,
+        socket.socket(socket.AF_UNIX) as listening,
+        (folder / "init.xyz").open() as file,
+    ):
+        listening.bind(str(folder / "socket"))
+        listening.listen()
+        one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        with one, other:
+            refused = {file: "no socket", one: "no stream", listening: "listens", alone: "not connected"}
+            for handed, words in refused.items():
+                with offer(daemon.socket, INIT) as line:
+                    socket.send_fds(line, [ipi.ATTACH], [handed.fileno()])
+                    assert words in last_words(line).message
+    with offer(daemon.socket, INIT) as line:
+        line.sendall(ipi.ATTACH)
+        assert "without a descriptor" in last_words(line).message
+    with offer(daemon.socket, INIT) as line:
+        line.sendall(ipi.POSDATA)
+
+
+def last_words(line: socket.socket) -> RootstockError:
+    line.settimeout(30)
+    data = b""
+    while part := line.recv(1000):
+        data += part
+    assert data[:12] == ipi.ERROR
+    return RootstockError.from_json(data[16:])
+
+
+def test_what_its_owner_does_to_a_stream_holds_nobody_up(daemon: RunningDaemon) -> None:
+    """O_NONBLOCK is shared by all who have a stream: a driver that reads nothing must not make the daemon wait."""
+    text = json.loads(INIT) | {"numbers": [29] * 20_000, "model": "noop", "batch_size": 8}
+    ours, theirs = socket.socketpair()
+    with ours, theirs, offer(daemon.socket, json.dumps(text).encode()) as line:
+        socket.send_fds(line, [ipi.ATTACH], [theirs.fileno()])
+        theirs.setblocking(True)
+        positions = np.arange(3 * 8 * 20_000, dtype=float).tobytes()
+        head = ipi.POSDATA + ipi.INT.pack(20_000) + bytes(8 * ipi.CELL_PAIR)
+        ours.sendall(head + positions + ipi.GETFORCE)
+        wait_for(lambda: daemon.client().status()["sessions"][0]["evaluations"] == 1)
+        atoms = bulk("Cu")
+        with daemon.client().calculator("emt") as atoms.calc:
+            atoms.get_potential_energy()
+        size = 12 + 8 * 8 + 4 + len(positions) + 8 * 72
+        reply = bytearray()
+        while len(reply) < size:
+            reply += ours.recv(2**20)
+        assert reply[:12] == ipi.FORCEREADY
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_driver_that_wants_shared_memory_is_told(daemon: RunningDaemon, batch: int) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs, offer(daemon.socket, json.dumps(json.loads(INIT) | {"batch_size": batch}).encode()) as line:
+        socket.send_fds(line, [ipi.ATTACH], [theirs.fileno()])
+        names = [f"ipi_shm_4242_7_{kind}".encode() for kind in ("pos", "h", "ih", "pot", "force", "vir")]
+        ours.sendall(ipi.POSDATA + ipi.INT.pack(1) + b"".join(ipi.INT.pack(len(n)) + n for n in names) + ipi.GETFORCE)
+        error = last_words(line)
+        assert isinstance(error, ProtocolError)
+        assert 'set mode="unix"' in error.message
+
+
+# --- what is said beforehand
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("water", "/tmp/ipi_water"),
+        ("./water", "./water"),
+        ("/scratch/my_water:1", "/scratch/my_water:1"),
+        ("node7:31415", ("node7", 31415)),
+        (":31415", ("localhost", 31415)),
+        ("[::1]:31415", ("::1", 31415)),
+    ],
+)
+def test_addresses(text: str, where: str | tuple[str, int]) -> None:
+    assert parse_address(text).where == where
+
+
+@pytest.mark.parametrize("text", ["", "node7:", "node7:ipi"])
+def test_no_addresses(text: str) -> None:
+    with pytest.raises(ValueError, match="is no address"):
+        parse_address(text)
+
+
+def test_parameters_of_ipi() -> None:
+    """As i-PI sends them; what the command says goes before them, and what is neither's is left alone."""
+    text = b" model : emt , species : CuOCu , pbc : TTF , charge : -1 , latency : 3, batch_size:8"
+    assert read_parameters(text) == {
+        "model": "emt",
+        "numbers": [29, 8, 29],
+        "pbc": [True, True, False],
+        "charge": -1.0,
+        "batch_size": 8,
+    }
+    assert json.loads(System({"model": "other", "pbc": [False] * 3}).init(text)) == {
+        "rootstock": 1,
+        "model": "other",
+        "numbers": [29, 8, 29],
+        "pbc": [False] * 3,
+        "charge": -1.0,
+        "batch_size": 8,
+        "attach": True,
+    }
+    for nothing in (b"", b" ", b"\0"):
+        with pytest.raises(InvalidInitError, match="model and numbers"):
+            System({}).init(nothing)
+    with pytest.raises(InvalidInitError, match="species : Xx"):
+        read_parameters(b"species : Xx2")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "pbc"),
+    [
+        ("plain.xyz", "1\n\nCu 0 0 0\n", False),
+        ("ipi.xyz", "1\n# CELL(abcABC): 5 5 5 90 90 90 cell{angstrom} positions{angstrom}\nCu 0 0 0\n", True),
+        ("extended.xyz", '1\nLattice="5 0 0 0 5 0 0 0 5" charge=2 spin=1\nCu 0 0 0\n', True),
+    ],
+)
+def test_structure_files(folder: Path, name: str, text: str, pbc: bool) -> None:
+    (folder / name).write_text(text)
+    more = {"charge": 2.0, "spin": 1.0} if "charge" in text else {}
+    assert read_structure(folder / name) == {"numbers": [29], "pbc": [pbc] * 3, **more}
