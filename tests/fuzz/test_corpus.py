@@ -90,7 +90,9 @@ def take_answer(data: bytes, results: list[tuple[int, int]]) -> tuple[str, bytes
             return f"ERROR {json.loads(data[16:size])['code']}", data[size:]
     elif word == "FORCEREADY":
         natoms, frames = results[0]
-        size += 8 * frames + 4 + 24 * natoms * frames + 72 * frames + 4 * frames  # `noop` has no extras
+        size += 8 * frames + 4 + 24 * natoms * frames + 72 * frames
+        for _ in range(frames):  # extras of each
+            size += 4 + int.from_bytes(data[size : size + 4], "little")
         if len(data) >= size:
             results.pop(0)
             return word, data[size:]
