@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 from ase import Atoms
@@ -76,15 +78,8 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
     ) -> None:
         self._connect(Connection(Path(socket), patience_in_seconds(patience)))
         self.results: dict[str, Any]
-        super().__init__(
-            model=model,
-            dtype=None if dtype is None else np.dtype(dtype).name,  # numpy.float32 is as good as "float32"
-            head=head,
-            dispersion=_settings(dispersion),
-            exact=_yes_or_no("exact", exact),
-            tolerance=None if tolerance is None else float(tolerance),
-        )
-        self._potential = self._chosen()
+        super().__init__(model=model, dtype=dtype, head=head, dispersion=dispersion, exact=exact, tolerance=tolerance)
+        self._potential = self._chosen(self._settings())
         self.fingerprint = fingerprint or None
 
     backend: str | None
@@ -124,6 +119,17 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
     def atoms(self, atoms: Atoms | None) -> None:
         self._seen = None if atoms is None else Snapshot(atoms)
 
+    def set(self, **parameters: Any) -> dict[str, Any]:
+        """Change some of `model`, `dtype`, `head`, `dispersion`, `exact` and `tolerance`; what has changed.
+
+        Raises:
+            TypeError: there is no such parameter, or a value is of the wrong kind.
+        """
+        if unknown := parameters.keys() - _PARAMETERS.keys():
+            raise TypeError(f"there is no parameter {', '.join(sorted(unknown))}; there are {', '.join(_PARAMETERS)}")
+        changed = super().set(**{name: _PARAMETERS[name](value) for name, value in parameters.items()})
+        return cast("dict[str, Any]", changed)
+
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """What has changed since the last evaluation, exactly; charge and spin count, other `info` does not."""
         del tol
@@ -150,7 +156,7 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
             if name not in self.results:
                 if not allow_calculation:
                     return None
-                self._calculate(snapshot, {name})
+                self._calculate(snapshot, frozenset({name}))
             self._asked.add(name)
             result = self.results[name]
             return result.copy() if isinstance(result, np.ndarray) else result
@@ -167,11 +173,11 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
     ) -> None:
         """Evaluate `atoms` and fill `results`."""
         del system_changes
-        self._calculate(self._seen if atoms is None else Snapshot(atoms), set(properties or ()))
+        self._calculate(self._seen if atoms is None else Snapshot(atoms), frozenset(properties or ()))
 
     # --- the exchange
 
-    def _calculate(self, snapshot: Snapshot | None, asked: set[str]) -> None:
+    def _calculate(self, snapshot: Snapshot | None, asked: frozenset[str]) -> None:
         if snapshot is None:
             raise CalculatorSetupError("there are no atoms to evaluate yet")
         if self._box is None or not self._box.fits(snapshot):
@@ -180,9 +186,9 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
             raise PropertyNotImplementedError("stress needs a periodic system with a volume: set cell and pbc")
         wanted = (asked | self._asked | self._asked_before) & _ON_REQUEST
         if not self._box.has_stress:
-            wanted.discard("stress")
+            wanted -= {"stress"}
         try:
-            self.results = self._evaluate(snapshot, self._box, frozenset(wanted))
+            self.results = self._evaluate(snapshot, self._box, wanted)
         except UnsupportedError as error:
             raise PropertyNotImplementedError(str(error)) from error
         self._seen = snapshot
@@ -208,8 +214,16 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
                 self._extras = answer.extras[0]
         return results
 
-    def _chosen(self) -> tuple[Any, ...]:
-        return tuple(self.parameters[name] for name in _POTENTIAL)
+    def _settings(self) -> dict[str, Any]:
+        """The parameters, such that nobody changes them meanwhile."""
+        settings = dict(self.parameters)
+        if isinstance(dispersion := settings["dispersion"], dict):
+            settings["dispersion"] = dict(dispersion)
+        return settings
+
+    @staticmethod
+    def _chosen(settings: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(settings[name] for name in _POTENTIAL)
 
     def _check_potential(self, fingerprint: str | None) -> None:
         """Whether what has answered is what has answered before; a daemon that is older does not say.
@@ -232,7 +246,8 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
     def _describe(self, snapshot: Snapshot, box: Box, wanted: frozenset[str]) -> bytes:
         """The INIT text; made anew only when something in it has changed."""
         electrons = (snapshot.charge, snapshot.spin)
-        system = (snapshot.numbers, snapshot.pbc, box.left_handed, electrons, wanted, dict(self.parameters))
+        settings = self._settings()
+        system = (snapshot.numbers, snapshot.pbc, box.left_handed, electrons, wanted, settings)
         if system != self._system:
             fields = {
                 "rootstock": PROTOCOL_VERSION,
@@ -241,11 +256,11 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
                 "charge": snapshot.charge,
                 "spin": snapshot.spin,
                 "want": ["energy", "forces", *sorted(wanted)],
-                **self.parameters,
+                **settings,
             }
             self._init = json.dumps(fields).encode()
             self._system = system
-            if (chosen := self._chosen()) != self._potential:
+            if (chosen := self._chosen(settings)) != self._potential:
                 self._potential, self.fingerprint, self._extras = chosen, None, b""
         return self._init
 
@@ -277,6 +292,8 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
             "_extras",
         )
         state = {key: value for key, value in self.__dict__.items() if key not in hidden}
+        # copies have settings of their own, and copy.copy makes none
+        state["parameters"] = copy.deepcopy(self.parameters)
         return {**state, "_address": (self._connection.path, self._connection.patience)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -285,11 +302,11 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         self._connect(Connection(*address))
 
 
-def _settings(dispersion: bool | dict[str, Any]) -> bool | dict[str, Any]:  # noqa: FBT001 - as `calculator` takes it
+def _dispersion(value: Any) -> bool | dict[str, Any]:
     """As INIT has it."""
-    if not isinstance(dispersion, dict):
-        return _yes_or_no("dispersion", dispersion)
-    return {key: value if isinstance(value, str) else float(value) for key, value in dispersion.items()}
+    if not isinstance(value, dict):
+        return _yes_or_no("dispersion", value)
+    return {key: setting if isinstance(setting, str) else float(setting) for key, setting in value.items()}
 
 
 def _yes_or_no(name: str, value: Any) -> bool:
@@ -298,6 +315,17 @@ def _yes_or_no(name: str, value: Any) -> bool:
         allowed = "True, False or a dict" if name == "dispersion" else "True or False"
         raise TypeError(f"{name} is {allowed}, not {value!r}")
     return bool(value)
+
+
+_PARAMETERS: dict[str, Callable[[Any], Any]] = {
+    "model": str,
+    "dtype": lambda value: None if value is None else np.dtype(value).name,  # numpy.float32 is as good as "float32"
+    "head": lambda value: value,
+    "dispersion": _dispersion,
+    "exact": lambda value: _yes_or_no("exact", value),
+    "tolerance": lambda value: None if value is None else float(value),
+}
+"""What each may be given as, as INIT has it."""
 
 
 def _read_extras(text: bytes, energies: int) -> tuple[str | None, str | None, np.ndarray[Any, Any]]:

@@ -268,6 +268,27 @@ def test_another_model_by_set(daemon: RunningDaemon) -> None:
     assert atoms.get_potential_energy() != before
 
 
+def test_what_is_set_is_what_counts(daemon: RunningDaemon) -> None:
+    """Of the calculator itself and not of its copies; as the constructor takes it; whatever becomes of it later."""
+    atoms = copper()
+    atoms.calc = calculator = daemon.client().calculator("emt")
+    other = copy.copy(calculator)
+    other.set(model="mace-emt-small", dtype=np.float64, exact=np.True_, tolerance=np.float32(0.5))
+    same(atoms)
+    assert (calculator.parameters["model"], other.parameters["dtype"]) == ("emt", "float64")
+    corrected = {"xc": "pbe"}
+    calculator.set(dispersion=corrected)
+    first = atoms.get_potential_energy()
+    assert first != emt(atoms).get_potential_energy()
+    corrected["xc"] = "b3lyp"
+    assert atoms.get_potential_energy() == first
+    calculator.set(dispersion=corrected)
+    assert atoms.get_potential_energy() != first
+    for wrong, words in (({"pbc": True}, "no parameter pbc"), ({"exact": "no"}, "exact is True or False")):
+        with pytest.raises(TypeError, match=words):
+            calculator.set(**wrong)
+
+
 def test_threads_share_a_client_and_a_calculator(daemon: RunningDaemon) -> None:
     client = daemon.client()
     shared = client.calculator("emt")
