@@ -72,7 +72,8 @@ def install(user: bool, instances: tuple[str, ...], dry_run: bool) -> None:
     files = {**units(place), **defaults(place, names[0])}
     settings = place.settings / "rootstockd" / FILE_NAME
     if not settings.exists():
-        files[settings] = (shipped() / FILE_NAME).read_text()
+        text = (shipped() / FILE_NAME).read_text()
+        files[settings] = text.replace("systemctl reload", shlex.join([*place.systemctl, "reload"]))
     commands = (
         [] if user else [["systemd-sysusers", "rootstockd.conf"], ["systemd-tmpfiles", "--create", "rootstockd.conf"]]
     )
