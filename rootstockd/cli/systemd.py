@@ -48,7 +48,10 @@ class Place:
 
 @click.group()
 def systemd() -> None:
-    """Have systemd start daemons, and look after them (docs/systemd.md)."""
+    """Have systemd start daemons, and look after them.
+
+    docs/systemd.md has more of it.
+    """
 
 
 @systemd.command()
@@ -63,7 +66,10 @@ def systemd() -> None:
 )
 @click.option("--dry-run", is_flag=True, help="Only show what would be written and done.")
 def install(user: bool, instances: tuple[str, ...], dry_run: bool) -> None:
-    """Install the units, or bring them up to date; no daemon is started or stopped."""
+    """Install the units, or bring them up to date.
+
+    No daemon is started or stopped.
+    """
     place = Place.of(user=user)
     names = [name.replace(",", ":") for name in instances] or [str(i) for i in range(len(gpu_names()))] or ["cpu"]
     for name in names:
