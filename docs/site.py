@@ -36,7 +36,7 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     """Links as they are on the site, and on the page of commands what `--help` says of each."""
     if page.file.src_uri == "commands.md":
-        markdown += "".join(_help(main, click.Context(main, info_name="rootstockd", max_content_width=100)))
+        markdown += "".join(_help(main, _context(main, "rootstockd")))
     return LINK.sub(r"\1", markdown)
 
 
@@ -44,4 +44,9 @@ def _help(command: click.Command, context: click.Context) -> Iterator[str]:
     yield f"\n## {context.command_path}\n\n```text\n{command.get_help(context)}\n```\n"
     if isinstance(command, click.Group):
         for name, one in sorted(command.commands.items()):
-            yield from _help(one, click.Context(one, info_name=name, parent=context, max_content_width=100))
+            yield from _help(one, _context(one, name, context))
+
+
+def _context(command: click.Command, name: str, parent: click.Context | None = None) -> click.Context:
+    """As the command makes it itself, but for its width."""
+    return click.Context(command, parent, name, **{**command.context_settings, "max_content_width": 100})

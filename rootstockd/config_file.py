@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 
 from rootstockd.config import Settings, SettingsFile
 from rootstockd.state_dir import StateError, check_trusted
+from rootstockd.validation import in_words
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -134,9 +135,10 @@ def describe(error: ValidationError) -> list[str]:
         place = _place(problem["loc"])
         if problem["type"] == "extra_forbidden":
             lines[place] = _unknown(place)
+        elif place in lines and problem["type"] == "literal_error":  # the other member of a union
+            lines[place] = f"{lines[place][:-1]}; it can also be {problem['ctx']['expected']}."
         else:
-            said = problem["msg"].removeprefix("Value error, ")
-            lines[place] = f"{lines[place][:-1]}, or: {said}." if place in lines else f"{'.'.join(place)}: {said}."
+            lines[place] = f"{in_words(problem, '.'.join(place))}."
     return [*lines.values()]
 
 
@@ -148,6 +150,7 @@ def _unknown(place: tuple[str, ...]) -> str:
             kind = model.model_fields[parent].annotation
             model = (get_args(kind) or (kind,))[-1]
     elsewhere = [".".join(path) for path, _ in all_settings() if path[-1] == key]
-    near = elsewhere or difflib.get_close_matches(key, model.model_fields, n=1, cutoff=0.5)
+    beside = difflib.get_close_matches(key, model.model_fields, n=1, cutoff=0.5)
+    near = elsewhere or [".".join((*parents, name)) for name in beside]
     hint = f"; did you mean {near[0]!r}?" if near else f"; there are: {', '.join(model.model_fields)}."
     return f"there is no setting {'.'.join(place)!r}{hint}"

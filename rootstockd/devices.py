@@ -152,8 +152,9 @@ def find_devices(devices: tuple[Device, ...], gpus: list[Gpu], variable: str | N
             there = ", ".join(f"{i} ({gpu.name}, {gpu.uuid})" for i, gpu in enumerate(seen)) or "none"
             which = device.name if index is None else str(index)
             under = f" (with {VISIBLE}={variable})" if variable is not None else ""
+            wrong = f"several GPUs begin with {which}" if matching else f"this machine has no GPU {which}"
             raise DeviceError(
-                f"this machine has no GPU {which}, or several; NVIDIA GPUs found{under}: {there}. "
+                f"{wrong}; NVIDIA GPUs found{under}: {there}. "
                 "`rootstockd doctor` looks for the reason. To compute on the CPU: `rootstockd start --device cpu`."
             )
         gpu = next(iter(matching[0].instances), matching[0])

@@ -141,7 +141,9 @@ def parse_init(text: bytes, preset: InitRequest | None) -> InitRequest:
         request = InitRequest.model_validate_json(text)
     except ValidationError as error:
         what = describe(error)
-        raise InvalidInitError(f"INIT can't be read: {what}{'' if what.endswith('?') else '.'}") from error
+        unreadable = error.errors(include_url=False)[0]["type"] == "json_invalid"
+        wrong = "INIT can't be read" if unreadable else "what the session asks for can't be had"
+        raise InvalidInitError(f"{wrong}: {what}{'' if what.endswith('?') else '.'}") from error
     if request.rootstock != PROTOCOL_VERSION:
         said = str(request.rootstock)[:20]
         raise InvalidInitError(

@@ -284,7 +284,10 @@ def test_check_says_what_would_keep_it_from_starting(folder: Path) -> None:
         assert words in done.stderr
     write(folder / "bad.toml", 'catalogues = ["more.toml"]\n')
     write(folder / "more.toml", '[x]\nfamily = "mace"\nwights = "x.model"\n')
-    assert f"catalogue {folder}/more.toml: model 'x': wights" in command("config", "check", folder / "bad.toml").stderr
+    assert (
+        f"catalogue {folder}/more.toml: model 'x': there is no field wights"
+        in command("config", "check", folder / "bad.toml").stderr
+    )
 
 
 def test_a_daemon_that_runs(

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from conftest import EMBEDDED_MODEL
+from rootstockd.models.catalogue import Catalogue
 
 DOCS = Path(__file__).parent.parent / "docs"
 MIRRORED = ("2023-12-03-mace-128-L1_epoch-199.model", "MACE-OFF23_small.model")
@@ -25,8 +26,19 @@ def test_the_site_builds_without_a_warning(tmp_path):
     for page in re.findall(r": (\S+)\.md$", (DOCS.parent / "mkdocs.yml").read_text(), re.MULTILINE):
         text = (tmp_path / f"{page.replace('README', 'index')}.html").read_text()
         assert 'href="../' not in text
-    assert "rootstockd env create" in (tmp_path / "commands.html").read_text()
+    commands = (tmp_path / "commands.html").read_text()
+    assert "rootstockd env create" in commands
+    assert "-h, --help" in commands
+    assert (tmp_path / "search/search_index.js").is_file()  # what a search without a server reads
     assert "ModelLoadError" in (tmp_path / "python.html").read_text()
+
+
+@pytest.mark.parametrize("path", [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))], ids=lambda path: path.name)
+def test_models_of_documents_are_in_the_catalogue(path):
+    named = set(re.findall(r"\b(?:mace|sevennet|chgnet)-[a-z0-9-]+", path.read_text())) - {"mace-torch"}
+    catalogue = Catalogue.load(())
+    for name in named:
+        catalogue.resolve(name)
 
 
 @pytest.fixture

@@ -9,13 +9,15 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from conftest import rootstockd
+from rootstockd.cli.doctor import _show
 from rootstockd.doctor import gpus, machine
-from rootstockd.doctor.findings import examine, ok
+from rootstockd.doctor.findings import examine, note, ok
 from rootstockd.doctor.gpus import Driver, GpuState, check_driver, check_flavour, check_gpus
 from rootstockd.doctor.machine import Machine
 from rootstockd.doctor.places import Address, Folder, Login, check_address, check_runtime_folder, check_storage
@@ -47,6 +49,11 @@ def bad(findings):
     found = [finding for finding in findings if finding.level in {"warning", "problem"}]
     assert all(finding.why for finding in found)
     return {f"{finding.level} {finding.subject}": finding for finding in found}
+
+
+def test_a_long_subject_and_what_is_said_of_it_are_apart(capsys):
+    _show({"daemon": [note("model mace-emt-small", "a note")]}, Counter())
+    assert "model mace-emt-small a note" in capsys.readouterr().out
 
 
 def machine_findings(facts):

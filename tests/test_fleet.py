@@ -184,7 +184,8 @@ def test_numbers_are_relative_to_what_is_seen_and_uuids_are_not() -> None:
     [
         (("cuda:4",), None, r"no GPU 4.*0 \(H100, GPU-aaaa-1\).*3 \(H100 2g, MIG-cccc-2\)"),
         (("cuda:1",), "1", r"no GPU 1.*with CUDA_VISIBLE_DEVICES=1.*0 \(H100, GPU-bbbb-2\)"),
-        (("GPU-x",), None, "no GPU GPU-x"),
+        (("GPU-x",), None, "^this machine has no GPU GPU-x; "),
+        (("MIG-c",), None, "^several GPUs begin with MIG-c; "),
         (("cuda:0", "GPU-aaaa-1"), None, "are the same, GPU-aaaa-1"),
         (("cuda:0",), "", "found.*: none"),
     ],

@@ -5,7 +5,10 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import click
 import pytest
+
+from rootstockd.cli import main
 
 MAN = Path(__file__).parent.parent / "man"
 
@@ -24,3 +27,11 @@ def test_they_can_be_read() -> None:
     assert not done.stderr
     for heading in ("NAME", "SYNOPSIS", "OPTIONS", "ENVIRONMENT", "EXIT STATUS", "SEE ALSO"):
         assert f"\n{heading}\n" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "group", [main, *(command for command in main.commands.values() if isinstance(command, click.Group))]
+)
+def test_no_list_of_commands_cuts_a_sentence(group: click.Group) -> None:
+    text = group.get_help(click.Context(group, info_name="rootstockd", terminal_width=80))
+    assert "..." not in text.partition("Commands:")[2]

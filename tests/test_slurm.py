@@ -229,7 +229,7 @@ def test_a_signal_to_the_batch_script_is_for_the_command(slurm: Slurm, gate: Non
 def test_a_daemon_for_all_jobs_of_a_node(slurm: Slurm) -> None:
     """The first job's Prolog starts it, the last one's Epilog stops it."""
     machine = slurm.machine
-    machine.write("/etc/rootstockd/rootstockd.toml", 'models = ["emt"]\n')
+    machine.write("/etc/rootstockd/config.toml", 'models = ["emt"]\n')
     ours = f"env PYTHONPATH={REPOSITORY} {PYTHON} -m rootstockd"
     for name, text in (("prolog", PROLOG), ("epilog", EPILOG)):
         slurm.hook(name, text.replace("/opt/rootstockd/bin/rootstockd", ours).replace("--gpu 0", "--device cpu"))

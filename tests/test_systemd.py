@@ -294,6 +294,8 @@ def test_a_users_own(machine: Machine) -> None:
     machine.do("systemctl", "start", f"user@{USERS[user]}.service")
     done = machine.rootstockd("systemd", "install", "--user", "--gpu", "cpu", user=user)
     assert done.returncode == 0, done.stderr
+    settings = (machine.root / "home" / user / ".config/rootstockd/config.toml").read_text()
+    assert "`systemctl --user reload rootstockd@0`" in settings
     drop_in = f"[Service]\nEnvironment=OMP_NUM_THREADS=1 PYTHONPATH={REPOSITORY}\n"
     machine.write(f"/home/{user}/.config/systemd/user/rootstockd@.service.d/test.conf", drop_in)
     machine.do("systemctl", "--user", "daemon-reload", user=user)

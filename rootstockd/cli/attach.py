@@ -61,7 +61,7 @@ def attach(
     socket: Path | None,
     **options: Any,
 ) -> None:
-    """Serve a driver that listens: i-PI, or ASE's SocketIOCalculator.
+    """Serve a driver that listens: i-PI, ASE's SocketIOCalculator.
 
     ADDRESS is where: the name of an i-PI socket (NAME for /tmp/ipi_NAME), a path, or HOST:PORT. Returns when the driver
     has ended.

@@ -32,7 +32,7 @@ _VARIABLE = "_ROOTSTOCKD_COMPLETE"
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @click.pass_context
 def completion(ctx: click.Context, shell: str) -> None:
-    """Print a script that has a shell complete rootstockd's commands.
+    """Print a script for completion in bash, zsh or fish.
 
     \b
     bash   eval "$(rootstockd completion bash)"         in ~/.bashrc

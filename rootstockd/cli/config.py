@@ -30,7 +30,10 @@ _COLUMN = 60
 
 @click.group()
 def config() -> None:
-    """A daemon's settings, and where each comes from (docs/configuration.md)."""
+    """A daemon's settings, and where each comes from.
+
+    docs/configuration.md has all of them.
+    """
 
 
 @config.command()
@@ -67,9 +70,10 @@ def show(running: bool, origins: bool, as_json: bool, socket: Path | None, **sai
 @click.argument("file", required=False, type=click.Path(path_type=Path, resolve_path=True))
 @click.option("--instance", metavar="NAME", help="Which of systemd's instances they are for: 0, 0:1, cpu.")
 def check(file: Path | None, instance: str | None) -> None:
-    """See whether a daemon could start with its settings: the files that it would read, or FILE in place of them.
+    """See whether a daemon could start with its settings.
 
-    Variables are checked as well, and so are catalogues, models, users and groups that the settings name.
+    They are those of the files that it would read, or of FILE in place of them. Variables are checked as well, and so
+    are catalogues, models, users and groups that the settings name.
     """
     if instance is not None:
         devices_of(instance)

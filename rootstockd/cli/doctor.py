@@ -150,7 +150,7 @@ def _show_finding(finding: Finding) -> None:
     wide = console.width >= _NARROW
     head = Text(finding.level.ljust(9), _COLOUR[finding.level])
     if wide:
-        head.append(finding.subject.ljust(16), "default")
+        head.append(f"{finding.subject} ".ljust(16), "default")
     words = Text(finding.what if wide else f"{finding.subject}: {finding.what}")
     room = max(20, console.width - len(head))
     lines = list(words.wrap(console, room))

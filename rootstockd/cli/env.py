@@ -54,7 +54,7 @@ class _Group(click.Group):
 
 @click.group(cls=_Group)
 def env() -> None:
-    """Python environments that workers run in, one for each engine's needs.
+    """Python environments that workers run in.
 
     They lie in a state directory: root's, /var/lib/rootstockd, is everybody's to read; others write to their own.
     ROOTSTOCKD_STATE names another, such as a cluster's shared one.
@@ -81,7 +81,10 @@ def building_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.argument("name", shell_complete=environments)
 @building_options
 def create(name: str, spec: Path | None, offline: bool, python: str | None, torch: str | None) -> None:
-    """Build an environment, if it is not there as it is asked for; one that is broken is built again from its lock."""
+    """Build an environment, if it is not there as it is asked for.
+
+    One that is broken is built again from its lock.
+    """
     check_name(name)
     there, wrong = _state_of(name)
     for problem in wrong:
@@ -112,7 +115,10 @@ def create(name: str, spec: Path | None, offline: bool, python: str | None, torc
 @click.option("--locked", is_flag=True, help="The same versions again.")
 @building_options
 def update(name: str, locked: bool, spec: Path | None, offline: bool, python: str | None, torch: str | None) -> None:
-    """Build an environment anew, with newer versions where its specification allows; the old one serves meanwhile."""
+    """Build an environment anew, with newer versions.
+
+    They are as new as its specification allows. The old one serves meanwhile.
+    """
     check_name(name)
     if locked and (spec or torch):
         raise click.UsageError("--locked takes the versions as they are; --spec and --torch choose others.")
@@ -187,7 +193,7 @@ def show(name: str) -> None:
 @click.option("--device", type=click.Choice(["cpu", "auto"]), default="auto", help="cpu, or a GPU if there is one.")
 @catalogue_option
 def verify(name: str, device: str, catalogues: tuple[Path, ...]) -> None:
-    """Load a model in an environment, and compare what it computes with known numbers."""
+    """Compare what a model computes in an environment with known numbers."""
     from rootstockd.devices import choose_devices  # noqa: PLC0415
     from rootstockd.environments.verifying import verify as verified  # slow to import  # noqa: PLC0415
 
@@ -213,7 +219,10 @@ def remove(name: str) -> None:
 @click.argument("name", shell_complete=environments)
 @click.argument("file", type=click.Path(path_type=Path, resolve_path=True, dir_okay=False))
 def export(name: str, file: Path) -> None:
-    """Write an environment with its wheels into FILE, for machines without a network."""
+    """Write an environment with its wheels into FILE.
+
+    For machines without a network: `rootstockd env import` builds it there.
+    """
     there = _must_exist(name)
     with console.status("gathering wheels") as spinner:
         digest = archive.export(there, file, spinner.update)

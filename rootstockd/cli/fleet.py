@@ -61,7 +61,10 @@ def _wait(address: Path, name: str, dtype: str) -> ModelStatus:
 @click.option("--force", is_flag=True, help="Even if it has work, which waits until it is loaded again.")
 @socket_option
 def unload(name: str, dtype: str | None, force: bool, socket: Path | None) -> None:
-    """Have a model leave memory; sessions that ask for it again wait while it is loaded again."""
+    """Have a model leave memory.
+
+    Sessions that ask for it again wait while it is loaded again.
+    """
     address = socket_in_use(socket)
     try:
         order = {"model": name, "dtype": dtype, "force": force}

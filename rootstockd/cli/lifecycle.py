@@ -101,7 +101,10 @@ def stop(socket: Path | None, force: bool) -> None:
 @click.command()
 @socket_option
 def restart(socket: Path | None) -> None:
-    """Stop the daemon and start it again, with the same options and its configuration as it is now."""
+    """Stop the daemon and start it again.
+
+    With the same options, and its configuration as it is now.
+    """
     address = socket_in_use(socket)
     if unit := unit_at(address):
         unit.ask("restart", unit.service)
@@ -123,7 +126,10 @@ def restart(socket: Path | None) -> None:
 @click.command()
 @socket_option
 def reload(socket: Path | None) -> None:
-    """Have the daemon read its configuration and its catalogues again; no job notices."""
+    """Have the daemon read its configuration and catalogues again.
+
+    No job notices.
+    """
     try:
         answer = request(socket_in_use(socket), "POST", "/v1/reload")
     except RootstockError as error:

@@ -14,7 +14,10 @@ from rootstockd.cli.common import Refused, socket_in_use, socket_option
 
 @click.group()
 def metrics() -> None:
-    """Metrics for Prometheus, a dashboard and alerts (docs/monitoring.md)."""
+    """Metrics for Prometheus, a dashboard and alerts.
+
+    docs/monitoring.md has more of them.
+    """
 
 
 @metrics.command()

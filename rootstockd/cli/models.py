@@ -170,9 +170,9 @@ def described(entry: Entry, stored: Stored | None) -> dict[str, str]:
 @click.option("--accept-licence", is_flag=True, help="Accept the licence, where one has to be.")
 @catalogue_option
 def pull(names: tuple[str, ...], mirror: str, sha256: str, accept_licence: bool, catalogues: tuple[Path, ...]) -> None:
-    """Get the weights of models; a pull that was cut off goes on where it was.
+    """Get the weights of models.
 
-    Proxies are those of HTTPS_PROXY and NO_PROXY.
+    A pull that was cut off goes on where it was. Proxies are those of HTTPS_PROXY and NO_PROXY.
     """
     if sha256 and len(names) > 1:
         raise click.UsageError("--sha256 is for one model.")
@@ -324,7 +324,10 @@ def let_go(name: str, socket: Path | None) -> None:
 @click.argument("names", nargs=-1, shell_complete=catalogue_models)
 @catalogue_option
 def verify(names: tuple[str, ...], catalogues: tuple[Path, ...]) -> None:
-    """Compare stored weights, all or those of some models, with their checksums."""
+    """Compare stored weights with their checksums.
+
+    Those of all models, unless some are named.
+    """
     bad = 0
     with refused():
         catalogue = Catalogue.load(catalogues)

@@ -90,10 +90,11 @@ def start_options() -> list[click.Parameter]:
 @slurm.command(cls=AroundCommand, params=start_options())
 @click.pass_obj
 def run(obj: tuple[list[str], list[str]], /, **said: Any) -> None:
-    """Run a command with a daemon on each node of the job, and stop them afterwards.
+    """Run a command with a daemon on each node of the job.
 
-    To be called in a batch script, not by srun. The daemons use the GPUs that the job has, unless told otherwise. Ends
-    with the exit status of the command, which, and whose steps, find the daemon of the node that they are on.
+    The daemons are stopped afterwards. To be called in a batch script, not by srun. The daemons use the GPUs that the
+    job has, unless told otherwise. Ends with the exit status of the command, which, and whose steps, find the daemon of
+    the node that they are on.
     """
     options, command = obj
     folder = job_runtime_dir()
@@ -248,7 +249,10 @@ def prolog(options: list[str], /, **_: Any) -> None:
 
 @slurm.command()
 def epilog() -> None:
-    """In Slurm's Epilog: stop the node's daemon with the last job, if it was `prolog` that started it."""
+    """In Slurm's Epilog: stop the node's daemon with the last job.
+
+    Only one that `prolog` started.
+    """
     with jobs() as job:
         if job is None:
             return

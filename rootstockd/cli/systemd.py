@@ -48,7 +48,10 @@ class Place:
 
 @click.group()
 def systemd() -> None:
-    """Have systemd start daemons, and look after them (docs/systemd.md)."""
+    """Have systemd start daemons, and look after them.
+
+    docs/systemd.md has more of it.
+    """
 
 
 @systemd.command()
@@ -63,7 +66,10 @@ def systemd() -> None:
 )
 @click.option("--dry-run", is_flag=True, help="Only show what would be written and done.")
 def install(user: bool, instances: tuple[str, ...], dry_run: bool) -> None:
-    """Install the units, or bring them up to date; no daemon is started or stopped."""
+    """Install the units, or bring them up to date.
+
+    No daemon is started or stopped.
+    """
     place = Place.of(user=user)
     names = [name.replace(",", ":") for name in instances] or [str(i) for i in range(len(gpu_names()))] or ["cpu"]
     for name in names:
@@ -72,7 +78,8 @@ def install(user: bool, instances: tuple[str, ...], dry_run: bool) -> None:
     files = {**units(place), **defaults(place, names[0])}
     settings = place.settings / "rootstockd" / FILE_NAME
     if not settings.exists():
-        files[settings] = (shipped() / FILE_NAME).read_text()
+        text = (shipped() / FILE_NAME).read_text()
+        files[settings] = text.replace("systemctl reload", shlex.join([*place.systemctl, "reload"]))
     commands = (
         [] if user else [["systemd-sysusers", "rootstockd.conf"], ["systemd-tmpfiles", "--create", "rootstockd.conf"]]
     )

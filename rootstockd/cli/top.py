@@ -43,9 +43,9 @@ PAGE = 10
     help="Between two looks.",
 )
 def top(socket: Path | None, delay: float) -> None:
-    """Watch the daemon: devices, models, users and sessions; q quits, ? helps.
+    """Watch the daemon: devices, models, users and sessions.
 
-    Where there is no terminal, two looks are taken and what they show is printed.
+    q quits, ? helps. Where there is no terminal, two looks are taken and what they show is printed.
     """
     address = socket_in_use(socket)
     history = History()

@@ -58,9 +58,8 @@ def check_models(daemon: DaemonStatus) -> Iterator[Finding]:
         elif model.loading and model.loading.obstacle:
             yield warning(name, model.loading.text, "Its sessions wait.", "rootstockd unload NAME, of one that is idle")
         elif model.restarts:
-            yield warning(
-                name, f"its worker was replaced {model.restarts} times", "Each time its jobs waited.", "rootstockd logs"
-            )
+            times = "once" if model.restarts == 1 else f"{model.restarts} times"
+            yield warning(name, f"its worker was replaced {times}", "Each time its jobs waited.", "rootstockd logs")
         if model.note:
             yield note(name, model.note)
     for why in sorted({why for model in daemon.models for why in model.unconfined}):
