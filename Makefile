@@ -53,7 +53,7 @@ format: $(TEST_STAMP) ## mend what ruff can mend
 	@$(BIN)/ruff format
 
 man: $(DEMO_STAMP) ## write the manual pages anew, where commands and options have changed
-	@$(BIN)/python man/generate.py
+	@$(BIN)/python docs/man/generate.py
 
 clean: ## remove the environment and all caches
 	@rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis tests/.hypothesis

@@ -10,7 +10,7 @@ import pytest
 
 from rootstockd.cli import main
 
-MAN = Path(__file__).parent.parent / "man"
+MAN = Path(__file__).parent.parent / "docs/man"
 
 
 def test_they_are_up_to_date() -> None:
