@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tempfile
 import time
@@ -30,7 +31,7 @@ from ase.calculators.emt import EMT
 from conftest import RunningDaemon, rootstockd, wait_for
 from rootstock_client.errors import EvaluationError, ModelLoadError
 from rootstockd.environments.archive import Description, unpacked
-from rootstockd.environments.building import torch_backend, torch_flavour, without_torchs_builds
+from rootstockd.environments.building import Plan, build, torch_backend, torch_flavour, without_torchs_builds
 from rootstockd.environments.builds import Build, EnvironmentBuildError, find_build, problems_of, site_packages
 from rootstockd.environments.finding import find_environment
 from rootstockd.environments.pythons import readable_by_all
@@ -308,6 +309,42 @@ def test_packages_run_nothing_unconfined_while_an_environment_is_built(
     assert not victim.exists()
     subprocess.run([found("own").python, "-c", "import fellow.imported"], check=True, capture_output=True)
     assert {"of_a_pth ran", "an import ran"} <= set(victim.read_text().splitlines())  # where nothing forbids it
+
+
+NOT_FOR_PACKAGES = (
+    "bin/python._pth",
+    "pyvenv.cfg",
+    "bin/pyvenv.cfg",
+    "bin/activate",
+    "bin/lib/os.py",
+    "lib/python3.0",
+    "lib/python311.zip",
+    "lock.txt",
+    "manifest.json",
+)
+
+
+def test_packages_leave_alone_what_python_reads_when_it_starts(state: Path, tmp_path: Path) -> None:
+    numpy, victim = make_wheel(tmp_path, "numpy", "1.0"), tmp_path / "victim"
+
+    def build_with(parts: tuple[str, ...], text: str) -> Build:
+        wheels = Path(tempfile.mkdtemp(dir=tmp_path))
+        shutil.copy(numpy, wheels)
+        make_wheel(wheels, "fellow", "1.0", {f"fellow-1.0.data/data/{part}": text for part in parts})
+        specification = Specification(requirements=("numpy", "fellow"), torch="index")
+        return build(Plan("own", specification, "named", sys.executable, "index", wheels=wheels), lambda _: None)
+
+    first = build_with(("bin/tool", "lib/libtool.so", "share/tool/it.cfg", "include/tool.h", "LICENSE"), "").path
+    assert (first / "lib/libtool.so").exists() and (first / "LICENSE").exists()
+    # a standard library of its own, whose first module leaves something
+    (tmp_path / "encodings").mkdir()
+    (tmp_path / "encodings/__init__.py").write_text(f"import posix\nposix.mkdir({str(victim)!r})\n")
+    library = sysconfig.get_path("stdlib")
+    for part in NOT_FOR_PACKAGES:
+        with pytest.raises(EnvironmentBuildError, match=rf"the package fellow 1\.0 writes '{re.escape(part)}"):
+            build_with((part,), f"{tmp_path}\n{library}\n{library}/lib-dynload\n")
+        assert list(first.parent.iterdir()) == [first] and found("own").path == first
+    assert not victim.exists()
 
 
 def test_without_an_environment_a_family_beside_the_daemon_is_used(daemon: RunningDaemon, state: Path) -> None:
