@@ -43,7 +43,7 @@ def own_state() -> Path:
 
 
 def state_dirs() -> list[Path]:
-    """Where to look, in this order; those that are there.
+    """Where to look, in this order; those that are there. One that root keeps to itself is as if it were not there.
 
     Raises:
         StateError: others could have put something there; environments and weights are code.
@@ -51,6 +51,12 @@ def state_dirs() -> list[Path]:
     places = [own_state()] if os.environ.get(VARIABLE) else [own_state(), SYSTEM_STATE]
     # os.path.isdir says no where one may not look
     there = [place for place in dict.fromkeys(places) if os.path.isdir(place)]  # noqa: PTH112
+    if (
+        SYSTEM_STATE in there
+        and own_state() != SYSTEM_STATE
+        and not os.access(SYSTEM_STATE, os.R_OK | os.X_OK, effective_ids=True)
+    ):
+        there.remove(SYSTEM_STATE)
     for place in there:
         check_trusted(place)
     return there
