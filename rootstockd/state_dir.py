@@ -97,7 +97,11 @@ def _owner_of_named_state(path: Path) -> int:
 
 
 def _is_owners_alone(path: Path, uid: int, gid: int) -> bool:
-    """Whether a group is a user's private one: named as the user, theirs by default, and without other members."""
+    """Whether a group is a user's private one: named as the user, theirs by default, and without other members.
+
+    Whose primary group it is only the list of users says, as for Debian's sshd. Where a directory service gives out no
+    list, such members are not seen.
+    """
     with contextlib.suppress(OSError):
         os.getxattr(path, "system.posix_acl_access")
         return False  # what looks like the group's rights are the most that an access control list gives to anybody
@@ -105,7 +109,9 @@ def _is_owners_alone(path: Path, uid: int, gid: int) -> bool:
         user, group = pwd.getpwuid(uid), grp.getgrgid(gid)
     except KeyError:
         return False
-    return user.pw_gid == gid and group.gr_name == user.pw_name and set(group.gr_mem) <= {user.pw_name}
+    if user.pw_gid != gid or group.gr_name != user.pw_name or not set(group.gr_mem) <= {user.pw_name}:
+        return False
+    return all(other.pw_uid == uid for other in pwd.getpwall() if other.pw_gid == gid)
 
 
 def _user(uid: int) -> str:
