@@ -43,7 +43,7 @@ def own_state() -> Path:
 
 
 def state_dirs() -> list[Path]:
-    """Where to look, in this order; those that are there.
+    """Where to look, in this order; those that are there. One that root keeps to itself is as if it were not there.
 
     Raises:
         StateError: others could have put something there; environments and weights are code.
@@ -51,6 +51,12 @@ def state_dirs() -> list[Path]:
     places = [own_state()] if os.environ.get(VARIABLE) else [own_state(), SYSTEM_STATE]
     # os.path.isdir says no where one may not look
     there = [place for place in dict.fromkeys(places) if os.path.isdir(place)]  # noqa: PTH112
+    if (
+        SYSTEM_STATE in there
+        and own_state() != SYSTEM_STATE
+        and not os.access(SYSTEM_STATE, os.R_OK | os.X_OK, effective_ids=True)
+    ):
+        there.remove(SYSTEM_STATE)
     for place in there:
         check_trusted(place)
     return there
@@ -91,7 +97,11 @@ def _owner_of_named_state(path: Path) -> int:
 
 
 def _is_owners_alone(path: Path, uid: int, gid: int) -> bool:
-    """Whether a group is a user's private one: named as the user, theirs by default, and without other members."""
+    """Whether a group is a user's private one: named as the user, theirs by default, and without other members.
+
+    Whose primary group it is only the list of users says, as for Debian's sshd. Where a directory service gives out no
+    list, such members are not seen.
+    """
     with contextlib.suppress(OSError):
         os.getxattr(path, "system.posix_acl_access")
         return False  # what looks like the group's rights are the most that an access control list gives to anybody
@@ -99,7 +109,9 @@ def _is_owners_alone(path: Path, uid: int, gid: int) -> bool:
         user, group = pwd.getpwuid(uid), grp.getgrgid(gid)
     except KeyError:
         return False
-    return user.pw_gid == gid and group.gr_name == user.pw_name and set(group.gr_mem) <= {user.pw_name}
+    if user.pw_gid != gid or group.gr_name != user.pw_name or not set(group.gr_mem) <= {user.pw_name}:
+        return False
+    return all(other.pw_uid == uid for other in pwd.getpwall() if other.pw_gid == gid)
 
 
 def _user(uid: int) -> str:

@@ -5,13 +5,16 @@ import importlib.util
 import os
 import pwd
 import re
+import shutil
 import struct
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from rootstock_client.errors import UnknownModelError
 from rootstockd.models.catalogue import Catalogue, CatalogueError, Entry
+from rootstockd.state_dir import StateError, state_dirs
 
 EMT = 'family = "ase"\narguments = { calculator = "ase.calculators.emt:EMT" }\n'
 
@@ -238,6 +241,25 @@ def test_a_group_that_may_write_must_be_the_owners_own(write):
             Catalogue.load([path])
     path.chmod(0o644)
     assert "mine" in Catalogue.load([path])
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("useradd"), reason="only root can make users")
+def test_a_group_is_not_private_that_is_another_users_first_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("ROOTSTOCKD_STATE", str(tmp_path))
+    owner, mate = "rsd-owner", "rsd-mate"
+    try:
+        subprocess.run(["useradd", "--no-create-home", "--user-group", owner], check=True)
+        user = pwd.getpwnam(owner)
+        os.chown(tmp_path, user.pw_uid, user.pw_gid)
+        tmp_path.chmod(0o775)
+        assert state_dirs() == [tmp_path]
+        subprocess.run(["useradd", "--no-create-home", "--gid", owner, mate], check=True)
+        assert grp.getgrnam(owner).gr_mem == []
+        with pytest.raises(StateError, match=f"the group {owner} may write to {tmp_path}"):
+            state_dirs()
+    finally:
+        for name in (mate, owner):
+            subprocess.run(["userdel", "--force", name], check=False, capture_output=True)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root has a group of its own everywhere")

@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tempfile
 import time
@@ -29,9 +30,17 @@ from ase.calculators.emt import EMT
 
 from conftest import RunningDaemon, rootstockd, wait_for
 from rootstock_client.errors import EvaluationError, ModelLoadError
+from rootstockd import state_dir
 from rootstockd.environments.archive import Description, unpacked
-from rootstockd.environments.building import torch_backend, torch_flavour, without_torchs_builds
-from rootstockd.environments.builds import Build, EnvironmentBuildError, find_build, problems_of, site_packages
+from rootstockd.environments.building import Plan, build, torch_backend, torch_flavour, without_torchs_builds
+from rootstockd.environments.builds import (
+    Build,
+    EnvironmentBuildError,
+    built_environments,
+    find_build,
+    problems_of,
+    site_packages,
+)
 from rootstockd.environments.finding import find_environment
 from rootstockd.environments.pythons import readable_by_all
 from rootstockd.environments.specification import (
@@ -39,6 +48,7 @@ from rootstockd.environments.specification import (
     SpecificationError,
     find_specification,
     read_specification,
+    specification_files,
 )
 
 NOWHERE = "http://127.0.0.1:9"
@@ -308,6 +318,42 @@ def test_packages_run_nothing_unconfined_while_an_environment_is_built(
     assert not victim.exists()
     subprocess.run([found("own").python, "-c", "import fellow.imported"], check=True, capture_output=True)
     assert {"of_a_pth ran", "an import ran"} <= set(victim.read_text().splitlines())  # where nothing forbids it
+
+
+NOT_FOR_PACKAGES = (
+    "bin/python._pth",
+    "pyvenv.cfg",
+    "bin/pyvenv.cfg",
+    "bin/activate",
+    "bin/lib/os.py",
+    "lib/python3.0",
+    "lib/python311.zip",
+    "lock.txt",
+    "manifest.json",
+)
+
+
+def test_packages_leave_alone_what_python_reads_when_it_starts(state: Path, tmp_path: Path) -> None:
+    numpy, victim = make_wheel(tmp_path, "numpy", "1.0"), tmp_path / "victim"
+
+    def build_with(parts: tuple[str, ...], text: str) -> Build:
+        wheels = Path(tempfile.mkdtemp(dir=tmp_path))
+        shutil.copy(numpy, wheels)
+        make_wheel(wheels, "fellow", "1.0", {f"fellow-1.0.data/data/{part}": text for part in parts})
+        specification = Specification(requirements=("numpy", "fellow"), torch="index")
+        return build(Plan("own", specification, "named", sys.executable, "index", wheels=wheels), lambda _: None)
+
+    first = build_with(("bin/tool", "lib/libtool.so", "share/tool/it.cfg", "include/tool.h", "LICENSE"), "").path
+    assert (first / "lib/libtool.so").exists() and (first / "LICENSE").exists()
+    # a standard library of its own, whose first module leaves something
+    (tmp_path / "encodings").mkdir()
+    (tmp_path / "encodings/__init__.py").write_text(f"import posix\nposix.mkdir({str(victim)!r})\n")
+    library = sysconfig.get_path("stdlib")
+    for part in NOT_FOR_PACKAGES:
+        with pytest.raises(EnvironmentBuildError, match=rf"the package fellow 1\.0 writes '{re.escape(part)}"):
+            build_with((part,), f"{tmp_path}\n{library}\n{library}/lib-dynload\n")
+        assert list(first.parent.iterdir()) == [first] and found("own").path == first
+    assert not victim.exists()
 
 
 def test_without_an_environment_a_family_beside_the_daemon_is_used(daemon: RunningDaemon, state: Path) -> None:
@@ -629,6 +675,38 @@ def test_a_wrong_specification_says_what_is_wrong(tmp_path: Path, text: str, wor
     (tmp_path / "wrong.toml").write_text(text)
     with pytest.raises(SpecificationError, match=words):
         read_specification(tmp_path / "wrong.toml")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
+def test_what_others_keep_to_themselves_is_as_if_it_were_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory(prefix="rootstockd-") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        for variable in ("ROOTSTOCKD_SITE", "XDG_CONFIG_HOME", "XDG_DATA_HOME"):
+            monkeypatch.setenv(variable, str(folder / variable))
+        monkeypatch.delenv("ROOTSTOCKD_STATE")
+        monkeypatch.setattr(state_dir, "SYSTEM_STATE", folder / "state")
+        closed = [folder / "ROOTSTOCKD_SITE", folder / "XDG_CONFIG_HOME/rootstockd", folder / "state"]
+        for place in closed:
+            (place / "environments").mkdir(parents=True)
+            specify(place / "environments/theirs.toml", "numpy")
+            place.chmod(0o700)
+        assert "theirs" in specification_files()
+        os.seteuid(65534)
+        try:
+            files, builds, found = specification_files(), built_environments(), find_environment("ase", "ase")
+        finally:
+            os.seteuid(0)
+        assert "theirs" not in files and "mace" in files
+        assert builds == {} and not found.built
+
+
+def test_a_specification_that_is_a_link_to_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROOTSTOCKD_SITE", str(tmp_path))
+    (tmp_path / "environments").mkdir()
+    (tmp_path / "environments/mace.toml").symlink_to(tmp_path / "gone")
+    with pytest.raises(ModelLoadError, match=r"specification .*mace\.toml: No such file"):
+        find_environment("mace", "mace")
 
 
 # --- for others, and for other machines

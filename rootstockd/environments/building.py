@@ -32,6 +32,7 @@ from rootstockd.environments.finding import Environment
 from rootstockd.environments.pythons import find_python
 from rootstockd.environments.running_uv import run_uv
 from rootstockd.environments.specification import Specification
+from rootstockd.environments.untouched import check_own_parts, own_parts
 from rootstockd.state_dir import StateError, check_trusted, own_state
 from rootstockd.worker_folders import WorkerFolders
 from rootstockd.worker_process import worker_command
@@ -76,13 +77,14 @@ def build(plan: Plan, say: Say) -> Build:
     with building(plan.name) as folder:
         path = new_build(folder)
         try:
-            made = _build(plan, path, say)
+            try:
+                made = _build(plan, path, say)
+            except BaseException:
+                shutil.rmtree(path, ignore_errors=True)
+                raise
             take_into_use(folder, path)
         except OSError as error:
             raise EnvironmentBuildError(f"environment {plan.name!r} can't be built in {path}: {error}.") from error
-        finally:
-            if not (path / "manifest.json").exists():
-                shutil.rmtree(path, ignore_errors=True)
     return made
 
 
@@ -118,6 +120,7 @@ def _build(plan: Plan, path: Path, say: Say) -> Build:
         flavour = torch_flavour(plan.torch, lock.read_text())
     count = len(re.findall(r"^[\w.-]+\[?.*==", lock.read_text(), re.MULTILINE))
     say(f"{what}: installing {count} packages into {path}")
+    before = own_parts(path)
     run_uv(
         [
             *("pip", "sync", "--require-hashes", "--python", path / "bin/python"),
@@ -128,6 +131,7 @@ def _build(plan: Plan, path: Path, say: Say) -> Build:
         f"{what}: installing",
         path,
     )
+    check_own_parts(what, path, before)
     say(f"{what}: compiling byte code")
     compile_bytecode(path)
     say(f"{what}: importing {', '.join(plan.specification.imports) or 'numpy'}")

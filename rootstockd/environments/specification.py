@@ -6,6 +6,7 @@ configuration go before them.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from importlib import resources
@@ -117,14 +118,15 @@ def check_name(name: str) -> str:
 
 
 def specification_files() -> dict[str, Path]:
-    """All there are, by the environment's name."""
+    """All there are, by the environment's name. Folders that one may not look into are as if they were not there."""
     found = {}
     for folder in (
         _BUILTIN,
         site_folder() / "environments",
         platformdirs.user_config_path("rootstockd") / "environments",
     ):
-        found.update({path.stem: path for path in sorted(folder.glob("*.toml")) if _NAME.fullmatch(path.stem)})
+        if os.access(folder, os.R_OK | os.X_OK, effective_ids=True):
+            found.update({path.stem: path for path in sorted(folder.glob("*.toml")) if _NAME.fullmatch(path.stem)})
     return found
 
 
@@ -144,8 +146,11 @@ def find_specification(name: str) -> Specification | None:
     if path is None:
         return None
     if path.parent != _BUILTIN:
-        check_trusted(path.parent)
-        check_trusted(path)
+        try:
+            check_trusted(path.parent)
+            check_trusted(path)
+        except OSError as error:  # a link that leads nowhere
+            raise SpecificationError(f"specification {path}: {error.strerror}.") from error
     return read_specification(path)
 
 
