@@ -315,7 +315,7 @@ def let_go(name: str, socket: Path | None) -> None:
             f"the daemon has {name} for {sessions} sessions, and could not load it again. `rootstockd status` says "
             "whose they are: wait until they have ended, or --force."
         )
-    if any(model.state not in {"cold", "failed"} for model in using):
+    if any(model.state != "cold" for model in using):
         request(address, "POST", "/v1/unload", {"model": name, "dtype": None, "force": False})
         console.print(f"{name} is unloaded", markup=False)
 
