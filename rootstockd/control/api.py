@@ -165,7 +165,7 @@ def _take_orders(app: FastAPI, daemon: Daemon) -> None:
         """Read the configuration and the catalogues again."""
         log.info("asked to reload by %s", who(request))
         try:
-            return ReloadReport(restart_needed=daemon.reload(), warnings=daemon.warnings)
+            return daemon.reload()
         except (ConfigError, CatalogueError) as error:
             raise RootstockError(f"nothing was changed: {error}") from error
 

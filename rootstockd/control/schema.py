@@ -217,5 +217,7 @@ class ReloadReport(BaseModel):
 
     restart_needed: list[str]
     """Settings that have changed in the files and take effect with the next restart."""
+    models_kept: dict[str, int] = Field(default_factory=dict)
+    """Models whose entries have changed, and how many sessions keep the old one until they reconnect."""
     warnings: list[str] = Field(default_factory=list)
     """As in status."""
