@@ -236,7 +236,7 @@ def test_add(models, state, tmp_path, start_daemon, server):
     again.write_bytes(EMBEDDED_MODEL.read_bytes())
     models("add", "second", again, "--family", "noop", "--elements", "Cu, Au")
     assert json.loads(models("show", "second", "--json"))["elements"] == ["Cu", "Au"]
-    with pytest.raises(UnknownModelError):
+    with pytest.raises(UnknownModelError, match="rootstockd reload"):
         numbers(daemon.client(), "second")
     daemon.run("reload")
     numbers(daemon.client(), "second")
