@@ -318,6 +318,16 @@ def test_many_faults_at_once(surroundings) -> None:
     assert ("note", "daemon") in found
 
 
+def test_a_sites_environment_that_is_not_built(surroundings) -> None:
+    """Though what it needs is beside the daemon: its models are to run in nothing else."""
+    site = Path(surroundings["ROOTSTOCKD_SITE"])
+    (site / "environments").mkdir(parents=True)
+    (site / "environments/lean.toml").write_text('requirements = ["ase"]\nimports = ["ase"]\n')
+    (site / "models.toml").write_text('[lj-lean]\nfamily = "ase"\nenvironment = "lean"\n')
+    found = doctor(surroundings)
+    assert found["warning", "env lean"]["mend"] == "rootstockd env create lean"
+
+
 def test_a_state_that_all_may_write(surroundings) -> None:
     state = Path(surroundings["ROOTSTOCKD_STATE"])
     state.mkdir()
