@@ -249,7 +249,8 @@ class Fleet:
         return math.inf if owner is not None and owner.kept else seconds
 
     def _unload(self, worker: Supervisor, why: str) -> None:
-        log.info("model %s leaves %s: %s", worker.spec.name, worker.device or "the queue", why)
+        name, dtype = worker.spec.name, worker.spec.dtype
+        log.info("model %s in %s leaves %s: %s", name, dtype, worker.device or "the queue", why)
         self._devices.remember(worker)
         worker.unload()
 
@@ -281,9 +282,8 @@ class Fleet:
     async def admit(self, model: Supervisor) -> dict[str, str] | None:
         began = time.monotonic()
         while model.wanted:
-            if (left := model.held_until - time.monotonic()) > 0:
-                name = model.spec.name
-                model.obstacle = f"an administrator has taken it back; {name} is loaded again in {left:.0f} s"
+            if model.held_until > time.monotonic():
+                model.obstacle = ""  # that is none
                 await asyncio.sleep(POLL)
                 began = time.monotonic()
                 continue

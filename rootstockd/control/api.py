@@ -6,6 +6,7 @@ import asyncio
 import logging
 import math
 import os
+import time
 from typing import TYPE_CHECKING
 
 import psutil
@@ -194,6 +195,7 @@ def loading_status(model: Supervisor, fleet: Fleet) -> Loading | None:
         elapsed=model.elapsed,
         expected=fleet.expected_seconds(model),
         obstacle=model.obstacle,
+        held=max(0.0, model.held_until - time.monotonic()),
     )
 
 

@@ -27,11 +27,15 @@ class Loading(BaseModel):
     """Seconds that loading took the last time, where that is known."""
     obstacle: str
     """What is in its way while it waits."""
+    held: float = 0.0
+    """Seconds until it is loaded again that an administrator had leave memory in spite of its work."""
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def text(self) -> str:
         """The same in words."""
+        if self.held:
+            return f"was unloaded by an administrator, and is loaded again in {self.held:.0f} s"
         if self.obstacle:
             return f"waits for memory: {self.obstacle}"
         if self.state == "waiting":
