@@ -21,6 +21,7 @@ from rootstockd.config import Config
 from rootstockd.config_file import ConfigError, reloadable
 from rootstockd.config_layers import changes, read_again, take_over
 from rootstockd.control.limits import MAX_SCRAPERS
+from rootstockd.control.schema import ReloadReport
 from rootstockd.control.server import control_server, metrics_server
 from rootstockd.descriptors import raise_descriptor_limit, share_descriptors
 from rootstockd.devices import found_devices
@@ -174,11 +175,11 @@ class Daemon:
         self._replaced = replaced
         self._stop.set()
 
-    def reload(self) -> list[str]:
+    def reload(self) -> ReloadReport:
         """Read the configuration and the catalogues again; nothing is dropped that is there.
 
         Returns:
-            The settings that have changed and need a restart.
+            What has changed and is not taken over by all.
 
         Raises:
             ConfigError, CatalogueError: something in them is wrong; all stays as it is.
@@ -188,7 +189,7 @@ class Daemon:
         with self._manager.reloading():
             return self._reload()
 
-    def _reload(self) -> list[str]:
+    def _reload(self) -> ReloadReport:
         fresh = read_again(self.config)
         catalogue = Catalogue.load(fresh.catalogues)
         restart_needed = sorted(name for name in changes(self.config, fresh) if not reloadable(name))
@@ -200,7 +201,10 @@ class Daemon:
         for name in restart_needed:
             log.warning("%s has changed and takes effect with the next restart", name)
         log.info("reloaded")
-        return restart_needed
+        models_kept = self.fleet.retire_changed(catalogue)
+        for name, sessions in models_kept.items():
+            log.info("model %s has changed; sessions that keep the old one: %d", name, sessions)
+        return ReloadReport(restart_needed=restart_needed, models_kept=models_kept, warnings=self.warnings)
 
     def _look_over(self) -> None:
         self.warnings = [*self.accounts.warnings, *self.catalogue.warnings()]

@@ -11,15 +11,17 @@ import asyncio
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from rootstock_client.errors import LimitError, RootstockError
+from rootstock_client.errors import LimitError, ModelLoadError, RootstockError
 from rootstockd import placement
 from rootstockd.config import Config, Device, KeepAlive
 from rootstockd.devices import Memory
 from rootstockd.meter import Totals
-from rootstockd.models.catalogue import Entry
+from rootstockd.models.catalogue import Catalogue, Entry
 from rootstockd.models.spec import spec_of
+from rootstockd.models.store import located
 from rootstockd.placement import Room
 from rootstockd.roles import State
 from rootstockd.rooms import Rooms
@@ -37,6 +39,8 @@ HOLD = 30.0
 """Seconds that a model stays away which an administrator had leave in spite of its work, unless one loads it."""
 REFUSED = 10.0
 """Seconds that status shows a model without sessions that had no room."""
+BROKEN = 600.0
+"""Seconds that it shows one that failed, unless it was to be kept; less where `keep_alive` says so."""
 MAX_VARIANTS = 8
 """Workers of one model with options of their own, such as D3's settings, at a time."""
 NO_ROOM = (
@@ -146,6 +150,29 @@ class Fleet:
         worker.load()
         return worker
 
+    def retire_changed(self, catalogue: Catalogue) -> dict[str, int]:
+        """Retire the workers of models that the catalogue has otherwise now; what is to be kept is loaded anew.
+
+        Returns:
+            Sessions that keep such a worker, by model.
+        """
+        keeping: Counter[str] = Counter()
+        for key, model in list(self._models.items()):
+            entry = catalogue.get(key.name)
+            try:
+                entry = entry and located(key.name, entry)
+            except ModelLoadError:  # where its weights have gone, it is what it was
+                continue
+            if entry is not None and self._spec(key, entry) == model.spec:
+                continue
+            if sessions := sum(len(worker.clients) for worker in model.workers):
+                keeping[key.name] += sessions
+            if entry is not None and model.kept:
+                self.open(key, entry)
+            else:
+                self._forget(key)
+        return dict(keeping)
+
     def _make_way(self, key: WorkerKey) -> None:
         """Bound the workers with options of their own: any user can think of any number of these."""
         variants = {k: model for k, model in self._models.items() if k.name == key.name and k.options}
@@ -157,9 +184,7 @@ class Fleet:
                 f"model {key.name!r} is in use with {MAX_VARIANTS} different settings already, each with a worker.",
                 "Use settings that are there, or try again when others have gone.",
             )
-        longest = max(unused, key=lambda k: variants[k].first.idle_seconds)
-        gone = self._models.pop(longest)
-        self._retire(gone.workers, gone.keep_alive)
+        self._forget(max(unused, key=lambda k: variants[k].first.idle_seconds))
 
     def unload(self, name: str, dtype: str | None = None, *, force: bool = False) -> int:
         """Have a model leave memory. Sessions keep it, and wait for it to come back when they next ask.
@@ -184,8 +209,13 @@ class Fleet:
             and worker.wanted
             and worker.state is not State.FAILED
         ]
+        failed = [
+            key
+            for key, model in self._models.items()
+            if key.name == name and dtype in (None, key.dtype) and model.first.state is State.FAILED
+        ]
         what = f"model {name!r}" + (f" in {dtype}" if dtype else "")
-        if not workers:
+        if not workers and not failed:
             raise RootstockError(f"{what} is not in memory.")
         under_way = sum(worker.queue for worker in workers)
         if under_way and not force:
@@ -193,6 +223,8 @@ class Fleet:
                 f"{what} has {under_way} evaluations under way.",
                 f"Wait for them, or use --force: they are repeated when it is loaded again, {HOLD:.0f} s later.",
             )
+        for key in failed:
+            self._forget(key)
         for worker in workers:
             worker.held_until = time.monotonic() + HOLD if force else 0.0
             self._unload(worker, "an administrator said so")
@@ -217,7 +249,8 @@ class Fleet:
         return math.inf if owner is not None and owner.kept else seconds
 
     def _unload(self, worker: Supervisor, why: str) -> None:
-        log.info("model %s leaves %s: %s", worker.spec.name, worker.device or "the queue", why)
+        name, dtype = worker.spec.name, worker.spec.dtype
+        log.info("model %s in %s leaves %s: %s", name, dtype, worker.device or "the queue", why)
         self._devices.remember(worker)
         worker.unload()
 
@@ -234,6 +267,11 @@ class Fleet:
             worker.retire()
             self._retired[worker] = keep_alive
 
+    def _forget(self, key: WorkerKey) -> None:
+        """Have all of a model end with its last session; whoever asks for it next gets a new one."""
+        model = self._models.pop(key)
+        self._retire(model.workers, model.keep_alive)
+
     def _drop(self, model: WarmModel, replicas: list[Supervisor]) -> None:
         """Have the sessions of some of a model's replicas go back to its first worker, and the replicas end."""
         model.drop(replicas)
@@ -244,9 +282,8 @@ class Fleet:
     async def admit(self, model: Supervisor) -> dict[str, str] | None:
         began = time.monotonic()
         while model.wanted:
-            if (left := model.held_until - time.monotonic()) > 0:
-                name = model.spec.name
-                model.obstacle = f"an administrator has taken it back; {name} is loaded again in {left:.0f} s"
+            if model.held_until > time.monotonic():
+                model.obstacle = ""  # that is none
                 await asyncio.sleep(POLL)
                 began = time.monotonic()
                 continue
@@ -355,12 +392,11 @@ class Fleet:
             held = first.held_until > time.monotonic()
             needed = first.clients or first.wanted or model.replicas or model.kept or held
             told = first.refusal is None or first.idle_seconds > REFUSED  # why it did not come
-            broken = (
-                bool(key.options) and first.worth_replacing and not first.clients
-            )  # there may be any number of these
+            # of those with options there may be any number
+            seen = bool(key.options) or first.idle_seconds > min(BROKEN, self.keep_alive(first))
+            broken = first.worth_replacing and not first.clients and not model.kept and seen
             if broken or (first.state is State.COLD and told and not needed):
-                del self._models[key]
-                self._retire([first], model.keep_alive)
+                self._forget(key)
 
     def _expire(self, worker: Supervisor) -> None:
         """Have a worker go that nobody has used for long enough."""

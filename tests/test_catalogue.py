@@ -125,6 +125,30 @@ def test_the_nearest_names_are_suggested(write, name, suggested):
         catalogue[name]
 
 
+def test_names_that_begin_so_are_suggested_first():
+    with pytest.raises(UnknownModelError) as caught:
+        Catalogue.load().resolve("mace-mp")
+    assert re.search("Did you mean mace-mp-[^?]* or mace-mp-[^?]* or mace-mp-", caught.value.hint)
+
+
+@pytest.mark.parametrize("name", ["../models/mine.pt", "mine.model"])
+def test_a_file_is_no_name(name):
+    with pytest.raises(UnknownModelError) as caught:
+        Catalogue.load().resolve(name)
+    assert caught.value.hint.startswith("A client names a model, never a file: `rootstockd models add")
+
+
+def test_what_was_added_since_it_was_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("ROOTSTOCKD_STATE", str(tmp_path))
+    catalogue = Catalogue.load()
+    (tmp_path / "models.toml").write_text(f"[mine]\n{EMT}")
+    with pytest.raises(UnknownModelError, match="`rootstockd reload`"):
+        catalogue.resolve("mine")
+    with pytest.raises(UnknownModelError, match="There are"):
+        catalogue.resolve("yours")
+    assert Catalogue.load().resolve("mine")[0] == "mine"
+
+
 def test_a_name_like_none_gets_the_list():
     with pytest.raises(UnknownModelError) as caught:
         Catalogue.load().resolve("q" * 5000)

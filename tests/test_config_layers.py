@@ -276,6 +276,8 @@ def test_check_says_what_would_keep_it_from_starting(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "access.users: there is no user 'nobody-of-that-name' on this machine" in done.stdout
     assert f"nothing is wrong with {folder}/good.toml" in done.stdout
+    done = command("config", "check", "--instance", "99", folder / "good.toml")
+    assert (done.returncode, "devices: this machine has no GPU 99" in done.stderr) == (1, True)
     write(folder / "bad.toml", 'models = ["emtt"]\n[access]\nsocket_group = "no-such-group"\n')
     done = command("config", "check", folder / "bad.toml", env={**os.environ, "ROOTSTOCKD_MAX_ATOM": "1"})
     assert done.returncode == 1

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from conftest import rootstockd
+from conftest import rootstockd, wait_for
+from rootstock_client.client import fetch
 from rootstockd.cli.doctor import _show
 from rootstockd.doctor import gpus, machine
 from rootstockd.doctor.findings import examine, note, ok
@@ -324,6 +325,16 @@ def test_many_faults_at_once(surroundings) -> None:
     assert ("note", "daemon") in found
 
 
+def test_a_sites_environment_that_is_not_built(surroundings) -> None:
+    """Though what it needs is beside the daemon: its models are to run in nothing else."""
+    site = Path(surroundings["ROOTSTOCKD_SITE"])
+    (site / "environments").mkdir(parents=True)
+    (site / "environments/lean.toml").write_text('requirements = ["ase"]\nimports = ["ase"]\n')
+    (site / "models.toml").write_text('[lj-lean]\nfamily = "ase"\nenvironment = "lean"\n')
+    found = doctor(surroundings)
+    assert found["warning", "env lean"]["mend"] == "rootstockd env create lean"
+
+
 def test_a_state_that_all_may_write(surroundings) -> None:
     state = Path(surroundings["ROOTSTOCKD_STATE"])
     state.mkdir()
@@ -374,15 +385,27 @@ def test_a_full_shared_memory(surroundings) -> None:
 
 def test_a_daemon_and_a_model_that_fails(start_daemon, tmp_path: Path) -> None:
     catalogue = tmp_path / "more.toml"
-    catalogue.write_text('[broken]\nfamily = "ase"\narguments = { calculator = "no.such.module:Calculator" }\n')
+    catalogue.write_text(
+        '[broken]\nfamily = "ase"\narguments = { calculator = "no.such.module:Calculator" }\n'
+        '[unbuilt]\nfamily = "mace"\nenvironment = "chgnet"\n'
+        '[passing]\nfamily = "mace"\nenvironment = "chgnet"\nkeep_alive = 1\n'
+    )
     daemon = start_daemon("--catalogue", str(catalogue))
     done = daemon.run("doctor", "--timeout", "60")
     assert "ready on cpu" in done.stdout
     assert f"{daemon.socket}: pid {daemon.pid}" in done.stdout
     assert done.returncode == ("problem" in done.stdout)
     daemon.run("load", "broken")
+    daemon.run("load", "unbuilt")
+    assert b'rootstockd_models{state="failed"} 2.0' in fetch(daemon.socket, "GET", "/metrics")
     done = daemon.run("doctor", "--json", "--timeout", "60")
     found = {finding["subject"]: finding for finding in json.loads(done.stdout)["findings"]}
     assert found["model broken"]["level"] == "problem"
     assert found["model broken"]["mend"] == "rootstockd load broken"
+    assert found["model unbuilt"]["mend"] == "rootstockd env create chgnet"
     assert done.returncode == 1
+    daemon.run("load", "passing")
+    for name in ("broken", "unbuilt"):
+        assert daemon.run("unload", name).returncode == 0
+    wait_for(lambda: not daemon.client().status()["models"], 60)  # its keep_alive is over
+    assert b'rootstockd_models{state="failed"} 0.0' in fetch(daemon.socket, "GET", "/metrics")

@@ -357,6 +357,7 @@ def test_a_backend_that_is_wrong_on_a_sessions_structure_is_not_used_for_that_se
         assert of.evaluate([task(of, STRUCTURES["alloy"], 1)])[0].backend == "mace-torch"
     assert of.info is not before, "whoever holds the old one sees that something changed"
     assert "1.0e-01" in of.info.note and "session 1" in of.info.note
+    assert of.info.note.startswith("1 session's systems are")
     assert "first structure" in caplog.text
     assert of.evaluate([task(of, STRUCTURES["alloy"], 1)])[0].backend == "mace-torch", "a new INIT changes nothing"
     wrong._shift = 0.0
@@ -369,6 +370,9 @@ def test_a_structure_without_finite_numbers_concerns_its_session_alone():
     of = watched(model, FusedBackend(model))
     coincident = Atoms("Cu2", [[0, 0, 0], [0, 0, 0]])
     assert not np.isfinite(of.evaluate([task(of, coincident, 1)])[0].forces).all(), "for the worker to refuse"
+    assert not of.info.note, "it says nothing of the fast backend"
+    apart = Atoms("Cu2", [[0, 0, 0], [0, 0, 2.5]])
+    assert [of.evaluate([task(of, apart, 1)])[0].backend for _ in range(2)] == ["mace-torch", "fused"]
     assert of.evaluate([task(of, STRUCTURES["alloy"], 2)])[0].backend == "mace-torch"
     assert of.evaluate([task(of, STRUCTURES["alloy"], 2)])[0].backend == "fused"
 

@@ -137,6 +137,8 @@ def test_list_and_show(models, catalogue, state):
     assert listed["sevennet-0"]["environment"] == "sevennet"
     assert "needs env: rootstockd env create chgnet, rootstockd env create sevennet" in models("list")
     assert "needs env: rootstockd env create sevennet" in models("show", "sevennet-0")
+    assert models("list").split()[:3] == ["model", "environment", "state"]
+    assert "environment  mace\n" in models("show", "mace-emt-small")
     assert "noop" not in listed
     assert json.loads(models("show", "random", "--json"))["fingerprint"] is None  # it may be anything yet
     models("pull", "random")
@@ -236,7 +238,7 @@ def test_add(models, state, tmp_path, start_daemon, server):
     again.write_bytes(EMBEDDED_MODEL.read_bytes())
     models("add", "second", again, "--family", "noop", "--elements", "Cu, Au")
     assert json.loads(models("show", "second", "--json"))["elements"] == ["Cu", "Au"]
-    with pytest.raises(UnknownModelError):
+    with pytest.raises(UnknownModelError, match="rootstockd reload"):
         numbers(daemon.client(), "second")
     daemon.run("reload")
     numbers(daemon.client(), "second")
@@ -255,6 +257,7 @@ def test_add(models, state, tmp_path, start_daemon, server):
         (("good", "--family", "mace", "--sha256", "0" * 64), "It was not added"),
         (("good", "--family", "mace", "--elements", "Fe"), "does not know Fe"),
         (("good", "--family", "mac"), "no family 'mac'; did you mean 'mace'"),
+        (("good", "--family", "sevennet"), "such as SevenNet's or CHGNet's, is an entry in models.toml"),
         (("good", "--family", "MACE"), "no family 'MACE'; did you mean 'mace'"),
     ],
 )

@@ -88,6 +88,14 @@ def test_models_of_one_name_are_told_apart(shown) -> None:
     assert "mace float32: its worker was replaced 2 times" in text
 
 
+def test_settings_of_dispersion_are_told_apart(shown) -> None:
+    common = {"xc": "pbe", "cutoff": 21.167088422}
+    models = [model("mace", dispersion={"damping": damping, **common}) for damping in ("bj", "zero")]
+    text = shown(daemon([*models, model("mace")]), 160)
+    assert all(f"float64 +D3 (damping {damping})" in text for damping in ("bj", "zero"))
+    assert "with D3 (damping zero, xc pbe, cutoff 21.17)" in text
+
+
 def test_what_is_the_same_is_said_once(shown) -> None:
     text = shown(daemon([model(f"fine-tune-{i}") for i in range(12)]), 100)
     assert text.count("mace-torch 0.3.16") == 1

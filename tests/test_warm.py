@@ -398,7 +398,7 @@ def test_a_model_that_grows_while_it_loads(start: Callable[..., RunningDaemon], 
         atoms.get_forces()
     wait_for(lambda: not in_memory(daemon))
     log = daemon.log.read_text()
-    assert "lj leaves cpu:0: models on cpu:0 take" in log
+    assert "lj in float64 leaves cpu:0: models on cpu:0 take" in log
     with pytest.raises(LimitError, match="no device has room for it: grow needs"):
         atoms.get_forces()
     assert (tmp_path / "count").read_text() == "x"  # it was not loaded for that
@@ -423,10 +423,11 @@ def test_unloading_while_a_job_runs(start: Callable[..., RunningDaemon]) -> None
     assert request(daemon.socket, "POST", "/v1/unload", {**order, "force": True}) == {"waiting": 1, "held": 30}
     wait_for(lambda: not in_memory(daemon))
     done = daemon.run("unload", "hostile", "--force")  # once more, now that it is not there
-    assert "hostile is unloaded for 30 s, or until you load it; 1 evaluations wait" in done.stdout.replace("\n", " ")
+    assert "hostile is unloaded for 30 s, or until you load it; 1 evaluation waits" in done.stdout.replace("\n", " ")
     assert (daemon.model("hostile")["state"], in_memory(daemon)) == ("waiting", set())
-    obstacle = daemon.model("hostile")["loading"]["text"]
-    assert re.search(r"an administrator has taken it back; hostile is loaded again in (30|2\d) s", obstacle), obstacle
+    text = daemon.model("hostile")["loading"]["text"]
+    assert re.fullmatch(r"was unloaded by an administrator, and is loaded again in (30|2\d) s", text), text
+    assert "model hostile in float64 leaves cpu:0: an administrator said so" in daemon.log.read_text()
     new = copper()
     new.calc = daemon.client().calculator("hostile")
     other = threading.Thread(target=new.get_forces)  # not everybody may undo it

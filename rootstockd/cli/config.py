@@ -20,7 +20,7 @@ from rootstockd.cli.options import devices_of, files_to_read, settings_options, 
 from rootstockd.config import Config, Device
 from rootstockd.config_file import ConfigError, reloadable
 from rootstockd.config_layers import as_table, by_name, changes, make_config, read_again, unknown_variables
-from rootstockd.devices import DeviceError, found_devices
+from rootstockd.devices import DeviceError, choose_devices, found_devices
 from rootstockd.models.catalogue import Catalogue, CatalogueError
 from rootstockd.models.store import located
 
@@ -75,19 +75,30 @@ def check(file: Path | None, instance: str | None) -> None:
     They are those of the files that it would read, or of FILE in place of them. Variables are checked as well, and so
     are catalogues, models, users and groups that the settings name.
     """
-    if instance is not None:
-        devices_of(instance)
+    devices, problems = (None, []) if instance is None else _devices_for(instance)
     print_warnings(unknown_variables(os.environ))
     try:
         files = files_to_read(file, instance)
-        settings = make_config(files, os.environ, {}, {"socket": default_socket(), "devices": [Device(name="cpu")]})
+        defaults = {"socket": default_socket(), "devices": [Device(name="cpu")]}
+        settings = make_config(files, os.environ, {"devices": devices}, defaults)
     except ConfigError as error:
         raise Refused(error) from error
     print_warnings(Accounts(settings).warnings)
-    if problems := problems_of(settings):
+    if problems := problems + problems_of(settings):
         raise Refused("\n".join(problems))
     there = [place["path"] for place in _files(settings) if place["there"]]
     console.print(f"nothing is wrong with {', '.join(there)}" if there else "there is no file, and none is needed")
+
+
+def _devices_for(instance: str) -> tuple[tuple[Device, ...] | None, list[str]]:
+    """The devices that an instance goes before the files with, if any, and what is wrong with them."""
+    gpu, names = devices_of(instance)
+    if names == ("auto",):
+        return None, []
+    try:
+        return choose_devices(gpus=gpu, names=names), []
+    except DeviceError as error:
+        return (Device(name="cpu"),), [f"devices: {error}"]  # to look at all else
 
 
 def settings_of(socket: Path) -> Config:

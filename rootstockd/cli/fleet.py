@@ -11,6 +11,7 @@ from rootstock_client.client import request
 from rootstock_client.errors import RootstockError
 from rootstockd.cli.common import Refused, console, fetch_status, socket_in_use, socket_option
 from rootstockd.cli.completion import catalogue_models, models_in_memory
+from rootstockd.cli.show import plural
 from rootstockd.control.schema import LoadAnswer, ModelStatus, UnloadAnswer
 
 POLL = 0.1
@@ -71,5 +72,6 @@ def unload(name: str, dtype: str | None, force: bool, socket: Path | None) -> No
         answer = UnloadAnswer.model_validate(request(address, "POST", "/v1/unload", order))
     except RootstockError as error:
         raise Refused(error) from error
-    away = f" for {answer.held:.0f} s, or until you load it; {answer.waiting} evaluations wait" if answer.held else ""
+    waiting = f"{plural(answer.waiting, 'evaluation')} {'waits' if answer.waiting == 1 else 'wait'}"
+    away = f" for {answer.held:.0f} s, or until you load it; {waiting}" if answer.held else ""
     console.print(f"{name} is unloaded{away}", markup=False)

@@ -10,7 +10,7 @@ from rich.console import Group
 from rich.text import Text
 
 from rootstockd.cli.history import History
-from rootstockd.cli.show import STATE_COLOUR, duration
+from rootstockd.cli.show import STATE_COLOUR, dtypes, duration
 from rootstockd.cli.tables import Column, Table, View, bar, cell, per_second, seconds, size
 from rootstockd.control.schema import DaemonStatus, DeviceStatus, ModelStatus, SessionStatus
 
@@ -141,14 +141,11 @@ def _line(view: View, *parts: tuple[str, str]) -> Text:
     return line
 
 
-def _dtype(model: ModelStatus) -> str:
-    return f"{model.dtype} +D3" if model.dispersion else model.dtype
-
-
 def _name(model: ModelStatus, models: Sequence[ModelStatus]) -> str:
     """A model's name, with what tells it from others of that name."""
     same = [other for other in models if other.name == model.name]
-    dtype = f" {_dtype(model)}" if len({_dtype(other) for other in same}) > 1 else ""
+    found = dtypes(same)
+    dtype = f" {found[same.index(model)]}" if len(set(found)) > 1 else ""
     device = f" {model.device or '-'}" if len({other.device for other in same}) > 1 else ""
     return model.name + dtype + device
 
@@ -157,7 +154,7 @@ def _model_row(model: ModelStatus, models: Sequence[ModelStatus], history: Histo
     trend = history.trend(model)
     return {
         "name": _name(model, models),
-        "dtype": _dtype(model),
+        "dtype": dtypes(models)[models.index(model)],
         "state": f"{model.state} {model.loading.elapsed:.0f} s" if model.loading else model.state,
         "device": model.device or "-",
         "sessions": model.sessions,

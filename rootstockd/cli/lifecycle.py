@@ -136,6 +136,10 @@ def reload(socket: Path | None) -> None:
         raise Refused(error) from error
     report = ReloadReport.model_validate(answer)
     console.print("reloaded")
+    for name, sessions in report.models_kept.items():
+        keep = "1 session keeps" if sessions == 1 else f"{sessions} sessions keep"
+        until = "it reconnects" if sessions == 1 else "they reconnect"
+        console.print(f"{name} has changed: {keep} the old one until {until}", markup=False)
     print_warnings(report.warnings)
     if report.restart_needed:
         console.print(

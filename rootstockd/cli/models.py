@@ -73,7 +73,7 @@ def list_(catalogues: tuple[Path, ...], as_json: bool) -> None:
         )
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("model", "family", "state"):
+    for heading in ("model", "environment", "state"):
         table.add_column(heading, no_wrap=True)
     table.add_column("size", justify="right", no_wrap=True)
     table.add_column("licence", no_wrap=True)
@@ -131,7 +131,7 @@ def described(entry: Entry, stored: Stored | None) -> dict[str, str]:
         "": entry.description,
         "aliases": ", ".join(entry.aliases),
         "family": entry.family,
-        "environment": entry.environment,
+        "environment": entry.place[0],
         "arguments": json.dumps(entry.arguments) if entry.arguments else "",
         "elements": f"{len(entry.elements)}: {' '.join(entry.elements)}" if entry.elements else "",
         "heads": ", ".join(entry.heads),
@@ -315,7 +315,7 @@ def let_go(name: str, socket: Path | None) -> None:
             f"the daemon has {name} for {sessions} sessions, and could not load it again. `rootstockd status` says "
             "whose they are: wait until they have ended, or --force."
         )
-    if any(model.state not in {"cold", "failed"} for model in using):
+    if any(model.state != "cold" for model in using):
         request(address, "POST", "/v1/unload", {"model": name, "dtype": None, "force": False})
         console.print(f"{name} is unloaded", markup=False)
 

@@ -7,12 +7,13 @@ import os
 import subprocess
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
 import click
+from pydantic import JsonValue
 from rich.cells import cell_len
 from rich.markup import escape
 from rich.table import Table
@@ -89,14 +90,15 @@ def show(daemon: DaemonStatus) -> None:
 def show_models(models: list[ModelStatus]) -> None:
     """Print the models, what is wrong with some, and what computes."""
     names = _told_apart(models)
-    alike = len({(model.name, _dtype(model)) for model in models}) < len(models)
+    precisions = dtypes(models)
+    alike = len({(model.name, dtype) for model, dtype in zip(models, precisions, strict=True)}) < len(models)
     console.print(
         fitting(
             [
                 Column("model", [escape(model.name) for model in models]),
                 Column(
                     "dtype",
-                    [_dtype(model) for model in models],
+                    precisions,
                     rank=3 if names == [model.name for model in models] else 0,
                 ),
                 Column("state", [_state(model) for model in models]),
@@ -141,11 +143,29 @@ def say_for_all(models: list[ModelStatus], words: Callable[[ModelStatus], list[s
 def _told_apart(models: list[ModelStatus]) -> list[str]:
     """Names, with the dtype where it takes that to tell models apart."""
     seen = Counter(model.name for model in models)
-    return [model.name if seen[model.name] == 1 else f"{model.name} {_dtype(model)}" for model in models]
+    return [
+        model.name if seen[model.name] == 1 else f"{model.name} {dtype}"
+        for model, dtype in zip(models, dtypes(models), strict=True)
+    ]
 
 
-def _dtype(model: ModelStatus) -> str:
-    return f"{model.dtype} +D3" if model.dispersion else model.dtype
+def dtypes(models: Sequence[ModelStatus]) -> list[str]:
+    """What each computes in, with D3, and as much of its settings as tells it from others of its name."""
+    found = []
+    for model in models:
+        same = [other.dispersion or {} for other in models if (other.name, other.dtype) == (model.name, model.dtype)]
+        settings = {
+            key: value
+            for key, value in (model.dispersion or {}).items()
+            if any(key in other and other[key] != value for other in same)
+        }
+        which = f" ({_settings(settings)})" if settings else ""
+        found.append(f"{model.dtype} +D3{which}" if model.dispersion else model.dtype)
+    return found
+
+
+def _settings(dispersion: dict[str, JsonValue]) -> str:
+    return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in dispersion.items())
 
 
 def _state(model: ModelStatus) -> str:
@@ -158,8 +178,8 @@ def _batch(model: ModelStatus) -> str:
 
 def _computing(model: ModelStatus) -> str:
     """What computes a model, and where."""
-    settings = ", ".join(f"{key} {value}" for key, value in (model.dispersion or {}).items())
-    return f"{model.backend}{f' with D3 ({settings})' if settings else ''}; {model.environment}"
+    with_d3 = f" with D3 ({_settings(model.dispersion)})" if model.dispersion else ""
+    return f"{model.backend}{with_d3}; {model.environment}"
 
 
 def show_sessions(daemon: DaemonStatus) -> None:

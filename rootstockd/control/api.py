@@ -6,6 +6,7 @@ import asyncio
 import logging
 import math
 import os
+import time
 from typing import TYPE_CHECKING
 
 import psutil
@@ -165,7 +166,7 @@ def _take_orders(app: FastAPI, daemon: Daemon) -> None:
         """Read the configuration and the catalogues again."""
         log.info("asked to reload by %s", who(request))
         try:
-            return ReloadReport(restart_needed=daemon.reload(), warnings=daemon.warnings)
+            return daemon.reload()
         except (ConfigError, CatalogueError) as error:
             raise RootstockError(f"nothing was changed: {error}") from error
 
@@ -194,6 +195,7 @@ def loading_status(model: Supervisor, fleet: Fleet) -> Loading | None:
         elapsed=model.elapsed,
         expected=fleet.expected_seconds(model),
         obstacle=model.obstacle,
+        held=max(0.0, model.held_until - time.monotonic()),
     )
 
 

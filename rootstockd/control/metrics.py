@@ -35,6 +35,7 @@ from rootstockd.roles import State
 
 if TYPE_CHECKING:
     from rootstockd.daemon import Daemon
+    from rootstockd.supervisor import Supervisor
 
 FRESH = 1.0
 """Seconds for which the port gives the same answer: asking more often costs the daemon nothing."""
@@ -134,7 +135,7 @@ class DaemonCollector(Collector):
         models = GaugeMetricFamily(
             "rootstockd_models", "Workers that models have or are to have, by state.", labels=["state"]
         )
-        of_models = Counter(worker.state for worker in daemon.fleet.workers() if not worker.ended)
+        of_models = Counter(worker.state for worker in daemon.fleet.workers() if _counts(worker))
         for of_model in State:
             models.add_metric([of_model.value], of_models[of_model])
         yield models
@@ -223,6 +224,11 @@ class DaemonCollector(Collector):
         for user, number in ever.items():
             evaluations.add_metric([user], number)
         yield from (sessions, queue, evaluations)
+
+
+def _counts(worker: Supervisor) -> bool:
+    """Whether status shows it; a model that failed has ended, and is there until it is tried again or forgotten."""
+    return not worker.ended or (worker.state is State.FAILED and not worker.retired)
 
 
 def _add(family: HistogramMetricFamily, labels: tuple[str, ...], histogram: Histogram) -> None:

@@ -27,11 +27,15 @@ class Loading(BaseModel):
     """Seconds that loading took the last time, where that is known."""
     obstacle: str
     """What is in its way while it waits."""
+    held: float = 0.0
+    """Seconds until it is loaded again that an administrator had leave memory in spite of its work."""
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def text(self) -> str:
         """The same in words."""
+        if self.held:
+            return f"was unloaded by an administrator, and is loaded again in {self.held:.0f} s"
         if self.obstacle:
             return f"waits for memory: {self.obstacle}"
         if self.state == "waiting":
@@ -217,5 +221,7 @@ class ReloadReport(BaseModel):
 
     restart_needed: list[str]
     """Settings that have changed in the files and take effect with the next restart."""
+    models_kept: dict[str, int] = Field(default_factory=dict)
+    """Models whose entries have changed, and how many sessions keep the old one until they reconnect."""
     warnings: list[str] = Field(default_factory=list)
     """As in status."""

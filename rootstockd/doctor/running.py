@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import rootstockd
 from rootstock_client.errors import DaemonNotFoundError, RootstockError
-from rootstockd.control.schema import DaemonStatus
+from rootstockd.control.schema import DaemonStatus, ModelStatus
 from rootstockd.doctor.findings import Finding, note, ok, problem, warning
 from rootstockd.doctor.gpus import Driver
+
+_BRINGS = re.compile(r"`(rootstockd (?:env create|models pull) [\w.+-]+(?: --spec FILE)?)`")
+"""Commands that are to be copied; errors may have a worker's words in them."""
 
 
 def check_absence(error: RootstockError) -> Iterator[Finding]:
@@ -44,6 +48,12 @@ def check_daemon(daemon: DaemonStatus, driver: Driver) -> Iterator[Finding]:
         yield warning("daemon", text, "Its configuration can't be meant so.", "rootstockd reload, once that is mended")
 
 
+def _mend(model: ModelStatus) -> str:
+    """What brings a failed model what it lacks, as its error says, or has it tried again."""
+    named = _BRINGS.search(model.error or "")
+    return named[1] if named else f"rootstockd load {model.name}"
+
+
 def check_models(daemon: DaemonStatus) -> Iterator[Finding]:
     """What is wrong with its models."""
     for model in daemon.models:
@@ -53,7 +63,7 @@ def check_models(daemon: DaemonStatus) -> Iterator[Finding]:
                 name,
                 model.error or "failed",
                 "Sessions that ask for it get this error.",
-                f"rootstockd load {model.name}",
+                _mend(model),
             )
         elif model.loading and model.loading.obstacle:
             yield warning(name, model.loading.text, "Its sessions wait.", "rootstockd unload NAME, of one that is idle")

@@ -26,6 +26,7 @@ from rootstockd.environments.builds import (
 )
 from rootstockd.environments.finding import find_environment
 from rootstockd.environments.specification import is_builtin, specification_files
+from rootstockd.models.catalogue import Catalogue, CatalogueError
 from rootstockd.state_dir import StateError
 
 
@@ -56,11 +57,17 @@ def look_at_environments() -> Iterator[EnvironmentState]:
         built = built_environments()
     except StateError:  # a finding of its own
         return
+    try:
+        places = {entry.place for entry in Catalogue.load().values()}
+    except CatalogueError:  # a finding of its own
+        places = set()
     for name in sorted({*built, *specification_files()}):
-        yield _look_at(name)
+        families = {family for environment, family in places if environment == name}
+        yield _look_at(name, families or {name if is_builtin(name) else ""})
 
 
-def _look_at(name: str) -> EnvironmentState:
+def _look_at(name: str, families: set[str]) -> EnvironmentState:
+    """An environment, for models of these families."""
     try:
         build = find_build(name)
     except (EnvironmentBuildError, StateError) as error:
@@ -68,7 +75,8 @@ def _look_at(name: str) -> EnvironmentState:
     if build is not None and (broken := problems_of(build)):
         return EnvironmentState(name, broken=tuple(broken))
     try:
-        found = find_environment(name, name)
+        for family in families:
+            found = find_environment(name, family)
     except ModelLoadError as error:
         return EnvironmentState(name, lacking=error.message, builtin=is_builtin(name))
     packages = site_packages(build.path) if build else _own_packages()

@@ -88,7 +88,9 @@ def _check_family(family: str, environment: str) -> None:
     near = difflib.get_close_matches(family.lower(), known, n=1)
     raise StoreError(
         f"there is no family {family!r}{f'; did you mean {near[0]!r}?' if near else '.'} There are: "
-        f"{', '.join(sorted(known - {'noop'}))}. More come with packages that have an engine (docs/engines.md)."
+        f"{', '.join(sorted(known - {'noop'}))}. A fine-tune for an ASE calculator, such as SevenNet's or CHGNet's, "
+        "is an entry in models.toml (docs/add-a-model.md). More families come with packages that have an engine "
+        "(docs/engines.md)."
     )
 
 

@@ -7,6 +7,7 @@ ever names one, and a file that others could have written is refused.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import json
@@ -39,6 +40,11 @@ FILE_NAME = "models.toml"
 """What the catalogue of a site, of a state directory and of a user is called in its folder."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 """What a model may be called: it is a file's name as well."""
+
+
+FILES = (".model", ".pt", ".pth", ".ckpt")
+"""How files of weights are called, and no model of a catalogue."""
+_SUGGESTED = 3
 
 
 class CatalogueError(Exception):
@@ -160,6 +166,8 @@ class Catalogue(Mapping[str, Entry]):
         for path, entries in layers:
             self._entries.update(entries)
             self.origins.update(dict.fromkeys(entries, path))
+        self._extra: tuple[Path, ...] = ()
+        self._read: dict[Path, int] = {}
         self._aliases: dict[str, str] = {}
         places = list(dict.fromkeys(self.origins.values()))
         for name in sorted(self._entries, key=lambda name: places.index(self.origins[name])):
@@ -178,11 +186,15 @@ class Catalogue(Mapping[str, Entry]):
         Raises:
             CatalogueError: a file is missing, is no TOML, has an entry that is none, or could be written by others.
         """
+        extra = tuple(extra)
+        times = _times(extra)  # before they are read: what changes meanwhile has changed since
         files = [*builtin_files(), *_standing_files()]
         for path in extra:
             _check_owners(path)
             files.append(path)
-        return cls((path, read_catalogue(path)) for path in files)
+        catalogue = cls((path, read_catalogue(path)) for path in files)
+        catalogue._extra, catalogue._read = extra, times
+        return catalogue
 
     def warnings(self) -> list[str]:
         """Weights that can't be those that are meant. Whether they are is seen when they are loaded: it takes long."""
@@ -220,19 +232,40 @@ class Catalogue(Mapping[str, Entry]):
             return known, self._entries[known]
         shown = [name for name, entry in self._entries.items() if not entry.hidden]
         aliases = [alias for alias, meant in self._aliases.items() if meant in shown]
-        near = difflib.get_close_matches(name, [*shown, *aliases], n=3, cutoff=0.4)
+        what = f"there is no model {name[:100]!r}."
+        if "/" in name or name.endswith(FILES):
+            raise UnknownModelError(
+                what, "A client names a model, never a file: `rootstockd models add NAME FILE` gives a file a name."
+            )
+        if self._added_since(name):
+            raise UnknownModelError(what, "It was added since this daemon read its catalogues: `rootstockd reload`.")
+        near = _nearest(name, [*shown, *aliases])
         hint = f"Did you mean {' or '.join(near)}? " if near else ""
         raise UnknownModelError(
-            f"there is no model {name[:100]!r}.",
+            what,
             f"{hint}There are: {', '.join(self._complete(shown))}. `rootstockd models list` has those as well whose "
             "weights are to be pulled first, or whose environment is to be built.",
         )
+
+    def _added_since(self, name: str) -> bool:
+        """Whether the files have a model by now that they had not when they were read."""
+        try:
+            return _times(self._extra) != self._read and name in Catalogue.load(self._extra)
+        except CatalogueError:  # for whoever reloads
+            return False
 
     def _complete(self, names: Iterable[str]) -> list[str]:
         """Those of these that have an environment and nothing to pull, sorted."""
         places = {name: self._entries[name].place for name in names if not self._entries[name].url}
         there = {place for place in set(places.values()) if has_environment(*place)}
         return sorted(name for name, place in places.items() if place in there)
+
+
+def _nearest(name: str, names: list[str]) -> list[str]:
+    """The names that were most likely meant, first those that begin like it."""
+    longer = sorted(known for known in names if len(name) > 1 and known.lower().startswith(name.lower()))
+    alike = difflib.get_close_matches(name, names, n=_SUGGESTED, cutoff=0.4)
+    return list(dict.fromkeys([*longer, *alike]))[:_SUGGESTED]
 
 
 def builtin_files() -> list[Path]:
@@ -256,6 +289,15 @@ def _standing_files() -> list[Path]:
     for path in there:
         _check_owners(path.parent, path)
     return there
+
+
+def _times(extra: tuple[Path, ...]) -> dict[Path, int]:
+    """When the files that can change were last written, those that are there."""
+    found = {}
+    for path in [*_standing_files(), *extra]:
+        with contextlib.suppress(OSError):
+            found[path] = path.stat().st_mtime_ns
+    return found
 
 
 def _check_owners(*paths: Path) -> None:

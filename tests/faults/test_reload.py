@@ -163,8 +163,11 @@ def test_a_changed_model_is_a_new_worker_and_sessions_keep_the_old(configured, f
     old.calc = configured.client().calculator("mine")
     assert old.get_potential_energy() == pytest.approx(expected[0], abs=1e-12)
     first = configured.model("mine")["pid"]
+    (folder / "models.toml").write_text(entry("only the description is another", asap_cutoff=False))
+    assert configured.run("reload").stdout == "reloaded\n"
     (folder / "models.toml").write_text(entry("the same with another cutoff", asap_cutoff=True))
-    assert configured.run("reload").returncode == 0
+    assert "mine has changed: 1 session keeps the old one until it reconnects" in configured.run("reload").stdout
+    assert configured.model("mine")["retired"] and configured.model("mine")["pid"] == first
     new.calc = configured.client().calculator("mine")
     assert new.get_potential_energy() == pytest.approx(expected[1], abs=1e-12)
     old.rattle(0.01)

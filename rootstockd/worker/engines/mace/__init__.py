@@ -13,6 +13,7 @@ import logging
 from dataclasses import replace
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from rootstockd.worker import stages
@@ -147,6 +148,8 @@ class MaceEngine:
         sample = checks.piece(task, self._cutoff)
         reference = self._reference.evaluate([sample])[0]
         whole = reference if sample is task else None
+        if not _finite(reference):  # two atoms on one spot: the next structure says more of the fast one
+            return whole or self._reference.evaluate([task])[0]
         if len(self._trusted) >= REMEMBERED:
             self._trusted.clear()
         try:
@@ -168,7 +171,8 @@ class MaceEngine:
             self._untrusted += 1
             text = f"{why}, on the first structure ({len(sample.positions)} atoms) of session {system.session}"
             log.warning("model %r: %s, which gets %s", self._name, text, self._reference.name)
-            self._note(f"{self._untrusted} sessions' systems are computed by {self._reference.name}; the last: {text}")
+            whose = "1 session's systems" if self._untrusted == 1 else f"{self._untrusted} sessions' systems"
+            self._note(f"{whose} are computed by {self._reference.name}; the last: {text}")
         if whole is None or (sample is not task and not trusted):
             whole = self._reference.evaluate([task])[0]
         return whole
@@ -204,6 +208,10 @@ class MaceEngine:
     def _note(self, text: str) -> None:
         backend = f"{(self._fast or self._reference).name} ({self._versions})"
         self.info = replace(self.info, backend=backend, note=text)
+
+
+def _finite(result: Result) -> bool:
+    return bool(np.isfinite(result.energy) and np.isfinite(result.forces).all())
 
 
 def _understood(model: Any) -> tuple[str, ...]:
