@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import re
-import sys
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -26,14 +25,9 @@ from rootstock_client.errors import UnknownModelError, UnsupportedError
 from rootstockd.config import KeepAlive
 from rootstockd.environments.finding import has_environment
 from rootstockd.state_dir import StateError, check_trusted, site_folder, state_dirs
+from rootstockd.toml_file import read_toml
 from rootstockd.validation import describe
 from rootstockd.worker.engines import EngineError, choose_head
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 
 FILE_NAME = "models.toml"
 """What the catalogue of a site, of a state directory and of a user is called in its folder."""
@@ -275,8 +269,7 @@ def read_catalogue(path: Path) -> dict[str, Entry]:
         CatalogueError: it is missing, is no TOML, or has an entry that is none.
     """
     try:
-        with path.open("rb") as file:
-            document = tomllib.load(file)
+        document = read_toml(path)
     except (OSError, ValueError) as error:
         raise CatalogueError(f"catalogue {path}: {error}") from error
     entries = {}
