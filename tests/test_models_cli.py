@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from ase.calculators.emt import EMT
 from conftest import EMBEDDED_MODEL, rootstockd, sha256, wait_for
 from fileserver import serving
 from rootstock_client.errors import ModelLoadError, UnknownModelError
+from rootstockd.models import store
 
 DATA = os.urandom(300_000)
 
@@ -246,6 +248,26 @@ def test_add(models, state, tmp_path, start_daemon, server):
     models("verify", "second")  # whose file was the same
     models("remove", "second", "--force", "--socket", daemon.socket)
     assert not list(state.glob("weights/*.model")) and not list(state.glob("weights/*.json"))
+
+
+def test_two_add_one_name(models, state, tmp_path):
+    """Whoever comes second is refused, and takes nothing away from the first."""
+    (tmp_path / "bad.model").write_bytes(DATA)
+    models("add", "other", EMBEDDED_MODEL, "--family", "noop")
+    with store.lock(state / "weights", "tuned", print):  # the first is at it
+        second = subprocess.Popen(
+            [sys.executable, "-m", "rootstockd", "models", "add", "tuned", tmp_path / "bad.model", "--family", "noop"],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert second.stdout is not None
+        assert "another command is at tuned; waiting for it" in second.stdout.readline()
+        # and done: as a model that was added has it
+        file = state / "models.toml"
+        file.write_text(file.read_text() + file.read_text().replace("[other]", "[tuned]"))
+        shutil.copy(state / "weights/other.json", state / "weights/tuned.json")
+    assert "there is a model 'tuned' already" in second.communicate(timeout=60)[1] and second.returncode == 1
+    assert json.loads(models("show", "tuned", "--json"))["state"] == "here"
+    models("verify", "tuned")
 
 
 @pytest.mark.parametrize(
