@@ -114,7 +114,7 @@ def _entry(name: str, folder: Path, record: Record, fields: dict[str, Any]) -> E
         file = record.loaded
         said = {"weights": folder / file.name, "sha256": file.sha256, "size": file.size}
         if record.safe is not None:
-            said["original_sha256"] = record.original.sha256
+            said |= {"original_sha256": record.original.sha256, "converted_sha256": file.sha256}
         return Entry.model_validate({**fields, **said})
     except ValidationError as error:
         raise StoreError(f"model {name!r}: {describe(error)}.") from error

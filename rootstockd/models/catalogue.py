@@ -59,6 +59,8 @@ class Entry(BaseModel):
     """Of the weights, which are code: no other file is loaded."""
     original_sha256: str = ""
     """Of what the weights were converted from, if they were: another form of a model has the same fingerprint."""
+    converted_sha256: str = ""
+    """Of what that was converted to. Where it is not the weights' own, these are others by now: no form of it."""
     size: int | None = Field(default=None, ge=0)
     """Of the weights in bytes, where it is known."""
     elements: tuple[str, ...] = ()
@@ -86,7 +88,7 @@ class Entry(BaseModel):
     confine: bool = True
     """Whether its workers give away the rights that they need not (SECURITY.md)."""
 
-    @field_validator("sha256", "original_sha256")
+    @field_validator("sha256", "original_sha256", "converted_sha256")
     @classmethod
     def _digits(cls, digest: str) -> str:
         if digest and not re.fullmatch("[0-9a-fA-F]{64}", digest):
