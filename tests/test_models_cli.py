@@ -1,5 +1,6 @@
 """`rootstockd models`, and daemons that use what it stored."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -307,6 +308,13 @@ def test_a_full_disk(models, state):
         said = models("add", "mine", EMBEDDED_MODEL, "--family", "mace", fails=True)
         assert f"{EMBEDDED_MODEL} was not copied: {words}" in said and "0.3 MB are needed" in said
         assert sorted(path.suffix for path in (state / "weights").iterdir()) == [".json", ".model"]
+        models("remove", "pulled")
+        models("add", "mine", EMBEDDED_MODEL, "--family", "noop")
+        with (state / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
+            while filler.write(bytes(4096)):
+                pass
+        assert "0.3 MB are free again" in models("remove", "mine"), "a full disk can be made room on"
+        assert not list((state / "weights").iterdir()) and "[mine]" not in (state / "models.toml").read_text()
     finally:
         subprocess.run(["umount", str(state)], check=True)
 

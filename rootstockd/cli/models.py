@@ -280,9 +280,9 @@ def remove(name: str, force: bool, socket: Path | None) -> None:
                 raise Refused(nothing_to_remove(name, catalogue))
             if not force:
                 let_go(name, socket)
+            freed = store.remove(folder, name)  # first: on a full disk there is room for the changed catalogue then
             if added:
                 remove_entry(name, folder)
-            freed = store.remove(folder, name)
     console.print(f"{name} was removed, {megabytes(freed)} are free again", markup=False)
     if added:
         console.print("a daemon that runs forgets it with `rootstockd reload`")
