@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import os
 import stat
-import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from pydantic import ValidationError
@@ -14,12 +14,8 @@ from pydantic.fields import FieldInfo
 
 from rootstockd.config import Settings, SettingsFile
 from rootstockd.state_dir import StateError, check_trusted
+from rootstockd.toml_file import read_toml
 from rootstockd.validation import in_words
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 FILE_NAME = "config.toml"
 """What the settings of a site and of a user are called in their folders."""
@@ -68,7 +64,8 @@ def read_config_file(file: SettingsFile) -> dict[str, Any]:
     """What a file sets, checked; relative paths start where it lies. Nothing if it is not there and need not be.
 
     Raises:
-        ConfigError: it is missing, is no TOML, could be written by others, or has keys or values that are wrong.
+        ConfigError: it is missing, or a link to what is; it is no TOML, could be written by others, or has keys or
+            values that are wrong.
     """
     try:
         given = _load(file)
@@ -95,15 +92,33 @@ def read_config_file(file: SettingsFile) -> dict[str, Any]:
 
 
 def _load(file: SettingsFile) -> dict[str, Any]:
+    _check_links(file.path)
     if not file.named:
         check_trusted(file.path.parent)
         check_trusted(file.path)
-    with file.path.open("rb") as opened:
-        info = os.fstat(opened.fileno())
+
+    def check(status: os.stat_result) -> None:
         # a file that was named is its user's choice, whoever owns it; but what all may write is nobody's choice
-        if stat.S_ISREG(info.st_mode) and info.st_mode & stat.S_IWOTH:
+        if stat.S_ISREG(status.st_mode) and status.st_mode & stat.S_IWOTH:
             raise StateError(f"all users may write to it, so it is not used: chmod o-w {file.path}")
-        return tomllib.load(opened)
+
+    return read_toml(file.path, check)
+
+
+def _check_links(path: Path) -> None:
+    """Whether the file or its folder is no link to what is not there: such as a share that is not mounted.
+
+    Raises:
+        StateError: it is. Without the file a daemon might be open to all.
+    """
+    for part in (path.parent, path):
+        try:
+            part.stat()
+        except FileNotFoundError as error:
+            if part.is_symlink():
+                raise StateError(
+                    f"{part} is a link to {part.readlink()}, and that is not there: bring it back, or remove the link."
+                ) from error
 
 
 def problems_of(given: dict[str, Any]) -> list[str]:

@@ -10,6 +10,8 @@ import pytest
 from rootstockd.config import Config, SettingsFile
 from rootstockd.config_file import ConfigError
 from rootstockd.config_layers import make_config
+from rootstockd.environments.specification import SpecificationError, read_specification
+from rootstockd.models.catalogue import CatalogueError, read_catalogue
 
 DEFAULTS = {"socket": "/run/x/rootstockd.sock", "devices": ["cpu"]}
 
@@ -85,6 +87,30 @@ def test_a_file_that_all_may_write_is_refused(write):
     with pytest.raises(ConfigError, match="chmod o-w"):
         named(path)
     named(Path(os.devnull))  # which is no file, and sets nothing
+
+
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "config.toml")
+    with pytest.raises(ConfigError, match="it is no regular file"):
+        named(tmp_path / "config.toml")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [f"x = {3000 * '['}{3000 * ']'}", f"x = {3000 * '{a = '}1{3000 * '}'}", f"users{3000 * '.a'} = 1"],
+    ids=["lists", "tables", "key"],
+)
+def test_nesting_without_end_is_an_error_like_others(write, text):
+    path = write(text)
+    with pytest.raises(ConfigError, match=r"config\.toml: "):
+        named(path)
+    with pytest.raises(CatalogueError, match=r"config\.toml: "):
+        read_catalogue(path)
+    with pytest.raises(SpecificationError, match=r"config\.toml: "):
+        read_specification(path)
+    path.write_text("[m]\nfamily = 'mace'\narguments.a" + 3000 * ".a" + " = 1")
+    with pytest.raises(CatalogueError, match="model 'm': arguments"):
+        read_catalogue(path)
 
 
 def test_relative_paths_start_at_the_file(write):

@@ -292,6 +292,30 @@ def test_check_says_what_would_keep_it_from_starting(folder: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("link", ["config.toml", "."])
+def test_a_link_to_what_is_not_there_opens_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch, link: str) -> None:
+    """Such as a share that is not mounted, with the file or its folder; not at a start, a reload or a check."""
+    share = folder / "share"
+    share.mkdir(mode=0o755)
+    write(share / "config.toml", '[access]\nusers = ["root"]\n')
+    site = folder / "linked"
+    if link == ".":
+        site.symlink_to(share)
+    else:
+        site.mkdir(mode=0o755)
+        (site / link).symlink_to(share / link)
+    monkeypatch.setenv("ROOTSTOCKD_SITE", str(site))
+    files = (SettingsFile(path=site / "config.toml"),)
+    running = make_config(files, {}, {}, DEFAULTS)
+    assert running.access.users == ("root",)
+    share.rename(folder / "elsewhere")
+    for read in (lambda: make_config(files, {}, {}, DEFAULTS), lambda: read_again(running)):
+        with pytest.raises(ConfigError, match="and that is not there: bring it back"):
+            read()
+    done = command("config", "check")
+    assert (done.returncode, f"{site / link} is a link to {share}" in done.stderr) == (1, True), done.stdout
+
+
 def test_a_daemon_that_runs(
     folder: Path, start_daemon: Callable[..., RunningDaemon], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -332,6 +356,12 @@ def test_a_daemon_that_runs(
         assert (done.returncode, "did you mean 'max_sessions'?" in done.stderr) == (1, True)
     place.unlink()
     assert "it is gone" in daemon.run("reload").stderr
+    place.symlink_to(folder / "share/config.toml")  # which is not mounted
+    assert f"{place} is a link to {folder}/share/config.toml, and that is not there" in daemon.run("reload").stderr
+    place.unlink()
+    os.mkfifo(place, 0o644)
+    assert "it is no regular file" in daemon.run("reload").stderr
+    place.unlink()
     assert daemon.client().status()["config"]["max_sessions"] == 8
 
     write(place, "batch_atoms = 9\n")

@@ -48,6 +48,8 @@ def fingerprint(dtype: str | None = None, device: str = "cpu", options: str = ""
         {"environment": "newer"},
         {"arguments": {**ENTRY["arguments"], "charge": 1}},
         {"sha256": 64 * "b"},
+        {"sha256": 64 * "b", "original_sha256": 64 * "a", "converted_sha256": 64 * "c"},  # others than were converted
+        {"sha256": 64 * "b", "original_sha256": 64 * "a"},
         {"heads": ("two",)},
         {"dtype": "float32"},
         {"options": '{"dispersion": {"xc": "pbe"}}'},
@@ -63,7 +65,7 @@ def test_what_determines_numbers_tells_models_apart(changed: dict[str, Any]) -> 
         {"environment": "ase"},  # which is what it is without
         {"weights": "elsewhere/w.model", "size": 10},
         {"sha256": 64 * "A"},
-        {"sha256": 64 * "b", "original_sha256": 64 * "A"},  # converted
+        {"sha256": 64 * "b", "original_sha256": 64 * "A", "converted_sha256": 64 * "B"},
         {"description": "Mine.", "licence": "MIT", "citation": "doi:1", "url": "https://x/y"},
         {"aliases": ("n",), "hidden": True, "keep_alive": 3, "confine": False},
         {"elements": ("Cu", "Au"), "computes": ("energy",)},
@@ -73,6 +75,15 @@ def test_what_determines_numbers_tells_models_apart(changed: dict[str, Any]) -> 
 )
 def test_what_does_not_determine_numbers_makes_no_difference(changed: dict[str, Any]) -> None:
     assert fingerprint(**changed) == fingerprint()
+
+
+def test_a_whole_number_is_the_same_as_a_float() -> None:
+    ways = [[1, {"x": -2}], [1.0, {"x": -2.0}], [True, {"x": -2}], [1.5]]
+    one, same, *others = (fingerprint(arguments={"calculator": "x:Y", "sizes": way}) for way in ways)
+    assert one == same and one not in others
+    assert fingerprint(options='{"dispersion": {"cutoff": 40}}') == fingerprint(
+        options='{"dispersion": {"cutoff": 40.0}}'
+    )
 
 
 def test_a_dtype_is_the_same_by_default_and_by_name() -> None:

@@ -1,9 +1,11 @@
 """`rootstockd models`, and daemons that use what it stored."""
 
+import contextlib
 import hashlib
 import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from ase.calculators.emt import EMT
 from conftest import EMBEDDED_MODEL, rootstockd, sha256, wait_for
 from fileserver import serving
 from rootstock_client.errors import ModelLoadError, UnknownModelError
+from rootstockd.models import store
 
 DATA = os.urandom(300_000)
 
@@ -250,6 +253,26 @@ def test_add(models, state, tmp_path, start_daemon, server):
     assert not list(state.glob("weights/*.model")) and not list(state.glob("weights/*.json"))
 
 
+def test_two_add_one_name(models, state, tmp_path):
+    """Whoever comes second is refused, and takes nothing away from the first."""
+    (tmp_path / "bad.model").write_bytes(DATA)
+    models("add", "other", EMBEDDED_MODEL, "--family", "noop")
+    with store.lock(state / "weights", "tuned", print):  # the first is at it
+        second = subprocess.Popen(
+            [sys.executable, "-m", "rootstockd", "models", "add", "tuned", tmp_path / "bad.model", "--family", "noop"],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert second.stdout is not None
+        assert "another command is at tuned; waiting for it" in second.stdout.readline()
+        # and done: as a model that was added has it
+        file = state / "models.toml"
+        file.write_text(file.read_text() + file.read_text().replace("[other]", "[tuned]"))
+        shutil.copy(state / "weights/other.json", state / "weights/tuned.json")
+    assert "there is a model 'tuned' already" in second.communicate(timeout=60)[1] and second.returncode == 1
+    assert json.loads(models("show", "tuned", "--json"))["state"] == "here"
+    models("verify", "tuned")
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -288,6 +311,13 @@ def test_a_full_disk(models, state):
         said = models("add", "mine", EMBEDDED_MODEL, "--family", "mace", fails=True)
         assert f"{EMBEDDED_MODEL} was not copied: {words}" in said and "0.3 MB are needed" in said
         assert sorted(path.suffix for path in (state / "weights").iterdir()) == [".json", ".model"]
+        models("remove", "pulled")
+        models("add", "mine", EMBEDDED_MODEL, "--family", "noop")
+        with (state / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
+            while filler.write(bytes(4096)):
+                pass
+        assert "0.3 MB are free again" in models("remove", "mine"), "a full disk can be made room on"
+        assert not list((state / "weights").iterdir()) and "[mine]" not in (state / "models.toml").read_text()
     finally:
         subprocess.run(["umount", str(state)], check=True)
 

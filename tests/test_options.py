@@ -164,8 +164,10 @@ def test_what_can_not_be_done_is_refused(daemon: RunningDaemon) -> None:
         energy(dtype="float64")
 
 
-def test_workers_with_settings_of_their_own_are_not_without_number(own_daemon: RunningDaemon) -> None:
+def test_workers_with_settings_of_their_own_are_not_without_number(start_daemon, monkeypatch) -> None:
     """Each has a copy of the model, and anybody can think of any number of settings."""
+    monkeypatch.setenv("ROOTSTOCKD_LIMITS__MODELS", "20")
+    own_daemon = start_daemon()
     atoms = bulk("Cu")
     with own_daemon.client() as client:
 

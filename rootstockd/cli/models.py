@@ -253,7 +253,7 @@ def add(name: str, file: Path, sha256: str, elements: str, **fields: Any) -> Non
     if symbols := [symbol.strip() for symbol in elements.split(",") if symbol.strip()]:
         said["elements"] = symbols
     with refused():
-        entry = add_file(name, file, said, sha256, Catalogue.load(), lambda text: console.print(text, markup=False))
+        entry = add_file(name, file, said, sha256, lambda text: console.print(text, markup=False))
     console.print(f"{name} is here: {entry.weights}\nsha256 {entry.sha256}", soft_wrap=True, markup=False)
     for key, values in (("elements", entry.elements), ("heads", entry.heads)):
         if values:
@@ -280,9 +280,9 @@ def remove(name: str, force: bool, socket: Path | None) -> None:
                 raise Refused(nothing_to_remove(name, catalogue))
             if not force:
                 let_go(name, socket)
+            freed = store.remove(folder, name)  # first: on a full disk there is room for the changed catalogue then
             if added:
                 remove_entry(name, folder)
-            freed = store.remove(folder, name)
     console.print(f"{name} was removed, {megabytes(freed)} are free again", markup=False)
     if added:
         console.print("a daemon that runs forgets it with `rootstockd reload`")

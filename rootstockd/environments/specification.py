@@ -8,21 +8,15 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import platformdirs
 from ase.data import atomic_numbers
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from rootstockd.state_dir import check_trusted, site_folder
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from rootstockd.toml_file import read_toml
 
 _BUILTIN = Path(str(resources.files("rootstockd.environments").joinpath("builtin")))
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
@@ -161,9 +155,7 @@ def read_specification(path: Path) -> Specification:
         SpecificationError: it can't be read, or says what can't be.
     """
     try:
-        with path.open("rb") as file:
-            fields: Any = tomllib.load(file)
-        return Specification.model_validate(fields)
+        return Specification.model_validate(read_toml(path))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "it"

@@ -28,7 +28,7 @@ from rootstockd.validation import describe
 from rootstockd.worker.engines import ENTRY_POINTS, FAMILIES
 
 
-def add(name: str, file: Path, fields: dict[str, Any], sha256: str, catalogue: Catalogue, say: Say) -> Entry:
+def add(name: str, file: Path, fields: dict[str, Any], sha256: str, say: Say) -> Entry:
     """Register a model file.
 
     Args:
@@ -36,24 +36,20 @@ def add(name: str, file: Path, fields: dict[str, Any], sha256: str, catalogue: C
         file: its weights.
         fields: of its entry, without weights and checksum.
         sha256: of the file, where the user knows it.
-        catalogue: what there is already.
         say: told what people should know.
 
     Raises:
+        CatalogueError: it can't be told which names are taken.
         StoreError: it can't be, or there is a model of this name.
         RootstockError: it can't be loaded.
     """
     if not NAME.fullmatch(name):
         raise StoreError(f"{name!r} can't be a model's name: letters, digits and . _ + - make one.")
-    if name in catalogue:
-        real, _ = catalogue.resolve(name)
-        raise StoreError(
-            f"there is a model {name!r} already, from {catalogue.origins[real]}. Choose another name"
-            + (f", or `rootstockd models remove {name}` first." if catalogue.origins[real] == own_file() else ".")
-        )
+    _check_free(name)
     _check_family(fields["family"], fields.get("environment", ""))
     folder = store.own_folder()
     with store.lock(folder, name, say):
+        _check_free(name)  # again: another command may have added it while this one waited
         store.remove(folder, name)  # what an `add` that was killed has left
         original = store.copy_in(file, folder, folder / f"{name}.copy", file.suffix)
         record = Record(original=original, source=str(file.absolute()), pinned="the user", when=now())
@@ -71,6 +67,22 @@ def add(name: str, file: Path, fields: dict[str, Any], sha256: str, catalogue: C
                 raise StoreError(f"{file} was not added: {error.message}") from error
             raise
     return entry
+
+
+def _check_free(name: str) -> None:
+    """Whether no model has this name.
+
+    Raises:
+        CatalogueError: it can't be told.
+        StoreError: one has.
+    """
+    catalogue = Catalogue.load()
+    if name in catalogue:
+        real, _ = catalogue.resolve(name)
+        raise StoreError(
+            f"there is a model {name!r} already, from {catalogue.origins[real]}. Choose another name"
+            + (f", or `rootstockd models remove {name}` first." if catalogue.origins[real] == own_file() else ".")
+        )
 
 
 def _check_family(family: str, environment: str) -> None:
@@ -104,7 +116,7 @@ def _entry(name: str, folder: Path, record: Record, fields: dict[str, Any]) -> E
         file = record.loaded
         said = {"weights": folder / file.name, "sha256": file.sha256, "size": file.size}
         if record.safe is not None:
-            said["original_sha256"] = record.original.sha256
+            said |= {"original_sha256": record.original.sha256, "converted_sha256": file.sha256}
         return Entry.model_validate({**fields, **said})
     except ValidationError as error:
         raise StoreError(f"model {name!r}: {describe(error)}.") from error

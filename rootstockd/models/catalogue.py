@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import re
-import sys
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -27,14 +26,9 @@ from rootstock_client.errors import UnknownModelError, UnsupportedError
 from rootstockd.config import KeepAlive
 from rootstockd.environments.finding import has_environment
 from rootstockd.state_dir import StateError, check_trusted, site_folder, state_dirs
+from rootstockd.toml_file import read_toml
 from rootstockd.validation import describe
 from rootstockd.worker.engines import EngineError, choose_head
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 
 FILE_NAME = "models.toml"
 """What the catalogue of a site, of a state directory and of a user is called in its folder."""
@@ -71,6 +65,8 @@ class Entry(BaseModel):
     """Of the weights, which are code: no other file is loaded."""
     original_sha256: str = ""
     """Of what the weights were converted from, if they were: another form of a model has the same fingerprint."""
+    converted_sha256: str = ""
+    """Of what that was converted to. Where it is not the weights' own, these are others by now: no form of it."""
     size: int | None = Field(default=None, ge=0)
     """Of the weights in bytes, where it is known."""
     elements: tuple[str, ...] = ()
@@ -98,7 +94,7 @@ class Entry(BaseModel):
     confine: bool = True
     """Whether its workers give away the rights that they need not (SECURITY.md)."""
 
-    @field_validator("sha256", "original_sha256")
+    @field_validator("sha256", "original_sha256", "converted_sha256")
     @classmethod
     def _digits(cls, digest: str) -> str:
         if digest and not re.fullmatch("[0-9a-fA-F]{64}", digest):
@@ -317,8 +313,7 @@ def read_catalogue(path: Path) -> dict[str, Entry]:
         CatalogueError: it is missing, is no TOML, or has an entry that is none.
     """
     try:
-        with path.open("rb") as file:
-            document = tomllib.load(file)
+        document = read_toml(path)
     except (OSError, ValueError) as error:
         raise CatalogueError(f"catalogue {path}: {error}") from error
     entries = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from typing import Any
 
 from ase.data import atomic_numbers
 
@@ -42,7 +43,13 @@ def spec_of(
         heads=list(entry.heads),
         **json.loads(options or "{}"),
     )
-    return dataclasses.replace(spec, fingerprint=_fingerprint(spec, entry.original_sha256 or entry.sha256))
+    return dataclasses.replace(spec, fingerprint=_fingerprint(spec, _published(entry)))
+
+
+def _published(entry: Entry) -> str:
+    """SHA-256 of the weights as they were published, whatever form of them is loaded."""
+    converted = entry.original_sha256 and entry.converted_sha256.lower() == entry.sha256.lower()
+    return entry.original_sha256 if converted else entry.sha256
 
 
 def _fingerprint(spec: ModelSpec, original: str) -> str:
@@ -65,5 +72,14 @@ def _fingerprint(spec: ModelSpec, original: str) -> str:
     }
     # without what is empty, so that a key that is new here changes nothing for those who don't have it: jobs that run
     # over an upgrade would take the model for another
-    said = json.dumps({key: value for key, value in what.items() if value}, sort_keys=True)
+    said = json.dumps({key: _plain(value) for key, value in what.items() if value}, sort_keys=True)
     return hashlib.sha256(said.encode()).hexdigest()[:FINGERPRINT_DIGITS]
+
+
+def _plain(value: Any) -> Any:
+    """The same with 1 for 1.0: they are written alike, and mean the same number."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value

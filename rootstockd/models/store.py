@@ -186,7 +186,8 @@ def located(name: str, entry: Entry) -> Entry:
             f"Whoever runs the daemon gets them with `rootstockd models pull {name}`; it finds them without a restart.",
         )
     record = stored.record
-    sums = {"sha256": record.loaded.sha256, "original_sha256": record.original.sha256}
+    loaded = record.loaded.sha256
+    sums = {"sha256": loaded, "original_sha256": record.original.sha256, "converted_sha256": loaded}
     return entry.model_copy(update={"weights": stored.weights, **sums})
 
 

@@ -162,13 +162,14 @@ def test_dtypes_and_what_else_init_may_say(trapped: Any) -> None:
 
 
 def test_the_control_socket(trapped: Any) -> None:
-    """It has seven routes; those that take a name look it up in the catalogue."""
+    """It has eight routes; those that take a name look it up in the catalogue."""
     daemon, folder = trapped
     routes = request(daemon.socket, "GET", "/openapi.json")["paths"]
     assert {(route, *sorted(methods)) for route, methods in routes.items()} == {
         ("/v1/status", "get"),
         ("/v1/models", "get"),
         ("/v1/loading", "get"),
+        ("/metrics", "get"),
         ("/v1/load", "post"),
         ("/v1/unload", "post"),
         ("/v1/stop", "post"),
