@@ -73,6 +73,9 @@ def test_all_needs_are_known() -> None:
     """What the extra asks for on this Python is what the command looks for."""
     extra = tomllib.loads((SOURCE / "pyproject.toml").read_text())["project"]["optional-dependencies"]["daemon"]
     wanted = {requirement.partition(">")[0] for requirement in extra if "python_version" not in requirement}
-    provided = metadata.packages_distributions()
-    assert {name for name, found in provided.items() if wanted & set(found)} & set(NEEDS) == set(NEEDS)
+    provided = {
+        name: {distribution.replace("_", "-") for distribution in found}
+        for name, found in metadata.packages_distributions().items()
+    }
+    assert {name for name, found in provided.items() if wanted & found} & set(NEEDS) == set(NEEDS)
     assert wanted <= {distribution for name in NEEDS for distribution in provided[name]}
