@@ -1,5 +1,7 @@
 """The command `rootstockd`, also as `python -m rootstockd`."""
 
+import errno
+import os
 import sys
 from importlib.util import find_spec
 
@@ -19,7 +21,15 @@ def main() -> None:
         )
     from rootstockd.cli import main as command  # noqa: PLC0415
 
-    command(prog_name="rootstockd")
+    try:
+        command(prog_name="rootstockd")
+    except OSError as error:
+        if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+            raise
+        # what is left to be written can't be, and Python would try once more when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        at = f"{error.filename}: " if error.filename else ""
+        sys.exit(f"Error: {at}{error.strerror}. Make room and try again.")
 
 
 if __name__ == "__main__":

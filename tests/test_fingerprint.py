@@ -110,6 +110,8 @@ def test_a_model_that_is_converted_stays_the_same(tmp_path: Path, monkeypatch: p
     entry = Entry(family="mace", url="https://nowhere/m.model")
     original, safe = (StoredFile(sha256=64 * digit, suffix=".x", size=1) for digit in "ab")
     record = Record(original=original, url=entry.url, source="", pinned="", when="")
+    for file in (original, safe):
+        (store.own_folder() / file.name).touch()
     seen = []
     for version in (record, record.model_copy(update={"safe": safe})):
         store.write_record(store.own_folder(), "m", version)

@@ -9,6 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -251,6 +253,49 @@ def test_add(models, state, tmp_path, start_daemon, server):
     models("verify", "second")  # whose file was the same
     models("remove", "second", "--force", "--socket", daemon.socket)
     assert not list(state.glob("weights/*.model")) and not list(state.glob("weights/*.json"))
+
+
+def test_a_pipe_is_not_waited_for(models, state, tmp_path):
+    os.mkfifo(tmp_path / "pipe.model")
+    said = models("add", "tuned", tmp_path / "pipe.model", "--family", "mace", fails=True)
+    assert f"{tmp_path}/pipe.model is no regular file" in said
+    assert not list(state.glob("weights/*"))
+
+
+def test_a_file_that_is_removed_with_another_model(state, tmp_path):
+    """Between being copied for one model and its record; afterwards it stays for the one that is left."""
+    folder = store.own_folder()
+
+    def copied(name):
+        original = store.copy_in(EMBEDDED_MODEL, folder, folder / f"{name}.copy", ".model")
+        return store.Record(original=original, source="there", pinned="the user", when="now")
+
+    store.write_record(folder, "one", copied("one"))
+    second = copied("two")
+    assert store.remove(folder, "one") == second.original.size
+    with pytest.raises(store.StoreError, match="two was not kept: another command removed .* Try again"):
+        store.write_record(folder, "two", second)
+    assert not list(folder.iterdir())
+    for name in ("one", "two"):
+        store.write_record(folder, name, copied(name))
+    with store.lock(folder, ".records", print):  # nothing is removed while it is told who has what
+        other = threading.Thread(target=store.remove, args=(folder, "one"))
+        other.start()
+        other.join(0.1)
+        assert other.is_alive() and (folder / "one.json").exists()
+    other.join(60)
+    assert sorted(path.name for path in folder.iterdir()) == [second.original.name, "two.json"]
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_has_no_room(unbuffered):
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "rootstockd", "models", "list"],
+            check=False, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, "Error: No space left on device. Make room and try again.\n")
 
 
 def test_two_add_one_name(models, state, tmp_path):

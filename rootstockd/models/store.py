@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -296,12 +297,15 @@ def copy_in(source: Path, folder: Path, part: Path, suffix: str) -> StoredFile:
     Raises:
         StoreError: it can't be read or kept, or is larger than any model.
     """
-    try:
-        file = source.open("rb")
+    try:  # opening a named pipe would wait for whoever writes into it
+        file = os.fdopen(os.open(source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
     except OSError as error:
         raise StoreError(f"{source} can't be read: {error.strerror}.") from error
     with file, part_file(part, str(source)):
-        size = os.fstat(file.fileno()).st_size
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise StoreError(f"{source} is no regular file: write the model into one first.")
+        size = status.st_size
         if size > shutil.disk_usage(folder).free:
             raise StoreError(f"{source} was not copied: {no_room(folder, size)} Make room and try again.")
         with part.open("wb") as out:
@@ -337,29 +341,42 @@ def write_record(folder: Path, name: str, record: Record) -> None:
     """Write a model's record; where that fails, its files go that no record has.
 
     Raises:
-        StoreError: it can't be written.
+        StoreError: it can't be written, or a file of it is gone.
     """
     part = folder / f"{name}.json.part"
-    try:
-        with part_file(part, f"the record of {name}"):
-            part.write_text(record.model_dump_json(indent=2))
-            replace(part, folder / f"{name}.json")
-    except StoreError:
-        _discard(folder, record.files)
-        raise
+    with _records(folder):
+        try:
+            for file in record.files:
+                if not (folder / file.name).exists():
+                    raise StoreError(
+                        f"{name} was not kept: another command removed {folder / file.name} meanwhile, which another "
+                        "model had as well. Try again."
+                    )
+            with part_file(part, f"the record of {name}"):
+                part.write_text(record.model_dump_json(indent=2))
+                replace(part, folder / f"{name}.json")
+        except StoreError:
+            _discard(folder, record.files)
+            raise
 
 
 def remove(folder: Path, name: str) -> int:
     """Remove a model's record, and those of its files that no other model has; how many bytes were freed."""
-    record = read_record(folder, name)
-    if record is None:
-        return 0
-    (folder / f"{name}.json").unlink()
-    return _discard(folder, record.files)
+    with _records(folder):
+        record = read_record(folder, name)
+        if record is None:
+            return 0
+        (folder / f"{name}.json").unlink()
+        return _discard(folder, record.files)
+
+
+def _records(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """For as long as it takes to say who has which files: models may share one, and their commands run side by side."""
+    return lock(folder, ".records", lambda _: None)
 
 
 def _discard(folder: Path, files: list[StoredFile]) -> int:
-    """Remove those of these files that no model has; how many bytes were freed."""
+    """Remove those of these files that no model has, for whoever holds `_records`; how many bytes were freed."""
     others = (read_record(folder, path.stem) for path in folder.glob("*.json"))
     kept = {file.name for other in others if other for file in other.files}
     freed = 0
