@@ -21,6 +21,9 @@ from conftest import wait_for
 
 REPOSITORY = Path(__file__).parent.parent
 PYTHON = str(Path(sys.prefix, "bin", "python"))
+_NEEDED = {Path(sys.prefix), Path(sys.base_prefix).resolve(), REPOSITORY}
+IN_TMP = sorted(path for path in _NEEDED if path.is_relative_to("/tmp"))
+"""What is needed inside, where /tmp is another one."""
 USERS = {"in-alice": 7001, "in-bob": 7002}
 
 
@@ -107,9 +110,7 @@ def booted() -> Iterator[Machine]:
         subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, root], check=True)
         stack.callback(subprocess.run, ["umount", "--lazy", root], check=True)
         prepare(root)
-        # /tmp is another one inside
-        seen = {Path(sys.prefix), Path(sys.base_prefix).resolve(), REPOSITORY}
-        binds = [f"--bind-ro={path}" for path in seen if path.is_relative_to("/tmp")]
+        binds = [f"--bind-ro={path}" for path in IN_TMP]
         command = ["systemd-nspawn", "-q", "-D", root, "--boot", "--register=no", "--keep-unit", "--private-network"]
         command += [
             "--console=read-only",

@@ -63,6 +63,20 @@ def why_not() -> str | None:
     return machines.why_not()
 
 
+NODE = """#!/bin/sh
+# one node: a slurmd that has a /tmp of its own, and in it what the tests are run from
+set -e
+own=/run/tmp-of-$1
+mkdir --mode=1777 "$own"
+for path in %(in_tmp)s; do
+    mkdir -p "$own${path#/tmp}"
+    mount --bind "$path" "$own${path#/tmp}"
+done
+mount --rbind "$own" /tmp
+exec /usr/sbin/slurmd -D -N "$1"
+"""
+
+
 class Job:
     """A job that was submitted; leaving the block ends it.
 
@@ -165,12 +179,14 @@ def running() -> Iterator[Slurm]:
             machine.do("mknod", "--mode=666", f"/dev/pretend{number}", "c", "1", "3")
         machine.do("ip", "address", "add", f"{ADDRESS}/32", "dev", "lo")
         machine.do("mkdir", "-p", "/run/slurm-cgroup", "/var/lib/slurm/state", *(f"/var/lib/slurm/{n}" for n in NODES))
+        machine.write("/etc/slurm/node", NODE % {"in_tmp": shlex.join(map(str, machines.IN_TMP))})
+        (machine.root / "etc/slurm/node").chmod(0o755)
         for unit, command, more in (
-            ("test-slurmctld", "slurmctld -D", ""),
-            ("test-slurmd@", "slurmd -D -N %i", "PrivateTmp=yes\nKillMode=process\nDelegate=yes\n"),
+            ("test-slurmctld", "/usr/sbin/slurmctld -D", ""),
+            ("test-slurmd@", "/usr/bin/unshare --mount /etc/slurm/node %i", "KillMode=process\nDelegate=yes\n"),
         ):
             variables = shlex.join([f"PYTHONPATH={REPOSITORY}", "OMP_NUM_THREADS=1"])
-            service = f"[Service]\nExecStart=/usr/sbin/{command}\nEnvironment={variables}\n{more}"
+            service = f"[Service]\nExecStart={command}\nEnvironment={variables}\n{more}"
             machine.write(f"/etc/systemd/system/{unit}.service", service)
         machine.do("systemctl", "daemon-reload")
         machine.do("systemctl", "start", "munge", "test-slurmctld", *(f"test-slurmd@{name}" for name in NODES))
