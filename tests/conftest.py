@@ -33,6 +33,17 @@ MARK = "TEST_OF_ROOTSTOCKD"
 EMBEDDED_MODEL = Path(str(resources.files("rootstockd.models").joinpath("embedded/mace-emt-small.model")))
 
 
+ALL_OF_RICH = """
+import importlib, pkgutil, rich
+for module in pkgutil.iter_modules(rich.__path__, "rich."):
+    if module.name not in ("rich.__main__", "rich.jupyter", "rich._win32_console", "rich._windows_renderer"):
+        importlib.import_module(module.name)
+import rich._unicode_data
+"""
+"""For programs that become another user, who need not be able to read the environment that the tests run in: rich
+imports as it needs."""
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_settings_of_this_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Neither this machine's catalogues and weights nor those of whoever runs the tests play a part."""

@@ -16,7 +16,7 @@ import pytest
 
 import rootstock_client
 import rootstockd
-from conftest import RunningDaemon
+from conftest import ALL_OF_RICH, RunningDaemon
 from conftest import rootstockd as command
 from rootstockd.config import Config, Settings, SettingsFile
 from rootstockd.config_file import ConfigError, all_settings, reloadable
@@ -25,9 +25,10 @@ from rootstockd.config_layers import OTHER_VARIABLES, VARIABLES, make_config, re
 DEFAULTS = {"socket": "/run/x/rootstockd.sock", "devices": ["cpu"]}
 TABLE = Path(__file__).parent.parent / "docs" / "configuration.md"
 
-AS_USER = """
+AS_USER = f"""
 import os, sys
 from rootstockd.cli import main
+{ALL_OF_RICH}
 import rootstockd.models.catalogue
 if int(sys.argv[1]) != os.geteuid():
     os.setgroups([])

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from conftest import RunningDaemon
+from conftest import ALL_OF_RICH, RunningDaemon
 from rootstock_client import ipi
 from rootstockd.control.limits import PACE
 from rootstockd.log_rate import MOST
@@ -29,26 +29,22 @@ USERS = ("rsd-alice", "rsd-bob", "rsd-carol")
 GROUP = "rsd-chem"
 """Alice's and Bob's second group."""
 
-BECOME = """
-import importlib, json, os, pkgutil, pwd, sys
-import encodings.idna, http.client, rich
+BECOME = f"""
+import json, os, pwd, sys
+import encodings.idna, http.client
 from ase.build import bulk
 import rootstock_client.calculator
 from rootstock_client import RootstockClient
 from rootstock_client.errors import RootstockError
 from rootstockd.cli import main
-for module in pkgutil.iter_modules(rich.__path__, "rich."):
-    if module.name not in ("rich.__main__", "rich.jupyter", "rich._win32_console", "rich._windows_renderer"):
-        importlib.import_module(module.name)
-import rich._unicode_data
+{ALL_OF_RICH}
 name, *arguments = sys.argv[1:]
 user = pwd.getpwnam(name)
 os.initgroups(name, user.pw_gid)
 os.setgid(user.pw_gid)
 os.setuid(user.pw_uid)
 """
-"""All is imported before, and all of rich, which imports as it needs: a user need not be able to read the environment
-that the tests run in."""
+"""All is imported before."""
 JOB = """
 socket, sessions, repeat = arguments[0], int(arguments[1]), int(arguments[2])
 answers, kept = [], []
