@@ -58,17 +58,7 @@ def test_a_long_subject_and_what_is_said_of_it_are_apart(capsys):
 
 
 def machine_findings(facts):
-    return [
-        finding
-        for check in (
-            machine.check_processors,
-            machine.check_memory,
-            machine.check_limits,
-            machine.check_variables,
-            machine.check_confinement,
-        )
-        for finding in check(facts)
-    ]
+    return list(machine.check_machine(facts))
 
 
 def test_a_sound_machine() -> None:

@@ -78,15 +78,7 @@ def _examinations(named: Path | None, timeout: float) -> dict[str, Examination]:
 
 
 def _machine() -> Iterator[Finding]:
-    facts = machine.look_at_machine()
-    for check in (
-        machine.check_processors,
-        machine.check_memory,
-        machine.check_limits,
-        machine.check_variables,
-        machine.check_confinement,
-    ):
-        yield from check(facts)
+    return machine.check_machine(machine.look_at_machine())
 
 
 def _gpus() -> Iterator[Finding]:

@@ -125,6 +125,15 @@ def _memory(group: Path) -> Iterator[tuple[int, int]]:
 # --- judging
 
 
+def check_machine(machine: Machine) -> Iterator[Finding]:
+    """All that there is to say of a machine."""
+    yield from check_processors(machine)
+    yield from check_memory(machine)
+    yield from check_limits(machine)
+    yield from check_variables(machine)
+    yield from check_confinement(machine)
+
+
 def check_processors(machine: Machine) -> Iterator[Finding]:
     """Instruction sets, and how many there are."""
     of = f"{machine.cores} processors ({machine.architecture})"
