@@ -15,7 +15,8 @@ from rich.console import Console
 from conftest import RunningDaemon
 from rootstockd.cli.frame import frame
 from rootstockd.cli.history import SPAN, History
-from rootstockd.cli.tables import SORTS, View, bar, seconds, size, sparkline
+from rootstockd.cli.quantities import seconds, size
+from rootstockd.cli.tables import SORTS, View, bar, sparkline
 from rootstockd.control.schema import DaemonStatus, DeviceStatus, ModelStatus, SessionStatus
 from terminal import Terminal
 

@@ -21,7 +21,7 @@ from rootstock_client.patience import patience_in_seconds
 from rootstockd.cli.common import Refused, console, fetch_status, socket_in_use, socket_option
 from rootstockd.cli.completion import catalogue_models
 from rootstockd.cli.fleet import dtype_option
-from rootstockd.cli.show import plural
+from rootstockd.cli.quantities import plural
 from rootstockd.cli.system import System, periodicity, read_structure
 
 POLL = 1.0

@@ -11,7 +11,7 @@ from rootstock_client.client import request
 from rootstock_client.errors import RootstockError
 from rootstockd.cli.common import Refused, console, fetch_status, socket_in_use, socket_option
 from rootstockd.cli.completion import catalogue_models, models_in_memory
-from rootstockd.cli.show import plural
+from rootstockd.cli.quantities import plural
 from rootstockd.control.schema import LoadAnswer, ModelStatus, UnloadAnswer
 
 POLL = 0.1

@@ -10,8 +10,9 @@ from rich.console import Group
 from rich.text import Text
 
 from rootstockd.cli.history import History
-from rootstockd.cli.show import STATE_COLOUR, dtypes, duration
-from rootstockd.cli.tables import Column, Table, View, bar, cell, per_second, seconds, size
+from rootstockd.cli.quantities import duration, per_second, seconds, size
+from rootstockd.cli.show import STATE_COLOUR, dtypes
+from rootstockd.cli.tables import Column, Table, View, bar, cell
 from rootstockd.control.schema import DaemonStatus, DeviceStatus, ModelStatus, SessionStatus
 
 HELP = (

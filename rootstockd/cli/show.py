@@ -30,6 +30,7 @@ from rootstockd.cli.common import (
     socket_in_use,
     socket_option,
 )
+from rootstockd.cli.quantities import count, duration, plural, size, span
 from rootstockd.cli.units import unit_at
 from rootstockd.control.schema import DaemonStatus, ModelStatus
 
@@ -68,7 +69,7 @@ def show(daemon: DaemonStatus) -> None:
     sessions = len(daemon.sessions) + daemon.other_sessions
     console.print(
         f"{plural(sessions, 'session')}, {plural(daemon.evaluations, 'evaluation')}, pid {daemon.pid}, "
-        f"{memory(daemon.memory)}",
+        f"{size(daemon.memory)}",
         style="dim",
     )
     if daemon.state == "draining":
@@ -107,7 +108,7 @@ def show_models(models: list[ModelStatus]) -> None:
                 Column("queue", [count(model.waiting) for model in models], right=True, rank=1),
                 Column("eval/s", [f"{model.rate:.1f}" if model.rate else "-" for model in models], right=True),
                 Column("busy", [f"{model.load:.0%}" if model.rate else "-" for model in models], right=True, rank=5),
-                Column("memory", [memory(model.memory) for model in models], right=True, rank=4),
+                Column("memory", [size(model.memory) for model in models], right=True, rank=4),
                 Column("idle", [span(model.idle) for model in models], right=True, rank=6),
                 Column("evaluations", [count(model.evaluations) for model in models], right=True, rank=8),
                 Column("a batch", [_batch(model) for model in models], right=True, rank=9),
@@ -290,42 +291,3 @@ def log_file(socket: Path | None) -> Path:
     except RootstockError:
         told = None
     return told or default_log_file(socket.absolute() if socket else default_socket())
-
-
-def duration(seconds: float) -> str:
-    """A time span, in its two largest units."""
-    minutes, hours, days = int(seconds // 60), int(seconds // 3600), int(seconds // 86400)
-    if days:
-        return f"{days} d {hours % 24} h"
-    if hours:
-        return f"{hours} h {minutes % 60} min"
-    return f"{minutes} min {int(seconds) % 60} s" if minutes else f"{int(seconds)} s"
-
-
-def span(seconds: float) -> str:
-    """A time span in its largest unit."""
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{int(seconds // size)} {unit}"
-    return f"{int(seconds)} s" if seconds >= 1 else "-"
-
-
-def memory(size: int | None) -> str:
-    """Bytes, in MB or GB."""
-    if not size:
-        return "-"
-    return f"{size / 1e6:.0f} MB" if size < 1e9 else f"{size / 1e9:.1f} GB"  # noqa: PLR2004 - one GB
-
-
-def count(number: int) -> str:
-    """A number; large ones in thousands or millions, with three digits."""
-    if number >= 10_000:  # noqa: PLR2004 - up to there all digits
-        for size, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
-            if number >= size:
-                return f"{number / size:.{0 if number >= 100 * size else 1}f} {unit}"
-    return str(number)
-
-
-def plural(number: int, word: str) -> str:
-    """So many of something."""
-    return f"{count(number)} {word}{'' if number == 1 else 's'}"

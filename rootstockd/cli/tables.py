@@ -1,4 +1,4 @@
-"""Tables for `rootstockd top`, whose columns give way where there is no room, and how numbers look in them."""
+"""Tables for `rootstockd top`, whose columns give way where there is no room."""
 
 from __future__ import annotations
 
@@ -135,27 +135,6 @@ class Table:
 def cell(key: str, form: Callable[[Any], str] = str) -> Callable[[dict[str, Any]], str]:
     """What a column has where its rows have a value of that key."""
     return lambda row: form(row[key])
-
-
-def seconds(value: float) -> str:
-    """A latency, with three digits; "-" for 0."""
-    if not value:
-        return "-"
-    unit, scaled = ("s", value) if value >= 1 else ("ms", value * 1e3) if value >= 1e-3 else ("µs", value * 1e6)  # noqa: PLR2004
-    digits = 2 if scaled < 10 else 1 if scaled < 100 else 0  # noqa: PLR2004
-    return f"{scaled:.{digits}f} {unit}"
-
-
-def per_second(value: float) -> str:
-    """A rate; "-" for 0."""
-    return f"{value:.1f}" if 0 < value < 100 else f"{value:.0f}" if value else "-"  # noqa: PLR2004 - three digits
-
-
-def size(value: int) -> str:
-    """Bytes; "-" for 0."""
-    if not value:
-        return "-"
-    return f"{value / 1e9:.1f} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"  # noqa: PLR2004 - a GB
 
 
 def sparkline(values: Iterable[float], width: int, *, ascii_only: bool = False) -> str:
