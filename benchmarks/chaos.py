@@ -28,7 +28,7 @@ import psutil
 
 from benchmarks import chaos_faults, machine
 from benchmarks.common import HERE, REPOSITORY, Daemon, Settings, use_cpus
-from rootstockd.config import Config
+from rootstockd.settings.config import Config
 
 PRELOADED = ("emt", "lj")
 """MACE is loaded when a session asks: while it loads, faults go on."""

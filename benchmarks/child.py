@@ -192,8 +192,8 @@ class Worker(Arm):
         import dataclasses  # noqa: PLC0415
 
         from rootstockd.environments.finding import beside_the_daemon  # noqa: PLC0415
+        from rootstockd.processes.worker_process import worker_command  # noqa: PLC0415
         from rootstockd.worker.engines import ModelSpec  # noqa: PLC0415
-        from rootstockd.worker_process import worker_command  # noqa: PLC0415
 
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         spec = ModelSpec("noop", "noop", "cpu", "float64")

@@ -16,23 +16,15 @@ from ase.data import chemical_symbols
 from rootstock_client import ipi
 from rootstock_client.errors import DrainingError, RootstockError, UnknownElementError
 from rootstock_client.runtime_dir import job_runtime_dir, share_file
-from rootstockd.accounts import Account, Accounts
-from rootstockd.config import Config
-from rootstockd.config_file import ConfigError, reloadable
-from rootstockd.config_layers import changes, read_again, take_over
 from rootstockd.control.limits import MAX_SCRAPERS
 from rootstockd.control.schema import ReloadReport
 from rootstockd.control.server import control_server, metrics_server
-from rootstockd.descriptors import raise_descriptor_limit, share_descriptors
-from rootstockd.devices import found_devices
-from rootstockd.door import Door
-from rootstockd.fleet import Fleet
-from rootstockd.init_request import InitRequest
-from rootstockd.models.catalogue import Catalogue, CatalogueError, Entry
-from rootstockd.models.store import located
-from rootstockd.peers import peer_of
-from rootstockd.sessions import LINGER, Session, stopping_error
-from rootstockd.sockets import (
+from rootstockd.fleet.fleet import Fleet
+from rootstockd.fleet.warm_model import WorkerKey
+from rootstockd.host.descriptors import raise_descriptor_limit, share_descriptors
+from rootstockd.host.devices import found_devices
+from rootstockd.host.peers import peer_of
+from rootstockd.host.sockets import (
     AddressError,
     adopt,
     claim_gpu,
@@ -43,10 +35,18 @@ from rootstockd.sockets import (
     remove_if_empty,
     url_of,
 )
-from rootstockd.supervisor import Supervisor
+from rootstockd.models.catalogue import Catalogue, CatalogueError, Entry
+from rootstockd.models.store import located
+from rootstockd.processes.folders import remove_left_behind
+from rootstockd.sessions.accounts import Account, Accounts
+from rootstockd.sessions.door import Door
+from rootstockd.sessions.init_request import InitRequest
+from rootstockd.sessions.session import LINGER, Session, stopping_error
+from rootstockd.settings.config import Config
+from rootstockd.settings.config_file import ConfigError, reloadable
+from rootstockd.settings.config_layers import changes, read_again, take_over
+from rootstockd.supervision.supervisor import Supervisor
 from rootstockd.systemd import Manager, describe
-from rootstockd.warm_model import WorkerKey
-from rootstockd.worker_folders import remove_left_behind
 
 log = logging.getLogger(__name__)
 

@@ -16,11 +16,11 @@ import sys
 import uvloop
 
 from rootstock_client.errors import RootstockError
-from rootstockd.config import Config
 from rootstockd.daemon import Daemon
-from rootstockd.devices import DeviceError
+from rootstockd.host.devices import DeviceError
+from rootstockd.host.sockets import AddressError
 from rootstockd.models.catalogue import CatalogueError
-from rootstockd.sockets import AddressError
+from rootstockd.settings.config import Config
 from rootstockd.systemd import JournalFormatter, Manager, in_journal
 
 log = logging.getLogger("rootstockd.serve")

@@ -19,7 +19,7 @@ import pytest
 
 from leaks import no_leaks, pytest_runtest_makereport
 from rootstock_client import RootstockClient
-from rootstockd.devices import gpu_names
+from rootstockd.host.devices import gpu_names
 
 # Test processes and their workers share few cores: threads that wait for each other would take most of the time.
 os.environ["OMP_NUM_THREADS"] = "1"

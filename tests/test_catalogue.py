@@ -14,7 +14,7 @@ import pytest
 
 from rootstock_client.errors import UnknownModelError
 from rootstockd.models.catalogue import Catalogue, CatalogueError, Entry
-from rootstockd.state_dir import StateError, state_dirs
+from rootstockd.settings.state_dir import StateError, state_dirs
 
 EMT = 'family = "ase"\narguments = { calculator = "ase.calculators.emt:EMT" }\n'
 

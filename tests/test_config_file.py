@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from rootstockd.config import Config, SettingsFile
-from rootstockd.config_file import ConfigError
-from rootstockd.config_layers import make_config
 from rootstockd.environments.specification import SpecificationError, read_specification
 from rootstockd.models.catalogue import CatalogueError, read_catalogue
+from rootstockd.settings.config import Config, SettingsFile
+from rootstockd.settings.config_file import ConfigError
+from rootstockd.settings.config_layers import make_config
 
 DEFAULTS = {"socket": "/run/x/rootstockd.sock", "devices": ["cpu"]}
 

@@ -18,9 +18,16 @@ import rootstock_client
 import rootstockd
 from conftest import ALL_OF_RICH, RunningDaemon
 from conftest import rootstockd as command
-from rootstockd.config import Config, Settings, SettingsFile
-from rootstockd.config_file import ConfigError, all_settings, reloadable
-from rootstockd.config_layers import OTHER_VARIABLES, VARIABLES, make_config, read_again, take_over, unknown_variables
+from rootstockd.settings.config import Config, Settings, SettingsFile
+from rootstockd.settings.config_file import ConfigError, all_settings, reloadable
+from rootstockd.settings.config_layers import (
+    OTHER_VARIABLES,
+    VARIABLES,
+    make_config,
+    read_again,
+    take_over,
+    unknown_variables,
+)
 
 DEFAULTS = {"socket": "/run/x/rootstockd.sock", "devices": ["cpu"]}
 TABLE = Path(__file__).parent.parent / "docs" / "configuration.md"

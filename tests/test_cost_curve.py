@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rootstockd.cost_curve import ENOUGH, PATIENCE, WORSE, CostCurve
-from rootstockd.scheduler import Evaluation, Scheduler
+from rootstockd.supervision.cost_curve import ENOUGH, PATIENCE, WORSE, CostCurve
+from rootstockd.supervision.scheduler import Evaluation, Scheduler
 
 
 def learnt(costs: dict[int, float]) -> CostCurve:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from rootstockd.devices import Gpu, default_names, make_device_files
+from rootstockd.host.devices import Gpu, default_names, make_device_files
 
 
 @pytest.mark.parametrize("there", [False, True])

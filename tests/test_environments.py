@@ -30,7 +30,6 @@ from ase.calculators.emt import EMT
 
 from conftest import RunningDaemon, rootstockd, wait_for
 from rootstock_client.errors import EvaluationError, ModelLoadError
-from rootstockd import state_dir
 from rootstockd.environments.archive import Description, unpacked
 from rootstockd.environments.building import Plan, build, torch_backend, torch_flavour, without_torchs_builds
 from rootstockd.environments.builds import (
@@ -50,6 +49,7 @@ from rootstockd.environments.specification import (
     read_specification,
     specification_files,
 )
+from rootstockd.settings import state_dir
 
 NOWHERE = "http://127.0.0.1:9"
 """A proxy that is not there."""
@@ -182,7 +182,8 @@ def fails(name):
 class Probe(EMT):
     def __init__(self):
         super().__init__()
-        wanted = ["pydantic", "click", "uvloop", "fastapi", "rootstock_client", "rootstockd.config", "rootstockd.peers"]
+        ours = ["rootstock_client", "rootstockd.settings.config", "rootstockd.host.peers"]
+        wanted = ["pydantic", "click", "uvloop", "fastapi", *ours]
         self.told = {name: fails(name) for name in wanted}
         self.told["python"] = sys.version_info[:2]
         self.told["prefix"] = sys.prefix

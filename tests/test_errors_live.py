@@ -32,7 +32,7 @@ from rootstock_client.errors import (
     UnknownModelError,
     UnsupportedError,
 )
-from rootstockd.supervisor import RETRY_AFTER
+from rootstockd.supervision.supervisor import RETRY_AFTER
 
 
 def copper() -> Atoms:

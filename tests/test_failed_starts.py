@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from rootstockd.failed_starts import MAX_BLAMED, MAX_HUNG, MAX_KILLED, PAUSES, FailedStarts
-from rootstockd.worker_process import End
+from rootstockd.processes.worker_process import End
+from rootstockd.supervision.failed_starts import MAX_BLAMED, MAX_HUNG, MAX_KILLED, PAUSES, FailedStarts
 
 CRASH = End("signal 11 (SIGSEGV)", blamed=True)
 KILLED = End("signal 9 (SIGKILL)", blamed=False)

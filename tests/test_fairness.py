@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rootstockd.scheduler import STILL_HERE, Evaluation, Scheduler
+from rootstockd.supervision.scheduler import STILL_HERE, Evaluation, Scheduler
 
 
 class Job(NamedTuple):

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rootstockd.config import Device
-from rootstockd.devices import DeviceError, Gpu, find_devices, process_memory, visible_gpus
-from rootstockd.measured import FILE, HEAVY, LIGHT, Measured, Measurements
-from rootstockd.pace import SPAN, Pace
-from rootstockd.placement import Room, Tenant, first_to_go, place, place_replica, shift, stays, to_evict
+from rootstockd.fleet.measured import FILE, HEAVY, LIGHT, Measured, Measurements
+from rootstockd.fleet.placement import Room, Tenant, first_to_go, place, place_replica, shift, stays, to_evict
+from rootstockd.host.devices import DeviceError, Gpu, find_devices, process_memory, visible_gpus
+from rootstockd.settings.config import Device
+from rootstockd.supervision.pace import SPAN, Pace
 from rootstockd.worker.engines import ModelSpec
 
 tenants = st.builds(

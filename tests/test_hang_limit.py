@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rootstockd.hang_limit import FEW, MARGIN, PRIOR, HangLimit
+from rootstockd.supervision.hang_limit import FEW, MARGIN, PRIOR, HangLimit
 
 LEAST = 60.0
 

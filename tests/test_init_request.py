@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rootstock_client.errors import InvalidInitError, InvalidStructureError
-from rootstockd.functionals import FUNCTIONALS
-from rootstockd.init_request import MAX_BATCH_SIZE, InitRequest, is_announced, parse_init
+from rootstockd.sessions.functionals import FUNCTIONALS
+from rootstockd.sessions.init_request import MAX_BATCH_SIZE, InitRequest, is_announced, parse_init
 from rootstockd.worker.engines import dispersion
 
 FIELDS = {"rootstock": 1, "model": "emt", "numbers": [29, 29], "pbc": [True, True, False]}

@@ -29,11 +29,11 @@ from pydantic import ValidationError
 from conftest import RunningDaemon, rootstockd, wait_for
 from rootstock_client.client import fetch
 from rootstock_client.errors import UnknownModelError
-from rootstockd.config import Config, Device
 from rootstockd.control.limits import MAX_SCRAPERS
-from rootstockd.meter import MOST_NOTES, SECONDS, Histogram, Meter, Totals
-from rootstockd.peers import user_name
-from rootstockd.scheduler import Evaluation
+from rootstockd.host.peers import user_name
+from rootstockd.settings.config import Config, Device
+from rootstockd.supervision.meter import MOST_NOTES, SECONDS, Histogram, Meter, Totals
+from rootstockd.supervision.scheduler import Evaluation
 
 EMT = {"model": "emt", "dtype": "float64", "device": "cpu"}
 

@@ -21,7 +21,7 @@ import pytest
 from conftest import ALL_OF_RICH, RunningDaemon
 from rootstock_client import ipi
 from rootstockd.control.limits import PACE
-from rootstockd.log_rate import MOST
+from rootstockd.sessions.log_rate import MOST
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be several users")
 

@@ -21,9 +21,9 @@ import pytest
 from conftest import RunningDaemon, wait_for
 from rootstock_client import RootstockClient
 from rootstockd.cli.options import devices_of
-from rootstockd.config import Config, Device
 from rootstockd.daemon import Daemon
-from rootstockd.sockets import AddressError, adopt
+from rootstockd.host.sockets import AddressError, adopt
+from rootstockd.settings.config import Config, Device
 from rootstockd.systemd import Manager, serves
 
 # puts sockets where systemd does, and becomes the daemon, with the process id that LISTEN_PID must have

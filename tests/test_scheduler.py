@@ -5,8 +5,15 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from rootstockd import worker_process
-from rootstockd.scheduler import GROW_AFTER, MAX_ATTEMPTS, MAX_BLAMED, MAX_EVALUATIONS, Evaluation, Scheduler
+from rootstockd.processes import worker_process
+from rootstockd.supervision.scheduler import (
+    GROW_AFTER,
+    MAX_ATTEMPTS,
+    MAX_BLAMED,
+    MAX_EVALUATIONS,
+    Evaluation,
+    Scheduler,
+)
 from rootstockd.worker import loop
 
 BUDGET = 100

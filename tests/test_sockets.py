@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from rootstock_client.runtime_dir import MAX_SOCKET_PATH
-from rootstockd.sockets import AddressError, claim_gpu, listen, lock, make_runtime_dir
+from rootstockd.host.sockets import AddressError, claim_gpu, listen, lock, make_runtime_dir
 
 as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
 
@@ -216,7 +216,7 @@ def take_elsewhere(path: Path) -> subprocess.CompletedProcess[str]:
     script = (
         "import os, signal, sys\n"
         "from pathlib import Path\n"
-        "from rootstockd.sockets import AddressError, lock\n"
+        "from rootstockd.host.sockets import AddressError, lock\n"
         "try:\n"
         "    with lock(Path(sys.argv[1])):\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -356,7 +356,7 @@ def claim_elsewhere(uuid: str) -> subprocess.CompletedProcess[str]:
     """Another process claims the GPU and is killed."""
     script = (
         "import os, signal, sys\n"
-        "from rootstockd.sockets import AddressError, claim_gpu\n"
+        "from rootstockd.host.sockets import AddressError, claim_gpu\n"
         "try:\n"
         "    with claim_gpu(sys.argv[1]):\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"

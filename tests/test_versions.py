@@ -7,7 +7,7 @@ from pathlib import Path
 import rootstock_client
 import rootstock_client.calculator
 import rootstockd
-from rootstockd import init_request
+from rootstockd.sessions import init_request
 
 ROOT = Path(__file__).parent.parent
 

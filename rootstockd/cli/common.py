@@ -24,8 +24,8 @@ from rootstock_client.runtime_dir import (
     job_runtime_dir,
     user_runtime_dir,
 )
-from rootstockd.config import Config
 from rootstockd.control.schema import DaemonStatus
+from rootstockd.settings.config import Config
 
 console = Console(highlight=False)
 if not console.is_terminal:

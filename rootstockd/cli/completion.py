@@ -16,11 +16,11 @@ from rootstock_client.errors import RootstockError
 from rootstock_client.runtime_dir import find_socket
 from rootstockd.cli.common import fetch_status
 from rootstockd.control.schema import DaemonStatus
-from rootstockd.devices import gpu_names
 from rootstockd.environments.builds import built_environments
 from rootstockd.environments.specification import specification_files
+from rootstockd.host.devices import gpu_names
 from rootstockd.models.catalogue import Catalogue, CatalogueError, Entry
-from rootstockd.state_dir import StateError
+from rootstockd.settings.state_dir import StateError
 
 _PATIENCE = 0.5
 """Seconds that a daemon has to answer."""

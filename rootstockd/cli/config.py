@@ -14,15 +14,15 @@ import tomlkit
 from click.core import ParameterSource
 
 from rootstock_client.errors import RootstockError
-from rootstockd.accounts import Accounts
 from rootstockd.cli.common import Refused, console, default_socket, fetch_config, print_warnings, socket_in_use
 from rootstockd.cli.options import devices_of, files_to_read, settings_options, settings_said
-from rootstockd.config import Config, Device
-from rootstockd.config_file import ConfigError, reloadable
-from rootstockd.config_layers import as_table, by_name, changes, make_config, read_again, unknown_variables
-from rootstockd.devices import DeviceError, choose_devices, found_devices
+from rootstockd.host.devices import DeviceError, choose_devices, found_devices
 from rootstockd.models.catalogue import Catalogue, CatalogueError
 from rootstockd.models.store import located
+from rootstockd.sessions.accounts import Accounts
+from rootstockd.settings.config import Config, Device
+from rootstockd.settings.config_file import ConfigError, reloadable
+from rootstockd.settings.config_layers import as_table, by_name, changes, make_config, read_again, unknown_variables
 
 _COLUMN = 60
 """Remarks stand below each other, but for settings that are longer than this."""

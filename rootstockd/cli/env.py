@@ -37,7 +37,7 @@ from rootstockd.environments.specification import (
     specification_files,
 )
 from rootstockd.models.catalogue import CatalogueError
-from rootstockd.state_dir import StateError
+from rootstockd.settings.state_dir import StateError
 
 _TORCH = "[auto|index|cpu|cu126|cu128|...]"
 
@@ -194,8 +194,8 @@ def show(name: str) -> None:
 @catalogue_option
 def verify(name: str, device: str, catalogues: tuple[Path, ...]) -> None:
     """Compare what a model computes in an environment with known numbers."""
-    from rootstockd.devices import choose_devices  # noqa: PLC0415
     from rootstockd.environments.verifying import verify as verified  # slow to import  # noqa: PLC0415
+    from rootstockd.host.devices import choose_devices  # noqa: PLC0415
 
     there = _must_exist(name)
     if wrong := problems_of(there):

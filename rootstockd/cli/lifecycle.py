@@ -39,14 +39,14 @@ from rootstockd.cli.common import (
 )
 from rootstockd.cli.options import settings_options, settings_said
 from rootstockd.cli.units import is_systemd, unit_at
-from rootstockd.config import Config
-from rootstockd.config_file import ConfigError
-from rootstockd.config_layers import read_again, unknown_variables
 from rootstockd.control.schema import DaemonStatus, ReloadReport
-from rootstockd.devices import DeviceError, found_devices
+from rootstockd.host.devices import DeviceError, found_devices
+from rootstockd.host.peers import peer_of
 from rootstockd.models.catalogue import Catalogue, CatalogueError
 from rootstockd.models.store import located
-from rootstockd.peers import peer_of
+from rootstockd.settings.config import Config
+from rootstockd.settings.config_file import ConfigError
+from rootstockd.settings.config_layers import read_again, unknown_variables
 
 POLL = 0.05
 PEEK = socketlib.MSG_PEEK | socketlib.MSG_DONTWAIT

@@ -29,7 +29,7 @@ from rootstockd.models.pull import Wishes
 from rootstockd.models.pull import pull as pull_weights
 from rootstockd.models.spec import spec_of
 from rootstockd.models.store import Stored, StoreError
-from rootstockd.state_dir import MIRROR_VARIABLE, StateError
+from rootstockd.settings.state_dir import MIRROR_VARIABLE, StateError
 
 _LACKS = {"missing": "red", "needs env": "yellow"}
 ERRORS = (CatalogueError, StoreError, StateError, DownloadError, RootstockError)

@@ -13,9 +13,9 @@ from click.core import ParameterSource
 from rootstock_client.runtime_dir import SOCKET_VARIABLE
 from rootstockd.cli.common import Refused, catalogue_option, default_log_file, default_socket, socket_option
 from rootstockd.cli.completion import catalogue_models, devices, gpus
-from rootstockd.config import Config, SettingsFile
-from rootstockd.config_layers import FILE_VARIABLE, find_files, make_config
-from rootstockd.devices import DeviceError, choose_devices
+from rootstockd.host.devices import DeviceError, choose_devices
+from rootstockd.settings.config import Config, SettingsFile
+from rootstockd.settings.config_layers import FILE_VARIABLE, find_files, make_config
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

@@ -33,9 +33,9 @@ from rootstockd.cli.common import Refused
 from rootstockd.cli.lifecycle import POLL, end, start
 from rootstockd.cli.options import settings_said
 from rootstockd.cli.units import unit_at
-from rootstockd.config_file import ConfigError
-from rootstockd.devices import VISIBLE
-from rootstockd.sockets import AddressError, make_runtime_dir
+from rootstockd.host.devices import VISIBLE
+from rootstockd.host.sockets import AddressError, make_runtime_dir
+from rootstockd.settings.config_file import ConfigError
 
 COMMAND = (sys.executable, "-m", "rootstockd")
 STEP = "rootstockd"

@@ -15,8 +15,8 @@ import click
 import rootstockd
 from rootstockd.cli.common import Refused, console, default_socket
 from rootstockd.cli.options import devices_of
-from rootstockd.config_file import FILE_NAME
-from rootstockd.devices import gpu_names
+from rootstockd.host.devices import gpu_names
+from rootstockd.settings.config_file import FILE_NAME
 
 _SHIPPED_COMMAND = "/usr/bin/rootstockd"
 _HIDDEN = tuple(map(Path, ("/home", "/root", "/run/user", "/tmp", "/var/tmp")))  # noqa: S108 - they are looked at

@@ -16,8 +16,6 @@ from fastapi.responses import PlainTextResponse, Response
 
 import rootstockd
 from rootstock_client.errors import AccessDeniedError, RootstockError
-from rootstockd.config import Device
-from rootstockd.config_file import ConfigError
 from rootstockd.control.limits import REFUSALS, invalid_request
 from rootstockd.control.metrics import exposition
 from rootstockd.control.schema import (
@@ -34,19 +32,21 @@ from rootstockd.control.schema import (
     UnloadAnswer,
     UnloadRequest,
 )
-from rootstockd.devices import process_memory
-from rootstockd.fleet import HOLD
-from rootstockd.log_rate import LogRate
+from rootstockd.fleet.fleet import HOLD
+from rootstockd.host.devices import process_memory
+from rootstockd.host.peers import user_name
 from rootstockd.models.catalogue import CatalogueError
 from rootstockd.models.store import lack
-from rootstockd.peers import user_name
-from rootstockd.roles import State
+from rootstockd.sessions.log_rate import LogRate
+from rootstockd.settings.config import Device
+from rootstockd.settings.config_file import ConfigError
+from rootstockd.supervision.roles import State
 
 if TYPE_CHECKING:
     from rootstockd.daemon import Daemon
-    from rootstockd.fleet import Fleet
-    from rootstockd.sessions import Session
-    from rootstockd.supervisor import Supervisor
+    from rootstockd.fleet.fleet import Fleet
+    from rootstockd.sessions.session import Session
+    from rootstockd.supervision.supervisor import Supervisor
 
 
 log = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from rootstock_client.errors import AccessDeniedError
-from rootstockd.accounts import Accounts
-from rootstockd.peers import peer_of
+from rootstockd.host.peers import peer_of
+from rootstockd.sessions.accounts import Accounts
 
 MAX_BODY = 64 * 1024
 """Bytes of a request's body."""

@@ -30,12 +30,12 @@ from starlette.routing import Route
 
 import rootstockd
 from rootstock_client.errors import ConnectionLostError, DaemonNotFoundError, NotAnsweringError, RootstockError
-from rootstockd.meter import Histogram
-from rootstockd.roles import State
+from rootstockd.supervision.meter import Histogram
+from rootstockd.supervision.roles import State
 
 if TYPE_CHECKING:
     from rootstockd.daemon import Daemon
-    from rootstockd.supervisor import Supervisor
+    from rootstockd.supervision.supervisor import Supervisor
 
 FRESH = 1.0
 """Seconds for which the port gives the same answer: asking more often costs the daemon nothing."""

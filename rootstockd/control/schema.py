@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, computed_field
 
-from rootstockd.config import Config
+from rootstockd.settings.config import Config
 
 SCHEMA_VERSION = 3
 """Raised when a field changes its meaning or goes; new fields alone don't."""

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp
 from rootstockd.control.api import make_app
 from rootstockd.control.limits import MAX_HEAD, BoundedBody, BoundedProtocol, ControlProtocol, Paced
 from rootstockd.control.metrics import make_metrics_app
-from rootstockd.door import Door
+from rootstockd.sessions.door import Door
 
 if TYPE_CHECKING:
     from rootstockd.daemon import Daemon

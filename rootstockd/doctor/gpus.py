@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pynvml
 
-from rootstockd.devices import VISIBLE, Gpu, find_gpus, visible_gpus
 from rootstockd.doctor.findings import Finding, note, ok, problem, warning
 from rootstockd.doctor.machine import gigabytes
+from rootstockd.host.devices import VISIBLE, Gpu, find_gpus, visible_gpus
 
 WORKER_MEMORY = 2 * 10**9
 """Bytes below which hardly a model fits."""

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import psutil
 
-from rootstockd.descriptors import share_descriptors
 from rootstockd.doctor.findings import Finding, note, ok, problem, warning
+from rootstockd.host.descriptors import share_descriptors
 from rootstockd.worker import landlock
 
 FEW_SESSIONS = 200

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from rootstockd.config import SettingsFile
-from rootstockd.config_file import ConfigError
-from rootstockd.config_layers import make_config, unknown_variables
 from rootstockd.doctor.findings import Finding, ok, problem, warning
 from rootstockd.models.catalogue import Catalogue, CatalogueError
+from rootstockd.settings.config import SettingsFile
+from rootstockd.settings.config_file import ConfigError
+from rootstockd.settings.config_layers import make_config, unknown_variables
 
 
 def check_settings(files: tuple[SettingsFile, ...], variables: Mapping[str, str], socket: Path) -> Iterator[Finding]:

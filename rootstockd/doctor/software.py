@@ -27,7 +27,7 @@ from rootstockd.environments.builds import (
 from rootstockd.environments.finding import find_environment
 from rootstockd.environments.specification import is_builtin, specification_files
 from rootstockd.models.catalogue import Catalogue, CatalogueError
-from rootstockd.state_dir import StateError
+from rootstockd.settings.state_dir import StateError
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from rootstockd.environments.building import Plan, Say, build, torch_backend
 from rootstockd.environments.builds import Build, EnvironmentBuildError
 from rootstockd.environments.running_uv import run_uv
 from rootstockd.environments.specification import Specification
-from rootstockd.state_dir import own_state
+from rootstockd.settings.state_dir import own_state
 
 if sys.version_info >= (3, 11):
     import tomllib

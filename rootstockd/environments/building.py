@@ -33,9 +33,9 @@ from rootstockd.environments.pythons import find_python
 from rootstockd.environments.running_uv import run_uv
 from rootstockd.environments.specification import Specification
 from rootstockd.environments.untouched import check_own_parts, own_parts
-from rootstockd.state_dir import StateError, check_trusted, own_state
-from rootstockd.worker_folders import WorkerFolders
-from rootstockd.worker_process import worker_command
+from rootstockd.processes.folders import WorkerFolders
+from rootstockd.processes.worker_process import worker_command
+from rootstockd.settings.state_dir import StateError, check_trusted, own_state
 
 Say = Callable[[str], None]
 IMPORT_TIMEOUT = 600

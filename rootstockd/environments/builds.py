@@ -27,7 +27,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from rootstockd.environments.specification import Specification, check_name
-from rootstockd.state_dir import check_trusted, own_state, state_dirs
+from rootstockd.settings.state_dir import check_trusted, own_state, state_dirs
 
 SCHEMA_VERSION = 1
 """Of the manifest; raised when what an older version wrote can't be used as it is."""

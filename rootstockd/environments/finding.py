@@ -11,7 +11,7 @@ from pathlib import Path
 from rootstock_client.errors import ModelLoadError
 from rootstockd.environments.builds import Build, EnvironmentBuildError, find_build
 from rootstockd.environments.specification import SpecificationError, find_specification, is_builtin
-from rootstockd.state_dir import StateError
+from rootstockd.settings.state_dir import StateError
 
 
 @dataclass(frozen=True)

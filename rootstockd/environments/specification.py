@@ -15,8 +15,8 @@ import platformdirs
 from ase.data import atomic_numbers
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from rootstockd.state_dir import check_trusted, site_folder
-from rootstockd.toml_file import read_toml
+from rootstockd.settings.state_dir import check_trusted, site_folder
+from rootstockd.settings.toml_file import read_toml
 
 _BUILTIN = Path(str(resources.files("rootstockd.environments").joinpath("builtin")))
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")

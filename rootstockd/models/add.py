@@ -23,8 +23,8 @@ from rootstockd.models.pull import now
 from rootstockd.models.spec import spec_of
 from rootstockd.models.store import Record, Stored, StoreError
 from rootstockd.models.trial import try_out
-from rootstockd.state_dir import own_state
-from rootstockd.validation import describe
+from rootstockd.settings.state_dir import own_state
+from rootstockd.settings.validation import describe
 from rootstockd.worker.engines import ENTRY_POINTS, FAMILIES
 
 

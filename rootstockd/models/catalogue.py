@@ -23,11 +23,11 @@ from ase.data import atomic_numbers, chemical_symbols
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 
 from rootstock_client.errors import UnknownModelError, UnsupportedError
-from rootstockd.config import KeepAlive
 from rootstockd.environments.finding import has_environment
-from rootstockd.state_dir import StateError, check_trusted, site_folder, state_dirs
-from rootstockd.toml_file import read_toml
-from rootstockd.validation import describe
+from rootstockd.settings.config import KeepAlive
+from rootstockd.settings.state_dir import StateError, check_trusted, site_folder, state_dirs
+from rootstockd.settings.toml_file import read_toml
+from rootstockd.settings.validation import describe
 from rootstockd.worker.engines import EngineError, choose_head
 
 FILE_NAME = "models.toml"

@@ -22,7 +22,7 @@ from rootstockd.models.download import Say
 from rootstockd.models.spec import spec_of
 from rootstockd.models.store import Stored, StoredFile, StoreError
 from rootstockd.models.trial import try_out
-from rootstockd.validation import describe
+from rootstockd.settings.validation import describe
 from rootstockd.worker.engines import Result
 from rootstockd.worker.engines.differences import TOLERANCE, compare
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
+from rootstockd.host.peers import user_name
 from rootstockd.models import store
 from rootstockd.models.catalogue import Entry
 from rootstockd.models.download import Known, Progress, Say, download
 from rootstockd.models.store import Record, Stored, StoredFile, StoreError
-from rootstockd.peers import user_name
-from rootstockd.state_dir import StateError, check_trusted
+from rootstockd.settings.state_dir import StateError, check_trusted
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from rootstock_client.errors import ModelLoadError
 from rootstockd.environments.finding import has_environment
 from rootstockd.models.catalogue import Entry
-from rootstockd.state_dir import StateError, check_trusted, own_state, state_dirs
+from rootstockd.settings.state_dir import StateError, check_trusted, own_state, state_dirs
 
 FOLDER = "weights"
 FIRST_USE = "its first use"

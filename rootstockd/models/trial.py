@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rootstockd.environments.finding import find_environment
-from rootstockd.one_worker import one_worker
+from rootstockd.processes.one_worker import one_worker
 from rootstockd.worker.engines import EngineInfo, ModelSpec
 
 

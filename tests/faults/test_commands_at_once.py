@@ -20,7 +20,7 @@ from ase import Atoms
 from ase.build import bulk
 
 from conftest import RunningDaemon, wait_for
-from rootstockd.config import Config, Device
+from rootstockd.settings.config import Config, Device
 
 
 def copper(size: int) -> Atoms:

@@ -27,7 +27,7 @@ from ase.build import bulk
 
 from conftest import RunningDaemon
 from rootstock_client import RootstockError
-from rootstockd.config import Config, Device
+from rootstockd.settings.config import Config, Device
 from rootstockd.worker import landlock, seccomp
 
 HERE = Path(__file__).parent

@@ -22,7 +22,7 @@ import pytest
 
 from conftest import RunningDaemon, open_descriptors
 from rootstock_client import ipi
-from rootstockd.accounts import STAGED_BYTES
+from rootstockd.sessions.accounts import STAGED_BYTES
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "fuzz"))
 import live

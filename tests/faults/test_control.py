@@ -19,10 +19,10 @@ from starlette.types import Receive, Scope, Send
 
 from conftest import RunningDaemon, open_descriptors
 from rootstock_client.runtime_dir import control_socket
-from rootstockd.config import Config, Device
 from rootstockd.control.api import make_app
 from rootstockd.control.limits import DEADLINE, MAX_BODY, MAX_CONNECTIONS, MAX_HEAD, BoundedBody
 from rootstockd.daemon import Daemon
+from rootstockd.settings.config import Config, Device
 
 
 @pytest.mark.may_leak("schemathesis keeps the loop in which it asked last")

@@ -16,7 +16,7 @@ from ase.calculators.emt import EMT
 import hostile
 from conftest import RunningDaemon, wait_for
 from rootstock_client.errors import EvaluationError
-from rootstockd.worker_output import BURST, LONGEST
+from rootstockd.processes.output import BURST, LONGEST
 
 LINE = r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO worker "
 

@@ -25,8 +25,8 @@ from ase.build import bulk
 from conftest import open_descriptors
 from rootstock_client import RootstockClient, ipi
 from rootstock_client.errors import LimitError, RootstockError
-from rootstockd.config import Config, Device
-from rootstockd.descriptors import share_descriptors
+from rootstockd.host.descriptors import share_descriptors
+from rootstockd.settings.config import Config, Device
 
 
 class Served:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from rootstockd import placement
-from rootstockd.config import KeepAlive
-from rootstockd.roles import State
-from rootstockd.supervisor import Supervisor
+from rootstockd.fleet import placement
+from rootstockd.settings.config import KeepAlive
+from rootstockd.supervision.roles import State
+from rootstockd.supervision.supervisor import Supervisor
 from rootstockd.worker.engines import ModelSpec
 
 LONG = 3.0

@@ -7,12 +7,12 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
-from rootstockd.config import Config, Device
-from rootstockd.devices import Memory, find_gpus, gpu_memory, machine_memory, process_memory
-from rootstockd.measured import Measured, Measurements
-from rootstockd.placement import Room, Tenant
-from rootstockd.roles import State
-from rootstockd.supervisor import Supervisor
+from rootstockd.fleet.measured import Measured, Measurements
+from rootstockd.fleet.placement import Room, Tenant
+from rootstockd.host.devices import Memory, find_gpus, gpu_memory, machine_memory, process_memory
+from rootstockd.settings.config import Config, Device
+from rootstockd.supervision.roles import State
+from rootstockd.supervision.supervisor import Supervisor
 
 QUIET = 5.0
 """Seconds after its last evaluation in which a model with sessions does not go for another: drivers compute, too."""

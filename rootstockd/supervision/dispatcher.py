@@ -8,17 +8,17 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from rootstock_client.errors import EvaluationError, LimitError, RootstockError
-from rootstockd.failed_starts import FROM_OUTSIDE
-from rootstockd.hang_limit import HangLimit
-from rootstockd.meter import Meter, Totals
-from rootstockd.pace import Pace
-from rootstockd.roles import Client
-from rootstockd.scheduler import MAX_BLAMED, Evaluation, Scheduler
-from rootstockd.worker_messages import Failure
-from rootstockd.worker_process import End, WorkerProcess
+from rootstockd.processes.messages import Failure
+from rootstockd.processes.worker_process import End, WorkerProcess
+from rootstockd.supervision.failed_starts import FROM_OUTSIDE
+from rootstockd.supervision.hang_limit import HangLimit
+from rootstockd.supervision.meter import Meter, Totals
+from rootstockd.supervision.pace import Pace
+from rootstockd.supervision.roles import Client
+from rootstockd.supervision.scheduler import MAX_BLAMED, Evaluation, Scheduler
 
 if TYPE_CHECKING:
-    from rootstockd.supervisor import Supervisor
+    from rootstockd.supervision.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
 

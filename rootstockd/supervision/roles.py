@@ -6,11 +6,11 @@ import enum
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rootstock_client.errors import RootstockError
-from rootstockd.meter import Totals
+from rootstockd.supervision.meter import Totals
 from rootstockd.worker.slots import Slot
 
 if TYPE_CHECKING:
-    from rootstockd.supervisor import Supervisor
+    from rootstockd.supervision.supervisor import Supervisor
 
 
 class State(enum.Enum):

@@ -14,7 +14,7 @@ import psutil
 import pynvml
 
 from rootstock_client.runtime_dir import JOB_VARIABLE
-from rootstockd.config import Device
+from rootstockd.settings.config import Device
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 """What Slurm sets for jobs that asked for GPUs, beside others."""

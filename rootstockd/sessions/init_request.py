@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, Va
 
 from rootstock_client.errors import InvalidInitError, InvalidStructureError
 from rootstock_client.units import BOHR
-from rootstockd.functionals import functional
-from rootstockd.validation import describe
+from rootstockd.sessions.functionals import functional
+from rootstockd.settings.validation import describe
 
 PROTOCOL_VERSION = 1
 MAX_BATCH_SIZE = 1024

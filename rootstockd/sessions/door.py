@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from rootstock_client import ipi
 from rootstock_client.errors import LimitError, RootstockError
-from rootstockd.log_rate import LogRate
+from rootstockd.sessions.log_rate import LogRate
 
 log = logging.getLogger(__name__)
 log.addFilter(LogRate(log))

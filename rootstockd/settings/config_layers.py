@@ -23,9 +23,9 @@ from pydantic import ValidationError
 
 from rootstock_client.patience import PATIENCE_VARIABLE
 from rootstock_client.runtime_dir import SYSTEM_DIR
-from rootstockd import state_dir
-from rootstockd.config import Config, Settings, SettingsFile
-from rootstockd.config_file import (
+from rootstockd.settings import state_dir
+from rootstockd.settings.config import Config, Settings, SettingsFile
+from rootstockd.settings.config_file import (
     FILE_NAME,
     ConfigError,
     all_settings,

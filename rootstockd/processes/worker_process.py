@@ -18,10 +18,10 @@ from typing import Any
 
 from rootstockd import worker
 from rootstockd.environments.finding import Environment
+from rootstockd.processes.folders import WorkerFolders
+from rootstockd.processes.output import Ration, WorkerOutput
 from rootstockd.worker.engines import ModelSpec
 from rootstockd.worker.slots import Slot
-from rootstockd.worker_folders import WorkerFolders
-from rootstockd.worker_output import Ration, WorkerOutput
 
 MESSAGE_SIZE = 64 * 1024
 ENTRY = Path(worker.__file__).with_name("__main__.py")

@@ -15,18 +15,18 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from rootstock_client.errors import LimitError, ModelLoadError, RootstockError
-from rootstockd import placement
-from rootstockd.config import Config, Device, KeepAlive
-from rootstockd.devices import Memory
-from rootstockd.meter import Totals
+from rootstockd.fleet import placement
+from rootstockd.fleet.placement import Room
+from rootstockd.fleet.rooms import Rooms
+from rootstockd.fleet.warm_model import WarmModel, WorkerKey
+from rootstockd.host.devices import Memory
 from rootstockd.models.catalogue import Catalogue, Entry
 from rootstockd.models.spec import spec_of
 from rootstockd.models.store import located
-from rootstockd.placement import Room
-from rootstockd.roles import State
-from rootstockd.rooms import Rooms
-from rootstockd.supervisor import STOP_PATIENCE, Supervisor
-from rootstockd.warm_model import WarmModel, WorkerKey
+from rootstockd.settings.config import Config, Device, KeepAlive
+from rootstockd.supervision.meter import Totals
+from rootstockd.supervision.roles import State
+from rootstockd.supervision.supervisor import STOP_PATIENCE, Supervisor
 from rootstockd.worker.engines import ModelSpec
 
 log = logging.getLogger(__name__)

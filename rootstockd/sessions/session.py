@@ -22,15 +22,15 @@ from rootstock_client.errors import (
     RootstockError,
     error_from_code,
 )
-from rootstockd.accounts import Account, Accounts
-from rootstockd.attachments import DriverTransport, Line
-from rootstockd.init_request import InitRequest, is_announced, parse_init
-from rootstockd.log_rate import LogRate
-from rootstockd.peers import Peer, user_name
-from rootstockd.roles import Client, State
-from rootstockd.scheduler import Evaluation
-from rootstockd.supervisor import Supervisor
-from rootstockd.warm_model import WorkerKey
+from rootstockd.fleet.warm_model import WorkerKey
+from rootstockd.host.peers import Peer, user_name
+from rootstockd.sessions.accounts import Account, Accounts
+from rootstockd.sessions.attachments import DriverTransport, Line
+from rootstockd.sessions.init_request import InitRequest, is_announced, parse_init
+from rootstockd.sessions.log_rate import LogRate
+from rootstockd.supervision.roles import Client, State
+from rootstockd.supervision.scheduler import Evaluation
+from rootstockd.supervision.supervisor import Supervisor
 from rootstockd.worker.slots import Slot
 
 log = logging.getLogger(__name__)

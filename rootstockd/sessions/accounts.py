@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from rootstock_client.errors import AccessDeniedError, DaemonFullError, LimitError, UserLimitError
-from rootstockd.config import Config, Quota
-from rootstockd.peers import Peer, user_name
+from rootstockd.host.peers import Peer, user_name
+from rootstockd.settings.config import Config, Quota
 
 STAGED_BYTES = 128 * 2**20
 """Bytes of long INITs that have not come in full yet, for each user."""

@@ -9,18 +9,18 @@ import logging
 import time
 
 from rootstock_client.errors import LimitError, ModelLoadError, RootstockError
-from rootstockd.config import Device
-from rootstockd.dispatcher import Dispatcher
 from rootstockd.environments.finding import Environment, find_environment
-from rootstockd.failed_starts import FailedStarts
-from rootstockd.meter import Meter
-from rootstockd.roles import Client, Landlord, State
-from rootstockd.scheduler import Evaluation
-from rootstockd.watchdog import Occupation, watch
+from rootstockd.processes.messages import Confined, Failure, Said, Stage, Versions, parse
+from rootstockd.processes.output import Ration
+from rootstockd.processes.worker_process import End, WorkerProcess
+from rootstockd.settings.config import Device
+from rootstockd.supervision.dispatcher import Dispatcher
+from rootstockd.supervision.failed_starts import FailedStarts
+from rootstockd.supervision.meter import Meter
+from rootstockd.supervision.roles import Client, Landlord, State
+from rootstockd.supervision.scheduler import Evaluation
+from rootstockd.supervision.watchdog import Occupation, watch
 from rootstockd.worker.engines import EngineInfo, ModelSpec
-from rootstockd.worker_messages import Confined, Failure, Said, Stage, Versions, parse
-from rootstockd.worker_output import Ration
-from rootstockd.worker_process import End, WorkerProcess
 
 log = logging.getLogger(__name__)
 

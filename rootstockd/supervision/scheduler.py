@@ -22,7 +22,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from rootstockd.cost_curve import CostCurve
+from rootstockd.supervision.cost_curve import CostCurve
 
 Owner = TypeVar("Owner")
 

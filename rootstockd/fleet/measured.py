@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from rootstockd.state_dir import StateError, own_state, state_dirs
+from rootstockd.settings.state_dir import StateError, own_state, state_dirs
 from rootstockd.worker.engines import ModelSpec
 
 log = logging.getLogger(__name__)

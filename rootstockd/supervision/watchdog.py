@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from rootstockd.worker_process import End, WorkerProcess
+from rootstockd.processes.worker_process import End, WorkerProcess
 
 log = logging.getLogger(__name__)
 

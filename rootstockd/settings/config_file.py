@@ -12,10 +12,10 @@ from typing import Any, get_args, get_origin
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from rootstockd.config import Settings, SettingsFile
-from rootstockd.state_dir import StateError, check_trusted
-from rootstockd.toml_file import read_toml
-from rootstockd.validation import in_words
+from rootstockd.settings.config import Settings, SettingsFile
+from rootstockd.settings.state_dir import StateError, check_trusted
+from rootstockd.settings.toml_file import read_toml
+from rootstockd.settings.validation import in_words
 
 FILE_NAME = "config.toml"
 """What the settings of a site and of a user are called in their folders."""

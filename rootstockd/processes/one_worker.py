@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 
 from rootstock_client.errors import ModelLoadError, RootstockError
-from rootstockd import worker_output
 from rootstockd.environments.finding import Environment
+from rootstockd.processes import output
+from rootstockd.processes.messages import Failure, Versions, parse
+from rootstockd.processes.output import Ration
+from rootstockd.processes.worker_process import End, WorkerProcess
 from rootstockd.worker.engines import EngineInfo, ModelSpec
 from rootstockd.worker.slots import Slot
 from rootstockd.worker.units import BOHR, HARTREE
-from rootstockd.worker_messages import Failure, Versions, parse
-from rootstockd.worker_output import Ration
-from rootstockd.worker_process import End, WorkerProcess
 
 TIMEOUT = 900.0
 """Seconds that loading a model may take, or evaluating a structure."""
@@ -164,9 +164,9 @@ def _printed() -> Iterator[io.StringIO]:
     """What workers print meanwhile."""
     words = io.StringIO()
     handler = logging.StreamHandler(words)
-    output = logging.getLogger(worker_output.__name__)
-    output.addHandler(handler)
+    logger = logging.getLogger(output.__name__)
+    logger.addHandler(handler)
     try:
         yield words
     finally:
-        output.removeHandler(handler)
+        logger.removeHandler(handler)

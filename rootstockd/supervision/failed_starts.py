@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from rootstock_client.errors import ModelLoadError
-from rootstockd.worker_process import End
+from rootstockd.processes.worker_process import End
 
 MAX_BLAMED = 5
 """Workers in a row that died of what they did before they were ready, until the model counts as broken."""
