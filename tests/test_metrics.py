@@ -27,7 +27,7 @@ from prometheus_client.parser import text_string_to_metric_families as read_text
 from pydantic import ValidationError
 
 from conftest import RunningDaemon, rootstockd, wait_for
-from rootstock_client.client import fetch
+from rootstock_client.control import fetch
 from rootstock_client.errors import UnknownModelError
 from rootstockd.control.limits import MAX_SCRAPERS
 from rootstockd.host.peers import user_name

@@ -37,6 +37,7 @@ import rootstock_client.calculator
 from rootstock_client import RootstockClient
 from rootstock_client.errors import RootstockError
 from rootstockd.cli import main
+list(main.commands.values())
 {ALL_OF_RICH}
 name, *arguments = sys.argv[1:]
 user = pwd.getpwnam(name)

@@ -22,7 +22,7 @@ from ase.calculators.emt import EMT
 
 from conftest import RunningDaemon, wait_for
 from rootstock_client import RootstockClient, ipi
-from rootstock_client.client import request
+from rootstock_client.control import request
 from rootstock_client.errors import LimitError, UserLimitError
 
 FAULTS = Path(__file__).parent / "faults"
