@@ -71,8 +71,17 @@ def wait_for(condition: Callable[[], object], timeout: float = 20.0) -> None:
         time.sleep(0.02)
 
 
+LONGEST = (
+    *("test_docs", "test_environments", "test_families", "test_chaos", "test_models_cli", "test_workers"),
+    *("test_daemon", "test_slurm", "test_dask", "test_systemd", "test_lifecycle", "test_errors_live", "test_warm"),
+)
+"""Files that take a minute or more, the longest first: one that began late would be waited for by all processes."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that need a GPU are skipped where there is none."""
+    """The longest files begin first. Tests that need a GPU are skipped where there is none."""
+    rank = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
     needing = [item for item in items if item.get_closest_marker("gpu")]
     if needing and not gpu_names():
         for item in needing:

@@ -104,7 +104,7 @@ def test_they_say_what_was_done(daemon: RunningDaemon) -> None:
     step(atoms, 7)
     with pytest.raises(UnknownModelError):
         copper(daemon, "no-such-model").get_potential_energy()
-    wait_for(lambda: daemon.model("emt")["memory"])  # it is measured once a second
+    wait_for(lambda: look(daemon)("rootstockd_model_memory_bytes", **EMT))  # it is measured once a second
     after = look(daemon)
 
     def more(name: str, **labels: str) -> float:
