@@ -65,10 +65,11 @@ def rootstockd(*arguments: str | Path, timeout: float = 120, **options: Any) -> 
 
 def wait_for(condition: Callable[[], object], timeout: float = 20.0) -> None:
     """Until it is so; an error if it does not come about."""
-    deadline = time.monotonic() + timeout
+    deadline, pause = time.monotonic() + timeout, 0.01
     while not condition():
         assert time.monotonic() < deadline, "it did not come about"
-        time.sleep(0.02)
+        time.sleep(pause)
+        pause = min(1.2 * pause, 0.05)  # most conditions are requests, and others have work for the CPU
 
 
 LONGEST = (
