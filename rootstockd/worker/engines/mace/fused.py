@@ -14,6 +14,8 @@ another order: results differ from mace-torch's by rounding, and `checks` compar
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,12 @@ from rootstockd.worker.engines.mace.folding import ByElement, Contraction, Convo
 from rootstockd.worker.engines.mace.graph import Graph, Neighbours
 from rootstockd.worker.engines.mace.radial import NotApplicableError, RadialTables
 from rootstockd.worker.engines.mace.reference import System
+
+_EDGES_OF_A_THREAD = 2_000
+"""With fewer for each, waking threads takes longer than they save."""
+
+_EDGES_FOR_TORCH = 50_000
+"""With fewer, torch works with one: it would wake all for each of some 200 small operations, 30 to 100 µs each time."""
 
 
 def _twin(module: Any, *, deep: bool = False) -> Any:
@@ -58,7 +66,7 @@ class FusedBackend:
         self._model.interactions = _twin(model.interactions, deep=True)
         self._model.products = _twin(model.products, deep=True)
         self._shared = Shared()
-        kernels.use_threads(torch.get_num_threads())  # which follows OMP_NUM_THREADS
+        self._threads = torch.get_num_threads()  # which follows OMP_NUM_THREADS, until numba starts its own
         for layer, (interaction, product) in enumerate(zip(self._model.interactions, self._model.products)):
             if not all(hasattr(interaction, name) for name in ("conv_tp", "conv_tp_weights", "skip_tp", "linear_up")):
                 raise NotApplicableError(f"an interaction of class {type(interaction).__name__}")
@@ -83,11 +91,12 @@ class FusedBackend:
         heads = np.concatenate([np.full(len(system.numbers), system.head_index) for system in systems])
         vectors = torch.from_numpy(graph.vectors).to(self._dtype).requires_grad_()
         self._shared.now = Now(graph, elements, torch.linalg.vector_norm(vectors, dim=1, keepdim=True))
-        per_atom, interaction = self._energies(graph, vectors, torch.from_numpy(elements), torch.from_numpy(heads))
-        if len(graph.sender):
-            (slope,) = torch.autograd.grad(interaction.sum(), vectors)
-        else:
-            slope = torch.zeros((0, 3))
+        with self._threads_for(len(graph.sender)):
+            per_atom, interaction = self._energies(graph, vectors, torch.from_numpy(elements), torch.from_numpy(heads))
+            if len(graph.sender):
+                (slope,) = torch.autograd.grad(interaction.sum(), vectors)
+            else:
+                slope = torch.zeros((0, 3))
         by_edge = slope.double().numpy()
         count = len(elements)
         forces = np.empty((count, 3))
@@ -108,6 +117,16 @@ class FusedBackend:
             )
             begin = end
         return results
+
+    @contextmanager
+    def _threads_for(self, edges: int) -> Iterator[None]:
+        """As many threads as a pass over so many edges has work for."""
+        kernels.use_threads(min(self._threads, edges // _EDGES_OF_A_THREAD))
+        torch.set_num_threads(1 if edges < _EDGES_FOR_TORCH else self._threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(self._threads)
 
     def _energies(
         self, graph: Graph, vectors: torch.Tensor, elements: torch.Tensor, heads: torch.Tensor
