@@ -38,6 +38,8 @@ _CACHES = {
 _SCRATCH = "rootstockd-worker-"
 _SOCKETS = Path("/tmp"), "ipi_rootstockd-"  # noqa: S108 - programs that dial in look for sockets in /tmp/ipi_...
 """Where sockets lie, which is not for a TMPDIR to say, and how their folders' names begin."""
+_MPI_ALONE = {"OMPI_MCA_ess_singleton_isolated": "1", "OMPI_MCA_btl": "^tcp", "UCX_TLS": "self"}
+"""For one process of Open MPI or MPICH that has no network, as a confined program has none."""
 
 
 class WorkerFolders:
@@ -54,7 +56,9 @@ class WorkerFolders:
         self._held = [_make_folder(Path(tempfile.gettempdir()), _SCRATCH)]
         self.scratch = self._held[0][0]
         self.cache = (_cache(spec) if spec else None) or self.scratch
+        self._confined = spec is None or spec.confine
         self.programs = spec is not None and spec.family == "ipi"
+        """Its programs dial in."""
         if self.programs:
             self._held.append(_make_folder(*_SOCKETS))
 
@@ -62,8 +66,11 @@ class WorkerFolders:
     def environment(self) -> dict[str, str]:
         """Variables that lead a worker to its folders."""
         caches = {variable: f"{self.cache}/{name}" for variable, name in _CACHES.items()}
-        sockets = {SOCKETS_VARIABLE: self._held[-1][0]} if self.programs else {}
-        return {"TMPDIR": self.scratch, **caches, **sockets}
+        variables = {"TMPDIR": self.scratch, **caches}
+        if self.programs:
+            variables[SOCKETS_VARIABLE] = self._held[-1][0]
+            variables.update(_MPI_ALONE if self._confined else {})
+        return variables
 
     def confinement(self, *, gpu: bool) -> str:
         """What `rootstockd.worker.confine` is to leave to the worker, as its process takes it."""

@@ -55,8 +55,10 @@ def confine(folders: Sequence[str], *, gpu: bool, programs: bool = False) -> Lis
     writable = [*folders, "/dev/null"]
     if gpu:
         writable += [str(path) for pattern in _GPU_DEVICES for path in Path("/dev").glob(pattern)]
-        # CUDA's shared memory between processes, and the pipes of MPS
-        writable += ["/dev/shm", os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")]  # noqa: S108 - NVIDIA's
+        # the pipes of MPS
+        writable += [os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")]  # noqa: S108 - NVIDIA's
+    if gpu or programs:  # shared memory between processes, for CUDA and for MPI
+        writable.append("/dev/shm")  # noqa: S108 - the kernel's
     missing = []
     if threading.active_count() > 1 or len(os.listdir("/proc/self/task")) > 1:
         missing.append("there were other threads already, which keep the rights to write")

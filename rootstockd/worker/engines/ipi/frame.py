@@ -36,15 +36,18 @@ class Frame:
 
     def turn(self, vectors: Array) -> Array:
         """(natoms, 3), from the session's axes to the program's."""
-        return np.dot(vectors, self._axes)
+        turned: Array = vectors @ self._axes
+        return turned
 
     def turn_back(self, vectors: Array) -> Array:
         """(natoms, 3), from the program's axes to the session's."""
-        return vectors @ self._axes.T
+        turned: Array = vectors @ self._axes.T
+        return turned
 
     def turn_back_tensor(self, tensor: Array) -> Array:
         """(3, 3), from the program's axes to the session's."""
-        return self._axes @ tensor @ self._axes.T
+        turned: Array = self._axes @ tensor @ self._axes.T
+        return turned
 
 
 def _complete(cell: Array, pbc: Tuple[bool, bool, bool]) -> Array:
