@@ -3,6 +3,9 @@
 The catalogue says what to start and what input to write (`recipe`). A program is started with the first structure of a
 system, in a folder of its own, and gets one structure after another over a Unix socket (`driver`). It keeps what it
 has for the next: a program that dies is started once more for the same structure, and ends with its worker (`guard`).
+
+What a program does with its first cell may stay: plane waves and meshes are chosen for it. So systems share a program
+only if they began with the same cell, and one whose cell has become too different begins anew.
 """
 
 from __future__ import annotations
@@ -39,15 +42,26 @@ from rootstockd.worker.units import BOHR, HARTREE
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+_Key = Tuple[Any, ...]
+"""Equal for systems that one program can evaluate."""
+
+
+@dataclass
 class _Prepared:
     """A session's system."""
 
     system: System
     order: Array
     """(natoms,), which atom of the session's comes at each place of the program's."""
-    key: Tuple[Any, ...]
-    """Of systems that one program can evaluate."""
+    start: Tuple[Array, Array] | None = None
+    """Cell and positions that its program is started with, (3, 3) and (natoms, 3), Å."""
+
+    @property
+    def key(self) -> _Key:
+        """Which program."""
+        system = self.system
+        cell = b"" if self.start is None else self.start[0].tobytes()
+        return system.numbers.tobytes(), system.pbc, system.charge or 0, system.spin or 1, cell
 
 
 class IpiEngine:
@@ -67,7 +81,7 @@ class IpiEngine:
         except ValueError as error:
             raise EngineError("model-load", f"model {spec.name!r}: {error}") from error
         self._program = Path(self._recipe.program).name
-        self._running: OrderedDict[Tuple[Any, ...], Program] = OrderedDict()
+        self._running: OrderedDict[_Key, Program] = OrderedDict()
         """By the system that it was started for, the one used longest ago first."""
         digest = check_program(spec.name, self._recipe)
         self.info = EngineInfo(
@@ -92,7 +106,7 @@ class IpiEngine:
             )
         numbers = system.numbers
         order = np.argsort(numbers, kind="stable") if self._recipe.grouped else np.arange(len(numbers))
-        return _Prepared(system, order, (numbers.tobytes(), system.pbc, system.charge, system.spin))
+        return _Prepared(system, order)
 
     def evaluate(self, tasks: list[Task]) -> list[Result]:
         """Each in its turn."""
@@ -108,6 +122,8 @@ class IpiEngine:
         prepared: _Prepared = task.system
         frame = Frame(task.cell, prepared.system.pbc, triangular=self._recipe.triangular)
         positions = frame.turn(task.positions[prepared.order])
+        if prepared.start is None or prepared.system.exact or self._has_strayed(frame.cell, prepared.start[0]):
+            prepared.start = frame.cell, positions
         try:
             energy, turned, virial = self._ask(prepared, frame.cell, positions)
         finally:
@@ -124,6 +140,11 @@ class IpiEngine:
         stress = frame.turn_back_tensor(virial) * HARTREE if task.stress else None
         return Result(energy * HARTREE, forces, stress, backend=self.info.backend)
 
+    def _has_strayed(self, cell: Array, start: Array) -> bool:
+        """Whether a cell is too far from that which the program was started with."""
+        strain = np.linalg.solve(start, cell) - np.eye(3)
+        return bool(np.abs(strain).max() > self._recipe.strain)
+
     def _ask(self, prepared: _Prepared, cell: Array, positions: Array) -> Tuple[float, Array, Array]:
         """What the system's program says of a structure; one that ends over it gets a second try.
 
@@ -132,7 +153,7 @@ class IpiEngine:
         """
         ends = []
         for _ in range(2):
-            program = self._program_for(prepared, cell, positions)
+            program = self._program_for(prepared)
             try:
                 energy, forces, virial = program.evaluate(cell / BOHR, positions / BOHR)
             except EndedError:
@@ -154,7 +175,7 @@ class IpiEngine:
             "What it printed says why; its input comes from the entry's `files`.",
         )
 
-    def _program_for(self, prepared: _Prepared, cell: Array, positions: Array) -> Program:
+    def _program_for(self, prepared: _Prepared) -> Program:
         """The one that runs for this system, started if need be; whoever was used longest ago makes room."""
         if prepared.system.exact:
             self._end(prepared.key)
@@ -164,7 +185,7 @@ class IpiEngine:
         while len(self._running) >= self._recipe.programs:
             self._end(next(iter(self._running)))
         try:
-            program = Program(self._recipe, self._context(prepared, cell, positions))
+            program = Program(self._recipe, self._context(prepared))
         except StartError as error:
             raise EngineError(
                 "evaluation",
@@ -174,13 +195,14 @@ class IpiEngine:
         self._running[prepared.key] = program
         return program
 
-    def _end(self, key: Tuple[Any, ...]) -> None:
+    def _end(self, key: _Key) -> None:
         if key in self._running:
             self._running.pop(key).stop()
 
-    def _context(self, prepared: _Prepared, cell: Array, positions: Array) -> Context:
+    def _context(self, prepared: _Prepared) -> Context:
         """What templates may name: numbers, symbols of elements, and what the entry says; nothing of a client's."""
-        system, element = prepared.system, self._recipe.element
+        assert prepared.start is not None
+        (cell, positions), system, element = prepared.start, prepared.system, self._recipe.element
         numbers = system.numbers[prepared.order].tolist()
         kinds = sorted(set(numbers))
         species = {

@@ -83,7 +83,7 @@ class Driver:
         if not 0 <= extras <= _MOST_EXTRAS:
             raise NonsenseError(f"announced {extras} bytes of extras")
         self._receive(extras)  # nobody asked for what is in there, but what is unread is in the way of what follows
-        forces, virial = numbers[: 3 * natoms].reshape(natoms, 3), numbers[3 * natoms :].reshape(3, 3).T
+        forces, virial = numbers[: 3 * natoms].reshape(natoms, 3), symmetric(numbers[3 * natoms :].reshape(3, 3))
         wrong = [
             name
             for name, value in (("energy", energy), ("forces", forces), ("virial", virial))
@@ -130,3 +130,12 @@ class Driver:
                 raise EndedError
             got += count
         return bytes(data)
+
+
+def symmetric(virial: Array) -> Array:
+    """A virial of which a program may have filled in one half alone: LAMMPS does, as i-PI reads no more."""
+    upper, lower = np.triu(virial, 1), np.tril(virial, -1)
+    if lower.any() and upper.any():
+        return virial.T  # as i-PI sends it
+    whole: Array = virial + (upper + lower).T
+    return whole

@@ -9,8 +9,9 @@ variables     environment variables, beside those of the daemon
 element       what templates may say of each element: `element.Cu = { mass = 63.546, pseudopotential = "Cu.UPF" }`
 stress        whether what it sends as virial is one: many programs send zeros unless their input asks for stress
 cell          `any`, or `triangular` for programs that want a along x and b in the xy plane
-pbc           for which periodicity the input is: `TTT` for crystals, `FFF` for molecules, and so on, a list
+pbc           for which periodicity the input is: a list of `TTT` for crystals, `FFF` for molecules...; or `any`
 grouped       whether atoms of one element have to come together, as in VASP's POSCAR
+strain        how far a cell may be from that which the program was started with, until it is started anew
 programs      how many may run at a time, each with a system of its own
 start_timeout seconds from its start until it has to be connected
 sha256        of the program's file; another is not started
@@ -25,6 +26,7 @@ also what `element` says.
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
 from typing import Any, Dict, Mapping, Sequence, Tuple
@@ -61,6 +63,7 @@ class Recipe:
     triangular: bool
     pbc: Tuple[Tuple[bool, ...], ...]
     grouped: bool
+    strain: float
     programs: int
     start_timeout: float
     sha256: str
@@ -110,6 +113,7 @@ def read_recipe(arguments: Mapping[str, Any], elements: Sequence[str]) -> Recipe
         triangular=triangular,
         pbc=_pbc(given.pop("pbc", ["TTT"])),
         grouped=_choice(given, "grouped", {True: True, False: False}, default=False),
+        strain=_number(given, "strain", 0.05),
         programs=int(_number(given, "programs", 4, whole=True)),
         start_timeout=_number(given, "start_timeout", 60.0),
         sha256=_sha256(given.pop("sha256", "")),
@@ -177,8 +181,10 @@ def _number(given: Dict[str, Any], name: str, default: float, *, whole: bool = F
 
 
 def _pbc(given: Any) -> Tuple[Tuple[bool, ...], ...]:
+    if given == "any":
+        return tuple(itertools.product((True, False), repeat=3))
     if not (isinstance(given, list) and given and all(re.fullmatch("[TF]{3}", str(text)) for text in given)):
-        raise ValueError('pbc is a list such as ["TTT"]: T for a periodic direction and F for an open one')
+        raise ValueError('pbc is "any" or a list such as ["TTT"]: T for a periodic direction and F for an open one')
     return tuple(tuple(letter == "T" for letter in text) for text in given)
 
 
