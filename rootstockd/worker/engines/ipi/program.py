@@ -168,6 +168,6 @@ def _in_words(report: Dict[str, Any]) -> str:
     status = report.get("status")
     if status is None:
         return "its guard was killed"
-    how = f"exit status {status}" if status >= 0 else f"signal {-status} ({signal.Signals(-status).name})"
+    how = f"exit status {status}" if status >= 0 else f"signal {-status} ({signal.strsignal(-status)})"
     last = "\n".join(line.rstrip() for line in report["printed"].splitlines() if line.strip())
     return f"{how}. The last that it printed:\n{last[-MOST:]}" if last else f"{how}. It printed nothing."
