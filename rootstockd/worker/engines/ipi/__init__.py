@@ -34,7 +34,7 @@ from rootstockd.worker.engines import (
 )
 from rootstockd.worker.engines.ipi.driver import EndedError, NonsenseError
 from rootstockd.worker.engines.ipi.frame import Frame
-from rootstockd.worker.engines.ipi.program import Program, StartError
+from rootstockd.worker.engines.ipi.program import LAST_WORDS, Program, StartError
 from rootstockd.worker.engines.ipi.recipe import SYMBOLS, Recipe, read_recipe
 from rootstockd.worker.engines.ipi.templates import Context
 from rootstockd.worker.units import BOHR, HARTREE
@@ -157,7 +157,7 @@ class IpiEngine:
             try:
                 energy, forces, virial = program.evaluate(cell / BOHR, positions / BOHR)
             except EndedError:
-                ends.append(program.finish())
+                ends.append(program.finish(LAST_WORDS))
                 self._running.pop(prepared.key)
                 log.warning("model %s: %s ended: %s", self._name, self._program, ends[-1])
             except NonsenseError as error:

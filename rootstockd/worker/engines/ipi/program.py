@@ -29,6 +29,8 @@ SOCKETS_VARIABLE = "ROOTSTOCKD_IPI_SOCKETS"
 GUARD = Path(__file__).with_name("guard.py")
 EXIT_PATIENCE = 10.0
 """Seconds that a program has to end after EXIT."""
+LAST_WORDS = 2.0
+"""Seconds that one has to end which has closed its connection: it may be about to say why."""
 MOST = 1200
 """Characters of what it printed last, in messages."""
 
@@ -140,15 +142,22 @@ class Program:
         """Ask it to end, and see that it does."""
         with contextlib.suppress(EndedError):
             self._driver.say_exit()
-            poll = select.poll()
-            poll.register(self._report, select.POLLIN)
-            poll.poll(EXIT_PATIENCE * 1000)
-        self.finish()
+        self.finish(EXIT_PATIENCE)
 
-    def finish(self) -> str:
-        """End it if it has not ended, and all that it has started; how it ended, in words."""
+    def finish(self, patience: float = 0.0) -> str:
+        """End it, and all that it has started.
+
+        Args:
+            patience: seconds that it has to end by itself.
+
+        Returns:
+            How it ended, in words.
+        """
         told = b""
         if self._guard is not None:
+            poll = select.poll()
+            poll.register(self._report, select.POLLIN)
+            poll.poll(patience * 1000)
             os.close(self._control)  # what its guard waits for
             while chunk := os.read(self._report, 1 << 16):
                 told += chunk
