@@ -260,7 +260,10 @@ class Fleet:
 
     def _supervisor(self, spec: ModelSpec) -> Supervisor:
         config = self._config
-        return Supervisor(spec, self, config.batch_budget, config.hang_timeout, config.load_timeout)
+        # a program that dials in has one structure at a time: each answer goes off when it is there
+        batch_atoms = 1 if spec.family == "ipi" else config.batch_budget
+        hang_timeout = max(config.hang_timeout, spec.hang_timeout)
+        return Supervisor(spec, self, batch_atoms, hang_timeout, config.load_timeout)
 
     def _retire(self, workers: Iterable[Supervisor], keep_alive: KeepAlive | None) -> None:
         for worker in workers:

@@ -22,7 +22,7 @@ CHANGE = 0.05
 """Measurements that differ by less are the same."""
 LIGHT, HEAVY = 100 * 10**6, 700 * 10**6
 """Bytes of a worker without weights: with ASE alone, and with torch or CUDA."""
-LIGHT_ENVIRONMENTS = ("ase", "noop")
+LIGHT_ENVIRONMENTS = ("ase", "ipi", "noop")
 COPIES = 2
 """How often weights are in memory: in float64 what was written in float32, or as they are and compiled."""
 

@@ -11,6 +11,7 @@ from ase.data import atomic_numbers
 
 from rootstockd.models.catalogue import Entry
 from rootstockd.worker.engines import ModelSpec
+from rootstockd.worker.engines.ipi.recipe import NOT_OF_NUMBERS
 
 FINGERPRINT_DIGITS = 16
 """Hexadecimal: nobody has so many models that two of them are the same by chance."""
@@ -41,6 +42,7 @@ def spec_of(
         arguments=entry.arguments,
         elements=[atomic_numbers[symbol] for symbol in entry.elements],
         heads=list(entry.heads),
+        hang_timeout=entry.hang_timeout or 0.0,
         **json.loads(options or "{}"),
     )
     return dataclasses.replace(spec, fingerprint=_fingerprint(spec, _published(entry)))
@@ -60,11 +62,14 @@ def _fingerprint(spec: ModelSpec, original: str) -> str:
         original: SHA-256 of its weights as they were published; another form of them is the same model. Empty where
             they come with a package: then its arguments say which they are.
     """
+    arguments = spec.arguments
+    if spec.family == "ipi":
+        arguments = {name: value for name, value in arguments.items() if name not in NOT_OF_NUMBERS}
     what = {
         "family": spec.family,
         "environment": spec.environment,
         "weights": original.lower(),
-        "arguments": spec.arguments,
+        "arguments": arguments,
         "dtype": spec.dtype,
         # whoever names none gets one by them; but a MACE has its own in its weights
         "heads": spec.heads if spec.family != "mace" else [],

@@ -24,7 +24,7 @@ ENGINE_API = 1
 """Version of all that an engine from elsewhere sees of this module; its own module must name the same."""
 ENTRY_POINTS = "rootstockd.engines"
 """Group of the entry points of engines from elsewhere: the name is a family's, the object a module like those here."""
-FAMILIES = ("ase", "mace", "noop")
+FAMILIES = ("ase", "ipi", "mace", "noop")
 """Families whose modules are in this package."""
 
 Array = np.ndarray
@@ -71,6 +71,8 @@ class ModelSpec:
     """Names of its heads, likewise."""
     dispersion: dict[str, Any] | None = None
     """Settings of the D3 correction that is added, if one is; see `rootstockd.worker.engines.dispersion`."""
+    hang_timeout: float = 0.0
+    """Seconds that an evaluation may take, where the catalogue says; likewise the daemon's."""
     fingerprint: str = ""
     """Of all that determines its numbers (`rootstockd.models.spec`), in hexadecimal; the daemon's, not the engine's."""
 
