@@ -8,6 +8,7 @@ import rootstockd
 from rootstockd.cli.attach import attach
 from rootstockd.cli.completion import completion
 from rootstockd.cli.config import config
+from rootstockd.cli.dashboard import dashboard
 from rootstockd.cli.doctor import doctor
 from rootstockd.cli.env import env
 from rootstockd.cli.fleet import load, unload
@@ -29,6 +30,7 @@ def main() -> None:
     rootstockd start --gpu 0        start a daemon (or --device cpu)
     rootstockd status               what it is doing
     rootstockd top                  the same, live
+    rootstockd dashboard            the same in a browser, with plots
     rootstockd stop                 let it finish its work and end
     rootstockd doctor               what is wrong here, and what mends it
     rootstockd attach NAME ...      serve i-PI, or another driver that listens
@@ -44,7 +46,7 @@ def main() -> None:
 
 
 for command in (
-    *(start, stop, restart, reload, load, unload, attach, status, top, logs, doctor),
+    *(start, stop, restart, reload, load, unload, attach, status, top, dashboard, logs, doctor),
     *(metrics, models, env, config, systemd, slurm, completion),
 ):
     main.add_command(command)
