@@ -6,8 +6,8 @@
 
 VENV ?= .venv
 PYTHON ?= python3
-# tests with daemons mostly wait, so more at once than there are CPUs
-PYTEST_ARGS ?= -n 4 --dist loadfile
+# tests with daemons often wait, so more at once than there are CPUs; in the order that tests/conftest.py gives
+PYTEST_ARGS ?= -n 4 --dist loadfile --no-loadscope-reorder
 BENCH_ARGS ?=
 
 SHELL := /bin/sh
@@ -34,6 +34,8 @@ demo: $(DEMO_STAMP) ## start a daemon on this machine, run a few jobs with it, s
 	@$(RUN) $(BIN)/python examples/demo.py
 
 test: $(TEST_STAMP) lint ## ruff, mypy and the tests
+	@# for the thousands of processes to come, also where PYTHONDONTWRITEBYTECODE is set
+	@$(BIN)/python -m compileall -q rootstock_client rootstockd
 	@$(RUN) $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 bench: $(TEST_STAMP) ## measure on this machine, next to others (BENCH_ARGS=--quick: minutes, --gpu-checks: all that needs a GPU)

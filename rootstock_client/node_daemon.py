@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from rootstock_client.client import request
+from rootstock_client.control import request
 from rootstock_client.errors import AccessDeniedError, ConnectionLostError, DaemonNotFoundError, RootstockError
 from rootstock_client.runtime_dir import START_HINT, is_private, job_runtime_dir, share_file
 

@@ -35,6 +35,7 @@ TABLE = Path(__file__).parent.parent / "docs" / "configuration.md"
 AS_USER = f"""
 import os, sys
 from rootstockd.cli import main
+list(main.commands.values())
 {ALL_OF_RICH}
 import rootstockd.models.catalogue
 if int(sys.argv[1]) != os.geteuid():

@@ -55,12 +55,12 @@ def home():
 
 def environment(home):
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "ROOTSTOCKD_"))}
-    uv_cache = os.environ.get("UV_CACHE_DIR") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "uv")
+    caches = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")  # what was compiled and downloaded before
     return {
         **kept,
         "HOME": str(home),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "UV_CACHE_DIR": str(uv_cache),
+        "XDG_CACHE_HOME": caches,
         "ROOTSTOCKD_MIRROR": str(home / "mirror"),
         "ROOTSTOCKD_STATE": str(home / "state"),
         "ROOTSTOCKD_SOCKET": str(home / "run" / "rootstockd.sock"),

@@ -19,7 +19,7 @@ from test_ipi import Springs
 
 from conftest import RunningDaemon, rootstockd
 from rootstock_client.calculator import RootstockCalculator
-from rootstock_client.client import request
+from rootstock_client.control import request
 from rootstock_client.errors import ModelChangedError
 from rootstockd.models import store
 from rootstockd.models.catalogue import Catalogue, Entry

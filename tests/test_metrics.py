@@ -27,7 +27,7 @@ from prometheus_client.parser import text_string_to_metric_families as read_text
 from pydantic import ValidationError
 
 from conftest import RunningDaemon, rootstockd, wait_for
-from rootstock_client.client import fetch
+from rootstock_client.control import fetch
 from rootstock_client.errors import UnknownModelError
 from rootstockd.control.limits import MAX_SCRAPERS
 from rootstockd.host.peers import user_name
@@ -104,7 +104,7 @@ def test_they_say_what_was_done(daemon: RunningDaemon) -> None:
     step(atoms, 7)
     with pytest.raises(UnknownModelError):
         copper(daemon, "no-such-model").get_potential_energy()
-    wait_for(lambda: daemon.model("emt")["memory"])  # it is measured once a second
+    wait_for(lambda: look(daemon)("rootstockd_model_memory_bytes", **EMT))  # it is measured once a second
     after = look(daemon)
 
     def more(name: str, **labels: str) -> float:

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 import rootstockd
-from rootstock_client.client import request
+from rootstock_client.control import request
 from rootstock_client.errors import RootstockError
 from rootstock_client.runtime_dir import (
     JOB_VARIABLE,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from rootstock_client.client import request
+from rootstock_client.control import request
 from rootstock_client.errors import RootstockError
 from rootstockd.cli.common import Refused, console, fetch_status, socket_in_use, socket_option
 from rootstockd.cli.completion import catalogue_models, models_in_memory

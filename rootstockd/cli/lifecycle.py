@@ -18,8 +18,7 @@ from typing import Any, BinaryIO
 
 import click
 
-from rootstock_client.client import request
-from rootstock_client.connection import connect
+from rootstock_client.control import request
 from rootstock_client.errors import (
     AccessDeniedError,
     ConnectionLostError,
@@ -28,6 +27,7 @@ from rootstock_client.errors import (
     RootstockError,
 )
 from rootstock_client.runtime_dir import START_HINT, control_socket
+from rootstock_client.sockets import connect
 from rootstockd.cli.common import (
     Refused,
     console,
@@ -42,8 +42,6 @@ from rootstockd.cli.units import is_systemd, unit_at
 from rootstockd.control.schema import DaemonStatus, ReloadReport
 from rootstockd.host.devices import DeviceError, found_devices
 from rootstockd.host.peers import peer_of
-from rootstockd.models.catalogue import Catalogue, CatalogueError
-from rootstockd.models.store import located
 from rootstockd.settings.config import Config
 from rootstockd.settings.config_file import ConfigError
 from rootstockd.settings.config_layers import read_again, unknown_variables
@@ -119,7 +117,7 @@ def restart(socket: Path | None) -> None:
                 request(address, "POST", "/v1/stop", {"replaced": True})  # which refuses whoever may not
             assert config is not None
             launch(config, after=process)
-    except (RootstockError, ConfigError, CatalogueError) as error:
+    except (RootstockError, ConfigError) as error:
         raise Refused(error) from error
 
 
@@ -151,9 +149,16 @@ def check_startable(config: Config) -> None:
     """What a new daemon would say of its files.
 
     Raises:
-        CatalogueError, UnknownModelError, ModelLoadError, Refused: it could not start.
+        UnknownModelError, ModelLoadError, Refused: it could not start.
     """
-    catalogue = Catalogue.load(config.catalogues)
+    # imports what only `restart` needs
+    from rootstockd.models.catalogue import Catalogue, CatalogueError  # noqa: PLC0415
+    from rootstockd.models.store import located  # noqa: PLC0415
+
+    try:
+        catalogue = Catalogue.load(config.catalogues)
+    except CatalogueError as error:
+        raise Refused(error) from error
     for name in config.models:
         located(*catalogue.resolve(name))
     if config.log_file is not None:

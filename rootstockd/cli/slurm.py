@@ -19,7 +19,6 @@ from typing import Any
 
 import click
 
-from rootstock_client.connection import connect
 from rootstock_client.errors import RootstockError
 from rootstock_client.runtime_dir import (
     JOB_VARIABLE,
@@ -29,6 +28,7 @@ from rootstock_client.runtime_dir import (
     control_socket,
     job_runtime_dir,
 )
+from rootstock_client.sockets import connect
 from rootstockd.cli.common import Refused
 from rootstockd.cli.lifecycle import POLL, end, start
 from rootstockd.cli.options import settings_said
