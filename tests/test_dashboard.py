@@ -143,6 +143,7 @@ def test_the_page_has_the_figures_of_the_daemon(daemon: RunningDaemon, dashboard
     browser.run("document.querySelector('figure').focus()")
     browser.call("Input.dispatchKeyEvent", type="keyDown", key="ArrowLeft")
     assert ":" in browser.text(".tip"), "a time"
+    assert browser.run("document.querySelector('.tip').style.right").endswith("px"), "at the left of where it points"
     browser.call("Input.dispatchKeyEvent", type="keyDown", key="Escape")
     assert browser.text(".tip") == ""
 

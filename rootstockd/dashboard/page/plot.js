@@ -13,8 +13,7 @@ const LEFT = 46, RIGHT = 8, TOP = 10, BOTTOM = 20, HEIGHT = 180;
 export class Plot {
   /**
    * @param {string} title
-   * @param {{line: number, dashed?: number, logarithmic?: boolean}} what indices into points; 0 is drawn only if not
-   *   logarithmic
+   * @param {{line: number, dashed?: number, logarithmic?: boolean}} what indices into points, and the axis
    * @param {(value: number) => string} text how values are written
    * @param {(value: number) => string} tick how the axis' are
    * @param {(time: number | null) => void} point told what time is pointed at
@@ -140,9 +139,10 @@ export class Plot {
       return row;
     });
     this.tip.replaceChildren(when, ...rows);
-    const x = this.#x(this.at), beyond = x > this.svg.clientWidth / 2;
-    this.tip.style.left = beyond ? "" : `${this.svg.offsetLeft + x + 10}px`;
-    this.tip.style.right = beyond ? `${this.element.clientWidth - this.svg.offsetLeft - x + 10}px` : "";
+    const [outer, inner] = [this.element, this.svg].map((element) => element.getBoundingClientRect());
+    const x = inner.left - outer.left + this.#x(this.at), beyond = x > outer.width / 2;
+    this.tip.style.left = beyond ? "auto" : `${x + 10}px`;
+    this.tip.style.right = beyond ? `${outer.width - x + 10}px` : "auto";
   }
 
   #hover(event) {
@@ -185,7 +185,7 @@ function smallest(values, otherwise) {
   return values.length ? values.reduce((a, b) => Math.min(a, b)) : otherwise;
 }
 
-/** The next of 1, 2, 5, 10, …; no less than 1 for small numbers. */
+/** The next of …, 0.5, 1, 2, 5, 10, … */
 function roundStep(value) {
   const power = 10 ** Math.floor(Math.log10(value));
   return power * [1, 2, 5, 10].find((factor) => factor * power >= value * (1 - 1e-9));
