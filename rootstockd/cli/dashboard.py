@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 import os
 import signal
 import socket as sockets
@@ -28,7 +29,7 @@ PATIENCE = 3.0
     "--port", type=click.IntRange(0, 65535), default=0, help="Of the page; any that is free if 0, the default."
 )
 def dashboard(socket: Path | None, port: int) -> None:
-    """Show the daemon in a browser: devices, models, users and sessions, with plots of the last minutes.
+    """Watch the daemon in a browser, with plots.
 
     Prints the address of a page that shows what `rootstockd top` would show you, and serves it until Ctrl-C. The port
     is open on this machine alone; a browser elsewhere comes to it through SSH.
@@ -48,9 +49,9 @@ def dashboard(socket: Path | None, port: int) -> None:
     with listening:
         listening.setblocking(False)  # noqa: FBT003 - the socket module has no other way
         page, port = Page(Feed(ask, status)), listening.getsockname()[1]
-        click.echo(f"http://{LOOPBACK}:{port}/?token={page.token}")
         click.echo(
-            f"\nA browser elsewhere reaches it through\n"
+            f"http://{LOOPBACK}:{port}/?token={page.token}\n\n"
+            "A browser elsewhere reaches it through\n"
             f"    ssh -N -L {port}:{LOOPBACK}:{port} {user_name(os.getuid())}@{sockets.gethostname()}\n"
             "Ctrl-C ends it."
         )
@@ -60,6 +61,7 @@ def dashboard(socket: Path | None, port: int) -> None:
 async def _serve(page: Page, listening: sockets.socket) -> None:
     """Until Ctrl-C, or whatever else ends programs."""
     server = page_server(page, listening)
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)  # anybody can send what is no HTTP; it is refused
 
     def stop() -> None:
         server.should_exit = True

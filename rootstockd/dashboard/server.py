@@ -25,6 +25,8 @@ HOSTS = ["127.0.0.1", "localhost"]
 name leads to this machine is none of them."""
 MOST_CONNECTIONS = 32
 """At a time; a browser opens six."""
+END = 10
+"""Seconds that the server waits for answers under way when it ends; a look at the daemon takes less."""
 COOKIE = "rootstockd"
 FILES = {
     "": ("index.html", "text/html"),
@@ -107,4 +109,6 @@ class _Protocol(BoundedProtocol):
 def page_server(page: Page, sock: socket.socket) -> Server:
     """The server of a page on a listening socket."""
     app = TrustedHostMiddleware(page, HOSTS, www_redirect=False)
-    return Server(app, sock, _Protocol)
+    server = Server(app, sock, _Protocol)
+    server.config.timeout_graceful_shutdown = END
+    return server

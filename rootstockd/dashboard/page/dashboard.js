@@ -1,13 +1,13 @@
 // The page: asks for one look at the daemon after another, and shows it.
 
-import { Plot, make } from "./plot.js";
+import { BATCH, LATENCY, P99, Plot, RATE, TIME, make } from "./plot.js";
 import * as q from "./quantities.js";
 
 const COLOURS = 8;
 const SHOWN_SESSIONS = 50;
 const PATIENCE = 20_000; // ms for an answer
 
-const trends = new Map(); // of models, by name: points, each a look of [time, rate, latency, p99, batch]
+const trends = new Map(); // of models, by name: points, one for each look
 const styles = new Map(); // of models, by name: the class that gives them their colour
 let latest = null;
 let pointed = null;
@@ -18,18 +18,20 @@ const $ = (id) => document.getElementById(id);
 
 async function watch() {
   for (;;) {
+    let look;
     try {
       const answer = await fetch(`look?after=${latest?.time ?? 0}`, { signal: AbortSignal.timeout(PATIENCE) });
       if (answer.status === 403) {
         say("This dashboard has ended. Open the address that the new one has printed.");
         return;
       }
-      if (!answer.ok) throw new Error(answer.statusText);
-      take(await answer.json());
+      look = await answer.json();
     } catch {
       say("The dashboard does not answer. It was ended, or what leads there was: see its terminal, and that of ssh.");
       await new Promise((resume) => setTimeout(resume, 1000));
+      continue;
     }
+    take(look);
   }
 }
 
@@ -38,11 +40,11 @@ function take(look) {
   for (const { model, points } of look.trends) {
     const known = trends.get(model) ?? [];
     known.push(...points);
-    known.sort((a, b) => a[0] - b[0]); // of a name there may be several, one after the other
+    known.sort((a, b) => a[TIME] - b[TIME]); // of a name there may be several, one after the other
     trends.set(model, known);
   }
   for (const [model, points] of trends) {
-    const kept = points.filter(([time]) => time >= look.time - look.span);
+    const kept = points.filter((point) => point[TIME] >= look.time - look.span);
     kept.length ? trends.set(model, kept) : trends.delete(model);
   }
   show(look);
@@ -131,9 +133,9 @@ function withText(name, text, attributes = {}) {
 // --- plots
 
 const drawn = [
-  new Plot("Evaluations a second", { line: 1 }, q.rate, q.tick, point),
-  new Plot("Latency, p50 and p99", { line: 2, dashed: 3, logarithmic: true }, q.seconds, q.secondsTick, point),
-  new Plot("Structures in a batch", { line: 4 }, q.rate, q.tick, point),
+  new Plot("Evaluations a second", { line: RATE }, q.rate, q.tick, point),
+  new Plot("Latency, p50 and p99", { line: LATENCY, dashed: P99, logarithmic: true }, q.seconds, q.secondsTick, point),
+  new Plot("Structures in a batch", { line: BATCH }, q.rate, q.tick, point),
 ];
 $("plots").append(...drawn.map((plot) => plot.element));
 
@@ -144,7 +146,7 @@ function point(time) {
 
 /** Draw the busiest models of the last minutes; a model keeps its colour as long as it is drawn. */
 function plots({ time, span, models }) {
-  const work = (points) => points.reduce((sum, [, rate]) => sum + rate, 0);
+  const work = (points) => points.reduce((sum, point) => sum + point[RATE], 0);
   const known = [...trends].map(([model, points]) => ({ model, points, work: work(points) }));
   const busy = known.filter((one) => one.work > 0).sort((a, b) => b.work - a.work);
   const series = busy.slice(0, COLOURS);

@@ -1,19 +1,23 @@
 // A plot over the last minutes: a line for each model, and what they were at a time that is pointed at.
 
 const SVG = "http://www.w3.org/2000/svg";
+const GAP = 5; // seconds without a look that a line does not bridge
 const LEFT = 46, RIGHT = 8, TOP = 10, BOTTOM = 20, HEIGHT = 180;
+
+/** What a point has: the time of a look, and how a model went then. */
+export const [TIME, RATE, LATENCY, P99, BATCH] = [0, 1, 2, 3, 4];
 
 /**
  * @typedef {object} Series
  * @property {string} model
  * @property {string} style the class that gives it its colour
- * @property {number[][]} points looks: time, rate, latency, p99, batch
+ * @property {number[][]} points
  */
 
 export class Plot {
   /**
    * @param {string} title
-   * @param {{line: number, dashed?: number, logarithmic?: boolean}} what indices into points, and the axis
+   * @param {{line: number, dashed?: number, logarithmic?: boolean}} what which of a point's values, and the axis
    * @param {(value: number) => string} text how values are written
    * @param {(value: number) => string} tick how the axis' are
    * @param {(time: number | null) => void} point told what time is pointed at
@@ -99,12 +103,12 @@ export class Plot {
   #path(points, column) {
     let path = "", last = -Infinity;
     for (const point of points) {
-      const [time, value] = [point[0], point[column]];
-      if (!value && column !== 1) {
+      const [time, value] = [point[TIME], point[column]];
+      if (!value && column !== RATE) {
         last = -Infinity;
         continue;
       }
-      path += `${time - last > 5 ? "M" : "L"}${this.#x(time).toFixed(1)} ${this.y(value).toFixed(1)}`;
+      path += `${time - last > GAP ? "M" : "L"}${this.#x(time).toFixed(1)} ${this.y(value).toFixed(1)}`;
       last = time;
     }
     return path;
@@ -115,7 +119,7 @@ export class Plot {
     const found = [];
     for (const { model, style, points } of this.series) {
       const point = nearest(points, time);
-      if (!point || Math.abs(point[0] - time) > 3 || !point[this.what.line]) continue;
+      if (!point || Math.abs(point[TIME] - time) > GAP || !point[this.what.line]) continue;
       found.push({ model, style, value: point[this.what.line], beside: this.what.dashed && point[this.what.dashed] });
     }
     return found.sort((a, b) => b.value - a.value);
@@ -193,6 +197,6 @@ function roundStep(value) {
 
 function nearest(points, time) {
   let best = null;
-  for (const point of points) if (!best || Math.abs(point[0] - time) < Math.abs(best[0] - time)) best = point;
+  for (const point of points) if (!best || Math.abs(point[TIME] - time) < Math.abs(best[TIME] - time)) best = point;
   return best;
 }
