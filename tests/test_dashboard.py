@@ -212,7 +212,7 @@ def test_there_is_nothing_but_pages_to_read(dashboard: Dashboard) -> None:
         assert (status, headers["allow"]) == (405, "GET"), method
     for path in (
         *("/", "//", f"{folder}..", f"{folder}../server.py", f"{folder}%2e%2e/server.py", f"{folder}..%2fserver.py"),
-        *(f"{folder}/etc/passwd", f"{folder}page/index.html", f"{folder}index.html", f"{folder}%00", f"/{folder}"),
+        *(f"{folder}/etc/passwd", f"{folder}page/index.html", f"{folder}__init__.py", f"{folder}%00", f"/{folder}"),
     ):
         assert dashboard.ask(path, Cookie=cookie)[0] == 404, path
     assert dashboard.ask(f"{folder}look?after=now", Cookie=cookie)[0] == 400

@@ -92,7 +92,7 @@ class Feed:
 
 
 def _model(model: ModelStatus, models: Sequence[ModelStatus]) -> dict[str, Any]:
-    """A row, and what there is to say below it."""
+    """A row, and what else the page says of a model."""
     loading = model.loading
     return {
         **model_row(model, models),

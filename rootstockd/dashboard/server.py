@@ -29,14 +29,14 @@ END = 10
 """Seconds that the server waits for answers under way when it ends; a look at the daemon takes less."""
 COOKIE = "rootstockd"
 FILES = {
-    "": ("index.html", "text/html"),
-    "dashboard.css": ("dashboard.css", "text/css"),
-    "dashboard.js": ("dashboard.js", "text/javascript"),
-    "plot.js": ("plot.js", "text/javascript"),
-    "quantities.js": ("quantities.js", "text/javascript"),
-    "icon.svg": ("icon.svg", "image/svg+xml"),
+    "index.html": "text/html",
+    "dashboard.css": "text/css",
+    "dashboard.js": "text/javascript",
+    "plot.js": "text/javascript",
+    "quantities.js": "text/javascript",
+    "icon.svg": "image/svg+xml",
 }
-"""What there is: paths, and files of `page/` with their types."""
+"""What lies in `page/`, and what it is."""
 HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
@@ -63,7 +63,7 @@ class Page:
         self._folder = f"/{secrets.token_urlsafe(12)}/"
         self._feed = feed
         files = resources.files(__package__) / "page"
-        self._files = {path: ((files / name).read_bytes(), kind) for path, (name, kind) in FILES.items()}
+        self._files = {name: (files / name).read_bytes() for name in FILES}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -82,13 +82,12 @@ class Page:
             return response
         if not self._is_token(request.cookies.get(COOKIE, "")):
             return PlainTextResponse("Open the address that `rootstockd dashboard` prints, with its token.\n", 403)
-        name = path.removeprefix(self._folder)
+        name = "index.html" if path == self._folder else path.removeprefix(self._folder)
         if name == "look":
             return await self._look(request)
         if name not in self._files:
             return PlainTextResponse("There is no such page.\n", 404)
-        content, kind = self._files[name]
-        return Response(content, media_type=kind)
+        return Response(self._files[name], media_type=FILES[name])
 
     async def _look(self, request: Request) -> Response:
         try:
