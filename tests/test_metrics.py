@@ -209,6 +209,13 @@ def test_the_port_has_metrics_alone(daemon: RunningDaemon) -> None:
     assert daemon.client().status()["state"] == "ready"
 
 
+def test_a_body_on_the_port_is_not_waited_for(daemon: RunningDaemon) -> None:
+    host, _, number = port(daemon).removeprefix("http://").removesuffix("/metrics").rpartition(":")
+    with socket.create_connection((host, int(number)), timeout=5) as sock:
+        sock.sendall(b"POST /metrics HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        assert sock.recv(100).startswith(b"HTTP/1.1 405")
+
+
 def test_nobody_takes_the_daemons_descriptors_through_the_port(daemon: RunningDaemon) -> None:
     host, _, number = port(daemon).removeprefix("http://").removesuffix("/metrics").rpartition(":")
     with contextlib.ExitStack() as stack:

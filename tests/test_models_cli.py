@@ -258,7 +258,7 @@ def test_add(models, state, tmp_path, start_daemon, server):
 def test_a_pipe_is_not_waited_for(models, state, tmp_path):
     os.mkfifo(tmp_path / "pipe.model")
     said = models("add", "tuned", tmp_path / "pipe.model", "--family", "mace", fails=True)
-    assert f"{tmp_path}/pipe.model is no regular file" in said
+    assert f"{tmp_path}/pipe.model can't be read: it is no regular file" in said
     assert not list(state.glob("weights/*"))
 
 

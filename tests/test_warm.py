@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -190,12 +191,13 @@ def test_whoever_waits_is_told_how_far_loading_has_come(
     known = json.loads((tmp_path / "state" / "measured.json").read_text())
     assert [model["load_seconds"] > 7 for model in known.values()] == [True]
     daemon.run("restart")
-    asked = threading.Thread(target=with_model, args=(daemon, "slow"))
-    asked.start()
-    wait_for(lambda: workers(daemon, "slow") and workers(daemon, "slow")[0]["loading"])
-    assert workers(daemon, "slow")[0]["loading"]["expected"] > 7
-    assert "the last time it took" in daemon.run("status").stdout
-    asked.join()
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(daemon.run, "load", "slow")
+        wait_for(lambda: workers(daemon, "slow") and workers(daemon, "slow")[0]["loading"])
+        assert workers(daemon, "slow")[0]["loading"]["expected"] > 7
+        assert "the last time it took" in daemon.run("status").stdout
+    # without a terminal as well
+    assert "slow is loading: weights, for" in asked.result().stderr
 
 
 def test_a_reloaded_model_gives_the_same_bits(start: Callable[..., RunningDaemon]) -> None:

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rootstock_client.errors import RootstockError
-from rootstockd.cli.common import Refused, catalogue_option, console
+from rootstockd.cli.common import Refused, catalogue_option, console, saying
 from rootstockd.cli.completion import environments
 from rootstockd.environments import archive
 from rootstockd.environments.building import Plan, build, without_torchs_builds
@@ -224,8 +224,8 @@ def export(name: str, file: Path) -> None:
     For machines without a network: `rootstockd env import` builds it there.
     """
     there = _must_exist(name)
-    with console.status("gathering wheels") as spinner:
-        digest = archive.export(there, file, spinner.update)
+    with saying("gathering wheels") as say:
+        digest = archive.export(there, file, say)
     size = file.stat().st_size / 1e6
     console.print(
         f"{file}, {size:.0f} MB. On the other machine:\n\n  rootstockd env import {file.name} --sha256 {digest}",

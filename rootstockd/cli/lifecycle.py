@@ -29,11 +29,13 @@ from rootstock_client.errors import (
 from rootstock_client.runtime_dir import START_HINT, control_socket
 from rootstock_client.sockets import connect
 from rootstockd.cli.common import (
+    QUIET,
     Refused,
     console,
     fetch_config,
     fetch_status,
     print_warnings,
+    saying,
     socket_in_use,
     socket_option,
 )
@@ -50,6 +52,7 @@ POLL = 0.05
 PEEK = socketlib.MSG_PEEK | socketlib.MSG_DONTWAIT
 FORCE_TIMEOUT = 5.0
 """Seconds that a daemon has to answer `stop --force`, and then to end, before it is killed."""
+DRAINING = "waiting for evaluations under way"
 
 
 @click.command()
@@ -281,24 +284,25 @@ def open_log(path: Path) -> BinaryIO:
 
 
 def wait_until_ready(process: subprocess.Popen[bytes], config: Config, log_position: int) -> DaemonStatus:
-    """Wait, with a spinner that says for what.
+    """Wait, saying for what.
 
     Raises:
         Refused: the process ended.
     """
-    with console.status("starting") as spinner:
+    with saying(text := "starting") as say:
         while process.poll() is None:
             try:
                 status = fetch_status(config.socket)
             except RootstockError:
                 status = None
             if status is not None and status.pid != process.pid:
-                spinner.update("waiting for evaluations under way")
+                text = DRAINING
             elif status is not None:
                 if status.state == "ready":
                     return status
                 loading = [model.name for model in status.models if model.state == "loading"]
-                spinner.update(f"loading {', '.join(loading)}")
+                text = f"loading {', '.join(loading)}"
+            say(text)
             time.sleep(POLL)
     assert config.log_file is not None
     with config.log_file.open("rb") as log:
@@ -345,8 +349,8 @@ def end(socket: Path, *, force: bool = False) -> None:
     Raises:
         RootstockError: there is none, or it does not answer.
     """
-    with daemon_process(socket) as process, console.status("waiting for evaluations under way"):
-        limit = FORCE_TIMEOUT if force else None
+    with daemon_process(socket) as process, saying(DRAINING) as say:
+        limit = FORCE_TIMEOUT if force else float("inf")
         try:
             request(socket, "POST", "/v1/stop", {"force": force}, timeout=FORCE_TIMEOUT)
         except ConnectionLostError:
@@ -357,7 +361,10 @@ def end(socket: Path, *, force: bool = False) -> None:
             if not force:
                 raise
             limit = 0.0
-        if not select.select([process], [], [], limit)[0]:
+        while limit > 0 and not select.select([process], [], [], min(limit, QUIET))[0]:
+            limit -= QUIET
+            say(DRAINING)
+        if not select.select([process], [], [], 0)[0]:
             try:
                 signal.pidfd_send_signal(process, 0)  # may we?
                 socket.unlink(missing_ok=True)  # or its successor would begin, where it is being restarted

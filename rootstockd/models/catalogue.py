@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, f
 from rootstock_client.errors import UnknownModelError, UnsupportedError
 from rootstockd.environments.finding import has_environment
 from rootstockd.settings.config import KeepAlive
-from rootstockd.settings.state_dir import StateError, check_trusted, site_folder, state_dirs
+from rootstockd.settings.state_dir import StateError, check_links, check_trusted, site_folder, state_dirs
 from rootstockd.settings.toml_file import read_toml
 from rootstockd.settings.validation import describe
 from rootstockd.worker.engines import EngineError, choose_head
@@ -279,6 +279,8 @@ def _standing_files() -> list[Path]:
     site = site_folder() / FILE_NAME
     try:
         found = [site, *(folder / FILE_NAME for folder in reversed(state_dirs())), user_file()]
+        for path in found:
+            check_links(path)
         there = [path for path in found if os.path.exists(path)]  # False where one may not look
     except (StateError, OSError) as error:
         raise CatalogueError(f"catalogue: {error}") from error
