@@ -15,6 +15,7 @@ _MODULES = {
     "attach": "attach",
     "status": "show",
     "top": "top",
+    "dashboard": "dashboard",
     "logs": "show",
     "doctor": "doctor",
     **{name: name for name in ("metrics", "models", "env", "config", "systemd", "slurm", "completion")},
@@ -48,6 +49,7 @@ def main() -> None:
     rootstockd start --gpu 0        start a daemon (or --device cpu)
     rootstockd status               what it is doing
     rootstockd top                  the same, live
+    rootstockd dashboard            the same in a browser, with plots
     rootstockd stop                 let it finish its work and end
     rootstockd doctor               what is wrong here, and what mends it
     rootstockd attach NAME ...      serve i-PI, or another driver that listens

@@ -21,9 +21,9 @@ from rich.live import Live
 from rootstock_client.errors import RootstockError
 from rootstockd.cli.common import Refused, console, fetch_status, socket_in_use, socket_option
 from rootstockd.cli.frame import frame
-from rootstockd.cli.history import History
 from rootstockd.cli.tables import SORTS, View
 from rootstockd.control.schema import DaemonStatus
+from rootstockd.monitoring.history import History
 
 KEYS = {"\x1b[A": "up", "\x1b[B": "down", "\x1b[C": "s", "\x1b[D": "left", "\x1b[5~": "page up", "\x1b[6~": "page down"}
 """What terminals send for keys that are no characters."""
