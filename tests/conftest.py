@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 
-from compatibility import compatible, pytest_addoption, pytest_runtest_logreport, pytest_sessionfinish
 from leaks import no_leaks, pytest_runtest_makereport
 from rootstock_client import RootstockClient, RootstockError
 from rootstockd.cli.lifecycle import end
@@ -28,14 +27,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ["ROOTSTOCKD_PATIENCE"] = "60"  # a test that waits for a daemon that nobody starts should say so
 
-__all__ = [  # found here by pytest
-    "compatible",
-    "no_leaks",
-    "pytest_addoption",
-    "pytest_runtest_logreport",
-    "pytest_runtest_makereport",
-    "pytest_sessionfinish",
-]
+__all__ = ["no_leaks", "pytest_runtest_makereport"]
 
 MARK = "TEST_OF_ROOTSTOCKD"
 """A variable that a daemon and its workers are started with: the daemon's folder."""
