@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from compatibility import compatible, pytest_addoption, pytest_configure
 from leaks import no_leaks, pytest_runtest_makereport
 from rootstock_client import RootstockClient, RootstockError
 from rootstockd.cli.lifecycle import end
@@ -27,7 +28,13 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ["ROOTSTOCKD_PATIENCE"] = "60"  # a test that waits for a daemon that nobody starts should say so
 
-__all__ = ["no_leaks", "pytest_runtest_makereport"]
+__all__ = [  # found here by pytest
+    "compatible",
+    "no_leaks",
+    "pytest_addoption",
+    "pytest_configure",
+    "pytest_runtest_makereport",
+]
 
 MARK = "TEST_OF_ROOTSTOCKD"
 """A variable that a daemon and its workers are started with: the daemon's folder."""

@@ -1,0 +1,169 @@
+"""What was run with which code, and how well it agreed: the fixture `compatible`, and the page its calls add up to.
+
+A test that has shown that a code works with the daemon says so at its end. `pytest --compatibility` writes what was
+said into `compatibility.json` and `docs/compatibility.md`; rows of tests that were not in this run stay. Any other run
+holds against them what a test says, so that the page is what the tests show.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DATA = Path(__file__).with_suffix(".json")
+PAGE = ROOT / "docs" / "compatibility.md"
+OPTION = "--compatibility"
+SAID = ("code", "role", "transport", "ran", "against")
+"""What of a row must be the same each time. The version is that of the run that has written the row."""
+HEADROOM, NOISE = 3, 1e-12
+"""Forces that differ by rounding differ by another amount each time: stated is the power of ten above `HEADROOM` times
+what was found, and at least `NOISE`, in eV/Å."""
+INTRODUCTION = f"""# What it works with
+
+Each row is a test: the code named was run against a daemon, and its numbers were compared with the same run without
+one. *Agreement* bounds the largest difference of a force component. A row without one is about whether something
+works, or is compared by other numbers than forces; what that is, the test says. `make test` and `make test-engines`
+fail where a row is no longer true; versions are those of the run that wrote the row (`pytest {OPTION}`).
+
+A *driver* moves the atoms and takes forces from the daemon; an *engine* computes them, in a worker.
+"""
+
+Row = dict[str, Any]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(OPTION, action="store_true", help="write docs/compatibility.md from what this run shows")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption(OPTION) and not hasattr(config, "workerinput"):  # a worker of pytest-xdist reports to us
+        config.pluginmanager.register(Writer())
+
+
+@pytest.fixture
+def compatible(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
+    """Say at a test's end which code it has shown to work: see `said`."""
+    writing = request.config.getoption(OPTION)
+    test = request.node.nodeid
+    stated = [row for row in json.loads(DATA.read_text())["run"] if row["test"] == test]
+    now: list[Row] = []
+
+    def say(**row: Any) -> None:
+        now.append(said(test, **row))
+        request.node.user_properties.append(("compatible", now[-1]))
+        if not writing and (wrong := difference(now[-1], stated)):
+            pytest.fail(f"{PAGE.name} does not say what this test shows: {wrong} Write it: `pytest {OPTION} {test}`.")
+
+    yield say
+    if now and not writing and len(now) < len(stated):
+        pytest.fail(f"{PAGE.name} has {len(stated)} rows of this test, which has shown {len(now)}.")
+
+
+def said(
+    test: str,
+    *,
+    code: str,
+    version: str,
+    role: str,
+    transport: str,
+    ran: str,
+    against: str | None = None,
+    agreement: float | None = None,
+) -> Row:
+    """A row.
+
+    Args:
+        test: pytest's id of the test.
+        code: its name as its authors write it.
+        version: which one was run.
+        role: "driver" or "engine".
+        transport: how it and the daemon talk, such as "Unix socket" or "in Python".
+        ran: what was run, such as "NVE, 108 Cu, 200 steps".
+        against: what it was compared with, such as "ASE's own NVE".
+        agreement: the largest difference of a force component, in eV/Å.
+    """
+    columns = {"code": code, "version": version, "role": role, "transport": transport, "ran": ran, "against": against}
+    return {"test": test, **columns, "agreement": None if agreement is None else float(agreement)}
+
+
+def difference(row: Row, stated: Iterable[Row]) -> str:
+    """What `row` says that no row of those stated says; empty if there is one that does."""
+    alike = [one for one in stated if all(one[key] == row[key] for key in SAID)]
+    if not alike:
+        return f"it has no row of {', '.join(str(row[key]) for key in SAID)}."
+    bound = alike[0]["agreement"]
+    if (bound is None) != (row["agreement"] is None):
+        return "one of the two has an agreement, and the other has none."
+    if bound is not None and not row["agreement"] <= bound:
+        return f"forces differ by {row['agreement']:.1e} eV/Å, and it says {bound:.0e}."
+    return ""
+
+
+def bound(found: float) -> float:
+    """What is stated of a difference found."""
+    return float(f"1e{math.ceil(math.log10(max(HEADROOM * found, NOISE)))}")
+
+
+def merged(data: dict[str, list[Row]], rows: list[Row]) -> dict[str, list[Row]]:
+    """Rows of a run in the place of those that its tests had before; rows whose test is gone are gone."""
+    new = [{**row, "agreement": None if row["agreement"] is None else bound(row["agreement"])} for row in rows]
+    tests = {row["test"] for row in new}
+    kept = [row for row in data["run"] if row["test"] not in tests and has_test(row)]
+    return {"run": sorted([*kept, *new], key=_place), "not run": sorted(data["not run"], key=_place)}
+
+
+def has_test(row: Row) -> bool:
+    """Whether the test of a row is still there, and still shows something."""
+    path, _, name = row["test"].partition("::")
+    name = name.rpartition("::")[2].partition("[")[0]
+    source = ROOT / path
+    return source.is_file() and any(
+        isinstance(node, ast.FunctionDef) and node.name == name and "compatible" in [one.arg for one in node.args.args]
+        for node in ast.walk(ast.parse(source.read_text()))
+    )
+
+
+def page(data: dict[str, list[Row]]) -> str:
+    """The page."""
+    header = ("Code", "Version", "Role", "Transport", "What was run", "Compared with", "Agreement, eV/Å", "Status")
+    lines = [header, ("---",) * len(header)]
+    for row in data["run"]:
+        agreement = "" if row["agreement"] is None else f"{row['agreement']:.0e}".replace("e-0", "e-")
+        *most, against = (row[key] for key in ("code", "version", "role", "transport", "ran", "against"))
+        lines.append((*most, against or "", agreement, f"[passes](../{row['test'].partition('::')[0]})"))
+    lines.extend(
+        (row["code"], "", row["role"], row["transport"], "", "", "", f"not run: {row['why']}")
+        for row in data["not run"]
+    )
+    return INTRODUCTION + "\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def write(data: dict[str, list[Row]]) -> None:
+    """The data and the page."""
+    DATA.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    PAGE.write_text(page(data))
+
+
+class Writer:
+    """Gathers what tests have said, from all processes of pytest-xdist, and writes it at the end."""
+
+    def __init__(self) -> None:
+        self._rows: list[Row] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" and report.passed:
+            self._rows.extend(row for name, row in report.user_properties if name == "compatible")
+
+    def pytest_sessionfinish(self) -> None:
+        write(merged(json.loads(DATA.read_text()), self._rows))
+
+
+def _place(row: Row) -> tuple[str, ...]:
+    return row["role"], row["code"].lower(), row.get("test", ""), row["transport"], row.get("ran", "")
