@@ -6,6 +6,7 @@ import signal
 import socket
 import sys
 import threading
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -107,7 +108,7 @@ def programs(daemon, model):
 
 
 @pytest.mark.parametrize("cell", ["cubic", "primitive", "turned", "left-handed"])
-def test_a_calculator_elsewhere_gives_what_it_gives_here(daemon, cell):
+def test_a_calculator_elsewhere_gives_what_it_gives_here(daemon, cell, compatible):
     atoms = bulk("Cu", cubic=cell == "cubic") * 2
     atoms.rattle(0.05, seed=1)
     if cell == "turned":
@@ -119,6 +120,15 @@ def test_a_calculator_elsewhere_gives_what_it_gives_here(daemon, cell):
     assert energy == pytest.approx(atoms.get_potential_energy(), abs=1e-9)
     np.testing.assert_allclose(forces, atoms.get_forces(), rtol=0, atol=1e-9)
     np.testing.assert_allclose(stress, atoms.get_stress(), rtol=0, atol=1e-11)
+    compatible(
+        code="ASE SocketClient",
+        version=version("ase"),
+        role="engine",
+        transport="dials in, Unix socket",
+        ran=f"EMT of {len(atoms)} Cu, {cell} cell",
+        against="EMT in the job's own process",
+        agreement=np.abs(forces - atoms.get_forces()).max(),
+    )
 
 
 def test_one_program_goes_through_all_steps_of_a_job(daemon, water):
@@ -132,12 +142,21 @@ def test_one_program_goes_through_all_steps_of_a_job(daemon, water):
     assert len(seen) == 2, "a guard and a program"
 
 
-def test_drivers_of_ipi(daemon, water):
+def test_drivers_of_ipi(daemon, water, compatible):
     water.set_cell(np.eye(3) * 10)
     water.pbc = True
     energy, forces, _ = evaluate(daemon, "harmonic", water)
     assert energy == pytest.approx(0.05 * SPRING * (water.positions**2).sum(), rel=1e-12)
     np.testing.assert_allclose(forces, spring_forces(water, 0.1), rtol=1e-12)
+    compatible(
+        code="i-PI's Python driver",
+        version=version("ipi"),
+        role="engine",
+        transport="dials in, Unix socket",
+        ran="harmonic, a molecule",
+        against="its formula",
+        agreement=np.abs(forces - spring_forces(water, 0.1)).max(),
+    )
 
 
 def test_a_fake_of_aims(daemon, water):

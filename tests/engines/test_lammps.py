@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +79,7 @@ def of_lammps_alone(atoms, folder):
 
 
 @pytest.mark.parametrize("cell", ["cubic", "primitive and turned"])
-def test_numbers_are_those_of_lammps(calculator, cell, tmp_path):
+def test_numbers_are_those_of_lammps(calculator, cell, tmp_path, compatible):
     atoms = bulk("Cu", cubic=True) * 3 if cell == "cubic" else bulk("Cu") * 5
     atoms.rattle(0.1, seed=1)
     if cell != "cubic":
@@ -89,6 +90,15 @@ def test_numbers_are_those_of_lammps(calculator, cell, tmp_path):
     scale = np.abs(own.get_forces()).max()
     np.testing.assert_allclose(atoms.get_forces(), own.get_forces(), rtol=0, atol=3 * CONSTANTS * scale + 1e-8)
     np.testing.assert_allclose(atoms.get_stress(), own.get_stress(), rtol=0, atol=1e-7)
+    compatible(
+        code="LAMMPS",
+        version=version("lammps"),
+        role="engine",
+        transport="dials in, Unix socket",
+        ran=f"EAM of {len(atoms)} Cu, {cell}",
+        against="LAMMPS by its own library",
+        agreement=np.abs(atoms.get_forces() - own.get_forces()).max(),
+    )
 
 
 def test_md_keeps_its_energy(calculator):

@@ -56,6 +56,7 @@ def of_pw_alone(atoms, folder):
         text=True,
         check=True,
     )
+    (folder / "pw.out").write_text(done.stdout)
     number = r"(-?\d+\.\d+)"
     (energy,) = re.findall(rf"^!\s+total energy\s+=\s+{number} Ry", done.stdout, re.MULTILINE)
     forces = re.findall(rf"atom\s+\d+ type\s+\d+\s+force =\s+{number}\s+{number}\s+{number}", done.stdout)
@@ -70,12 +71,23 @@ def of_pw_alone(atoms, folder):
     )
 
 
-def test_numbers_are_those_of_pw_alone(daemon, silicon, tmp_path):
+def test_numbers_are_those_of_pw_alone(daemon, silicon, tmp_path, compatible):
     energy, forces, stress = of_pw_alone(silicon, tmp_path)
     with daemon.client().calculator("si-lda") as silicon.calc:
         assert silicon.get_potential_energy() == pytest.approx(energy, abs=THRESHOLD)
         np.testing.assert_allclose(silicon.get_forces(), forces, rtol=0, atol=1e-3)
         np.testing.assert_allclose(silicon.get_stress(voigt=False), stress, rtol=0, atol=2e-6)
+        agreement = np.abs(silicon.get_forces() - forces).max()
+    (number,) = re.findall(r"Program PWSCF v\.(\S+)", (tmp_path / "pw.out").read_text())
+    compatible(
+        code="Quantum ESPRESSO",
+        version=number,
+        role="engine",
+        transport="dials in, Unix socket",
+        ran="LDA of Si2",
+        against="pw.x alone",
+        agreement=agreement,
+    )
 
 
 def test_a_structure_relaxes(daemon, silicon):
