@@ -110,8 +110,12 @@ def test_the_code_is_that_of_the_oldest_python() -> None:
 
 
 def pythons() -> list[str]:
-    """Those that are installed, one of each version."""
-    listed = json.loads(uv("python", "list", "--only-installed", "--output-format", "json"))
+    """Those that are installed, one of each version; pyenv's lie beside the path."""
+    root = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
+    places = [os.environ["PATH"], *(str(place) for place in sorted(root.glob("versions/*/bin")))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", os.pathsep.join(places))
+        listed = json.loads(uv("python", "list", "--only-installed", "--output-format", "json"))
     found: dict[tuple[int, int], str] = {}
     for each in listed:
         version = each["version_parts"]["major"], each["version_parts"]["minor"]
@@ -120,7 +124,7 @@ def pythons() -> list[str]:
     return [found[version] for version in sorted(found)]
 
 
-@pytest.fixture(params=pythons())
+@pytest.fixture(params=pythons(), ids=lambda path: Path(path).name)
 def python(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     uv("venv", "--quiet", "--python", request.param, tmp_path / "venv")
     return tmp_path / "venv/bin/python"
