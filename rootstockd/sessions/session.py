@@ -343,7 +343,7 @@ class Session(asyncio.BufferedProtocol):
             "session": self.id,
             "stress": request.stress,
             "energies": request.energies,
-            "fingerprint": "" if request.stock else model.spec.fingerprint,  # a stock driver has no use for it
+            "fingerprint": not request.stock,
         }
         self.request, self._model, self._checked_cells = request, model, b""
         self._key = WorkerKey(model.spec.name, model.spec.dtype, request.options)
