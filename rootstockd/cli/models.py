@@ -19,6 +19,7 @@ from rootstock_client.errors import ModelLoadError, RootstockError
 from rootstock_client.runtime_dir import find_socket
 from rootstockd.cli.common import Refused, catalogue_option, console, fetch_status, socket_option
 from rootstockd.cli.completion import catalogue_models, models_to_pull
+from rootstockd.environments.finding import find_environment
 from rootstockd.models import store
 from rootstockd.models.add import add as add_file
 from rootstockd.models.add import own_file, remove_entry
@@ -27,7 +28,7 @@ from rootstockd.models.convert import with_safe_form
 from rootstockd.models.download import DownloadError
 from rootstockd.models.pull import Wishes
 from rootstockd.models.pull import pull as pull_weights
-from rootstockd.models.spec import spec_of
+from rootstockd.models.spec import in_environment, spec_of
 from rootstockd.models.store import Stored, StoreError
 from rootstockd.settings.state_dir import MIRROR_VARIABLE, StateError
 
@@ -365,10 +366,15 @@ def state_of(name: str, entry: Entry) -> str:
 
 
 def fingerprint_of(name: str, entry: Entry) -> str:
-    """A model's fingerprint in its usual dtype; empty while its weights are to be pulled and may be any."""
+    """A model's fingerprint in its usual dtype; empty where that depends on weights or packages that are not here."""
     with contextlib.suppress(ModelLoadError):
         entry = store.located(name, entry)
-    return spec_of(name, entry).fingerprint if entry.sha256 or not entry.url else ""
+    if entry.url and not entry.sha256:  # they may be any
+        return ""
+    try:
+        return in_environment(spec_of(name, entry), find_environment(*entry.place)).fingerprint
+    except ModelLoadError:
+        return ""
 
 
 def size_of(name: str, entry: Entry) -> int | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rootstock_client.errors import ModelLoadError
-from rootstockd.environments.builds import Build, EnvironmentBuildError, find_build
+from rootstockd.environments.builds import Build, EnvironmentBuildError, find_build, site_packages
 from rootstockd.environments.specification import SpecificationError, find_specification, is_builtin
 from rootstockd.settings.state_dir import StateError
 
@@ -24,6 +24,11 @@ class Environment:
     """It was built for its engine; otherwise it is the daemon's own."""
     description: str
     """For people."""
+
+    @property
+    def packages(self) -> list[str]:
+        """Folders that its packages lie in."""
+        return [str(site_packages(self.python.parent.parent))] if self.built else sys.path
 
 
 def beside_the_daemon(name: str) -> Environment:
