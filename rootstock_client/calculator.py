@@ -60,7 +60,7 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         patience: how many seconds to wait for a daemon that has gone; see RootstockClient.
     """
 
-    name = "rootstock"
+    name = "rootstockd"
     discard_results_on_any_change = True
     implemented_properties: ClassVar[list[str]] = ["energy", "free_energy", "forces", "energies", "stress"]
 
@@ -267,7 +267,7 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
                 "charge": snapshot.charge,
                 "spin": snapshot.spin,
                 "want": ["energy", "forces", *sorted(wanted)],
-                **settings,
+                **{name: settings[name] for name in _PARAMETERS},  # others note down things of their own beside them
             }
             self._init = json.dumps(fields).encode()
             self._system = system

@@ -286,7 +286,7 @@ def test_results_are_read_again(extension: str, daemon: RunningDaemon, compatibl
     np.testing.assert_allclose(again.get_forces(), expected["forces"], atol=1e-8)  # as many digits as a text has
     np.testing.assert_allclose(again.get_stress(), stress, atol=1e-8)
     if extension != "extxyz":
-        assert again.calc.name == "rootstock"
+        assert again.calc.name == "rootstockd"
     compatible(
         code="ASE",
         version=ase.__version__,
@@ -321,7 +321,7 @@ def test_a_database_says_what_computed_a_row(daemon: RunningDaemon, compatible, 
     atoms.get_forces()
     with connect(tmp_path / "results.db") as database:
         row = database.get(id=database.write(atoms, relaxed=False))
-        (found,) = database.select(calculator="rootstock")
+        (found,) = database.select(calculator="rootstockd")
     assert found.energy == atoms.get_potential_energy()
     assert row.calculator_parameters == {"model": "emt", "exact": True, "fingerprint": atoms.calc.fingerprint}
     again = row.toatoms()
