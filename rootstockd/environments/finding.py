@@ -58,7 +58,7 @@ def find_environment(name: str, family: str) -> Environment:
         if name == family:  # it needs nothing that one could build, or what the site has installed beside the daemon
             return beside_the_daemon(name)
         raise ModelLoadError(
-            f"environment {name!r} was not built, and nothing says what should be in it.",
+            f"environment {name!r} was not built, and there is no specification for it.",
             f"Write a specification, and `rootstockd env create {name} --spec FILE`.",
         )
     missing = [module for module in specification.imports if not _importable(module)]

@@ -173,7 +173,7 @@ class Fleet:
         if not unused:
             raise LimitError(
                 f"model {key.name!r} is in use with {MAX_VARIANTS} different settings already, each with a worker.",
-                "Use settings that are there, or try again when others have gone.",
+                "Use settings that are loaded already, or try again when others have gone.",
             )
         self._roster.forget(max(unused, key=lambda k: variants[k].first.idle_seconds))
 
@@ -324,7 +324,7 @@ class Fleet:
         worker.refuse(
             LimitError(
                 f"model {worker.spec.name!r}: loading it was stopped: it has {worker.memory / 1e6:.0f} MB, where "
-                f"{worker.set_aside / 1e6:.0f} MB were set aside for it, and there is no more: "
+                f"{worker.set_aside / 1e6:.0f} MB were set aside for it, and no more is free: "
                 f"{self._devices.describe([room], self.workers())}.",
                 NO_ROOM,
             )

@@ -286,7 +286,7 @@ class Supervisor:
             self._check_time(kind, said)
         except ValueError as error:
             what = str(error).partition("\n")[0][:200]
-            log.warning("model %s: its worker says what makes no sense, and is ended: %s", self.spec.name, what)
+            log.warning("model %s: its worker sent an invalid message, and is ended: %s", self.spec.name, what)
             if self._worker is not None:  # whatever it sends now can't be trusted, nor what it computes
                 self._worker.distrust("what is no message")
         else:
