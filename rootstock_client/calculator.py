@@ -18,6 +18,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 
 from rootstock_client.connection import Connection
 from rootstock_client.errors import ModelChangedError, ProtocolError, UnsupportedError
+from rootstock_client.ipi import FloatArray, ForceReady
 from rootstock_client.patience import patience_in_seconds
 from rootstock_client.snapshot import Box, Snapshot
 from rootstock_client.units import BOHR, HARTREE
@@ -29,6 +30,7 @@ _POTENTIAL = ("model", "dtype", "dispersion")
 """The parameters that choose a potential; the others say how it is evaluated."""
 _BOHR, _FORCE = np.array(BOHR), np.array(HARTREE / BOHR)
 """Arrays: numpy takes several times as long to look at a float."""
+_NO_ENERGIES = np.empty(0)
 
 
 class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
@@ -207,23 +209,45 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
     def _evaluate(self, snapshot: Snapshot, box: Box, wanted: frozenset[str]) -> dict[str, Any]:
         positions = np.frombuffer(snapshot.positions).reshape(-1, 3) / _BOHR
         forces = np.empty_like(positions)
-        answer = self._connection.evaluate(self._describe(snapshot, box, wanted), box.head, positions, forces)
+        per_atom = len(positions) if "energies" in wanted else 0
+        answer, energies = self.exchange(self.describe(snapshot, box, wanted), box.head, positions, forces, per_atom)
         energy = float(answer.energies[0]) * HARTREE
         np.multiply(forces, _FORCE, forces)
         results = {"energy": energy, "free_energy": energy, "forces": forces}
         if "stress" in wanted:
             results["stress"] = full_3x3_to_voigt_6_stress(answer.virials[0] * (-HARTREE / box.volume))
-        if answer.extras[0] != self._extras:  # the same bytes at nearly every step
-            backend, fingerprint, energies = _read_extras(
-                answer.extras[0], len(positions) if "energies" in wanted else 0
-            )
-            self._check_potential(fingerprint)
-            self.backend = backend
-            if "energies" in wanted:
-                results["energies"] = energies * HARTREE
-            else:
-                self._extras = answer.extras[0]
+        if per_atom:
+            results["energies"] = energies * HARTREE
         return results
+
+    def exchange(
+        self, init: bytes, head: bytes, positions: FloatArray, forces: FloatArray, energies: int = 0
+    ) -> tuple[ForceReady, FloatArray]:
+        """One evaluation in the wire's units, for drivers that have no ASE atoms.
+
+        Args:
+            init: what `describe` gave.
+            head: the Box's.
+            positions: (natoms, 3), Bohr, contiguous.
+            forces: (natoms, 3), contiguous; filled with the forces in Hartree/Bohr.
+            energies: how many per-atom energies were asked for.
+
+        Returns:
+            The answer, and the per-atom energies in Hartree.
+
+        Raises:
+            ModelChangedError: the catalogue has another potential under this model's name by now.
+            RootstockError: the evaluation failed; the message says why.
+        """
+        answer = self._connection.evaluate(init, head, positions, forces)
+        if answer.extras[0] == self._extras and not energies:  # the same bytes at nearly every step
+            return answer, _NO_ENERGIES
+        backend, fingerprint, per_atom = _read_extras(answer.extras[0], energies)
+        self._check_potential(fingerprint)
+        self.backend = backend
+        if not energies:
+            self._extras = answer.extras[0]
+        return answer, per_atom
 
     def _settings(self) -> dict[str, Any]:
         """The parameters, such that nobody changes them meanwhile."""
@@ -254,8 +278,8 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
             "packages of its environment; then repeat the step.",
         )
 
-    def _describe(self, snapshot: Snapshot, box: Box, wanted: frozenset[str]) -> bytes:
-        """The INIT text; made anew only when something in it has changed."""
+    def describe(self, snapshot: Snapshot, box: Box, wanted: frozenset[str]) -> bytes:
+        """The INIT text for a system and what is wanted of it; made anew only when something in it has changed."""
         electrons = (snapshot.charge, snapshot.spin)
         settings = self._settings()
         system = (snapshot.numbers, snapshot.pbc, box.left_handed, electrons, wanted, settings)
@@ -339,7 +363,7 @@ _PARAMETERS: dict[str, Callable[[Any], Any]] = {
 """What each may be given as, as INIT has it."""
 
 
-def _read_extras(text: bytes, energies: int) -> tuple[str | None, str | None, np.ndarray[Any, Any]]:
+def _read_extras(text: bytes, energies: int) -> tuple[str | None, str | None, FloatArray]:
     """What computed, its fingerprint, and so many per-atom energies in Hartree.
 
     Raises:
