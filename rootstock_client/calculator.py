@@ -60,6 +60,7 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         patience: how many seconds to wait for a daemon that has gone; see RootstockClient.
     """
 
+    name = "rootstockd"
     discard_results_on_any_change = True
     implemented_properties: ClassVar[list[str]] = ["energy", "free_energy", "forces", "energies", "stress"]
 
@@ -85,15 +86,15 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
     backend: str | None
     """What computed the last result, such as `mace-torch`, `fused`, or the name of an ASE calculator."""
     fingerprint: str | None
-    """What the potential is, in 16 hexadecimal digits: weights, settings, dtype and dispersion; not device or backend.
+    """What the potential is, in 16 hexadecimal digits: weights, settings, versions of what computes, dtype and
+    dispersion; not device or backend.
 
     None until a daemon has said it with a result, if it was not given. From then on results with another fingerprint
     are not given out, but ModelChangedError is raised. Setting `model`, `dtype` or `dispersion` makes it None again.
     """
 
     def __repr__(self) -> str:
-        said = {key: value for key, value in self.parameters.items() if value not in (None, False)}
-        settings = "".join(f"{key}={value!r}, " for key, value in said.items())
+        settings = "".join(f"{key}={value!r}, " for key, value in self.todict().items() if key != "fingerprint")
         return f"{type(self).__name__}({settings}socket={str(self._connection.path)!r})"
 
     def _connect(self, connection: Connection) -> None:
@@ -129,6 +130,16 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
             raise TypeError(f"there is no parameter {', '.join(sorted(unknown))}; there are {', '.join(_PARAMETERS)}")
         changed = super().set(**{name: _PARAMETERS[name](value) for name, value in parameters.items()})
         return cast("dict[str, Any]", changed)
+
+    def todict(self, skip_default: bool = True) -> dict[str, Any]:  # noqa: FBT001,FBT002 - ASE's signature
+        """What ASE writes beside results: what `RootstockClient.calculator` takes to make the calculator again.
+
+        The fingerprint is among it once it is known, so that the one made again is the same potential or refuses.
+        """
+        settings = {**self._settings(), "fingerprint": self.fingerprint}
+        return {
+            key: value for key, value in settings.items() if not skip_default or not (value is None or value is False)
+        }
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """What has changed since the last evaluation, exactly; charge and spin count, other `info` does not."""
@@ -239,8 +250,8 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         raise ModelChangedError(
             f"model {model!r} is another than before: its fingerprint was {self.fingerprint} and is {fingerprint} now.",
             "To go on with the new one, make a new calculator. To go on with the old one, have whoever runs the daemon "
-            f"put its entry in the catalogue back (`rootstockd models show {model}`) and `rootstockd reload`, and then "
-            "repeat the step.",
+            f"restore its catalogue entry (`rootstockd models show {model}`) and `rootstockd reload`, or restore the "
+            "packages of its environment; then repeat the step.",
         )
 
     def _describe(self, snapshot: Snapshot, box: Box, wanted: frozenset[str]) -> bytes:
@@ -256,7 +267,7 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
                 "charge": snapshot.charge,
                 "spin": snapshot.spin,
                 "want": ["energy", "forces", *sorted(wanted)],
-                **settings,
+                **{name: settings[name] for name in _PARAMETERS},  # others note down things of their own beside them
             }
             self._init = json.dumps(fields).encode()
             self._system = system

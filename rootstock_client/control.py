@@ -59,8 +59,8 @@ def fetch(
     except TimeoutError as error:
         raise NotAnsweringError(
             f"rootstockd at {session_socket} does not answer; waited {timeout:g} s.",
-            "It may be suspended, or the machine has no memory or time for it. See its log (`rootstockd logs`); "
-            "`rootstockd stop --force` ends it whatever it does.",
+            "It may be suspended, or the machine may be out of memory or overloaded. See its log (`rootstockd logs`); "
+            "`rootstockd stop --force` ends it in any case.",
         ) from error
     finally:
         connection.close()

@@ -39,7 +39,7 @@ def connect(path: Path, timeout: float | None = None) -> socket.socket:
         sock.close()
         raise AccessDeniedError(
             f"the socket {path} is not open to you.",
-            "Use a daemon of your own, or ask whoever runs this one to put you into its access.socket_group.",
+            "Use a daemon of your own, or ask whoever runs this one to add you to its access.socket_group.",
         ) from error
     except OSError as error:
         sock.close()

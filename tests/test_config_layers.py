@@ -379,7 +379,7 @@ def test_a_daemon_that_runs(
     assert (new["settings"]["batch_atoms"], new["settings"]["max_sessions"], new["changed"]) == (9, 10_000, {})
     assert (new["settings"]["limits"]["atoms"], new["settings"]["max_atoms"]) == (1000, 500)
     done = running("--max-atoms", "3")
-    assert (done.returncode, "takes --socket alone" in done.stderr) == (2, True)
+    assert (done.returncode, "takes only --socket" in done.stderr) == (2, True)
 
 
 def kind_of(schema: dict[str, Any], definitions: dict[str, Any]) -> str:

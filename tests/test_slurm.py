@@ -179,7 +179,7 @@ srun --ntasks=2 rootstockd slurm run --model emt -- true; echo status $?
         assert re.findall(r"status (\d+)", said) == ["7", "1", "1", "2", "1"], said
         assert not (job.folder / "it-ran").exists()
     assert "there is no model 'nothing'" in said
-    assert "no daemon on each node of the job, so the command was not run" in said
+    assert "not every node of the job has a daemon, so the command was not run" in said
     assert "there is no command 'no-such-command'" in said
     assert "what shall run with the daemons?" in said
     assert "each task of this step would start daemons" in said

@@ -162,7 +162,7 @@ def test_devices_that_are_none(start_daemon: Callable[..., RunningDaemon], runti
     daemon = RunningDaemon(runtime_folder / "none")
     for arguments, words in (
         (("--device", "tpu"), "names no device; names are cpu, cpu:1, cuda:1"),
-        (("--gpu", "0", "--device", "cpu"), "exclude each other"),
+        (("--gpu", "0", "--device", "cpu"), "can't be combined"),
         (("--gpu", "x"), "names no device"),
     ):
         done = daemon.run("start", *arguments)

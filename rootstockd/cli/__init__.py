@@ -51,7 +51,7 @@ def main() -> None:
     rootstockd top                  the same, live
     rootstockd dashboard            the same in a browser, with plots
     rootstockd stop                 let it finish its work and end
-    rootstockd doctor               what is wrong here, and what mends it
+    rootstockd doctor               what is wrong here, and how to fix it
     rootstockd attach NAME ...      serve i-PI, or another driver that listens
     rootstockd models list          which models there are, and which are here
     rootstockd env create mace      build a Python environment for workers

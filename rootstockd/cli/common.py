@@ -98,8 +98,8 @@ def fetch_status(socket: Path, *, timeout: float = 10.0) -> DaemonStatus:
     except ValidationError as error:
         raise RootstockError(
             f"rootstockd at {socket} is version {answer.get('version')}, this command {rootstockd.__version__}, and "
-            "what it says of itself can't be read.",
-            "`rootstockd restart` brings up a daemon of this version; jobs wait for it.",
+            "its answer can't be read.",
+            "`rootstockd restart` starts a daemon of this version; jobs wait for it.",
         ) from error
 
 

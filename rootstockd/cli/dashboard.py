@@ -26,7 +26,7 @@ PATIENCE = 3.0
 @click.command()
 @socket_option
 @click.option(
-    "--port", type=click.IntRange(0, 65535), default=0, help="Of the page; any that is free if 0, the default."
+    "--port", type=click.IntRange(0, 65535), default=0, help="Port of the page; 0, the default, takes any free one."
 )
 def dashboard(socket: Path | None, port: int) -> None:
     """Watch the daemon in a browser, with plots.

@@ -57,8 +57,8 @@ DRAINING = "waiting for evaluations under way"
 
 @click.command()
 @settings_options
-@click.option("--foreground", is_flag=True, help="Stay in front, log to the terminal, end with Ctrl-C.")
-@click.option("--wait", is_flag=True, help="When it is ready, stay until it has ended; whoever ends this ends it.")
+@click.option("--foreground", is_flag=True, help="Stay in the foreground, log to the terminal, end with Ctrl-C.")
+@click.option("--wait", is_flag=True, help="When it is ready, wait until it ends; ending this command ends the daemon.")
 def start(foreground: bool, wait: bool, **said: Any) -> None:
     """Start a daemon; returns when it is ready."""
     try:
@@ -88,7 +88,7 @@ def stop(socket: Path | None, force: bool) -> None:
     address = socket_in_use(socket)
     if unit := unit_at(address):
         unit.stop(force=force)
-        console.print(f"stopped; `{' '.join(unit.systemctl)} start {unit.socket}` has it back")
+        console.print(f"stopped; `{' '.join(unit.systemctl)} start {unit.socket}` starts it again")
         return
     try:
         end(address, force=force)
@@ -129,7 +129,7 @@ def restart(socket: Path | None) -> None:
 def reload(socket: Path | None) -> None:
     """Have the daemon read its configuration and catalogues again.
 
-    No job notices.
+    Running jobs are not affected.
     """
     try:
         answer = request(socket_in_use(socket), "POST", "/v1/reload")
@@ -144,7 +144,7 @@ def reload(socket: Path | None) -> None:
     print_warnings(report.warnings)
     if report.restart_needed:
         console.print(
-            f"changed, but only a restart takes them over: {', '.join(report.restart_needed)}", style="yellow"
+            f"changed, but take effect only with a restart: {', '.join(report.restart_needed)}", style="yellow"
         )
 
 
@@ -321,13 +321,13 @@ def daemon_process(socket: Path) -> Iterator[int]:
 
     Raises:
         DaemonNotFoundError: there is none.
-        NotAnsweringError: it takes no connection.
+        NotAnsweringError: it accepts no connections.
     """
     path = control_socket(socket)
     try:
         sock = connect(path, FORCE_TIMEOUT)
     except TimeoutError as error:
-        raise NotAnsweringError(f"rootstockd at {socket} takes no connection.", "Find it with `ps`.") from error
+        raise NotAnsweringError(f"rootstockd at {socket} accepts no connections.", "Find it with `ps`.") from error
     with contextlib.ExitStack() as stack:
         with sock:
             pid = peer_of(sock).pid

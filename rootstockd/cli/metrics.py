@@ -16,7 +16,7 @@ from rootstockd.cli.common import Refused, socket_in_use, socket_option
 def metrics() -> None:
     """Metrics for Prometheus, a dashboard and alerts.
 
-    docs/monitoring.md has more of them.
+    docs/monitoring.md has more.
     """
 
 

@@ -218,9 +218,14 @@ def fitting(columns: list[Column]) -> Table:
 @click.command()
 @socket_option
 @click.option(
-    "-n", "--lines", type=click.IntRange(min=0), default=50, show_default=True, help="How many of the last lines."
+    "-n",
+    "--lines",
+    type=click.IntRange(min=0),
+    default=50,
+    show_default=True,
+    help="How many lines to show, counted from the end.",
 )
-@click.option("-f", "--follow", is_flag=True, help="Go on as new lines come.")
+@click.option("-f", "--follow", is_flag=True, help="Keep printing new lines as they come.")
 def logs(socket: Path | None, lines: int, follow: bool) -> None:
     """Show the log of a daemon, which may have ended."""
     with contextlib.suppress(RootstockError):

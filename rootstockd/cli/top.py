@@ -45,7 +45,7 @@ PAGE = 10
 def top(socket: Path | None, delay: float) -> None:
     """Watch the daemon: devices, models, users and sessions.
 
-    q quits, ? helps. Where there is no terminal, two looks are taken and what they show is printed.
+    q quits, ? helps. Without a terminal, it looks twice and prints what it saw.
     """
     address = socket_in_use(socket)
     history = History()

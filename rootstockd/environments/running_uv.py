@@ -40,7 +40,7 @@ _HINTS = {
         "Hash mismatch",
     ): "A package is not what the lock says: it was changed since. `rootstockd env update` makes a new lock.",
     ("No solution found", "was not found", "no versions", "has no wheels", "no wheels with a matching"): "Change the "
-    "requirements in the specification, or the Python (--python), so that they go together.",
+    "requirements in the specification, or the Python (--python), so that they are compatible.",
 }
 """What uv says, and what to do about it."""
 
@@ -121,7 +121,8 @@ def failure(doing: str, status: int, lines: list[str]) -> str:
     """What went wrong, from what uv said, and what to do."""
     begin = next((number for number, line in enumerate(lines) if line.strip().startswith(("error:", "×"))), 0)
     said = (
-        "\n  ".join(line for line in lines[begin:] if line.strip()) or f"it ended with status {status} without a word"
+        "\n  ".join(line for line in lines[begin:] if line.strip())
+        or f"it ended with status {status} without a message"
     )
     folded = " ".join(lines[begin:]).replace("│", " ").lower()
     folded = " ".join(folded.split())

@@ -46,7 +46,7 @@ def make_runtime_dir(folder: Path, *, shared: bool) -> None:
     if not is_private(folder, os.getuid(), 0):
         raise AddressError(
             f"the folder {folder} belongs to somebody else, or others may write to it: they could stand in for the "
-            "daemon. Choose another with --socket, or mend its owner and mode (chmod go-w)."
+            "daemon. Choose another with --socket, or fix its owner and mode (chmod go-w)."
         )
 
 

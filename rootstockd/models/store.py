@@ -220,7 +220,7 @@ def lock(folder: Path, name: str, say: Callable[[str], None]) -> Generator[None,
     """
     path = folder / f"{name}.lock"
     try:
-        fd = _locked(path, lambda: say(f"another command is at {name}; waiting for it"))
+        fd = _locked(path, lambda: say(f"another command is working on {name}; waiting for it"))
     except OSError as error:
         raise cannot_be_kept("weights", folder, error) from error
     try:

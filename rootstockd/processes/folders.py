@@ -138,7 +138,7 @@ def _cache(spec: ModelSpec) -> str | None:
                 raise PermissionError(0, "it belongs to somebody else, or others may write to it", str(path))
     except OSError as error:
         log.warning(
-            "model %s: what is compiled for it will be compiled again by each worker: %s: %s",
+            "model %s: its compiled code can't be kept, so each worker compiles it again: %s: %s",
             spec.name,
             error.filename,
             error.strerror,

@@ -1,0 +1,223 @@
+"""Codes around ASE that take a calculator: what they find through a daemon is what they find with EMT in the job."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import bulk
+from ase.calculators.calculator import Calculator
+from ase.calculators.emt import EMT
+
+from conftest import RunningDaemon
+
+pytestmark = pytest.mark.filterwarnings("default")  # theirs
+
+Make = Callable[[], Calculator]
+AGAINST = "the same with EMT in the job"
+
+
+@pytest.fixture(scope="module")
+def daemon(start_shared_daemon: Callable[..., RunningDaemon]) -> RunningDaemon:
+    """One that need not load MACE."""
+    return start_shared_daemon("--model", "emt")
+
+
+@pytest.fixture
+def both(daemon: RunningDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Run something with calculators of each kind; both results."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(what: Callable[[Make], Any]) -> tuple[Any, Any]:
+        client = daemon.client()
+        return what(lambda: client.calculator("emt")), what(EMT)
+
+    return run
+
+
+def copper() -> Atoms:
+    atoms = bulk("Cu", cubic=True)
+    atoms.rattle(0.05, seed=1)
+    return atoms
+
+
+def frequencies(phonon: Any, point: list[float]) -> np.ndarray:
+    """Of a Phonopy, in THz."""
+    return phonon.run_qpoints([point]).frequencies[0]
+
+
+def test_phonopy(both, compatible) -> None:
+    from phonopy import Phonopy
+    from phonopy.structure.atoms import PhonopyAtoms
+
+    def run(make: Make) -> Phonopy:
+        atoms, calculator = bulk("Al"), make()
+        cell = PhonopyAtoms(symbols=atoms.get_chemical_symbols(), cell=atoms.cell.array, positions=atoms.positions)
+        phonon = Phonopy(cell, np.diag([3, 3, 3]), log_level=0)
+        phonon.generate_displacements(distance=0.01)
+        forces = []
+        for displaced in phonon.supercells_with_displacements:
+            supercell = atoms * (3, 3, 3)
+            supercell.positions = displaced.positions
+            forces.append(calculator.get_forces(supercell))
+        phonon.forces = np.array(forces)
+        phonon.produce_force_constants()
+        return phonon
+
+    ours, theirs = both(run)
+    for point in ([0.5, 0.5, 0.0], [0.5, 0.5, 0.5], [0.1, 0.2, 0.3]):
+        np.testing.assert_allclose(frequencies(ours, point), frequencies(theirs, point), atol=1e-6)
+    compatible(
+        code="phonopy",
+        version=version("phonopy"),
+        role="driver",
+        transport="in Python",
+        ran="force constants and frequencies, Al, 27 atoms",
+        against=AGAINST,
+        agreement=np.abs(ours.forces - theirs.forces).max(),
+    )
+
+
+def test_pymatgen(both, compatible) -> None:
+    from pymatgen.io.ase import AseAtomsAdaptor
+
+    structure = AseAtomsAdaptor.get_structure(copper())
+
+    def run(make: Make) -> tuple[Any, Any]:
+        relaxed = structure.copy().relax(calculator=make(), optimizer="BFGS", steps=8, fmax=0.001)
+        return relaxed, structure.calculate(calculator=make())
+
+    (relaxed, calculated), (reference, expected) = both(run)
+    np.testing.assert_allclose(relaxed.lattice.matrix, reference.lattice.matrix, atol=1e-9)
+    np.testing.assert_allclose(relaxed.cart_coords, reference.cart_coords, atol=1e-9)
+    assert calculated.results["energy"] == pytest.approx(expected.results["energy"], abs=1e-10)
+    compatible(
+        code="pymatgen",
+        version=version("pymatgen"),
+        role="driver",
+        transport="in Python",
+        ran="Structure.relax and Structure.calculate, 4 Cu",
+        against=AGAINST,
+        agreement=np.abs(relaxed.calc.results["forces"] - reference.calc.results["forces"]).max(),
+    )
+
+
+@pytest.mark.parametrize("what", ["RelaxCalc", "ElasticityCalc", "EOSCalc", "PhononCalc"])
+def test_matcalc(what: str, both, compatible) -> None:
+    import matcalc
+
+    options: dict[str, dict[str, Any]] = {
+        "RelaxCalc": {"optimizer": "BFGS", "fmax": 1e-4},
+        "ElasticityCalc": {"fmax": 1e-3},
+        "EOSCalc": {"fmax": 1e-3, "n_points": 7, "max_abs_strain": 0.04},
+        "PhononCalc": {"fmax": 1e-3, "min_length": None, "supercell_matrix": np.diag([3, 3, 3]), "write_phonon": False},
+    }
+    found = {
+        "RelaxCalc": lambda result: [result["energy"], *result["forces"].ravel(), result["volume"]],
+        "ElasticityCalc": lambda result: [result["bulk_modulus_vrh"], result["shear_modulus_vrh"]],
+        "EOSCalc": lambda result: [result["bulk_modulus_bm"], *result["eos"]["energies"]],
+        "PhononCalc": lambda result: frequencies(result["phonon"], [0.5, 0.5, 0.5]),
+    }[what]
+    atoms = bulk("Cu")
+    if what == "RelaxCalc":
+        atoms = copper()
+    ours, theirs = both(lambda make: getattr(matcalc, what)(make(), **options[what]).calc(atoms))
+    np.testing.assert_allclose(found(ours), found(theirs), rtol=1e-6, atol=1e-8)
+    compatible(
+        code="matcalc",
+        version=version("matcalc"),
+        role="driver",
+        transport="in Python",
+        ran=f"{what}, {len(atoms)} Cu",
+        against=AGAINST,
+        agreement=np.abs(ours["forces"] - theirs["forces"]).max() if what == "RelaxCalc" else None,
+    )
+
+
+@pytest.fixture
+def quacc_here(tmp_path: Path) -> Iterator[None]:
+    """QuAcc leaves what it writes in the test's folder."""
+    from quacc import change_settings
+    from quacc.recipes.mlip._base import pick_calculator
+
+    with change_settings({"RESULTS_DIR": tmp_path, "SCRATCH_DIR": tmp_path}):
+        yield
+    pick_calculator.__wrapped__.cache_clear()  # it keeps calculators, and their sessions
+
+
+@pytest.mark.parametrize("recipe", ["static", "relax", "phonon"])
+def test_quacc(recipe: str, both, quacc_here, compatible) -> None:
+    """Its recipes for potentials hand a calculator to `matcalc.load_fp`, which gives it back."""
+    from quacc.recipes.mlip.core import relax_job, static_job
+    from quacc.recipes.mlip.phonons import phonon_flow
+
+    atoms = copper()
+
+    def run(make: Make) -> dict[str, Any]:
+        how = {"library": "matcalc", "name": make()}
+        if recipe == "static":
+            return static_job(atoms, **how)
+        if recipe == "relax":
+            return relax_job(atoms, relax_cell=True, opt_params={"fmax": 1e-3}, **how)
+        return phonon_flow(bulk("Al"), supercell_matrix=np.diag([3, 3, 3]).tolist(), job_params={"static_job": how})
+
+    ours, theirs = both(run)
+    if recipe == "phonon":
+        found = [one["results"]["force_constants"] for one in (ours, theirs)]
+        np.testing.assert_allclose(*found, atol=1e-6)
+    else:
+        assert ours["results"]["energy"] == pytest.approx(theirs["results"]["energy"], abs=1e-10)
+        np.testing.assert_allclose(ours["atoms"].positions, theirs["atoms"].positions, atol=1e-9)
+    compatible(
+        code="QuAcc",
+        version=version("quacc"),
+        role="driver",
+        transport="in Python",
+        ran={"static": "static_job, 4 Cu", "relax": "relax_job with its cell, 4 Cu", "phonon": "phonon_flow, Al"}[
+            recipe
+        ],
+        against=AGAINST,
+        agreement=None
+        if recipe == "phonon"
+        else np.abs(np.subtract(ours["results"]["forces"], theirs["results"]["forces"])).max(),
+    )
+
+
+def test_a_job_of_ones_own_in_quacc(both, quacc_here, compatible) -> None:
+    from quacc import job
+    from quacc.runners.ase import Runner
+    from quacc.schemas.ase import Summarize
+
+    first = bulk("Cu", cubic=True) * 2
+    del first[0]
+    last = first.copy()
+    last.positions[0] = 0.0  # an atom hops into the vacancy
+
+    def run(make: Make) -> list[Any]:
+        @job
+        def relax(atoms: Any) -> Any:
+            calculator = make()
+            dynamics = Runner(atoms, calculator).run_opt(fmax=0.01)
+            return Summarize(additional_fields={"name": "rootstockd relax"}).opt(dynamics)
+
+        vibrations = Runner(bulk("Cu"), make()).run_vib()
+        return [relax(first)["results"], relax(last)["results"], vibrations.get_energies()]
+
+    ours, theirs = both(run)
+    for one, other in zip(ours[:2], theirs[:2], strict=True):
+        assert one["energy"] == pytest.approx(other["energy"], abs=1e-9)
+    np.testing.assert_allclose(ours[2], theirs[2], atol=1e-6)
+    compatible(
+        code="QuAcc",
+        version=version("quacc"),
+        role="driver",
+        transport="in Python",
+        ran="a job of one's own: Runner.run_opt, Runner.run_vib",
+        against=AGAINST,
+        agreement=np.abs(np.subtract(ours[0]["forces"], theirs[0]["forces"])).max(),
+    )
