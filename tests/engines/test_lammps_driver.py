@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -150,19 +151,26 @@ def test_what_cannot_be_is_said_at_the_beginning(daemon: RunningDaemon, tmp_path
     assert "colour" in option and "does not know Fe" in element
 
 
-def test_the_example(daemon: RunningDaemon) -> None:
+@pytest.mark.parametrize("where", ["example", "document"])
+def test_what_is_to_be_copied_runs(daemon: RunningDaemon, tmp_path: Path, where: str) -> None:
+    root = Path(__file__).parents[2]
+    program, options = root / "examples/lammps_md.py", ["--steps", "20"]
+    if where == "document":
+        (text,) = re.findall(r"^```python\n(.*?)^```$", (root / "docs/lammps.md").read_text(), re.MULTILINE | re.DOTALL)
+        program, options = tmp_path / "md.py", []
+        program.write_text(text)
     variables = {"LD_LIBRARY_PATH": str(Path(sys.prefix) / "lib"), "ROOTSTOCKD_SOCKET": str(daemon.socket)}
-    example = Path(__file__).parents[2] / "examples/lammps_md.py"
     done = subprocess.run(
-        [sys.executable, example, "--steps", "20"],
+        [sys.executable, program, *options],
         env={**os.environ, **variables},
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
     (last,) = [line.split() for line in done.stdout.splitlines() if line.split()[:1] == ["20"]]
-    assert len(last) == 6 and all(np.isfinite(float(word)) for word in last)
+    assert len(last) >= 6 and all(np.isfinite(float(word)) for word in last)
 
 
 def test_lammps_does_not_notice_that_its_daemon_is_killed(own_daemon: RunningDaemon, tmp_path: Path) -> None:
