@@ -28,7 +28,7 @@ def connect(path: Path, timeout: float | None = None) -> socket.socket:
 
     Raises:
         DaemonNotFoundError: nobody answers there.
-        TimeoutError: somebody is there and takes no connection.
+        TimeoutError: somebody is there and accepts no connections.
         AccessDeniedError: the socket is not open to this user.
     """
     sock = _Socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -44,7 +44,7 @@ def connect(path: Path, timeout: float | None = None) -> socket.socket:
     except OSError as error:
         sock.close()
         if isinstance(error, (TimeoutError, BlockingIOError)):  # with a timeout a full queue is EAGAIN, at once
-            raise TimeoutError(f"{path} takes no connection") from error
+            raise TimeoutError(f"{path} accepts no connections") from error
         raise DaemonNotFoundError(
             f"no rootstockd answers at {path}: {(error.strerror or str(error)).lower()}.", START_HINT
         ) from error

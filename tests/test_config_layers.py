@@ -355,7 +355,7 @@ def test_a_daemon_that_runs(
     assert re.search(rf"^# batch_atoms is not set +# default; 9 \({place}\) after a restart$", said, re.MULTILINE)
     assert re.search(r"^max_atoms = 500 +# command line$", said, re.MULTILINE)
     assert f"# users.root.share: 2.0 ({place}) after a reload\n" in said
-    assert "only a restart takes them over: batch_atoms" in daemon.run("reload").stdout
+    assert "take effect only with a restart: batch_atoms" in daemon.run("reload").stdout
     after = shown(running("--json"))
     assert after["settings"]["max_sessions"] == 8
     assert after["changed"] == {"batch_atoms": {"value": 9, "origin": str(place), "needs": "restart"}}

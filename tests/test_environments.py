@@ -487,7 +487,7 @@ def test_a_build_that_fails_leaves_what_was_there(state: Path, tmp_path: Path, w
 def test_without_a_network_it_says_what_to_do(state: Path, tmp_path: Path) -> None:
     spec = specify(tmp_path / "own.toml", "numpy")
     words = fails_to_build("own", "--spec", spec, "--offline", UV_CACHE_DIR=str(tmp_path / "cache"))
-    assert "uv's cache does not have it" in words
+    assert "uv's cache does not have everything" in words
     nowhere = {"HTTPS_PROXY": NOWHERE, "UV_HTTP_RETRIES": "0", "UV_CACHE_DIR": str(tmp_path / "cache")}
     assert "package index does not answer" in fails_to_build("own", "--spec", spec, **nowhere)
 

@@ -43,8 +43,8 @@ def dashboard(socket: Path | None, port: int) -> None:
         listening = sockets.create_server((LOOPBACK, port))
     except OSError as error:
         raise Refused(
-            f"can't listen on port {port}: {os.strerror(error.errno or 0)}. Choose another with --port; without it any "
-            "that is free is taken."
+            f"can't listen on port {port}: {os.strerror(error.errno or 0)}. Choose another with --port; without "
+            "it, any free port is taken."
         ) from error
     with listening:
         listening.setblocking(False)  # noqa: FBT003 - the socket module has no other way

@@ -31,8 +31,8 @@ _HINTS = {
         "network connectivity is disabled",
         "network was disabled",
         "not found in the cache",
-    ): "uv's cache does not have it "
-    "all: build once without --offline, or `rootstockd env import` what was exported on a machine with a network.",
+    ): "uv's cache does not have everything: build once without --offline, or `rootstockd env import` what was "
+    "exported on a machine with a network.",
     ("Failed to fetch", "error sending request", "dns error", "timed out"): "The package index does not answer. "
     "`--offline` builds from uv's cache; `rootstockd env import` from what was exported on a machine with a network; "
     "uv's own variables (UV_DEFAULT_INDEX, UV_FIND_LINKS) name a mirror.",

@@ -146,7 +146,7 @@ def test_the_engine_conforms(entry):
     with tempfile.TemporaryDirectory(prefix="ipi_", dir="/tmp") as folder:
         done = subprocess.run(
             [sys.executable, "-m", "rootstockd.worker.conformance", spec],
-            env={**os.environ, "ROOTSTOCKD_IPI_SOCKETS": folder},
+            env={**os.environ, "IPI_SOCKETS_FOLDER": folder},
             capture_output=True,
             text=True,
             check=False,

@@ -24,7 +24,7 @@ from rootstockd.worker.engines.ipi.recipe import Recipe
 from rootstockd.worker.engines.ipi.templates import TEXT, Context
 
 PREFIX = "/tmp/ipi_"  # noqa: S108 - which programs put before a socket's name by themselves
-SOCKETS_VARIABLE = "ROOTSTOCKD_IPI_SOCKETS"
+SOCKETS_VARIABLE = "IPI_SOCKETS_FOLDER"
 """Has the folder for sockets, whose path begins with PREFIX: private, so that nobody else can connect to one."""
 GUARD = Path(__file__).with_name("guard.py")
 EXIT_PATIENCE = 10.0
