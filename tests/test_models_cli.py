@@ -308,7 +308,7 @@ def test_two_add_one_name(models, state, tmp_path):
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         assert second.stdout is not None
-        assert "another command is at tuned; waiting for it" in second.stdout.readline()
+        assert "another command is working on tuned; waiting for it" in second.stdout.readline()
         # and done: as a model that was added has it
         file = state / "models.toml"
         file.write_text(file.read_text() + file.read_text().replace("[other]", "[tuned]"))
