@@ -14,6 +14,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+import rootstockd
 from conftest import RunningDaemon
 from rootstock_client.runtime_dir import SOCKET_NAME, SYSTEM_DIR
 from rootstockd.models.catalogue import Catalogue
@@ -103,6 +104,8 @@ def test_the_daemons_pod_fits_the_daemon(tmp_path):
 
 
 def test_daemon_and_job_meet():
+    images = {one["image"] for kind in ("DaemonSet", "Job") for one in pod(kind)["containers"]}
+    assert images == {f"registry.example.org/rootstockd:{rootstockd.__version__}"}
     paths = set()
     for kind in ("DaemonSet", "Job"):
         spec = pod(kind)
