@@ -206,6 +206,7 @@ def interrupted(socket):
 def about_atoms(socket):
     """What computes of single atoms show; fixes that come after the model; atoms that go; the model, taken away."""
     lmp = made()
+    lmp.command("fix origin all store/state 0 x y z")  # not store/force
     potential = Potential(lmp, "emt", elements=["Cu"], socket=socket)
     lmp.command("compute energies all pe/atom")
     lmp.command("compute stresses all stress/atom NULL")
@@ -261,7 +262,9 @@ def refused(socket):
         except RootstockError as error:
             said.append(str(error))
     lmp = made()
-    Potential(lmp, "emt", elements=["Fe"], socket=socket)
+    first = Potential(lmp, "emt", elements=["Cu"], socket=socket)
+    Potential(lmp, "emt", elements=["Fe"], socket=socket, name="second")
+    first.close()
     try:
         lmp.command("run 0")
     except RootstockError as error:
