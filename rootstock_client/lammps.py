@@ -41,9 +41,9 @@ _VIRIAL = [0, 4, 8, 1, 2, 5]
 """Where LAMMPS's xx yy zz xy xz yz lie in a matrix."""
 _BOHR = np.array(BOHR)
 _OVERRULED = frozenset(
-    ("aveforce", "freeze", "lineforce", "planeforce", "rattle", "setforce", "shake", "store")  # store/force
+    ("aveforce", "freeze", "lineforce", "neb", "planeforce", "rattle", "setforce", "shake", "store/force")
 )
-"""What fixes are called, up to a slash, that change or read the forces as the fixes before them have left them."""
+"""Styles of fixes that change or read the forces as the fixes before them left them; there is setforce/kk, too."""
 
 
 class Potential:
@@ -69,7 +69,8 @@ class Potential:
         settings: whatever else `RootstockClient.calculator` takes.
 
     Raises:
-        UnsupportedError: there is more than one process of MPI, or other units, or a fix that would be overruled.
+        UnsupportedError: there is more than one process of MPI, or other units, two dimensions, or a fix that would be
+            overruled.
         InvalidStructureError: the elements are not those of the types.
         DaemonNotFoundError: there is no daemon.
     """
@@ -106,9 +107,10 @@ class Potential:
         self._error: BaseException | None = None
         self._interrupted = False
         self._tags, self._types, self._order, self._box = b"", b"", np.arange(0), None
-        self._replaced = {command: getattr(lmp, command) for command in _COMMANDS}
+        self._closed = False
         self._define()
-        for command, method in self._replaced.items():
+        for command in _COMMANDS:
+            method = getattr(lmp, command)
             setattr(lmp, command, functools.wraps(method)(functools.partial(self._run, method)))
 
     def _define(self) -> None:
@@ -123,17 +125,19 @@ class Potential:
         lmp.command(f"fix {name}_halt all halt 1 v_{name}_failed > 0 error hard")
 
     def close(self) -> None:
-        """Take the model out of LAMMPS, whose commands are its own again, and close the session."""
-        for command in self._replaced:
-            delattr(self._lmp, command)
-        self._lmp.commands_list([f"unfix {self._name}_halt", f"variable {self._name}_failed delete"])
-        self._lmp.command(f"unfix {self._name}")
+        """Take the model out of LAMMPS, and close the session."""
+        self._closed = True
+        self._lmp.commands_list(
+            [f"unfix {self._name}_halt", f"variable {self._name}_failed delete", f"unfix {self._name}"]
+        )
         self.calculator.close()
 
     # --- errors
 
     def _run(self, command: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """A command of LAMMPS's that raises what has failed meanwhile."""
+        if self._closed:
+            return command(*arguments, **options)
         self._tags, self._interrupted = b"", False  # the calculator may have other settings by now
         result = cause = None
         with self._watched():
@@ -146,7 +150,7 @@ class Potential:
         error, self._error = self._error, None
         if error is None and not self._interrupted:
             return result
-        self._replaced["command"]("timer timeout off")  # or no other run would begin, without a word
+        self._lmp.command("timer timeout off")  # or no other run would begin, without a word
         if self._lmp.has_id("fix", self._name):
             self._lmp.fix_external_set_vector(self._name, 1, 0.0)
         raise error or KeyboardInterrupt from cause
@@ -278,7 +282,7 @@ def _check(lmp: Any) -> None:
             "For a layer take `dimension 3` and `boundary p p f`; `fix setforce NULL NULL 0` keeps it flat.",
         )
     for name, style in _fixes(lmp):
-        if style.split("/")[0] in _OVERRULED:
+        if {style, style.split("/")[0]} & _OVERRULED:
             raise UnsupportedError(
                 f"fix {name} ({style}) would not know of the model's forces, which come after it.",
                 f"Make the Potential first, then fix {name}.",

@@ -86,15 +86,35 @@ def npt(socket):
     return {"conserved": conserved, "volumes": volumes, "end": state(lmp)}
 
 
-def minimize(socket):
-    lmp = made()
-    Potential(lmp, "emt", elements=["Cu"], socket=socket)
-    lmp.command("minimize 0 1e-4 200 1000")
-    return state(lmp)
-
-
 class StoppedError(Exception):
     """What a signal's handler raises."""
+
+
+def break_off(potential):
+    """Have the seventh of its evaluations fail; the list of those that there were."""
+    right, calls = potential.calculator.exchange, []
+
+    def exchange(*arguments):
+        calls.append(arguments)
+        if len(calls) == 7:
+            raise StoppedError("no forces")
+        return right(*arguments)
+
+    potential.calculator.exchange = exchange
+    return calls
+
+
+def minimize(socket):
+    """Once with a failure in a search along a line, and on from there."""
+    lmp = made()
+    potential = Potential(lmp, "emt", elements=["Cu"], socket=socket)
+    calls = break_off(potential)
+    try:
+        lmp.command("minimize 0 1e-4 200 1000")
+    except StoppedError as error:
+        said, failed = str(error), len(calls)
+    lmp.command("minimize 0 1e-4 200 1000")
+    return {"said": said, "calls": failed, "f": state(lmp)["f"]}
 
 
 def stopping(socket, out, break_at):
@@ -124,20 +144,7 @@ def stopping(socket, out, break_at):
 
 def failing(socket, out):
     """What asks the daemon fails."""
-
-    def break_at(_lmp, potential):
-        right, calls = potential.calculator.exchange, []
-
-        def exchange(*arguments):
-            calls.append(arguments)
-            if len(calls) == 7:
-                raise StoppedError("no forces")
-            return right(*arguments)
-
-        potential.calculator.exchange = exchange
-        return calls
-
-    return stopping(socket, out, break_at)
+    return stopping(socket, out, lambda _lmp, potential: break_off(potential))
 
 
 def signalled(socket, out):
@@ -185,8 +192,8 @@ def interrupted(socket):
     lmp = made()
     Potential(lmp, "emt", elements=["Cu"], socket=socket)
     lmp.command("fix move all nve")
-    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
     begin = state(lmp)
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
     try:
         lmp.command("run 1000000")
     except KeyboardInterrupt:
@@ -199,6 +206,7 @@ def interrupted(socket):
 def about_atoms(socket):
     """What computes of single atoms show; fixes that come after the model; atoms that go; the model, taken away."""
     lmp = made()
+    lmp.command("fix origin all store/state 0 x y z")  # not store/force
     potential = Potential(lmp, "emt", elements=["Cu"], socket=socket)
     lmp.command("compute energies all pe/atom")
     lmp.command("compute stresses all stress/atom NULL")
@@ -254,7 +262,9 @@ def refused(socket):
         except RootstockError as error:
             said.append(str(error))
     lmp = made()
-    Potential(lmp, "emt", elements=["Fe"], socket=socket)
+    first = Potential(lmp, "emt", elements=["Cu"], socket=socket)
+    Potential(lmp, "emt", elements=["Fe"], socket=socket, name="second")
+    first.close()
     try:
         lmp.command("run 0")
     except RootstockError as error:
