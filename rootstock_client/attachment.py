@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rootstock_client import ipi
-from rootstock_client.connection import connect
 from rootstock_client.errors import (
     ConnectionLostError,
     DaemonFullError,
@@ -28,6 +27,7 @@ from rootstock_client.errors import (
     UserLimitError,
 )
 from rootstock_client.patience import Outage
+from rootstock_client.sockets import connect
 
 IPI_PREFIX = "/tmp/ipi_"  # noqa: S108 - i-PI's and ASE's
 LINGER = 2.0

@@ -86,7 +86,8 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
     backend: str | None
     """What computed the last result, such as `mace-torch`, `fused`, or the name of an ASE calculator."""
     fingerprint: str | None
-    """What the potential is, in 16 hexadecimal digits: weights, settings, dtype and dispersion; not device or backend.
+    """What the potential is, in 16 hexadecimal digits: weights, settings, versions of what computes, dtype and
+    dispersion; not device or backend.
 
     None until a daemon has said it with a result, if it was not given. From then on results with another fingerprint
     are not given out, but ModelChangedError is raised. Setting `model`, `dtype` or `dispersion` makes it None again.
@@ -249,8 +250,8 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         raise ModelChangedError(
             f"model {model!r} is another than before: its fingerprint was {self.fingerprint} and is {fingerprint} now.",
             "To go on with the new one, make a new calculator. To go on with the old one, have whoever runs the daemon "
-            f"put its entry in the catalogue back (`rootstockd models show {model}`) and `rootstockd reload`, and then "
-            "repeat the step.",
+            f"restore its catalogue entry (`rootstockd models show {model}`) and `rootstockd reload`, or restore the "
+            "packages of its environment; then repeat the step.",
         )
 
     def _describe(self, snapshot: Snapshot, box: Box, wanted: frozenset[str]) -> bytes:

@@ -13,7 +13,6 @@ import numpy as np
 from rootstock_client import ipi
 from rootstock_client.driver_side import DriverSide
 from rootstock_client.errors import (
-    AccessDeniedError,
     ConnectionLostError,
     DaemonFullError,
     DaemonNotFoundError,
@@ -24,61 +23,14 @@ from rootstock_client.errors import (
 )
 from rootstock_client.loading import say_why
 from rootstock_client.patience import Outage
-from rootstock_client.runtime_dir import MET, START_HINT
+from rootstock_client.runtime_dir import MET
+from rootstock_client.sockets import connect
 
 STALE = 5.0
 """Seconds that a job's first connection waits where a socket lies but nobody listens: a daemon that died and may be on
 its way up again."""
-
-
 SILENCE = struct.pack("ll", 5, 0)
 """Seconds and microseconds without a word from the daemon after which a job asks why; the kernel counts them."""
-
-
-class _Socket(socket.socket):
-    """A socket that is closed with its owner, without a word, in whatever order the garbage collector takes the two."""
-
-    _io_refs = 0  # a signal may come before the constructor has set it
-
-    def __del__(self) -> None:
-        self.close()
-
-
-def connect(path: Path, timeout: float | None = None) -> socket.socket:
-    """Connect to a Unix socket of a daemon.
-
-    Args:
-        path: the socket.
-        timeout: seconds that this and each later operation on the socket may take.
-
-    Raises:
-        DaemonNotFoundError: nobody answers there.
-        TimeoutError: somebody is there and takes no connection.
-        AccessDeniedError: the socket is not open to this user.
-    """
-    sock = _Socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        sock.settimeout(timeout)
-        sock.connect(os.fspath(path))
-    except PermissionError as error:
-        sock.close()
-        raise AccessDeniedError(
-            f"the socket {path} is not open to you.",
-            "Use a daemon of your own, or ask whoever runs this one to put you into its access.socket_group.",
-        ) from error
-    except OSError as error:
-        sock.close()
-        if isinstance(error, (TimeoutError, BlockingIOError)):  # with a timeout a full queue is EAGAIN, at once
-            raise TimeoutError(f"{path} takes no connection") from error
-        raise DaemonNotFoundError(
-            f"no rootstockd answers at {path}: {(error.strerror or str(error)).lower()}.", START_HINT
-        ) from error
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
 _AS_SENT = ipi.Limits(atoms=2**31 - 1)
 """How many atoms are right is for the daemon to say, and for _Target: just as many as were sent."""
 

@@ -87,7 +87,7 @@ class RootstockPlugin(WorkerPlugin):  # type: ignore[misc]  # Dask is not typed
         """Have a daemon; the worker takes no tasks before.
 
         Raises:
-            DaemonNotFoundError: there is none, and none shall be started.
+            DaemonNotFoundError: there is none, and none is to be started here.
             RootstockError: none can be started.
         """
         joining = not worker.periodic_callbacks["heartbeat"].is_running()

@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from urllib.parse import quote
 
+from rootstock_client.control import request
 from rootstock_client.errors import RootstockError
 
 log = logging.getLogger("rootstock_client")
@@ -22,8 +23,6 @@ def say_why(path: Path, init: bytes) -> None:
         path: the daemon's session socket.
         init: what the session was opened with.
     """
-    from rootstock_client.client import request  # it needs this module's user itself  # noqa: PLC0415
-
     try:
         model = json.loads(init)["model"]
         answer = request(path, "GET", f"/v1/loading?model={quote(model)}", timeout=TIMEOUT)

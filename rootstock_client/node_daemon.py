@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from rootstock_client.client import request
+from rootstock_client.control import request
 from rootstock_client.errors import AccessDeniedError, ConnectionLostError, DaemonNotFoundError, RootstockError
 from rootstock_client.runtime_dir import START_HINT, is_private, job_runtime_dir, share_file
 
@@ -55,7 +55,7 @@ class NodeDaemon:
         """See that there is one, and take a share in it.
 
         Raises:
-            DaemonNotFoundError: there is none, and none shall be started.
+            DaemonNotFoundError: there is none, and none is to be started here.
             AccessDeniedError: others could put a socket of theirs in its place.
             RootstockError: it can't be started, or does not answer.
         """
@@ -111,7 +111,9 @@ class NodeDaemon:
         return self.socket.is_socket()
 
     def _none(self) -> DaemonNotFoundError:
-        return DaemonNotFoundError(f"no rootstockd answers at {self.socket}, and none shall be started.", START_HINT)
+        return DaemonNotFoundError(
+            f"no rootstockd answers at {self.socket}, and none is to be started here.", START_HINT
+        )
 
     def _alone(self) -> bool:
         """Whether nobody else has a share; to be asked by whose turn it is."""
@@ -166,8 +168,8 @@ class NodeDaemon:
         if not is_private(folder, os.getuid(), 0):
             raise AccessDeniedError(
                 f"the folder {folder} for the daemon's socket can't be made, belongs to somebody else, or others may "
-                "write to it: they could stand in for the daemon.",
-                "Choose another socket, or mend the folder's owner and mode (chmod go-w).",
+                "write to it: they could impersonate the daemon.",
+                "Choose another socket, or fix the folder's owner and mode (chmod go-w).",
             )
         while True:
             try:

@@ -16,8 +16,8 @@ def main() -> None:
     """Run the command, or say what it takes to have it: a client's installation holds no daemon."""
     if missing := [name for name in NEEDS if find_spec(name) is None]:
         sys.exit(
-            f"rootstockd: this is an installation for clients, without {', '.join(missing)}.\n"
-            "Install the daemon with its needs: pip install 'rootstockd[daemon]'"
+            f"rootstockd: this installation is for clients only, without {', '.join(missing)}.\n"
+            "Install the daemon with what it needs: pip install 'rootstockd[daemon]'"
         )
     from rootstockd.cli import main as command  # noqa: PLC0415
 

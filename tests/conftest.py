@@ -19,7 +19,8 @@ import pytest
 
 from compatibility import compatible, pytest_addoption, pytest_configure
 from leaks import no_leaks, pytest_runtest_makereport
-from rootstock_client import RootstockClient
+from rootstock_client import RootstockClient, RootstockError
+from rootstockd.cli.lifecycle import end
 from rootstockd.host.devices import gpu_names
 
 # Test processes and their workers share few cores: threads that wait for each other would take most of the time.
@@ -71,14 +72,24 @@ def rootstockd(*arguments: str | Path, timeout: float = 120, **options: Any) -> 
 
 def wait_for(condition: Callable[[], object], timeout: float = 20.0) -> None:
     """Until it is so; an error if it does not come about."""
-    deadline = time.monotonic() + timeout
+    deadline, pause = time.monotonic() + timeout, 0.01
     while not condition():
         assert time.monotonic() < deadline, "it did not come about"
-        time.sleep(0.02)
+        time.sleep(pause)
+        pause = min(1.2 * pause, 0.05)  # most conditions are requests, and others have work for the CPU
+
+
+LONGEST = (
+    *("test_docs", "test_environments", "test_families", "test_chaos", "test_models_cli", "test_workers"),
+    *("test_daemon", "test_slurm", "test_dask", "test_systemd", "test_lifecycle", "test_errors_live", "test_warm"),
+)
+"""Files that take a minute or more, the longest first: one that began late would be waited for by all processes."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that need a GPU are skipped where there is none."""
+    """The longest files begin first. Tests that need a GPU are skipped where there is none."""
+    rank = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
     needing = [item for item in items if item.get_closest_marker("gpu")]
     if needing and not gpu_names():
         for item in needing:
@@ -132,7 +143,8 @@ class RunningDaemon:
     def stop(self) -> None:
         """End it, and see that nothing of it is left."""
         if self.processes() or self.socket.exists():  # it may have been started in another way
-            self.run("stop", "--force")
+            with contextlib.suppress(RootstockError):
+                end(self.socket, force=True)  # what `rootstockd stop` does, without a process for it
         wait_for(lambda: not self.processes(), timeout=10)
 
 

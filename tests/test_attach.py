@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
@@ -63,12 +64,14 @@ def end_of(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, said
 
 
-def check(atoms: Atoms) -> None:
+def check(atoms: Atoms) -> float:
+    """Its numbers are EMT's; how far its forces are off."""
     reference = atoms.copy()
     reference.calc = EMT()
     assert atoms.get_potential_energy() == pytest.approx(reference.get_potential_energy(), abs=1e-9)
     np.testing.assert_allclose(atoms.get_forces(), reference.get_forces(), atol=1e-9)
     np.testing.assert_allclose(atoms.get_stress(), reference.get_stress(), atol=1e-9)
+    return float(np.abs(atoms.get_forces() - reference.get_forces()).max())
 
 
 # --- i-PI
@@ -158,7 +161,9 @@ def free_port() -> int:
         pytest.param(8, 1, {"batch": 8}, id="8 beads, one batch"),
     ],
 )
-def test_ipi(daemon: RunningDaemon, folder: Path, reference, beads: int, count: int, settings) -> None:
+def test_ipi(
+    daemon: RunningDaemon, folder: Path, reference, beads: int, count: int, settings, compatible, request
+) -> None:
     options: list[str | Path] = ["--model", "emt", "--structure", folder / "init.xyz", "--count", str(count)]
     address = str(folder / "ipi")
     if settings.get("mode") == "inet":
@@ -168,6 +173,14 @@ def test_ipi(daemon: RunningDaemon, folder: Path, reference, beads: int, count: 
         assert end_of(command) == (0, command_said(folder, options, address))
         assert driver.wait(timeout=60) == 0
     same(trajectory(folder), reference(beads))
+    compatible(
+        code="i-PI",
+        version=version("ipi"),
+        role="driver",
+        transport="attach, " + ("TCP" if settings.get("mode") == "inet" else "Unix socket"),
+        ran=f"NVE of 8 Cu, {STEPS} steps: {request.node.callspec.id}",
+        against="i-pi-driver-py: trajectories to 8 digits",
+    )
 
 
 def same(found: tuple[np.ndarray, ...], expected: tuple[np.ndarray, ...]) -> None:
@@ -205,17 +218,27 @@ def socket_calculator(folder: Path, atoms: Atoms) -> Iterator[SocketIOCalculator
         yield calculator
 
 
-def test_ase(daemon: RunningDaemon, folder: Path) -> None:
+def test_ase(daemon: RunningDaemon, folder: Path, compatible) -> None:
     atoms = structure()
+    largest = 0.0
     with attached(daemon, folder.name, "--model", "emt", "--structure", folder / "init.xyz") as command:
         with socket_calculator(folder, atoms):
             for seed in range(3):
                 atoms.rattle(0.01, seed=seed)
                 atoms.set_cell(atoms.cell.array * 1.01, scale_atoms=True)
-                check(atoms)
+                largest = max(largest, check(atoms))
             (session,) = daemon.client().status()["sessions"]
             assert (session["pid"], session["natoms"]) == (command.pid, 8)
         assert end_of(command)[0] == 0
+    compatible(
+        code="ASE SocketIOCalculator",
+        version=version("ase"),
+        role="driver",
+        transport="attach, Unix socket",
+        ran="8 Cu, atoms and cell moved",
+        against="ASE's EMT",
+        agreement=largest,
+    )
 
 
 def test_ase_does_not_notice_that_its_daemon_is_restarted(own_daemon: RunningDaemon, folder: Path) -> None:

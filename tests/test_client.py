@@ -391,7 +391,7 @@ def test_the_client_needs_numpy_and_ase_only() -> None:
     """Its modules import nothing of the daemon, and no third package but numpy and ASE with what that needs."""
     code = (
         "import sys; before = set(sys.modules)\n"
-        "import rootstock_client\n"
+        "from rootstock_client import RootstockClient\n"
         "bare = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
         "import ase.calculators.calculator, ase.stress\n"
         "with_ase = {name.partition('.')[0] for name in sys.modules}\n"

@@ -35,6 +35,7 @@ TABLE = Path(__file__).parent.parent / "docs" / "configuration.md"
 AS_USER = f"""
 import os, sys
 from rootstockd.cli import main
+list(main.commands.values())
 {ALL_OF_RICH}
 import rootstockd.models.catalogue
 if int(sys.argv[1]) != os.geteuid():
@@ -354,7 +355,7 @@ def test_a_daemon_that_runs(
     assert re.search(rf"^# batch_atoms is not set +# default; 9 \({place}\) after a restart$", said, re.MULTILINE)
     assert re.search(r"^max_atoms = 500 +# command line$", said, re.MULTILINE)
     assert f"# users.root.share: 2.0 ({place}) after a reload\n" in said
-    assert "only a restart takes them over: batch_atoms" in daemon.run("reload").stdout
+    assert "take effect only with a restart: batch_atoms" in daemon.run("reload").stdout
     after = shown(running("--json"))
     assert after["settings"]["max_sessions"] == 8
     assert after["changed"] == {"batch_atoms": {"value": 9, "origin": str(place), "needs": "restart"}}
@@ -378,7 +379,7 @@ def test_a_daemon_that_runs(
     assert (new["settings"]["batch_atoms"], new["settings"]["max_sessions"], new["changed"]) == (9, 10_000, {})
     assert (new["settings"]["limits"]["atoms"], new["settings"]["max_atoms"]) == (1000, 500)
     done = running("--max-atoms", "3")
-    assert (done.returncode, "takes --socket alone" in done.stderr) == (2, True)
+    assert (done.returncode, "takes only --socket" in done.stderr) == (2, True)
 
 
 def kind_of(schema: dict[str, Any], definitions: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -130,13 +131,23 @@ def cluster(node: RunningDaemon, start_cluster: Callable[..., Cluster]) -> Itera
     cluster.close()
 
 
-def test_many_tasks_over_few_sessions(cluster: Cluster, node: RunningDaemon, expected: dict[int, float]) -> None:
+def test_many_tasks_over_few_sessions(
+    cluster: Cluster, node: RunningDaemon, expected: dict[int, float], compatible: Callable[..., None]
+) -> None:
     before = node.client().status()["evaluations"]
     results = cluster.client.gather(cluster.client.map(task, SEEDS))
     assert {seed: energy for seed, energy, _ in results} == pytest.approx(expected, abs=1e-9)
     status = node.client().status()
     assert len(status["sessions"]) <= 4
     assert status["evaluations"] - before == sum(evaluations for *_, evaluations in results)
+    compatible(
+        code="Dask distributed",
+        version=version("distributed"),
+        role="driver",
+        transport="in Python",
+        ran=f"{len(SEEDS)} relaxations on a LocalCluster, by RootstockPlugin",
+        against="energies of the same with ASE's EMT, to 1e-9 eV",
+    )
 
 
 def test_a_daemon_has_the_threads_that_it_would_have_without_dask(cluster: Cluster, node: RunningDaemon) -> None:

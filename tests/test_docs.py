@@ -31,6 +31,8 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert "-h, --help" in commands
     assert (tmp_path / "search/search_index.js").is_file()  # what a search without a server reads
     assert "ModelLoadError" in (tmp_path / "python.html").read_text()
+    http = (tmp_path / "http.html").read_text()
+    assert "POST /v1/unload" in http and "UnloadRequest" in http and "Evaluations that wait for the model" in http
 
 
 @pytest.mark.parametrize("path", [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))], ids=lambda path: path.name)
@@ -55,12 +57,12 @@ def home():
 
 def environment(home):
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "ROOTSTOCKD_"))}
-    uv_cache = os.environ.get("UV_CACHE_DIR") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "uv")
+    caches = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")  # what was compiled and downloaded before
     return {
         **kept,
         "HOME": str(home),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "UV_CACHE_DIR": str(uv_cache),
+        "XDG_CACHE_HOME": caches,
         "ROOTSTOCKD_MIRROR": str(home / "mirror"),
         "ROOTSTOCKD_STATE": str(home / "state"),
         "ROOTSTOCKD_SOCKET": str(home / "run" / "rootstockd.sock"),
@@ -78,7 +80,10 @@ def run(command, home, **options):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "name",
-    ["tutorial.md", "migration.md", "administration.md", "models.md", "add-a-model.md", "many-nodes.md", "drivers.md"],
+    [
+        *("tutorial.md", "migration.md", "administration.md", "models.md", "add-a-model.md", "many-nodes.md"),
+        *("drivers.md", "http.md"),
+    ],
 )
 def test_commands_and_programs(name, home):
     blocks = BLOCK.findall((DOCS / name).read_text())

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from conftest import rootstockd, wait_for
-from rootstock_client.client import fetch
+from rootstock_client.control import fetch
 from rootstockd.cli.doctor import _show
 from rootstockd.doctor import gpus, machine
 from rootstockd.doctor.findings import examine, note, ok

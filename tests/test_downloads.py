@@ -423,7 +423,7 @@ def test_two_at_once(server, state, entry):
         if hopes[1].heard:
             break
         threading.Event().wait(0.02)
-    assert hopes[1].heard == ["another command is at mine; waiting for it"]
+    assert hopes[1].heard == ["another command is working on mine; waiting for it"]
     server.go.set()
     for thread in threads:
         thread.join()

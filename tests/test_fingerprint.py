@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
+import os
 import pickle
+import shutil
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,12 @@ from test_ipi import Springs
 
 from conftest import RunningDaemon, rootstockd
 from rootstock_client.calculator import RootstockCalculator
-from rootstock_client.client import request
+from rootstock_client.control import request
 from rootstock_client.errors import ModelChangedError
+from rootstockd.environments.finding import Environment
 from rootstockd.models import store
 from rootstockd.models.catalogue import Catalogue, Entry
-from rootstockd.models.spec import spec_of
+from rootstockd.models.spec import in_environment, spec_of
 from rootstockd.models.store import Record, StoredFile
 
 ENTRY: dict[str, Any] = {
@@ -100,6 +103,49 @@ def test_it_is_the_same_in_every_version() -> None:
     assert spec_of("emt", Catalogue.load()["emt"]).fingerprint == "3d3398613e164ec2"
 
 
+def install(folder: Path, name: str, version: str, **files: str) -> None:
+    """A package's metadata, instead of those of another version."""
+    for old in folder.glob(f"{name}-*.dist-info"):
+        shutil.rmtree(old)
+    info = folder / f"{name}-{version}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: {version}\n")
+    for file, text in files.items():
+        (info / file).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("entry", "options"),
+    [
+        ({"family": "mace"}, ""),
+        ({"arguments": {"calculator": "x.calculators:Y"}}, ""),
+        ({"arguments": {"calculator": "inferred:Y"}}, ""),
+        ({"family": "elsewhere"}, ""),
+        ({"family": "noop"}, '{"dispersion": {"xc": "pbe"}}'),
+    ],
+)
+def test_versions_of_what_computes_tell_models_apart(tmp_path: Path, entry: dict[str, Any], options: str) -> None:
+    """Those in the worker's own environment, and of nothing else that is there."""
+    packages = tmp_path / "lib/python3.11/site-packages"
+    environment = Environment("e", tmp_path / "bin/python", True, "")
+    spec = spec_of("m", Entry.model_validate({**ENTRY, **entry}), options=options)
+
+    def fingerprint(version: str, others: str = "1.0") -> str:
+        install(packages, "mace_torch", version, **{"top_level.txt": "mace\n"})
+        install(packages, "x", version)
+        install(packages, "wheel_of_its_own", version, RECORD="inferred.py,,\n")
+        install(packages, "plugin", version, **{"entry_points.txt": "[rootstockd.engines]\nelsewhere = p:q\n"})
+        install(packages, "dftd3", version)
+        install(packages, "torch", others, **{"top_level.txt": "torch\nfunctorch\n"})
+        return in_environment(spec, environment).fingerprint
+
+    first, *same = fingerprint("1.0"), fingerprint("1.0"), fingerprint("1.0", others="2.0")
+    assert same == [first, first]
+    assert fingerprint("1.1") != first != spec.fingerprint
+    shutil.rmtree(packages)
+    assert in_environment(spec, environment) == spec, "what lies in no package has no version"
+
+
 def test_a_checksum_that_is_none() -> None:
     with pytest.raises(ValidationError, match="64 hexadecimal digits"):
         Entry.model_validate({**ENTRY, "original_sha256": "a"})
@@ -132,9 +178,11 @@ arguments = {{ calculator = "ase.calculators.lj:LennardJones", options = {{ epsi
 
 
 class Site:
-    """A daemon, and what its catalogue says of the model `mine`."""
+    """A daemon, and what its catalogue says of the model `mine`. It imports what lies in the folder `packages`."""
 
     def __init__(self, folder: Path, start: Callable[..., RunningDaemon]) -> None:
+        self.packages = folder / "packages"
+        self.packages.mkdir()
         self.file = folder / "models.toml"
         self._write(1.0)
         self.daemon = start("--catalogue", str(self.file))
@@ -152,8 +200,13 @@ class Site:
 
 
 @pytest.fixture(scope="module")
-def whole_site(tmp_path_factory: pytest.TempPathFactory, start_shared_daemon: Callable[..., RunningDaemon]) -> Site:
-    return Site(tmp_path_factory.mktemp("site"), start_shared_daemon)
+def whole_site(
+    tmp_path_factory: pytest.TempPathFactory, start_shared_daemon: Callable[..., RunningDaemon]
+) -> Iterator[Site]:
+    folder = tmp_path_factory.mktemp("site")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(folder / "packages"), prepend=os.pathsep)
+        yield Site(folder, start_shared_daemon)
 
 
 @pytest.fixture
@@ -250,6 +303,26 @@ def test_a_restart_and_copies_of_the_calculator(site: Site) -> None:
     refused(atoms)
     site.say(1.0)
     atoms.get_stress()
+
+
+def test_another_version_of_what_computes(site: Site) -> None:
+    (site.packages / "springs.py").write_text("from ase.calculators.lj import LennardJones\n")
+    install(site.packages, "springs", "1.0")
+    site.say(1.0, '[packaged]\nfamily = "ase"\narguments = { calculator = "springs:LennardJones" }\n')
+    atoms, other = calculated(site, "packaged"), calculated(site)
+    install(site.packages, "springs", "1.1")
+    atoms.get_stress()  # the worker still has what it imported
+    assert site.daemon.model("packaged")["fingerprint"] == atoms.calc.fingerprint
+    for model in ("packaged", "mine"):
+        request(site.daemon.socket, "POST", "/v1/unload", {"model": model})
+    atoms.rattle(0.01, seed=4)
+    with pytest.raises(ModelChangedError, match="model 'packaged' is another than before"):
+        atoms.get_potential_energy()
+    assert site.daemon.model("packaged")["fingerprint"] == calculated(site, "packaged").calc.fingerprint
+    other.get_stress()  # it has nothing to do with that package
+    install(site.packages, "springs", "1.0")
+    request(site.daemon.socket, "POST", "/v1/unload", {"model": "packaged"})
+    atoms.get_potential_energy()
 
 
 def test_what_is_no_change(site: Site) -> None:

@@ -108,7 +108,7 @@ def test_what_is_computed(want, pbc, stress, energies):
     ],
 )
 def test_what_is_wrong_is_named(init, named):
-    said = "INIT can't be read" if named == "Invalid JSON" else "what the session asks for can't be had"
+    said = "INIT can't be read" if named == "Invalid JSON" else "the session's request is invalid"
     with pytest.raises(InvalidInitError, match=f"^{said}: .*{named}") as caught:
         parse_init(init, None)
     assert len(str(caught.value)) < 400

@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import logging
+import sys
 import warnings
 from functools import cache
 
@@ -18,7 +19,8 @@ from ase.neighborlist import neighbor_list  # noqa: E402
 
 from rootstockd.worker.engines import EngineError, ModelSpec, Result, System, Task  # noqa: E402
 from rootstockd.worker.engines.differences import Difference, compare  # noqa: E402
-from rootstockd.worker.engines.mace import MaceEngine, checks  # noqa: E402
+from rootstockd.worker.engines.mace import MaceEngine, _accelerate, checks  # noqa: E402
+from rootstockd.worker.engines.mace.edges import EdgeBackend  # noqa: E402
 from rootstockd.worker.engines.mace.fused import FusedBackend, NotApplicableError  # noqa: E402
 from rootstockd.worker.engines.mace.graph import Neighbours  # noqa: E402
 from rootstockd.worker.engines.mace.reference import ReferenceBackend  # noqa: E402
@@ -89,6 +91,10 @@ def engine(model, dtype="float64"):
     return MaceEngine(model, ModelSpec("test", "mace", "cpu", dtype), ReferenceBackend(model, "cpu"), None)
 
 
+def by_edges(model):
+    return EdgeBackend(model, "edges")
+
+
 def structures() -> dict[str, Atoms]:
     rng = np.random.default_rng(3)
     alloy = bulk("Cu", cubic=True) * (2, 2, 1)
@@ -147,34 +153,39 @@ def medium(dtype="float64"):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_fused_is_mace_torch_to_rounding(architecture):
+def test_backends_are_mace_torch_to_rounding(architecture):
     model = make_model(**ARCHITECTURES[architecture])
-    of, reference, fused = engine(model), ReferenceBackend(model, "cpu"), FusedBackend(model)
+    of, reference = engine(model), ReferenceBackend(model, "cpu")
+    backends = [FusedBackend(model), EdgeBackend(model, "edges")]
     largest = 0.0
     for name, atoms in STRUCTURES.items():
         one = task(of, atoms, head=model.heads[-1])
-        right, result = reference.evaluate([one])[0], fused.evaluate([one])[0]
-        assert result.backend == "fused"
-        difference = compare(result, right)
-        assert difference.within(5e-11), f"{name}: {difference}"
-        np.testing.assert_allclose(result.energies, right.energies, rtol=0, atol=1e-11 * max(1, abs(right.energy)))
-        np.testing.assert_array_equal(result.virial, result.virial.T)
+        right = reference.evaluate([one])[0]
+        for backend in backends:
+            result = backend.evaluate([one])[0]
+            assert result.backend == backend.name
+            difference = compare(result, right)
+            assert difference.within(5e-11), f"{backend.name}, {name}: {difference}"
+            np.testing.assert_allclose(result.energies, right.energies, rtol=0, atol=1e-11 * max(1, abs(right.energy)))
+            np.testing.assert_array_equal(result.virial, result.virial.T)
         largest = max(largest, np.abs(right.forces).max())
     assert largest > 0.05, "forces too small to be worth comparing"
 
 
-def test_fused_in_single_precision():
+@pytest.mark.parametrize("backend", [FusedBackend, by_edges])
+def test_backends_in_single_precision(backend):
     model = medium("float32")
-    of, reference, fused = engine(model, "float32"), ReferenceBackend(model, "cpu"), FusedBackend(model)
+    of, reference, fast = engine(model, "float32"), ReferenceBackend(model, "cpu"), backend(model)
     for name, atoms in STRUCTURES.items():
         one = task(of, atoms)
-        difference = compare(fused.evaluate([one])[0], reference.evaluate([one])[0])
+        difference = compare(fast.evaluate([one])[0], reference.evaluate([one])[0])
         assert difference.within(2e-5), f"{name}: {difference}"
 
 
-def test_a_batch_is_its_parts():
+@pytest.mark.parametrize("backend", [FusedBackend, by_edges])
+def test_a_batch_is_its_parts(backend):
     model = medium()
-    of, fused = engine(model), FusedBackend(model)
+    of, fused = engine(model), backend(model)
     tasks = [task(of, atoms) for atoms in STRUCTURES.values()]
     for order in (tasks, tasks[::-1], tasks[3:6]):
         for alone, together in zip([fused.evaluate([one])[0] for one in order], fused.evaluate(order), strict=True):
@@ -208,16 +219,27 @@ def test_forces_and_virial_are_slopes_of_the_energy():
 
 
 @pytest.mark.parametrize("change", [{"correlation": 4, "max_ell": 1, "hidden": "2x0e"}])
-def test_what_is_not_folded_is_refused(change):
+def test_what_is_not_folded_is_evaluated_by_edges(change, monkeypatch):
+    model = make_model(**change)
     with pytest.raises(NotApplicableError):
-        FusedBackend(make_model(**change))
+        FusedBackend(model)
+    fast, why = _accelerate(model, ModelSpec("test", "mace", "cpu", "float64"))
+    assert isinstance(fast, EdgeBackend) and not isinstance(fast, FusedBackend)
+    assert "symmetric contraction" in why
+    of, reference = engine(model), ReferenceBackend(model, "cpu")
+    one = task(of, STRUCTURES["alloy"])
+    assert compare(fast.evaluate([one])[0], reference.evaluate([one])[0]).within(5e-11)
+    monkeypatch.setitem(sys.modules, "vesin", None)  # as in an environment without it
+    monkeypatch.delitem(sys.modules, EdgeBackend.__module__)
+    monkeypatch.delitem(sys.modules, Neighbours.__module__)
+    assert _accelerate(model, ModelSpec("test", "mace", "cpu", "float64"))[0] is None
 
 
 def test_a_model_with_further_inputs_is_refused():
     model = make_model(max_ell=1, hidden="2x0e")
     model.joint_embedding = torch.nn.Identity()
     with pytest.raises(NotApplicableError, match="inputs"):
-        FusedBackend(model)
+        EdgeBackend(model, "edges")
 
 
 def neighbours(atoms, cutoff=4.5):

@@ -27,7 +27,7 @@ from prometheus_client.parser import text_string_to_metric_families as read_text
 from pydantic import ValidationError
 
 from conftest import RunningDaemon, rootstockd, wait_for
-from rootstock_client.client import fetch
+from rootstock_client.control import fetch
 from rootstock_client.errors import UnknownModelError
 from rootstockd.control.limits import MAX_SCRAPERS
 from rootstockd.host.peers import user_name
@@ -104,7 +104,7 @@ def test_they_say_what_was_done(daemon: RunningDaemon) -> None:
     step(atoms, 7)
     with pytest.raises(UnknownModelError):
         copper(daemon, "no-such-model").get_potential_energy()
-    wait_for(lambda: daemon.model("emt")["memory"])  # it is measured once a second
+    wait_for(lambda: look(daemon)("rootstockd_model_memory_bytes", **EMT))  # it is measured once a second
     after = look(daemon)
 
     def more(name: str, **labels: str) -> float:
@@ -207,6 +207,13 @@ def test_the_port_has_metrics_alone(daemon: RunningDaemon) -> None:
             connection.request(method, path, "{}")
             assert connection.getresponse().status == http.HTTPStatus.NOT_FOUND
     assert daemon.client().status()["state"] == "ready"
+
+
+def test_a_body_on_the_port_is_not_waited_for(daemon: RunningDaemon) -> None:
+    host, _, number = port(daemon).removeprefix("http://").removesuffix("/metrics").rpartition(":")
+    with socket.create_connection((host, int(number)), timeout=5) as sock:
+        sock.sendall(b"POST /metrics HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        assert sock.recv(100).startswith(b"HTTP/1.1 405")
 
 
 def test_nobody_takes_the_daemons_descriptors_through_the_port(daemon: RunningDaemon) -> None:

@@ -87,7 +87,7 @@ def test_a_daemon_finds_what_is_pulled_while_it_runs(models, catalogue, start_da
     assert not client.status()["models"]
     said = models("pull", "pull-ed")
     assert sha256(EMBEDDED_MODEL) in said
-    assert "Nobody had said which checksum is right" in said
+    assert "No checksum was known for it" in said
     assert "the same as the original bit for bit" in said
     (state / f"weights/{sha256(EMBEDDED_MODEL)}.model").unlink()  # workers need the safe form alone
     energy, forces = numbers(client, "pull-ed")
@@ -258,7 +258,7 @@ def test_add(models, state, tmp_path, start_daemon, server):
 def test_a_pipe_is_not_waited_for(models, state, tmp_path):
     os.mkfifo(tmp_path / "pipe.model")
     said = models("add", "tuned", tmp_path / "pipe.model", "--family", "mace", fails=True)
-    assert f"{tmp_path}/pipe.model is no regular file" in said
+    assert f"{tmp_path}/pipe.model can't be read: it is no regular file" in said
     assert not list(state.glob("weights/*"))
 
 

@@ -29,23 +29,30 @@ USERS = ("rsd-alice", "rsd-bob", "rsd-carol")
 GROUP = "rsd-chem"
 """Alice's and Bob's second group."""
 
-BECOME = f"""
+ASKS = """
 import json, os, pwd, sys
 import encodings.idna, http.client
-from ase.build import bulk
-import rootstock_client.calculator
 from rootstock_client import RootstockClient
 from rootstock_client.errors import RootstockError
-from rootstockd.cli import main
-{ALL_OF_RICH}
 name, *arguments = sys.argv[1:]
+"""
+COMPUTES = """
+from ase.build import bulk
+import rootstock_client.calculator
+"""
+COMMANDS = f"""
+from rootstockd.cli import main
+main.commands[arguments[0]]
+{ALL_OF_RICH}
+"""
+"""What is imported before: the user need not be able to read it."""
+BECOME = """
 user = pwd.getpwnam(name)
 os.initgroups(name, user.pw_gid)
 os.setgid(user.pw_gid)
 os.setuid(user.pw_uid)
 """
-"""All is imported before."""
-JOB = """
+JOB = f"""{ASKS}{COMPUTES}{BECOME}
 socket, sessions, repeat = arguments[0], int(arguments[1]), int(arguments[2])
 answers, kept = [], []
 for number in range(sessions):
@@ -59,8 +66,8 @@ for number in range(sessions):
 print(json.dumps(answers), flush=True)
 sys.stdin.read()
 """
-COMMAND = "main(arguments)"
-MODELS = """
+COMMAND = f"{ASKS}{COMMANDS}{BECOME}main(arguments)"
+MODELS = f"""{ASKS}{BECOME}
 try:
     print(json.dumps([model["name"] for model in RootstockClient(arguments[0]).models()]))
 except RootstockError as error:
@@ -119,7 +126,7 @@ def start(open_folder: Path, users: dict[str, int]) -> Iterator[Callable[[str], 
 def as_user(name: str, what: str, *arguments: str) -> subprocess.Popen[str]:
     """Do something as a user, with all that a login gives and nothing of root's."""
     return subprocess.Popen(
-        [sys.executable, "-c", BECOME + what, name, *arguments],
+        [sys.executable, "-c", what, name, *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -152,7 +159,7 @@ def status_for(name: str, daemon: RunningDaemon) -> dict[str, Any]:
     return json.loads(out)
 
 
-ASKING = """
+ASKING = f"""{ASKS}{BECOME}
 import socket, time
 from rootstock_client.runtime_dir import control_socket
 kept = [socket.socket(socket.AF_UNIX) for _ in range(10)]

@@ -170,7 +170,7 @@ def test_a_model_that_is_removed_while_it_is_converted(keep, tmp_path):
 
     def remove(_):
         removals.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
-        assert removals[0].stdout.readline() == "another command is at mine; waiting for it\n"
+        assert removals[0].stdout.readline() == "another command is working on mine; waiting for it\n"
 
     assert "stays a pickle" in with_safe_form("mine", entry, remove).record.note
     with removals[0] as removal:

@@ -61,7 +61,7 @@ class Gated(EMT):
 CATALOGUE = '[gated]\nfamily = "ase"\ndtype = "float64"\narguments = { calculator = "gates:Gated" }\n'
 
 SLOW = """
-import signal
+import signal, threading, time
 from ase.build import bulk
 from rootstock_client import RootstockClient
 
@@ -69,10 +69,14 @@ signal.signal(signal.SIGTERM, lambda *_: print("SIGTERM", flush=True))
 atoms = bulk("Cu", cubic=True)
 client = RootstockClient()
 atoms.calc = client.calculator("gated")
+evaluation = threading.Thread(target=lambda: print("energy", atoms.get_potential_energy(), flush=True))
+evaluation.start()
+while [session["state"] for session in client.status()["sessions"]] != ["busy"]:
+    time.sleep(0.02)
 print("worker", client.status()["models"][0]["pid"], flush=True)
-print("energy", atoms.get_potential_energy(), flush=True)
+evaluation.join()
 """
-"""A job whose one evaluation lasts until the gate is opened."""
+"""A job whose one evaluation lasts until the gate is opened; it speaks when that is under way."""
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +179,7 @@ srun --ntasks=2 rootstockd slurm run --model emt -- true; echo status $?
         assert re.findall(r"status (\d+)", said) == ["7", "1", "1", "2", "1"], said
         assert not (job.folder / "it-ran").exists()
     assert "there is no model 'nothing'" in said
-    assert "no daemon on each node of the job, so the command was not run" in said
+    assert "not every node of the job has a daemon, so the command was not run" in said
     assert "there is no command 'no-such-command'" in said
     assert "what shall run with the daemons?" in said
     assert "each task of this step would start daemons" in said

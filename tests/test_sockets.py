@@ -321,7 +321,7 @@ def test_a_folder_is_made_for_its_owner_alone_to_write_to(short):
 @pytest.mark.parametrize("mode", [0o777, 0o1777, 0o770])
 def test_a_folder_that_others_may_write_to_is_refused(short, mode):
     short.chmod(mode)
-    with pytest.raises(AddressError, match="they could stand in for the daemon"):
+    with pytest.raises(AddressError, match="they could impersonate the daemon"):
         make_runtime_dir(short, shared=False)
     short.chmod(0o700)
     make_runtime_dir(short, shared=False)
@@ -338,7 +338,7 @@ def test_a_link_to_a_folder_is_refused(short):
     """Whoever made the link could lead it elsewhere later."""
     (short / "real").mkdir(mode=0o700)
     (short / "link").symlink_to(short / "real")
-    with pytest.raises(AddressError, match="they could stand in for the daemon"):
+    with pytest.raises(AddressError, match="they could impersonate the daemon"):
         make_runtime_dir(short / "link", shared=False)
 
 

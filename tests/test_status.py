@@ -1,5 +1,7 @@
 """What `rootstockd status` shows in terminals of all widths."""
 
+import subprocess
+import sys
 import time
 
 import pytest
@@ -115,3 +117,10 @@ def test_a_daemon_that_stops(shown) -> None:
 )
 def test_numbers(number: int, words: str) -> None:
     assert show.count(number) == words
+
+
+@pytest.mark.parametrize("module", ["show", "top", "fleet", "lifecycle"])
+def test_what_is_typed_often_waits_for_no_library_that_it_does_not_need(module: str) -> None:
+    program = f"import sys, rootstockd.cli.{module}; print(*{{'ase', 'fastapi', 'numpy'}} & {{*sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

@@ -14,10 +14,10 @@ from rich.console import Console
 
 from conftest import RunningDaemon
 from rootstockd.cli.frame import frame
-from rootstockd.cli.history import SPAN, History
 from rootstockd.cli.quantities import seconds, size
 from rootstockd.cli.tables import SORTS, View, bar, sparkline
 from rootstockd.control.schema import DaemonStatus, DeviceStatus, ModelStatus, SessionStatus
+from rootstockd.monitoring.history import SPAN, History
 from terminal import Terminal
 
 

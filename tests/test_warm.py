@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from ase.calculators.emt import EMT
 
 from conftest import RunningDaemon, wait_for
 from rootstock_client import RootstockClient, ipi
-from rootstock_client.client import request
+from rootstock_client.control import request
 from rootstock_client.errors import LimitError, UserLimitError
 
 FAULTS = Path(__file__).parent / "faults"
@@ -85,6 +86,12 @@ def ask_again(atoms: Atoms) -> None:
 
 def workers(daemon: RunningDaemon, name: str) -> list[dict[str, Any]]:
     return [model for model in daemon.client().status()["models"] if model["name"] == name]
+
+
+def measured(folder: Path) -> int:
+    """How many models are known to take so much memory, which is written down once they were looked at while ready."""
+    file = folder / "state" / "measured.json"
+    return len(json.loads(file.read_text())) if file.exists() else 0
 
 
 def in_memory(daemon: RunningDaemon) -> set[str]:
@@ -155,7 +162,7 @@ def test_devices_that_are_none(start_daemon: Callable[..., RunningDaemon], runti
     daemon = RunningDaemon(runtime_folder / "none")
     for arguments, words in (
         (("--device", "tpu"), "names no device; names are cpu, cpu:1, cuda:1"),
-        (("--gpu", "0", "--device", "cpu"), "exclude each other"),
+        (("--gpu", "0", "--device", "cpu"), "can't be combined"),
         (("--gpu", "x"), "names no device"),
     ):
         done = daemon.run("start", *arguments)
@@ -180,16 +187,17 @@ def test_whoever_waits_is_told_how_far_loading_has_come(
         job.join()
     assert "model 'slow' is loading: weights, for" in caplog.text
     assert request(daemon.socket, "GET", "/v1/loading") == []
-    wait_for((tmp_path / "state" / "measured.json").exists)
+    wait_for(lambda: measured(tmp_path))
     known = json.loads((tmp_path / "state" / "measured.json").read_text())
     assert [model["load_seconds"] > 7 for model in known.values()] == [True]
     daemon.run("restart")
-    asked = threading.Thread(target=with_model, args=(daemon, "slow"))
-    asked.start()
-    wait_for(lambda: workers(daemon, "slow") and workers(daemon, "slow")[0]["loading"])
-    assert workers(daemon, "slow")[0]["loading"]["expected"] > 7
-    assert "the last time it took" in daemon.run("status").stdout
-    asked.join()
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(daemon.run, "load", "slow")
+        wait_for(lambda: workers(daemon, "slow") and workers(daemon, "slow")[0]["loading"])
+        assert workers(daemon, "slow")[0]["loading"]["expected"] > 7
+        assert "the last time it took" in daemon.run("status").stdout
+    # without a terminal as well
+    assert "slow is loading: weights, for" in asked.result().stderr
 
 
 def test_a_reloaded_model_gives_the_same_bits(start: Callable[..., RunningDaemon]) -> None:
@@ -352,12 +360,13 @@ def test_a_model_with_work_never_goes_and_others_wait_for_it(start: Callable[...
     assert in_memory(daemon) == {"lj"}
 
 
-def test_what_was_to_be_loaded_at_the_start_and_has_no_room(start: Callable[..., RunningDaemon]) -> None:
+def test_what_was_to_be_loaded_at_the_start_and_has_no_room(
+    start: Callable[..., RunningDaemon], tmp_path: Path
+) -> None:
     daemon = start()
     for name in ("emt", "lj"):
         assert daemon.run("load", name).returncode == 0
-    wait_for(lambda: all(model["memory"] for model in daemon.client().status()["models"]))
-    time.sleep(1.2)  # they are measured once a second
+    wait_for(lambda: measured(tmp_path) == 2)
     daemon.stop()
     daemon = start(f"device_memory = {FITS_ONE}\n", "--model", "emt", "--model", "lj")
     assert in_memory(daemon) == {"emt"}
@@ -391,7 +400,7 @@ def test_a_model_that_grows_while_it_loads(start: Callable[..., RunningDaemon], 
     entry = f'[grow]\nfamily = "ase"\nconfine = false\narguments = {{ calculator = "hostile:AtLoading", {options} }}\n'
     daemon = start(f"device_memory = {FITS_TWO}\n", catalogue=entry)
     assert daemon.run("load", "lj").returncode == 0
-    wait_for(lambda: daemon.model("lj")["memory"])
+    wait_for(lambda: measured(tmp_path))
     atoms = copper()
     atoms.calc = daemon.client().calculator("grow")
     with pytest.raises(LimitError, match="'grow': loading it was stopped: it has .* MB, where .* MB were set aside"):

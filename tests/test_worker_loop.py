@@ -75,9 +75,9 @@ class Daemon:
 
 
 @contextlib.contextmanager
-def worker(engine: Engine) -> Iterator[Daemon]:
+def worker(engine: Engine, fingerprint: str = "") -> Iterator[Daemon]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    loop = Loop(theirs, engine)
+    loop = Loop(theirs, engine, fingerprint)
     thread = threading.Thread(target=loop.run)
     thread.start()
     daemon = Daemon(ours)
@@ -139,8 +139,8 @@ def test_extras_say_what_computed_last():
 
 
 def test_extras_say_the_fingerprint_where_the_daemon_wants_it():
-    with worker(Engine(lambda tasks: plain(tasks, backend="a"))) as daemon:
-        slots = [daemon.attach(fingerprint="f"), daemon.attach(fingerprint=""), daemon.attach()]
+    with worker(Engine(lambda tasks: plain(tasks, backend="a")), fingerprint="f") as daemon:
+        slots = [daemon.attach(fingerprint=True), daemon.attach(fingerprint=False), daemon.attach()]
         assert daemon.evaluate(1, 2, 3) == {}
         said = [bytes(slot.reply[slot_end(slot) :]) for slot in slots]
     assert said == [b'{"backend": "a", "fingerprint": "f"}', b'{"backend": "a"}', b'{"backend": "a"}']

@@ -37,7 +37,7 @@ POLL = 1.0
     help="A file with the driver's atoms, in its order: any that ASE reads. Positions in it do not matter.",
 )
 @click.option(
-    "--pbc", metavar="TTT", help="Along which lattice vectors it is periodic, as T or F each; goes before the file's."
+    "--pbc", metavar="TTT", help="Along which lattice vectors it is periodic, as T or F each; overrides the file's."
 )
 @click.option("--charge", type=float, help="Total charge in e.")
 @click.option("--spin", type=float, help="Spin multiplicity.")
@@ -49,7 +49,11 @@ POLL = 1.0
     "--count", type=click.IntRange(1, 1024), default=1, show_default=True, help="Connections at once, for i-PI's beads."
 )
 @click.option(
-    "--wait", type=click.FloatRange(0), default=60.0, show_default=True, help="Seconds for the driver to listen."
+    "--wait",
+    type=click.FloatRange(0),
+    default=60.0,
+    show_default=True,
+    help="Seconds to wait for the driver to listen.",
 )
 @socket_option
 def attach(
@@ -63,8 +67,8 @@ def attach(
 ) -> None:
     """Serve a driver that listens: i-PI, ASE's SocketIOCalculator.
 
-    ADDRESS is where: the name of an i-PI socket (NAME for /tmp/ipi_NAME), a path, or HOST:PORT. Returns when the driver
-    has ended.
+    ADDRESS is where it listens: the name of an i-PI socket (NAME for /tmp/ipi_NAME), a path, or HOST:PORT. Returns when
+    the driver has ended.
 
     \b
     rootstockd attach h2o --model mace-mp-small --structure init.xyz --count 8

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from socket import gethostname
 from typing import Any
@@ -13,7 +16,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 import rootstockd
-from rootstock_client.client import request
+from rootstock_client.control import request
 from rootstock_client.errors import RootstockError
 from rootstock_client.runtime_dir import (
     JOB_VARIABLE,
@@ -30,6 +33,9 @@ from rootstockd.settings.config import Config
 console = Console(highlight=False)
 if not console.is_terminal:
     console.width = 10_000  # a file or a pipe has room for whole lines
+
+QUIET = 2.0
+"""Seconds between lines about what a command waits for; one that takes no longer says nothing of it."""
 
 socket_option = click.option(
     "--socket",
@@ -92,8 +98,8 @@ def fetch_status(socket: Path, *, timeout: float = 10.0) -> DaemonStatus:
     except ValidationError as error:
         raise RootstockError(
             f"rootstockd at {socket} is version {answer.get('version')}, this command {rootstockd.__version__}, and "
-            "what it says of itself can't be read.",
-            "`rootstockd restart` brings up a daemon of this version; jobs wait for it.",
+            "its answer can't be read.",
+            "`rootstockd restart` starts a daemon of this version; jobs wait for it.",
         ) from error
 
 
@@ -117,3 +123,28 @@ def print_warnings(warnings: list[str]) -> None:
     """Print what a configuration has that can't be meant so."""
     for warning in warnings:
         console.print(warning, style="yellow", markup=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def saying(text: str) -> Iterator[Callable[[str], None]]:
+    """What a command waits for: as a spinner, or without a terminal as lines of standard error, seconds apart.
+
+    Args:
+        text: what it waits for at first.
+
+    Yields:
+        What to call, again and again, with what it waits for now.
+    """
+    if console.is_terminal:
+        with console.status(text) as spinner:
+            yield spinner.update
+        return
+    said, then = "", time.monotonic()
+
+    def update(now: str) -> None:
+        nonlocal said, then
+        if now != said and time.monotonic() - then >= QUIET:
+            said, then = now, time.monotonic()
+            click.echo(now, err=True)
+
+    yield update

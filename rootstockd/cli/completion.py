@@ -1,13 +1,16 @@
 """`completion`: the script that has a shell complete commands, and the names that it then asks for.
 
 A shell asks while somebody types, so nothing here waits: a daemon has half a second, and where names can't be had there
-are none.
+are none. All commands have this module, so what only one kind of names needs is imported when these are asked for.
 """
+
+# ruff: noqa: PLC0415
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from click.shell_completion import CompletionItem, get_completion_class
@@ -16,11 +19,9 @@ from rootstock_client.errors import RootstockError
 from rootstock_client.runtime_dir import find_socket
 from rootstockd.cli.common import fetch_status
 from rootstockd.control.schema import DaemonStatus
-from rootstockd.environments.builds import built_environments
-from rootstockd.environments.specification import specification_files
-from rootstockd.host.devices import gpu_names
-from rootstockd.models.catalogue import Catalogue, CatalogueError, Entry
-from rootstockd.settings.state_dir import StateError
+
+if TYPE_CHECKING:
+    from rootstockd.models.catalogue import Entry
 
 _PATIENCE = 0.5
 """Seconds that a daemon has to answer."""
@@ -48,6 +49,8 @@ def catalogue_models(
     ctx: click.Context, _parameter: click.Parameter, incomplete: str, wanted: Callable[[Entry], bool] = lambda _: True
 ) -> list[CompletionItem]:
     """Models of the catalogue, with that of --catalogue."""
+    from rootstockd.models.catalogue import Catalogue, CatalogueError
+
     try:
         catalogue = Catalogue.load(map(Path, ctx.params.get("catalogues") or ()))
     except CatalogueError:
@@ -68,6 +71,10 @@ def models_in_memory(ctx: click.Context, _parameter: click.Parameter, incomplete
 
 def environments(_ctx: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Environments that were built or specified."""
+    from rootstockd.environments.builds import built_environments
+    from rootstockd.environments.specification import specification_files
+    from rootstockd.settings.state_dir import StateError
+
     try:
         built = set(built_environments())
     except StateError:
@@ -79,6 +86,8 @@ def environments(_ctx: click.Context, _parameter: click.Parameter, incomplete: s
 
 def gpus(_ctx: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """GPUs by number, after those that were named already."""
+    from rootstockd.host.devices import gpu_names
+
     before, comma, _ = incomplete.rpartition(",")
     free = {str(i): name for i, name in enumerate(gpu_names()) if str(i) not in before.split(",")}
     words = {f"{before}{comma}{number}": name for number, name in free.items()}

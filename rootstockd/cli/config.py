@@ -38,7 +38,9 @@ def config() -> None:
 
 @config.command()
 @settings_options
-@click.option("--running", is_flag=True, help="Those of the daemon that runs, and what has changed in its files since.")
+@click.option(
+    "--running", is_flag=True, help="The settings of the running daemon, and what has changed in its files since."
+)
 @click.option("--origins/--no-origins", default=True, help="Say where each comes from.  [default: origins]")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def show(running: bool, origins: bool, as_json: bool, socket: Path | None, **said: Any) -> None:
@@ -68,9 +70,9 @@ def show(running: bool, origins: bool, as_json: bool, socket: Path | None, **sai
 
 @config.command()
 @click.argument("file", required=False, type=click.Path(path_type=Path, resolve_path=True))
-@click.option("--instance", metavar="NAME", help="Which of systemd's instances they are for: 0, 0:1, cpu.")
+@click.option("--instance", metavar="NAME", help="The systemd instance they are for: 0, 0:1, cpu.")
 def check(file: Path | None, instance: str | None) -> None:
-    """See whether a daemon could start with its settings.
+    """Check whether a daemon could start with its settings.
 
     They are those of the files that it would read, or of FILE in place of them. Variables are checked as well, and so
     are catalogues, models, users and groups that the settings name.
@@ -198,4 +200,6 @@ def _refuse_others() -> None:
     context = click.get_current_context()
     given = {name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
     if given - {"running", "origins", "as_json", "socket"}:
-        raise click.UsageError("--running shows what is; of the other options it takes --socket alone.")
+        raise click.UsageError(
+            "--running shows the settings of the running daemon; of the other options it takes only --socket."
+        )

@@ -42,7 +42,7 @@ _NARROW = 72
     help="Seconds to wait for file systems, drivers and daemons that do not answer.",
 )
 def doctor(socket: Path | None, as_json: bool, timeout: float) -> None:
-    """Look at this node, and say what is wrong and how to mend it.
+    """Check this node: what is wrong, and how to fix it.
 
     Nothing is changed, and no rights are needed. Run it where something does not work: as the same user, on the same
     node, in the same job. The exit status is 1 if something will not work, 0 otherwise.

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rootstock_client.errors import RootstockError
-from rootstockd.cli.common import Refused, catalogue_option, console
+from rootstockd.cli.common import Refused, catalogue_option, console, saying
 from rootstockd.cli.completion import environments
 from rootstockd.environments import archive
 from rootstockd.environments.building import Plan, build, without_torchs_builds
@@ -56,21 +56,21 @@ class _Group(click.Group):
 def env() -> None:
     """Python environments that workers run in.
 
-    They lie in a state directory: root's, /var/lib/rootstockd, is everybody's to read; others write to their own.
-    ROOTSTOCKD_STATE names another, such as a cluster's shared one.
+    They lie in a state directory: root's, /var/lib/rootstockd, can be read by everybody; other users write to their
+    own. ROOTSTOCKD_STATE names another, such as a cluster's shared one.
     """
 
 
 def building_options(command: Callable[..., None]) -> Callable[..., None]:
     """How to build."""
     for option in (
-        click.option("--torch", metavar=_TORCH, help="PyTorch's build; auto: as this node's driver wants it."),
-        click.option("--python", metavar="VERSION|PATH", help="Which Python, rather than the specification's."),
+        click.option("--torch", metavar=_TORCH, help="PyTorch's build; auto takes the one for this node's driver."),
+        click.option("--python", metavar="VERSION|PATH", help="The Python to use instead of the specification's."),
         click.option("--offline", is_flag=True, help="Take everything from uv's cache."),
         click.option(
             "--spec",
             type=click.Path(path_type=Path, resolve_path=True),
-            help="A TOML file, rather than the specification of that name.",
+            help="A TOML file to use instead of the specification of that name.",
         ),
     ):
         command = option(command)
@@ -81,7 +81,7 @@ def building_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.argument("name", shell_complete=environments)
 @building_options
 def create(name: str, spec: Path | None, offline: bool, python: str | None, torch: str | None) -> None:
-    """Build an environment, if it is not there as it is asked for.
+    """Build an environment, unless it is already there as requested.
 
     One that is broken is built again from its lock.
     """
@@ -98,26 +98,26 @@ def create(name: str, spec: Path | None, offline: bool, python: str | None, torc
         return
     plan, changes = _changed(there, spec, offline, python, torch) if asked else (None, [])
     if not wrong and not changes:
-        as_asked = ", as it is asked for" if asked else ""
+        as_asked = ", as requested" if asked else ""
         words = f"{name} is there{as_asked}, built {there.day}. `rootstockd env update {name}` builds it anew."
         console.print(words, markup=False)
         return
     assert plan is not None
     for change in changes:
         console.print(f"{name}: {change}", markup=False, soft_wrap=True)
-    words = f"{name}: versions stay where that allows; the build of {there.day} serves until the new one is whole"
+    words = f"{name}: versions are kept where possible; the build of {there.day} is used until the new one is complete"
     console.print(words, markup=False, soft_wrap=True)
     _build(plan)
 
 
 @env.command()
 @click.argument("name", shell_complete=environments)
-@click.option("--locked", is_flag=True, help="The same versions again.")
+@click.option("--locked", is_flag=True, help="Install the same versions again.")
 @building_options
 def update(name: str, locked: bool, spec: Path | None, offline: bool, python: str | None, torch: str | None) -> None:
     """Build an environment anew, with newer versions.
 
-    They are as new as its specification allows. The old one serves meanwhile.
+    They are as new as its specification allows. The old build is used meanwhile.
     """
     check_name(name)
     if locked and (spec or torch):
@@ -210,7 +210,7 @@ def verify(name: str, device: str, catalogues: tuple[Path, ...]) -> None:
 @env.command()
 @click.argument("name", shell_complete=environments)
 def remove(name: str) -> None:
-    """Remove an environment, all its builds."""
+    """Remove an environment with all its builds."""
     remove_environment(name)
     console.print(f"removed {name}", markup=False)
 
@@ -224,8 +224,8 @@ def export(name: str, file: Path) -> None:
     For machines without a network: `rootstockd env import` builds it there.
     """
     there = _must_exist(name)
-    with console.status("gathering wheels") as spinner:
-        digest = archive.export(there, file, spinner.update)
+    with saying("gathering wheels") as say:
+        digest = archive.export(there, file, say)
     size = file.stat().st_size / 1e6
     console.print(
         f"{file}, {size:.0f} MB. On the other machine:\n\n  rootstockd env import {file.name} --sha256 {digest}",
@@ -236,9 +236,9 @@ def export(name: str, file: Path) -> None:
 
 @env.command("import")
 @click.argument("file", type=click.Path(path_type=Path, resolve_path=True, dir_okay=False))
-@click.option("--sha256", default="", help="What the file must have; `env export` said it.")
+@click.option("--sha256", default="", help="The SHA-256 that the file must have, as `env export` printed it.")
 @click.option(
-    "--python", default="", metavar="VERSION|PATH", help="Which Python, rather than the exported one's version."
+    "--python", default="", metavar="VERSION|PATH", help="The Python to use instead of the exported one's version."
 )
 def import_(file: Path, sha256: str, python: str) -> None:
     """Build an environment from an exported FILE, without a network."""
@@ -347,8 +347,8 @@ def _named(name: str, spec: Path | None) -> tuple[Specification, str]:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"Did you mean {near[0]}? " if near else ""
         raise SpecificationError(
-            f"nothing says what should be in an environment {name!r}.\n{hint}There are: {', '.join(known)}. "
-            "`--spec FILE` names a file that says it."
+            f"there is no specification for an environment {name!r}.\n{hint}There are: {', '.join(known)}. "
+            "`--spec FILE` names a file that is one."
         )
     return specification, "named"
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import click
 
-from rootstock_client.client import request
+from rootstock_client.control import request
 from rootstock_client.errors import RootstockError
-from rootstockd.cli.common import Refused, console, fetch_status, socket_in_use, socket_option
+from rootstockd.cli.common import Refused, console, fetch_status, saying, socket_in_use, socket_option
 from rootstockd.cli.completion import catalogue_models, models_in_memory
 from rootstockd.cli.quantities import plural
 from rootstockd.control.schema import LoadAnswer, ModelStatus, UnloadAnswer
@@ -35,12 +35,12 @@ def load(name: str, dtype: str | None, socket: Path | None) -> None:
 
 
 def _wait(address: Path, name: str, dtype: str) -> ModelStatus:
-    """Until a model is there, with a spinner that says how far it has come.
+    """Until a model is there, saying how far it has come.
 
     Raises:
         Refused: it can't be loaded.
     """
-    with console.status(f"loading {name}") as spinner:
+    with saying(text := f"loading {name}") as say:
         while True:
             models = fetch_status(address).models
             found = [m for m in models if (m.name, m.dtype, m.dispersion) == (name, dtype, None) and not m.retired]
@@ -50,9 +50,10 @@ def _wait(address: Path, name: str, dtype: str) -> ModelStatus:
                 if model.error:
                     raise Refused(model.error)
                 if model.loading:
-                    spinner.update(f"{name} {model.loading.text}")
+                    text = f"{name} {model.loading.text}"
             if not found:
                 raise Refused(f"model {name!r} has left memory again.")
+            say(text)
             time.sleep(POLL)
 
 

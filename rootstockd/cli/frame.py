@@ -9,11 +9,12 @@ from typing import Any
 from rich.console import Group
 from rich.text import Text
 
-from rootstockd.cli.history import History
 from rootstockd.cli.quantities import duration, per_second, seconds, size
-from rootstockd.cli.show import STATE_COLOUR, dtypes
+from rootstockd.cli.show import STATE_COLOUR
 from rootstockd.cli.tables import Column, Table, View, bar, cell
-from rootstockd.control.schema import DaemonStatus, DeviceStatus, ModelStatus, SessionStatus
+from rootstockd.control.schema import DaemonStatus, DeviceStatus, ModelStatus
+from rootstockd.monitoring.history import History
+from rootstockd.monitoring.rows import model_row, session_row, user_rows
 
 HELP = (
     "q        quit",
@@ -91,8 +92,8 @@ def frame(status: DaemonStatus, history: History, view: View, now: float | None 
 def _tables(status: DaemonStatus, history: History, view: View, room: int | None, now: float) -> list[Text]:
     """The tables in so many lines; the sessions get what others leave."""
     models = Table(MODELS, [_model_row(model, status.models, history) for model in status.models])
-    sessions = Table(SESSIONS, [_session_row(session, history, now) for session in status.sessions])
-    users = Table(USERS, _user_rows(status.sessions, sessions.rows))
+    sessions = Table(SESSIONS, [session_row(session, history, now) for session in status.sessions])
+    users = Table(USERS, user_rows(status.sessions, sessions.rows))
     body: list[Text] = []
     if not status.models:
         body.append(Text("no model is loaded; the first session that asks for one loads it", no_wrap=True))
@@ -142,62 +143,12 @@ def _line(view: View, *parts: tuple[str, str]) -> Text:
     return line
 
 
-def _name(model: ModelStatus, models: Sequence[ModelStatus]) -> str:
-    """A model's name, with what tells it from others of that name."""
-    same = [other for other in models if other.name == model.name]
-    found = dtypes(same)
-    dtype = f" {found[same.index(model)]}" if len(set(found)) > 1 else ""
-    device = f" {model.device or '-'}" if len({other.device for other in same}) > 1 else ""
-    return model.name + dtype + device
-
-
 def _model_row(model: ModelStatus, models: Sequence[ModelStatus], history: History) -> dict[str, Any]:
     trend = history.trend(model)
     return {
-        "name": _name(model, models),
-        "dtype": dtypes(models)[models.index(model)],
-        "state": f"{model.state} {model.loading.elapsed:.0f} s" if model.loading else model.state,
-        "device": model.device or "-",
-        "sessions": model.sessions,
-        "queue": model.waiting,
-        "rate": model.rate,
+        **model_row(model, models),
         "rates": trend.rate,
-        "latency": model.latency_p50 or 0.0,
         "latencies": trend.latency,
-        "p99": model.latency_p99 or 0.0,
-        "batch": model.batch_size or 0.0,
         "batches": trend.batch,
-        "memory": model.memory or 0,
-        "evaluations": model.evaluations,
         "style": "" if model.state == "ready" else STATE_COLOUR[model.state],
     }
-
-
-def _session_row(session: SessionStatus, history: History, now: float) -> dict[str, Any]:
-    return {
-        "name": session.id,
-        "user": session.user,
-        "pid": session.pid,
-        "model": session.model or "-",
-        "atoms": session.natoms or "-",
-        "state": session.state,
-        "rate": history.rate(session),
-        "evaluations": session.evaluations,
-        "age": max(0.0, now - session.since),
-    }
-
-
-def _user_rows(sessions: Sequence[SessionStatus], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    users: dict[str, dict[str, Any]] = {}
-    for session, row in zip(sessions, rows, strict=True):
-        user = users.setdefault(
-            session.user, {"name": session.user, "sessions": 0, "queue": 0, "rate": 0.0, "work": 0.0}
-        )
-        user["sessions"] += 1
-        user["queue"] += session.state == "busy"
-        user["rate"] += row["rate"]
-        user["work"] += row["rate"] * (session.natoms or 0)
-    everything = sum(user["work"] for user in users.values())
-    for user in users.values():
-        user["share"] = user["work"] / everything if everything else 0.0
-    return list(users.values())

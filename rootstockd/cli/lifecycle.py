@@ -18,8 +18,7 @@ from typing import Any, BinaryIO
 
 import click
 
-from rootstock_client.client import request
-from rootstock_client.connection import connect
+from rootstock_client.control import request
 from rootstock_client.errors import (
     AccessDeniedError,
     ConnectionLostError,
@@ -28,12 +27,15 @@ from rootstock_client.errors import (
     RootstockError,
 )
 from rootstock_client.runtime_dir import START_HINT, control_socket
+from rootstock_client.sockets import connect
 from rootstockd.cli.common import (
+    QUIET,
     Refused,
     console,
     fetch_config,
     fetch_status,
     print_warnings,
+    saying,
     socket_in_use,
     socket_option,
 )
@@ -42,8 +44,6 @@ from rootstockd.cli.units import is_systemd, unit_at
 from rootstockd.control.schema import DaemonStatus, ReloadReport
 from rootstockd.host.devices import DeviceError, found_devices
 from rootstockd.host.peers import peer_of
-from rootstockd.models.catalogue import Catalogue, CatalogueError
-from rootstockd.models.store import located
 from rootstockd.settings.config import Config
 from rootstockd.settings.config_file import ConfigError
 from rootstockd.settings.config_layers import read_again, unknown_variables
@@ -52,12 +52,13 @@ POLL = 0.05
 PEEK = socketlib.MSG_PEEK | socketlib.MSG_DONTWAIT
 FORCE_TIMEOUT = 5.0
 """Seconds that a daemon has to answer `stop --force`, and then to end, before it is killed."""
+DRAINING = "waiting for evaluations under way"
 
 
 @click.command()
 @settings_options
-@click.option("--foreground", is_flag=True, help="Stay in front, log to the terminal, end with Ctrl-C.")
-@click.option("--wait", is_flag=True, help="When it is ready, stay until it has ended; whoever ends this ends it.")
+@click.option("--foreground", is_flag=True, help="Stay in the foreground, log to the terminal, end with Ctrl-C.")
+@click.option("--wait", is_flag=True, help="When it is ready, wait until it ends; ending this command ends the daemon.")
 def start(foreground: bool, wait: bool, **said: Any) -> None:
     """Start a daemon; returns when it is ready."""
     try:
@@ -87,7 +88,7 @@ def stop(socket: Path | None, force: bool) -> None:
     address = socket_in_use(socket)
     if unit := unit_at(address):
         unit.stop(force=force)
-        console.print(f"stopped; `{' '.join(unit.systemctl)} start {unit.socket}` has it back")
+        console.print(f"stopped; `{' '.join(unit.systemctl)} start {unit.socket}` starts it again")
         return
     try:
         end(address, force=force)
@@ -119,7 +120,7 @@ def restart(socket: Path | None) -> None:
                 request(address, "POST", "/v1/stop", {"replaced": True})  # which refuses whoever may not
             assert config is not None
             launch(config, after=process)
-    except (RootstockError, ConfigError, CatalogueError) as error:
+    except (RootstockError, ConfigError) as error:
         raise Refused(error) from error
 
 
@@ -128,7 +129,7 @@ def restart(socket: Path | None) -> None:
 def reload(socket: Path | None) -> None:
     """Have the daemon read its configuration and catalogues again.
 
-    No job notices.
+    Running jobs are not affected.
     """
     try:
         answer = request(socket_in_use(socket), "POST", "/v1/reload")
@@ -143,7 +144,7 @@ def reload(socket: Path | None) -> None:
     print_warnings(report.warnings)
     if report.restart_needed:
         console.print(
-            f"changed, but only a restart takes them over: {', '.join(report.restart_needed)}", style="yellow"
+            f"changed, but take effect only with a restart: {', '.join(report.restart_needed)}", style="yellow"
         )
 
 
@@ -151,9 +152,16 @@ def check_startable(config: Config) -> None:
     """What a new daemon would say of its files.
 
     Raises:
-        CatalogueError, UnknownModelError, ModelLoadError, Refused: it could not start.
+        UnknownModelError, ModelLoadError, Refused: it could not start.
     """
-    catalogue = Catalogue.load(config.catalogues)
+    # imports what only `restart` needs
+    from rootstockd.models.catalogue import Catalogue, CatalogueError  # noqa: PLC0415
+    from rootstockd.models.store import located  # noqa: PLC0415
+
+    try:
+        catalogue = Catalogue.load(config.catalogues)
+    except CatalogueError as error:
+        raise Refused(error) from error
     for name in config.models:
         located(*catalogue.resolve(name))
     if config.log_file is not None:
@@ -276,24 +284,25 @@ def open_log(path: Path) -> BinaryIO:
 
 
 def wait_until_ready(process: subprocess.Popen[bytes], config: Config, log_position: int) -> DaemonStatus:
-    """Wait, with a spinner that says for what.
+    """Wait, saying for what.
 
     Raises:
         Refused: the process ended.
     """
-    with console.status("starting") as spinner:
+    with saying(text := "starting") as say:
         while process.poll() is None:
             try:
                 status = fetch_status(config.socket)
             except RootstockError:
                 status = None
             if status is not None and status.pid != process.pid:
-                spinner.update("waiting for evaluations under way")
+                text = DRAINING
             elif status is not None:
                 if status.state == "ready":
                     return status
                 loading = [model.name for model in status.models if model.state == "loading"]
-                spinner.update(f"loading {', '.join(loading)}")
+                text = f"loading {', '.join(loading)}"
+            say(text)
             time.sleep(POLL)
     assert config.log_file is not None
     with config.log_file.open("rb") as log:
@@ -312,13 +321,13 @@ def daemon_process(socket: Path) -> Iterator[int]:
 
     Raises:
         DaemonNotFoundError: there is none.
-        NotAnsweringError: it takes no connection.
+        NotAnsweringError: it accepts no connections.
     """
     path = control_socket(socket)
     try:
         sock = connect(path, FORCE_TIMEOUT)
     except TimeoutError as error:
-        raise NotAnsweringError(f"rootstockd at {socket} takes no connection.", "Find it with `ps`.") from error
+        raise NotAnsweringError(f"rootstockd at {socket} accepts no connections.", "Find it with `ps`.") from error
     with contextlib.ExitStack() as stack:
         with sock:
             pid = peer_of(sock).pid
@@ -340,8 +349,8 @@ def end(socket: Path, *, force: bool = False) -> None:
     Raises:
         RootstockError: there is none, or it does not answer.
     """
-    with daemon_process(socket) as process, console.status("waiting for evaluations under way"):
-        limit = FORCE_TIMEOUT if force else None
+    with daemon_process(socket) as process, saying(DRAINING) as say:
+        limit = FORCE_TIMEOUT if force else float("inf")
         try:
             request(socket, "POST", "/v1/stop", {"force": force}, timeout=FORCE_TIMEOUT)
         except ConnectionLostError:
@@ -352,7 +361,10 @@ def end(socket: Path, *, force: bool = False) -> None:
             if not force:
                 raise
             limit = 0.0
-        if not select.select([process], [], [], limit)[0]:
+        while limit > 0 and not select.select([process], [], [], min(limit, QUIET))[0]:
+            limit -= QUIET
+            say(DRAINING)
+        if not select.select([process], [], [], 0)[0]:
             try:
                 signal.pidfd_send_signal(process, 0)  # may we?
                 socket.unlink(missing_ok=True)  # or its successor would begin, where it is being restarted

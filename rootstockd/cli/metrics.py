@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from rootstock_client.client import fetch
+from rootstock_client.control import fetch
 from rootstock_client.errors import RootstockError
 from rootstockd.cli.common import Refused, socket_in_use, socket_option
 
@@ -16,7 +16,7 @@ from rootstockd.cli.common import Refused, socket_in_use, socket_option
 def metrics() -> None:
     """Metrics for Prometheus, a dashboard and alerts.
 
-    docs/monitoring.md has more of them.
+    docs/monitoring.md has more.
     """
 
 

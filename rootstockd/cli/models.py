@@ -14,11 +14,12 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from rootstock_client.client import request
+from rootstock_client.control import request
 from rootstock_client.errors import ModelLoadError, RootstockError
 from rootstock_client.runtime_dir import find_socket
 from rootstockd.cli.common import Refused, catalogue_option, console, fetch_status, socket_option
 from rootstockd.cli.completion import catalogue_models, models_to_pull
+from rootstockd.environments.finding import find_environment
 from rootstockd.models import store
 from rootstockd.models.add import add as add_file
 from rootstockd.models.add import own_file, remove_entry
@@ -27,7 +28,7 @@ from rootstockd.models.convert import with_safe_form
 from rootstockd.models.download import DownloadError
 from rootstockd.models.pull import Wishes
 from rootstockd.models.pull import pull as pull_weights
-from rootstockd.models.spec import spec_of
+from rootstockd.models.spec import in_environment, spec_of
 from rootstockd.models.store import Stored, StoreError
 from rootstockd.settings.state_dir import MIRROR_VARIABLE, StateError
 
@@ -40,7 +41,7 @@ sha256_option = click.option("--sha256", default="", metavar="HEX", help="The ch
 
 @click.group()
 def models() -> None:
-    """Models: what there is, and the weights on this machine."""
+    """The models of the catalogue, and their weights on this machine."""
 
 
 @models.command(name="list")
@@ -164,15 +165,15 @@ def described(entry: Entry, stored: Stored | None) -> dict[str, str]:
     default="",
     envvar=MIRROR_VARIABLE,
     show_envvar=True,
-    help="A folder, or a URL to put before file names, to get the files from; nothing else is asked then.",
+    help="A folder, or a URL that file names are appended to, to get the files from; no other source is tried.",
 )
 @sha256_option
-@click.option("--accept-licence", is_flag=True, help="Accept the licence, where one has to be.")
+@click.option("--accept-licence", is_flag=True, help="Accept the licence, where the model requires that.")
 @catalogue_option
 def pull(names: tuple[str, ...], mirror: str, sha256: str, accept_licence: bool, catalogues: tuple[Path, ...]) -> None:
     """Get the weights of models.
 
-    A pull that was cut off goes on where it was. Proxies are those of HTTPS_PROXY and NO_PROXY.
+    An interrupted pull continues where it stopped. It goes through the proxies that HTTPS_PROXY and NO_PROXY say.
     """
     if sha256 and len(names) > 1:
         raise click.UsageError("--sha256 is for one model.")
@@ -182,7 +183,7 @@ def pull(names: tuple[str, ...], mirror: str, sha256: str, accept_licence: bool,
         if accept_licence:
             return True
         if not sys.stdin.isatty():
-            raise Refused(f"its licence has to be accepted first: {text}. Read it, and say --accept-licence.")
+            raise Refused(f"its licence has to be accepted first: {text}. Read it, then give --accept-licence.")
         return click.confirm(f"The licence of these weights: {text}. Do you accept it?")
 
     with refused():
@@ -225,7 +226,7 @@ def tell_pulled(name: str, stored: Stored) -> None:
     console.print(f"sha256 {record.original.sha256}, {size}, from {record.source}", soft_wrap=True, markup=False)
     if record.pinned == store.FIRST_USE:
         console.print(
-            "Nobody had said which checksum is right: from now on it is this one. Compare it with what others have.",
+            "No checksum was known for it: from now on it is this one. Compare it with what others have.",
             style="yellow",
         )
     if record.note:
@@ -258,7 +259,7 @@ def add(name: str, file: Path, sha256: str, elements: str, **fields: Any) -> Non
     for key, values in (("elements", entry.elements), ("heads", entry.heads)):
         if values:
             console.print(f"{key} {', '.join(values)}", soft_wrap=True, markup=False)
-    console.print(f"entry {own_file()}; a daemon that runs takes it over with `rootstockd reload`", soft_wrap=True)
+    console.print(f"entry {own_file()}; a running daemon takes it over with `rootstockd reload`", soft_wrap=True)
 
 
 @models.command()
@@ -285,7 +286,7 @@ def remove(name: str, force: bool, socket: Path | None) -> None:
                 remove_entry(name, folder)
     console.print(f"{name} was removed, {megabytes(freed)} are free again", markup=False)
     if added:
-        console.print("a daemon that runs forgets it with `rootstockd reload`")
+        console.print("a running daemon forgets it with `rootstockd reload`")
 
 
 def nothing_to_remove(name: str, catalogue: Catalogue) -> str:
@@ -295,7 +296,7 @@ def nothing_to_remove(name: str, catalogue: Catalogue) -> str:
     if stored := store.find(name):
         return f"{name} is stored in {stored.folder}, which is not yours to change."
     origin = catalogue.origins[name]
-    return f"there is nothing to remove: {name} was neither added nor pulled. Its entry stands in {origin}."
+    return f"there is nothing to remove: {name} was neither added nor pulled. Its entry is in {origin}."
 
 
 def let_go(name: str, socket: Path | None) -> None:
@@ -365,10 +366,15 @@ def state_of(name: str, entry: Entry) -> str:
 
 
 def fingerprint_of(name: str, entry: Entry) -> str:
-    """A model's fingerprint in its usual dtype; empty while its weights are to be pulled and may be any."""
+    """A model's fingerprint in its usual dtype; empty where that depends on weights or packages that are not here."""
     with contextlib.suppress(ModelLoadError):
         entry = store.located(name, entry)
-    return spec_of(name, entry).fingerprint if entry.sha256 or not entry.url else ""
+    if entry.url and not entry.sha256:  # they may be any
+        return ""
+    try:
+        return in_environment(spec_of(name, entry), find_environment(*entry.place)).fingerprint
+    except ModelLoadError:
+        return ""
 
 
 def size_of(name: str, entry: Entry) -> int | None:

@@ -48,16 +48,22 @@ _OPTIONS = (
     click.option("--max-atoms", type=click.IntRange(min=1), help="The most atoms in one message of one session."),
     click.option("--batch-atoms", type=click.IntRange(min=1), help="The most atoms in one pass over several sessions."),
     click.option(
-        "--drain-timeout", type=click.FloatRange(min=0), help="Seconds for evaluations under way when it is stopped."
+        "--drain-timeout",
+        type=click.FloatRange(min=0),
+        help="Seconds that evaluations under way may take when it is stopped.",
     ),
-    click.option("--metrics", metavar="HOST:PORT", help="Serve metrics for Prometheus there, say on 127.0.0.1:9746."),
+    click.option(
+        "--metrics",
+        metavar="HOST:PORT",
+        help="Address at which to serve metrics for Prometheus, such as 127.0.0.1:9746.",
+    ),
     click.option(
         "--config",
         "file",
         type=click.Path(path_type=Path, resolve_path=True),
         envvar=FILE_VARIABLE,
         show_envvar=True,
-        help="A TOML file of settings, in place of the site's and the user's; what is given here goes before it.",
+        help="A TOML file of settings, in place of the site's and the user's; options given here override it.",
     ),
     click.option(
         "--instance", metavar="NAME", help="The devices, as instances of systemd's units are named: 0, 0:1, cpu."
@@ -93,7 +99,7 @@ def settings_said(
         gpu, names = devices_of(instance)
     names = tuple(name for name in names if name != "auto")
     if gpu is not None and names:
-        raise click.UsageError("--gpu and --device exclude each other.")
+        raise click.UsageError("--gpu and --device can't be combined.")
     try:
         chosen = choose_devices(gpus=gpu, names=names)
     except DeviceError as error:

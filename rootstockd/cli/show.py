@@ -7,13 +7,12 @@ import os
 import subprocess
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
 import click
-from pydantic import JsonValue
 from rich.cells import cell_len
 from rich.markup import escape
 from rich.table import Table
@@ -33,6 +32,7 @@ from rootstockd.cli.common import (
 from rootstockd.cli.quantities import count, duration, plural, size, span
 from rootstockd.cli.units import unit_at
 from rootstockd.control.schema import DaemonStatus, ModelStatus
+from rootstockd.monitoring.rows import dtypes, settings_in_words
 
 STATE_COLOUR = {
     "ready": "green",
@@ -150,25 +150,6 @@ def _told_apart(models: list[ModelStatus]) -> list[str]:
     ]
 
 
-def dtypes(models: Sequence[ModelStatus]) -> list[str]:
-    """What each computes in, with D3, and as much of its settings as tells it from others of its name."""
-    found = []
-    for model in models:
-        same = [other.dispersion or {} for other in models if (other.name, other.dtype) == (model.name, model.dtype)]
-        settings = {
-            key: value
-            for key, value in (model.dispersion or {}).items()
-            if any(key in other and other[key] != value for other in same)
-        }
-        which = f" ({_settings(settings)})" if settings else ""
-        found.append(f"{model.dtype} +D3{which}" if model.dispersion else model.dtype)
-    return found
-
-
-def _settings(dispersion: dict[str, JsonValue]) -> str:
-    return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in dispersion.items())
-
-
 def _state(model: ModelStatus) -> str:
     return f"[{STATE_COLOUR[model.state]}]{model.state}[/]{', retired' * model.retired}"
 
@@ -179,7 +160,7 @@ def _batch(model: ModelStatus) -> str:
 
 def _computing(model: ModelStatus) -> str:
     """What computes a model, and where."""
-    with_d3 = f" with D3 ({_settings(model.dispersion)})" if model.dispersion else ""
+    with_d3 = f" with D3 ({settings_in_words(model.dispersion)})" if model.dispersion else ""
     return f"{model.backend}{with_d3}; {model.environment}"
 
 
@@ -237,9 +218,14 @@ def fitting(columns: list[Column]) -> Table:
 @click.command()
 @socket_option
 @click.option(
-    "-n", "--lines", type=click.IntRange(min=0), default=50, show_default=True, help="How many of the last lines."
+    "-n",
+    "--lines",
+    type=click.IntRange(min=0),
+    default=50,
+    show_default=True,
+    help="How many lines to show, counted from the end.",
 )
-@click.option("-f", "--follow", is_flag=True, help="Go on as new lines come.")
+@click.option("-f", "--follow", is_flag=True, help="Keep printing new lines as they come.")
 def logs(socket: Path | None, lines: int, follow: bool) -> None:
     """Show the log of a daemon, which may have ended."""
     with contextlib.suppress(RootstockError):

@@ -19,7 +19,6 @@ from typing import Any
 
 import click
 
-from rootstock_client.connection import connect
 from rootstock_client.errors import RootstockError
 from rootstock_client.runtime_dir import (
     JOB_VARIABLE,
@@ -29,6 +28,7 @@ from rootstock_client.runtime_dir import (
     control_socket,
     job_runtime_dir,
 )
+from rootstock_client.sockets import connect
 from rootstockd.cli.common import Refused
 from rootstockd.cli.lifecycle import POLL, end, start
 from rootstockd.cli.options import settings_said
@@ -101,7 +101,7 @@ def run(obj: tuple[list[str], list[str]], /, **said: Any) -> None:
     if folder is None:
         raise Refused(f"this is no Slurm job: {JOB_VARIABLE} is not set. Call it in a batch script, or in salloc.")
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        raise Refused("each task of this step would start daemons. Call it without srun, and srun behind the --.")
+        raise Refused("each task of this step would start daemons. Call it without srun, and put srun behind the --.")
     if not command:
         raise click.UsageError("what shall run with the daemons? rootstockd slurm run [OPTIONS] -- COMMAND...")
     if shutil.which(command[0]) is None:
@@ -194,7 +194,7 @@ def wait_until_ready(step: subprocess.Popen[str]) -> None:
             threading.Thread(target=step.stdout.read, daemon=True).start()
             return
     step.wait()
-    raise Refused("no daemon on each node of the job, so the command was not run. Why is said above.")
+    raise Refused("not every node of the job has a daemon, so the command was not run. The reason is above.")
 
 
 def end_step() -> None:

@@ -50,7 +50,7 @@ class Place:
 def systemd() -> None:
     """Have systemd start daemons, and look after them.
 
-    docs/systemd.md has more of it.
+    docs/systemd.md has more.
     """
 
 
@@ -144,7 +144,7 @@ def tell_next(place: Place, names: list[str], settings: Path) -> None:
         f"  {shlex.join([*place.systemctl, 'enable', '--now', *sockets])}\n\n"
         "To have models loaded before there is a client, enable the services, too:\n\n"
         f"  {shlex.join([*place.systemctl, 'enable', '--now', *(name[:-6] + 'service' for name in sockets)])}"
-        + ("\n\nThat it goes on when you log out:\n\n  loginctl enable-linger" if place.user else ""),
+        + ("\n\nTo keep it running when you log out:\n\n  loginctl enable-linger" if place.user else ""),
         soft_wrap=True,
         markup=False,
     )

@@ -21,9 +21,9 @@ from rich.live import Live
 from rootstock_client.errors import RootstockError
 from rootstockd.cli.common import Refused, console, fetch_status, socket_in_use, socket_option
 from rootstockd.cli.frame import frame
-from rootstockd.cli.history import History
 from rootstockd.cli.tables import SORTS, View
 from rootstockd.control.schema import DaemonStatus
+from rootstockd.monitoring.history import History
 
 KEYS = {"\x1b[A": "up", "\x1b[B": "down", "\x1b[C": "s", "\x1b[D": "left", "\x1b[5~": "page up", "\x1b[6~": "page down"}
 """What terminals send for keys that are no characters."""
@@ -45,7 +45,7 @@ PAGE = 10
 def top(socket: Path | None, delay: float) -> None:
     """Watch the daemon: devices, models, users and sessions.
 
-    q quits, ? helps. Where there is no terminal, two looks are taken and what they show is printed.
+    q quits, ? helps. Without a terminal, it looks twice and prints what it saw.
     """
     address = socket_in_use(socket)
     history = History()

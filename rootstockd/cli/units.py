@@ -34,7 +34,7 @@ class Unit:
         """
         command = [*self.systemctl, verb, *names]
         if subprocess.run(command, check=False).returncode:
-            raise Refused(f"`{' '.join(command)}` failed. Why is in `{' '.join(self.journal())}`.")
+            raise Refused(f"`{' '.join(command)}` failed. The reason is in `{' '.join(self.journal())}`.")
 
     def stop(self, *, force: bool) -> None:
         """Have it stopped, and its socket closed: the next client would start it again.

@@ -220,7 +220,7 @@ def model_status(model: Supervisor, fleet: Fleet) -> ModelStatus:
         device=str(model.device) if model.device else None,
         dtype=model.spec.dtype,
         dispersion=model.spec.dispersion,
-        fingerprint=model.spec.fingerprint,
+        fingerprint=model.fingerprint,
         state=model.state.value,
         error=str(why) if why else None,
         loading=loading_status(model, fleet),

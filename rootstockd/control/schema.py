@@ -54,7 +54,7 @@ class ModelStatus(BaseModel):
     dispersion: dict[str, JsonValue] | None = None
     """Settings of the D3 correction that is added, if one is."""
     fingerprint: str = ""
-    """Of all that determines its numbers."""
+    """Of all that determines its numbers; empty until a worker was started."""
     state: str
     """cold (loaded when somebody next asks), waiting (for room), loading, ready or failed."""
     error: str | None

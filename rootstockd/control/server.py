@@ -73,4 +73,4 @@ def control_server(daemon: Daemon, sock: socket.socket) -> Server:
 
 def metrics_server(daemon: Daemon, sock: socket.socket) -> Server:
     """The server on the port where a daemon has its metrics."""
-    return Server(BoundedBody(make_metrics_app(daemon)), sock, BoundedProtocol)
+    return Server(make_metrics_app(daemon), sock, BoundedProtocol)  # which reads no bodies

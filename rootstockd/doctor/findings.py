@@ -67,8 +67,8 @@ def examine(examinations: dict[str, Examination], seconds: float) -> dict[str, l
             for finding in examination():
                 found[name].append(finding)
         except Exception as error:
-            words = f"the look at it failed: {type(error).__name__}: {error}"
-            found[name].append(warning(name, words, "What is wrong here was not found out. Please report this."))
+            words = f"this check failed: {type(error).__name__}: {error}"
+            found[name].append(warning(name, words, "Whether anything is wrong here is not known. Please report this."))
 
     threads = {
         name: threading.Thread(target=run, args=(name, examination), daemon=True)

@@ -143,7 +143,7 @@ def check_driver(driver: Driver) -> Iterator[Finding]:
     if driver.closed:
         yield problem(
             "device files",
-            f"no right to open {', '.join(driver.closed)}",
+            f"no permission to open {', '.join(driver.closed)}",
             "CUDA can't be used.",
             "In a Slurm job ask for a GPU: --gpus=1. Elsewhere, as root: chmod a+rw /dev/nvidia*, or add the user to "
             "their group.",

@@ -147,7 +147,7 @@ def look_at_login(variables: Mapping[str, str], named: Path | None) -> Login:
 def check_runtime_folder(folder: Folder, login: Login) -> Iterator[Finding]:
     """Where a daemon puts its sockets, and clients look for them."""
     where = "runtime folder"
-    believe = "Clients do not believe a socket there, and no daemon starts: others could stand in for it."
+    believe = "Clients do not believe a socket there, and no daemon starts: others could impersonate it."
     if folder.exists and not folder.is_folder:
         yield problem(where, f"{folder.path} is no folder", believe, f"rm {folder.path}")
     elif folder.exists and folder.owner not in (login.uid, 0):
@@ -160,7 +160,7 @@ def check_runtime_folder(folder: Folder, login: Login) -> Iterator[Finding]:
         xdg = bool(login.runtime) and folder.path.is_relative_to(login.runtime)
         yield problem(
             where,
-            f"no right to write to {what}",
+            f"no permission to write to {what}",
             "No daemon can be started there."
             + (" Slurm and sudo pass XDG_RUNTIME_DIR on to where there is no such folder." if xdg else ""),
             "unset XDG_RUNTIME_DIR" if xdg else f"rootstockd start --socket {_elsewhere(login)}",
@@ -211,14 +211,14 @@ def check_address(address: Address, login: Login) -> Iterator[Finding]:
     elif address.state == "closed":
         yield problem(
             "socket",
-            f"no right to connect to {path}",
+            f"no permission to connect to {path}",
             "Its daemon is for others (access.users, access.groups).",
             f"Ask {user_name(address.owner)}, or start your own: rootstockd start",
         )
     elif address.state == "busy":
         yield problem(
             "socket",
-            f"{path} takes no connection",
+            f"{path} accepts no connections",
             "Its daemon hangs, or was suspended.",
             "rootstockd logs; then rootstockd stop --force and rootstockd start",
         )
@@ -259,7 +259,7 @@ def check_storage(name: str, folder: Folder, mend: str, *, needed: bool = False)
         )
     elif not folder.writable:
         tell = problem if needed else warning
-        yield tell(name, f"no right to write to {folder.above}", "Nothing new can be kept there.", mend)
+        yield tell(name, f"no permission to write to {folder.above}", "Nothing new can be kept there.", mend)
     elif folder.free < FULL:
         yield problem(name, f"no space for {folder.path}", "Nothing can be kept.", f"df -h {folder.above}")
     elif folder.free < LITTLE:

@@ -45,7 +45,12 @@ def check_daemon(daemon: DaemonStatus, driver: Driver) -> Iterator[Finding]:
             "rootstockd stop; rootstockd start --gpu 0",
         )
     for text in daemon.warnings:
-        yield warning("daemon", text, "Its configuration can't be meant so.", "rootstockd reload, once that is mended")
+        yield warning(
+            "daemon",
+            text,
+            "This is probably not what its configuration is meant to say.",
+            "rootstockd reload, once that is fixed",
+        )
 
 
 def _mend(model: ModelStatus) -> str:
@@ -69,7 +74,7 @@ def check_models(daemon: DaemonStatus) -> Iterator[Finding]:
             yield warning(name, model.loading.text, "Its sessions wait.", "rootstockd unload NAME, of one that is idle")
         elif model.restarts:
             times = "once" if model.restarts == 1 else f"{model.restarts} times"
-            yield warning(name, f"its worker was replaced {times}", "Each time its jobs waited.", "rootstockd logs")
+            yield warning(name, f"its worker was replaced {times}", "Each time, its jobs waited.", "rootstockd logs")
         if model.note:
             yield note(name, model.note)
     for why in sorted({why for model in daemon.models for why in model.unconfined}):

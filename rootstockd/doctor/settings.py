@@ -21,7 +21,7 @@ def check_settings(files: tuple[SettingsFile, ...], variables: Mapping[str, str]
         socket: an address where they name none.
     """
     for text in unknown_variables(variables):
-        yield warning("settings", text, "What it was to set is not set.", "rootstockd config show")
+        yield warning("settings", text, "The setting that it was meant for is unchanged.", "rootstockd config show")
     try:
         make_config(files, variables, {}, {"socket": socket, "devices": ("cpu",)})
     except ConfigError as error:
@@ -36,7 +36,7 @@ def check_catalogue() -> Iterator[Finding]:
     try:
         catalogue = Catalogue.load()
     except CatalogueError as error:
-        yield problem("catalogue", str(error), "No daemon starts, and no model is found.", "Mend the file as it says.")
+        yield problem("catalogue", str(error), "No daemon starts, and no model is found.", "Fix the file as it says.")
         return
     wrong = catalogue.warnings()
     for text in wrong:

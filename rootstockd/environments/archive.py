@@ -243,7 +243,7 @@ def unpacked(file: Path, sha256: str) -> Iterator[tuple[Description, str, Path]]
                 tar = stack.enter_context(tarfile.open(fileobj=archive, mode="r:"))
             wheels = _members(tar, file.stat().st_size)
             if not {"environment.json", "lock.txt"} <= wheels.keys():
-                raise _refused("it is not whole")
+                raise _refused("it is incomplete")
             description = _describe(_text(tar, wheels.pop("environment.json")))
             lock = _text(tar, wheels.pop("lock.txt"))
             if hashlib.sha256(lock.encode()).hexdigest() != description.lock_sha256:

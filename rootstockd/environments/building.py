@@ -201,7 +201,7 @@ def _flavour_in_words(plan: Plan) -> str:
     if not plan.specification.has_torch:
         return ""
     if plan.torch == "auto":
-        return ", torch as this node's driver wants it (for the CPU where there is none; --torch chooses)"
+        return ", torch for this node's driver (for the CPU where there is none; --torch chooses)"
     return ", torch from the package index" if plan.torch == "index" else f", torch for {plan.torch}"
 
 

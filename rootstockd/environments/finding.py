@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rootstock_client.errors import ModelLoadError
-from rootstockd.environments.builds import Build, EnvironmentBuildError, find_build
+from rootstockd.environments.builds import Build, EnvironmentBuildError, find_build, site_packages
 from rootstockd.environments.specification import SpecificationError, find_specification, is_builtin
 from rootstockd.settings.state_dir import StateError
 
@@ -24,6 +24,11 @@ class Environment:
     """It was built for its engine; otherwise it is the daemon's own."""
     description: str
     """For people."""
+
+    @property
+    def packages(self) -> list[str]:
+        """Folders that its packages lie in."""
+        return [str(site_packages(self.python.parent.parent))] if self.built else sys.path
 
 
 def beside_the_daemon(name: str) -> Environment:
@@ -53,7 +58,7 @@ def find_environment(name: str, family: str) -> Environment:
         if name == family:  # it needs nothing that one could build, or what the site has installed beside the daemon
             return beside_the_daemon(name)
         raise ModelLoadError(
-            f"environment {name!r} was not built, and nothing says what should be in it.",
+            f"environment {name!r} was not built, and there is no specification for it.",
             f"Write a specification, and `rootstockd env create {name} --spec FILE`.",
         )
     missing = [module for module in specification.imports if not _importable(module)]

@@ -55,7 +55,7 @@ def find_python(request: str, state: Path, *, offline: bool) -> Python:
             unreadable.append(str(python.path))
     try:
         if offline:
-            raise EnvironmentBuildError("there is none to be had without a network.")
+            raise EnvironmentBuildError("none can be downloaded without a network.")
         run_uv(["python", "install", request], f"downloading a Python {request}", state, variables=own)
         return _ask(_installed(request, state, own)[0])
     except (EnvironmentBuildError, IndexError) as error:

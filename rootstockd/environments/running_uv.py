@@ -31,8 +31,8 @@ _HINTS = {
         "network connectivity is disabled",
         "network was disabled",
         "not found in the cache",
-    ): "uv's cache does not have it "
-    "all: build once without --offline, or `rootstockd env import` what was exported on a machine with a network.",
+    ): "uv's cache does not have everything: build once without --offline, or `rootstockd env import` what was "
+    "exported on a machine with a network.",
     ("Failed to fetch", "error sending request", "dns error", "timed out"): "The package index does not answer. "
     "`--offline` builds from uv's cache; `rootstockd env import` from what was exported on a machine with a network; "
     "uv's own variables (UV_DEFAULT_INDEX, UV_FIND_LINKS) name a mirror.",
@@ -40,7 +40,7 @@ _HINTS = {
         "Hash mismatch",
     ): "A package is not what the lock says: it was changed since. `rootstockd env update` makes a new lock.",
     ("No solution found", "was not found", "no versions", "has no wheels", "no wheels with a matching"): "Change the "
-    "requirements in the specification, or the Python (--python), so that they go together.",
+    "requirements in the specification, or the Python (--python), so that they are compatible.",
 }
 """What uv says, and what to do about it."""
 
@@ -121,7 +121,8 @@ def failure(doing: str, status: int, lines: list[str]) -> str:
     """What went wrong, from what uv said, and what to do."""
     begin = next((number for number, line in enumerate(lines) if line.strip().startswith(("error:", "×"))), 0)
     said = (
-        "\n  ".join(line for line in lines[begin:] if line.strip()) or f"it ended with status {status} without a word"
+        "\n  ".join(line for line in lines[begin:] if line.strip())
+        or f"it ended with status {status} without a message"
     )
     folded = " ".join(lines[begin:]).replace("│", " ").lower()
     folded = " ".join(folded.split())

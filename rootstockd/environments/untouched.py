@@ -48,7 +48,7 @@ def check_own_parts(what: str, path: Path, before: dict[str, str]) -> None:
     if wrong:
         first = min(wrong)
         raise EnvironmentBuildError(
-            f"{what}: {_owner(path, first)} writes {first!r}, which is no package's to write: it decides what Python "
+            f"{what}: {_owner(path, first)} writes {first!r}, which no package may write: it decides what Python "
             "runs when it starts, or what is known of the environment. Nothing that was installed has been run, and "
             "all of it is removed. Leave that package out, and find out where it came from."
         )

@@ -12,29 +12,29 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from rootstock_client.errors import LimitError, ModelLoadError, RootstockError
 from rootstockd.fleet import placement
+from rootstockd.fleet.admission import NO_ROOM, Admission
 from rootstockd.fleet.placement import Room
 from rootstockd.fleet.rooms import Rooms
+from rootstockd.fleet.roster import Roster
 from rootstockd.fleet.warm_model import WarmModel, WorkerKey
 from rootstockd.host.devices import Memory
 from rootstockd.models.catalogue import Catalogue, Entry
 from rootstockd.models.spec import spec_of
 from rootstockd.models.store import located
-from rootstockd.settings.config import Config, Device, KeepAlive
+from rootstockd.settings.config import Config, Device
 from rootstockd.supervision.meter import Totals
 from rootstockd.supervision.roles import State
-from rootstockd.supervision.supervisor import STOP_PATIENCE, Supervisor
+from rootstockd.supervision.supervisor import Supervisor
 from rootstockd.worker.engines import ModelSpec
 
 log = logging.getLogger(__name__)
 
 TICK = 1.0
 """Seconds between looks at what all models do."""
-POLL = 0.1
-"""Seconds between looks whether there is room, while somebody waits for it."""
 HOLD = 30.0
 """Seconds that a model stays away which an administrator had leave in spite of its work, unless one loads it."""
 REFUSED = 10.0
@@ -43,15 +43,12 @@ BROKEN = 600.0
 """Seconds that it shows one that failed, unless it was to be kept; less where `keep_alive` says so."""
 MAX_VARIANTS = 8
 """Workers of one model with options of their own, such as D3's settings, at a time."""
-NO_ROOM = (
-    "Try again when others have less to do; an administrator can `rootstockd unload` a model, or raise device_memory."
-)
 REPLICA_IDLE = 60.0
 """Seconds that a replica stays without work; less where `keep_alive` says so."""
 
 
 class Fleet:
-    """All models of a daemon. It is the landlord of their supervisors.
+    """All models of a daemon.
 
     Args:
         config: the daemon's settings.
@@ -60,12 +57,9 @@ class Fleet:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._devices = Rooms(config)
-        self._models: dict[WorkerKey, WarmModel] = {}
-        self._retired: dict[Supervisor, KeepAlive | None] = {}
-        """What ends with its last session, as the catalogue has something else under its name, or as it was a replica;
-        and how long its model was to stay."""
-        self._totals: dict[tuple[str, str, str], Totals] = {}
-        """By model, dtype and device."""
+        self._roster = Roster()
+        self._admission = Admission(config, self._roster, self._devices)
+        self._models = self._roster.models
         self._watching: asyncio.Task[None] | None = None
 
     def begin(self, devices: tuple[Device, ...]) -> None:
@@ -77,6 +71,7 @@ class Fleet:
         """Take over changed settings."""
         self._config = config
         self._devices.apply(config)
+        self._admission.apply(config)
 
     @property
     def devices(self) -> tuple[Device, ...]:
@@ -96,20 +91,16 @@ class Fleet:
 
     def workers(self) -> Iterator[Supervisor]:
         """All supervisors, with those that are on their way out."""
-        for model in self._models.values():
-            yield from model.workers
-        yield from self._retired
+        return self._roster.workers()
+
+    def counted(self) -> dict[tuple[str, str, str], Totals]:
+        """What was done since the daemon began, by model, dtype and device, to the last evaluation."""
+        return self._admission.counted()
 
     @property
     def evaluations(self) -> int:
         """Done since the daemon began."""
         return sum(round(totals.evaluations.sum) for totals in self.counted().values())
-
-    def counted(self) -> dict[tuple[str, str, str], Totals]:
-        """What was done since the daemon began, by model, dtype and device, to the last evaluation."""
-        for worker in self.workers():
-            worker.meter.count()
-        return self._totals
 
     def states(self) -> dict[str, str]:
         """What the models are doing, by catalogue name."""
@@ -137,7 +128,7 @@ class Fleet:
         spec = self._spec(key, entry)
         model = self._models.get(key)
         if model is not None and model.spec != spec:  # the catalogue has been changed since
-            self._retire(model.workers, model.keep_alive)
+            self._roster.retire(model.workers, model.keep_alive)
             keep, model = keep or model.kept, None
         if model is None and key.options:
             self._make_way(key)
@@ -170,7 +161,7 @@ class Fleet:
             if entry is not None and model.kept:
                 self.open(key, entry)
             else:
-                self._forget(key)
+                self._roster.forget(key)
         return dict(keeping)
 
     def _make_way(self, key: WorkerKey) -> None:
@@ -182,9 +173,9 @@ class Fleet:
         if not unused:
             raise LimitError(
                 f"model {key.name!r} is in use with {MAX_VARIANTS} different settings already, each with a worker.",
-                "Use settings that are there, or try again when others have gone.",
+                "Use settings that are loaded already, or try again when others have gone.",
             )
-        self._forget(max(unused, key=lambda k: variants[k].first.idle_seconds))
+        self._roster.forget(max(unused, key=lambda k: variants[k].first.idle_seconds))
 
     def unload(self, name: str, dtype: str | None = None, *, force: bool = False) -> int:
         """Have a model leave memory. Sessions keep it, and wait for it to come back when they next ask.
@@ -224,13 +215,13 @@ class Fleet:
                 f"Wait for them, or use --force: they are repeated when it is loaded again, {HOLD:.0f} s later.",
             )
         for key in failed:
-            self._forget(key)
+            self._roster.forget(key)
         for worker in workers:
             worker.held_until = time.monotonic() + HOLD if force else 0.0
-            self._unload(worker, "an administrator said so")
+            self._admission.unload(worker, "an administrator said so")
         for model in self._models.values():
             if model.first in workers:
-                self._drop(model, model.replicas)
+                self._roster.drop(model, model.replicas)
         return under_way
 
     def expected_seconds(self, worker: Supervisor) -> float | None:
@@ -240,19 +231,13 @@ class Fleet:
 
     def keep_alive(self, worker: Supervisor) -> float:
         """Seconds that a worker may have nothing to do until it goes; infinite where it stays."""
-        owner = self._owner(worker)
-        said = self._retired.get(worker) if owner is None else owner.keep_alive
+        owner = self._roster.owner(worker)
+        said = self._roster.retired.get(worker) if owner is None else owner.keep_alive
         said = self._config.keep_alive if said is None else said
         seconds = math.inf if said == "forever" else said
         if owner is not None and worker is not owner.first:
             return min(REPLICA_IDLE, seconds)
         return math.inf if owner is not None and owner.kept else seconds
-
-    def _unload(self, worker: Supervisor, why: str) -> None:
-        name, dtype = worker.spec.name, worker.spec.dtype
-        log.info("model %s in %s leaves %s: %s", name, dtype, worker.device or "the queue", why)
-        self._devices.remember(worker)
-        worker.unload()
 
     def _spec(self, key: WorkerKey, entry: Entry) -> ModelSpec:
         device, confine = self.devices[0].kind, self._config.confine
@@ -260,106 +245,10 @@ class Fleet:
 
     def _supervisor(self, spec: ModelSpec) -> Supervisor:
         config = self._config
-        return Supervisor(spec, self, config.batch_budget, config.hang_timeout, config.load_timeout)
-
-    def _retire(self, workers: Iterable[Supervisor], keep_alive: KeepAlive | None) -> None:
-        for worker in workers:
-            worker.retire()
-            self._retired[worker] = keep_alive
-
-    def _forget(self, key: WorkerKey) -> None:
-        """Have all of a model end with its last session; whoever asks for it next gets a new one."""
-        model = self._models.pop(key)
-        self._retire(model.workers, model.keep_alive)
-
-    def _drop(self, model: WarmModel, replicas: list[Supervisor]) -> None:
-        """Have the sessions of some of a model's replicas go back to its first worker, and the replicas end."""
-        model.drop(replicas)
-        self._retire(replicas, model.keep_alive)
-
-    # --- what supervisors need
-
-    async def admit(self, model: Supervisor) -> dict[str, str] | None:
-        began = time.monotonic()
-        while model.wanted:
-            if model.held_until > time.monotonic():
-                model.obstacle = ""  # that is none
-                await asyncio.sleep(POLL)
-                began = time.monotonic()
-                continue
-            rooms = self._rooms_for(model)
-            need = self._devices.need(model, rooms)
-            owner = self._owner(model)
-            if owner is not None and model is not owner.first:
-                taken = {worker.device for worker in owner.workers}
-                rooms = [room for room in rooms if self.devices[room.number] not in taken]
-                plan = placement.place_replica(need, rooms)
-                if plan is None:  # it is not needed so much that anybody should go or wait for it
-                    self._drop(owner, [model])
-                    return None
-            else:
-                plan = placement.place(need, rooms)
-            if plan is not None:
-                model.device, model.set_aside = self.devices[plan.room], need
-                await self._evict(model, [tenant.number for tenant in plan.evicted])
-                return self._config.worker_environment(self.devices[plan.room]) if model.wanted else None
-            there = self._devices.describe(rooms, self.workers())
-            model.obstacle = f"{model.spec.name} needs {need / 1e6:.0f} MB; {there}"
-            waited = time.monotonic() - began
-            kept = owner is not None and owner.kept
-            hopeless = all(need > room.left(kept=kept) for room in rooms)  # even if all had gone that ever do
-            if hopeless or waited >= self._config.room_timeout:
-                raise self._refusal(model, waited)
-            await asyncio.sleep(POLL)
-        return None
-
-    def totals(self, model: Supervisor) -> Totals:
-        key = model.spec.name, model.spec.dtype, str(model.device)
-        return self._totals.setdefault(key, Totals())
-
-    async def make_room(self, model: Supervisor) -> bool:
-        assert model.device is not None
-        if self._config.worker_memory is not None and model.device.kind == "cpu":
-            return False  # its own limit, which nobody else's end raises
-        number = self.devices.index(model.device)
-        first = placement.first_to_go(self._rooms_for(model)[number].tenants)  # it is loading and does not itself
-        if first is None:
-            return False
-        await self._evict(model, [first.number])
-        return True
-
-    async def _evict(self, model: Supervisor, evicted: list[int]) -> None:
-        """Have others go for a model, and wait until all that leave its device have left."""
-        for worker in self.workers():
-            if id(worker) in evicted:
-                self._unload(worker, f"{model.spec.name} needs its memory")
-        leaving = [w for w in self.workers() if w.device == model.device and w is not model and not w.present]
-        if leaving:
-            waiting = [asyncio.create_task(worker.vacated()) for worker in leaving]
-            await asyncio.wait(waiting, timeout=STOP_PATIENCE)
-            for task in waiting:
-                task.cancel()
-            await self._devices.measure(self.workers())
-
-    def _refusal(self, model: Supervisor, waited: float) -> LimitError:
-        return LimitError(
-            f"model {model.spec.name!r}: no device has room for it"
-            f"{f', for {waited:.0f} s' if waited >= 1 else ''}: {model.obstacle}.",
-            NO_ROOM,
-        )
-
-    def _owner(self, worker: Supervisor) -> WarmModel | None:
-        return next((model for model in self._models.values() if worker in model.workers), None)
-
-    def _rooms(self) -> list[Room]:
-        kept = [worker for model in self._models.values() if model.kept for worker in model.workers]
-        return self._devices.now(self.workers(), kept)
-
-    def _rooms_for(self, worker: Supervisor) -> list[Room]:
-        """The devices as they are for a model that is to load: what was to be kept does not go for what is, too."""
-        owner = self._owner(worker)
-        rooms = self._rooms()
-        return [placement.stays(room) for room in rooms] if owner is not None and owner.kept else rooms
+        # a program that dials in has one structure at a time: each answer goes off when it is there
+        batch_atoms = 1 if spec.family == "ipi" else config.batch_budget
+        hang_timeout = max(config.hang_timeout, spec.hang_timeout)
+        return Supervisor(spec, self._admission, batch_atoms, hang_timeout, config.load_timeout)
 
     # --- once a second
 
@@ -380,11 +269,11 @@ class Fleet:
             self._thin_out(model)
             if not model.replicas:
                 self._expire(model.first)
-        for room in self._rooms():
+        for room in self._admission.rooms():
             self._shrink(room)
-        for worker in list(self._retired):
+        for worker in list(self._roster.retired):
             if worker.ended:
-                del self._retired[worker]
+                del self._roster.retired[worker]
             else:
                 self._expire(worker)
         for key, model in list(self._models.items()):
@@ -396,19 +285,19 @@ class Fleet:
             seen = bool(key.options) or first.idle_seconds > min(BROKEN, self.keep_alive(first))
             broken = first.worth_replacing and not first.clients and not model.kept and seen
             if broken or (first.state is State.COLD and told and not needed):
-                self._forget(key)
+                self._roster.forget(key)
 
     def _expire(self, worker: Supervisor) -> None:
         """Have a worker go that nobody has used for long enough."""
         if worker.state is State.READY and worker.idle_seconds > self.keep_alive(worker):
-            self._unload(worker, f"nobody has used it for {worker.idle_seconds:.0f} s")
+            self._admission.unload(worker, f"nobody has used it for {worker.idle_seconds:.0f} s")
 
     def _thin_out(self, model: WarmModel) -> None:
         """Have replicas go that nobody has used for long enough."""
         idle = [replica for replica in model.replicas if replica.idle_seconds > self.keep_alive(replica)]
         if idle:
             log.info("model %s has little to do, and one worker less", model.spec.name)
-            self._drop(model, idle)
+            self._roster.drop(model, idle)
 
     def _shrink(self, room: Room) -> None:
         """Where models have grown to more than a device has for them, have idle ones go.
@@ -428,14 +317,14 @@ class Fleet:
         numbers = [tenant.number for tenant in evicted]
         for worker in self.workers():
             if id(worker) in numbers:
-                self._unload(worker, f"models on {device} take {-room.free / 1e6:.0f} MB more than they may")
+                self._admission.unload(worker, f"models on {device} take {-room.free / 1e6:.0f} MB more than they may")
 
     def _stop_loading(self, worker: Supervisor, room: Room) -> None:
         self._devices.remember_stopped(worker)
         worker.refuse(
             LimitError(
                 f"model {worker.spec.name!r}: loading it was stopped: it has {worker.memory / 1e6:.0f} MB, where "
-                f"{worker.set_aside / 1e6:.0f} MB were set aside for it, and there is no more: "
+                f"{worker.set_aside / 1e6:.0f} MB were set aside for it, and no more is free: "
                 f"{self._devices.describe([room], self.workers())}.",
                 NO_ROOM,
             )
@@ -443,13 +332,13 @@ class Fleet:
 
     def _spread(self, model: WarmModel) -> None:
         """Share the work of a hot model out to the workers it has, or have one more."""
-        self._drop(model, model.lost)
+        self._roster.drop(model, model.lost)
         if model.share_out():
             self._replicate(model)
 
     def _replicate(self, model: WarmModel) -> None:
         taken = {worker.device for worker in model.workers}
-        rooms = [room for room in self._rooms() if self.devices[room.number] not in taken]
+        rooms = [room for room in self._admission.rooms() if self.devices[room.number] not in taken]
         if placement.place_replica(self._devices.need(model.first, rooms), rooms) is None:
             return
         log.info("model %s has more to do than %s can: it gets another worker", model.spec.name, model.first.device)

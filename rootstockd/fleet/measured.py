@@ -22,7 +22,7 @@ CHANGE = 0.05
 """Measurements that differ by less are the same."""
 LIGHT, HEAVY = 100 * 10**6, 700 * 10**6
 """Bytes of a worker without weights: with ASE alone, and with torch or CUDA."""
-LIGHT_ENVIRONMENTS = ("ase", "noop")
+LIGHT_ENVIRONMENTS = ("ase", "ipi", "noop")
 COPIES = 2
 """How often weights are in memory: in float64 what was written in float32, or as they are and compiled."""
 
@@ -60,7 +60,7 @@ class Measurements:
         try:
             folders = state_dirs()
         except (StateError, OSError) as error:
-            log.warning("what models took before is not known: %s", error)
+            log.warning("how much memory models took before is not known: %s", error)
             folders = []
         for folder in reversed(folders):
             self._known.update(_read(folder / FILE))
@@ -123,7 +123,7 @@ class Measurements:
                 raise
         except OSError as error:  # a shared folder that is read alone, say: then it is known to this daemon alone
             if not self._complained:
-                log.warning("what models take is not remembered: %s: %s", path, error.strerror)
+                log.warning("how much memory models take can't be saved: %s: %s", path, error.strerror)
             self._complained = True
 
 
@@ -151,5 +151,5 @@ def _read(path: Path) -> dict[str, Measured]:
     except FileNotFoundError:
         return {}
     except (OSError, ValidationError) as error:
-        log.warning("%s can't be read and is left aside: %s", path, str(error).partition("\n")[0])
+        log.warning("%s can't be read and is ignored: %s", path, str(error).partition("\n")[0])
         return {}

@@ -45,8 +45,8 @@ def make_runtime_dir(folder: Path, *, shared: bool) -> None:
         ) from error
     if not is_private(folder, os.getuid(), 0):
         raise AddressError(
-            f"the folder {folder} belongs to somebody else, or others may write to it: they could stand in for the "
-            "daemon. Choose another with --socket, or mend its owner and mode (chmod go-w)."
+            f"the folder {folder} belongs to somebody else, or others may write to it: they could impersonate the "
+            "daemon. Choose another with --socket, or fix its owner and mode (chmod go-w)."
         )
 
 

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -20,15 +21,16 @@ from typing import Any, Literal
 
 import platformdirs
 from ase.data import atomic_numbers, chemical_symbols
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 
 from rootstock_client.errors import UnknownModelError, UnsupportedError
 from rootstockd.environments.finding import has_environment
 from rootstockd.settings.config import KeepAlive
-from rootstockd.settings.state_dir import StateError, check_trusted, site_folder, state_dirs
+from rootstockd.settings.state_dir import StateError, check_links, check_trusted, site_folder, state_dirs
 from rootstockd.settings.toml_file import read_toml
 from rootstockd.settings.validation import describe
 from rootstockd.worker.engines import EngineError, choose_head
+from rootstockd.worker.engines.ipi.recipe import read_recipe
 
 FILE_NAME = "models.toml"
 """What the catalogue of a site, of a state directory and of a user is called in its folder."""
@@ -86,6 +88,9 @@ class Entry(BaseModel):
     """What to cite: a DOI, or a reference."""
     keep_alive: KeepAlive | None = None
     """How long it stays in memory after its last evaluation, in seconds or "forever", where it is not as for others."""
+    hang_timeout: float | None = Field(default=None, gt=0)
+    """Seconds that any evaluation may take, where that is more than for others: one of density functional theory may
+    take an hour."""
     aliases: tuple[str, ...] = ()
     hidden: bool = False
     """Not listed: for measuring and testing."""
@@ -115,6 +120,14 @@ class Entry(BaseModel):
             found += chemical_symbols[ends[0] : ends[1] + 1]
         return tuple(found)
 
+    @model_validator(mode="after")
+    def _program(self) -> Entry:
+        if self.family == "ipi":
+            read_recipe(self.arguments, self.elements)
+            if self.dtype != "float64":
+                raise ValueError("programs that dial in send float64")
+        return self
+
     @property
     def place(self) -> tuple[str, str]:
         """Its environment, and its family: what `find_environment` wants to know."""
@@ -126,7 +139,8 @@ class Entry(BaseModel):
         Raises:
             UnsupportedError: it would be ignored.
         """
-        if dtype != self.dtype and self.family == "ase" and '"{dtype}"' not in json.dumps(self.arguments):
+        fixed = self.family == "ipi" or (self.family == "ase" and '"{dtype}"' not in json.dumps(self.arguments))
+        if dtype != self.dtype and fixed:
             raise UnsupportedError(
                 f"model {name!r} computes in {self.dtype} and in nothing else.", "Leave dtype out, or name that one."
             )
@@ -193,9 +207,16 @@ class Catalogue(Mapping[str, Entry]):
         return catalogue
 
     def warnings(self) -> list[str]:
-        """Weights that can't be those that are meant. Whether they are is seen when they are loaded: it takes long."""
+        """Weights that can't be those that are meant, and programs that are not there.
+
+        Whether files are what they should be is seen when they are loaded: it takes long.
+        """
         found = []
         for name, entry in self._entries.items():
+            if entry.family == "ipi":
+                program = read_recipe(entry.arguments, entry.elements).program
+                if shutil.which(program) is None:
+                    found.append(f"model {name!r}: there is no program {program}")
             if entry.weights is None:
                 continue
             if not entry.weights.is_file():
@@ -279,6 +300,8 @@ def _standing_files() -> list[Path]:
     site = site_folder() / FILE_NAME
     try:
         found = [site, *(folder / FILE_NAME for folder in reversed(state_dirs())), user_file()]
+        for path in found:
+            check_links(path)
         there = [path for path in found if os.path.exists(path)]  # False where one may not look
     except (StateError, OSError) as error:
         raise CatalogueError(f"catalogue: {error}") from error

@@ -8,7 +8,6 @@ computes. Whether the two agree is for this process to see: what a pickle's work
 from __future__ import annotations
 
 import os
-import stat
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +24,7 @@ from rootstockd.models.trial import try_out
 from rootstockd.settings.validation import describe
 from rootstockd.worker.engines import Result
 from rootstockd.worker.engines.differences import TOLERANCE, compare
+from rootstockd.worker.files import open_regular
 
 FORMS = {"mace": ("model.safetensors", ".safetensors")}
 """Families that have such a form: the file that their `load` writes with the argument `convert`, and its suffix."""
@@ -170,10 +170,8 @@ def _read(path: Path, limit: int) -> bytes:
         StoreError: it is something else.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(fd, "rb") as file:
-            status = os.fstat(fd)
-            if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+        with open_regular(path, os.O_NOFOLLOW) as file:
+            if os.fstat(file.fileno()).st_nlink != 1:
                 raise StoreError(f"{path.name}, which the worker wrote, is no file of its own.")
             data = file.read(limit + 1)
     except OSError as error:

@@ -90,7 +90,9 @@ class _Session(requests.Session):
     def get_redirect_target(self, resp: requests.Response) -> str | None:
         target = super().get_redirect_target(resp)
         if target and resp.url.startswith("https:") and not (to := urljoin(resp.url, target)).startswith("https:"):
-            raise DownloadError(f"{resp.url} leads to {to}, which anybody on the way could change. Nothing was taken.")
+            raise DownloadError(
+                f"{resp.url} leads to {to}, which anybody on the way could change. Nothing was downloaded."
+            )
         return target
 
 
@@ -168,7 +170,9 @@ def download(
                 before = part.size
                 if failures >= ATTEMPTS:
                     kept = f"{part.size} bytes are kept, and the next attempt goes on from there. Try again later."
-                    raise DownloadError(f"{url} can't be had: {error}. {kept if part.size else _WAYS}") from error
+                    raise DownloadError(
+                        f"{url} can't be downloaded: {error}. {kept if part.size else _WAYS}"
+                    ) from error
                 wait = min(max(error.pause, pause * 2 ** (failures - 1)), LONGEST_PAUSE)
                 say(f"{error}; trying again in {wait:.1f} s")
                 time.sleep(wait * random.uniform(0.8, 1.2))  # noqa: S311 - not a secret
@@ -203,7 +207,7 @@ def _attempt(
                 if _total(response) == part.size and origin.total in {None, part.size}:
                     return
                 part.discard()
-                raise _Again("what was there of it was longer than the file")
+                raise _Again("the part that was there is longer than the file")
             encoded = response.headers.get("Content-Encoding", "identity").lower() != "identity"
             total = _total(response)
             if response.status_code == requests.codes.partial_content:

@@ -132,7 +132,7 @@ def _get(name: str, entry: Entry, right: str, folder: Path, wishes: Wishes) -> t
         return _download(url, part, entry, right, folder, wishes), url
     path = Path(wishes.mirror, file_name(entry.url)).absolute()
     if not path.is_file():
-        raise StoreError(f"the mirror has no {path}, which would be what {entry.url} has.")
+        raise StoreError(f"the mirror has no {path}, which would be its copy of {entry.url} has.")
     if (file := _copy(path, part, entry, right, folder, wishes.say)) is None:
         raise StoreError(f"what the mirror has is not the file that is meant, so it was not kept: {path}.")
     return file, str(path)
@@ -206,7 +206,7 @@ def _download(url: str, part: Path, entry: Entry, right: str, folder: Path, wish
             part.unlink()
             if not resumed:
                 break
-            wishes.say("what was there of it does not belong to it; it is fetched anew")
+            wishes.say("the part that was there does not belong to it; it is downloaded anew")
     except OSError as error:
         raise store.cannot_be_kept(url, folder, error) from error
     if right:

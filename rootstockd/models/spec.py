@@ -9,8 +9,11 @@ from typing import Any
 
 from ase.data import atomic_numbers
 
+from rootstockd.environments.finding import Environment
+from rootstockd.environments.versions import versions_of_entry_point, versions_of_modules
 from rootstockd.models.catalogue import Entry
-from rootstockd.worker.engines import ModelSpec
+from rootstockd.worker.engines import ENTRY_POINTS, FAMILIES, ModelSpec
+from rootstockd.worker.engines.ipi.recipe import NOT_OF_NUMBERS
 
 FINGERPRINT_DIGITS = 16
 """Hexadecimal: nobody has so many models that two of them are the same by chance."""
@@ -41,9 +44,30 @@ def spec_of(
         arguments=entry.arguments,
         elements=[atomic_numbers[symbol] for symbol in entry.elements],
         heads=list(entry.heads),
+        hang_timeout=entry.hang_timeout or 0.0,
         **json.loads(options or "{}"),
     )
     return dataclasses.replace(spec, fingerprint=_fingerprint(spec, _published(entry)))
+
+
+def in_environment(spec: ModelSpec, environment: Environment) -> ModelSpec:
+    """What a worker is to load there: the fingerprint is also of the versions of the packages that compute."""
+    versions = _computing(spec, environment)
+    return dataclasses.replace(spec, fingerprint=_digest([spec.fingerprint, versions])) if versions else spec
+
+
+def _computing(spec: ModelSpec, environment: Environment) -> dict[str, str]:
+    """Versions of the packages that say what a model computes.
+
+    Those are the engine's or calculator's own, and D3's. What these are made of, such as torch, makes a difference of
+    rounding, as another device does.
+    """
+    if spec.family not in FAMILIES:
+        versions = versions_of_entry_point(environment, ENTRY_POINTS, spec.family)
+    else:
+        modules = {"mace": "mace", "ase": str(spec.arguments.get("calculator", "")).partition(":")[0].partition(".")[0]}
+        versions = versions_of_modules(environment, filter(None, [modules.get(spec.family)]))
+    return versions | (versions_of_modules(environment, ["dftd3"]) if spec.dispersion is not None else {})
 
 
 def _published(entry: Entry) -> str:
@@ -53,18 +77,21 @@ def _published(entry: Entry) -> str:
 
 
 def _fingerprint(spec: ModelSpec, original: str) -> str:
-    """All that determines the numbers, and nothing of what does not: its name, where it runs, how fast.
+    """All of an entry that determines the numbers, and nothing of what does not: its name, where it runs, how fast.
 
     Args:
         spec: the model.
         original: SHA-256 of its weights as they were published; another form of them is the same model. Empty where
             they come with a package: then its arguments say which they are.
     """
+    arguments = spec.arguments
+    if spec.family == "ipi":
+        arguments = {name: value for name, value in arguments.items() if name not in NOT_OF_NUMBERS}
     what = {
         "family": spec.family,
         "environment": spec.environment,
         "weights": original.lower(),
-        "arguments": spec.arguments,
+        "arguments": arguments,
         "dtype": spec.dtype,
         # whoever names none gets one by them; but a MACE has its own in its weights
         "heads": spec.heads if spec.family != "mace" else [],
@@ -72,8 +99,11 @@ def _fingerprint(spec: ModelSpec, original: str) -> str:
     }
     # without what is empty, so that a key that is new here changes nothing for those who don't have it: jobs that run
     # over an upgrade would take the model for another
-    said = json.dumps({key: _plain(value) for key, value in what.items() if value}, sort_keys=True)
-    return hashlib.sha256(said.encode()).hexdigest()[:FINGERPRINT_DIGITS]
+    return _digest({key: _plain(value) for key, value in what.items() if value})
+
+
+def _digest(what: Any) -> str:
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:FINGERPRINT_DIGITS]
 
 
 def _plain(value: Any) -> Any:

@@ -13,7 +13,6 @@ import fcntl
 import hashlib
 import os
 import shutil
-import stat
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from rootstock_client.errors import ModelLoadError
 from rootstockd.environments.finding import has_environment
 from rootstockd.models.catalogue import Entry
 from rootstockd.settings.state_dir import StateError, check_trusted, own_state, state_dirs
+from rootstockd.worker.files import open_regular
 
 FOLDER = "weights"
 FIRST_USE = "its first use"
@@ -220,7 +220,7 @@ def lock(folder: Path, name: str, say: Callable[[str], None]) -> Generator[None,
     """
     path = folder / f"{name}.lock"
     try:
-        fd = _locked(path, lambda: say(f"another command is at {name}; waiting for it"))
+        fd = _locked(path, lambda: say(f"another command is working on {name}; waiting for it"))
     except OSError as error:
         raise cannot_be_kept("weights", folder, error) from error
     try:
@@ -297,15 +297,12 @@ def copy_in(source: Path, folder: Path, part: Path, suffix: str) -> StoredFile:
     Raises:
         StoreError: it can't be read or kept, or is larger than any model.
     """
-    try:  # opening a named pipe would wait for whoever writes into it
-        file = os.fdopen(os.open(source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    try:
+        file = open_regular(source)
     except OSError as error:
         raise StoreError(f"{source} can't be read: {error.strerror}.") from error
     with file, part_file(part, str(source)):
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise StoreError(f"{source} is no regular file: write the model into one first.")
-        size = status.st_size
+        size = os.fstat(file.fileno()).st_size
         if size > shutil.disk_usage(folder).free:
             raise StoreError(f"{source} was not copied: {no_room(folder, size)} Make room and try again.")
         with part.open("wb") as out:

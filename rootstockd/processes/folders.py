@@ -1,7 +1,8 @@
 """The only folders a worker may write to: scratch that goes with it, and a cache that stays.
 
-Both are the daemon's user's alone (0700). What lies in a cache is loaded as code by the model's next worker, so every
-model has its own: one whose file is malicious can prepare nothing for another's workers.
+A worker whose programs dial in has one for their sockets as well, which goes with it. All are the daemon's user's alone
+(0700). What lies in a cache is loaded as code by the model's next worker, so every model has its own: one whose file is
+malicious can prepare nothing for another's workers.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import platformdirs
 
 from rootstock_client.runtime_dir import is_private
 from rootstockd.worker.engines import ModelSpec
+from rootstockd.worker.engines.ipi.program import SOCKETS_VARIABLE
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +35,13 @@ _CACHES = {
 """Variables that tell compilers, and matplotlib, which MACE imports, where to keep what they made."""
 
 
+_SCRATCH = "rootstockd-worker-"
+_SOCKETS = Path("/tmp"), "ipi_rootstockd-"  # noqa: S108 - programs that dial in look for sockets in /tmp/ipi_...
+"""Where sockets lie, which is not for a TMPDIR to say, and how their folders' names begin."""
+_MPI_ALONE = {"OMPI_MCA_ess_singleton_isolated": "1", "OMPI_MCA_btl": "^tcp", "UCX_TLS": "self"}
+"""For one process of Open MPI or MPICH that has no network, as a confined program has none."""
+
+
 class WorkerFolders:
     """One worker's folders. The scratch folder exists, and is locked, until `remove`.
 
@@ -44,29 +53,41 @@ class WorkerFolders:
     """
 
     def __init__(self, spec: ModelSpec | None) -> None:
-        self.scratch, self._lock = _make_scratch()
+        self._held = [_make_folder(Path(tempfile.gettempdir()), _SCRATCH)]
+        self.scratch = self._held[0][0]
         self.cache = (_cache(spec) if spec else None) or self.scratch
+        self._confined = spec is None or spec.confine
+        self.programs = spec is not None and spec.family == "ipi"
+        """Its programs dial in."""
+        if self.programs:
+            self._held.append(_make_folder(*_SOCKETS))
 
     @property
     def environment(self) -> dict[str, str]:
         """Variables that lead a worker to its folders."""
         caches = {variable: f"{self.cache}/{name}" for variable, name in _CACHES.items()}
-        return {"TMPDIR": self.scratch, **caches}
+        variables = {"TMPDIR": self.scratch, **caches}
+        if self.programs:
+            variables[SOCKETS_VARIABLE] = self._held[-1][0]
+            variables.update(_MPI_ALONE if self._confined else {})
+        return variables
 
     def confinement(self, *, gpu: bool) -> str:
         """What `rootstockd.worker.confine` is to leave to the worker, as its process takes it."""
-        return json.dumps({"folders": [self.scratch, self.cache], "gpu": gpu})
+        folders = [*(path for path, _ in self._held), self.cache]
+        return json.dumps({"folders": folders, "gpu": gpu, "programs": self.programs})
 
     def remove(self) -> None:
-        """Remove the scratch folder."""
-        _remove(self.scratch)
-        os.close(self._lock)
+        """Remove the folders that go with it."""
+        for path, lock in self._held:
+            _remove(path)
+            os.close(lock)
 
 
-def _make_scratch() -> tuple[str, int]:
+def _make_folder(place: Path, prefix: str) -> tuple[str, int]:
     """A new folder, and the descriptor that keeps it locked: an unlocked one counts as a dead daemon's."""
     while True:
-        path = tempfile.mkdtemp(prefix=_prefix())
+        path = tempfile.mkdtemp(prefix=f"{prefix}{os.getuid()}-", dir=place)
         with contextlib.suppress(FileNotFoundError):  # another daemon was faster, and has removed it
             folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             with contextlib.suppress(BlockingIOError):  # or looks whether it is left behind
@@ -77,8 +98,13 @@ def _make_scratch() -> tuple[str, int]:
 
 
 def remove_left_behind() -> None:
-    """Remove the scratch folders of daemons of ours that were killed: nobody holds their locks."""
-    for path in Path(tempfile.gettempdir()).glob(f"{_prefix()}*"):
+    """Remove the folders of daemons of ours that were killed: nobody holds their locks."""
+    found = [
+        path
+        for place, prefix in ((Path(tempfile.gettempdir()), _SCRATCH), _SOCKETS)
+        for path in place.glob(f"{prefix}{os.getuid()}-*")
+    ]
+    for path in found:
         try:
             folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError:
@@ -100,10 +126,6 @@ def _remove(path: str | Path) -> None:
         log.warning("could not remove %s: %s", path, error)
 
 
-def _prefix() -> str:
-    return f"rootstockd-worker-{os.getuid()}-"
-
-
 def _cache(spec: ModelSpec) -> str | None:
     """The model's cache, if there is a place for it."""
     what = json.dumps([spec.family, spec.environment, spec.sha256 or spec.name, spec.arguments], sort_keys=True)
@@ -116,7 +138,7 @@ def _cache(spec: ModelSpec) -> str | None:
                 raise PermissionError(0, "it belongs to somebody else, or others may write to it", str(path))
     except OSError as error:
         log.warning(
-            "model %s: what is compiled for it will be compiled again by each worker: %s: %s",
+            "model %s: its compiled code can't be kept, so each worker compiles it again: %s: %s",
             spec.name,
             error.filename,
             error.strerror,

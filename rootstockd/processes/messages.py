@@ -65,7 +65,7 @@ class Versions(BaseModel):
             raise ModelLoadError(
                 "rootstockd was upgraded while its daemon runs: the workers' code on disk speaks version "
                 f"{self.protocol}.{self.slots} of what is between the two, this daemon {PROTOCOL}.{SLOT_LAYOUT}.",
-                "`rootstockd restart` brings up a daemon of the new version; jobs wait for it.",
+                "`rootstockd restart` starts a daemon of the new version; jobs wait for it.",
             )
 
 

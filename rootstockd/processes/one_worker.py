@@ -108,7 +108,7 @@ class OneWorker:
             try:
                 said = parse(*told)
             except ValueError as error:
-                raise self._broken(f"said what makes no sense: {error}") from error
+                raise self._broken(f"sent an invalid message: {error}") from error
             if isinstance(said, Versions):
                 said.check()
             if isinstance(said, Failure):

@@ -99,7 +99,7 @@ class WorkerProcess:
         ration: Ration,
     ) -> WorkerProcess:
         """Start a worker that loads `spec` in an environment; it says R when it is ready."""
-        folders = WorkerFolders(spec) if spec.confine else None
+        folders = WorkerFolders(spec) if spec.confine or spec.family == "ipi" else None
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         process: asyncio.subprocess.Process | None = None
         output: WorkerOutput | None = None
@@ -108,8 +108,9 @@ class WorkerProcess:
             ours.setblocking(False)  # noqa: FBT003 - the socket module has no other way
             arguments = [str(theirs.fileno()), json.dumps(dataclasses.asdict(spec))]
             if folders is not None:
-                arguments.append(folders.confinement(gpu=spec.device != "cpu"))
                 variables = variables | folders.environment
+                if spec.confine:
+                    arguments.append(folders.confinement(gpu=spec.device != "cpu"))
             process = await asyncio.create_subprocess_exec(
                 *worker_command(environment),
                 *arguments,

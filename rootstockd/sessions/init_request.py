@@ -142,7 +142,7 @@ def parse_init(text: bytes, preset: InitRequest | None) -> InitRequest:
     except ValidationError as error:
         what = describe(error)
         unreadable = error.errors(include_url=False)[0]["type"] == "json_invalid"
-        wrong = "INIT can't be read" if unreadable else "what the session asks for can't be had"
+        wrong = "INIT can't be read" if unreadable else "the session's request is invalid"
         raise InvalidInitError(f"{wrong}: {what}{'' if what.endswith('?') else '.'}") from error
     if request.rootstock != PROTOCOL_VERSION:
         said = str(request.rootstock)[:20]

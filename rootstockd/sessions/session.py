@@ -5,13 +5,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import math
 import socket
 import time
-from collections import Counter
-from typing import Any, Protocol, cast
-
-import numpy as np
+from typing import Any, cast
 
 from rootstock_client import engine_side, ipi
 from rootstock_client.errors import (
@@ -24,10 +20,12 @@ from rootstock_client.errors import (
 )
 from rootstockd.fleet.warm_model import WorkerKey
 from rootstockd.host.peers import Peer, user_name
-from rootstockd.sessions.accounts import Account, Accounts
+from rootstockd.sessions.accounts import Account
 from rootstockd.sessions.attachments import DriverTransport, Line
+from rootstockd.sessions.cells import check_cells
 from rootstockd.sessions.init_request import InitRequest, is_announced, parse_init
 from rootstockd.sessions.log_rate import LogRate
+from rootstockd.sessions.roles import Host
 from rootstockd.supervision.roles import Client, State
 from rootstockd.supervision.scheduler import Evaluation
 from rootstockd.supervision.supervisor import Supervisor
@@ -42,42 +40,6 @@ _CUT_OFF = ConnectionLostError("the daemon stopped in the middle of a step.")
 """What is said of a stream that ends though its driver did nothing wrong."""
 LINGER = 2.0
 """Seconds that a connection we end is still read: i-PI hangs when a socket closes on what it has just sent."""
-
-
-class Host(Protocol):
-    """What a session needs of the daemon."""
-
-    limits: ipi.Limits
-    accounts: Accounts
-    errors: Counter[str]
-    """How many drivers were told of, or lost their connection for, by code."""
-
-    def check_open(self) -> None:
-        """Whether new work is taken.
-
-        Raises:
-            DrainingError: it is not.
-        """
-
-    def open_model(self, request: InitRequest, account: Account, leaving: WorkerKey | None) -> Supervisor:
-        """The model a session asks for, which has another until then, or none.
-
-        Raises:
-            RootstockError: there is none, or it can't do what is asked for.
-        """
-
-    def session_opened(self, session: Session) -> None:
-        """A connection came, and is let in."""
-
-    def session_closed(self, session: Session) -> None:
-        """It went."""
-
-    def session_turned_away(self, session: Session, error: RootstockError) -> None:
-        """A connection came that is not let in; it stays until it has been told why.
-
-        Raises:
-            RootstockError: this error: too many stay for that already.
-        """
 
 
 class Session(asyncio.BufferedProtocol):
@@ -343,7 +305,7 @@ class Session(asyncio.BufferedProtocol):
             "session": self.id,
             "stress": request.stress,
             "energies": request.energies,
-            "fingerprint": "" if request.stock else model.spec.fingerprint,  # a stock driver has no use for it
+            "fingerprint": not request.stock,
         }
         self.request, self._model, self._checked_cells = request, model, b""
         self._key = WorkerKey(model.spec.name, model.spec.dtype, request.options)
@@ -452,26 +414,6 @@ class Session(asyncio.BufferedProtocol):
         # a driver of ours repeats the step that it may just be sending; others would choke on a socket closed at once
         linger = 0.0 if self._ipi.announced and isinstance(error, DrainingError) else LINGER
         asyncio.get_running_loop().call_later(linger, self._transport.close)
-
-
-def check_cells(cells: ipi.FloatArray, pbc: tuple[bool, bool, bool]) -> None:
-    """Refuse cells, (frames, 3, 3) with lattice vectors as rows, that can't be repeated along `pbc`.
-
-    Raises:
-        InvalidStructureError: they are not finite, or the lattice vectors with pbc span nothing.
-    """
-    if not math.isfinite(cells.sum()):
-        raise InvalidStructureError("the cell has numbers that are not finite.")
-    if not any(pbc):
-        return
-    for cell in cells:
-        vectors = cell[list(pbc)]
-        lengths = np.linalg.norm(vectors, axis=1)
-        if not np.linalg.det(vectors @ vectors.T) > (1e-6 * lengths.prod()) ** 2:
-            raise InvalidStructureError(
-                f"the system is periodic (pbc {list(pbc)}), but its lattice vectors span no volume.",
-                "Set a cell, or switch pbc off.",
-            )
 
 
 def stopping_error() -> DrainingError:

@@ -25,7 +25,7 @@ class Device(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(pattern=r"^(cpu(:\d{1,3})?|cuda:\d{1,3}|(GPU|MIG)-[\w/-]{1,100})$")
+    name: str = Field(pattern=r"^(cpu(:[0-9]{1,3})?|cuda:[0-9]{1,3}|(GPU|MIG)-[A-Za-z0-9_/-]{1,100})$")
     """`cpu`, or `cpu:1` where there are several; `cuda:1`, the second of the GPUs that the daemon sees; or the UUID
     of a GPU or of a MIG instance."""
     uuid: str = ""

@@ -6,14 +6,13 @@ import difflib
 import os
 import stat
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from rootstockd.settings.config import Settings, SettingsFile
-from rootstockd.settings.state_dir import StateError, check_trusted
+from rootstockd.settings.state_dir import StateError, check_links, check_trusted
 from rootstockd.settings.toml_file import read_toml
 from rootstockd.settings.validation import in_words
 
@@ -92,7 +91,7 @@ def read_config_file(file: SettingsFile) -> dict[str, Any]:
 
 
 def _load(file: SettingsFile) -> dict[str, Any]:
-    _check_links(file.path)
+    check_links(file.path)
     if not file.named:
         check_trusted(file.path.parent)
         check_trusted(file.path)
@@ -103,22 +102,6 @@ def _load(file: SettingsFile) -> dict[str, Any]:
             raise StateError(f"all users may write to it, so it is not used: chmod o-w {file.path}")
 
     return read_toml(file.path, check)
-
-
-def _check_links(path: Path) -> None:
-    """Whether the file or its folder is no link to what is not there: such as a share that is not mounted.
-
-    Raises:
-        StateError: it is. Without the file a daemon might be open to all.
-    """
-    for part in (path.parent, path):
-        try:
-            part.stat()
-        except FileNotFoundError as error:
-            if part.is_symlink():
-                raise StateError(
-                    f"{part} is a link to {part.readlink()}, and that is not there: bring it back, or remove the link."
-                ) from error
 
 
 def problems_of(given: dict[str, Any]) -> list[str]:

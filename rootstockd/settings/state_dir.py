@@ -7,13 +7,17 @@ A state directory has `weights/`, `environments/`, `models.toml` (what `rootstoc
 from __future__ import annotations
 
 import contextlib
+import functools
 import grp
 import os
 import pwd
 import stat
+import time
 from pathlib import Path
 
 import platformdirs
+
+from rootstockd.host.peers import user_name
 
 VARIABLE = "ROOTSTOCKD_STATE"
 """An environment variable: the one state directory to use, for reading and writing, such as a cluster's shared one."""
@@ -24,6 +28,8 @@ SITE_VARIABLE = "ROOTSTOCKD_SITE"
 """An environment variable: the site's folder of settings in place of `/etc/rootstockd`."""
 MIRROR_VARIABLE = "ROOTSTOCKD_MIRROR"
 """An environment variable: a folder or an address that weights are pulled from, in place of their own."""
+_REMEMBERED = 30
+"""Seconds that the list of users is believed to be as it was."""
 
 
 class StateError(Exception):
@@ -76,8 +82,8 @@ def check_trusted(path: Path) -> None:
     uid, mode = status.st_uid, status.st_mode
     if uid not in {0, os.geteuid(), _owner_of_named_state(path)}:
         raise StateError(
-            f"{path} belongs to another user ({_user(uid)}), so what is in it is not used: have it given to "
-            f"{_user(os.geteuid())} or to root, `chown {_user(os.geteuid())} {path}`."
+            f"{path} belongs to another user ({user_name(uid)}), so what is in it is not used: have it given to "
+            f"{user_name(os.geteuid())} or to root, `chown {user_name(os.geteuid())} {path}`."
         )
     if mode & stat.S_IWOTH:
         raise StateError(f"all users may write to {path}, so what is in it is not to be trusted: chmod o-w {path}")
@@ -86,6 +92,24 @@ def check_trusted(path: Path) -> None:
             f"the group {_group(status.st_gid)} may write to {path}, so what is in it is not to be trusted: "
             f"chmod g-w {path}"
         )
+
+
+def check_links(path: Path) -> None:
+    """Whether a file or its folder is no link to what is not there: such as a share that is not mounted.
+
+    Raises:
+        StateError: it is. Without settings a daemon might be open to all, and without a catalogue it has no models.
+    """
+    for part in (path.parent, path):
+        try:
+            part.stat()
+        except FileNotFoundError as error:
+            if part.is_symlink():
+                raise StateError(
+                    f"{part} is a link to {part.readlink()}, and that is not there: bring it back, or remove the link."
+                ) from error
+        except OSError:  # whoever reads the file will say why not
+            return
 
 
 def _owner_of_named_state(path: Path) -> int:
@@ -111,14 +135,13 @@ def _is_owners_alone(path: Path, uid: int, gid: int) -> bool:
         return False
     if user.pw_gid != gid or group.gr_name != user.pw_name or not set(group.gr_mem) <= {user.pw_name}:
         return False
-    return all(other.pw_uid == uid for other in pwd.getpwall() if other.pw_gid == gid)
+    return _others_of(gid, int(time.monotonic() / _REMEMBERED)) <= {uid}
 
 
-def _user(uid: int) -> str:
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return f"uid {uid}"
+@functools.lru_cache(maxsize=16)
+def _others_of(gid: int, _now: int) -> set[int]:
+    """Whose primary group it is. A directory service may take seconds to say, and sessions would be asking."""
+    return {user.pw_uid for user in pwd.getpwall() if user.pw_gid == gid}
 
 
 def _group(gid: int) -> str:

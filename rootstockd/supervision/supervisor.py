@@ -10,6 +10,7 @@ import time
 
 from rootstock_client.errors import LimitError, ModelLoadError, RootstockError
 from rootstockd.environments.finding import Environment, find_environment
+from rootstockd.models.spec import in_environment
 from rootstockd.processes.messages import Confined, Failure, Said, Stage, Versions, parse
 from rootstockd.processes.output import Ration
 from rootstockd.processes.worker_process import End, WorkerProcess
@@ -36,6 +37,16 @@ RETRY_AFTER = 10.0
 def warn_once(text: str) -> None:
     """Log what is true of the machine and would be said again by every worker."""
     log.warning("%s", text)
+
+
+def _with_environment(spec: ModelSpec) -> tuple[Environment, ModelSpec]:
+    """Where a worker is to be started now, and what it is to load there.
+
+    Raises:
+        ModelLoadError: there is no such place.
+    """
+    environment = find_environment(spec.environment, spec.family)
+    return environment, in_environment(spec, environment)
 
 
 class Supervisor:
@@ -85,6 +96,8 @@ class Supervisor:
         """Why it is not in memory, where there was no room for it."""
         self.environment: Environment | None = None
         """Where its last worker was started; looked for anew for each, as another may have been built."""
+        self.fingerprint = ""
+        """Of all that determines the numbers of its last worker, in that environment."""
         self._landlord = landlord
         self._ration = Ration()
         self._worker: WorkerProcess | None = None
@@ -273,7 +286,7 @@ class Supervisor:
             self._check_time(kind, said)
         except ValueError as error:
             what = str(error).partition("\n")[0][:200]
-            log.warning("model %s: its worker says what makes no sense, and is ended: %s", self.spec.name, what)
+            log.warning("model %s: its worker sent an invalid message, and is ended: %s", self.spec.name, what)
             if self._worker is not None:  # whatever it sends now can't be trusted, nor what it computes
                 self._worker.distrust("what is no message")
         else:
@@ -402,9 +415,10 @@ class Supervisor:
         self.stage, self._loading_since = "starting", time.perf_counter()
         self.loaded_memory = self.memory = self.peak_memory = 0
         try:
-            self.environment = await asyncio.to_thread(find_environment, self.spec.environment, self.spec.family)
+            environment, spec = await asyncio.to_thread(_with_environment, self.spec)
+            self.environment, self.fingerprint = environment, spec.fingerprint
             worker = self._worker = await WorkerProcess.start(
-                self.spec, self.environment, variables, self._on_message, self._ration
+                spec, environment, variables, self._on_message, self._ration
             )
         except ModelLoadError as error:
             self.error = error

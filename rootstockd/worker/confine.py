@@ -41,12 +41,13 @@ def die_with_parent(channel: socket.socket) -> None:
             os._exit(1)
 
 
-def confine(folders: Sequence[str], *, gpu: bool) -> List[str]:
+def confine(folders: Sequence[str], *, gpu: bool, programs: bool = False) -> List[str]:
     """Give away what is not needed. Must come before there is a second thread: Landlock does not reach others.
 
     Args:
         folders: where the worker may write.
         gpu: leave what CUDA may need, which is more.
+        programs: leave what it takes to have programs dial in, and to end them.
 
     Returns:
         What could not be taken, in words for the daemon's log; empty where all was.
@@ -54,8 +55,10 @@ def confine(folders: Sequence[str], *, gpu: bool) -> List[str]:
     writable = [*folders, "/dev/null"]
     if gpu:
         writable += [str(path) for pattern in _GPU_DEVICES for path in Path("/dev").glob(pattern)]
-        # CUDA's shared memory between processes, and the pipes of MPS
-        writable += ["/dev/shm", os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")]  # noqa: S108 - NVIDIA's
+        # the pipes of MPS
+        writable += [os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")]  # noqa: S108 - NVIDIA's
+    if gpu or programs:  # shared memory between processes, for CUDA and for MPI
+        writable.append("/dev/shm")  # noqa: S108 - the kernel's
     missing = []
     if threading.active_count() > 1 or len(os.listdir("/proc/self/task")) > 1:
         missing.append("there were other threads already, which keep the rights to write")
@@ -64,7 +67,9 @@ def confine(folders: Sequence[str], *, gpu: bool) -> List[str]:
         return [*missing, "nothing was taken: PR_SET_NO_NEW_PRIVS is unknown to this kernel"]
     missing.append(landlock.restrict(writable))
     missing.append(_drop_capabilities())
-    missing.append(seccomp.install(gpu=gpu))
+    missing.append(seccomp.install(gpu=gpu, programs=programs))
+    if programs and landlock.abi() < landlock.SCOPES_SINCE:
+        missing.append("this kernel does not keep programs that dial in from signals to others of the daemon's user")
     return [text for text in missing if text]
 
 

@@ -28,7 +28,8 @@ _RIGHTS = ((1, _WRITE_FILE), (1, _CHANGE_FOLDER), (2, _REFER), (_TRUNCATE_SINCE,
 _TCP, _SCOPES = 0b11, 0b11
 """To bind and to connect; abstract sockets and signals."""
 NONE = "this kernel has no Landlock: workers can write wherever the daemon's user can"
-_SIZES = ((1, 8), (4, 16), (6, 24))
+SCOPES_SINCE = 6
+_SIZES = ((1, 8), (4, 16), (SCOPES_SINCE, 24))
 """Of the attributes above: files, then TCP, then scopes."""
 
 

@@ -70,12 +70,12 @@ class _Attached:
 
     _system: Any
 
-    def __init__(self, slot: Slot, fields: dict[str, Any], engine: Engine) -> None:
+    def __init__(self, slot: Slot, fields: dict[str, Any], engine: Engine, fingerprint: str) -> None:
         self.slot = slot
         self.number: int = fields["slot"]
         self.stress: bool = fields["stress"]
         self.energies: bool = fields["energies"]
-        self._fingerprint: str = fields.get("fingerprint", "")  # a daemon that runs over an upgrade says none
+        self._fingerprint = fingerprint if fields.get("fingerprint") else ""  # not everybody has a use for it
         self._positions, self._forces, self._virials = list(slot.positions), list(slot.forces), list(slot.virials)
         self._cells: list[np.ndarray] = []
         self._seen = b""
@@ -211,10 +211,11 @@ class Loop:
     Args:
         channel: the socket to the daemon.
         engine: the engine.
+        fingerprint: the model's, which results say.
     """
 
-    def __init__(self, channel: socket.socket, engine: Engine) -> None:
-        self._channel, self._engine = channel, engine
+    def __init__(self, channel: socket.socket, engine: Engine, fingerprint: str = "") -> None:
+        self._channel, self._engine, self._fingerprint = channel, engine, fingerprint
         self._info = engine.info
         self._slots: dict[int, _Attached] = {}
 
@@ -235,7 +236,7 @@ class Loop:
                 if not descriptors:  # the kernel passes no more of them; the session is told so
                     continue
                 slot = Slot(descriptors[0], fields["natoms"], fields["frames"])
-                slots[fields["slot"]] = _Attached(slot, fields, self._engine)
+                slots[fields["slot"]] = _Attached(slot, fields, self._engine, self._fingerprint)
                 del slot
             elif kind == b"D":
                 slots.pop(int.from_bytes(body, "little")).slot.close()
@@ -334,5 +335,5 @@ def main(channel: socket.socket, spec: ModelSpec) -> int:
         return 1
     send(channel, b"R", dataclasses.asdict(engine.info))
     with contextlib.suppress(ConnectionResetError, BrokenPipeError):  # the daemon has died; so shall we, by PDEATHSIG
-        Loop(channel, engine).run()
+        Loop(channel, engine, spec.fingerprint).run()
     return 0

@@ -130,6 +130,8 @@ _REFUSED: Dict[str, Tuple[Optional[int], Optional[int]]] = {
 }
 _ON_GPUS = ("socket", "connect")
 """CUDA may talk with MPS and with nvidia-persistenced, over Unix sockets."""
+_FOR_PROGRAMS = ("socket", "connect", "bind", "listen", "accept", "accept4")
+"""Programs dial in over Unix sockets, on which their worker listens."""
 _CLONE3 = (435, 435)
 """Its flags lie in memory, where a filter can't look: it does not exist, and libc takes `clone`."""
 
@@ -153,17 +155,22 @@ _PR_SET_PDEATHSIG = 1
 _IOPRIO_WHO_PROCESS = 1
 
 
-def _checks() -> List[_Check]:
+def _checks(*, programs: bool) -> List[_Check]:
     """The calls that are judged by an argument."""
     me = os.getpid()
-    return [
-        _Check((41, 198), 0, (int(socket.AF_UNIX),)),  # socket, where it is not refused altogether
-        _Check((53, 199), 0, (int(socket.AF_UNIX),)),  # socketpair...
-        _Check((53, 199), 1, (int(socket.SOCK_STREAM), int(socket.SOCK_SEQPACKET)), mask=0xF),  # ...one that stays so
+    # a worker ends its programs, and their abort() is no signal to it; Landlock keeps them from processes outside
+    signals = [
         _Check((62, 129), 0, (me,)),  # kill
         _Check((234, 131), 0, (me,)),  # tgkill: abort() is one
         _Check((129, 138), 0, (me,)),  # rt_sigqueueinfo
         _Check((297, 240), 0, (me,)),  # rt_tgsigqueueinfo
+        _Check((157, 167), 0, (_PR_SET_PDEATHSIG,), refused=True),  # prctl: it ends with the daemon
+    ]
+    return [
+        *([] if programs else signals),
+        _Check((41, 198), 0, (int(socket.AF_UNIX),)),  # socket, where it is not refused altogether
+        _Check((53, 199), 0, (int(socket.AF_UNIX),)),  # socketpair...
+        _Check((53, 199), 1, (int(socket.SOCK_STREAM), int(socket.SOCK_SEQPACKET)), mask=0xF),  # ...one that stays so
         _Check((302, 261), 0, (0, me)),  # prlimit64
         _Check((141, 140), 0, (os.PRIO_PROCESS,)),  # setpriority...
         _Check((141, 140), 1, (0, me)),  # ...its own
@@ -177,7 +184,6 @@ def _checks() -> List[_Check]:
         _Check((72, 25), 1, (fcntl.F_SETOWN, _F_SETSIG, _F_SETOWN_EX), refused=True),  # fcntl
         # the same, and typing into the terminal that a daemon in the foreground was started from
         _Check((16, 29), 1, (_TIOCSTI, _TIOCLINUX, _FIOSETOWN, _SIOCSPGRP), refused=True),  # ioctl
-        _Check((157, 167), 0, (_PR_SET_PDEATHSIG,), refused=True),  # prctl: it ends with the daemon
     ]
 
 
@@ -185,14 +191,15 @@ def _step(code: int, k: int, if_true: int = 0, if_false: int = 0) -> bytes:
     return struct.pack("=HBBI", code, if_true, if_false, k)
 
 
-def _program(machine: str, *, gpu: bool) -> bytes:
+def _program(machine: str, *, gpu: bool, programs: bool) -> bytes:
     """The filter's instructions."""
+    left = (*(_ON_GPUS if gpu else ()), *(_FOR_PROGRAMS if programs else ()))
     column = 0 if machine == "x86_64" else 1
     refuse = _step(_RETURN, _ERRNO | errno.EPERM)
     program = [_step(_LOAD, _ARCHITECTURE), _step(_JUMP_EQUAL, _AUDIT[machine], 1, 0), refuse, _step(_LOAD, _NUMBER)]
     if machine == "x86_64":
         program += [_step(_JUMP_NOT_LESS, _X32, 0, 1), refuse]
-    for check in _checks():
+    for check in _checks(programs=programs):
         hits = len(check.values)
         body = [_step(_LOAD, _ARGUMENTS + 8 * check.argument), _step(_AND, check.mask)]
         for index, value in enumerate(check.values):
@@ -203,7 +210,7 @@ def _program(machine: str, *, gpu: bool) -> bytes:
         body += [refuse, _step(_LOAD, _NUMBER)]
         program += [_step(_JUMP_EQUAL, check.numbers[column], 0, len(body)), *body]
     for name, numbers in _REFUSED.items():
-        if (number := numbers[column]) is not None and not (gpu and name in _ON_GPUS):
+        if (number := numbers[column]) is not None and name not in left:
             program += [_step(_JUMP_EQUAL, number, 0, 1), refuse]
     program += [_step(_JUMP_EQUAL, _CLONE3[column], 0, 1), _step(_RETURN, _ERRNO | errno.ENOSYS)]
     program.append(_step(_RETURN, _ALLOW))
@@ -214,17 +221,18 @@ class _Program(ctypes.Structure):
     _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_char_p)]
 
 
-def install(*, gpu: bool) -> str:
+def install(*, gpu: bool, programs: bool = False) -> str:
     """Install the filter; why it could not be, or nothing. Privileges that exec gives must be off already.
 
     Args:
         gpu: leave what CUDA may need: Unix sockets, and connecting them.
+        programs: leave what a worker needs to have programs dial in: Unix sockets, and signals to processes.
     """
     machine = platform.machine()
     # (a Python of 32 bits runs on x86_64, too)
     if machine not in _AUDIT or sys.maxsize < _X32:
         return f"no filter of system calls: there is none for {machine} yet"
-    program = _program(machine, gpu=gpu)
+    program = _program(machine, gpu=gpu, programs=programs)
     argument = _Program(len(program) // 8, program)
     if _libc.prctl(_PR_SET_SECCOMP, _MODE_FILTER, ctypes.byref(argument), 0, 0):
         return f"no filter of system calls: seccomp: {os.strerror(ctypes.get_errno())}"

@@ -21,7 +21,7 @@ from ase.build import bulk
 
 from conftest import RunningDaemon
 from rootstock_client import RootstockClient, ipi
-from rootstock_client.client import request
+from rootstock_client.control import request
 from rootstock_client.errors import (
     InvalidInitError,
     RootstockError,

@@ -28,8 +28,8 @@ from rootstock_client.errors import (
     error_from_code,
 )
 from rootstock_client.stream import STAGING_SIZE
+from rootstockd.sessions.cells import check_cells
 from rootstockd.sessions.init_request import InitRequest, is_announced, parse_init
-from rootstockd.sessions.session import check_cells
 
 LIMITS = ipi.Limits(atoms=60, init=3000, extras=2000)
 """Small ones, so that streams which reach them are short."""

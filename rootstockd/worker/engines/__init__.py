@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import os
-import stat
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,12 +18,13 @@ import numpy as np
 
 from rootstockd.worker import stages
 from rootstockd.worker.failures import out_of_memory
+from rootstockd.worker.files import open_regular
 
 ENGINE_API = 1
 """Version of all that an engine from elsewhere sees of this module; its own module must name the same."""
 ENTRY_POINTS = "rootstockd.engines"
 """Group of the entry points of engines from elsewhere: the name is a family's, the object a module like those here."""
-FAMILIES = ("ase", "mace", "noop")
+FAMILIES = ("ase", "ipi", "mace", "noop")
 """Families whose modules are in this package."""
 
 Array = np.ndarray
@@ -72,6 +71,8 @@ class ModelSpec:
     """Names of its heads, likewise."""
     dispersion: dict[str, Any] | None = None
     """Settings of the D3 correction that is added, if one is; see `rootstockd.worker.engines.dispersion`."""
+    hang_timeout: float = 0.0
+    """Seconds that an evaluation may take, where the catalogue says; likewise the daemon's."""
     fingerprint: str = ""
     """Of all that determines its numbers (`rootstockd.models.spec`), in hexadecimal; the daemon's, not the engine's."""
 
@@ -255,10 +256,7 @@ def read_weights(spec: ModelSpec) -> bytes:
     """
     name, path = spec.name, spec.weights
     try:
-        # without waiting, or a pipe at this place would hold the worker for ever
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise EngineError("model-load", f"model {name!r}: its weights {path} are no regular file")
+        with open_regular(path) as file:
             data = file.read()
     except FileNotFoundError as error:
         raise EngineError("model-load", f"model {name!r}: its weights {path} are missing") from error

@@ -265,16 +265,22 @@ def load(spec: ModelSpec) -> MaceEngine | safe.Conversion:
 
 
 def _accelerate(model: Any, spec: ModelSpec) -> tuple[Backend | None, str]:
-    """The fastest backend that fits model and device, or why there is none."""
+    """The fastest backend that fits model and device, and what is in the way of a faster one."""
+    try:
+        from rootstockd.worker.engines.mace.edges import EdgeBackend  # noqa: PLC0415 - not every environment has vesin
+
+        simple = EdgeBackend(model, "mace-torch by edges")
+    except (ImportError, NotApplicableError) as error:  # mace-torch itself is left
+        return None, f"not accelerated: {error}"
     try:
         if spec.device == "cpu":
             from rootstockd.worker.engines.mace.fused import FusedBackend  # noqa: PLC0415 - numba is slow to import
 
             return FusedBackend(model), ""
-        from rootstockd.worker.engines.mace.cueq import accelerated  # noqa: PLC0415
+        from rootstockd.worker.engines.mace.cueq import converted  # noqa: PLC0415 - has an environment for GPUs
 
-        return accelerated(model, spec.device), ""
-    except ImportError as error:
-        return None, f"not accelerated: {error}"
-    except Exception as error:  # the reference is still there
-        return None, f"not accelerated: {type(error).__name__}: {error}"
+        return EdgeBackend(converted(model, spec.device), "cuequivariance"), ""
+    except (ImportError, NotApplicableError) as error:
+        return simple, f"not accelerated further: {error}"
+    except Exception as error:
+        return simple, f"not accelerated further: {type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""What `rootstockd top` remembers of one status after another: rates, and how they went."""
+"""What `rootstockd top` and the dashboard remember of one status after another: rates, and how they went."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rootstockd.control.schema import DaemonStatus, ModelStatus, SessionStatus
 SPAN = 5.0
 """Seconds over which the rates of sessions are averaged."""
 KEPT = 120
-"""Looks that trends show, at most."""
+"""Looks that trends have, at most, unless somebody wants others."""
 
 WorkerName: TypeAlias = tuple[str, str, str, str | None]
 
@@ -18,10 +18,14 @@ WorkerName: TypeAlias = tuple[str, str, str, str | None]
 class Trend(NamedTuple):
     """How a model went, look by look."""
 
+    time: deque[float]
+    """Unix time of the look."""
     rate: deque[float]
     """Evaluations a second since the look before."""
     latency: deque[float]
     """The median, in seconds; 0 where there was none."""
+    p99: deque[float]
+    """What all but a hundredth took no longer than; likewise."""
     batch: deque[float]
     """Evaluations in a batch, on average; 0 where there was none."""
 
@@ -33,11 +37,17 @@ class _Look(NamedTuple):
 
 
 class History:
-    """Looks at one daemon."""
+    """Looks at one daemon, and at those that take its place.
 
-    def __init__(self) -> None:
+    Args:
+        kept: looks that trends have, at most.
+    """
+
+    def __init__(self, kept: int = KEPT) -> None:
+        self.trends: dict[WorkerName, Trend] = {}
+        """Of all models that were there in the looks that are kept."""
+        self._times: deque[float] = deque(maxlen=kept)
         self._looks: deque[_Look] = deque()
-        self._trends: dict[WorkerName, Trend] = {}
         self._since = 0.0
 
     def add(self, status: DaemonStatus, now: float) -> None:
@@ -48,7 +58,7 @@ class History:
             now: Unix time.
         """
         if status.since != self._since:  # another daemon, which counts from the start
-            self._looks.clear()
+            self.pause()
             self._since = status.since
         look = _Look(
             now,
@@ -61,18 +71,27 @@ class History:
             rate = model.rate
             if last is not None and name in last.models and now > last.time:
                 rate = max(0, model.evaluations - last.models[name]) / (now - last.time)
-            trend = self._trends.setdefault(name, Trend(*(deque[float](maxlen=KEPT) for _ in Trend._fields)))
+            trend = self.trends.setdefault(
+                name, Trend(*(deque[float](maxlen=self._times.maxlen) for _ in Trend._fields))
+            )
+            trend.time.append(now)
             trend.rate.append(rate)
             trend.latency.append(model.latency_p50 or 0.0)
+            trend.p99.append(model.latency_p99 or 0.0)
             trend.batch.append(model.batch_size or 0.0)
-        self._trends = {name: trend for name, trend in self._trends.items() if name in look.models}
+        self._times.append(now)
+        self.trends = {name: trend for name, trend in self.trends.items() if trend.time[-1] >= self._times[0]}
         self._looks.append(look)
         while len(self._looks) > 2 and now - self._looks[1].time >= SPAN:  # noqa: PLR2004 - two make a difference
             self._looks.popleft()
 
+    def pause(self) -> None:
+        """Compare what comes next with nothing before: nobody looked for a while."""
+        self._looks.clear()
+
     def trend(self, model: ModelStatus) -> Trend:
         """How a model of the latest status went."""
-        return self._trends[name_of(model)]
+        return self.trends[name_of(model)]
 
     def rate(self, session: SessionStatus) -> float:
         """Evaluations a second of a session of the latest status; since it began, where no earlier one had it."""

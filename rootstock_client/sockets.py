@@ -1,0 +1,54 @@
+"""What every connection to a daemon begins with."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+from rootstock_client.errors import AccessDeniedError, DaemonNotFoundError
+from rootstock_client.runtime_dir import START_HINT
+
+
+class _Socket(socket.socket):
+    """A socket that is closed with its owner, without a word, in whatever order the garbage collector takes the two."""
+
+    _io_refs = 0  # a signal may come before the constructor has set it
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def connect(path: Path, timeout: float | None = None) -> socket.socket:
+    """Connect to a Unix socket of a daemon.
+
+    Args:
+        path: the socket.
+        timeout: seconds that this and each later operation on the socket may take.
+
+    Raises:
+        DaemonNotFoundError: nobody answers there.
+        TimeoutError: somebody is there and accepts no connections.
+        AccessDeniedError: the socket is not open to this user.
+    """
+    sock = _Socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(timeout)
+        sock.connect(os.fspath(path))
+    except PermissionError as error:
+        sock.close()
+        raise AccessDeniedError(
+            f"the socket {path} is not open to you.",
+            "Use a daemon of your own, or ask whoever runs this one to add you to its access.socket_group.",
+        ) from error
+    except OSError as error:
+        sock.close()
+        if isinstance(error, (TimeoutError, BlockingIOError)):  # with a timeout a full queue is EAGAIN, at once
+            raise TimeoutError(f"{path} accepts no connections") from error
+        raise DaemonNotFoundError(
+            f"no rootstockd answers at {path}: {(error.strerror or str(error)).lower()}.", START_HINT
+        ) from error
+    except BaseException:
+        sock.close()
+        raise
+    return sock

@@ -1,0 +1,137 @@
+"""Which model gets which device, and who goes for it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+from rootstock_client.errors import LimitError
+from rootstockd.fleet import placement
+from rootstockd.fleet.placement import Room
+from rootstockd.fleet.rooms import Rooms
+from rootstockd.fleet.roster import Roster
+from rootstockd.settings.config import Config
+from rootstockd.supervision.meter import Totals
+from rootstockd.supervision.supervisor import STOP_PATIENCE, Supervisor
+
+log = logging.getLogger(__name__)
+
+POLL = 0.1
+"""Seconds between looks whether there is room, while somebody waits for it."""
+NO_ROOM = (
+    "Try again when others have less to do; an administrator can `rootstockd unload` a model, or raise device_memory."
+)
+
+
+class Admission:
+    """The landlord of all supervisors.
+
+    Args:
+        config: the daemon's settings.
+        roster: the models.
+        rooms: what is in the devices' memory.
+    """
+
+    def __init__(self, config: Config, roster: Roster, rooms: Rooms) -> None:
+        self._config, self._roster, self._rooms = config, roster, rooms
+        self._totals: dict[tuple[str, str, str], Totals] = {}
+        """By model, dtype and device."""
+
+    def apply(self, config: Config) -> None:
+        """Take over changed settings."""
+        self._config = config
+
+    def rooms(self) -> list[Room]:
+        """The devices as they are."""
+        return self._rooms.now(self._roster.workers(), self._roster.kept)
+
+    def _rooms_for(self, worker: Supervisor) -> list[Room]:
+        """The devices as they are for a model that is to load: what was to be kept does not go for what is, too."""
+        owner = self._roster.owner(worker)
+        rooms = self.rooms()
+        return [placement.stays(room) for room in rooms] if owner is not None and owner.kept else rooms
+
+    def unload(self, worker: Supervisor, why: str) -> None:
+        """Have a worker leave memory."""
+        name, dtype = worker.spec.name, worker.spec.dtype
+        log.info("model %s in %s leaves %s: %s", name, dtype, worker.device or "the queue", why)
+        self._rooms.remember(worker)
+        worker.unload()
+
+    def counted(self) -> dict[tuple[str, str, str], Totals]:
+        """What was done since the daemon began, by model, dtype and device, to the last evaluation."""
+        for worker in self._roster.workers():
+            worker.meter.count()
+        return self._totals
+
+    # --- what supervisors need
+
+    async def admit(self, model: Supervisor) -> dict[str, str] | None:
+        began = time.monotonic()
+        while model.wanted:
+            if model.held_until > time.monotonic():
+                model.obstacle = ""  # that is none
+                await asyncio.sleep(POLL)
+                began = time.monotonic()
+                continue
+            rooms = self._rooms_for(model)
+            need = self._rooms.need(model, rooms)
+            owner = self._roster.owner(model)
+            if owner is not None and model is not owner.first:
+                taken = {worker.device for worker in owner.workers}
+                rooms = [room for room in rooms if self._rooms.devices[room.number] not in taken]
+                plan = placement.place_replica(need, rooms)
+                if plan is None:  # it is not needed so much that anybody should go or wait for it
+                    self._roster.drop(owner, [model])
+                    return None
+            else:
+                plan = placement.place(need, rooms)
+            if plan is not None:
+                model.device, model.set_aside = self._rooms.devices[plan.room], need
+                await self._evict(model, [tenant.number for tenant in plan.evicted])
+                return self._config.worker_environment(self._rooms.devices[plan.room]) if model.wanted else None
+            there = self._rooms.describe(rooms, self._roster.workers())
+            model.obstacle = f"{model.spec.name} needs {need / 1e6:.0f} MB; {there}"
+            waited = time.monotonic() - began
+            kept = owner is not None and owner.kept
+            hopeless = all(need > room.left(kept=kept) for room in rooms)  # even if all had gone that ever do
+            if hopeless or waited >= self._config.room_timeout:
+                raise self._refusal(model, waited)
+            await asyncio.sleep(POLL)
+        return None
+
+    def totals(self, model: Supervisor) -> Totals:
+        key = model.spec.name, model.spec.dtype, str(model.device)
+        return self._totals.setdefault(key, Totals())
+
+    async def make_room(self, model: Supervisor) -> bool:
+        assert model.device is not None
+        if self._config.worker_memory is not None and model.device.kind == "cpu":
+            return False  # its own limit, which nobody else's end raises
+        number = self._rooms.devices.index(model.device)
+        first = placement.first_to_go(self._rooms_for(model)[number].tenants)  # it is loading and does not itself
+        if first is None:
+            return False
+        await self._evict(model, [first.number])
+        return True
+
+    async def _evict(self, model: Supervisor, evicted: list[int]) -> None:
+        """Have others go for a model, and wait until all that leave its device have left."""
+        for worker in self._roster.workers():
+            if id(worker) in evicted:
+                self.unload(worker, f"{model.spec.name} needs its memory")
+        leaving = [w for w in self._roster.workers() if w.device == model.device and w is not model and not w.present]
+        if leaving:
+            waiting = [asyncio.create_task(worker.vacated()) for worker in leaving]
+            await asyncio.wait(waiting, timeout=STOP_PATIENCE)
+            for task in waiting:
+                task.cancel()
+            await self._rooms.measure(self._roster.workers())
+
+    def _refusal(self, model: Supervisor, waited: float) -> LimitError:
+        return LimitError(
+            f"model {model.spec.name!r}: no device has room for it"
+            f"{f', for {waited:.0f} s' if waited >= 1 else ''}: {model.obstacle}.",
+            NO_ROOM,
+        )

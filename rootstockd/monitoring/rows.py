@@ -1,0 +1,93 @@
+"""A daemon's status as rows: what `rootstockd top` and the dashboard have in their tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import JsonValue
+
+from rootstockd.control.schema import ModelStatus, SessionStatus
+from rootstockd.monitoring.history import History
+
+
+def model_row(model: ModelStatus, models: Sequence[ModelStatus]) -> dict[str, Any]:
+    """A model, one of `models`.
+
+    Latencies are in seconds, memory in bytes, rates in evaluations a second; 0 where there is none.
+    """
+    return {
+        "name": _name(model, models),
+        "dtype": dtypes(models)[models.index(model)],
+        "state": f"{model.state} {model.loading.elapsed:.0f} s" if model.loading else model.state,
+        "device": model.device or "-",
+        "sessions": model.sessions,
+        "queue": model.waiting,
+        "rate": model.rate,
+        "latency": model.latency_p50 or 0.0,
+        "p99": model.latency_p99 or 0.0,
+        "batch": model.batch_size or 0.0,
+        "memory": model.memory or 0,
+        "evaluations": model.evaluations,
+    }
+
+
+def session_row(session: SessionStatus, history: History, now: float) -> dict[str, Any]:
+    """A session of the latest status in `history`, at the Unix time `now`; its age is in seconds."""
+    return {
+        "name": session.id,
+        "user": session.user,
+        "pid": session.pid,
+        "model": session.model or "-",
+        "atoms": session.natoms or "-",
+        "state": session.state,
+        "rate": history.rate(session),
+        "evaluations": session.evaluations,
+        "age": max(0.0, now - session.since),
+    }
+
+
+def user_rows(sessions: Sequence[SessionStatus], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The users of sessions, whose rows are given; their share, from 0 to 1, is of the atoms that were evaluated."""
+    users: dict[str, dict[str, Any]] = {}
+    for session, row in zip(sessions, rows, strict=True):
+        user = users.setdefault(
+            session.user, {"name": session.user, "sessions": 0, "queue": 0, "rate": 0.0, "work": 0.0}
+        )
+        user["sessions"] += 1
+        user["queue"] += session.state == "busy"
+        user["rate"] += row["rate"]
+        user["work"] += row["rate"] * (session.natoms or 0)
+    everything = sum(user["work"] for user in users.values())
+    for user in users.values():
+        user["share"] = user["work"] / everything if everything else 0.0
+    return list(users.values())
+
+
+def dtypes(models: Sequence[ModelStatus]) -> list[str]:
+    """What each computes in, with D3, and as much of its settings as tells it from others of its name."""
+    found = []
+    for model in models:
+        same = [other.dispersion or {} for other in models if (other.name, other.dtype) == (model.name, model.dtype)]
+        settings = {
+            key: value
+            for key, value in (model.dispersion or {}).items()
+            if any(key in other and other[key] != value for other in same)
+        }
+        which = f" ({settings_in_words(settings)})" if settings else ""
+        found.append(f"{model.dtype} +D3{which}" if model.dispersion else model.dtype)
+    return found
+
+
+def settings_in_words(dispersion: dict[str, JsonValue]) -> str:
+    """Settings of D3."""
+    return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in dispersion.items())
+
+
+def _name(model: ModelStatus, models: Sequence[ModelStatus]) -> str:
+    """A model's name, with what tells it from others of that name."""
+    same = [other for other in models if other.name == model.name]
+    found = dtypes(same)
+    dtype = f" {found[same.index(model)]}" if len(set(found)) > 1 else ""
+    device = f" {model.device or '-'}" if len({other.device for other in same}) > 1 else ""
+    return model.name + dtype + device

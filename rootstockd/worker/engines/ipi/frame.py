@@ -1,0 +1,63 @@
+"""A structure as a program may see it: the same atoms in a cell that is right-handed, whole, and turned if need be."""
+
+from __future__ import annotations
+
+from typing import Tuple
+
+import numpy as np
+
+from rootstockd.worker.engines import Array
+
+ALONE = 1000.0
+"""Å between images in directions that are not periodic: far beyond where a short-ranged potential reaches."""
+
+
+class Frame:
+    """What turns a session's structure into the program's, and results back.
+
+    Args:
+        cell: (3, 3), Å, rows are lattice vectors; those of open directions play no part.
+        pbc: which directions are periodic.
+        triangular: turn it so that a lies along x and b in the xy plane, each on its positive side.
+    """
+
+    def __init__(self, cell: Array, pbc: Tuple[bool, bool, bool], *, triangular: bool) -> None:
+        cell = _complete(cell, pbc)
+        if np.linalg.det(cell) < 0:  # the same lattice; many programs want no left-handed one
+            cell = cell[[1, 0, 2]]
+        self._axes = np.eye(3)
+        """(3, 3): what a row vector is multiplied by."""
+        if triangular and (np.triu(cell, 1).any() or (np.diagonal(cell) < 0).any()):
+            axes, upper = np.linalg.qr(cell.T)
+            signs = np.sign(np.diagonal(upper))
+            self._axes, cell = axes * signs, np.tril((upper.T * signs))
+        self.cell = cell
+        """(3, 3), Å, as the program sees it."""
+
+    def turn(self, vectors: Array) -> Array:
+        """(natoms, 3), from the session's axes to the program's."""
+        turned: Array = vectors @ self._axes
+        return turned
+
+    def turn_back(self, vectors: Array) -> Array:
+        """(natoms, 3), from the program's axes to the session's."""
+        turned: Array = vectors @ self._axes.T
+        return turned
+
+    def turn_back_tensor(self, tensor: Array) -> Array:
+        """(3, 3), from the program's axes to the session's."""
+        turned: Array = self._axes @ tensor @ self._axes.T
+        return turned
+
+
+def _complete(cell: Array, pbc: Tuple[bool, bool, bool]) -> Array:
+    """The cell with vectors along open directions that keep images apart."""
+    if all(pbc):
+        return cell
+    periodic = np.array(pbc)
+    if not periodic.any():
+        return np.eye(3) * ALONE
+    normals = np.linalg.svd(cell[periodic])[2][periodic.sum() :]
+    cell = cell.copy()
+    cell[~periodic] = normals * ALONE
+    return cell

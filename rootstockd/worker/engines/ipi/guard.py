@@ -1,0 +1,128 @@
+"""A program's guard: starts it, keeps the last that it prints, and leaves nothing of it behind.
+
+`python -S guard.py CONTROL REPORT COMMAND`, a script of its own and the standard library alone. CONTROL and REPORT are
+descriptors of pipes: when the first comes to its end, as it does when the worker dies in any way, all that the program
+has started is killed, ranks of MPI that have left its process group too. How it ended is written to the second.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+TAIL = 4000
+"""Bytes of what it prints that are kept."""
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def main() -> None:
+    """Guard one program from its start to its end."""
+    control, report, command = int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
+    for inherited in (control, report):
+        os.set_inheritable(inherited, False)  # noqa: FBT003 - os has no other way; the program must not keep them open
+    _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what its children leave behind becomes ours
+    output, theirs = os.pipe()
+    try:
+        program = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=theirs,
+            stderr=theirs,
+            preexec_fn=_become_ordinary,  # noqa: PLW1509 - there is one thread
+        )
+    except OSError as error:
+        _write(report, {"error": error.strerror or str(error)})
+        return
+    os.close(theirs)
+    printed = _watch(program.pid, output, control)
+    status = _kill_all(program)
+    printed += _rest(output)
+    _write(report, {"status": status, "printed": printed[-TAIL:].decode("utf-8", "replace")})
+
+
+def _become_ordinary() -> None:
+    """In the program's process: what a worker ignores it need not, and it ends with its guard."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    for number in _IGNORED:
+        signal.signal(number, signal.SIG_DFL)
+
+
+def _watch(pid: int, output: int, control: int) -> bytes:
+    """Until the program ends or is to end; the last that it has printed by then."""
+    printed, ended = b"", os.pidfd_open(pid)
+    poll = select.poll()
+    for descriptor in (output, ended, control):
+        poll.register(descriptor, select.POLLIN)
+    while True:
+        ready = {descriptor for descriptor, _ in poll.poll()}
+        if output in ready:
+            if chunk := os.read(output, 1 << 16):
+                printed = (printed + chunk)[-TAIL:]
+            else:
+                poll.unregister(output)
+        if ended in ready or control in ready:
+            os.close(ended)
+            return printed
+
+
+def _kill_all(program: "subprocess.Popen[bytes]") -> "int | None":
+    """Kill what has come of it; its exit status, negative for a signal."""
+    status = program.poll()
+    while True:
+        for pid in _descendants():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        try:
+            pid, code = os.waitpid(-1, 0)
+        except ChildProcessError:
+            return status
+        if pid == program.pid:
+            status = -os.WTERMSIG(code) if os.WIFSIGNALED(code) else os.WEXITSTATUS(code)
+
+
+def _descendants() -> "list[int]":
+    """All processes that come of this one."""
+    children: "dict[int, list[int]]" = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with contextlib.suppress(OSError):
+                children.setdefault(parent_of(int(entry)), []).append(int(entry))
+    found = [os.getpid()]
+    for pid in found:  # it grows while it is gone through
+        found += children.get(pid, ())
+    return found[1:]
+
+
+def parent_of(pid: int) -> int:
+    """A process's parent.
+
+    Raises:
+        OSError: there is no such process any more.
+    """
+    return int(Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[1])
+
+
+def _rest(output: int) -> bytes:
+    """What still lies in the pipe."""
+    os.set_blocking(output, False)
+    printed = b""
+    with contextlib.suppress(BlockingIOError):
+        while chunk := os.read(output, 1 << 16):
+            printed = (printed + chunk)[-TAIL:]
+    return printed
+
+
+def _write(report: int, fields: "dict[str, object]") -> None:
+    with contextlib.suppress(BrokenPipeError):  # the worker has died
+        os.write(report, json.dumps(fields).encode())
+
+
+if __name__ == "__main__":
+    main()

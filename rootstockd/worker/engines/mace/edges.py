@@ -1,0 +1,124 @@
+"""MACE by its edges: mace-torch's modules, on any device, given what a neighbour list says.
+
+mace-torch makes objects in Python of each structure, and a second graph for the derivative by strain. Here the edges,
+by vesin, are all that goes to the device. Forces and virial come from the derivative of the energy by the edges'
+vectors, so that a virial costs nothing; vectors are computed in float64 whatever the model's dtype.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+
+from rootstockd.worker.engines import Array, Result, Task
+from rootstockd.worker.engines.mace.graph import Graph, Neighbours
+from rootstockd.worker.engines.mace.radial import NotApplicableError
+from rootstockd.worker.engines.mace.reference import System
+
+
+class EdgeBackend:
+    """A MACE model by its edges.
+
+    Args:
+        model: mace-torch's model, on its device and in its dtype, or one whose modules do the same.
+        name: what results are said to come from.
+
+    Raises:
+        NotApplicableError: the model depends on more than elements and edges.
+    """
+
+    def __init__(self, model: Any, name: str) -> None:
+        if type(model).__name__ not in {"MACE", "ScaleShiftMACE"} or hasattr(model, "joint_embedding"):
+            raise NotApplicableError(
+                f"a model of class {type(model).__name__} with inputs beside elements and positions"
+            )
+        self.name = name
+        self._model = model
+        parameter = next(model.parameters())
+        self._device, self._dtype = parameter.device, parameter.dtype
+        self._elements = np.array(model.atomic_numbers.tolist())
+        self._needs_radial = True
+        self._neighbours = Neighbours(float(model.r_max))
+
+    def evaluate(self, tasks: list[Task]) -> list[Result]:
+        """One pass over the union of the tasks' graphs."""
+        systems: list[System] = [task.system for task in tasks]
+        graph = self._neighbours.graph(tasks, [system.pbc for system in systems])
+        elements = np.searchsorted(self._elements, np.concatenate([system.numbers for system in systems]))
+        heads = np.concatenate([np.full(len(system.numbers), system.head_index) for system in systems])
+        vectors = torch.from_numpy(graph.vectors).to(self._dtype).to(self._device).requires_grad_()
+        lengths = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+        with self._around(graph, elements, lengths):
+            per_atom, interaction = self._energies(graph, vectors, lengths, elements, heads)
+            if len(graph.sender):
+                (slope,) = torch.autograd.grad(interaction.sum(), vectors)
+            else:
+                slope = torch.zeros((0, 3))
+        return self._results(tasks, graph, per_atom.detach().cpu().double().numpy(), slope.cpu().double().numpy())
+
+    def _around(self, _graph: Graph, _elements: Array, _lengths: torch.Tensor) -> AbstractContextManager[None]:
+        """What a pass runs in."""
+        return nullcontext()
+
+    def _energies(
+        self, graph: Graph, vectors: torch.Tensor, lengths: torch.Tensor, elements: Array, heads: Array
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of each atom: its energy, and the part of it that depends on positions."""
+        model = self._model
+        every = torch.arange(len(elements), device=self._device)
+        of_head = torch.from_numpy(heads).to(self._device)
+        kinds = torch.from_numpy(elements).to(self._device)
+        attributes = torch.nn.functional.one_hot(kinds, len(self._elements)).to(self._dtype)
+        edges = torch.from_numpy(np.stack([graph.sender, graph.receiver])).to(self._device)
+        alone = model.atomic_energies_fn(attributes)[every, of_head]
+        features = model.node_embedding(attributes)
+        harmonics = model.spherical_harmonics(vectors)
+        radial, cutoff = lengths, None
+        if self._needs_radial:
+            radial, cutoff = model.radial_embedding(lengths, attributes, edges, model.atomic_numbers)
+        parts, layers = [], []
+        if hasattr(model, "pair_repulsion"):
+            parts.append(model.pair_repulsion_fn(lengths, attributes, edges, model.atomic_numbers))
+        for layer, (interaction, product) in enumerate(zip(model.interactions, model.products)):
+            features, skipped = interaction(
+                node_attrs=attributes,
+                node_feats=features,
+                edge_attrs=harmonics,
+                edge_feats=radial,
+                edge_index=edges,
+                cutoff=cutoff,
+                first_layer=layer == 0,
+            )
+            features = product(node_feats=features, sc=skipped, node_attrs=attributes)
+            layers.append(features)
+        for number, readout in enumerate(model.readouts):
+            read = readout(layers[-1 if len(model.readouts) == 1 else number], of_head)
+            parts.append(read[every, of_head])
+        interaction_energy = torch.stack(parts).sum(0)
+        if hasattr(model, "scale_shift"):
+            interaction_energy = model.scale_shift(interaction_energy, of_head)
+        return alone.double() + interaction_energy.double(), interaction_energy
+
+    def _results(self, tasks: list[Task], graph: Graph, energies: Array, by_edge: Array) -> list[Result]:
+        """From energies of atoms and derivatives by the edges' vectors to what was asked for."""
+        count = len(energies)
+        forces = np.empty((count, 3))
+        for axis in range(3):
+            out = np.bincount(graph.sender, by_edge[:, axis], count)
+            np.subtract(out, np.bincount(graph.receiver, by_edge[:, axis], count), out=forces[:, axis])
+        results, begin = [], 0
+        for task, end in zip(tasks, graph.ends.tolist()):
+            edges = slice(int(graph.first[begin]), int(graph.first[end]))
+            virial = None
+            if task.stress:
+                whole = -by_edge[edges].T @ graph.vectors[edges]
+                virial = 0.5 * (whole + whole.T)
+            own = energies[begin:end]
+            results.append(
+                Result(float(own.sum()), forces[begin:end], virial, own if task.energies else None, self.name)
+            )
+            begin = end
+        return results
