@@ -39,7 +39,7 @@ class RootstockModel(ModelInterface):  # type: ignore[misc]  # torch-sim is not 
     daemon's business, so there is nothing for an autobatcher to measure: give it a `max_memory_scaler`, or go without.
 
     Args:
-        calculator: says which potential; from `RootstockClient.calculator`. Further sessions are copies of it.
+        calculator: says which potential; from `RootstockClient.calculator`. Sessions are those of copies.
         device: where the results shall be, and the state is; the CPU by default.
         dtype: of the results; what the potential computes in is the calculator's `dtype`.
         compute_forces: give forces.
@@ -61,8 +61,8 @@ class RootstockModel(ModelInterface):  # type: ignore[misc]  # torch-sim is not 
         self._device, self._dtype = torch.device(device), dtype
         self._compute_forces, self._compute_stress = compute_forces, compute_stress
         self._memory_scales_with = "n_atoms"
-        self._calculators = [calculator]
-        self._sessions = sessions
+        self._calculator, self._sessions = calculator, sessions
+        self._calculators: list[RootstockCalculator] = []
         self._threads = ThreadPoolExecutor(sessions, thread_name_prefix="rootstock")
 
     def forward(self, state: ts.SimState, **_: Any) -> dict[str, torch.Tensor]:
@@ -74,7 +74,7 @@ class RootstockModel(ModelInterface):  # type: ignore[misc]  # torch-sim is not 
         """
         systems = list(_systems(state))
         while len(self._calculators) < min(len(systems), self._sessions):
-            self._calculators.append(copy.copy(self._calculators[0]))
+            self._calculators.append(copy.copy(self._calculator))
         count = min(len(systems), len(self._calculators))
         parts = self._threads.map(self._evaluate, self._calculators[:count], [systems[i::count] for i in range(count)])
         results: list[dict[str, Any]] = [{}] * len(systems)
