@@ -14,7 +14,7 @@ from ase.build import bulk
 from ase.calculators.calculator import Calculator
 from ase.calculators.emt import EMT
 
-from conftest import RunningDaemon
+from conftest import EMBEDDED_MODEL, RunningDaemon
 
 pytestmark = pytest.mark.filterwarnings("default")  # theirs
 
@@ -221,3 +221,60 @@ def test_a_job_of_ones_own_in_quacc(both, quacc_here, compatible) -> None:
         against=AGAINST,
         agreement=np.abs(np.subtract(ours[0]["forces"], theirs[0]["forces"])).max(),
     )
+
+
+def test_torch_sim(daemon: RunningDaemon, compatible) -> None:
+    """Relaxation, dynamics and stress of systems of several sizes, against torch-sim's own MACE."""
+    import torch
+    import torch_sim as ts
+    from torch_sim.models.mace import MaceModel
+
+    from rootstock_client.torch_sim import RootstockModel
+
+    systems = [copper() * size for size in ((1, 1, 1), (2, 1, 1), (1, 2, 2))]
+    options = {"device": torch.device("cpu"), "dtype": torch.float64, "compute_stress": True}
+    potential = torch.load(EMBEDDED_MODEL, weights_only=False, map_location="cpu").double()
+    calculator = daemon.client().calculator("mace-emt-small", dtype="float64")
+
+    def run(model: Any) -> tuple[Any, Any, Any]:
+        state = ts.io.atoms_to_state(systems, options["device"], options["dtype"])
+        moved = ts.integrate(state, model, integrator=ts.integrators.nve, n_steps=5, temperature=300.0, timestep=0.002)
+        relaxed = ts.optimize(state, model, optimizer=ts.optimizers.unit_cell_fire, max_steps=5, steps_between_swaps=5)
+        return model(state), moved, relaxed
+
+    torch.manual_seed(0)
+    theirs = run(MaceModel(potential, **options))
+    model = RootstockModel(calculator, sessions=2, **options)  # fewer sessions than systems
+    torch.manual_seed(0)
+    ours = run(model)
+    model.close()
+    for name in ("energy", "forces", "stress"):
+        torch.testing.assert_close(ours[0][name], theirs[0][name], rtol=0, atol=1e-9)
+    for one, other in zip(ours[1:], theirs[1:], strict=True):
+        torch.testing.assert_close(one.positions, other.positions, rtol=0, atol=1e-8)
+        torch.testing.assert_close(one.cell, other.cell, rtol=0, atol=1e-8)
+    compatible(
+        code="torch-sim",
+        version=version("torch-sim-atomistic"),
+        role="driver",
+        transport="in Python",
+        ran="NVE, FIRE with cells, stress; 3 systems of Cu at once",
+        against="torch-sim's own MaceModel",
+        agreement=float((ours[0]["forces"] - theirs[0]["forces"]).abs().max()),
+    )
+
+
+def test_torch_sims_own_check_of_models(daemon: RunningDaemon) -> None:
+    import torch
+    import torch_sim as ts
+    from torch_sim.models.interface import validate_model_outputs
+
+    from rootstock_client.torch_sim import RootstockModel
+
+    model = RootstockModel(daemon.client().calculator("lj"), compute_stress=True)
+    validate_model_outputs(model, model.device, model.dtype)
+    state = ts.io.atoms_to_state([copper(), copper()], model.device, model.dtype)
+    state.charge = torch.tensor([0.0, 1.0])
+    with pytest.raises(NotImplementedError, match="has no notion of charge"):
+        model(state)
+    model.close()

@@ -1,0 +1,124 @@
+"""torch-sim: a model whose numbers come from a daemon.
+
+>>> import torch_sim as ts
+>>> from rootstock_client import RootstockClient
+>>> from rootstock_client.torch_sim import RootstockModel
+>>> model = RootstockModel(RootstockClient().calculator("mace-mp-medium"))  # doctest: +SKIP
+>>> relaxed = ts.optimize(many, model, optimizer=ts.optimizers.fire)  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from ase import Atoms
+from ase.stress import voigt_6_to_full_3x3_stress
+
+try:
+    import torch
+    import torch_sim as ts
+    from torch_sim.models.interface import ModelInterface
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(f"{error.msg}; pip install 'rootstockd[torch-sim]'", name=error.name) from error
+
+if TYPE_CHECKING:
+    from rootstock_client.calculator import RootstockCalculator
+
+
+class RootstockModel(ModelInterface):  # type: ignore[misc]  # torch-sim is not typed
+    """A model for torch-sim: each system of a state is a session's structure, and the daemon batches them.
+
+    `model(state)` gives `energy` (nsystems,) in eV, `forces` (natoms, 3) in eV/Å and `stress` (nsystems, 3, 3) in eV/Å³
+    with ASE's sign. Where the state has `charge` and `spin`, they count.
+
+    The job needs torch for its own arrays, and no package of the potential's. What a device's memory takes is the
+    daemon's business, so there is nothing for an autobatcher to measure: give it a `max_memory_scaler`, or go without.
+
+    Args:
+        calculator: says which potential; from `RootstockClient.calculator`. Sessions are those of copies.
+        device: where the results shall be, and the state is; the CPU by default.
+        dtype: of the results; what the potential computes in is the calculator's `dtype`.
+        compute_forces: give forces.
+        compute_stress: give stress, which takes systems that are periodic.
+        sessions: how many systems may be under way at a time.
+    """
+
+    def __init__(
+        self,
+        calculator: RootstockCalculator,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float64,
+        compute_forces: bool = True,
+        compute_stress: bool = False,
+        sessions: int = 64,
+    ) -> None:
+        super().__init__()
+        self._device, self._dtype = torch.device(device), dtype
+        self._compute_forces, self._compute_stress = compute_forces, compute_stress
+        self._memory_scales_with = "n_atoms"
+        self._calculator, self._sessions = calculator, sessions
+        self._calculators: list[RootstockCalculator] = []
+        self._threads = ThreadPoolExecutor(sessions, thread_name_prefix="rootstock")
+
+    def forward(self, state: ts.SimState, **_: Any) -> dict[str, torch.Tensor]:
+        """Evaluate all systems of a state; see the class.
+
+        Raises:
+            PropertyNotImplementedError: a system has no stress.
+            RootstockError: an evaluation failed; the message says why.
+        """
+        systems = list(_systems(state))
+        while len(self._calculators) < min(len(systems), self._sessions):
+            self._calculators.append(copy.copy(self._calculator))
+        count = min(len(systems), len(self._calculators))
+        parts = self._threads.map(self._evaluate, self._calculators[:count], [systems[i::count] for i in range(count)])
+        results: list[dict[str, Any]] = [{}] * len(systems)
+        for first, part in enumerate(parts):
+            results[first::count] = part
+        found = {"energy": self._tensor([one["energy"] for one in results])}
+        if self._compute_forces:
+            found["forces"] = self._tensor(np.concatenate([one["forces"] for one in results]))
+        if self._compute_stress:
+            found["stress"] = self._tensor([voigt_6_to_full_3x3_stress(one["stress"]) for one in results])
+        return found
+
+    def _evaluate(self, calculator: RootstockCalculator, systems: list[Atoms]) -> list[dict[str, Any]]:
+        results = []
+        for atoms in systems:
+            calculator.calculate(atoms, ["stress"] if self._compute_stress else [])
+            results.append(calculator.results)
+        return results
+
+    def _tensor(self, values: Any) -> torch.Tensor:
+        return torch.as_tensor(np.asarray(values), dtype=self._dtype, device=self._device)
+
+    def close(self) -> None:
+        """Close all sessions; the next evaluation opens new ones."""
+        for calculator in self._calculators:
+            calculator.close()
+
+
+def _systems(state: ts.SimState) -> Iterator[Atoms]:
+    """What a state consists of. Its cells have vectors in columns."""
+    arrays = {name: _array(getattr(state, name)) for name in ("positions", "atomic_numbers", "cell", "pbc")}
+    electrons = {
+        name: _array(value) for name in ("charge", "spin") if (value := getattr(state, name, None)) is not None
+    }
+    ends = np.cumsum(np.bincount(_array(state.system_idx)))
+    for system, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        yield Atoms(
+            numbers=arrays["atomic_numbers"][start:end],
+            positions=arrays["positions"][start:end],
+            cell=arrays["cell"][system].T,
+            pbc=arrays["pbc"],
+            info={name: float(value[system]) for name, value in electrons.items()},
+        )
+
+
+def _array(values: Any) -> np.ndarray[Any, Any]:
+    return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
