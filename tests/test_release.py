@@ -50,7 +50,11 @@ print(json.dumps([rootstock_client.__file__, numbers]))
 
 def run(*command: str | Path, **options: Any) -> str:
     options = {"timeout": 120, "cwd": "/", **options}
-    done = subprocess.run(list(map(str, command)), check=False, capture_output=True, text=True, **options)
+    # what was installed shall run, not what PYTHONPATH leads to
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | options.pop("env", {})
+    done = subprocess.run(
+        list(map(str, command)), env=variables, check=False, capture_output=True, text=True, **options
+    )
     assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
     return done.stdout
 
@@ -174,10 +178,20 @@ def folder() -> Iterator[Path]:
 
 def test_a_daemon_of_each_python(python, release, folder):
     install(python, release.wheel, "[daemon]")
-    variables = {**os.environ, MARK: str(folder)}
     command = (python.parent / "rootstockd",)
     options = ("--socket", folder / "a.sock")
-    run(*command, "start", *options, "--device", "cpu", "--model", "emt", "--log-file", folder / "log", env=variables)
+    run(
+        *command,
+        "start",
+        *options,
+        "--device",
+        "cpu",
+        "--model",
+        "emt",
+        "--log-file",
+        folder / "log",
+        env={MARK: str(folder)},
+    )
     try:
         assert json.loads(run(python, "-I", "-c", JOB, folder / "a.sock"))
         assert json.loads(run(*command, "status", "--json", *options))["evaluations"] == 2  # the second for stress
