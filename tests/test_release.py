@@ -180,18 +180,8 @@ def test_a_daemon_of_each_python(python, release, folder):
     install(python, release.wheel, "[daemon]")
     command = (python.parent / "rootstockd",)
     options = ("--socket", folder / "a.sock")
-    run(
-        *command,
-        "start",
-        *options,
-        "--device",
-        "cpu",
-        "--model",
-        "emt",
-        "--log-file",
-        folder / "log",
-        env={MARK: str(folder)},
-    )
+    starting = ("--device", "cpu", "--model", "emt", "--log-file", folder / "log")
+    run(*command, "start", *options, *starting, env={MARK: str(folder)})
     try:
         assert json.loads(run(python, "-I", "-c", JOB, folder / "a.sock"))
         assert json.loads(run(*command, "status", "--json", *options))["evaluations"] == 2  # the second for stress
