@@ -21,7 +21,7 @@ from ase.calculators.emt import EMT
 
 from conftest import wait_for
 from documented import documented
-from rootstock_client.errors import EvaluationError, ModelLoadError, RootstockError
+from rootstock_client.errors import EvaluationError, InvalidStructureError, ModelLoadError, RootstockError
 from rootstock_client.units import BOHR, HARTREE
 
 STAND_IN = Path(__file__).parent / "programs/stand_in.py"
@@ -234,6 +234,19 @@ def test_a_virial_of_zeros_is_no_stress(daemon, water):
         evaluate(daemon, "right", water, stress=True)
     with pytest.raises(PropertyNotImplementedError, match="it computed no stress"):
         evaluate(daemon, "no-virial", water, stress=True)
+    # nor where forces are zero as well, as they are of one atom in a cell: its cell would seem relaxed
+    alone = Atoms("H", positions=[[0, 0, 0]], cell=np.eye(3) * 10, pbc=True)
+    with pytest.raises(PropertyNotImplementedError, match="it computed no stress"):
+        evaluate(daemon, "no-virial", alone, stress=True)
+
+
+def test_an_atom_that_flew_off_does_not_meet_an_image(daemon):
+    """The program's box ends somewhere, also where the structure is open."""
+    for distance in (998.0, 1002.5):
+        atoms = Atoms("H2", positions=[[0, 0, 0], [0, 0, distance]])
+        with pytest.raises(InvalidStructureError, match="spans more than 900 Å"):
+            evaluate(daemon, "right", atoms)
+    evaluate(daemon, "right", Atoms("H2", positions=[[0, 0, 0], [0, 0, 890]]))
 
 
 @pytest.mark.parametrize(("model", "says"), [("missing", "no program 'no-such-program'"), ("other", "SHA-256")])

@@ -33,7 +33,7 @@ from rootstockd.worker.engines import (
     choose_head,
 )
 from rootstockd.worker.engines.ipi.driver import EndedError, NonsenseError
-from rootstockd.worker.engines.ipi.frame import Frame
+from rootstockd.worker.engines.ipi.frame import ALONE, APART, Frame
 from rootstockd.worker.engines.ipi.program import LAST_WORDS, Program, StartError
 from rootstockd.worker.engines.ipi.recipe import SYMBOLS, Recipe, read_recipe
 from rootstockd.worker.engines.ipi.templates import Context
@@ -83,6 +83,8 @@ class IpiEngine:
         self._program = Path(self._recipe.program).name
         self._running: OrderedDict[_Key, Program] = OrderedDict()
         """By the system that it was started for, the one used longest ago first."""
+        self._gave_virial = False
+        """One that is not zero, at any time: then zeros are meant so."""
         digest = check_program(spec.name, self._recipe)
         self.info = EngineInfo(
             properties=("energy", "forces", *(["stress"] * self._recipe.stress)),
@@ -121,6 +123,13 @@ class IpiEngine:
             raise EngineError("unsupported", f"model {self._name!r} computes no {' and no '.join(missing)}")
         prepared: _Prepared = task.system
         frame = Frame(task.cell, prepared.system.pbc, triangular=self._recipe.triangular)
+        if frame.is_too_large(task.positions):
+            raise EngineError(
+                "invalid-structure",
+                f"model {self._name!r}: the structure spans more than {ALONE - APART:g} Å in a direction that is not "
+                f"periodic, where {self._program} is given a box of {ALONE:g} Å",
+                "Look for an atom that has flown off.",
+            )
         positions = frame.turn(task.positions[prepared.order])
         if prepared.start is None or prepared.system.exact or self._has_strayed(frame.cell, prepared.start[0]):
             prepared.start = frame.cell, positions
@@ -131,7 +140,8 @@ class IpiEngine:
                 self._end(prepared.key)
         forces = np.empty_like(turned)
         forces[prepared.order] = frame.turn_back(turned) * (HARTREE / BOHR)
-        if task.stress and forces.any() and not virial.any():
+        self._gave_virial = self._gave_virial or bool(virial.any())
+        if task.stress and not self._gave_virial:
             raise EngineError(
                 "unsupported",
                 f"model {self._name!r}: {self._program} gave a virial of zeros: it computed no stress",

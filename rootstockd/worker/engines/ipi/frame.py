@@ -9,7 +9,9 @@ import numpy as np
 from rootstockd.worker.engines import Array
 
 ALONE = 1000.0
-"""Å between images in directions that are not periodic: far beyond where a short-ranged potential reaches."""
+"""Å from one image to the next in directions that are not periodic."""
+APART = 100.0
+"""Å that must be left between images there: far beyond where a short-ranged potential reaches."""
 
 
 class Frame:
@@ -22,7 +24,7 @@ class Frame:
     """
 
     def __init__(self, cell: Array, pbc: Tuple[bool, bool, bool], *, triangular: bool) -> None:
-        cell = _complete(cell, pbc)
+        self._open, cell = _complete(cell, pbc)
         if np.linalg.det(cell) < 0:  # the same lattice; many programs want no left-handed one
             cell = cell[[1, 0, 2]]
         self._axes = np.eye(3)
@@ -33,6 +35,10 @@ class Frame:
             self._axes, cell = axes * signs, np.tril((upper.T * signs))
         self.cell = cell
         """(3, 3), Å, as the program sees it."""
+
+    def is_too_large(self, positions: Array) -> bool:
+        """Whether atoms, (natoms, 3), Å, would come near their images in a direction that is not periodic."""
+        return bool((np.ptp(positions @ self._open.T, axis=0) > ALONE - APART).any())
 
     def turn(self, vectors: Array) -> Array:
         """(natoms, 3), from the session's axes to the program's."""
@@ -50,14 +56,14 @@ class Frame:
         return turned
 
 
-def _complete(cell: Array, pbc: Tuple[bool, bool, bool]) -> Array:
-    """The cell with vectors along open directions that keep images apart."""
+def _complete(cell: Array, pbc: Tuple[bool, bool, bool]) -> Tuple[Array, Array]:
+    """Open directions, (n, 3), and the cell with vectors along them that keep images apart."""
     if all(pbc):
-        return cell
+        return np.empty((0, 3)), cell
     periodic = np.array(pbc)
     if not periodic.any():
-        return np.eye(3) * ALONE
+        return np.eye(3), np.eye(3) * ALONE
     normals = np.linalg.svd(cell[periodic])[2][periodic.sum() :]
     cell = cell.copy()
     cell[~periodic] = normals * ALONE
-    return cell
+    return normals, cell
