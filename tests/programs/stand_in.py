@@ -151,7 +151,8 @@ def main(way, name=""):
     elif way == "never":
         time.sleep(1000)
     elif way == "garbage":
-        Client(name).socket.sendall(b"\xff" * 1000)
+        client = Client(name)  # kept, or its socket would be closed at once
+        client.socket.sendall(b"\xff" * 1000)
         time.sleep(1000)
     elif way == "twice":
         client = Client(name)
