@@ -22,6 +22,8 @@ ROOT = Path(__file__).parent.parent
 DATA = Path(__file__).with_suffix(".json")
 PAGE = ROOT / "docs" / "compatibility.md"
 OPTION = "--compatibility"
+PROPERTY = "compatible"
+"""Of pytest's reports: a row that a test has said."""
 SAID = ("code", "role", "transport", "ran", "against")
 """What of a row must be the same each time. The version is that of the run that has written the row."""
 HEADROOM, NOISE = 3, 1e-10
@@ -50,22 +52,24 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture
-def compatible(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
+def compatible(request: pytest.FixtureRequest) -> Callable[..., None]:
     """Say at a test's end which code it has shown to work: see `said`."""
-    writing = request.config.getoption(OPTION)
-    test = request.node.nodeid
-    before = [row for row in json.loads(DATA.read_text())["run"] if row["test"] == test]
-    now: list[Row] = []
 
     def say(**row: Any) -> None:
-        now.append(said(test, **row))
-        request.node.user_properties.append(("compatible", now[-1]))
-        if not writing and (wrong := difference(now[-1], before)):
-            pytest.fail(f"{PAGE.name} does not say what this test shows: {wrong} Write it: `pytest {OPTION} {test}`.")
+        request.node.user_properties.append((PROPERTY, said(request.node.nodeid, **row)))
 
-    yield say
-    if now and not writing and len(now) < len(before):
-        pytest.fail(f"{PAGE.name} has {len(before)} rows of this test, which has shown {len(now)}.")
+    return say
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Hold what a test that has passed says against the page."""
+    yield
+    if compatible.__name__ in getattr(item, "fixturenames", ()):
+        now = [row for name, row in item.user_properties if name == PROPERTY]
+        before = [row for row in json.loads(DATA.read_text())["run"] if row["test"] == item.nodeid]
+        if wrong := contradiction(now, now if item.config.getoption(OPTION) else before):
+            pytest.fail(f"{PAGE.name} and this test: {wrong} Write it: `pytest {OPTION} {item.nodeid}`.")
 
 
 def said(
@@ -90,21 +94,37 @@ def said(
         ran: what was run, such as "NVE, 108 Cu, 200 steps".
         against: what it was compared with, such as "ASE's own NVE".
         agreement: the largest difference of a force component, in eV/Å.
+
+    Raises:
+        ValueError: it is no difference.
     """
+    if agreement is not None and not 0 <= agreement < math.inf:
+        raise ValueError(f"an agreement of {agreement} eV/Å")
     columns = {"code": code, "version": version, "role": role, "transport": transport, "ran": ran, "against": against}
     return {"test": test, **columns, "agreement": None if agreement is None else float(agreement)}
+
+
+def contradiction(now: list[Row], before: list[Row]) -> str:
+    """What is wrong with what a test says, held against what was written of it; empty if nothing is."""
+    if not now:
+        return "it has the fixture, and says nothing."
+    if len({tuple(row[key] for key in SAID) for row in now}) < len(now):
+        return "it says the same twice."
+    if len(now) < len(before):
+        return f"there are {len(before)} rows of it, and it has shown {len(now)}."
+    return next(filter(None, (difference(row, before) for row in now)), "")
 
 
 def difference(row: Row, before: Iterable[Row]) -> str:
     """What `row` says that none of those written before says; empty if there is one that does."""
     alike = [one for one in before if all(one[key] == row[key] for key in SAID)]
     if not alike:
-        return f"it has no row of {', '.join(str(row[key]) for key in SAID)}."
+        return f"there is no row of {', '.join(str(row[key]) for key in SAID)}."
     bound = alike[0]["agreement"]
     if (bound is None) != (row["agreement"] is None):
         return "one of the two has an agreement, and the other has none."
     if bound is not None and not row["agreement"] <= bound:
-        return f"forces differ by {row['agreement']:.1e} eV/Å, and it says {bound:.0e}."
+        return f"forces differ by {row['agreement']:.1e} eV/Å, and the page says {bound:.0e}."
     return ""
 
 
@@ -179,7 +199,7 @@ class Writer:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" and report.passed:
-            self._rows.extend(row for name, row in report.user_properties if name == "compatible")
+            self._rows.extend(row for name, row in report.user_properties if name == PROPERTY)
 
     def pytest_sessionfinish(self) -> None:
         write(merged(json.loads(DATA.read_text()), self._rows))

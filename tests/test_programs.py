@@ -1,6 +1,7 @@
 """Programs that dial in (family `ipi`): right ones, fakes of those that can't be had here, and bad ones."""
 
 import contextlib
+import hashlib
 import os
 import re
 import signal
@@ -253,6 +254,24 @@ def test_an_atom_that_flew_off_does_not_meet_an_image(daemon):
 def test_a_program_that_is_not_there_or_is_another(daemon, water, model, says):
     with pytest.raises(ModelLoadError, match=says):
         evaluate(daemon, model, water)
+
+
+def test_a_program_is_looked_at_each_time_that_it_is_started(start_daemon, water, tmp_path):
+    program = tmp_path / "program"
+    program.write_text(f"#!/bin/sh\nexec {sys.executable} -S {STAND_IN} right $1\n")
+    program.chmod(0o755)
+    digest = hashlib.sha256(program.read_bytes()).hexdigest()
+    entry = stand_in("right", command=[str(program), "{{socket}}"], sha256=digest)
+    (tmp_path / "models.toml").write_text(tomlkit.dumps({"pinned": entry}))
+    daemon = start_daemon("--catalogue", str(tmp_path / "models.toml"))
+    with daemon.client().calculator("pinned") as calculator:
+        water.calc = calculator
+        water.get_forces()
+        program.write_text(program.read_text() + "# another\n")
+        water.rattle(0.1, seed=1)
+        np.testing.assert_allclose(water.get_forces(), spring_forces(water), rtol=1e-12)
+    with pytest.raises(ModelLoadError, match="It was not started"):
+        evaluate(daemon, "pinned", molecule("OH"))
 
 
 def test_what_a_program_can_not_do(daemon, water):

@@ -85,6 +85,12 @@ def test_templates_that_are_none(text, says):
         ({"sha256": "1234"}, "64 hexadecimal digits"),
         ({"comand": ["x"]}, "no such arguments: comand"),
         ({"variables": {"A": 1}}, "variables is a table"),
+        ({"variables": {"A=B": "1"}}, "'A=B' is no name"),
+        ({"variables": {"": "1"}}, "'' is no name"),
+        ({"variables": {"A": "1\0"}}, "NUL"),
+        ({"command": ["program", "{{socket}}\0"]}, "NUL"),
+        ({"element": {"Cu": {"socket": "x"}}}, "element.Cu.socket: {{socket}} has a meaning"),
+        ({"element": {"Cu": {"x": 1.0}}}, "element.Cu.x: {{x}} has a meaning"),
     ],
 )
 def test_entries_that_make_no_sense_are_refused_when_the_catalogue_is_read(arguments, says, tmp_path):

@@ -2,7 +2,8 @@
 
 The port is open to every user and every program of the machine, and a browser sends to it what any site tells it to.
 Whoever shows the token gets a cookie for it. A browser sends that to all ports of a host, so that another user's server
-could collect it: it is for a path that nobody else knows.
+could collect it: it is for a path that nobody else knows. Nor does anyone know its name: another of the same name, from
+another port, would stand in front of it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ MOST_CONNECTIONS = 32
 """At a time; a browser opens six."""
 END = 10
 """Seconds that the server waits for answers under way when it ends; a look at the daemon takes less."""
-COOKIE = "rootstockd"
 FILES = {
     "index.html": "text/html",
     "dashboard.css": "text/css",
@@ -61,6 +61,7 @@ class Page:
     def __init__(self, feed: Feed) -> None:
         self.token = secrets.token_urlsafe(24)
         self._folder = f"/{secrets.token_urlsafe(12)}/"
+        self._cookie = f"rootstockd-{secrets.token_urlsafe(12)}"
         self._feed = feed
         files = resources.files(__package__) / "page"
         self._files = {name: (files / name).read_bytes() for name in FILES}
@@ -78,9 +79,9 @@ class Page:
         if path == "/" and self._is_token(request.query_params.get("token", "")):
             # not a redirect: a browser that came by another site's link would follow it without the cookie
             response = PlainTextResponse("One moment.\n", headers={"Refresh": f"0; url={self._folder}"})
-            response.set_cookie(COOKIE, self.token, path=self._folder, httponly=True, samesite="strict")
+            response.set_cookie(self._cookie, self.token, path=self._folder, httponly=True, samesite="strict")
             return response
-        if not self._is_token(request.cookies.get(COOKIE, "")):
+        if not self._is_token(request.cookies.get(self._cookie, "")):
             return PlainTextResponse("Open the address that `rootstockd dashboard` prints, with its token.\n", 403)
         name = "index.html" if path == self._folder else path.removeprefix(self._folder)
         if name == "look":

@@ -25,7 +25,7 @@ _REFER, _TRUNCATE, _IOCTL_DEV = 1 << 13, 1 << 14, 1 << 15
 _TRUNCATE_SINCE = 3
 _RIGHTS = ((1, _WRITE_FILE), (1, _CHANGE_FOLDER), (2, _REFER), (_TRUNCATE_SINCE, _TRUNCATE), (5, _IOCTL_DEV))
 """What to take, and the ABI that has it."""
-_TCP, _SCOPES = 0b11, 0b11
+_TCP, _SCOPES, _SIGNALS = 0b11, 0b11, 0b10
 """To bind and to connect; abstract sockets and signals."""
 NONE = "this kernel has no Landlock: workers can write wherever the daemon's user can"
 SCOPES_SINCE = 6
@@ -77,6 +77,17 @@ def restrict(writable: Iterable[str]) -> str:
     if version < _TRUNCATE_SINCE:
         return f"Landlock of this kernel (ABI {version}) does not keep workers from emptying files of the daemon's user"
     return ""
+
+
+def signals_stay() -> int | None:
+    """A descriptor to give to `landlock_restrict_self`: after that, a process can signal itself and what it starts.
+
+    None where the kernel has no such thing.
+    """
+    if abi() < SCOPES_SINCE:
+        return None
+    attributes = struct.pack("=QQQ", 0, 0, _SIGNALS)
+    return _call(_CREATE_RULESET, attributes, ctypes.c_size_t(len(attributes)), 0)
 
 
 def _allow(ruleset: int, path: str, rights: int) -> None:

@@ -132,6 +132,7 @@ def denied():
         "network": lambda: socket.socket(socket.AF_INET),
         "write": lambda: Path("/tmp/written-by-a-program").touch(),
         "signal": lambda: os.kill(int(os.environ["VICTIM"]), 0),
+        "guard": lambda: os.kill(os.getppid(), 0),
         "mode": lambda: Path("input").chmod(0o777),
         "namespace": lambda: subprocess.run(["unshare", "--user", "true"], check=True, stderr=subprocess.DEVNULL),
     }

@@ -32,7 +32,7 @@ from rootstockd.worker.engines import (
     check_system,
     choose_head,
 )
-from rootstockd.worker.engines.ipi.driver import EndedError, NonsenseError
+from rootstockd.worker.engines.ipi.driver import Answer, EndedError, NonsenseError
 from rootstockd.worker.engines.ipi.frame import ALONE, APART, Frame
 from rootstockd.worker.engines.ipi.program import LAST_WORDS, Program, StartError
 from rootstockd.worker.engines.ipi.recipe import SYMBOLS, Recipe, read_recipe
@@ -85,11 +85,11 @@ class IpiEngine:
         """By the system that it was started for, the one used longest ago first."""
         self._gave_virial = False
         """One that is not zero, at any time: then zeros are meant so."""
-        digest = check_program(spec.name, self._recipe)
+        self._confined = spec.confine
         self.info = EngineInfo(
             properties=("energy", "forces", *(["stress"] * self._recipe.stress)),
             elements=tuple(spec.elements),
-            backend=f"{self._program} (SHA-256 {digest[:12]}...)",
+            backend=self._backend(check_program(spec.name, self._recipe)[1]),
         )
 
     def prepare(self, system: System) -> _Prepared:
@@ -134,7 +134,7 @@ class IpiEngine:
         if prepared.start is None or prepared.system.exact or self._has_strayed(frame.cell, prepared.start[0]):
             prepared.start = frame.cell, positions
         try:
-            energy, turned, virial = self._ask(prepared, frame.cell, positions)
+            (energy, turned, virial), digest = self._ask(prepared, frame.cell, positions)
         finally:
             if prepared.system.exact:  # what it keeps for the next structure would play a part there
                 self._end(prepared.key)
@@ -148,15 +148,15 @@ class IpiEngine:
                 "Its input may have to ask for it. Where it has none, stress = false in the entry says so.",
             )
         stress = frame.turn_back_tensor(virial) * HARTREE if task.stress else None
-        return Result(energy * HARTREE, forces, stress, backend=self.info.backend)
+        return Result(energy * HARTREE, forces, stress, backend=self._backend(digest))
 
     def _has_strayed(self, cell: Array, start: Array) -> bool:
         """Whether a cell is too far from that which the program was started with."""
         strain = np.linalg.solve(start, cell) - np.eye(3)
         return bool(np.abs(strain).max() > self._recipe.strain)
 
-    def _ask(self, prepared: _Prepared, cell: Array, positions: Array) -> Tuple[float, Array, Array]:
-        """What the system's program says of a structure; one that ends over it gets a second try.
+    def _ask(self, prepared: _Prepared, cell: Array, positions: Array) -> Tuple[Answer, str]:
+        """What the system's program says of a structure, and its SHA-256; one that ends over it gets a second try.
 
         Raises:
             EngineError: it says nothing of use, or nothing at all.
@@ -165,7 +165,7 @@ class IpiEngine:
         for _ in range(2):
             program = self._program_for(prepared)
             try:
-                energy, forces, virial = program.evaluate(cell / BOHR, positions / BOHR)
+                return program.evaluate(cell / BOHR, positions / BOHR), program.digest
             except EndedError:
                 ends.append(program.finish(LAST_WORDS))
                 self._running.pop(prepared.key)
@@ -177,8 +177,6 @@ class IpiEngine:
                     f"model {self._name!r}: {self._program} {error}; it was ended",
                     "Look for atoms that lie on top of each other, and whether the entry's input is for such a system.",
                 ) from error
-            else:
-                return energy, forces, virial
         raise EngineError(
             "evaluation",
             f"model {self._name!r}: {self._program} ended over this structure, twice: {ends[-1]}",
@@ -186,7 +184,10 @@ class IpiEngine:
         )
 
     def _program_for(self, prepared: _Prepared) -> Program:
-        """The one that runs for this system, started if need be; whoever was used longest ago makes room."""
+        """The one that runs for this system, started if need be; whoever was used longest ago makes room.
+
+        The file may have changed since the last start: it is looked at again.
+        """
         if prepared.system.exact:
             self._end(prepared.key)
         elif prepared.key in self._running:
@@ -194,8 +195,9 @@ class IpiEngine:
             return self._running[prepared.key]
         while len(self._running) >= self._recipe.programs:
             self._end(next(iter(self._running)))
+        path, digest = check_program(self._name, self._recipe)
         try:
-            program = Program(self._recipe, self._context(prepared))
+            program = Program(self._recipe, path, digest, self._context(prepared), confined=self._confined)
         except StartError as error:
             raise EngineError(
                 "evaluation",
@@ -208,6 +210,9 @@ class IpiEngine:
     def _end(self, key: _Key) -> None:
         if key in self._running:
             self._running.pop(key).stop()
+
+    def _backend(self, digest: str) -> str:
+        return f"{self._program} (SHA-256 {digest[:12]}...)"
 
     def _context(self, prepared: _Prepared) -> Context:
         """What templates may name: numbers, symbols of elements, and what the entry says; nothing of a client's."""
@@ -243,8 +248,8 @@ def _vector(row: Array) -> Context:
     return dict(zip("xyz", row.tolist()))
 
 
-def check_program(name: str, recipe: Recipe) -> str:
-    """Whether the program is there, and is the one that is meant; its SHA-256.
+def check_program(name: str, recipe: Recipe) -> Tuple[str, str]:
+    """Whether the program is there, and is the one that is meant; its path and its SHA-256.
 
     Raises:
         EngineError: it is not.
@@ -265,7 +270,7 @@ def check_program(name: str, recipe: Recipe) -> str:
             "is another, or was changed. It was not started",
             f'If you trust this one, write sha256 = "{digest}" into its arguments and `rootstockd reload`.',
         )
-    return digest
+    return path, digest
 
 
 def load(spec: ModelSpec) -> IpiEngine:

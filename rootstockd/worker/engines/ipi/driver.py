@@ -22,6 +22,10 @@ _GETFORCE, _STATUS, _EXIT = b"GETFORCE    ", b"STATUS      ", b"EXIT        "
 _MOST_EXTRAS = 64 * 2**20
 
 
+Answer = Tuple[float, Array, Array]
+"""The energy in Hartree; forces, (natoms, 3), Hartree/Bohr; -dE/dstrain, (3, 3), Hartree. All finite."""
+
+
 class EndedError(Exception):
     """The program has closed its connection, or is gone."""
 
@@ -44,15 +48,12 @@ class Driver:
         self._poll.register(connection, select.POLLIN)
         self._poll.register(gone, select.POLLIN)
 
-    def evaluate(self, cell: Array, positions: Array) -> Tuple[float, Array, Array]:
+    def evaluate(self, cell: Array, positions: Array) -> Answer:
         """Have one structure evaluated; waits for as long as that takes.
 
         Args:
             cell: (3, 3), Bohr, rows are lattice vectors; not singular.
             positions: (natoms, 3), Bohr.
-
-        Returns:
-            The energy in Hartree; forces, (natoms, 3), Hartree/Bohr; -dE/dstrain, (3, 3), Hartree. All finite.
 
         Raises:
             EndedError: the program has ended.

@@ -1,8 +1,9 @@
 """A program's guard: starts it, keeps the last that it prints, and leaves nothing of it behind.
 
-`python -S guard.py CONTROL REPORT COMMAND`, a script of its own and the standard library alone. CONTROL and REPORT are
-descriptors of pipes: when the first comes to its end, as it does when the worker dies in any way, all that the program
-has started is killed, ranks of MPI that have left its process group too. How it ended is written to the second.
+`python -S guard.py CONTROL REPORT SCOPE COMMAND`, a script of its own and the standard library alone. CONTROL and
+REPORT are descriptors of pipes: when the first comes to its end, as it does when the worker dies in any way, all that
+the program has started is killed, ranks of MPI that have left its process group too. How it ended is written to the
+second. SCOPE is -1, or the descriptor of a Landlock ruleset for the program, which keeps its signals from its guard.
 """
 
 import contextlib
@@ -19,12 +20,14 @@ TAIL = 4000
 """Bytes of what it prints that are kept."""
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_LANDLOCK_RESTRICT_SELF = 446
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def main() -> None:
     """Guard one program from its start to its end."""
-    control, report, command = int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
+    control, report, scope = map(int, sys.argv[1:4])
+    command = json.loads(sys.argv[4])
     for inherited in (control, report):
         os.set_inheritable(inherited, False)  # noqa: FBT003 - os has no other way; the program must not keep them open
     _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what its children leave behind becomes ours
@@ -35,10 +38,10 @@ def main() -> None:
             stdin=subprocess.DEVNULL,
             stdout=theirs,
             stderr=theirs,
-            preexec_fn=_become_ordinary,  # noqa: PLW1509 - there is one thread
+            preexec_fn=lambda: _become_ordinary(scope),  # noqa: PLW1509 - there is one thread
         )
-    except OSError as error:
-        _write(report, {"error": error.strerror or str(error)})
+    except (OSError, subprocess.SubprocessError) as error:
+        _write(report, {"error": getattr(error, "strerror", None) or str(error)})
         return
     os.close(theirs)
     printed = _watch(program.pid, output, control)
@@ -47,11 +50,13 @@ def main() -> None:
     _write(report, {"status": status, "printed": printed[-TAIL:].decode("utf-8", "replace")})
 
 
-def _become_ordinary() -> None:
-    """In the program's process: what a worker ignores it need not, and it ends with its guard."""
+def _become_ordinary(scope: int) -> None:
+    """In the program's process: what a worker ignores it need not, and it ends with its guard, and can't end that."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     for number in _IGNORED:
         signal.signal(number, signal.SIG_DFL)
+    if scope >= 0 and _libc.syscall(_LANDLOCK_RESTRICT_SELF, scope, 0):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def _watch(pid: int, output: int, control: int) -> bytes:

@@ -17,8 +17,9 @@ import time
 from pathlib import Path
 from typing import Any, Dict, Iterator, Tuple
 
+from rootstockd.worker import landlock
 from rootstockd.worker.engines import Array
-from rootstockd.worker.engines.ipi.driver import Driver, EndedError
+from rootstockd.worker.engines.ipi.driver import Answer, Driver, EndedError
 from rootstockd.worker.engines.ipi.guard import parent_of
 from rootstockd.worker.engines.ipi.recipe import Recipe
 from rootstockd.worker.engines.ipi.templates import TEXT, Context
@@ -44,27 +45,31 @@ class Program:
 
     Args:
         recipe: what to start.
+        path: the program's file.
+        digest: its SHA-256.
         context: what templates may name, but for the socket.
+        confined: whether the worker is.
 
     Raises:
         StartError: it is not to be had.
     """
 
-    def __init__(self, recipe: Recipe, context: Context) -> None:
+    def __init__(self, recipe: Recipe, path: str, digest: str, context: Context, *, confined: bool) -> None:
+        self.digest = digest
         self._folder = tempfile.mkdtemp(prefix="program-")
         self._guard: subprocess.Popen[bytes] | None = None
         self._connection: socket.socket | None = None
         try:
             with self._listen() as (listening, name):
                 self._write_files(recipe, {**context, "socket": name})
-                self._start(recipe, {**context, "socket": name})
+                self._start(recipe, path, {**context, "socket": name}, confined=confined)
                 self._connection = self._accept(listening, recipe.start_timeout)
         except BaseException:
             self.finish()
             raise
         self._driver = Driver(self._connection, self._report)
 
-    def evaluate(self, cell: Array, positions: Array) -> Any:
+    def evaluate(self, cell: Array, positions: Array) -> Answer:
         """What `Driver.evaluate` gives."""
         return self._driver.evaluate(cell, positions)
 
@@ -88,23 +93,26 @@ class Program:
                 raise StartError(f"has no {name}: {error.filename}: {error.strerror}") from error
             Path(self._folder, name).write_text(text, **TEXT)
 
-    def _start(self, recipe: Recipe, context: Context) -> None:
-        command = [recipe.program, *(word.fill(context) for word in recipe.command[1:])]
+    def _start(self, recipe: Recipe, path: str, context: Context, *, confined: bool) -> None:
+        command = [path, *(word.fill(context) for word in recipe.command[1:])]
         variables = {name: template.fill(context) for name, template in recipe.variables.items()}
-        own, self._control = os.pipe()
-        self._report, theirs = os.pipe()
-        try:
+        with contextlib.ExitStack() as ours, contextlib.ExitStack() as the_guards:
+            own, control = _pipe(the_guards, ours)
+            report, theirs = _pipe(ours, the_guards)
+            scope = landlock.signals_stay() if confined else None
+            if scope is not None:
+                the_guards.callback(os.close, scope)
+            passed = (own, theirs, -1 if scope is None else scope)
             self._guard = subprocess.Popen(
-                [sys.executable, "-S", "-E", "-B", str(GUARD), str(own), str(theirs), json.dumps(command)],
+                [sys.executable, "-S", "-E", "-B", str(GUARD), *map(str, passed), json.dumps(command)],
                 stdin=subprocess.DEVNULL,
-                pass_fds=(own, theirs),
+                pass_fds=[descriptor for descriptor in passed if descriptor >= 0],
                 cwd=self._folder,
                 env={**os.environ, "TMPDIR": self._folder, "PWD": self._folder, **variables},
                 start_new_session=True,
             )
-        finally:
-            os.close(own)
-            os.close(theirs)
+            self._control, self._report = control, report
+            ours.pop_all()
 
     def _accept(self, listening: socket.socket, patience: float) -> socket.socket:
         """The program's connection: others are closed.
@@ -168,6 +176,14 @@ class Program:
             self._connection.close()
         shutil.rmtree(self._folder, ignore_errors=True)
         return _in_words(json.loads(told or b"{}"))
+
+
+def _pipe(reader: contextlib.ExitStack, writer: contextlib.ExitStack) -> Tuple[int, int]:
+    """A pipe whose ends close with their sides."""
+    ends = os.pipe()
+    reader.callback(os.close, ends[0])
+    writer.callback(os.close, ends[1])
+    return ends
 
 
 def _in_words(report: Dict[str, Any]) -> str:

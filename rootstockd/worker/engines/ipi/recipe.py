@@ -46,6 +46,10 @@ NOT_OF_NUMBERS = ("programs", "start_timeout")
 
 _VECTOR: Known = dict.fromkeys("xyz")
 _TRIANGULAR = ("lx", "ly", "lz", "xy", "xz", "yz")
+_SYSTEM = ("socket", "natoms", "nelements", "charge", "spin")
+_SPECIES = ("type", "symbol", "number")
+_OURS = {*_SYSTEM, *_TRIANGULAR, *_SPECIES, *_VECTOR, "index", "count", "cell", "atoms", "elements"}
+_VARIABLE_NAME = re.compile(r"[^=\0]+")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9._+-]*")
 
 
@@ -94,6 +98,11 @@ def read_recipe(arguments: Mapping[str, Any], elements: Sequence[str]) -> Recipe
     command = given.pop("command", None)
     if not (isinstance(command, list) and command and all(isinstance(word, str) and word for word in command)):
         raise ValueError('command = ["PROGRAM", "ARGUMENT"] is needed, a list of texts; no shell splits one')
+    variables = _texts(given.pop("variables", {}), "variables")
+    if strange := sorted(name for name in variables if not _VARIABLE_NAME.fullmatch(name)):
+        raise ValueError(f"variables: {strange[0]!r} is no name of an environment variable")
+    if any("\0" in text for text in (*command, *variables.values())):
+        raise ValueError("command and variables can't have a NUL in them")
     if "{{" in command[0]:
         raise ValueError("which program runs can't depend on a structure")
     files = _texts(given.pop("files", {}), "files")
@@ -104,10 +113,7 @@ def read_recipe(arguments: Mapping[str, Any], elements: Sequence[str]) -> Recipe
         command=tuple(_template(word, known, f"command {word!r}") for word in command),
         program=command[0],
         files={name: _template(text, known, f"files: {name}") for name, text in files.items()},
-        variables={
-            name: _template(text, known, f"variables: {name}")
-            for name, text in _texts(given.pop("variables", {}), "variables").items()
-        },
+        variables={name: _template(text, known, f"variables: {name}") for name, text in variables.items()},
         element=element,
         stress=_choice(given, "stress", {True: True, False: False}, default=False),
         triangular=triangular,
@@ -129,8 +135,8 @@ def _known(element: Dict[str, Dict[str, Any]], *, triangular: bool) -> Known:
     """The names that templates may use."""
     said = set.intersection(*(set(fields) for fields in element.values()))  # of each element, or it may lack one day
     fields: Known = dict.fromkeys(said)
-    species: Known = dict.fromkeys(("type", "symbol", "number"))
-    known: Known = dict.fromkeys(("socket", "natoms", "nelements", "charge", "spin"))
+    species: Known = dict.fromkeys(_SPECIES)
+    known: Known = dict.fromkeys(_SYSTEM)
     known.update(dict.fromkeys(_TRIANGULAR) if triangular else {})
     known.update(
         cell=_VECTOR,
@@ -147,6 +153,10 @@ def _element(table: Any, elements: Sequence[str]) -> Dict[str, Dict[str, Any]]:
         raise ValueError(f"element: {', '.join(strange)} is not among the entry's elements")
     for symbol, fields in table.items():
         for name, value in fields.items():
+            if name in _OURS:
+                raise ValueError(
+                    f"element.{symbol}.{name}: {{{{{name}}}}} has a meaning of its own; choose another name"
+                )
             if isinstance(value, bool) or not isinstance(value, (str, int, float)):
                 raise ValueError(f"element.{symbol}.{name} is neither a text nor a number")  # noqa: TRY004 - as all that is wrong
     return {symbol: table.get(symbol, {}) for symbol in elements}
