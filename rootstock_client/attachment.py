@@ -7,7 +7,7 @@ which i-PI hangs, and when the daemon is replaced, the next one goes on with the
 
 from __future__ import annotations
 
-import contextlib
+import json
 import re
 import socket
 import time
@@ -27,11 +27,10 @@ from rootstock_client.errors import (
     UserLimitError,
 )
 from rootstock_client.patience import Outage
-from rootstock_client.sockets import connect
+from rootstock_client.shared_memory import Translation
+from rootstock_client.sockets import connect, dismiss, receive
 
 IPI_PREFIX = "/tmp/ipi_"  # noqa: S108 - i-PI's and ASE's
-LINGER = 2.0
-"""Seconds that a stream we end is still read: a socket closed on unread bytes is a reset."""
 PAUSE = 0.1
 """Seconds between tries while a driver does not listen yet."""
 
@@ -108,30 +107,19 @@ def greet(stream: socket.socket) -> bytes | None:
 
 def _greet(stream: socket.socket) -> bytes | None:
     while True:
-        word = _receive(stream, ipi.HEADER_SIZE)
+        word = receive(stream, ipi.HEADER_SIZE)
         if word in (b"", ipi.EXIT):
             return None
         if word == ipi.STATUS:
             stream.sendall(ipi.NEEDINIT)
         elif word == ipi.INIT:
-            if len(numbers := _receive(stream, ipi.TWO_INTS.size)) < ipi.TWO_INTS.size:
+            if len(numbers := receive(stream, ipi.TWO_INTS.size)) < ipi.TWO_INTS.size:
                 return None
             size = ipi.checked_count(ipi.TWO_INTS.unpack(numbers)[1], ipi.Limits().init, "bytes of INIT")
-            text = _receive(stream, size)
+            text = receive(stream, size)
             return text if len(text) == size else None
         else:
             raise ProtocolError(f"the driver began with {word!r}, which is not i-PI's protocol.")
-
-
-def dismiss(stream: socket.socket) -> None:
-    """End a stream so that its driver finds an end of file, whatever it is just saying."""
-    with contextlib.suppress(OSError), stream:
-        stream.shutdown(socket.SHUT_WR)
-        deadline = time.monotonic() + LINGER
-        while (left := deadline - time.monotonic()) > 0:
-            stream.settimeout(left)
-            if not stream.recv(65536):
-                break
 
 
 class Attachment:
@@ -143,13 +131,23 @@ class Attachment:
         describe: the INIT for the daemon, as JSON with `attach` set, from the text of the driver's own.
         patience: seconds to wait for a daemon that has gone.
         wait: seconds to wait for the driver to listen.
+        shared_memory: it is i-PI in ``mode="shm"``.
     """
 
     def __init__(
-        self, daemon: Path, address: Address, describe: Callable[[bytes], bytes], *, patience: float, wait: float
+        self,
+        daemon: Path,
+        address: Address,
+        describe: Callable[[bytes], bytes],
+        *,
+        patience: float,
+        wait: float,
+        shared_memory: bool = False,
     ) -> None:
         self._daemon, self._address, self._describe = daemon, address, describe
         self._patience, self._wait = patience, wait
+        self._shared_memory = shared_memory
+        self._translation: Translation | None = None
         self._stream: socket.socket | None = None
         self._init = b""
         self.attached = False
@@ -174,6 +172,8 @@ class Attachment:
                     outage.over()
                     outage = Outage(self._daemon)
                     hand_over(line, self._stream)
+                    if self._translation is not None and self._translation.error is not None:
+                        raise self._translation.error
                     return
             except (DrainingError, ConnectionLostError, DaemonNotFoundError, DaemonFullError, UserLimitError) as error:
                 if isinstance(error, ConnectionLostError) and self.attached:
@@ -195,6 +195,9 @@ class Attachment:
         if text is None:
             return False
         self._init = self._describe(text)
+        if self._shared_memory:
+            self._translation = Translation(self._stream, json.loads(self._init).get("batch_size", 1))
+            self._stream = self._translation.engine_end
         return True
 
     def leave(self) -> None:
@@ -217,10 +220,10 @@ def offer(daemon: Path, init: bytes) -> socket.socket:
     line = connect(daemon)
     try:
         line.sendall(ipi.init_frame(init) + ipi.STATUS)
-        answer = _receive(line, ipi.HEADER_SIZE)
+        answer = receive(line, ipi.HEADER_SIZE)
         if answer == ipi.NEEDINIT:  # it was refused; GETFORCE brings the reason
             line.sendall(ipi.GETFORCE)
-            answer = _receive(line, ipi.HEADER_SIZE)
+            answer = receive(line, ipi.HEADER_SIZE)
         if answer == ipi.READY:
             return line
         raise _error(line, answer)
@@ -240,7 +243,7 @@ def hand_over(line: socket.socket, stream: socket.socket) -> None:
     """
     try:
         socket.send_fds(line, [ipi.ATTACH], [stream.fileno()])
-        answer = _receive(line, ipi.HEADER_SIZE)
+        answer = receive(line, ipi.HEADER_SIZE)
     except OSError:
         answer = b""
     if answer != ipi.EXIT:
@@ -248,14 +251,6 @@ def hand_over(line: socket.socket, stream: socket.socket) -> None:
 
 
 def _error(line: socket.socket, answer: bytes) -> RootstockError:
-    if answer == ipi.ERROR and len(size := _receive(line, ipi.INT.size)) == ipi.INT.size:
-        return RootstockError.from_json(_receive(line, *ipi.INT.unpack(size)))
+    if answer == ipi.ERROR and len(size := receive(line, ipi.INT.size)) == ipi.INT.size:
+        return RootstockError.from_json(receive(line, *ipi.INT.unpack(size)))
     return ConnectionLostError("rootstockd closed the connection.", "`rootstockd logs` may say why.")
-
-
-def _receive(sock: socket.socket, size: int) -> bytes:
-    """So many bytes, or fewer at the end of the stream."""
-    data = b""
-    while len(data) < size and (part := sock.recv(size - len(data))):
-        data += part
-    return data

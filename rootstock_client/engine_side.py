@@ -338,7 +338,9 @@ class EngineSide:
 def _check_mode(begin: bytes) -> None:
     """Refuse i-PI's ``mode="shm"``: it sends the number of atoms, and for each array a name's length and the name.
 
-    It would save nothing: structures are received straight into the slot that a worker sees.
+    Its segments are another user's; `rootstock_client.shared_memory` is for the user's own side.
     """
     if begin.endswith(b"ipi_shm_"):
-        raise ProtocolError('the driver speaks i-PI\'s mode="shm"; set mode="unix" in its <ffsocket>')
+        raise ProtocolError(
+            'the driver speaks i-PI\'s mode="shm".', 'Give --shm to attach, or set mode="unix" in its <ffsocket>.'
+        )

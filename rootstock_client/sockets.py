@@ -1,13 +1,18 @@
-"""What every connection to a daemon begins with."""
+"""Sockets: how a connection to a daemon begins, how a blocking one is read, and how a driver's stream ends."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import time
 from pathlib import Path
 
 from rootstock_client.errors import AccessDeniedError, DaemonNotFoundError
 from rootstock_client.runtime_dir import START_HINT
+
+LINGER = 2.0
+"""Seconds that a stream we end is still read: a socket closed on unread bytes is a reset."""
 
 
 class _Socket(socket.socket):
@@ -52,3 +57,22 @@ def connect(path: Path, timeout: float | None = None) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+def receive(sock: socket.socket, size: int) -> bytes:
+    """So many bytes, or fewer at the end of the stream."""
+    data = b""
+    while len(data) < size and (part := sock.recv(size - len(data))):
+        data += part
+    return data
+
+
+def dismiss(stream: socket.socket) -> None:
+    """End a stream so that its driver finds an end of file, whatever it is just saying."""
+    with contextlib.suppress(OSError), stream:
+        stream.shutdown(socket.SHUT_WR)
+        deadline = time.monotonic() + LINGER
+        while (left := deadline - time.monotonic()) > 0:
+            stream.settimeout(left)
+            if not stream.recv(65536):
+                break

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
+from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
@@ -26,10 +27,12 @@ from conftest import RunningDaemon, wait_for
 from rootstock_client import ipi
 from rootstock_client.attachment import offer, parse_address
 from rootstock_client.errors import InvalidInitError, ProtocolError, RootstockError
+from rootstock_client.shared_memory import Translation
 from rootstockd.cli.system import System, read_parameters, read_structure
 
 BIN = Path(sys.executable).parent
 STEPS = 12
+TRANSPORTS = {"unix": "Unix socket", "inet": "TCP", "shm": "shared memory"}
 
 
 @pytest.fixture
@@ -159,6 +162,9 @@ def free_port() -> int:
         pytest.param(1, 1, {"mode": "inet", "address": "127.0.0.1"}, id="TCP, system from parameters"),
         pytest.param(8, 8, {}, id="8 beads, 8 sessions"),
         pytest.param(8, 1, {"batch": 8}, id="8 beads, one batch"),
+        pytest.param(1, 1, {"mode": "shm", "consolidated": False}, id="classic order, shm"),
+        pytest.param(8, 3, {"mode": "shm"}, id="8 beads, 3 sessions, shm"),
+        pytest.param(8, 1, {"mode": "shm", "batch": 8}, id="8 beads, one batch, shm"),
     ],
 )
 def test_ipi(
@@ -166,6 +172,8 @@ def test_ipi(
 ) -> None:
     options: list[str | Path] = ["--model", "emt", "--structure", folder / "init.xyz", "--count", str(count)]
     address = str(folder / "ipi")
+    if settings.get("mode") == "shm":
+        options.append("--shm")
     if settings.get("mode") == "inet":
         settings = settings | {"port": free_port(), "parameters": "{model: emt, species: Cu8, pbc: TTT}"}
         address, options = f"127.0.0.1:{settings['port']}", []
@@ -177,7 +185,7 @@ def test_ipi(
         code="i-PI",
         version=version("ipi"),
         role="driver",
-        transport="attach, " + ("TCP" if settings.get("mode") == "inet" else "Unix socket"),
+        transport="attach, " + TRANSPORTS[settings.get("mode", "unix")],
         ran=f"NVE of 8 Cu, {STEPS} steps: {request.node.callspec.id}",
         against="i-pi-driver-py: trajectories to 8 digits",
     )
@@ -194,10 +202,13 @@ def command_said(folder: Path, options: list, address: str) -> str:
     return f"{first}the driver has ended\n"
 
 
-def test_ipi_does_not_notice_that_its_daemon_is_killed(own_daemon: RunningDaemon, folder: Path, reference) -> None:
+@pytest.mark.parametrize("mode", ["unix", "shm"])
+def test_ipi_does_not_notice_that_its_daemon_is_killed(
+    own_daemon: RunningDaemon, folder: Path, reference, mode: str
+) -> None:
     """It finds an end of file, asks again over the connection that `attach` opens, and goes on."""
-    options = ("--model", "emt", "--structure", folder / "init.xyz", "--count", "2")
-    with running_ipi(folder, beads=8) as driver, attached(own_daemon, folder / "ipi", *options) as command:
+    options = ["--model", "emt", "--structure", folder / "init.xyz", "--count", "2", *(["--shm"] * (mode == "shm"))]
+    with running_ipi(folder, beads=8, mode=mode) as driver, attached(own_daemon, folder / "ipi", *options) as command:
         wait_for(lambda: own_daemon.client().status()["evaluations"] > 8, timeout=60)
         os.kill(own_daemon.pid, signal.SIGKILL)
         own_daemon.start()
@@ -283,6 +294,17 @@ def test_what_a_daemon_says_of_a_step_ends_the_command(daemon: RunningDaemon, fo
         status, said = end_of(command)
         assert status == 1
         assert said.endswith("Error: POSDATA has 16 atoms, INIT announced 8.\nSend a new INIT when atoms come or go.\n")
+
+
+def test_a_driver_without_shared_memory_where_it_is_expected(daemon: RunningDaemon, folder: Path) -> None:
+    atoms = structure()
+    with attached(daemon, folder.name, "--shm", "--model", "emt", "--structure", folder / "init.xyz") as command:
+        with socket_calculator(folder, atoms), pytest.raises(OSError):  # noqa: PT011
+            atoms.get_forces()
+        status, said = end_of(command)
+    assert status == 1
+    assert "not that of mode='shm'" in said
+    assert "Leave out --shm" in said
 
 
 # --- what no driver hears of
@@ -376,7 +398,32 @@ def test_a_driver_that_wants_shared_memory_is_told(daemon: RunningDaemon, batch:
         ours.sendall(ipi.POSDATA + ipi.INT.pack(1) + b"".join(ipi.INT.pack(len(n)) + n for n in names) + ipi.GETFORCE)
         error = last_words(line)
         assert isinstance(error, ProtocolError)
-        assert 'set mode="unix"' in error.message
+        assert 'mode="shm"' in error.message
+        assert "Give --shm to attach" in error.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "natoms", "says"),
+    [
+        ("../../etc/passwd", 1, "not that of mode='shm'"),
+        ("no-such-segment", 1, "can't be opened"),
+        ("{segment}", 1000, "bytes, where 24000 are needed"),
+        ("{segment}", -1, "not that of mode='shm'"),
+    ],
+)
+def test_shared_memory_that_is_none(name: str, natoms: int, says: str) -> None:
+    segment = SharedMemory(create=True, size=4096)
+    ours, theirs = socket.socketpair()
+    with ours, contextlib.closing(segment):
+        translation = Translation(theirs, batch=1)
+        text = name.format(segment=segment.name).encode()
+        with translation.engine_end as engine:
+            ours.sendall(ipi.POSDATA + ipi.INT.pack(natoms) + ipi.INT.pack(len(text)) + text)
+            ours.shutdown(socket.SHUT_WR)
+            assert engine.recv(1) == b""
+            assert translation.error is not None
+            assert says in translation.error.message
+        segment.unlink()
 
 
 # --- what is said beforehand

@@ -48,6 +48,7 @@ POLL = 1.0
 @click.option(
     "--count", type=click.IntRange(1, 1024), default=1, show_default=True, help="Connections at once, for i-PI's beads."
 )
+@click.option("--shm", is_flag=True, help='The driver is i-PI with mode="shm".')
 @click.option(
     "--wait",
     type=click.FloatRange(0),
@@ -61,6 +62,7 @@ def attach(
     structure: Path | None,
     pbc: str | None,
     count: int,
+    shm: bool,
     wait: float,
     socket: Path | None,
     **options: Any,
@@ -75,6 +77,8 @@ def attach(
     """  # noqa: D301 - click wants the character \\b itself
     try:
         where = parse_address(address)
+        if shm and isinstance(where.where, tuple):
+            raise click.UsageError('mode="shm" has a Unix socket: a name or a path, not HOST:PORT.')
         patience = patience_in_seconds(None)
         said = {name: value for name, value in options.items() if value is not None and value is not False}
         atoms = read_structure(structure) if structure else {}
@@ -82,7 +86,9 @@ def attach(
     except (ValueError, RootstockError) as error:
         raise Refused(error) from error
     daemon = socket_in_use(socket)
-    attachments = [Attachment(daemon, where, system.init, patience=patience, wait=wait) for _ in range(count)]
+    attachments = [
+        Attachment(daemon, where, system.init, patience=patience, wait=wait, shared_memory=shm) for _ in range(count)
+    ]
     with _ended_by_signals():
         try:
             if system.complete:  # what the daemon refuses no driver needs to hear of
