@@ -24,10 +24,11 @@ from conftest import wait_for
 from documented import documented
 from rootstock_client.errors import EvaluationError, InvalidStructureError, ModelLoadError, RootstockError
 from rootstock_client.units import BOHR, HARTREE
+from rootstockd.worker.engines.ipi.program import SOCKETS_VARIABLE
 
 STAND_IN = Path(__file__).parent / "programs/stand_in.py"
 SPRING = HARTREE / BOHR**2
-WAYS = ("right", "dies", "garbage", "twice", "mortal", "choosy", "nan", "infinite", "short", "long")
+WAYS = ("right", "tidy", "dies", "garbage", "twice", "mortal", "choosy", "nan", "infinite", "short", "long")
 
 
 def python(*arguments):
@@ -142,6 +143,17 @@ def test_one_program_goes_through_all_steps_of_a_job(daemon, water):
             np.testing.assert_allclose(water.get_forces(), spring_forces(water), rtol=1e-12)
             seen |= {process.pid for process in programs(daemon, "right")}
     assert len(seen) == 2, "a guard and a program"
+
+
+def test_what_a_program_takes_is_its_models_and_it_may_tidy_up(daemon, water):
+    evaluate(daemon, "tidy", water)
+    (program,) = [one for one in programs(daemon, "tidy") if not one.children()]
+    segment = Path("/dev/shm", program.cmdline()[-1].replace("/", "-"))
+    assert segment.exists()
+    assert daemon.model("tidy")["memory"] > 2**26
+    daemon.run("unload", "tidy")
+    wait_for(lambda: gone([program]))
+    assert not segment.exists()
 
 
 def test_drivers_of_ipi(daemon, water, compatible):
@@ -283,18 +295,15 @@ def test_what_a_program_can_not_do(daemon, water):
 def test_who_is_no_child_of_the_worker_is_not_let_in(daemon, water):
     """Somebody else of the same user dials the socket before the program does."""
     found, over = [], threading.Event()
-    folder = Path("/tmp")
+    evaluate(daemon, "right", water)
+    folder = psutil.Process(daemon.model("right")["pid"]).environ()[SOCKETS_VARIABLE]
 
     def intrude():
         while not over.wait(0.001):
-            for path in folder.glob("ipi_rootstockd-*/*"):
-                with socket.socket(socket.AF_UNIX) as intruder:
-                    try:
-                        intruder.connect(str(path))
-                    except OSError:
-                        continue
-                    with contextlib.suppress(ConnectionResetError):
-                        found.append(intruder.recv(12))
+            for name in os.listdir(folder):
+                with socket.socket(socket.AF_UNIX) as intruder, contextlib.suppress(OSError):
+                    intruder.connect(f"{folder}/{name}")
+                    found.append(intruder.recv(12))
 
     thread = threading.Thread(target=intrude)
     thread.start()

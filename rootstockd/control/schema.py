@@ -75,7 +75,7 @@ class ModelStatus(BaseModel):
     """The most atoms in one forward pass, as learnt so far."""
     pid: int | None
     memory: int | None
-    """What the worker has of its device's memory in bytes; on a CPU its resident memory without slots."""
+    """What the worker has of its device's memory in bytes; on a CPU its resident memory, and that of its programs."""
     sessions: int
     waiting: int
     """Evaluations in the queue."""

@@ -95,14 +95,25 @@ def machine_memory() -> Memory:
 
 
 def process_memory(pid: int) -> int | None:
-    """Resident memory of a process in bytes, without what it shares with others through slots; None when it is gone."""
+    """Resident memory in bytes of a process and what it has started, without slots; None when it is gone.
+
+    Pages of files that several of them have count for each.
+    """
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
         return None
     fields = dict(line.split(":", 1) for line in lines)
     kibibytes = {name: int(fields.get(name, "0").split()[0]) for name in ("RssAnon", "RssFile")}
-    return 1024 * sum(kibibytes.values())
+    return 1024 * sum(kibibytes.values()) + sum(process_memory(child) or 0 for child in _children(pid))
+
+
+def _children(pid: int) -> list[int]:
+    found: list[int] = []
+    with contextlib.suppress(OSError):  # it ends meanwhile, or the kernel does not say
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            found += map(int, (thread / "children").read_text().split())
+    return found
 
 
 def visible_gpus(gpus: list[Gpu], variable: str | None) -> list[Gpu]:

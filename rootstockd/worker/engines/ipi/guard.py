@@ -1,9 +1,10 @@
 """A program's guard: starts it, keeps the last that it prints, and leaves nothing of it behind.
 
 `python -S guard.py CONTROL REPORT SCOPE COMMAND`, a script of its own and the standard library alone. CONTROL and
-REPORT are descriptors of pipes: when the first comes to its end, as it does when the worker dies in any way, all that
-the program has started is killed, ranks of MPI that have left its process group too. How it ended is written to the
-second. SCOPE is -1, or the descriptor of a Landlock ruleset for the program, which keeps its signals from its guard.
+REPORT are descriptors of pipes: when the first comes to its end, as it does when the worker dies in any way, the
+program gets SIGTERM, and a moment later all that it has started is killed, ranks of MPI that have left its process
+group too. How it ended is written to the second. SCOPE is -1, or the descriptor of a Landlock ruleset for the program,
+which keeps its signals from its guard.
 """
 
 import contextlib
@@ -18,6 +19,8 @@ from pathlib import Path
 
 TAIL = 4000
 """Bytes of what it prints that are kept."""
+GRACE = 2.0
+"""Seconds that it has after SIGTERM: MPI leaves segments in /dev/shm if it is killed."""
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _LANDLOCK_RESTRICT_SELF = 446
@@ -45,6 +48,9 @@ def main() -> None:
         return
     os.close(theirs)
     printed = _watch(program.pid, output, control)
+    program.terminate()  # does nothing to one that has ended
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        program.wait(GRACE)
     status = _kill_all(program)
     printed += _rest(output)
     _write(report, {"status": status, "printed": printed[-TAIL:].decode("utf-8", "replace")})
