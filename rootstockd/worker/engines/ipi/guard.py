@@ -1,10 +1,14 @@
 """A program's guard: starts it, keeps the last that it prints, and leaves nothing of it behind.
 
-`python -S guard.py CONTROL REPORT SCOPE COMMAND`, a script of its own and the standard library alone. CONTROL and
-REPORT are descriptors of pipes: when the first comes to its end, as it does when the worker dies in any way, the
-program gets SIGTERM, and a moment later all that it has started is killed, ranks of MPI that have left its process
-group too. How it ended is written to the second. SCOPE is -1, or the descriptor of a Landlock ruleset for the program,
-which keeps its signals from its guard.
+`python -S guard.py CONTROL REPORT SCOPE COMMAND`, a script of its own and the standard library alone.
+
+CONTROL and REPORT are descriptors of pipes. When the first comes to its end, as it does when the worker dies in any
+way, the program gets SIGTERM, and a moment later all that it has started is killed, ranks of MPI that have left its
+process group too. How it ended is written to the second. Before it ends, CONTROL may bring names of segments in
+/dev/shm that the program has made, with a NUL behind each: they are removed in the end. MPICH leaves them there when a
+rank calls MPI_Abort, as LAMMPS does when it is told EXIT.
+
+SCOPE is -1, or the descriptor of a Landlock ruleset for the program, which keeps its signals from its guard.
 """
 
 import contextlib
@@ -20,7 +24,8 @@ from pathlib import Path
 TAIL = 4000
 """Bytes of what it prints that are kept."""
 GRACE = 2.0
-"""Seconds that it has after SIGTERM: MPI leaves segments in /dev/shm if it is killed."""
+"""Seconds that it has after SIGTERM, to tidy up."""
+_SEGMENTS = "/dev/shm/"  # noqa: S108 - the kernel's
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _LANDLOCK_RESTRICT_SELF = 446
@@ -34,6 +39,7 @@ def main() -> None:
     for inherited in (control, report):
         os.set_inheritable(inherited, False)  # noqa: FBT003 - os has no other way; the program must not keep them open
     _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what its children leave behind becomes ours
+    before = set(os.listdir(_SEGMENTS))
     output, theirs = os.pipe()
     try:
         program = subprocess.Popen(
@@ -47,11 +53,15 @@ def main() -> None:
         _write(report, {"error": getattr(error, "strerror", None) or str(error)})
         return
     os.close(theirs)
-    printed = _watch(program.pid, output, control)
+    printed, told = _watch(program.pid, output, control)
+    segments = segments_of(os.getpid()) | set(map(os.fsdecode, told.split(b"\0")[:-1]))
     program.terminate()  # does nothing to one that has ended
     with contextlib.suppress(subprocess.TimeoutExpired):
         program.wait(GRACE)
     status = _kill_all(program)
+    for name in segments - before:
+        with contextlib.suppress(OSError):  # as a rule the program has done it
+            Path(_SEGMENTS, name).unlink()
     printed += _rest(output)
     _write(report, {"status": status, "printed": printed[-TAIL:].decode("utf-8", "replace")})
 
@@ -65,9 +75,9 @@ def _become_ordinary(scope: int) -> None:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
-def _watch(pid: int, output: int, control: int) -> bytes:
-    """Until the program ends or is to end; the last that it has printed by then."""
-    printed, ended = b"", os.pidfd_open(pid)
+def _watch(pid: int, output: int, control: int) -> "tuple[bytes, bytes]":
+    """Until the program ends or is to end; the last that it has printed by then, and what came over CONTROL."""
+    printed, told, ended = b"", b"", os.pidfd_open(pid)
     poll = select.poll()
     for descriptor in (output, ended, control):
         poll.register(descriptor, select.POLLIN)
@@ -78,16 +88,29 @@ def _watch(pid: int, output: int, control: int) -> bytes:
                 printed = (printed + chunk)[-TAIL:]
             else:
                 poll.unregister(output)
-        if ended in ready or control in ready:
+        if control in ready:
+            chunk = os.read(control, 1 << 16)
+            told += chunk
+        if ended in ready or (control in ready and not chunk):
             os.close(ended)
-            return printed
+            return printed, told
+
+
+def segments_of(guard: int) -> "set[str]":
+    """Names of what a guard's program and its children have mapped in /dev/shm."""
+    found = set()
+    for pid in _descendants(guard):
+        with contextlib.suppress(OSError):
+            lines = Path(f"/proc/{pid}/maps").read_text(errors="surrogateescape").splitlines()
+            found |= {line.partition(f" {_SEGMENTS}")[2] for line in lines}
+    return found - {""}
 
 
 def _kill_all(program: "subprocess.Popen[bytes]") -> "int | None":
     """Kill what has come of it; its exit status, negative for a signal."""
     status = program.poll()
     while True:
-        for pid in _descendants():
+        for pid in _descendants(os.getpid()):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         try:
@@ -98,14 +121,14 @@ def _kill_all(program: "subprocess.Popen[bytes]") -> "int | None":
             status = -os.WTERMSIG(code) if os.WIFSIGNALED(code) else os.WEXITSTATUS(code)
 
 
-def _descendants() -> "list[int]":
-    """All processes that come of this one."""
+def _descendants(ancestor: int) -> "list[int]":
+    """All processes that come of one."""
     children: "dict[int, list[int]]" = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             with contextlib.suppress(OSError):
                 children.setdefault(parent_of(int(entry)), []).append(int(entry))
-    found = [os.getpid()]
+    found = [ancestor]
     for pid in found:  # it grows while it is gone through
         found += children.get(pid, ())
     return found[1:]

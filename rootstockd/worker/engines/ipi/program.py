@@ -20,7 +20,7 @@ from typing import Any, Dict, Iterator, Tuple
 from rootstockd.worker import landlock
 from rootstockd.worker.engines import Array
 from rootstockd.worker.engines.ipi.driver import Answer, Driver, EndedError
-from rootstockd.worker.engines.ipi.guard import parent_of
+from rootstockd.worker.engines.ipi.guard import parent_of, segments_of
 from rootstockd.worker.engines.ipi.recipe import Recipe
 from rootstockd.worker.engines.ipi.templates import TEXT, Context
 
@@ -129,11 +129,18 @@ class Program:
             if listening.fileno() in ready:
                 connection, _ = listening.accept()
                 if self._is_ours(connection):
+                    self._tell_segments()
                     return connection
                 connection.close()
             elif self._report in ready:
                 raise StartError(f"did not connect: {self.finish()}")
         raise StartError(f"did not connect within {patience:g} s (start_timeout): {self.finish()}")
+
+    def _tell_segments(self) -> None:
+        """Have the guard know what MPI has made by now: when the program has ended, nothing says whose that is."""
+        assert self._guard is not None
+        with contextlib.suppress(OSError):  # it has ended
+            os.write(self._control, b"".join(os.fsencode(name) + b"\0" for name in segments_of(self._guard.pid)))
 
     def _is_ours(self, connection: socket.socket) -> bool:
         """Whether who connects is the program, or something that it has started."""
