@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -15,11 +17,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from compatibility import compatible, pytest_addoption, pytest_configure
+from compatibility import compatible, pytest_addoption, pytest_configure, pytest_runtest_call
 from leaks import no_leaks, pytest_runtest_makereport
-from rootstock_client import RootstockClient, RootstockError
+from rootstock_client import RootstockClient, RootstockError, ipi
+from rootstock_client.driver_side import DriverSide
+from rootstock_client.ipi import FloatArray
 from rootstockd.cli.lifecycle import end
 from rootstockd.host.devices import gpu_names
 
@@ -33,6 +38,7 @@ __all__ = [  # found here by pytest
     "no_leaks",
     "pytest_addoption",
     "pytest_configure",
+    "pytest_runtest_call",
     "pytest_runtest_makereport",
 ]
 
@@ -139,6 +145,29 @@ class RunningDaemon:
 
     def model(self, name: str) -> dict[str, Any]:
         return next(model for model in self.client().status()["models"] if model["name"] == name)
+
+    def batch(self, model: str, numbers: list[int], frames: FloatArray) -> FloatArray:
+        """Forces of several structures in one message, as wire units have them: (frames, atoms, 3), Hartree/Bohr.
+
+        Args:
+            model: catalogue name.
+            numbers: atomic numbers.
+            frames: positions, (frames, atoms, 3), Bohr. The cell is a cube of 9 Bohr.
+        """
+        forces = np.zeros_like(frames)
+        side = DriverSide(lambda _: memoryview(forces).cast("B"), batch_size=len(frames))
+        system: dict[str, Any] = {"model": model, "numbers": numbers, "pbc": [True] * 3, "batch_size": len(frames)}
+        system |= {"rootstock": 1, "want": ["energy", "forces"]}
+        cells = np.array([np.eye(3) * 9] * len(frames))
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(str(self.socket))
+            head = ipi.posdata_batch_head(cells, np.linalg.inv(cells), len(numbers))
+            sock.sendall(ipi.init_frame(json.dumps(system).encode()) + head + frames.tobytes() + ipi.GETFORCE)
+            side.expect(ipi.GETFORCE)
+            while (message := side.next_message()) is None:
+                side.received(sock.recv_into(side.get_buffer()))
+        assert isinstance(message, ipi.ForceReady), message
+        return forces
 
     def stop(self) -> None:
         """End it, and see that nothing of it is left."""

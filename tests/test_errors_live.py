@@ -303,18 +303,7 @@ def test_a_calculator_that_is_careless_with_its_results(start_daemon, tmp_path, 
     (tmp_path / "more.toml").write_text('[sloppy]\nfamily = "ase"\narguments = { calculator = "sloppy:Sloppy" }\n')
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     daemon = start_daemon("--catalogue", str(tmp_path / "more.toml"))
-    frames = np.array([[[1.0, 0, 0]], [[5.0, 0, 0]]])
-    got = np.zeros_like(frames)
-    side = DriverSide(lambda _: memoryview(got).cast("B"), batch_size=2)
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.connect(str(daemon.socket))
-        system = {"rootstock": 1, "model": "sloppy", "numbers": [29], "pbc": [True] * 3, "batch_size": 2}
-        cells = np.array([np.eye(3) * 9] * 2)
-        sock.sendall(ipi.init_frame(json.dumps(system).encode()) + ipi.posdata_batch_head(cells, cells, 1))
-        sock.sendall(frames.tobytes() + ipi.GETFORCE)
-        side.expect(ipi.GETFORCE)
-        while side.next_message() is None:
-            side.received(sock.recv_into(side.get_buffer()))
+    got = daemon.batch("sloppy", [29], np.array([[[1.0, 0, 0]], [[5.0, 0, 0]]]))
     assert got[1, 0, 0] == pytest.approx(5 * got[0, 0, 0])
     atoms = Atoms("Cu", [[1, 0, 0]], cell=[5, 5, 5], pbc=True)
     atoms.calc = daemon.client().calculator("sloppy")

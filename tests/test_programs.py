@@ -52,6 +52,7 @@ def entries(tmp_path_factory):
     return {
         **{way: stand_in(way) for way in WAYS},
         "one": stand_in("right", programs=1),
+        "meet": stand_in("meet", programs=3, parallel=2),
         "no-virial": stand_in("no virial", stress=True),
         "never": stand_in("never", start_timeout=0.5),
         "ranks": {**stand_in("ranks"), "hang_timeout": 60},
@@ -145,6 +146,13 @@ def test_one_program_goes_through_all_steps_of_a_job(daemon, water):
     assert len(seen) == 2, "a guard and a program"
 
 
+def test_several_compute_at_a_time(daemon):
+    """Two of a batch have to meet, and no more than two are there; each gets its own numbers."""
+    frames = np.random.default_rng(1).normal(size=(6, 3, 3))
+    np.testing.assert_allclose(daemon.batch("meet", [8, 1, 1], frames), -frames, rtol=1e-12)
+    assert len([process for process in programs(daemon, "meet") if not process.children()]) == 2
+
+
 def test_what_a_program_takes_is_its_models_and_it_may_tidy_up(daemon, water):
     evaluate(daemon, "tidy", water)
     (program,) = [one for one in programs(daemon, "tidy") if not one.children()]
@@ -198,8 +206,10 @@ def test_systems_in_turns_share_the_room_that_there_is(daemon):
 
 
 def test_exact_has_a_program_of_its_own_for_each_structure(daemon, water):
+    evaluate(daemon, "right", water)
+    before = programs(daemon, "right")
     evaluate(daemon, "right", water, exact=True)
-    assert not programs(daemon, "right")
+    assert programs(daemon, "right") == before, "the one that there was has not been asked, and the other has ended"
 
 
 def test_a_program_that_dies_now_and_then_costs_a_job_nothing_but_time(daemon, water):

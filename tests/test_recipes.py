@@ -81,6 +81,7 @@ def test_templates_that_are_none(text, says):
         ({"pbc": ["TT"]}, "pbc is"),
         ({"programs": 0}, "programs is a whole number"),
         ({"programs": 1.5}, "programs is a whole number"),
+        ({"programs": 2, "parallel": 3}, "parallel = 3 needs as many programs"),
         ({"start_timeout": True}, "start_timeout"),
         ({"sha256": "1234"}, "64 hexadecimal digits"),
         ({"comand": ["x"]}, "no such arguments: comand"),
@@ -116,7 +117,7 @@ def test_the_fingerprint_is_of_what_makes_numbers():
         entry = Entry(family="ipi", elements=("Cu",), arguments={**LEAST, **arguments}, hang_timeout=hang_timeout)
         return spec_of("mine", entry).fingerprint
 
-    assert fingerprint() == fingerprint(programs=2) == fingerprint(start_timeout=5, hang_timeout=100)
+    assert fingerprint() == fingerprint(programs=2, parallel=2) == fingerprint(start_timeout=5, hang_timeout=100)
     assert fingerprint() != fingerprint(files={"in": "x"})
     assert fingerprint() != fingerprint(sha256="0" * 64)
     assert spec_of("mine", Entry(family="ipi", elements=("Cu",), arguments=LEAST, hang_timeout=100)).hang_timeout == 100

@@ -145,7 +145,24 @@ def denied():
     sys.exit(1)
 
 
+def meet(count, name):
+    """A function that waits until so many of a worker's programs are at work at the same time, and what undoes it."""
+    group, own = name.split("/")
+    mark = Path("/dev/shm", f"{group}-{own}")
+
+    def wait(positions):
+        mark.touch()
+        deadline = time.monotonic() + 30
+        while len(list(mark.parent.glob(f"{group}-*"))) < count:
+            if time.monotonic() > deadline:
+                sys.exit("nobody came")
+            time.sleep(0.01)
+
+    return wait, lambda: mark.unlink(missing_ok=True)
+
+
 def main(way, name=""):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # one that tidies up
     if way in ("aims", "vasp", "denied"):
         globals()[way]()
     elif way == "dies":
@@ -166,13 +183,18 @@ def main(way, name=""):
     elif way == "tidy":
         segment = Path("/dev/shm", name.replace("/", "-"))  # as an MPI has
         segment.touch()
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         ballast = bytearray(os.urandom(2**20) * 64)
         try:
             serve(name, [])
         finally:
             segment.unlink()
             del ballast
+    elif way == "meet":
+        wait, leave = meet(2, name)
+        try:
+            serve(name, [], before=wait)
+        finally:
+            leave()
     elif way == "ranks":
         ranks = subprocess.Popen(["sleep", "1000"], start_new_session=True)
         print(ranks.pid)

@@ -2,7 +2,8 @@
 
 The catalogue says what to start and what input to write (`recipe`). A program is started with the first structure of a
 system, in a folder of its own, and gets one structure after another over a Unix socket (`driver`). It keeps what it
-has for the next: a program that dies is started once more for the same structure, and ends with its worker (`guard`).
+has for the next (`pool`): a program that dies is started once more for the same structure, and ends with its worker
+(`guard`).
 
 What a program does with its first cell may stay: plane waves and meshes are chosen for it. So systems share a program
 only if they began with the same cell, and one whose cell has become too different begins anew.
@@ -14,10 +15,11 @@ import hashlib
 import logging
 import os
 import shutil
-from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Tuple
+from typing import Tuple
 
 import numpy as np
 
@@ -34,6 +36,7 @@ from rootstockd.worker.engines import (
 )
 from rootstockd.worker.engines.ipi.driver import Answer, EndedError, NonsenseError
 from rootstockd.worker.engines.ipi.frame import ALONE, APART, Frame
+from rootstockd.worker.engines.ipi.pool import Key, Pool
 from rootstockd.worker.engines.ipi.program import LAST_WORDS, Program, StartError
 from rootstockd.worker.engines.ipi.recipe import SYMBOLS, Recipe, read_recipe
 from rootstockd.worker.engines.ipi.templates import Context
@@ -42,8 +45,8 @@ from rootstockd.worker.units import BOHR, HARTREE
 log = logging.getLogger(__name__)
 
 
-_Key = Tuple[Any, ...]
-"""Equal for systems that one program can evaluate."""
+_Start = Tuple[Array, Array]
+"""Cell and positions that a program is started with, (3, 3) and (natoms, 3), Å."""
 
 
 @dataclass
@@ -53,15 +56,27 @@ class _Prepared:
     system: System
     order: Array
     """(natoms,), which atom of the session's comes at each place of the program's."""
-    start: Tuple[Array, Array] | None = None
-    """Cell and positions that its program is started with, (3, 3) and (natoms, 3), Å."""
+    start: _Start | None = None
+    """What its program began with."""
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """One structure, turned as its program wants it."""
+
+    system: System
+    order: Array
+    start: _Start
+    frame: Frame
+    positions: Array
+    """(natoms, 3), Å, in the program's order and frame."""
+    stress: bool
 
     @property
-    def key(self) -> _Key:
-        """Which program."""
+    def key(self) -> Key:
+        """Which programs can evaluate it."""
         system = self.system
-        cell = b"" if self.start is None else self.start[0].tobytes()
-        return system.numbers.tobytes(), system.pbc, system.charge or 0, system.spin or 1, cell
+        return system.numbers.tobytes(), system.pbc, system.charge or 0, system.spin or 1, self.start[0].tobytes()
 
 
 class IpiEngine:
@@ -81,8 +96,9 @@ class IpiEngine:
         except ValueError as error:
             raise EngineError("model-load", f"model {spec.name!r}: {error}") from error
         self._program = Path(self._recipe.program).name
-        self._running: OrderedDict[_Key, Program] = OrderedDict()
-        """By the system that it was started for, the one used longest ago first."""
+        self._pool = Pool(self._recipe.programs)
+        parallel = self._recipe.parallel
+        self._threads = ThreadPoolExecutor(parallel, "program") if parallel > 1 else None
         self._gave_virial = False
         """One that is not zero, at any time: then zeros are meant so."""
         self._confined = spec.confine
@@ -111,14 +127,24 @@ class IpiEngine:
         return _Prepared(system, order)
 
     def evaluate(self, tasks: list[Task]) -> list[Result]:
-        """Each in its turn."""
-        return [self._one(task) for task in tasks]
+        """So many at a time as the entry allows, each by a program of its own; else one after another."""
+        evaluations = [self._evaluation(task) for task in tasks]
+        if self._threads is None or len(tasks) == 1:
+            return [self._one(evaluation) for evaluation in evaluations]
+        futures = [self._threads.submit(self._one, evaluation) for evaluation in evaluations]
+        wait(futures)  # also if one fails: the next call shall find all programs at rest
+        return [future.result() for future in futures]
 
     def memory(self) -> int | None:
         """Nothing is known of a GPU."""
         return None
 
-    def _one(self, task: Task) -> Result:
+    def _evaluation(self, task: Task) -> _Evaluation:
+        """A structure as its program shall see it.
+
+        Raises:
+            EngineError: no program can be shown such a one, or none computes what is asked for.
+        """
         if missing := ["energies"] * task.energies + ["stress"] * (task.stress and not self._recipe.stress):
             raise EngineError("unsupported", f"model {self._name!r} computes no {' and no '.join(missing)}")
         prepared: _Prepared = task.system
@@ -133,92 +159,88 @@ class IpiEngine:
         positions = frame.turn(task.positions[prepared.order])
         if prepared.start is None or prepared.system.exact or self._has_strayed(frame.cell, prepared.start[0]):
             prepared.start = frame.cell, positions
-        try:
-            (energy, turned, virial), digest = self._ask(prepared, frame.cell, positions)
-        finally:
-            if prepared.system.exact:  # what it keeps for the next structure would play a part there
-                self._end(prepared.key)
-        forces = np.empty_like(turned)
-        forces[prepared.order] = frame.turn_back(turned) * (HARTREE / BOHR)
-        self._gave_virial = self._gave_virial or bool(virial.any())
-        if task.stress and not self._gave_virial:
-            raise EngineError(
-                "unsupported",
-                f"model {self._name!r}: {self._program} gave a virial of zeros: it computed no stress",
-                "Its input may have to ask for it. Where it has none, stress = false in the entry says so.",
-            )
-        stress = frame.turn_back_tensor(virial) * HARTREE if task.stress else None
-        return Result(energy * HARTREE, forces, stress, backend=self._backend(digest))
+        return _Evaluation(prepared.system, prepared.order, prepared.start, frame, positions, task.stress)
 
     def _has_strayed(self, cell: Array, start: Array) -> bool:
         """Whether a cell is too far from that which the program was started with."""
         strain = np.linalg.solve(start, cell) - np.eye(3)
         return bool(np.abs(strain).max() > self._recipe.strain)
 
-    def _ask(self, prepared: _Prepared, cell: Array, positions: Array) -> Tuple[Answer, str]:
-        """What the system's program says of a structure, and its SHA-256; one that ends over it gets a second try.
+    def _one(self, evaluation: _Evaluation) -> Result:
+        (energy, turned, virial), digest = self._ask(evaluation)
+        frame = evaluation.frame
+        forces = np.empty_like(turned)
+        forces[evaluation.order] = frame.turn_back(turned) * (HARTREE / BOHR)
+        self._gave_virial = self._gave_virial or bool(virial.any())
+        if evaluation.stress and not self._gave_virial:
+            raise EngineError(
+                "unsupported",
+                f"model {self._name!r}: {self._program} gave a virial of zeros: it computed no stress",
+                "Its input may have to ask for it. Where it has none, stress = false in the entry says so.",
+            )
+        stress = frame.turn_back_tensor(virial) * HARTREE if evaluation.stress else None
+        return Result(energy * HARTREE, forces, stress, backend=self._backend(digest))
+
+    def _ask(self, evaluation: _Evaluation) -> Tuple[Answer, str]:
+        """What a program says of a structure, and its SHA-256; one that ends over it gets a second try.
 
         Raises:
             EngineError: it says nothing of use, or nothing at all.
         """
+        key, exact = evaluation.key, evaluation.system.exact
         ends = []
         for _ in range(2):
-            program = self._program_for(prepared)
+            program = self._pool.take(key, partial(self._start, evaluation), fresh=exact)
             try:
-                return program.evaluate(cell / BOHR, positions / BOHR), program.digest
+                answer = program.evaluate(evaluation.frame.cell / BOHR, evaluation.positions / BOHR)
             except EndedError:
                 ends.append(program.finish(LAST_WORDS))
-                self._running.pop(prepared.key)
+                self._pool.drop()
                 log.warning("model %s: %s ended: %s", self._name, self._program, ends[-1])
             except NonsenseError as error:
-                self._running.pop(prepared.key).finish()
+                program.finish()
+                self._pool.drop()
                 raise EngineError(
                     "evaluation",
                     f"model {self._name!r}: {self._program} {error}; it was ended",
                     "Look for atoms that lie on top of each other, and whether the entry's input is for such a system.",
                 ) from error
+            else:
+                if exact:  # what it keeps for the next structure would play a part there
+                    program.stop()
+                    self._pool.drop()
+                else:
+                    self._pool.give_back(key, program)
+                return answer, program.digest
         raise EngineError(
             "evaluation",
             f"model {self._name!r}: {self._program} ended over this structure, twice: {ends[-1]}",
             "What it printed says why; its input comes from the entry's `files`.",
         )
 
-    def _program_for(self, prepared: _Prepared) -> Program:
-        """The one that runs for this system, started if need be; whoever was used longest ago makes room.
+    def _start(self, evaluation: _Evaluation) -> Program:
+        """A program for a system. Its file may have changed since the last one was started: it is looked at again.
 
-        The file may have changed since the last start: it is looked at again.
+        Raises:
+            EngineError: there is none.
         """
-        if prepared.system.exact:
-            self._end(prepared.key)
-        elif prepared.key in self._running:
-            self._running.move_to_end(prepared.key)
-            return self._running[prepared.key]
-        while len(self._running) >= self._recipe.programs:
-            self._end(next(iter(self._running)))
         path, digest = check_program(self._name, self._recipe)
         try:
-            program = Program(self._recipe, path, digest, self._context(prepared), confined=self._confined)
+            return Program(self._recipe, path, digest, self._context(evaluation), confined=self._confined)
         except StartError as error:
             raise EngineError(
                 "evaluation",
                 f"model {self._name!r}: {self._program} {error}",
                 "Its command and its input come from the catalogue's entry; what it printed says what is wrong.",
             ) from error
-        self._running[prepared.key] = program
-        return program
-
-    def _end(self, key: _Key) -> None:
-        if key in self._running:
-            self._running.pop(key).stop()
 
     def _backend(self, digest: str) -> str:
         return f"{self._program} (SHA-256 {digest[:12]}...)"
 
-    def _context(self, prepared: _Prepared) -> Context:
+    def _context(self, evaluation: _Evaluation) -> Context:
         """What templates may name: numbers, symbols of elements, and what the entry says; nothing of a client's."""
-        assert prepared.start is not None
-        (cell, positions), system, element = prepared.start, prepared.system, self._recipe.element
-        numbers = system.numbers[prepared.order].tolist()
+        (cell, positions), system, element = evaluation.start, evaluation.system, self._recipe.element
+        numbers = system.numbers[evaluation.order].tolist()
         kinds = sorted(set(numbers))
         species = {
             number: {**element[SYMBOLS[number]], "type": kind, "symbol": SYMBOLS[number], "number": number}

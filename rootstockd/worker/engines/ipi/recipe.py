@@ -12,7 +12,8 @@ cell          `any`, or `triangular` for programs that want a along x and b in t
 pbc           for which periodicity the input is: a list of `TTT` for crystals, `FFF` for molecules...; or `any`
 grouped       whether atoms of one element have to come together, as in VASP's POSCAR
 strain        how far a cell may be from that which the program was started with, until it is started anew
-programs      how many may run at a time, each with a system of its own
+programs      how many there may be, each with a system of its own
+parallel      how many of them compute at a time; structures of one system get copies of its program
 start_timeout seconds from its start until it has to be connected
 sha256        of the program's file; another is not started
 ============= ======================================================================================================
@@ -41,7 +42,7 @@ _TABLE = (
 )
 SYMBOLS = _TABLE.split()
 """By atomic number; an engine's environment may have no ASE."""
-NOT_OF_NUMBERS = ("programs", "start_timeout")
+NOT_OF_NUMBERS = ("programs", "parallel", "start_timeout")
 """Arguments that change no result, and so no fingerprint."""
 
 _VECTOR: Known = dict.fromkeys("xyz")
@@ -69,6 +70,7 @@ class Recipe:
     grouped: bool
     strain: float
     programs: int
+    parallel: int
     start_timeout: float
     sha256: str
 
@@ -121,14 +123,21 @@ def read_recipe(arguments: Mapping[str, Any], elements: Sequence[str]) -> Recipe
         grouped=_choice(given, "grouped", {True: True, False: False}, default=False),
         strain=_number(given, "strain", 0.05),
         programs=int(_number(given, "programs", 4, whole=True)),
+        parallel=int(_number(given, "parallel", 1, whole=True)),
         start_timeout=_number(given, "start_timeout", 60.0),
         sha256=_sha256(given.pop("sha256", "")),
     )
     if given:
         raise ValueError(f"no such arguments: {', '.join(sorted(given))}")
+    _check_whole(recipe)
+    return recipe
+
+
+def _check_whole(recipe: Recipe) -> None:
+    if recipe.parallel > recipe.programs:
+        raise ValueError(f"parallel = {recipe.parallel} needs as many programs, and programs = {recipe.programs}")
     if not any("socket" in t.names for t in (*recipe.command, *recipe.files.values(), *recipe.variables.values())):
         raise ValueError("nothing tells the program where to connect: {{socket}} in its command, a file or a variable")
-    return recipe
 
 
 def _known(element: Dict[str, Dict[str, Any]], *, triangular: bool) -> Known:
