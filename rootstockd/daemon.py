@@ -138,11 +138,16 @@ class Daemon:
 
     def _listen(self, ours: contextlib.ExitStack) -> tuple[socket.socket, socket.socket]:
         """Open both sockets: for sessions and for control."""
-        group = self.config.access.socket_group
-        mode = 0o600 if group is None else 0o660
-        mode = 0o666 if self.config.shared and group is None else mode
+        mode, group = self.config.socket_mode, self.config.access.socket_group
         control = ours.enter_context(listen(self.config.control, mode, group))
         return ours.enter_context(listen(self.config.socket, mode, group, keep=lambda: self._replaced)), control
+
+    def _open_or_close(self) -> None:
+        """Who can open the sockets follows the lists; where systemd has made them it is for its units to say."""
+        if not self._manager.sockets:
+            for path in (self.config.control, self.config.socket):
+                with contextlib.suppress(FileNotFoundError):  # nobody can open what somebody has removed
+                    path.chmod(self.config.socket_mode)
 
     def _adopt(self, ours: contextlib.ExitStack) -> tuple[socket.socket, socket.socket]:
         """Take over both sockets from systemd."""
@@ -195,6 +200,7 @@ class Daemon:
         restart_needed = sorted(name for name in changes(self.config, fresh) if not reloadable(name))
         self.config = take_over(self.config, fresh)
         self.catalogue = catalogue
+        self._open_or_close()
         self.accounts.apply(self.config)
         self.fleet.apply(self.config)
         self._look_over()
@@ -207,9 +213,18 @@ class Daemon:
         return ReloadReport(restart_needed=restart_needed, models_kept=models_kept, warnings=self.warnings)
 
     def _look_over(self) -> None:
-        self.warnings = [*self.accounts.warnings, *self.catalogue.warnings()]
+        self.warnings = [*self.accounts.warnings, *self.catalogue.warnings(), *self._closed_folder()]
         for warning in self.warnings:
             log.warning("%s", warning)
+
+    def _closed_folder(self) -> list[str]:
+        """That those who may use the daemon don't find its sockets."""
+        folder = self.config.socket.parent
+        if self._manager.sockets or not self.config.shared or not folder.exists() or folder.stat().st_mode & 0o011:
+            return []
+        return [
+            f"nobody else can look into {folder}, where the sockets are: `chmod go+x {folder}` lets others use them"
+        ]
 
     def _on_end(self, number: signal.Signals) -> None:
         log.info("%s: stopping", number.name)

@@ -9,6 +9,7 @@ import os
 import pwd
 import re
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ import pytest
 
 from conftest import ALL_OF_RICH, RunningDaemon
 from rootstock_client import ipi
+from rootstock_client.runtime_dir import control_socket
 from rootstockd.control.limits import PACE
 from rootstockd.sessions.log_rate import MOST
 
@@ -317,6 +319,30 @@ def test_new_rules_hold_for_what_comes_and_leave_what_is_there(start):
             assert answers == ["access-denied"]
         with job("rsd-carol", daemon) as (answer,):
             assert isinstance(answer, float)
+
+
+def test_a_daemon_is_opened_and_closed_by_its_lists(start):
+    """Sockets follow a reload: without lists a daemon is its owner's alone, as if it had been started so."""
+    daemon = start('[access]\nusers = ["rsd-alice"]\n')
+    file = daemon.folder.parent / "config.toml"
+    for name in ("rsd-bob", "rsd-alice"):
+        file.write_text("")
+        assert daemon.run("reload").returncode == 0
+        for sock in (daemon.socket, control_socket(daemon.socket)):
+            assert stat.S_IMODE(sock.stat().st_mode) == 0o600
+        status, _, words = command_for(name, daemon, "status")
+        assert status == 1 and "is not open to you" in words, words
+        file.write_text(f'[access]\nusers = ["{name}"]\n')
+        assert daemon.run("reload").returncode == 0
+        with job(name, daemon) as (answer,):
+            assert isinstance(answer, float)
+
+
+def test_who_opens_a_daemon_whose_folder_is_closed_is_told(start):
+    daemon = start("")
+    (daemon.folder.parent / "config.toml").write_text('[access]\nusers = ["rsd-alice"]\n')
+    done = daemon.run("reload")
+    assert f"chmod go+x {daemon.folder}" in done.stdout + done.stderr
 
 
 def test_a_driver_that_listens_is_attached_by_whoever_may_connect_and_counts_for_them(start, open_folder):
