@@ -10,6 +10,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 
 from ase.data import chemical_symbols
 
@@ -23,6 +24,7 @@ from rootstockd.fleet.fleet import Fleet
 from rootstockd.fleet.warm_model import WorkerKey
 from rootstockd.host.descriptors import raise_descriptor_limit, share_descriptors
 from rootstockd.host.devices import found_devices
+from rootstockd.host.log_file import reopen_log
 from rootstockd.host.peers import peer_of
 from rootstockd.host.sockets import (
     AddressError,
@@ -57,14 +59,16 @@ class Daemon:
     Args:
         config: its settings.
         manager: the systemd that started it; without one it looks after itself.
+        log_file: where what it prints goes, if that is a file of its own.
 
     Raises:
         CatalogueError: a catalogue file can't be used.
         UnknownModelError, ModelLoadError: a model to preload is not in the catalogue, or its weights are not here.
     """
 
-    def __init__(self, config: Config, manager: Manager | None = None) -> None:
+    def __init__(self, config: Config, manager: Manager | None = None, log_file: Path | None = None) -> None:
         self.config = config
+        self._log_file = log_file
         self._manager = manager or Manager({})
         self.catalogue = Catalogue.load(config.catalogues)
         # atomic numbers take up to four bytes each; the rest of an INIT is short
@@ -195,6 +199,11 @@ class Daemon:
             return self._reload()
 
     def _reload(self) -> ReloadReport:
+        if self._log_file is not None:
+            try:
+                reopen_log(self._log_file)
+            except OSError as error:
+                log.warning("the log goes on in the old file: can't open %s: %s", self._log_file, error.strerror)
         fresh = read_again(self.config)
         catalogue = Catalogue.load(fresh.catalogues)
         restart_needed = sorted(name for name in changes(self.config, fresh) if not reloadable(name))

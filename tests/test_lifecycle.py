@@ -24,7 +24,7 @@ from ase.calculators.emt import EMT
 from conftest import RunningDaemon, open_descriptors, rootstockd, wait_for
 from rootstock_client import RootstockClient, ipi
 from rootstock_client.errors import ConnectionLostError, DaemonNotFoundError, DrainingError
-from rootstockd.cli.lifecycle import open_log
+from rootstockd.host.log_file import open_log
 
 
 def copper(size: int = 1):
@@ -168,6 +168,24 @@ def test_the_log_is_its_owners_alone(runtime_folder: Path) -> None:
         open_log(folder / "link")
     assert not elsewhere.exists()
     open_log(Path("/dev/null")).close()
+
+
+def test_a_log_that_was_rotated_is_left_with_a_reload(runtime_folder: Path) -> None:
+    address, log = runtime_folder / "rotated.sock", runtime_folder / "log"
+    options = ["--device", "cpu", "--socket", address, "--log-file", log]
+    assert rootstockd("start", *options, "--model", "emt").returncode == 0
+    try:
+        log.rename(old := runtime_folder / "log.1")
+        assert rootstockd("reload", "--socket", address).returncode == 0
+        assert "reloaded" in log.read_text()
+        before = old.read_text()
+        assert rootstockd("reload", "--socket", address).returncode == 0
+        assert log.read_text().count("reloaded") == 2
+        assert "reloaded" in rootstockd("logs", "--socket", address).stdout
+    finally:
+        rootstockd("stop", "--socket", address)
+    assert old.read_text() == before
+    assert "stopped" in log.read_text()
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")

@@ -29,7 +29,7 @@ FILES = {
     "/var/lib/rootstockd, ~/.local/share/rootstockd": "State: weights that were pulled and added, and environments. "
     "Root's is for all users to read.",
     "~/.cache/rootstockd": "What was compiled for models.",
-    "~/.local/state/rootstockd/log/rootstockd.log": "The log of a daemon that systemd does not run.",
+    "/var/log/rootstockd/rootstockd.log, ~/.local/state/rootstockd/log": "Logs of daemons that systemd does not run.",
 }
 ENVIRONMENT = {
     "ROOTSTOCKD_SOCKET": "The session socket of the daemon to talk to; no other is looked for then.",

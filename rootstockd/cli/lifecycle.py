@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import select
 import signal
 import socket as socketlib
-import stat
 import subprocess
 import sys
 import time
@@ -43,6 +41,7 @@ from rootstockd.cli.options import settings_options, settings_said
 from rootstockd.cli.units import is_systemd, unit_at
 from rootstockd.control.schema import DaemonStatus, ReloadReport
 from rootstockd.host.devices import DeviceError, found_devices
+from rootstockd.host.log_file import open_log
 from rootstockd.host.peers import peer_of
 from rootstockd.settings.config import Config
 from rootstockd.settings.config_file import ConfigError
@@ -265,22 +264,6 @@ def prepare_log(path: Path) -> BinaryIO:
         return open_log(path)
     except OSError as error:
         raise Refused(f"can't write the log {path}: {error.strerror}. Choose another --log-file.") from error
-
-
-def open_log(path: Path) -> BinaryIO:
-    """Open a log for its daemon to write, and for nobody else to read.
-
-    Raises:
-        OSError: it can't be, or somebody else could read or change it.
-    """
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # no link: in a folder like /tmp somebody may have put one there, to a file of ours
-    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    info = os.fstat(fd)
-    if stat.S_ISREG(info.st_mode) and info.st_uid != os.geteuid():
-        os.close(fd)
-        raise PermissionError(errno.EPERM, f"it belongs to uid {info.st_uid}")
-    return os.fdopen(fd, "ab")
 
 
 def wait_until_ready(process: subprocess.Popen[bytes], config: Config, log_position: int) -> DaemonStatus:

@@ -1,0 +1,40 @@
+"""The log of a daemon in the background: its standard output and error."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import sys
+from pathlib import Path
+from typing import BinaryIO
+
+
+def open_log(path: Path) -> BinaryIO:
+    """Open a log for its daemon to write, and for nobody else to read.
+
+    Raises:
+        OSError: it can't be, or somebody else could read or change it.
+    """
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # no link: in a folder like /tmp somebody may have put one there, to a file of ours
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    info = os.fstat(fd)
+    if stat.S_ISREG(info.st_mode) and info.st_uid != os.geteuid():
+        os.close(fd)
+        raise PermissionError(errno.EPERM, f"it belongs to uid {info.st_uid}")
+    return os.fdopen(fd, "ab")
+
+
+def reopen_log(path: Path) -> None:
+    """Write into `path` from now on, where this process's log was moved away from it, as logrotate does.
+
+    Raises:
+        OSError: it can't be opened; all goes on into the old one.
+    """
+    ours = sys.stderr.fileno()
+    if path.exists() and os.path.samestat(path.stat(), os.fstat(ours)):
+        return
+    with open_log(path) as log:
+        for stream in (sys.stdout.fileno(), ours):
+            os.dup2(log.fileno(), stream)
