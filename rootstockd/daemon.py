@@ -38,7 +38,7 @@ from rootstockd.host.sockets import (
     url_of,
 )
 from rootstockd.models.catalogue import Catalogue, CatalogueError, Entry
-from rootstockd.models.store import located
+from rootstockd.models.store import located, to_preload
 from rootstockd.processes.folders import remove_left_behind
 from rootstockd.sessions.accounts import Account, Accounts
 from rootstockd.sessions.door import Door
@@ -63,7 +63,7 @@ class Daemon:
 
     Raises:
         CatalogueError: a catalogue file can't be used.
-        UnknownModelError, ModelLoadError: a model to preload is not in the catalogue, or its weights are not here.
+        UnknownModelError, ModelLoadError: a model to preload is not in the catalogue, or no weights of any are here.
     """
 
     def __init__(self, config: Config, manager: Manager | None = None, log_file: Path | None = None) -> None:
@@ -85,7 +85,10 @@ class Daemon:
         self.state = "starting"
         self.since = time.time()
         self.metrics_url: str | None = None
-        self._preload = [(name, located(name, entry)) for name, entry in map(self.catalogue.resolve, config.models)]
+        self._preload, missing = to_preload(config.models, self.catalogue)
+        for error in missing:
+            self.warnings.append(f"not loaded: {error}")
+            log.warning("not loaded: %s", error)
         self._replaced = False
         self._stop = asyncio.Event()
         self._force = asyncio.Event()

@@ -153,6 +153,21 @@ def test_nothing_that_can_be_loaded(runtime_folder: Path) -> None:
     assert not address.exists()
 
 
+def test_a_model_whose_weights_are_not_here_keeps_no_daemon_off(runtime_folder: Path) -> None:
+    address = runtime_folder / "some.sock"
+    options = ["--device", "cpu", "--socket", address, "--log-file", runtime_folder / "log", "--model", "mace-mp-small"]
+    done = rootstockd("start", *options)
+    assert done.returncode == 1 and "models pull mace-mp-small" in done.stderr
+    done = rootstockd("start", *options, "--model", "emt")
+    try:
+        assert done.returncode == 0
+        assert "not loaded: the weights of model 'mace-mp-small' are not on this machine" in done.stdout
+        assert rootstockd("restart", "--socket", address).returncode == 0
+        assert "models pull mace-mp-small" in rootstockd("status", "--socket", address).stdout.replace("\n", " ")
+    finally:
+        rootstockd("stop", "--socket", address)
+
+
 def test_the_log_is_its_owners_alone(runtime_folder: Path) -> None:
     folder = runtime_folder / "logs"
     log, elsewhere = folder / "new" / "log", runtime_folder / "elsewhere"

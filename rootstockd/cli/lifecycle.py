@@ -155,14 +155,13 @@ def check_startable(config: Config) -> None:
     """
     # imports what only `restart` needs
     from rootstockd.models.catalogue import Catalogue, CatalogueError  # noqa: PLC0415
-    from rootstockd.models.store import located  # noqa: PLC0415
+    from rootstockd.models.store import to_preload  # noqa: PLC0415
 
     try:
         catalogue = Catalogue.load(config.catalogues)
     except CatalogueError as error:
         raise Refused(error) from error
-    for name in config.models:
-        located(*catalogue.resolve(name))
+    to_preload(config.models, catalogue)
     if config.log_file is not None:
         prepare_log(config.log_file).close()
 

@@ -36,7 +36,7 @@ def show(socket: Path | None) -> None:
 def write(file: Path, socket: Path | None) -> None:
     """Write the metrics to a file, for node_exporter to read.
 
-    It is for its textfile collector, and written at once, so that nobody reads a half. Each has the daemon's socket as a
+    For its textfile collector; written at once, so that nobody reads a half. Each has the daemon's socket as a
     label, as a machine may have several; those that node_exporter has of itself (process_...) are left out. The file
     stays as it is where no daemon answers.
 
