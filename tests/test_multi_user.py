@@ -279,6 +279,9 @@ def test_a_group_of_the_socket_keeps_others_out_and_lets_its_members_ask(start):
         assert everything["other_sessions"] == 0 and everything["config"]
         status, _, words = command_for("rsd-carol", daemon, "status")
         assert status == 1 and "is not open to you" in words, words
+        for name in ("rsd-alice", "rsd-bob"):
+            status, _, words = command_for(name, daemon, "logs")
+            assert status == 1 and "for its own user to read" in words.replace("the daemon's", "its"), words
 
 
 def test_only_administrators_stop_and_reload(start):
@@ -287,6 +290,8 @@ def test_only_administrators_stop_and_reload(start):
         status, _, words = command_for("rsd-alice", daemon, command)
         assert status == 1 and "rsd-alice does not administer this daemon" in words
     assert command_for("rsd-bob", daemon, "reload")[0] == 0
+    status, _, words = command_for("rsd-bob", daemon, "restart")
+    assert status == 1 and "the daemon runs as root" in words, words
     with job("rsd-alice", daemon) as (answer,):
         assert isinstance(answer, float)
     assert command_for("rsd-bob", daemon, "stop")[0] == 0

@@ -42,7 +42,7 @@ from rootstockd.cli.units import is_systemd, unit_at
 from rootstockd.control.schema import DaemonStatus, ReloadReport
 from rootstockd.host.devices import DeviceError, found_devices
 from rootstockd.host.log_file import open_log
-from rootstockd.host.peers import peer_of
+from rootstockd.host.peers import peer_of, user_name
 from rootstockd.settings.config import Config
 from rootstockd.settings.config_file import ConfigError
 from rootstockd.settings.config_layers import read_again, unknown_variables
@@ -112,8 +112,9 @@ def restart(socket: Path | None) -> None:
     try:
         running = fetch_config(address)
         config = read_again(running) if running else None
-        if config is not None:
-            check_startable(config)  # while there is still a daemon
+        if config is not None:  # while there is still a daemon
+            check_own(address)
+            check_startable(config)
         with daemon_process(address) as process:
             with contextlib.suppress(ConnectionLostError):  # it was on its way down already
                 request(address, "POST", "/v1/stop", {"replaced": True})  # which refuses whoever may not
@@ -144,6 +145,23 @@ def reload(socket: Path | None) -> None:
     if report.restart_needed:
         console.print(
             f"changed, but take effect only with a restart: {', '.join(report.restart_needed)}", style="yellow"
+        )
+
+
+def check_own(address: Path) -> None:
+    """Whether a daemon's successor would be the same user's.
+
+    Raises:
+        Refused: it would not.
+        RootstockError: it does not answer.
+    """
+    with connect(control_socket(address), FORCE_TIMEOUT) as sock:
+        uid = peer_of(sock).uid
+    if uid != os.geteuid():
+        owner = user_name(uid)
+        raise Refused(
+            f"the daemon runs as {owner}, and what you start would not. Restart it as {owner}; `rootstockd stop` and "
+            "`reload` are yours to use."
         )
 
 
