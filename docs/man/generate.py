@@ -48,6 +48,11 @@ EXIT_STATUS = {
     "1": "It could not be done; standard error says why, and what to do now.",
     "2": "The command line is wrong.",
 }
+OWN_EXIT_STATUS = {
+    "doctor": {"0": "Nothing is wrong, or nothing worse than a warning.", "1": "Something will not work."},
+    "slurm run": {"any": "The command's own, if it was run; 128 and the number of the signal that ended it."},
+    "attach": {"128+N": "Signal N ended it."},
+}
 
 
 def pages() -> Iterator[tuple[str, str]]:
@@ -67,7 +72,8 @@ def _page(command: click.Command, path: list[str], ctx: click.Context) -> str:
     name = "-".join(path)
     arguments = [piece for parameter in command.params for piece in parameter.get_usage_pieces(ctx)]
     options = " [OPTIONS]" if path[1:] and len(command.params) > len(arguments) else ""
-    rest = " COMMAND ..." if isinstance(command, click.Group) else "".join(f" {piece}" for piece in arguments)
+    pieces = [piece for piece in command.collect_usage_pieces(ctx) if piece != command.options_metavar]
+    rest = " COMMAND ..." if isinstance(command, click.Group) else "".join(f" {piece}" for piece in pieces)
     lines = [
         '.\\" Written by docs/man/generate.py from the command itself.',
         f'.TH {name.upper()} 1 "" "rootstockd {rootstockd.__version__}" "rootstockd"',
@@ -87,8 +93,7 @@ def _page(command: click.Command, path: list[str], ctx: click.Context) -> str:
     for parameter in command.get_params(ctx):
         if isinstance(parameter, click.Option) and (record := parameter.get_help_record(ctx)):
             lines += _item(*record)
-    own = {"0": "Nothing is wrong, or nothing worse than a warning.", "1": "Something will not work."}
-    status = {**EXIT_STATUS, **own} if path[1:] == ["doctor"] else EXIT_STATUS
+    status = EXIT_STATUS | OWN_EXIT_STATUS.get(" ".join(path[1:]), {})
     if len(path) == 1:
         lines += [*_section("FILES", FILES), *_section("ENVIRONMENT", ENVIRONMENT)]
     else:
