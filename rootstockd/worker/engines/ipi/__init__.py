@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -281,8 +280,7 @@ def check_program(name: str, recipe: Recipe) -> Tuple[str, str]:
         raise EngineError(
             "model-load",
             f"model {name!r}: there is no program {recipe.program!r}",
-            "Install it, or name it with its whole path: the daemon's own PATH is where it is looked for, "
-            f"{os.environ.get('PATH', '')}.",
+            "Install it, or name it with its whole path: it is looked for in the daemon's own PATH.",
         )
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     if recipe.sha256 not in ("", digest):
