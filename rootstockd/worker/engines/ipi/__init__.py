@@ -155,7 +155,7 @@ class IpiEngine:
                 f"periodic, where {self._program} is given a box of {ALONE:g} Å",
                 "Look for an atom that has flown off.",
             )
-        positions = frame.turn(task.positions[prepared.order])
+        positions = frame.place(task.positions[prepared.order])
         if prepared.start is None or prepared.system.exact or self._has_strayed(frame.cell, prepared.start[0]):
             prepared.start = frame.cell, positions
         return _Evaluation(prepared.system, prepared.order, prepared.start, frame, positions, task.stress)
