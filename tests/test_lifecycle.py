@@ -24,7 +24,8 @@ from ase.calculators.emt import EMT
 from conftest import RunningDaemon, open_descriptors, rootstockd, wait_for
 from rootstock_client import RootstockClient, ipi
 from rootstock_client.errors import ConnectionLostError, DaemonNotFoundError, DrainingError
-from rootstockd.cli.lifecycle import open_log
+from rootstockd.cli.common import Refused
+from rootstockd.cli.log import open_log
 
 
 def copper(size: int = 1):
@@ -164,7 +165,7 @@ def test_the_log_is_its_owners_alone(runtime_folder: Path) -> None:
     assert stat.S_IMODE(log.stat().st_mode) == 0o600
     assert stat.S_IMODE(log.parent.stat().st_mode) == 0o700
     (folder / "link").symlink_to(elsewhere)
-    with pytest.raises(OSError, match="symbolic link"):
+    with pytest.raises(Refused, match="symbolic link"):
         open_log(folder / "link")
     assert not elsewhere.exists()
     open_log(Path("/dev/null")).close()

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import select
 import signal
 import socket as socketlib
-import stat
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import click
 
@@ -39,6 +37,7 @@ from rootstockd.cli.common import (
     socket_in_use,
     socket_option,
 )
+from rootstockd.cli.log import open_log
 from rootstockd.cli.options import settings_options, settings_said
 from rootstockd.cli.units import is_systemd, unit_at
 from rootstockd.control.schema import DaemonStatus, ReloadReport
@@ -159,13 +158,13 @@ def check_startable(config: Config) -> None:
     from rootstockd.models.store import located  # noqa: PLC0415
 
     try:
-        catalogue = Catalogue.load(config.catalogues)
+        catalogue = Catalogue.load(config.catalogues, config.where("catalogues"))
     except CatalogueError as error:
         raise Refused(error) from error
     for name in config.models:
         located(*catalogue.resolve(name))
     if config.log_file is not None:
-        prepare_log(config.log_file).close()
+        open_log(config.log_file).close()
 
 
 def serve_in_front(config: Config) -> None:
@@ -212,7 +211,7 @@ def launch(config: Config, *, after: int | None = None) -> subprocess.Popen[byte
         Refused: it can't start, or none of the models it was to load can be loaded.
     """
     assert config.log_file is not None
-    log = prepare_log(config.log_file)
+    log = open_log(config.log_file)
     predecessor = () if after is None else (after,)
     with log:
         position = log.tell()
@@ -253,34 +252,6 @@ def launch(config: Config, *, after: int | None = None) -> subprocess.Popen[byte
         markup=False,
     )
     return process
-
-
-def prepare_log(path: Path) -> BinaryIO:
-    """Open a log, or say why it can't be.
-
-    Raises:
-        Refused: it can't.
-    """
-    try:
-        return open_log(path)
-    except OSError as error:
-        raise Refused(f"can't write the log {path}: {error.strerror}. Choose another --log-file.") from error
-
-
-def open_log(path: Path) -> BinaryIO:
-    """Open a log for its daemon to write, and for nobody else to read.
-
-    Raises:
-        OSError: it can't be, or somebody else could read or change it.
-    """
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # no link: in a folder like /tmp somebody may have put one there, to a file of ours
-    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    info = os.fstat(fd)
-    if stat.S_ISREG(info.st_mode) and info.st_uid != os.geteuid():
-        os.close(fd)
-        raise PermissionError(errno.EPERM, f"it belongs to uid {info.st_uid}")
-    return os.fdopen(fd, "ab")
 
 
 def wait_until_ready(process: subprocess.Popen[bytes], config: Config, log_position: int) -> DaemonStatus:
