@@ -297,7 +297,7 @@ def test_limits_are_a_users_own(start):
         assert [isinstance(answer, float) for answer in answers] == [True] * 3 + [False] * 2
         assert answers[3:] == ["user-limit"] * 2
         with job("rsd-bob", daemon, 7) as theirs:  # 4 atoms each: two sessions' worth
-            assert theirs[2:] == ["limit"] * 3 + ["user-limit"] * 2
+            assert theirs[2:] == ["user-limit"] * 5  # three for atoms, two for sessions
             assert [isinstance(answer, float) for answer in theirs[:2]] == [True] * 2
     with job("rsd-alice", daemon, 2, 3) as answers:  # 108 atoms
         assert answers == ["limit"] * 2
