@@ -247,7 +247,8 @@ def launch(config: Config, *, after: int | None = None) -> subprocess.Popen[byte
         f"ready on {', '.join(map(str, config.devices))}, models loaded: {', '.join(loaded) or 'none yet'}\n\n"
         f"  from rootstock_client import RootstockClient\n"
         f'  atoms.calc = RootstockClient().calculator("{name}")\n\n'
-        f"socket  {config.socket}\nlog     {config.log_file}",
+        f"socket  {config.socket}\nlog     {config.log_file}"
+        + (f"\nmetrics {status.metrics}" if status.metrics else ""),
         soft_wrap=True,
         markup=False,
     )

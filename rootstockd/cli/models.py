@@ -314,8 +314,8 @@ def let_go(name: str, socket: Path | None) -> None:
         return  # there is none
     if sessions := sum(model.sessions for model in using):
         raise Refused(
-            f"the daemon has {name} for {plural(sessions, 'session')}, and could not load it again. `rootstockd status` says "
-            "whose they are: wait until they have ended, or --force."
+            f"the daemon has {name} for {plural(sessions, 'session')}, and could not load it again. `rootstockd "
+            "status` says whose they are: wait until they have ended, or --force."
         )
     if any(model.state != "cold" for model in using):
         request(address, "POST", "/v1/unload", {"model": name, "dtype": None, "force": False})
