@@ -257,6 +257,16 @@ def test_many_who_are_refused_leave_a_line_now_and_then(start):
         assert answers == ["access-denied"] * 100
     log = daemon.log.read_text()
     assert log.count("rsd-carol may not use this daemon") == MOST
+    for user, level in (
+        ("rsd-carol", "problem"),
+        ("rsd-alice", "ok"),
+    ):  # what is wrong, and nothing that they can't mend
+        _, out, _ = command_for(user, daemon, "doctor", "--json", "--timeout", "60")
+        found = json.loads(out)["findings"]
+        (theirs,) = (finding for finding in found if finding["subject"] == "daemon")
+        assert theirs["level"] == level
+        assert level == "ok" or theirs["why"] == "Jobs of this user are refused at once."
+        assert not any("rootstockd env create" in finding["mend"] for finding in found)
     with job("rsd-alice", daemon) as (answer,):
         assert isinstance(answer, float)
 
