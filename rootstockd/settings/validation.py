@@ -45,7 +45,7 @@ _BYTES = {
 }
 _BYTES |= {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _SECONDS = {"ms": 1e-3, "s": 1, "sec": 1, "min": 60, "m": 60, "h": 3600, "d": 86400}
-_WITH_UNIT = re.compile(r"\s*(\d[\d_]*\.?\d*)\s*([A-Za-z]+)\s*")
+_WITH_UNIT = re.compile(r"\s*(\d{1,30}(?:_\d{1,3}){0,9}(?:\.\d{1,9})?)\s*([A-Za-z]+)\s*")
 
 
 def of_form(pattern: str, form: str) -> AfterValidator:
