@@ -10,6 +10,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 
 from ase.data import chemical_symbols
 
@@ -23,6 +24,7 @@ from rootstockd.fleet.fleet import Fleet
 from rootstockd.fleet.warm_model import WorkerKey
 from rootstockd.host.descriptors import raise_descriptor_limit, share_descriptors
 from rootstockd.host.devices import found_devices
+from rootstockd.host.log_file import reopen_log
 from rootstockd.host.peers import peer_of
 from rootstockd.host.sockets import (
     AddressError,
@@ -36,7 +38,7 @@ from rootstockd.host.sockets import (
     url_of,
 )
 from rootstockd.models.catalogue import Catalogue, CatalogueError, Entry
-from rootstockd.models.store import located
+from rootstockd.models.store import located, to_preload
 from rootstockd.processes.folders import remove_left_behind
 from rootstockd.sessions.accounts import Account, Accounts
 from rootstockd.sessions.door import Door
@@ -57,14 +59,16 @@ class Daemon:
     Args:
         config: its settings.
         manager: the systemd that started it; without one it looks after itself.
+        log_file: where what it prints goes, if that is a file of its own.
 
     Raises:
         CatalogueError: a catalogue file can't be used.
-        UnknownModelError, ModelLoadError: a model to preload is not in the catalogue, or its weights are not here.
+        UnknownModelError, ModelLoadError: a model to preload is not in the catalogue, or no weights of any are here.
     """
 
-    def __init__(self, config: Config, manager: Manager | None = None) -> None:
+    def __init__(self, config: Config, manager: Manager | None = None, log_file: Path | None = None) -> None:
         self.config = config
+        self._log_file = log_file
         self._manager = manager or Manager({})
         self.catalogue = Catalogue.load(config.catalogues, config.where("catalogues"))
         # atomic numbers take up to four bytes each; the rest of an INIT is short
@@ -81,7 +85,10 @@ class Daemon:
         self.state = "starting"
         self.since = time.time()
         self.metrics_url: str | None = None
-        self._preload = [(name, located(name, entry)) for name, entry in map(self.catalogue.resolve, config.models)]
+        self._preload, missing = to_preload(config.models, self.catalogue)
+        for error in missing:
+            self.warnings.append(f"not loaded: {error}")
+            log.warning("not loaded: %s", error)
         self._replaced = False
         self._stop = asyncio.Event()
         self._force = asyncio.Event()
@@ -138,11 +145,16 @@ class Daemon:
 
     def _listen(self, ours: contextlib.ExitStack) -> tuple[socket.socket, socket.socket]:
         """Open both sockets: for sessions and for control."""
-        group = self.config.access.socket_group
-        mode = 0o600 if group is None else 0o660
-        mode = 0o666 if self.config.shared and group is None else mode
+        mode, group = self.config.socket_mode, self.config.access.socket_group
         control = ours.enter_context(listen(self.config.control, mode, group))
         return ours.enter_context(listen(self.config.socket, mode, group, keep=lambda: self._replaced)), control
+
+    def _open_or_close(self) -> None:
+        """Who can open the sockets follows the lists; where systemd has made them it is for its units to say."""
+        if not self._manager.sockets:
+            for path in (self.config.control, self.config.socket):
+                with contextlib.suppress(FileNotFoundError):  # nobody can open what somebody has removed
+                    path.chmod(self.config.socket_mode)
 
     def _adopt(self, ours: contextlib.ExitStack) -> tuple[socket.socket, socket.socket]:
         """Take over both sockets from systemd."""
@@ -190,11 +202,17 @@ class Daemon:
             return self._reload()
 
     def _reload(self) -> ReloadReport:
+        if self._log_file is not None:
+            try:
+                reopen_log(self._log_file)
+            except OSError as error:
+                log.warning("the log goes on in the old file: can't open %s: %s", self._log_file, error.strerror)
         fresh = read_again(self.config)
         catalogue = Catalogue.load(fresh.catalogues, fresh.where("catalogues"))
         restart_needed = sorted(name for name in changes(self.config, fresh) if not reloadable(name))
         self.config = take_over(self.config, fresh)
         self.catalogue = catalogue
+        self._open_or_close()
         self.accounts.apply(self.config)
         self.fleet.apply(self.config)
         self._look_over()
@@ -207,9 +225,18 @@ class Daemon:
         return ReloadReport(restart_needed=restart_needed, models_kept=models_kept, warnings=self.warnings)
 
     def _look_over(self) -> None:
-        self.warnings = [*self.accounts.warnings, *self.catalogue.warnings()]
+        self.warnings = [*self.accounts.warnings, *self.catalogue.warnings(), *self._closed_folder()]
         for warning in self.warnings:
             log.warning("%s", warning)
+
+    def _closed_folder(self) -> list[str]:
+        """That those who may use the daemon don't find its sockets."""
+        folder = self.config.socket.parent
+        if self._manager.sockets or not self.config.shared or not folder.exists() or folder.stat().st_mode & 0o011:
+            return []
+        return [
+            f"nobody else can look into {folder}, where the sockets are: `chmod go+x {folder}` lets others use them"
+        ]
 
     def _on_end(self, number: signal.Signals) -> None:
         log.info("%s: stopping", number.name)

@@ -39,14 +39,18 @@ def start_logging() -> None:
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
 
 
-def serve(config: Config) -> None:
+def serve(config: Config, *, in_background: bool = False) -> None:
     """Run a daemon until it is told to stop.
+
+    Args:
+        config: its settings.
+        in_background: what it prints goes into `config.log_file`.
 
     Raises:
         StartError: it can't start.
     """
     try:
-        uvloop.run(Daemon(config, Manager()).run())
+        uvloop.run(Daemon(config, Manager(), config.log_file if in_background else None).run())
     except (AddressError, CatalogueError, DeviceError, RootstockError) as error:
         raise StartError(str(error)) from error
 
@@ -60,7 +64,7 @@ if __name__ == "__main__":
             os.close(predecessor)
             if not settings.socket.exists():
                 raise StartError("the daemon was stopped while it was being restarted, and stays so.")
-        serve(settings)
+        serve(settings, in_background=True)
     except StartError as error:
         log.critical("Error: %s", error)
         sys.exit(1)

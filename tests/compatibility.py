@@ -39,6 +39,9 @@ fail where a row is no longer true; versions are those of the run that wrote the
 A *driver* moves the atoms and takes forces from the daemon; an *engine* computes them, in a worker.
 """
 
+OTHERS = """A code that is not named has not been tried, and may well work: most calculators of ASE do as entries of the
+catalogue ([engines.md](engines.md)), and so does what dials in ([programs.md](programs.md)) or takes a calculator."""
+
 Row = dict[str, Any]
 
 
@@ -172,6 +175,11 @@ def _uses_the_fixture(test: str) -> bool:
 
 def page(data: dict[str, list[Row]]) -> str:
     """The page."""
+    codes = {
+        role: ", ".join(sorted({row["code"] for row in data["run"] if row["role"] == role}, key=str.lower))
+        for role in ("driver", "engine")
+    }
+    names = f"**Drivers**: {codes['driver']}.\n\n**Engines**: {codes['engine']}.\n\n{OTHERS}\n"
     header = ("Code", "Version", "Role", "Transport", "What was run", "Compared with", "Agreement, eV/Å", "Status")
     lines = [header, ("---",) * len(header)]
     for row in data["run"]:
@@ -182,7 +190,7 @@ def page(data: dict[str, list[Row]]) -> str:
         (row["code"], "", row["role"], row["transport"], "", "", "", f"not run: {row['why']}")
         for row in data["not run"]
     )
-    return INTRODUCTION + "\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return f"{INTRODUCTION}\n{names}\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def write(data: dict[str, list[Row]]) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +17,7 @@ from ase import Atoms
 from ase.build import bulk
 from ase.calculators.calculator import Calculator
 from ase.calculators.emt import EMT
+from ase.optimize import BFGS
 
 from conftest import EMBEDDED_MODEL, RunningDaemon
 
@@ -278,3 +283,62 @@ def test_torch_sims_own_check_of_models(daemon: RunningDaemon) -> None:
     with pytest.raises(NotImplementedError, match="has no notion of charge"):
         model(state)
     model.close()
+
+
+PARSL = """
+import json, parsl
+from parsl.config import Config
+from parsl.executors import HighThroughputExecutor
+from parsl.providers import LocalProvider
+
+
+@parsl.python_app
+def relax(seed):
+    from ase.build import bulk
+    from ase.optimize import BFGS
+    from rootstock_client import RootstockClient
+
+    atoms = bulk("Cu", cubic=True)
+    atoms.rattle(0.1, seed=seed)
+    atoms.calc = RootstockClient().calculator("emt")
+    BFGS(atoms, logfile=None).run(fmax=0.02)
+    return atoms.get_potential_energy()
+
+
+provider = LocalProvider(max_blocks=1)
+executor = HighThroughputExecutor(provider=provider, max_workers_per_node=2, cores_per_worker=0.1, address="127.0.0.1")
+with parsl.load(Config(executors=[executor])):
+    print(json.dumps([future.result() for future in [relax(seed) for seed in range(8)]]))
+"""
+
+
+def test_parsl(daemon: RunningDaemon, tmp_path: Path, compatible) -> None:
+    """In a process of its own: it leaves threads and processes."""
+    variables = {**os.environ, "ROOTSTOCKD_SOCKET": str(daemon.socket), "PYTHONWARNINGS": "default"}
+    done = subprocess.run(
+        [sys.executable, "-c", PARSL],
+        cwd=tmp_path,
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    energies = json.loads(done.stdout.splitlines()[-1])
+    own = []
+    for seed in range(8):
+        atoms = bulk("Cu", cubic=True)
+        atoms.rattle(0.1, seed=seed)
+        atoms.calc = EMT()
+        BFGS(atoms, logfile=None).run(fmax=0.02)
+        own.append(atoms.get_potential_energy())
+    assert energies == pytest.approx(own, abs=1e-9)
+    compatible(
+        code="Parsl",
+        version=version("parsl"),
+        role="driver",
+        transport="in Python",
+        ran="8 relaxations on a LocalProvider",
+        against="energies of the same with EMT in the job, to 1e-9 eV",
+    )

@@ -24,6 +24,8 @@ FAMILIES = {
     "chgnet": ("chgnet", ("Cu", "Si", "NaCl")),
 }
 """A model of each, and crystals of elements that it knows."""
+CODES = {"mace": ("MACE", "mace-torch"), "sevennet": ("SevenNet", "sevenn"), "chgnet": ("CHGNet", "chgnet")}
+"""What each is called, and its package."""
 pytestmark = [
     pytest.mark.timeout(1800),  # a machine that has none of it downloads three environments
     pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="the environments are specified for Python 3.11"),
@@ -93,7 +95,7 @@ def test_one_program_has_all_three_at_once(pythons, daemon):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_lattice_constants_are_those_of_the_familys_own_calculator(pythons, daemon, family):
+def test_lattice_constants_are_those_of_the_familys_own_calculator(pythons, daemon, family, compatible):
     model, crystals = FAMILIES[family]
     script = [pythons[family], TREE / "tests/lattice.py", family, EMBEDDED_MODEL, *crystals]
     own = json.loads(subprocess.run(script, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
@@ -101,6 +103,15 @@ def test_lattice_constants_are_those_of_the_familys_own_calculator(pythons, daem
         through = {name: lattice_constant(calculator, name) for name in crystals}
     tolerance = 1e-8 if family == "mace" else 1e-4  # in float32 a fit through five energies has no more
     assert through == pytest.approx(own, rel=0, abs=tolerance)
+    code, package = CODES[family]
+    compatible(
+        code=code,
+        version=versions(pythons[family], package)[0],
+        role="engine",
+        transport="in a worker, an environment of its own",
+        ran=f"{model}: lattice constants of {', '.join(crystals)}",
+        against=f"its own ASE calculator, to {tolerance:g} Å",
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -24,8 +24,7 @@ from ase.calculators.emt import EMT
 from conftest import RunningDaemon, open_descriptors, rootstockd, wait_for
 from rootstock_client import RootstockClient, ipi
 from rootstock_client.errors import ConnectionLostError, DaemonNotFoundError, DrainingError
-from rootstockd.cli.common import Refused
-from rootstockd.cli.log import open_log
+from rootstockd.host.log_file import open_log
 
 
 def copper(size: int = 1):
@@ -154,6 +153,21 @@ def test_nothing_that_can_be_loaded(runtime_folder: Path) -> None:
     assert not address.exists()
 
 
+def test_a_model_whose_weights_are_not_here_keeps_no_daemon_off(runtime_folder: Path) -> None:
+    address = runtime_folder / "some.sock"
+    options = ["--device", "cpu", "--socket", address, "--log-file", runtime_folder / "log", "--model", "mace-mp-small"]
+    done = rootstockd("start", *options)
+    assert done.returncode == 1 and "models pull mace-mp-small" in done.stderr
+    done = rootstockd("start", *options, "--model", "emt")
+    try:
+        assert done.returncode == 0
+        assert "not loaded: the weights of model 'mace-mp-small' are not on this machine" in done.stdout
+        assert rootstockd("restart", "--socket", address).returncode == 0
+        assert "models pull mace-mp-small" in rootstockd("status", "--socket", address).stdout.replace("\n", " ")
+    finally:
+        rootstockd("stop", "--socket", address)
+
+
 def test_the_log_is_its_owners_alone(runtime_folder: Path) -> None:
     folder = runtime_folder / "logs"
     log, elsewhere = folder / "new" / "log", runtime_folder / "elsewhere"
@@ -165,10 +179,28 @@ def test_the_log_is_its_owners_alone(runtime_folder: Path) -> None:
     assert stat.S_IMODE(log.stat().st_mode) == 0o600
     assert stat.S_IMODE(log.parent.stat().st_mode) == 0o700
     (folder / "link").symlink_to(elsewhere)
-    with pytest.raises(Refused, match="symbolic link"):
+    with pytest.raises(OSError, match="symbolic link"):
         open_log(folder / "link")
     assert not elsewhere.exists()
     open_log(Path("/dev/null")).close()
+
+
+def test_a_log_that_was_rotated_is_left_with_a_reload(runtime_folder: Path) -> None:
+    address, log = runtime_folder / "rotated.sock", runtime_folder / "log"
+    options = ["--device", "cpu", "--socket", address, "--log-file", log]
+    assert rootstockd("start", *options, "--model", "emt").returncode == 0
+    try:
+        log.rename(old := runtime_folder / "log.1")
+        assert rootstockd("reload", "--socket", address).returncode == 0
+        assert "reloaded" in log.read_text()
+        before = old.read_text()
+        assert rootstockd("reload", "--socket", address).returncode == 0
+        assert log.read_text().count("reloaded") == 2
+        assert "reloaded" in rootstockd("logs", "--socket", address).stdout
+    finally:
+        rootstockd("stop", "--socket", address)
+    assert old.read_text() == before
+    assert "stopped" in log.read_text()
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")

@@ -259,6 +259,19 @@ def test_a_port_that_is_taken(runtime_folder: Path) -> None:
         Config(socket=Path("/nowhere"), devices=(Device(name="cpu"),), metrics="9746")
 
 
+def test_the_file_for_node_exporter(daemon: RunningDaemon, tmp_path: Path) -> None:
+    step(copper(daemon))
+    file = tmp_path / "rootstockd.prom"
+    assert rootstockd("metrics", "write", file, "--socket", daemon.socket).returncode == 0
+    before, written = look(daemon), Metrics(read_text(file.read_text()))
+    assert written.names == {name for name in before.names if not name.startswith("process_")}
+    assert all(sample.labels["socket"] == str(daemon.socket) for sample in written.samples)
+    assert written("rootstockd_evaluations_total", **EMT) == before("rootstockd_evaluations_total", **EMT)
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+    done = rootstockd("metrics", "write", tmp_path / "none" / "x.prom", "--socket", daemon.socket)
+    assert done.returncode == 1 and "can't write" in done.stderr
+
+
 # --- what is shipped
 
 

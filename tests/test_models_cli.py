@@ -140,7 +140,7 @@ def test_list_and_show(models, catalogue, state):
     assert (listed["pulled"]["state"], listed["mace-emt-small"]["state"]) == ("to pull", "here")
     assert (listed["emt"]["state"], listed["sevennet-0"]["state"]) == ("built in", "needs env")
     assert listed["sevennet-0"]["environment"] == "sevennet"
-    assert "needs env: rootstockd env create chgnet, rootstockd env create sevennet" in models("list")
+    assert "until they are built: rootstockd env create chgnet, rootstockd env create sevennet" in models("list")
     assert "needs env: rootstockd env create sevennet" in models("show", "sevennet-0")
     assert models("list").split()[:3] == ["model", "environment", "state"]
     assert "environment  mace\n" in models("show", "mace-emt-small")

@@ -9,6 +9,7 @@ import os
 import pwd
 import re
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ import pytest
 
 from conftest import ALL_OF_RICH, RunningDaemon
 from rootstock_client import ipi
+from rootstock_client.runtime_dir import control_socket
 from rootstockd.control.limits import PACE
 from rootstockd.sessions.log_rate import MOST
 
@@ -287,6 +289,9 @@ def test_a_group_of_the_socket_keeps_others_out_and_lets_its_members_ask(start):
         assert everything["other_sessions"] == 0 and everything["config"]
         status, _, words = command_for("rsd-carol", daemon, "status")
         assert status == 1 and "is not open to you" in words, words
+        for name in ("rsd-alice", "rsd-bob"):
+            status, _, words = command_for(name, daemon, "logs")
+            assert status == 1 and "for its own user to read" in words.replace("the daemon's", "its"), words
 
 
 def test_only_administrators_stop_and_reload(start):
@@ -295,6 +300,8 @@ def test_only_administrators_stop_and_reload(start):
         status, _, words = command_for("rsd-alice", daemon, command)
         assert status == 1 and "rsd-alice does not administer this daemon" in words
     assert command_for("rsd-bob", daemon, "reload")[0] == 0
+    status, _, words = command_for("rsd-bob", daemon, "restart")
+    assert status == 1 and "the daemon runs as root" in words, words
     with job("rsd-alice", daemon) as (answer,):
         assert isinstance(answer, float)
     assert command_for("rsd-bob", daemon, "stop")[0] == 0
@@ -327,6 +334,30 @@ def test_new_rules_hold_for_what_comes_and_leave_what_is_there(start):
             assert answers == ["access-denied"]
         with job("rsd-carol", daemon) as (answer,):
             assert isinstance(answer, float)
+
+
+def test_a_daemon_is_opened_and_closed_by_its_lists(start):
+    """Sockets follow a reload: without lists a daemon is its owner's alone, as if it had been started so."""
+    daemon = start('[access]\nusers = ["rsd-alice"]\n')
+    file = daemon.folder.parent / "config.toml"
+    for name in ("rsd-bob", "rsd-alice"):
+        file.write_text("")
+        assert daemon.run("reload").returncode == 0
+        for sock in (daemon.socket, control_socket(daemon.socket)):
+            assert stat.S_IMODE(sock.stat().st_mode) == 0o600
+        status, _, words = command_for(name, daemon, "status")
+        assert status == 1 and "is not open to you" in words, words
+        file.write_text(f'[access]\nusers = ["{name}"]\n')
+        assert daemon.run("reload").returncode == 0
+        with job(name, daemon) as (answer,):
+            assert isinstance(answer, float)
+
+
+def test_who_opens_a_daemon_whose_folder_is_closed_is_told(start):
+    daemon = start("")
+    (daemon.folder.parent / "config.toml").write_text('[access]\nusers = ["rsd-alice"]\n')
+    done = daemon.run("reload")
+    assert f"chmod go+x {daemon.folder}" in done.stdout + done.stderr
 
 
 def test_a_driver_that_listens_is_attached_by_whoever_may_connect_and_counts_for_them(start, open_folder):

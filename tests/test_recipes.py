@@ -152,6 +152,14 @@ def test_frames_change_axes_and_nothing_else(cell, pbc, triangular):
     periodic = frame.turn(cell[list(pbc)])  # what the lattice was it is: whole multiples of the program's vectors
     multiples = np.linalg.solve(frame.cell.T, periodic.T)
     np.testing.assert_allclose(multiples, np.round(multiples), atol=1e-9)
+    placed = frame.place(7 * vectors)
+    moved = np.linalg.solve(frame.cell.T, (placed - frame.turn(7 * vectors)).T).T
+    np.testing.assert_allclose(moved, np.round(moved), atol=1e-9)
+    if triangular:
+        fractions = np.linalg.solve(frame.cell.T, placed.T)
+        assert (fractions > -1e-9).all() and (fractions < 1 + 1e-9).all()
+    else:
+        assert not moved.any()
     outer = np.outer(vectors[0], vectors[1])
     turned = np.outer(*frame.turn(vectors))
     np.testing.assert_allclose(frame.turn_back_tensor(turned), outer, atol=1e-12)

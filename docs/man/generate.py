@@ -29,7 +29,7 @@ FILES = {
     "/var/lib/rootstockd, ~/.local/share/rootstockd": "State: weights that were pulled and added, and environments. "
     "Root's is for all users to read.",
     "~/.cache/rootstockd": "What was compiled for models.",
-    "~/.local/state/rootstockd/log/rootstockd.log": "The log of a daemon that systemd does not run.",
+    "/var/log/rootstockd/rootstockd.log, ~/.local/state/rootstockd/log": "Logs of daemons that systemd does not run.",
 }
 ENVIRONMENT = {
     "ROOTSTOCKD_SOCKET": "The session socket of the daemon to talk to; no other is looked for then.",
@@ -47,6 +47,11 @@ EXIT_STATUS = {
     "0": "It was done.",
     "1": "It could not be done; standard error says why, and what to do now.",
     "2": "The command line is wrong.",
+}
+OWN_EXIT_STATUS = {
+    "doctor": {"0": "Nothing is wrong, or nothing worse than a warning.", "1": "Something will not work."},
+    "slurm run": {"any": "The command's own, if it was run; 128 and the number of the signal that ended it."},
+    "attach": {"128+N": "Signal N ended it."},
 }
 
 
@@ -67,7 +72,8 @@ def _page(command: click.Command, path: list[str], ctx: click.Context) -> str:
     name = "-".join(path)
     arguments = [piece for parameter in command.params for piece in parameter.get_usage_pieces(ctx)]
     options = " [OPTIONS]" if path[1:] and len(command.params) > len(arguments) else ""
-    rest = " COMMAND ..." if isinstance(command, click.Group) else "".join(f" {piece}" for piece in arguments)
+    pieces = [piece for piece in command.collect_usage_pieces(ctx) if piece != command.options_metavar]
+    rest = " COMMAND ..." if isinstance(command, click.Group) else "".join(f" {piece}" for piece in pieces)
     lines = [
         '.\\" Written by docs/man/generate.py from the command itself.',
         f'.TH {name.upper()} 1 "" "rootstockd {rootstockd.__version__}" "rootstockd"',
@@ -87,8 +93,7 @@ def _page(command: click.Command, path: list[str], ctx: click.Context) -> str:
     for parameter in command.get_params(ctx):
         if isinstance(parameter, click.Option) and (record := parameter.get_help_record(ctx)):
             lines += _item(*record)
-    own = {"0": "Nothing is wrong, or nothing worse than a warning.", "1": "Something will not work."}
-    status = {**EXIT_STATUS, **own} if path[1:] == ["doctor"] else EXIT_STATUS
+    status = EXIT_STATUS | OWN_EXIT_STATUS.get(" ".join(path[1:]), {})
     if len(path) == 1:
         lines += [*_section("FILES", FILES), *_section("ENVIRONMENT", ENVIRONMENT)]
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import queue
 import signal
@@ -15,7 +16,7 @@ from typing import Any
 
 import click
 
-from rootstock_client.attachment import Attachment, offer, parse_address
+from rootstock_client.attachment import Address, Attachment, offer, parse_address
 from rootstock_client.errors import RootstockError
 from rootstock_client.patience import patience_in_seconds
 from rootstockd.cli.common import Refused, console, fetch_status, socket_in_use, socket_option
@@ -86,20 +87,34 @@ def attach(
     except (ValueError, RootstockError) as error:
         raise Refused(error) from error
     daemon = socket_in_use(socket)
+    told = threading.Lock()
+
+    def describe(text: bytes) -> bytes:
+        """The INIT for the daemon; what only the driver has said is said here, too."""
+        init = system.init(text)
+        if not system.complete and told.acquire(blocking=False):
+            announce(System(json.loads(init)), where)
+        return init
+
     attachments = [
-        Attachment(daemon, where, system.init, patience=patience, wait=wait, shared_memory=shm) for _ in range(count)
+        Attachment(daemon, where, describe, patience=patience, wait=wait, shared_memory=shm) for _ in range(count)
     ]
     with _ended_by_signals():
         try:
             if system.complete:  # what the daemon refuses no driver needs to hear of
                 offer(daemon, system.init(b"")).close()
-                console.print(f"attaching {system} to {where}", markup=False, soft_wrap=True)
+                announce(system, where)
             _run(attachments, daemon)
         except RootstockError as error:
             raise Refused(error) from error
         finally:
             _leave(attachments)
     console.print("the driver has ended")
+
+
+def announce(system: System, where: Address) -> None:
+    """Say what was chosen."""
+    console.print(f"attaching {system} to {where}", markup=False, soft_wrap=True)
 
 
 def _run(attachments: list[Attachment], daemon: Path) -> None:

@@ -31,7 +31,7 @@ from rootstockd.control.schema import DaemonStatus
 from rootstockd.settings.config import Config
 
 console = Console(highlight=False)
-if not console.is_terminal and os.environ.get("COLUMNS", "").strip("0") == "":
+if not console.is_terminal and not os.environ.get("COLUMNS", "").lstrip("0").isdecimal():
     console.width = 10_000  # a file or a pipe has room for whole lines
 
 QUIET = 2.0
@@ -60,6 +60,10 @@ class Refused(click.ClickException):
         super().__init__(str(error))
 
 
+SYSTEM_LOG = Path("/var/log/rootstockd/rootstockd.log")
+"""Of the machine's daemon, where systemd does not have it."""
+
+
 def default_socket() -> Path:
     """Where a new daemon puts its session socket: the job's or the user's runtime directory (root: the system's)."""
     return (SYSTEM_DIR if os.geteuid() == 0 else job_runtime_dir() or user_runtime_dir()) / SOCKET_NAME
@@ -67,6 +71,8 @@ def default_socket() -> Path:
 
 def default_log_file(socket: Path) -> Path:
     """Where a background daemon on `socket` writes its log unless it was told otherwise."""
+    if socket == SYSTEM_DIR / SOCKET_NAME and os.geteuid() == 0:
+        return SYSTEM_LOG
     folder = platformdirs.user_log_path("rootstockd")
     if socket.parent == job_runtime_dir():  # homes are the same on all nodes
         return folder / f"job-{os.environ[JOB_VARIABLE]}.{os.environ.get('SLURMD_NODENAME') or gethostname()}.log"

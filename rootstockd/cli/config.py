@@ -13,11 +13,11 @@ import click
 import tomlkit
 from click.core import ParameterSource
 
-from rootstock_client.errors import RootstockError
+from rootstock_client.errors import ModelLoadError, RootstockError
 from rootstockd.cli.common import Refused, console, default_socket, fetch_config, print_warnings, socket_in_use
-from rootstockd.cli.log import check_log
 from rootstockd.cli.options import devices_of, files_to_read, settings_options, settings_said
 from rootstockd.host.devices import DeviceError, choose_devices, found_devices
+from rootstockd.host.log_file import check_log
 from rootstockd.host.sockets import AddressError, check_host
 from rootstockd.models.catalogue import Catalogue, CatalogueError
 from rootstockd.models.store import located
@@ -145,12 +145,19 @@ def problems_of(settings: Config) -> list[str]:
     except CatalogueError as error:
         return [*problems, str(error)]
     print_warnings(catalogue.warnings())
+    missing, there = [], 0
     for name in settings.models:
         try:
             located(*catalogue.resolve(name))
+            there += 1
+        except ModelLoadError as error:
+            missing.append(f"models: {error}")
         except RootstockError as error:
             problems.append(f"models: {error}")
-    return problems
+    if there:  # a daemon starts with those
+        print_warnings(missing)
+        return problems
+    return problems + missing
 
 
 def _problems_of_places(settings: Config) -> Iterator[str]:

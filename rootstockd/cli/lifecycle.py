@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import click
 
@@ -37,12 +37,12 @@ from rootstockd.cli.common import (
     socket_in_use,
     socket_option,
 )
-from rootstockd.cli.log import open_log
 from rootstockd.cli.options import settings_options, settings_said
 from rootstockd.cli.units import is_systemd, unit_at
 from rootstockd.control.schema import DaemonStatus, ReloadReport
 from rootstockd.host.devices import DeviceError, found_devices
-from rootstockd.host.peers import peer_of
+from rootstockd.host.log_file import open_log
+from rootstockd.host.peers import peer_of, user_name
 from rootstockd.settings.config import Config
 from rootstockd.settings.config_file import ConfigError
 from rootstockd.settings.config_layers import read_again, unknown_variables
@@ -112,8 +112,9 @@ def restart(socket: Path | None) -> None:
     try:
         running = fetch_config(address)
         config = read_again(running) if running else None
-        if config is not None:
-            check_startable(config)  # while there is still a daemon
+        if config is not None:  # while there is still a daemon
+            check_own(address)
+            check_startable(config)
         with daemon_process(address) as process:
             with contextlib.suppress(ConnectionLostError):  # it was on its way down already
                 request(address, "POST", "/v1/stop", {"replaced": True})  # which refuses whoever may not
@@ -147,6 +148,23 @@ def reload(socket: Path | None) -> None:
         )
 
 
+def check_own(address: Path) -> None:
+    """Whether a daemon's successor would be the same user's.
+
+    Raises:
+        Refused: it would not.
+        RootstockError: it does not answer.
+    """
+    with connect(control_socket(address), FORCE_TIMEOUT) as sock:
+        uid = peer_of(sock).uid
+    if uid != os.geteuid():
+        owner = user_name(uid)
+        raise Refused(
+            f"the daemon runs as {owner}, and what you start would not. Restart it as {owner}; `rootstockd stop` and "
+            "`reload` are yours to use."
+        )
+
+
 def check_startable(config: Config) -> None:
     """What a new daemon would say of its files.
 
@@ -155,16 +173,15 @@ def check_startable(config: Config) -> None:
     """
     # imports what only `restart` needs
     from rootstockd.models.catalogue import Catalogue, CatalogueError  # noqa: PLC0415
-    from rootstockd.models.store import located  # noqa: PLC0415
+    from rootstockd.models.store import to_preload  # noqa: PLC0415
 
     try:
         catalogue = Catalogue.load(config.catalogues, config.where("catalogues"))
     except CatalogueError as error:
         raise Refused(error) from error
-    for name in config.models:
-        located(*catalogue.resolve(name))
+    to_preload(config.models, catalogue)
     if config.log_file is not None:
-        open_log(config.log_file).close()
+        prepare_log(config.log_file).close()
 
 
 def serve_in_front(config: Config) -> None:
@@ -211,7 +228,7 @@ def launch(config: Config, *, after: int | None = None) -> subprocess.Popen[byte
         Refused: it can't start, or none of the models it was to load can be loaded.
     """
     assert config.log_file is not None
-    log = open_log(config.log_file)
+    log = prepare_log(config.log_file)
     predecessor = () if after is None else (after,)
     with log:
         position = log.tell()
@@ -253,6 +270,18 @@ def launch(config: Config, *, after: int | None = None) -> subprocess.Popen[byte
         markup=False,
     )
     return process
+
+
+def prepare_log(path: Path) -> BinaryIO:
+    """Open a log, or say why it can't be.
+
+    Raises:
+        Refused: it can't.
+    """
+    try:
+        return open_log(path)
+    except OSError as error:
+        raise Refused(f"can't write the log {path}: {error.strerror}. Choose another --log-file.") from error
 
 
 def wait_until_ready(process: subprocess.Popen[bytes], config: Config, log_position: int) -> DaemonStatus:

@@ -31,6 +31,35 @@ def show(socket: Path | None) -> None:
 
 
 @metrics.command()
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+@socket_option
+def write(file: Path, socket: Path | None) -> None:
+    """Write the metrics to a file, for node_exporter to read.
+
+    For its textfile collector; written at once, so that nobody reads a half. Each has the daemon's socket as a
+    label, as a machine may have several; those that node_exporter has of itself (process_...) are left out. The file
+    stays as it is where no daemon answers.
+
+    \b
+    rootstockd metrics write /var/lib/prometheus/node-exporter/rootstockd.prom
+    """  # noqa: D301 - click wants the character \\b itself
+    # imports what only this command needs
+    from rootstockd.monitoring.textfile import for_textfile  # noqa: PLC0415
+
+    try:
+        path = socket_in_use(socket)
+        text = for_textfile(fetch(path, "GET", "/metrics").decode(), path)
+    except RootstockError as error:
+        raise Refused(error) from error
+    fresh = file.with_name(f"{file.name}.new")
+    try:
+        fresh.write_text(text, encoding="utf-8")
+        fresh.replace(file)
+    except OSError as error:
+        raise Refused(f"can't write {file}: {error.strerror}.") from error
+
+
+@metrics.command()
 def dashboard() -> None:
     """Print a dashboard for Grafana, to be imported there."""
     click.echo(_shipped("grafana-dashboard.json"), nl=False)

@@ -15,12 +15,12 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from rootstock_client.control import request
-from rootstock_client.errors import ModelLoadError, RootstockError
+from rootstock_client.errors import ModelLoadError, RootstockError, UnknownModelError
 from rootstock_client.runtime_dir import find_socket
 from rootstockd.cli.common import Refused, catalogue_option, console, fetch_status, socket_option
 from rootstockd.cli.completion import catalogue_models, models_to_pull
 from rootstockd.cli.quantities import plural
-from rootstockd.environments.finding import find_environment
+from rootstockd.environments.finding import find_environment, has_environment
 from rootstockd.models import store
 from rootstockd.models.add import add as add_file
 from rootstockd.models.add import own_file, remove_entry
@@ -89,8 +89,13 @@ def list_(catalogues: tuple[Path, ...], as_json: bool) -> None:
             escape(entry.licence.partition(":")[0]),
         )
     console.print(table)
-    if lacking := sorted({entry.place[0] for _, entry, state in rows if state == "needs env"}):
-        console.print("\nneeds env: " + ", ".join(f"rootstockd env create {name}" for name in lacking), soft_wrap=True)
+    places = {entry.place for _, entry, state in rows if state in ("needs env", "to pull")}
+    if lacking := sorted(place[0] for place in places if not has_environment(*place)):
+        console.print(
+            "\nnothing can be loaded from these environments until they are built: "
+            + ", ".join(f"rootstockd env create {name}" for name in lacking),
+            soft_wrap=True,
+        )
 
 
 @models.command()
@@ -101,7 +106,12 @@ def show(name: str, catalogues: tuple[Path, ...], as_json: bool) -> None:
     """Show all that is known of a model."""
     with refused():
         catalogue = Catalogue.load(catalogues)
-        name, entry = catalogue.resolve(name)
+        try:
+            name, entry = catalogue.resolve(name)
+        except UnknownModelError as error:
+            raise Refused(
+                f"{error}\nA file that only a daemon was given is to be named here, too: --catalogue."
+            ) from error
         stored = store.weights_of(name, entry) if entry.url else store.find(name)
         state, fingerprint = state_of(name, entry), fingerprint_of(name, entry)
     if as_json:

@@ -239,6 +239,8 @@ def logs(socket: Path | None, lines: int, follow: bool) -> None:
     path = log_file(socket)
     try:
         file = path.open(encoding="utf-8", errors="replace")
+    except PermissionError as error:
+        raise Refused(f"the log {path} is for the daemon's own user to read.") from error
     except OSError as error:
         raise Refused(
             f"no log at {path}: {error.strerror}. If a daemon was started with another --socket or --log-file, name "
@@ -274,10 +276,15 @@ def new_lines(path: Path, file: TextIO) -> Iterator[str]:
 
 
 def log_file(socket: Path | None) -> Path:
-    """The log of the daemon that runs, or of the one that ran."""
-    try:
-        config = fetch_status(find_socket(socket)).config
-        told = config.log_file if config else None
-    except RootstockError:
-        told = None
+    """The log of the daemon that runs, or of the one that ran.
+
+    Raises:
+        Refused: it is not for this user.
+    """
+    told = None
+    with contextlib.suppress(RootstockError):
+        config = fetch_status(found := find_socket(socket)).config
+        if config is None:
+            raise Refused(f"the log of the daemon at {found} is for its own user to read.")
+        told = config.log_file
     return told or default_log_file(socket.absolute() if socket else default_socket())

@@ -274,8 +274,10 @@ def jobs() -> Iterator[Path | None]:
         Refused: this is no job's prolog or epilog.
     """
     job = os.environ.get(JOB_VARIABLE, "")
-    if os.geteuid() != 0 or not job.isdecimal():
+    if os.geteuid() != 0:
         raise Refused("this is for Slurm's Prolog and Epilog, which run as root: see docs/slurm.md.")
+    if not job.isdecimal():
+        raise Refused(f"this is for Slurm's Prolog and Epilog: {JOB_VARIABLE}, which they have, is not set.")
     if unit_at(SITE_SOCKET):
         yield None
         return
@@ -325,5 +327,6 @@ def start_for_node(options: list[str]) -> None:
         while not answers():
             if process.poll() is not None:
                 words.seek(0)
-                raise Refused(f"the node's daemon can't start: {words.read().decode(errors='replace').strip()}")
+                reason = words.read().decode(errors="replace").strip().removeprefix("Error: ")
+                raise Refused(f"the node's daemon can't start: {reason}")
             time.sleep(POLL)

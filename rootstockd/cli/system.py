@@ -56,6 +56,7 @@ def _numbers(formula: str) -> list[int]:
     return [atomic_numbers[symbol] for symbol in string2symbols(formula)]
 
 
+_MISSING = {"model": "which model", "numbers": "which elements the atoms are"}
 _READ: dict[str, Callable[[str], Any]] = {
     "model": str,
     "species": _numbers,
@@ -123,7 +124,7 @@ class System:
         fields = {"pbc": [True] * 3, **read_parameters(text), **self.said}
         if missing := {"model", "numbers"} - fields.keys():
             raise InvalidInitError(
-                f"neither the command nor the driver's INIT says: {' and '.join(sorted(missing))}.",
+                f"nothing says {' or '.join(_MISSING[name] for name in sorted(missing))}.",
                 "Give --model and --structure, or <parameters>{model: NAME, species: FORMULA}</parameters> to i-PI.",
             )
         return json.dumps({"rootstock": PROTOCOL_VERSION, **fields, "attach": True}).encode()

@@ -13,7 +13,7 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rootstock_client.errors import ModelLoadError
 from rootstockd.environments.finding import has_environment
-from rootstockd.models.catalogue import Entry
+from rootstockd.models.catalogue import Catalogue, Entry
 from rootstockd.settings.state_dir import StateError, check_trusted, own_state, state_dirs
 from rootstockd.worker.files import open_regular
 
@@ -190,6 +190,24 @@ def located(name: str, entry: Entry) -> Entry:
     loaded = record.loaded.sha256
     sums = {"sha256": loaded, "original_sha256": record.original.sha256, "converted_sha256": loaded}
     return entry.model_copy(update={"weights": stored.weights, **sums})
+
+
+def to_preload(names: Iterable[str], catalogue: Catalogue) -> tuple[list[tuple[str, Entry]], list[ModelLoadError]]:
+    """The models that a daemon loads at its start, and why it can't load the others: the weights are not here.
+
+    Raises:
+        UnknownModelError: there is no such model.
+        ModelLoadError: no weights of any are here.
+    """
+    found, missing = [], []
+    for name, entry in map(catalogue.resolve, names):
+        try:
+            found.append((name, located(name, entry)))
+        except ModelLoadError as error:
+            missing.append(error)
+    if missing and not found:
+        raise missing[0]
+    return found, missing
 
 
 def lack(name: str, entry: Entry) -> str:

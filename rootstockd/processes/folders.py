@@ -38,7 +38,12 @@ _CACHES = {
 _SCRATCH = "rootstockd-worker-"
 _SOCKETS = Path("/tmp"), "ipi_rootstockd-"  # noqa: S108 - programs that dial in look for sockets in /tmp/ipi_...
 """Where sockets lie, which is not for a TMPDIR to say, and how their folders' names begin."""
-_MPI_ALONE = {"OMPI_MCA_ess_singleton_isolated": "1", "OMPI_MCA_btl": "^tcp", "UCX_TLS": "self"}
+_MPI_ALONE = {
+    "OMPI_MCA_ess_singleton_isolated": "1",
+    "OMPI_MCA_btl": "^tcp",
+    "UCX_TLS": "self",
+    "UCX_LOG_LEVEL": "error",  # it warns of the network that is not there
+}
 """For one process of Open MPI or MPICH that has no network, as a confined program has none."""
 
 

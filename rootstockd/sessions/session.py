@@ -355,7 +355,9 @@ class Session(asyncio.BufferedProtocol):
         if natoms != self.slot.natoms:
             raise InvalidStructureError(
                 f"POSDATA has {natoms} atoms, INIT announced {self.slot.natoms}.",
-                "Send a new INIT when atoms come or go.",
+                "Send a new INIT when atoms come or go."
+                if self._line is None
+                else "The structure, or the species, given to `attach` has to have the driver's atoms.",
             )
         return self.slot.positions_bytes
 

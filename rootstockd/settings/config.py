@@ -183,6 +183,13 @@ class Settings(BaseModel):
         """Whether others than the daemon's own user may reach it: the system's daemon, or one with lists of them."""
         return self.socket.parent == SYSTEM_DIR or self.access.restricted or self.access.socket_group is not None
 
+    @property
+    def socket_mode(self) -> int:
+        """Of both sockets."""
+        if self.access.socket_group is not None:
+            return 0o660
+        return 0o666 if self.shared else 0o600
+
     def quota(self, user: str) -> Quota:
         """What a user may have."""
         own = self.users.get(user)

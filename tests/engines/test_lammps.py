@@ -175,6 +175,21 @@ def test_surfaces_and_clusters(calculator, tmp_path):
         np.testing.assert_allclose(atoms.get_forces(), own.get_forces(), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("cell", ["cubic", "skewed"])
+def test_atoms_that_have_left_the_cell_long_ago(calculator, tmp_path, cell):
+    """As those of a long run of MD, which ASE does not wrap; LAMMPS would lose them at its start, and say nothing."""
+    atoms = bulk("Cu", cubic=True) * 2 if cell == "cubic" else bulk("Cu") * 3
+    atoms.rattle(0.1, seed=1)
+    moved = atoms.copy()
+    moved.positions[::3] += np.array([3, -2, 5]) @ atoms.cell.array
+    moved.positions[1::3] -= 2 * atoms.cell.array[2]
+    own = of_lammps_alone(atoms, tmp_path)
+    moved.calc = calculator
+    assert moved.get_potential_energy() == pytest.approx(own.get_potential_energy(), rel=CONSTANTS)
+    np.testing.assert_allclose(moved.get_forces(), own.get_forces(), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(moved.get_stress(), own.get_stress(), rtol=0, atol=1e-7)
+
+
 def test_the_engine_conforms(entry):
     spec = json.dumps(dataclasses.asdict(spec_of("cu-eam", Entry.model_validate(entry))))
     with tempfile.TemporaryDirectory(prefix="ipi_", dir="/tmp") as folder:

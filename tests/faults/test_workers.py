@@ -476,3 +476,29 @@ def test_what_exhausts_the_memory_of_mace_is_told_so(start_daemon, tmp_path: Pat
         for atoms, right in zip(small, before, strict=True):
             np.testing.assert_allclose(forces(atoms), right, atol=1e-9)
     daemon.stop()
+
+
+def test_a_batch_that_does_not_fit_memory_is_done_in_parts(start_daemon, tmp_path: Path) -> None:
+    """With MACE, and memory that is really used up: nobody hears of it, and all get the numbers that they get alone."""
+    config = tmp_path / "config.toml"
+    config.write_text("worker_memory = 850_000_000\nbatch_atoms = 1_000_000\n")
+    daemon = start_daemon("--config", str(config), "--model", "mace-emt-small")
+    jobs = [bulk("Cu", cubic=True) * (9, 9, 9) for _ in range(6)]
+    for seed, atoms in enumerate(jobs):
+        atoms.rattle(0.1, seed=seed)
+
+    def forces(atoms: Atoms) -> Any:
+        with daemon.client().calculator("mace-emt-small") as calculator:
+            return calculator.get_forces(atoms)
+
+    alone = [forces(atoms) for atoms in jobs]
+    before = daemon.model("mace-emt-small")
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        together = list(pool.map(forces, jobs))
+    for found, right in zip(together, alone, strict=True):
+        np.testing.assert_allclose(found, right, atol=1e-9)
+    after = daemon.model("mace-emt-small")
+    assert after["batches"] - before["batches"] < len(jobs), "there was no batch"
+    assert after["batch_atoms"] < before["batch_atoms"], "all of it fitted"
+    assert (after["pid"], after["restarts"]) == (before["pid"], 0)
+    daemon.stop()

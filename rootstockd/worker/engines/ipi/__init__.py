@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -156,7 +155,7 @@ class IpiEngine:
                 f"periodic, where {self._program} is given a box of {ALONE:g} Å",
                 "Look for an atom that has flown off.",
             )
-        positions = frame.turn(task.positions[prepared.order])
+        positions = frame.place(task.positions[prepared.order])
         if prepared.start is None or prepared.system.exact or self._has_strayed(frame.cell, prepared.start[0]):
             prepared.start = frame.cell, positions
         return _Evaluation(prepared.system, prepared.order, prepared.start, frame, positions, task.stress)
@@ -281,8 +280,7 @@ def check_program(name: str, recipe: Recipe) -> Tuple[str, str]:
         raise EngineError(
             "model-load",
             f"model {name!r}: there is no program {recipe.program!r}",
-            "Install it, or name it with its whole path: the daemon's own PATH is where it is looked for, "
-            f"{os.environ.get('PATH', '')}.",
+            "Install it, or name it with its whole path: it is looked for in the daemon's own PATH.",
         )
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     if recipe.sha256 not in ("", digest):

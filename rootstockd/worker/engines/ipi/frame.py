@@ -20,10 +20,12 @@ class Frame:
     Args:
         cell: (3, 3), Å, rows are lattice vectors; those of open directions play no part.
         pbc: which directions are periodic.
-        triangular: turn it so that a lies along x and b in the xy plane, each on its positive side.
+        triangular: turn it so that a lies along x and b in the xy plane, each on its positive side, and have all atoms
+            within: LAMMPS is of this kind, and loses atoms that its first structure has two cells away, without a word.
     """
 
     def __init__(self, cell: Array, pbc: Tuple[bool, bool, bool], *, triangular: bool) -> None:
+        self._within = triangular
         self._open, cell = _complete(cell, pbc)
         if np.linalg.det(cell) < 0:  # the same lattice; many programs want no left-handed one
             cell = cell[[1, 0, 2]]
@@ -39,6 +41,14 @@ class Frame:
     def is_too_large(self, positions: Array) -> bool:
         """Whether atoms, (natoms, 3), Å, would come near their images in a direction that is not periodic."""
         return bool((np.ptp(positions @ self._open.T, axis=0) > ALONE - APART).any())
+
+    def place(self, positions: Array) -> Array:
+        """Positions, (natoms, 3), Å, as the program sees them."""
+        placed = self.turn(positions)
+        if self._within:
+            fractions: Array = np.linalg.solve(self.cell.T, placed.T).T
+            placed -= np.floor(fractions) @ self.cell
+        return placed
 
     def turn(self, vectors: Array) -> Array:
         """(natoms, 3), from the session's axes to the program's."""

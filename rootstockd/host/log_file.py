@@ -1,27 +1,23 @@
-"""The log of a daemon in the background: a file of its own user's, for nobody else to read."""
+"""The log of a daemon in the background: its standard output and error."""
 
 from __future__ import annotations
 
 import errno
 import os
 import stat
+import sys
 from pathlib import Path
 from typing import BinaryIO
 
-from rootstockd.cli.common import Refused
-
 
 def open_log(path: Path) -> BinaryIO:
-    """Open a log for its daemon to write, with folders for it.
+    """Open a log for its daemon to write, and for nobody else to read.
 
     Raises:
-        Refused: it can't be, or somebody else could read or change it.
+        OSError: it can't be, or somebody else could read or change it.
     """
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return os.fdopen(_open(path, os.O_CREAT), "ab")
-    except OSError as error:
-        raise Refused(f"can't write the log {path}: {error.strerror}. Choose another --log-file.") from error
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return os.fdopen(_open(path, os.O_CREAT), "ab")
 
 
 def check_log(path: Path) -> None:
@@ -48,3 +44,17 @@ def _open(path: Path, flags: int = 0) -> int:
         os.close(fd)
         raise PermissionError(errno.EPERM, f"it belongs to uid {info.st_uid}")
     return fd
+
+
+def reopen_log(path: Path) -> None:
+    """Write into `path` from now on, where this process's log was moved away from it, as logrotate does.
+
+    Raises:
+        OSError: it can't be opened; all goes on into the old one.
+    """
+    ours = sys.stderr.fileno()
+    if path.exists() and os.path.samestat(path.stat(), os.fstat(ours)):
+        return
+    with open_log(path) as log:
+        for stream in (sys.stdout.fileno(), ours):
+            os.dup2(log.fileno(), stream)
