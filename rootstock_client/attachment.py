@@ -25,6 +25,7 @@ from rootstock_client.errors import (
     ProtocolError,
     RootstockError,
     UserLimitError,
+    model_changed,
 )
 from rootstock_client.patience import Outage
 from rootstock_client.shared_memory import Translation
@@ -122,6 +123,30 @@ def _greet(stream: socket.socket) -> bytes | None:
             raise ProtocolError(f"the driver began with {word!r}, which is not i-PI's protocol.")
 
 
+class Potential:
+    """What has computed for a driver, which has no notion of it: no other shall go on with its trajectory."""
+
+    def __init__(self) -> None:
+        self._model = self._fingerprint = ""
+
+    def computed(self, fingerprint: str) -> None:
+        """A connection has had its first result, by what has this fingerprint.
+
+        Raises:
+            ModelChangedError: another one has had another's.
+        """
+        self._fingerprint = self._fingerprint or fingerprint
+        if fingerprint != self._fingerprint:
+            instead = "To go on with the new one, attach anew."
+            raise model_changed(self._model, self._fingerprint, fingerprint, instead)
+
+    def in_init(self, init: bytes) -> bytes:
+        """An INIT that asks for no other."""
+        fields = json.loads(init)
+        self._model = fields["model"]
+        return json.dumps({**fields, "fingerprint": self._fingerprint}).encode() if self._fingerprint else init
+
+
 class Attachment:
     """One of a driver's connections, served by a daemon until the driver ends.
 
@@ -132,6 +157,7 @@ class Attachment:
         patience: seconds to wait for a daemon that has gone.
         wait: seconds to wait for the driver to listen.
         shared_memory: it is i-PI in ``mode="shm"``.
+        potential: what has computed for the driver so far, one for all of its connections.
     """
 
     def __init__(
@@ -143,7 +169,9 @@ class Attachment:
         patience: float,
         wait: float,
         shared_memory: bool = False,
+        potential: Potential | None = None,
     ) -> None:
+        self._potential = potential or Potential()
         self._daemon, self._address, self._describe = daemon, address, describe
         self._patience, self._wait = patience, wait
         self._shared_memory = shared_memory
@@ -167,11 +195,11 @@ class Attachment:
                 if self._stream is None and not self._dial(first=not met):
                     return
                 assert self._stream is not None
-                with offer(self._daemon, self._init) as line:
+                with offer(self._daemon, self._potential.in_init(self._init)) as line:
                     met = self.attached = True
                     outage.over()
                     outage = Outage(self._daemon)
-                    hand_over(line, self._stream)
+                    hand_over(line, self._stream, self._potential.computed)
                     if self._translation is not None and self._translation.error is not None:
                         raise self._translation.error
                     return
@@ -234,8 +262,13 @@ def offer(daemon: Path, init: bytes) -> socket.socket:
         raise
 
 
-def hand_over(line: socket.socket, stream: socket.socket) -> None:
+def hand_over(line: socket.socket, stream: socket.socket, computed: Callable[[str], object] = lambda _: None) -> None:
     """Hand a stream over to the daemon, and wait until its driver ends.
+
+    Args:
+        line: to the daemon.
+        stream: the driver's.
+        computed: told the fingerprint of what has computed its first result.
 
     Raises:
         RootstockError: why the daemon has ended it.
@@ -243,7 +276,8 @@ def hand_over(line: socket.socket, stream: socket.socket) -> None:
     """
     try:
         socket.send_fds(line, [ipi.ATTACH], [stream.fileno()])
-        answer = receive(line, ipi.HEADER_SIZE)
+        while (answer := receive(line, ipi.HEADER_SIZE)) == ipi.MODEL:
+            computed(receive(line, *ipi.INT.unpack(receive(line, ipi.INT.size))).decode())
     except OSError:
         answer = b""
     if answer != ipi.EXIT:

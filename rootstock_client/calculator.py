@@ -17,7 +17,7 @@ from ase.calculators.calculator import Calculator, CalculatorSetupError, Propert
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from rootstock_client.connection import Connection
-from rootstock_client.errors import ModelChangedError, ProtocolError, UnsupportedError
+from rootstock_client.errors import ProtocolError, UnsupportedError, model_changed
 from rootstock_client.ipi import FloatArray, ForceReady
 from rootstock_client.patience import patience_in_seconds
 from rootstock_client.snapshot import Box, Snapshot
@@ -270,13 +270,8 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
             self.fingerprint = fingerprint or self.fingerprint
             return
         self._connection.close()  # a session keeps its model, and the next shall find what has been put back meanwhile
-        model = self.parameters["model"]
-        raise ModelChangedError(
-            f"model {model!r} is another than before: its fingerprint was {self.fingerprint} and is {fingerprint} now.",
-            "To go on with the new one, make a new calculator. To go on with the old one, have whoever runs the daemon "
-            f"restore its catalogue entry (`rootstockd models show {model}`) and `rootstockd reload`, or restore the "
-            "packages of its environment; then repeat the step.",
-        )
+        instead = "To go on with the new one, make a new calculator."
+        raise model_changed(self.parameters["model"], self.fingerprint, fingerprint, instead)
 
     def describe(self, snapshot: Snapshot, box: Box, wanted: frozenset[str]) -> bytes:
         """The INIT text for a system and what is wanted of it; made anew only when something in it has changed."""

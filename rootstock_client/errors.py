@@ -115,6 +115,23 @@ class ModelChangedError(RootstockError):
     code = "model-changed"
 
 
+def model_changed(model: str, before: str, now: str, instead: str) -> ModelChangedError:
+    """What is said where a model has another fingerprint than before.
+
+    Args:
+        model: its name.
+        before: the fingerprint that it had.
+        now: the one that it has.
+        instead: how to go on with the new one, a sentence.
+    """
+    return ModelChangedError(
+        f"model {model!r} is another than before: its fingerprint was {before} and is {now} now.",
+        f"{instead} To go on with the old one, have whoever runs the daemon restore its catalogue entry "
+        f"(`rootstockd models show {model}`) and `rootstockd reload`, or restore the packages of its environment; then "
+        "repeat the step.",
+    )
+
+
 class NotAModelError(ModelLoadError):
     """A file of weights that is no model of its family, or not one that its engine can read."""
 

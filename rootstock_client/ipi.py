@@ -19,7 +19,8 @@ GETFORCE    -                                                               FORC
                                                                             B x (int32 n, n bytes of extras)
                                                                             or ERROR int32 n, n bytes of JSON
 EXIT        -                                                               the connection is closed
-ATTACH      -, and a descriptor beside the stream (docs/protocol.md)        at its end EXIT, or ERROR
+ATTACH      -, and a descriptor beside the stream (docs/protocol.md)        MODEL int32 n, n bytes; at the end EXIT, or
+                                                                            ERROR
 =========== =============================================================== ==========================================
 
 Every STATUS and every GETFORCE has exactly one answer, and nothing else has any: a driver may pipeline as it likes.
@@ -58,6 +59,8 @@ STATUS, INIT, POSDATA, GETFORCE, EXIT = map(header, ("STATUS", "INIT", "POSDATA"
 ATTACH = header("ATTACH")
 """What a driver's stream is handed over with: an ordinary byte has to go along with a descriptor."""
 NEEDINIT, READY, HAVEDATA, FORCEREADY, ERROR = map(header, ("NEEDINIT", "READY", "HAVEDATA", "FORCEREADY", "ERROR"))
+MODEL = header("MODEL")
+"""On the line of a stream that was handed over: the fingerprint of what has computed the first result."""
 
 
 @dataclass(frozen=True)

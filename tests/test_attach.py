@@ -23,12 +23,13 @@ from ase.build import bulk
 from ase.calculators.emt import EMT
 from ase.calculators.socketio import SocketIOCalculator
 
-from conftest import RunningDaemon, wait_for
+from conftest import RunningDaemon, open_descriptors, wait_for
 from rootstock_client import ipi
 from rootstock_client.attachment import offer, parse_address
 from rootstock_client.errors import InvalidInitError, ProtocolError, RootstockError
 from rootstock_client.shared_memory import Translation
 from rootstockd.cli.system import System, read_parameters, read_structure
+from rootstockd.host.descriptors import DESCRIPTORS_A_SESSION
 
 BIN = Path(sys.executable).parent
 STEPS = 12
@@ -218,6 +219,29 @@ def test_ipi_does_not_notice_that_its_daemon_is_killed(
     same(trajectory(folder), reference(8))
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_ipi_never_goes_on_with_another_potential(start_daemon, folder: Path, count: int) -> None:
+    """The catalogue's entry is another when the daemon is back: the driver gets no number of it."""
+    what = '{{ calculator = "ase.calculators.lj:LennardJones", options = {{ epsilon = {} }} }}'
+    entry = f'[mine]\nfamily = "ase"\narguments = {what}\n'
+    catalogue = folder / "models.toml"
+    catalogue.write_text(entry.format(0.1))
+    daemon = start_daemon("--catalogue", str(catalogue))
+    options = ["--model", "mine", "--structure", folder / "init.xyz", "--count", str(count)]
+    with running_ipi(folder, beads=count, steps=100_000), attached(daemon, folder / "ipi", *options) as command:
+        wait_for(lambda: daemon.client().status()["evaluations"] > 8, timeout=60)
+        catalogue.write_text(entry.format(0.2))
+        assert daemon.run("reload").returncode == 0
+        done = daemon.client().status()["evaluations"]  # a session keeps its model
+        wait_for(lambda: daemon.client().status()["evaluations"] > done + 8, timeout=60)
+        assert daemon.run("restart").returncode == 0
+        status, said = end_of(command)
+        assert status == 1
+        assert "model 'mine' is another than before" in said and "attach anew" in said
+    energies = np.loadtxt(folder / "out.properties")[:, -1]
+    assert np.ptp(energies) < 1e-3, "the conserved quantity of one potential"
+
+
 # --- ASE
 
 
@@ -354,6 +378,9 @@ def test_only_a_connected_stream_is_taken(daemon: RunningDaemon, folder: Path) -
     with offer(daemon.socket, INIT) as line:
         line.sendall(ipi.ATTACH)
         assert "without a descriptor" in last_words(line).message
+    with offer(daemon.socket, INIT) as line:  # the daemon would have both of its ends
+        socket.send_fds(line, [ipi.ATTACH], [line.fileno()])
+        assert "leads to this daemon" in last_words(line).message
     with offer(daemon.socket, INIT) as line:
         line.sendall(ipi.POSDATA)
 
@@ -386,6 +413,16 @@ def test_what_its_owner_does_to_a_stream_holds_nobody_up(daemon: RunningDaemon) 
         while len(reply) < size:
             reply += ours.recv(2**20)
         assert reply[:12] == ipi.FORCEREADY
+
+
+def test_the_descriptors_of_a_session_are_as_many_as_are_counted(own_daemon: RunningDaemon) -> None:
+    before = open_descriptors(own_daemon.pid)
+    ours, theirs = socket.socketpair()
+    with ours, theirs, offer(own_daemon.socket, INIT) as line:
+        socket.send_fds(line, [ipi.ATTACH], [theirs.fileno()])
+        ours.sendall(ipi.POSDATA + bytes(ipi.CELL_PAIR) + ipi.INT.pack(1) + bytes(24) + ipi.GETFORCE)
+        assert ours.recv(12) == ipi.FORCEREADY
+        wait_for(lambda: open_descriptors(own_daemon.pid) - before == DESCRIPTORS_A_SESSION)
 
 
 @pytest.mark.parametrize("batch", [1, 2])

@@ -28,7 +28,8 @@ from rootstockd.worker.engines.ipi.program import SOCKETS_VARIABLE
 
 STAND_IN = Path(__file__).parent / "programs/stand_in.py"
 SPRING = HARTREE / BOHR**2
-WAYS = ("right", "tidy", "dies", "garbage", "twice", "mortal", "choosy", "nan", "infinite", "short", "long")
+WAYS = ("right", "tidy", "dies", "garbage", "twice", "mortal", "choosy", "slain")
+ANSWERS = ("nan", "infinite", "short", "long", "surplus")
 
 
 def python(*arguments):
@@ -50,7 +51,7 @@ def entries(tmp_path_factory):
     for symbol, path in potcars.items():
         path.write_text(f"{symbol}\n")
     return {
-        **{way: stand_in(way) for way in WAYS},
+        **{way: stand_in(way) for way in (*WAYS, *ANSWERS)},
         "one": stand_in("right", programs=1),
         "meet": stand_in("meet", programs=3, parallel=2),
         "no-virial": stand_in("no virial", stress=True),
@@ -220,6 +221,20 @@ def test_a_program_that_dies_now_and_then_costs_a_job_nothing_but_time(daemon, w
             np.testing.assert_allclose(water.get_forces(), spring_forces(water), rtol=1e-12)
 
 
+def test_a_program_that_is_killed_before_it_has_connected_is_started_again(daemon, water):
+    _, forces, _ = evaluate(daemon, "slain", water)
+    np.testing.assert_allclose(forces, spring_forces(water), rtol=1e-12)
+
+
+def test_what_nobody_has_asked_for_is_nobodys_answer(daemon, water):
+    with daemon.client().calculator("surplus") as calculator:
+        water.calc = calculator
+        water.get_forces()
+        water.rattle(0.1, seed=1)
+        with pytest.raises(EvaluationError, match="which nobody had asked for"):
+            water.get_forces()
+
+
 def test_a_program_that_dies_of_a_structure(daemon, water):
     far_off = water.copy()
     far_off.positions += 100
@@ -235,7 +250,7 @@ def test_a_program_that_dies_of_a_structure(daemon, water):
         ("dies", "no licence was found"),
         ("never", "did not connect within 0.5 s"),
         ("twice", "nobody was there for the second"),
-        ("garbage", "where READY was due"),
+        ("garbage", "which nobody had asked for"),
         ("nan", "NaN or infinite numbers for forces"),
         ("infinite", "NaN or infinite numbers for energy"),
         ("short", "forces of 2 atoms for a structure of 3"),

@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from rootstock_client.attachment import Address, Attachment, offer, parse_address
+from rootstock_client.attachment import Address, Attachment, Potential, offer, parse_address
 from rootstock_client.errors import RootstockError
 from rootstock_client.patience import patience_in_seconds
 from rootstockd.cli.common import Refused, console, fetch_status, socket_in_use, socket_option
@@ -96,8 +96,10 @@ def attach(
             announce(System(json.loads(init)), where)
         return init
 
+    potential = Potential()
     attachments = [
-        Attachment(daemon, where, describe, patience=patience, wait=wait, shared_memory=shm) for _ in range(count)
+        Attachment(daemon, where, describe, patience=patience, wait=wait, shared_memory=shm, potential=potential)
+        for _ in range(count)
     ]
     with _ended_by_signals():
         try:

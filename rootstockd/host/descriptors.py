@@ -6,8 +6,9 @@ import resource
 
 RESERVED_DESCRIPTORS = 52
 """For all but sessions: the daemon's own files and sockets, its workers and starting one, 16 control connections."""
-DESCRIPTORS_A_SESSION = 3
-"""Its socket, the memory of its slot, and a driver's stream where one was handed over."""
+DESCRIPTORS_A_SESSION = 4
+"""Its socket, the memory of its slot (twice: Python's mmap has one of its own), and a driver's stream where one was
+handed over."""
 MIN_LINGERING = 4
 
 

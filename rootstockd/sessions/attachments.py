@@ -17,6 +17,7 @@ from typing import Protocol
 
 from rootstock_client import ipi
 from rootstock_client.errors import LimitError, ProtocolError, RootstockError
+from rootstockd.host.peers import peer_of
 
 _ONE_DESCRIPTOR = socket.CMSG_LEN(4)
 """Not CMSG_SPACE, whose padding has room for a second one."""
@@ -101,6 +102,12 @@ class Line(asyncio.Protocol):
             self._loop.remove_reader(self._socket)
             self._socket.close()
 
+    def tell_model(self, fingerprint: str) -> None:
+        """Say what has computed the first result."""
+        if self._open:
+            text = fingerprint.encode()
+            self._transport.write(ipi.MODEL + ipi.INT.pack(len(text)) + text)
+
     def end(self, error: RootstockError | None) -> None:
         """Say how it ended: why the daemon ended it, or that the driver did."""
         if self._open:
@@ -130,6 +137,8 @@ def _unfit(stream: socket.socket) -> str:
         stream.getpeername()
     except OSError:
         return "the socket is not connected"
+    if stream.family == socket.AF_UNIX and peer_of(stream).pid == os.getpid():
+        return "it leads to this daemon, which would wait for itself for ever"
     return ""
 
 

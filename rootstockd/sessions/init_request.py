@@ -78,6 +78,8 @@ class InitRequest(BaseModel):
     """What follows on this connection is a stock driver, and all of this holds for its own INIT."""
     attach: bool = False
     """The stream of a stock driver that has said its INIT is handed over next, as a descriptor."""
+    fingerprint: str | None = Field(default=None, max_length=64)
+    """Of the potential that the driver of an `attach` had before, which can't compare by itself."""
 
     @field_validator("dispersion", mode="before")
     @classmethod

@@ -17,6 +17,7 @@ from rootstock_client.errors import (
     LimitError,
     RootstockError,
     error_from_code,
+    model_changed,
 )
 from rootstockd.fleet.warm_model import WorkerKey
 from rootstockd.host.peers import Peer, user_name
@@ -69,6 +70,8 @@ class Session(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport
         self._preset: InitRequest | None = None
         self._line: Line | None = None
+        self._potential = ""
+        """The fingerprint of what has computed for a driver that can't compare it."""
         self._leaving = False
         self._model: Supervisor | None = None
         self._key: WorkerKey | None = None
@@ -278,6 +281,7 @@ class Session(asyncio.BufferedProtocol):
         if json:
             self._preset = request if request.stock else None
         if json and request.attach:
+            self._potential = request.fingerprint or ""
             self._ipi.accept(request.batch_size, announced=True, offered=True)
             return
         stock = self._preset is not None
@@ -385,12 +389,26 @@ class Session(asyncio.BufferedProtocol):
             return  # the driver has gone, or gone on, meanwhile
         self._evaluation = None
         self.account.queued -= 1
+        if error is None and self._line is not None:
+            error = self._changed()
         if error is None:
             self.evaluations += 1
             self._ipi.finish()
         else:
             self._ipi.fail(error)
         self._advance()
+
+    def _changed(self) -> RootstockError | None:
+        """That a driver whose stream was handed over would get the result of another potential than before."""
+        assert self._line is not None and self._model is not None
+        now = self._model.fingerprint
+        if not self._potential:
+            self._potential = now
+            self._line.tell_model(now)
+        if now == self._potential:
+            return None
+        instead = "To go on with the new one, attach anew."
+        return model_changed(self._model.spec.name, self._potential, now, instead)
 
     def end(self, error: RootstockError | None) -> None:
         """Say no more; let the driver read what was said, and read what it still says, before closing."""

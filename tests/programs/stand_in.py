@@ -123,6 +123,13 @@ def die_after_three(count=[0]):  # noqa: B006 - it counts
         os.abort()
 
 
+def answer_twice(client, energy, forces):
+    """The second is that of the next structure, which it has not seen."""
+    client.answer(energy, forces)
+    client.write("READY")
+    client.answer(energy, forces)
+
+
 def with_numbers(change):
     return lambda client, energy, forces: client.answer(*change(energy, forces))
 
@@ -195,6 +202,9 @@ def main(way, name=""):
             serve(name, [], before=wait)
         finally:
             leave()
+    elif way == "slain" and not (before := Path.cwd().parent / "slain").exists():
+        before.touch()  # the next one of this worker lives
+        os.kill(os.getpid(), signal.SIGKILL)
     elif way == "ranks":
         ranks = subprocess.Popen(["sleep", "1000"], start_new_session=True)
         print(ranks.pid)
@@ -213,6 +223,7 @@ def main(way, name=""):
                 "infinite": with_numbers(lambda energy, forces: (float("inf"), forces)),
                 "short": with_numbers(lambda energy, forces: (energy, forces[3:])),
                 "long": with_numbers(lambda energy, forces: (energy, [*forces, 0.0, 0.0, 0.0])),
+                "surplus": answer_twice,
                 "no virial": with_numbers(lambda energy, forces: (energy, forces, [0.0] * 9)),
             }.get(way, Client.answer),
         )

@@ -218,20 +218,27 @@ class IpiEngine:
         )
 
     def _start(self, evaluation: _Evaluation) -> Program:
-        """A program for a system. Its file may have changed since the last one was started: it is looked at again.
+        """A program for a system; one that is killed before it has connected is started once more.
+
+        Its file may have changed since the last one was started: it is looked at again.
 
         Raises:
             EngineError: there is none.
         """
-        path, digest = check_program(self._name, self._recipe)
-        try:
-            return Program(self._recipe, path, digest, self._context(evaluation), confined=self._confined)
-        except StartError as error:
-            raise EngineError(
-                "evaluation",
-                f"model {self._name!r}: {self._program} {error}",
-                "Its command and its input come from the catalogue's entry; what it printed says what is wrong.",
-            ) from error
+        for again in (True, False):
+            path, digest = check_program(self._name, self._recipe)
+            try:
+                return Program(self._recipe, path, digest, self._context(evaluation), confined=self._confined)
+            except StartError as error:
+                log.warning("model %s: %s %s", self._name, self._program, error)
+                if again and error.killed:
+                    continue
+                raise EngineError(
+                    "evaluation",
+                    f"model {self._name!r}: {self._program} {error}",
+                    "Its command and its input come from the catalogue's entry; what it printed says what is wrong.",
+                ) from error
+        raise AssertionError
 
     def _backend(self, digest: str) -> str:
         return f"{self._program} (SHA-256 {digest[:12]}...)"

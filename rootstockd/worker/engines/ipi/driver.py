@@ -60,6 +60,7 @@ class Driver:
             NonsenseError: it gave something else.
         """
         natoms = len(positions)
+        self._check_silence()
         if (status := self._status()) == "NEEDINIT":
             self._send(_INIT)
             status = self._status()
@@ -101,6 +102,23 @@ class Driver:
             EndedError: it has ended.
         """
         self._send(_EXIT)
+
+    def _check_silence(self) -> None:
+        """Whether nothing lies unread: it would be taken for what is asked next.
+
+        Raises:
+            EndedError: the program has ended.
+            NonsenseError: it has said more than it was asked.
+        """
+        try:
+            unread = self._connection.recv(_HEADER, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            raise EndedError from error
+        if not unread:
+            raise EndedError
+        raise NonsenseError(f"said {unread!r}, which nobody had asked for")
 
     def _status(self) -> str:
         self._send(_STATUS)

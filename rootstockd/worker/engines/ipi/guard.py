@@ -97,12 +97,14 @@ def _watch(pid: int, output: int, control: int) -> "tuple[bytes, bytes]":
 
 
 def segments_of(guard: int) -> "set[str]":
-    """Names of what a guard's program and its children have mapped in /dev/shm."""
+    """Names of what a guard's program and its children have in /dev/shm, mapped or open."""
     found = set()
     for pid in _descendants(guard):
         with contextlib.suppress(OSError):
             lines = Path(f"/proc/{pid}/maps").read_text(errors="surrogateescape").splitlines()
             found |= {line.partition(f" {_SEGMENTS}")[2] for line in lines}
+            for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+                found.add(str(descriptor.readlink()).partition(_SEGMENTS)[2])
     return found - {""}
 
 

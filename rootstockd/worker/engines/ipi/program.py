@@ -37,7 +37,16 @@ MOST = 1200
 
 
 class StartError(Exception):
-    """The program can't be started, or does not connect; its text says why, after the program's name."""
+    """The program can't be started, or does not connect; its text says why, after the program's name.
+
+    Args:
+        text: why.
+        killed: by a signal, which says nothing of the program.
+    """
+
+    def __init__(self, text: str, *, killed: bool = False) -> None:
+        super().__init__(text)
+        self.killed = killed
 
 
 class Program:
@@ -59,6 +68,8 @@ class Program:
         self._folder = tempfile.mkdtemp(prefix="program-")
         self._guard: subprocess.Popen[bytes] | None = None
         self._connection: socket.socket | None = None
+        self.killed = False
+        """It has ended, and by a signal, or its guard was killed."""
         try:
             with self._listen() as (listening, name):
                 self._write_files(recipe, {**context, "socket": name})
@@ -133,7 +144,7 @@ class Program:
                     return connection
                 connection.close()
             elif self._report in ready:
-                raise StartError(f"did not connect: {self.finish()}")
+                raise StartError(f"did not connect: {self.finish()}", killed=self.killed)
         raise StartError(f"did not connect within {patience:g} s (start_timeout): {self.finish()}")
 
     def _tell_segments(self) -> None:
@@ -182,7 +193,9 @@ class Program:
         if self._connection is not None:
             self._connection.close()
         shutil.rmtree(self._folder, ignore_errors=True)
-        return _in_words(json.loads(told or b"{}"))
+        report = json.loads(told or b"{}")
+        self.killed = "error" not in report and report.get("status", -1) < 0
+        return _in_words(report)
 
 
 def _pipe(reader: contextlib.ExitStack, writer: contextlib.ExitStack) -> Tuple[int, int]:
