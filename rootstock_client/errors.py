@@ -169,7 +169,7 @@ class DaemonFullError(LimitError):
 
 
 class UserLimitError(LimitError):
-    """One user has all the sessions or models that one user may have; the daemon may have room for others."""
+    """One user has all the sessions, atoms, models or evaluations that one user may have; others may have room."""
 
     code = "user-limit"
 

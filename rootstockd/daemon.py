@@ -70,7 +70,7 @@ class Daemon:
         self.config = config
         self._log_file = log_file
         self._manager = manager or Manager({})
-        self.catalogue = Catalogue.load(config.catalogues)
+        self.catalogue = Catalogue.load(config.catalogues, config.where("catalogues"))
         # atomic numbers take up to four bytes each; the rest of an INIT is short
         self.limits = ipi.Limits(atoms=config.max_atoms, init=64 * 1024 + 5 * config.max_atoms)
         self.fleet = Fleet(config)
@@ -208,7 +208,7 @@ class Daemon:
             except OSError as error:
                 log.warning("the log goes on in the old file: can't open %s: %s", self._log_file, error.strerror)
         fresh = read_again(self.config)
-        catalogue = Catalogue.load(fresh.catalogues)
+        catalogue = Catalogue.load(fresh.catalogues, fresh.where("catalogues"))
         restart_needed = sorted(name for name in changes(self.config, fresh) if not reloadable(name))
         self.config = take_over(self.config, fresh)
         self.catalogue = catalogue

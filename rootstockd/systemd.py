@@ -104,7 +104,8 @@ def describe(daemon: Daemon) -> str:
     """What `systemctl status` shows of a daemon."""
     if daemon.state == "starting":
         return f"loading {', '.join(daemon.config.models)}" if daemon.config.models else "starting"
-    return f"{daemon.state}, {len(daemon.sessions)} sessions"
+    sessions = len(daemon.sessions)
+    return f"{daemon.state}, {sessions} session{'' if sessions == 1 else 's'}"
 
 
 async def serves(daemon: Daemon, limit: float) -> bool:

@@ -44,8 +44,19 @@ def named(path: Path, flags: dict[str, object] | None = None) -> Config:
         ("limits = 5", "limits: 5 is not a table of fields."),
         ('devices = ["cpu", "cuda:0"]', "devices: a daemon computes on CPUs or on GPUs, not on both"),
         ('devices = ["cpu:1", "cpu:1"]', "devices: a device is named twice"),
-        ('devices = ["tpu"]', "devices.0.name: "),
-        ("devices = []", "devices: there are 0 of them, and at least 1 is needed."),
+        ('devices = ["cpu", "tpu"]', "devices.1: 'tpu' is not a device: cpu, cpu:1, cuda:0, or the UUID"),
+        ("devices = []", "devices: there is none, and at least one is needed."),
+        ('metrics = "9746"', "metrics: '9746' is not HOST:PORT, such as 127.0.0.1:9746 (ports end at 65535)."),
+        ('metrics = "127.0.0.1:65536"', "metrics: '127.0.0.1:65536' is not HOST:PORT"),
+        ('device_memory = "8GB"', "device_memory: '8GB' has a unit; write it in bytes: 8_000_000_000."),
+        ('worker_memory = "1.5 GiB"', "worker_memory: '1.5 GiB' has a unit; write it in bytes: 1_610_612_736."),
+        ('drain_timeout = "60s"', "drain_timeout: '60s' has a unit; write it in seconds: 60."),
+        ('keep_alive = "1h"', "keep_alive: '1h' has a unit; write it in seconds: 3_600."),
+        ('keep_alive = "8GB"', "keep_alive: '8GB' is not a number; it can also be 'forever'."),
+        ("max_atoms = 3\nmax_sessions = 4\nmax_atoms = 5\n", "config.toml: max_atoms is set twice, again in line 3."),
+        ("[limits]\natoms = 3\natoms = 5", "config.toml: atoms is set twice, again in line 3."),
+        ("models = []\nmodels = [\n'emt',\n]\n", "config.toml: models is set twice, again in line 2."),
+        ("[users.a]\natoms = 3\n[users.a]\n", "config.toml: users.a is set twice, again in line 3."),
         ("keep_alive = -1", "keep_alive: -1 is less than 0; it can also be 'forever'."),
         ('keep_alive = "a while"', "keep_alive: 'a while' is not a number; it can also be 'forever'."),
         ("max_atoms = ", "config.toml: "),
@@ -65,8 +76,9 @@ def test_what_is_wrong_is_said(write, text, words):
 
 def test_all_that_is_wrong_is_said_at_once(write):
     with pytest.raises(ConfigError) as caught:
-        named(write("max_atom = 3\nmax_sessions = 0\n[limits]\nshare = 0"), {"batch_atoms": -1})
+        named(write("keep_alive = 7\nmax_atom = 3\nmax_sessions = 0\n[limits]\nshare = 0"), {"batch_atoms": -1})
     lines = str(caught.value).splitlines()
+    assert caught.value.rest.keep_alive == 7  # what is right can be looked at
     assert [line.rpartition(".toml: ")[2].split(":")[0] for line in lines] == [
         "batch_atoms",
         "max_sessions",

@@ -293,7 +293,22 @@ def test_check_says_what_would_keep_it_from_starting(folder: Path) -> None:
     assert "did you mean ROOTSTOCKD_MAX_ATOMS?" in done.stdout
     for words in ("models: there is no model 'emtt'.", "access.socket_group: there is no group 'no-such-group'"):
         assert words in done.stderr
+    (folder / "file").touch()
+    write(folder / "bad.toml", 'max_atom = 3\nmodels = ["emtt"]\nlog_file = "file/log"\nmetrics = "192.0.2.1:9746"\n')
+    done = command("config", "check", folder / "bad.toml")
+    assert "no setting 'max_atom'; did you mean 'max_atoms'?" in done.stderr  # which hides nothing else
+    for words in (
+        "models: there is no model 'emtt'.",
+        f"log_file: can't write {folder}/file/log: Not a directory.",
+        "metrics: this machine can't listen at 192.0.2.1: Cannot assign requested address.",
+    ):
+        assert words in done.stderr
     write(folder / "bad.toml", 'catalogues = ["more.toml"]\n')
+    done = command("config", "check", folder / "bad.toml")
+    assert (
+        f"catalogue {folder}/more.toml: No such file or directory. It is named by `catalogues` of {folder}/bad.toml."
+        in done.stderr
+    )
     write(folder / "more.toml", '[x]\nfamily = "mace"\nwights = "x.model"\n')
     assert (
         f"catalogue {folder}/more.toml: model 'x': there is no field wights"

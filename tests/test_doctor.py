@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import socket
 import subprocess
@@ -14,15 +15,19 @@ from pathlib import Path
 
 import pytest
 
+import rootstockd as package
 from conftest import rootstockd, wait_for
 from rootstock_client.control import fetch
 from rootstockd.cli.doctor import _show
+from rootstockd.control.schema import DaemonStatus
 from rootstockd.doctor import gpus, machine
 from rootstockd.doctor.findings import examine, note, ok
 from rootstockd.doctor.gpus import Driver, GpuState, check_driver, check_flavour, check_gpus
 from rootstockd.doctor.machine import Machine
 from rootstockd.doctor.places import Address, Folder, Login, check_address, check_runtime_folder, check_storage
+from rootstockd.doctor.running import check_running
 from rootstockd.doctor.software import EnvironmentState, check_environments, torch_in
+from rootstockd.settings.config import Config, Device
 
 SOUND = Machine(
     flags=frozenset({"avx2"}),
@@ -39,6 +44,7 @@ NODE = Driver(True, "550.54", (12, 4), (H100,), visible=(None, 1))
 ALICE = Login(1000, "alice", "/run/user/1000")
 MINE = Folder(Path("/run/user/1000/rootstockd"), owner=1000)
 IN_TMP = Folder(Path("/tmp/rootstockd-1000"), owner=1000)
+COMMAND = r"(rootstockd|export|unset|ulimit|chmod|rm|mv|df|du|ls|sudo|nvidia-smi|loginctl)( |$)"
 
 
 def changed(facts, **fields):
@@ -49,6 +55,7 @@ def bad(findings):
     """What is worse than a note, as `level subject`, and that it says why and what to do."""
     found = [finding for finding in findings if finding.level in {"warning", "problem"}]
     assert all(finding.why for finding in found)
+    assert all(re.match(COMMAND, finding.mend) for finding in found if finding.mend), found
     return {f"{finding.level} {finding.subject}": finding for finding in found}
 
 
@@ -93,7 +100,7 @@ def test_a_sound_machine() -> None:
 def test_what_a_machine_lacks(fields, expected, mend) -> None:
     found = bad(machine_findings(changed(SOUND, **fields)))
     assert list(found) == [expected]
-    assert mend in found[expected].mend
+    assert mend in found[expected].advice + found[expected].mend
 
 
 @pytest.mark.parametrize(
@@ -116,7 +123,7 @@ def test_what_a_machine_lacks(fields, expected, mend) -> None:
 def test_drivers(driver, expected, mend) -> None:
     found = bad([*check_driver(driver), *check_gpus(driver)])
     assert list(found) == expected
-    assert all(mend in finding.mend for finding in found.values())
+    assert all(mend in finding.advice + finding.mend for finding in found.values())
 
 
 @pytest.mark.parametrize(
@@ -135,7 +142,7 @@ def test_builds_of_torch(cuda, gpu, level, mend) -> None:
         check_flavour("mace", "2.13.0", cuda, changed(NODE, gpus=(gpu,)), "rootstockd env update --torch auto")
     )
     assert [finding.level for finding in found] == ([level] if level else [])
-    assert all(mend in finding.mend for finding in found)
+    assert all(mend in finding.advice + finding.mend for finding in found)
 
 
 def test_an_old_gpu() -> None:
@@ -192,7 +199,7 @@ def test_environments(states, expected) -> None:
 def test_runtime_folders(folder, login, expected, mend) -> None:
     found = [finding for finding in check_runtime_folder(folder, login) if finding.level != "ok"]
     assert [finding.level for finding in found] == ([expected] if expected else [])
-    assert all(mend in finding.mend for finding in found)
+    assert all(mend in finding.advice + finding.mend for finding in found)
 
 
 @pytest.mark.parametrize(
@@ -208,13 +215,13 @@ def test_runtime_folders(folder, login, expected, mend) -> None:
         (Address(Path("/run/a.sock"), "stale", 1000), ALICE, "warning socket", "rootstockd start"),
         (Address(Path("/run/a.sock"), "stale", 0), ALICE, "warning socket", "Have root"),
         (Address(Path("/run/a.sock"), "busy"), ALICE, "problem socket", "stop --force"),
-        (Address(Path("/run/a.sock"), "closed"), ALICE, "problem socket", "Ask root"),
+        (Address(Path("/run/a.sock"), "closed"), ALICE, "problem socket", "ask root"),
     ],
 )
 def test_addresses(address, login, expected, mend) -> None:
     found = bad(check_address(address, login))
     assert list(found) == ([expected] if expected else [])
-    assert all(mend in finding.mend for finding in found.values())
+    assert all(mend in finding.advice + finding.mend for finding in found.values())
 
 
 def test_storage() -> None:
@@ -225,7 +232,9 @@ def test_storage() -> None:
     assert "problem state" in bad(check_storage("state", changed(folder, is_folder=False), ""))
     (found,) = check_storage("state", changed(folder, writable=False), "export ROOTSTOCKD_STATE=FOLDER")
     assert (found.level, found.mend) == ("warning", "export ROOTSTOCKD_STATE=FOLDER")
-    assert "problem log" in bad(check_storage("log", changed(folder, writable=False), "--log-file", needed=True))
+    assert "problem log" in bad(
+        check_storage("log", changed(folder, writable=False), "rootstockd start --log-file FILE", needed=True)
+    )
 
 
 def test_this_machine() -> None:
@@ -236,6 +245,20 @@ def test_this_machine() -> None:
     assert facts.flags
     driver = gpus.look_at_driver()
     assert driver.failure or driver.version
+
+
+def test_who_can_not_mend_it_is_told_no_command() -> None:
+    told = {"version": package.__version__, "pid": 1, "state": "ready", "since": 0.0, "devices": ["cpu"]}
+    rest = {"memory": 1, "evaluations": 0, "models": [], "sessions": [], "other_sessions": 1}
+    theirs = DaemonStatus(**told, **rest, config=None, warnings=["there is no user 'bob'"])
+    mine = theirs.model_copy(update={"config": Config(socket=Path("/run/a.sock"), devices=(Device(name="cpu"),))})
+    (found,) = bad(check_running(theirs, NODE)).values()
+    assert (found.mend, found.advice) == ("", "Tell whoever runs this daemon.")
+    (found,) = bad(check_running(mine, NODE)).values()
+    assert found.mend == "rootstockd reload"
+    lacking = [EnvironmentState("chgnet", lacking="it was not built")]
+    (found,) = check_environments(lacking, NODE, own=False)
+    assert (found.level, found.mend) == ("note", "")
 
 
 def test_what_does_not_answer_holds_nothing_up() -> None:
@@ -312,7 +335,8 @@ def test_many_faults_at_once(surroundings) -> None:
     assert "is no folder" in found["problem", "cache"]["what"]
     assert "wights" in found["problem", "catalogue"]["what"]
     assert ("warning", "open files") in found
-    assert ("note", "daemon") in found
+    told = found["warning", "socket"]["why"], found["note", "daemon"]["why"]
+    assert all(why.startswith("Jobs wait for it to come back") for why in told)
 
 
 def test_a_sites_environment_that_is_not_built(surroundings) -> None:

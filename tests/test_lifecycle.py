@@ -435,4 +435,22 @@ def test_what_systemd_install_would_do(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "systemctl --user daemon-reload" in done.stdout
     assert "systemctl --user enable --now rootstockd@cpu.socket" in done.stdout
+    assert "whenever you log in" in done.stdout
+    (manual,) = {line for line in done.stdout.splitlines() if line.startswith("Documentation=")}
+    assert Path(manual.removeprefix("Documentation=file://")).read_text().startswith(".")
     assert not list(tmp_path.iterdir())
+    done = rootstockd("systemd", "install", "--user", "--gpu", "0,1", "--dry-run", env=settings)
+    assert "--gpu 0,1 is one daemon for all of these, rootstockd@0:1" in done.stdout
+    assert "For a daemon each: --gpu 0 --gpu 1" in done.stdout
+
+
+@pytest.mark.skipif(shutil.which("systemctl") is None, reason="there is no systemd here")
+def test_what_systemd_uninstall_would_do(tmp_path: Path) -> None:
+    settings = {**os.environ, "XDG_CONFIG_HOME": str(tmp_path)}
+    unit = tmp_path / "systemd/user/rootstockd@.service"
+    unit.parent.mkdir(parents=True)
+    unit.touch()
+    done = rootstockd("systemd", "uninstall", "--user", "--dry-run", env=settings)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-2:] == [f"rm {unit}", "systemctl --user daemon-reload"]
+    assert unit.exists()

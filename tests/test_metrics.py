@@ -250,6 +250,11 @@ def test_a_port_that_is_taken(runtime_folder: Path) -> None:
         done = rootstockd("start", *where, "--metrics", address)
         assert done.returncode == 1
         assert f"can't listen on {address} for metrics" in done.stderr
+    done = rootstockd("start", *where, "--metrics", "127.0.0.1:0")
+    url = done.stdout.split()[-1]
+    assert done.stdout.splitlines()[-1] == f"metrics {url}" and url.startswith("http://127.0.0.1:")
+    assert f"metrics at {url}" in rootstockd("status", *where[2:4]).stdout
+    assert rootstockd("stop", *where[2:4]).returncode == 0
     with pytest.raises(ValidationError, match="metrics"):
         Config(socket=Path("/nowhere"), devices=(Device(name="cpu"),), metrics="9746")
 

@@ -100,7 +100,7 @@ def test_a_daemon_finds_what_is_pulled_while_it_runs(models, catalogue, start_da
     assert (states["pulled"], states["sevennet-0"]) == ("ready", "needs env")
     with client.calculator("pulled") as session:
         session.get_potential_energy(copper())
-        assert "the daemon has pulled for 1 sessions" in models(
+        assert "the daemon has pulled for 1 session," in models(
             "remove", "pulled", "--socket", daemon.socket, fails=True
         )
     wait_for(lambda: daemon.model("pulled")["sessions"] == 0)

@@ -259,6 +259,16 @@ def test_many_who_are_refused_leave_a_line_now_and_then(start):
         assert answers == ["access-denied"] * 100
     log = daemon.log.read_text()
     assert log.count("rsd-carol may not use this daemon") == MOST
+    for user, level in (
+        ("rsd-carol", "problem"),
+        ("rsd-alice", "ok"),
+    ):  # what is wrong, and nothing that they can't mend
+        _, out, _ = command_for(user, daemon, "doctor", "--json", "--timeout", "60")
+        found = json.loads(out)["findings"]
+        (theirs,) = (finding for finding in found if finding["subject"] == "daemon")
+        assert theirs["level"] == level
+        assert level == "ok" or theirs["why"] == "Jobs of this user are refused at once."
+        assert not any("rootstockd env create" in finding["mend"] for finding in found)
     with job("rsd-alice", daemon) as (answer,):
         assert isinstance(answer, float)
 
@@ -304,7 +314,7 @@ def test_limits_are_a_users_own(start):
         assert [isinstance(answer, float) for answer in answers] == [True] * 3 + [False] * 2
         assert answers[3:] == ["user-limit"] * 2
         with job("rsd-bob", daemon, 7) as theirs:  # 4 atoms each: two sessions' worth
-            assert theirs[2:] == ["limit"] * 3 + ["user-limit"] * 2
+            assert theirs[2:] == ["user-limit"] * 5  # three for atoms, two for sessions
             assert [isinstance(answer, float) for answer in theirs[:2]] == [True] * 2
     with job("rsd-alice", daemon, 2, 3) as answers:  # 108 atoms
         assert answers == ["limit"] * 2

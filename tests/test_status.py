@@ -81,6 +81,8 @@ def test_what_counts_is_there_in_every_width(shown, width: int) -> None:
         assert words in text
     assert ("memory" in text.splitlines()[3]) == (width > 60)
     assert ("pid" in text.splitlines()[3]) == (width > 80)
+    hidden = text.partition("no room for ")[2].partition("; --json has all")[0].replace("\n", " ").split(", ")
+    assert ("memory" in hidden, "pid" in hidden) == (width <= 60, width <= 80), "what is not shown is named"
 
 
 def test_models_of_one_name_are_told_apart(shown) -> None:

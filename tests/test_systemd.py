@@ -318,6 +318,8 @@ def test_a_users_own(machine: Machine) -> None:
 
 
 def test_uninstall(machine: Machine) -> None:
+    done = machine.rootstockd("systemd", "uninstall", "--dry-run")
+    assert SOCKET in done.stdout.splitlines()[0] and "rm /etc/systemd/system/rootstockd@.service\n" in done.stdout
     done = machine.rootstockd("systemd", "uninstall")
     assert done.returncode == 0, done.stderr
     units = machine.root / "etc/systemd/system"

@@ -105,13 +105,17 @@ def test_it_waits_for_a_daemon_that_has_gone(own_daemon: RunningDaemon) -> None:
         assert terminal.restored
 
 
-def test_without_a_terminal_it_is_one_frame(daemon: RunningDaemon) -> None:
+def test_without_a_terminal_it_is_one_frame(daemon: RunningDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
     with job(daemon):
         done = daemon.run("top", "--delay", "0.2")
     assert done.returncode == 0, done.stderr
     assert "\x1b" not in done.stdout
     assert all(word in done.stdout for word in ("rootstockd ", " GB", "MODEL ", "emt ", "USER ", "100%", "EVALUATIONS"))
     assert "q quit" not in done.stdout
+    assert max(map(len, done.stdout.splitlines())) > 80
+    monkeypatch.setenv("COLUMNS", "60")
+    done = daemon.run("top", "--delay", "0.2")
+    assert max(map(len, done.stdout.splitlines())) <= 60
 
 
 # --- what it shows
@@ -153,7 +157,9 @@ def session(number: int, user: str = "alice", evaluations: int = 0, natoms: int 
     )
 
 
-def status(models: list[ModelStatus], sessions: list[SessionStatus], since: float = 0.0) -> DaemonStatus:
+def status(
+    models: list[ModelStatus], sessions: list[SessionStatus], since: float = 0.0, others: int = 3
+) -> DaemonStatus:
     device = DeviceStatus(name="cpu", memory_used=8_000_000_000, memory_total=16_000_000_000, load=0.5)
     return DaemonStatus(
         version="1",
@@ -167,7 +173,7 @@ def status(models: list[ModelStatus], sessions: list[SessionStatus], since: floa
         evaluations=0,
         models=models,
         sessions=sessions,
-        other_sessions=3,
+        other_sessions=others,
     )
 
 
@@ -234,14 +240,20 @@ def test_rates_and_shares_are_of_the_last_seconds() -> None:
         sessions = [session(1, "alice", 10 * second), session(2, "bob", 30 * second)]
         if second >= 18:  # it has just come
             sessions.append(session(3, "bob", 0).model_copy(update={"since": 17.5, "evaluations": 4 * (second - 17)}))
-        shown = status([model(evaluations=40 * second)], sessions)
+        done = sum(session.evaluations for session in sessions)
+        shown = status([model(evaluations=done, rate=99.0)], sessions, others=0)
         history.add(shown, float(second))
     assert history.rate(sessions[0]) == pytest.approx(10)
     assert history.rate(sessions[1]) == pytest.approx(30)
     assert history.rate(sessions[2]) == pytest.approx(8 / 1.5)
-    assert list(history.trend(shown.models[0]).rate)[1:] == pytest.approx([40] * 19)
+    assert list(history.trend(shown.models[0]).rate)[1:] == pytest.approx([40] * 17 + [44] * 2)
+    assert history.model_rate(shown.models[0]) == pytest.approx(40 + 8 / SPAN), "over the same time as sessions"
     text = "\n".join(drawn(shown, history, View(120)))
     assert "22%" in text and "78%" in text
+    assert "1 session of others" not in text
+    text = "\n".join(drawn(shown.model_copy(update={"other_sessions": 1}), history, View(120)))
+    assert "%" not in text.partition("SHARE")[2], "of what others had nobody is told"
+    assert "1 session of others" in text
     assert SPAN < 18
     again = status([model(evaluations=7)], [session(1, "alice", 7)], since=19.5)  # a new daemon counts from the start
     again.sessions[0].since = 20.0

@@ -31,7 +31,7 @@ from rootstockd.control.schema import DaemonStatus
 from rootstockd.settings.config import Config
 
 console = Console(highlight=False)
-if not console.is_terminal:
+if not console.is_terminal and not os.environ.get("COLUMNS", "").lstrip("0").isdecimal():
     console.width = 10_000  # a file or a pipe has room for whole lines
 
 QUIET = 2.0

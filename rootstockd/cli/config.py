@@ -13,10 +13,12 @@ import click
 import tomlkit
 from click.core import ParameterSource
 
-from rootstock_client.errors import RootstockError
+from rootstock_client.errors import ModelLoadError, RootstockError
 from rootstockd.cli.common import Refused, console, default_socket, fetch_config, print_warnings, socket_in_use
 from rootstockd.cli.options import devices_of, files_to_read, settings_options, settings_said
 from rootstockd.host.devices import DeviceError, choose_devices, found_devices
+from rootstockd.host.log_file import check_log
+from rootstockd.host.sockets import AddressError, check_host
 from rootstockd.models.catalogue import Catalogue, CatalogueError
 from rootstockd.models.store import located
 from rootstockd.sessions.accounts import Accounts
@@ -75,16 +77,19 @@ def check(file: Path | None, instance: str | None) -> None:
     """Check whether a daemon could start with its settings.
 
     They are those of the files that it would read, or of FILE in place of them. Variables are checked as well, and so
-    are catalogues, models, users and groups that the settings name.
+    are catalogues, models, devices, users and groups that the settings name, and where the log and the metrics go.
     """
     devices, problems = (None, []) if instance is None else _devices_for(instance)
     print_warnings(unknown_variables(os.environ))
+    files = files_to_read(file, instance)
+    defaults = {"socket": default_socket(), "devices": [Device(name="cpu")]}
     try:
-        files = files_to_read(file, instance)
-        defaults = {"socket": default_socket(), "devices": [Device(name="cpu")]}
         settings = make_config(files, os.environ, {"devices": devices}, defaults)
     except ConfigError as error:
-        raise Refused(error) from error
+        problems += str(error).splitlines()
+        if error.rest is None:
+            raise Refused("\n".join(problems)) from error
+        settings = error.rest
     print_warnings(Accounts(settings).warnings)
     if problems := problems + problems_of(settings):
         raise Refused("\n".join(problems))
@@ -119,7 +124,10 @@ def settings_of(socket: Path) -> Config:
 
 
 def problems_of(settings: Config) -> list[str]:
-    """What would keep a daemon from starting, though its settings are right as such."""
+    """What would keep a daemon from starting, though its settings are right as such.
+
+    But for what changes from moment to moment: whether somebody has its socket, its port or its GPU.
+    """
     problems = []
     try:
         found_devices(settings.devices)
@@ -131,17 +139,39 @@ def problems_of(settings: Config) -> list[str]:
             grp.getgrnam(group)
     except KeyError:
         problems.append(f"access.socket_group: there is no group {group!r} on this machine.")
+    problems += _problems_of_places(settings)
     try:
-        catalogue = Catalogue.load(settings.catalogues)
+        catalogue = Catalogue.load(settings.catalogues, settings.where("catalogues"))
     except CatalogueError as error:
         return [*problems, str(error)]
     print_warnings(catalogue.warnings())
+    missing, there = [], 0
     for name in settings.models:
         try:
             located(*catalogue.resolve(name))
+            there += 1
+        except ModelLoadError as error:
+            missing.append(f"models: {error}")
         except RootstockError as error:
             problems.append(f"models: {error}")
-    return problems
+    if there:  # a daemon starts with those
+        print_warnings(missing)
+        return problems
+    return problems + missing
+
+
+def _problems_of_places(settings: Config) -> Iterator[str]:
+    """What keeps metrics and the log from going where they shall."""
+    try:
+        if settings.metrics is not None:
+            check_host(settings.metrics)
+    except AddressError as error:
+        yield f"metrics: {error}"
+    try:
+        if settings.log_file is not None:
+            check_log(settings.log_file)
+    except OSError as error:
+        yield f"log_file: can't write {settings.log_file}: {error.strerror}."
 
 
 def as_toml(settings: Config, changed: dict[str, dict[str, Any]], *, origins: bool) -> str:

@@ -15,7 +15,7 @@ import platformdirs
 from rich.text import Text
 
 import rootstockd
-from rootstock_client.errors import RootstockError
+from rootstock_client.errors import AccessDeniedError, RootstockError
 from rootstock_client.runtime_dir import SYSTEM_DIR, find_socket
 from rootstockd.cli.common import console, default_log_file, default_socket, fetch_status, socket_option
 from rootstockd.cli.options import files_to_read
@@ -29,6 +29,8 @@ SCHEMA_VERSION = 1
 _COLOUR: dict[Level, str] = {"ok": "green", "note": "cyan", "warning": "yellow", "problem": "bold red"}
 _NARROW = 72
 """Columns below which what belongs to a finding begins at the margin."""
+_SOON = 1.0
+"""Seconds for a daemon to say whose it is, which changes little of what is said."""
 
 
 @click.command()
@@ -70,7 +72,7 @@ def _examinations(named: Path | None, timeout: float) -> dict[str, Examination]:
     return {
         "machine": _machine,
         "GPUs": _gpus,
-        "software": _software,
+        "software": partial(_software, named),
         "places": partial(_places, named),
         "settings": _settings,
         "daemon": partial(_daemon, named, timeout),
@@ -87,9 +89,20 @@ def _gpus() -> Iterator[Finding]:
     yield from gpus.check_gpus(driver)
 
 
-def _software() -> Iterator[Finding]:
+def _software(named: Path | None) -> Iterator[Finding]:
     yield from software.check_python()
-    yield from software.check_environments(list(software.look_at_environments()), gpus.look_at_driver())
+    states = list(software.look_at_environments())
+    yield from software.check_environments(states, gpus.look_at_driver(), own=_is_own(named))
+
+
+def _is_own(named: Path | None) -> bool:
+    """Whether jobs here use a daemon that this user administers, or none."""
+    try:
+        return fetch_status(find_socket(named), timeout=_SOON).config is not None
+    except AccessDeniedError:
+        return False
+    except RootstockError:
+        return True
 
 
 def _places(named: Path | None) -> Iterator[Finding]:
@@ -114,13 +127,15 @@ def _settings() -> Iterator[Finding]:
 
 
 def _daemon(named: Path | None, timeout: float) -> Iterator[Finding]:
+    left = False
     try:
-        status = fetch_status(find_socket(named), timeout=timeout * 0.8)
+        address = find_socket(named)
+        left = places.look_at_address(address).state == "stale"
+        status = fetch_status(address, timeout=timeout * 0.8)
     except RootstockError as error:
-        yield from running.check_absence(error)
+        yield from running.check_absence(error, left=left)
     else:
-        yield from running.check_daemon(status, gpus.look_at_driver())
-        yield from running.check_models(status)
+        yield from running.check_running(status, gpus.look_at_driver())
 
 
 def _show(found: dict[str, list[Finding]], counts: Counter[Level]) -> None:
@@ -148,6 +163,8 @@ def _show_finding(finding: Finding) -> None:
     lines = list(words.wrap(console, room))
     if finding.why:
         lines += Text(finding.why, "dim").wrap(console, room)
+    if finding.advice:
+        lines += Text(finding.advice).wrap(console, room)
     if finding.mend:
         lines.append(Text(f"> {finding.mend}", "bold"))  # in one piece, to be copied
     for line in lines:

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Group
 from rich.text import Text
 
-from rootstockd.cli.quantities import duration, per_second, seconds, size
+from rootstockd.cli.quantities import duration, per_second, plural, seconds, size
 from rootstockd.cli.show import STATE_COLOUR
 from rootstockd.cli.tables import Column, Table, View, bar, cell
 from rootstockd.control.schema import DaemonStatus, DeviceStatus, ModelStatus
@@ -24,11 +24,13 @@ HELP = (
     "p        pause, and go on",
     "?        this help, and back",
     "",
-    "Rates are evaluations a second. Latency is the time from a structure's",
-    "arrival to its result, in the last ten seconds: p50 is the median, 99 of",
-    "100 take no longer than p99. Batch is how many structures a model",
-    "evaluates in one pass, on average. Trends show one look a column.",
-    "Share is of the atoms that were evaluated for those who are shown.",
+    "Rates are evaluations a second, over five seconds. Latency is the time",
+    "from a structure's arrival to its result, in the last ten seconds: p50 is",
+    "the median, 99 of 100 take no longer than p99. Batch is how many",
+    "structures a model evaluates in one pass, on average. Trends show one",
+    "look a column. A model's queue is what waits for its worker; a user's",
+    "busy sessions wait or are computed. Share is of the atoms that were",
+    "evaluated, where all sessions are shown: administrators see all.",
 )
 
 
@@ -52,9 +54,9 @@ MODELS = (
 USERS = (
     Column("USER", cell("name"), 0, "name", right=False),
     Column("SESS", cell("sessions"), 2, "sessions"),
-    Column("QUEUE", cell("queue"), 4, "queue"),
+    Column("BUSY", cell("busy"), 4),
     Column("EVAL/S", cell("rate", per_second), 1, "rate"),
-    Column("SHARE", cell("share", "{:.0%}".format), 3),
+    Column("SHARE", cell("share", lambda share: "-" if share is None else f"{share:.0%}"), 3),
 )
 SESSIONS = (
     Column("SESSION", cell("name"), 0, "name"),
@@ -80,7 +82,7 @@ def frame(status: DaemonStatus, history: History, view: View, now: float | None 
     """
     now = time.time() if now is None else now
     devices = status.device_states if view.height is None else status.device_states[: max(1, view.height // 4)]
-    head = [_title(status, view, now), *(_device(device, view) for device in devices), Text()]
+    head = [_title(status, history, view, now), *(_device(device, view) for device in devices), Text()]
     foot = [] if view.height is None else [_keys(view)]
     room = None if view.height is None else max(0, view.height - len(head) - len(foot))
     body = [Text(line, no_wrap=True) for line in HELP] if view.help else _tables(status, history, view, room, now)
@@ -93,7 +95,7 @@ def _tables(status: DaemonStatus, history: History, view: View, room: int | None
     """The tables in so many lines; the sessions get what others leave."""
     models = Table(MODELS, [_model_row(model, status.models, history) for model in status.models])
     sessions = Table(SESSIONS, [session_row(session, history, now) for session in status.sessions])
-    users = Table(USERS, user_rows(status.sessions, sessions.rows))
+    users = Table(USERS, user_rows(status, sessions.rows))
     body: list[Text] = []
     if not status.models:
         body.append(Text("no model is loaded; the first session that asks for one loads it", no_wrap=True))
@@ -105,20 +107,20 @@ def _tables(status: DaemonStatus, history: History, view: View, room: int | None
         most = None if left is None else max(1, int(left * part) - 1)
         body += table.lines(view, most, view.scroll if table is sessions else 0)
     if status.other_sessions:
-        body.append(Text(f"{status.other_sessions} sessions of others", style="dim", no_wrap=True))
+        body.append(Text(f"{plural(status.other_sessions, 'session')} of others", style="dim", no_wrap=True))
     return body
 
 
-def _title(status: DaemonStatus, view: View, now: float) -> Text:
+def _title(status: DaemonStatus, history: History, view: View, now: float) -> Text:
     if view.trouble:
         return _line(view, (view.trouble, "bold red"))
     sessions = len(status.sessions) + status.other_sessions
-    rate = sum(model.rate for model in status.models)
+    rate = sum(map(history.model_rate, status.models))
     return _line(
         view,
         (f"rootstockd {status.version} ", "bold"),
         ("paused" if view.paused else status.state, "yellow" if view.paused else STATE_COLOUR[status.state]),
-        (f", up {duration(now - status.since)}, {sessions} sessions, {per_second(rate)} evaluations/s", ""),
+        (f", up {duration(now - status.since)}, {plural(sessions, 'session')}, {per_second(rate)} evaluations/s", ""),
         (f", {status.evaluations} in all, daemon {size(status.memory)}", ""),
     )
 
@@ -146,7 +148,7 @@ def _line(view: View, *parts: tuple[str, str]) -> Text:
 def _model_row(model: ModelStatus, models: Sequence[ModelStatus], history: History) -> dict[str, Any]:
     trend = history.trend(model)
     return {
-        **model_row(model, models),
+        **model_row(model, models, history),
         "rates": trend.rate,
         "latencies": trend.latency,
         "batches": trend.batch,

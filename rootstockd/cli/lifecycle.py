@@ -176,7 +176,7 @@ def check_startable(config: Config) -> None:
     from rootstockd.models.store import to_preload  # noqa: PLC0415
 
     try:
-        catalogue = Catalogue.load(config.catalogues)
+        catalogue = Catalogue.load(config.catalogues, config.where("catalogues"))
     except CatalogueError as error:
         raise Refused(error) from error
     to_preload(config.models, catalogue)
@@ -264,7 +264,8 @@ def launch(config: Config, *, after: int | None = None) -> subprocess.Popen[byte
         f"ready on {', '.join(map(str, config.devices))}, models loaded: {', '.join(loaded) or 'none yet'}\n\n"
         f"  from rootstock_client import RootstockClient\n"
         f'  atoms.calc = RootstockClient().calculator("{name}")\n\n'
-        f"socket  {config.socket}\nlog     {config.log_file}",
+        f"socket  {config.socket}\nlog     {config.log_file}"
+        + (f"\nmetrics {status.metrics}" if status.metrics else ""),
         soft_wrap=True,
         markup=False,
     )

@@ -19,6 +19,7 @@ from rootstock_client.errors import ModelLoadError, RootstockError, UnknownModel
 from rootstock_client.runtime_dir import find_socket
 from rootstockd.cli.common import Refused, catalogue_option, console, fetch_status, socket_option
 from rootstockd.cli.completion import catalogue_models, models_to_pull
+from rootstockd.cli.quantities import plural
 from rootstockd.environments.finding import find_environment, has_environment
 from rootstockd.models import store
 from rootstockd.models.add import add as add_file
@@ -323,8 +324,8 @@ def let_go(name: str, socket: Path | None) -> None:
         return  # there is none
     if sessions := sum(model.sessions for model in using):
         raise Refused(
-            f"the daemon has {name} for {sessions} sessions, and could not load it again. `rootstockd status` says "
-            "whose they are: wait until they have ended, or --force."
+            f"the daemon has {name} for {plural(sessions, 'session')}, and could not load it again. `rootstockd "
+            "status` says whose they are: wait until they have ended, or --force."
         )
     if any(model.state != "cold" for model in using):
         request(address, "POST", "/v1/unload", {"model": name, "dtype": None, "force": False})

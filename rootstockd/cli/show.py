@@ -72,49 +72,52 @@ def show(daemon: DaemonStatus) -> None:
         f"{size(daemon.memory)}",
         style="dim",
     )
+    if daemon.metrics:
+        console.print(f"metrics at {daemon.metrics}", style="dim", markup=False)
     if daemon.state == "draining":
         console.print("evaluations under way end; jobs wait for the next daemon", style="yellow")
     for text in daemon.warnings:
         console.print(text, style="yellow", markup=False)
     console.print()
+    hidden: list[str] = []
     if daemon.models:
-        show_models(daemon.models)
+        hidden += show_models(daemon.models)
     else:
         console.print("no model is loaded; the first session that asks for one loads it")
     if daemon.sessions:
         console.print()
-        show_sessions(daemon)
+        hidden += show_sessions(daemon)
     if daemon.other_sessions:
         console.print(f"{plural(daemon.other_sessions, 'session')} of others", style="dim")
+    if hidden:
+        console.print(f"no room for {', '.join(dict.fromkeys(hidden))}; --json has all", style="dim")
 
 
-def show_models(models: list[ModelStatus]) -> None:
-    """Print the models, what is wrong with some, and what computes."""
+def show_models(models: list[ModelStatus]) -> list[str]:
+    """Print the models, what is wrong with some, and what computes; the columns for which there was no room."""
     names = _told_apart(models)
     precisions = dtypes(models)
     alike = len({(model.name, dtype) for model, dtype in zip(models, precisions, strict=True)}) < len(models)
-    console.print(
-        fitting(
-            [
-                Column("model", [escape(model.name) for model in models]),
-                Column(
-                    "dtype",
-                    precisions,
-                    rank=3 if names == [model.name for model in models] else 0,
-                ),
-                Column("state", [_state(model) for model in models]),
-                Column("device", [model.device or "-" for model in models], rank=0 if alike else 2),
-                Column("sessions", [count(model.sessions) for model in models], right=True),
-                Column("queue", [count(model.waiting) for model in models], right=True, rank=1),
-                Column("eval/s", [f"{model.rate:.1f}" if model.rate else "-" for model in models], right=True),
-                Column("busy", [f"{model.load:.0%}" if model.rate else "-" for model in models], right=True, rank=5),
-                Column("memory", [size(model.memory) for model in models], right=True, rank=4),
-                Column("idle", [span(model.idle) for model in models], right=True, rank=6),
-                Column("evaluations", [count(model.evaluations) for model in models], right=True, rank=8),
-                Column("a batch", [_batch(model) for model in models], right=True, rank=9),
-                Column("pid", [str(model.pid or "-") for model in models], right=True, rank=7),
-            ]
-        )
+    hidden = print_fitting(
+        [
+            Column("model", [escape(model.name) for model in models]),
+            Column(
+                "dtype",
+                precisions,
+                rank=3 if names == [model.name for model in models] else 0,
+            ),
+            Column("state", [_state(model) for model in models]),
+            Column("device", [model.device or "-" for model in models], rank=0 if alike else 2),
+            Column("sessions", [count(model.sessions) for model in models], right=True),
+            Column("queue", [count(model.waiting) for model in models], right=True, rank=1),
+            Column("eval/s", [f"{model.rate:.1f}" if model.rate else "-" for model in models], right=True),
+            Column("busy", [f"{model.load:.0%}" if model.rate else "-" for model in models], right=True, rank=5),
+            Column("memory", [size(model.memory) for model in models], right=True, rank=4),
+            Column("idle", [span(model.idle) for model in models], right=True, rank=6),
+            Column("evaluations", [count(model.evaluations) for model in models], right=True, rank=8),
+            Column("a batch", [_batch(model) for model in models], right=True, rank=9),
+            Column("pid", [str(model.pid or "-") for model in models], right=True, rank=7),
+        ]
     )
     for name, model in zip(names, models, strict=True):
         if model.loading:
@@ -127,6 +130,7 @@ def show_models(models: list[ModelStatus]) -> None:
     say_for_all(models, lambda model: [f"not wholly confined: {why}" for why in model.unconfined], "yellow")
     say_for_all(models, lambda model: [model.note] if model.note else [], "yellow")
     say_for_all(models, lambda model: [_computing(model)] if model.backend and not model.error else [], "dim")
+    return hidden
 
 
 def say_for_all(models: list[ModelStatus], words: Callable[[ModelStatus], list[str]], style: str) -> None:
@@ -164,24 +168,23 @@ def _computing(model: ModelStatus) -> str:
     return f"{model.backend}{with_d3}; {model.environment}"
 
 
-def show_sessions(daemon: DaemonStatus) -> None:
-    """Print the sessions, the oldest first."""
+def show_sessions(daemon: DaemonStatus) -> list[str]:
+    """Print the sessions, the oldest first; the columns for which there was no room."""
     shown = sorted(daemon.sessions, key=lambda session: session.id)[:_SHOWN_SESSIONS]
-    console.print(
-        fitting(
-            [
-                Column("session", [str(session.id) for session in shown]),
-                Column("user", [escape(session.user) for session in shown]),
-                Column("pid", [str(session.pid) for session in shown], rank=1),
-                Column("model", [escape(session.model or "-") for session in shown]),
-                Column("state", [session.state for session in shown], rank=2),
-                Column("atoms", [str(session.natoms or "-") for session in shown], right=True),
-                Column("evaluations", [count(session.evaluations) for session in shown], right=True, rank=3),
-            ]
-        )
+    hidden = print_fitting(
+        [
+            Column("session", [str(session.id) for session in shown]),
+            Column("user", [escape(session.user) for session in shown]),
+            Column("pid", [str(session.pid) for session in shown], rank=1),
+            Column("model", [escape(session.model or "-") for session in shown]),
+            Column("state", [session.state for session in shown], rank=2),
+            Column("atoms", [str(session.natoms or "-") for session in shown], right=True),
+            Column("evaluations", [count(session.evaluations) for session in shown], right=True, rank=3),
+        ]
     )
     if len(daemon.sessions) > len(shown):
         console.print(f"and {len(daemon.sessions) - len(shown)} more; --json shows all", style="dim")
+    return hidden
 
 
 @dataclass(frozen=True)
@@ -202,8 +205,8 @@ class Column:
         return max(len(self.heading), *(cell_len(Text.from_markup(cell).plain) for cell in self.cells))
 
 
-def fitting(columns: list[Column]) -> Table:
-    """A table of the columns for which the terminal has room."""
+def print_fitting(columns: list[Column]) -> list[str]:
+    """Print a table of the columns for which the terminal has room; the headings of the others."""
     shown = list(columns)
     while sum(column.width + _GAP for column in shown) - _GAP > console.width and any(c.rank for c in shown):
         shown.remove(max(shown, key=lambda column: column.rank))
@@ -212,7 +215,8 @@ def fitting(columns: list[Column]) -> Table:
         table.add_column(column.heading, justify="right" if column.right else "left", overflow="fold")
     for cells in zip(*(column.cells for column in shown), strict=True):
         table.add_row(*cells)
-    return table
+    console.print(table)
+    return [column.heading for column in columns if column not in shown]
 
 
 @click.command()

@@ -19,6 +19,7 @@ from rootstockd.host.devices import gpu_names
 from rootstockd.settings.config_file import FILE_NAME
 
 _SHIPPED_COMMAND = "/usr/bin/rootstockd"
+_SHIPPED_MANUAL = "man:rootstockd(1)"
 _HIDDEN = tuple(map(Path, ("/home", "/root", "/run/user", "/tmp", "/var/tmp")))  # noqa: S108 - they are looked at
 """What ProtectHome= and PrivateTmp= keep from a service."""
 _HEAD = "# Made by `rootstockd systemd install`, and again by the next one.\n"
@@ -71,9 +72,7 @@ def install(user: bool, instances: tuple[str, ...], dry_run: bool) -> None:
     No daemon is started or stopped.
     """
     place = Place.of(user=user)
-    names = [name.replace(",", ":") for name in instances] or [str(i) for i in range(len(gpu_names()))] or ["cpu"]
-    for name in names:
-        devices_of(name)
+    names = instances_of(instances)
     check_place(place)
     files = {**units(place), **defaults(place, names[0])}
     settings = place.settings / "rootstockd" / FILE_NAME
@@ -110,7 +109,8 @@ def install(user: bool, instances: tuple[str, ...], dry_run: bool) -> None:
 
 @systemd.command()
 @click.option("--user", is_flag=True, help="Your own systemd, not the machine's.")
-def uninstall(user: bool) -> None:
+@click.option("--dry-run", is_flag=True, help="Only show what would be removed and done.")
+def uninstall(user: bool, dry_run: bool) -> None:
     """Stop the daemons that systemd runs, and remove the units. Settings, weights and drop-ins of yours stay."""
     place = Place.of(user=user)
     ours = {*units(place), *place.units.glob("rootstockd*@*.d/rootstockd-*.conf")}
@@ -126,25 +126,57 @@ def uninstall(user: bool) -> None:
     names = [line.split()[0] for line in listed.stdout.splitlines()]
     # links that enabling made, of instances that are not loaded as well
     names += [link.name for link in place.units.glob("*.wants/rootstockd*@*") if link.name not in names]
+    disable = [*place.systemctl, "disable", "--now", *sorted(names, reverse=True)]
+    reload = [*place.systemctl, "daemon-reload"]
+    if dry_run:
+        lines = [shlex.join(disable)] if names else []
+        click.echo("\n".join([*lines, *(shlex.join(["rm", str(path)]) for path in there), shlex.join(reload)]))
+        return
     if names:
-        run([*place.systemctl, "disable", "--now", *sorted(names, reverse=True)])
+        run(disable)
     for path in there:
         path.unlink()
         click.echo(f"removed {path}")
         if path.parent.suffix == ".d" and path.parent.parent == place.units and not any(path.parent.iterdir()):
             path.parent.rmdir()
-    run([*place.systemctl, "daemon-reload"])
+    run(reload)
+
+
+def instances_of(gpus: tuple[str, ...]) -> list[str]:
+    """The instances that --gpu names, or one for each GPU; a comma, as `start` takes it, is said to be one daemon.
+
+    Raises:
+        UsageError: one is no instance's name.
+    """
+    names = [name.replace(",", ":") for name in gpus] or [str(i) for i in range(len(gpu_names()))] or ["cpu"]
+    for name in names:
+        devices_of(name)
+    for said, name in zip(gpus, names, strict=False):
+        if said != name:
+            console.print(
+                f"--gpu {said} is one daemon for all of these, rootstockd@{name}, as names of units have no commas. "
+                f"For a daemon each: --gpu {said.replace(',', ' --gpu ')}",
+                style="yellow",
+                soft_wrap=True,
+                markup=False,
+            )
+    return names
 
 
 def tell_next(place: Place, names: list[str], settings: Path) -> None:
     """Say which commands come next; they are the operator's, for they start daemons."""
     sockets = [f"rootstockd@{name}.socket" for name in names]
+    when = "you log in" if place.user else "the machine starts"
     console.print(
-        f"\nSettings are in {settings}. Start with the first client, and with the machine:\n\n"
+        f"\nSettings are in {settings}. To have daemons start with their first clients, now and whenever {when}:\n\n"
         f"  {shlex.join([*place.systemctl, 'enable', '--now', *sockets])}\n\n"
-        "To have models loaded before there is a client, enable the services, too:\n\n"
+        f"To have them start at once, and load their models before there is a client, now and whenever {when}:\n\n"
         f"  {shlex.join([*place.systemctl, 'enable', '--now', *(name[:-6] + 'service' for name in sockets)])}"
-        + ("\n\nTo keep it running when you log out:\n\n  loginctl enable-linger" if place.user else ""),
+        + (
+            "\n\nTo have your systemd start with the machine, and stay when you log out:\n\n  loginctl enable-linger"
+            if place.user
+            else ""
+        ),
         soft_wrap=True,
         markup=False,
     )
@@ -160,7 +192,7 @@ def units(place: Place) -> dict[Path, str]:
     """What is the same for all instances: files, and what is in them."""
     command = shlex.join([sys.executable, "-m", "rootstockd"]).replace("%", "%%")
     files = {
-        place.units / path.name: path.read_text().replace(_SHIPPED_COMMAND, command)
+        place.units / path.name: path.read_text().replace(_SHIPPED_COMMAND, command).replace(_SHIPPED_MANUAL, manual())
         for path in sorted((shipped() / ("user" if place.user else "system")).iterdir())
     }
     if not place.user:
@@ -172,6 +204,13 @@ def units(place: Place) -> dict[Path, str]:
                 + "".join(f"BindReadOnlyPaths={path}\n" for path in seen)
             )
     return files
+
+
+def manual() -> str:
+    """Where the manual is, as Documentation= has it: this installation's own page, where `man` would not look."""
+    folders = Path(sys.prefix) / "share/man", Path(rootstockd.__file__).parent.parent / "docs/man"
+    pages = [page for folder in folders if (page := folder / "man1/rootstockd.1").is_file()]
+    return pages[0].as_uri().replace("%", "%%") if pages else _SHIPPED_MANUAL
 
 
 def defaults(place: Place, instance: str) -> dict[Path, str]:

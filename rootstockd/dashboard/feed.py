@@ -67,7 +67,7 @@ class Feed:
 
     def _told(self, after: float) -> dict[str, Any]:
         status, history = self._status, self._history
-        models = [_model(model, status.models) for model in status.models]
+        models = [_model(model, status.models, history) for model in status.models]
         sessions = [session_row(session, history, self._answered) for session in status.sessions]
         labels = {name_of(model): row["name"] for model, row in zip(status.models, models, strict=True)}
         return {
@@ -78,7 +78,7 @@ class Feed:
             "daemon": {**status.model_dump(include=DAEMON), "up": max(0.0, self._answered - status.since)},
             "devices": [device.model_dump() for device in status.device_states],
             "models": models,
-            "users": user_rows(status.sessions, sessions),
+            "users": user_rows(status, sessions),
             "sessions": sessions,
             "other_sessions": status.other_sessions,
             "trends": [
@@ -91,11 +91,11 @@ class Feed:
         }
 
 
-def _model(model: ModelStatus, models: Sequence[ModelStatus]) -> dict[str, Any]:
+def _model(model: ModelStatus, models: Sequence[ModelStatus], history: History) -> dict[str, Any]:
     """A row, and what else the page says of a model."""
     loading = model.loading
     return {
-        **model_row(model, models),
+        **model_row(model, models, history),
         "state": model.state,
         "load": model.load,
         "loading": loading.text if loading else None,

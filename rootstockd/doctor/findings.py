@@ -27,7 +27,9 @@ class Finding(BaseModel):
     why: str = ""
     """Why that matters."""
     mend: str = ""
-    """The command that mends it, or words where none does."""
+    """The command that mends it; empty where none does."""
+    advice: str = ""
+    """What else mends it, in words."""
 
 
 def ok(subject: str, what: str) -> Finding:
@@ -35,19 +37,19 @@ def ok(subject: str, what: str) -> Finding:
     return Finding(level="ok", subject=subject, what=what)
 
 
-def note(subject: str, what: str, why: str = "", mend: str = "") -> Finding:
+def note(subject: str, what: str, why: str = "", mend: str = "", advice: str = "") -> Finding:
     """It does no harm, and is good to know."""
-    return Finding(level="note", subject=subject, what=what, why=why, mend=mend)
+    return Finding(level="note", subject=subject, what=what, why=why, mend=mend, advice=advice)
 
 
-def warning(subject: str, what: str, why: str, mend: str = "") -> Finding:
+def warning(subject: str, what: str, why: str, mend: str = "", advice: str = "") -> Finding:
     """It works, but not as well as it could."""
-    return Finding(level="warning", subject=subject, what=what, why=why, mend=mend)
+    return Finding(level="warning", subject=subject, what=what, why=why, mend=mend, advice=advice)
 
 
-def problem(subject: str, what: str, why: str, mend: str = "") -> Finding:
+def problem(subject: str, what: str, why: str, mend: str = "", advice: str = "") -> Finding:
     """Something will not work."""
-    return Finding(level="problem", subject=subject, what=what, why=why, mend=mend)
+    return Finding(level="problem", subject=subject, what=what, why=why, mend=mend, advice=advice)
 
 
 def examine(examinations: dict[str, Examination], seconds: float) -> dict[str, list[Finding]]:

@@ -136,7 +136,8 @@ def check_driver(driver: Driver) -> Iterator[Finding]:
             "driver",
             f"{found}; {VISIBLE}={value} hides them all",
             "`start` takes the CPU, and refuses --gpu.",
-            f"unset {VISIBLE}, or in a Slurm job ask for a GPU: --gpus=1",
+            f"unset {VISIBLE}",
+            "Or in a Slurm job ask for a GPU: --gpus=1.",
         )
     else:
         yield ok("driver", f"{found}{f'; {VISIBLE} shows {seen}' if value is not None else ''}")
@@ -145,8 +146,8 @@ def check_driver(driver: Driver) -> Iterator[Finding]:
             "device files",
             f"no permission to open {', '.join(driver.closed)}",
             "CUDA can't be used.",
-            "In a Slurm job ask for a GPU: --gpus=1. Elsewhere, as root: chmod a+rw /dev/nvidia*, or add the user to "
-            "their group.",
+            advice="In a Slurm job ask for a GPU: --gpus=1. Elsewhere, as root: chmod a+rw /dev/nvidia*, or add the "
+            "user to their group.",
         )
 
 
@@ -164,7 +165,8 @@ def _no_driver(driver: Driver) -> Finding:
         "driver",
         f"there is an NVIDIA GPU, and NVML says: {driver.failure}",
         "`start` takes the CPU, and refuses --gpu.",
-        "nvidia-smi; if that fails too, install the driver. In a container: docker run --gpus all, apptainer --nv.",
+        "nvidia-smi",
+        "If that fails too, install the driver. In a container: docker run --gpus all, apptainer --nv.",
     )
 
 
@@ -179,8 +181,9 @@ def check_gpus(driver: Driver) -> Iterator[Finding]:
                 name,
                 f"{gpu.name}: split by MIG, and has no instances",
                 "Nothing can be computed on it.",
-                f"{_AS_ROOT}nvidia-smi mig -i {gpu.index} -lgip, then -cgi PROFILE -C; or nvidia-smi -i "
-                f"{gpu.index} -mig 0",
+                f"{_AS_ROOT}nvidia-smi mig -i {gpu.index} -lgip",
+                f"It lists profiles; make instances of one with -cgi PROFILE -C. Or end the split: {_AS_ROOT}"
+                f"nvidia-smi -i {gpu.index} -mig 0",
             )
         if gpu.compute_mode == "prohibited":
             sound = False

@@ -161,8 +161,8 @@ def check_memory(machine: Machine) -> Iterator[Finding]:
     limit = f" of the {gigabytes(machine.memory_limit)} that its control group may have" if machine.memory_limit else ""
     free = f"{gigabytes(machine.free)} are free{limit}"
     if machine.free < WORKER_MEMORY:
-        mend = "In a job: ask Slurm for more, such as --mem=8G." if "SLURM_JOB_ID" in machine.variables else ""
-        yield problem("memory", free, "A worker with torch takes 0.6 GB before it has anything to do.", mend)
+        advice = "Ask Slurm for more, such as --mem=8G." if "SLURM_JOB_ID" in machine.variables else ""
+        yield problem("memory", free, "A worker with torch takes 0.6 GB before it has anything to do.", advice=advice)
     else:
         yield ok("memory", free)
     size, rest = machine.shared or (0, LITTLE_SHARED)
@@ -185,7 +185,7 @@ def check_limits(machine: Machine) -> Iterator[Finding]:
             "open files",
             f"at most {files} (ulimit -Hn), enough for {sessions} sessions",
             "Each session takes up to three; those that do not fit are refused.",
-            f"As root, raise it to 65536 ({everywhere}).",
+            advice=f"As root, raise it to 65536 ({everywhere}).",
         )
     else:
         yield ok("open files", "no limit" if files == UNLIMITED else f"{files}, enough for {sessions} sessions")
@@ -223,7 +223,8 @@ def check_variables(machine: Machine) -> Iterator[Finding]:
             "threads",
             "OMP_NUM_THREADS is not set",
             "Right for a daemon. In a job numpy's threads get in the way of the workers.",
-            "In job scripts: export OMP_NUM_THREADS=1",
+            "export OMP_NUM_THREADS=1",
+            "In job scripts, not for a daemon.",
         )
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         value = said.get(name, "").partition(",")[0]
@@ -265,7 +266,7 @@ def check_confinement(machine: Machine) -> Iterator[Finding]:
             "confinement",
             "; ".join(lacking),
             "A model file is code; a malicious one could do what the daemon's user can (SECURITY.md).",
-            "A kernel from 5.13 on, with landlock among lsm= on its command line; this is "
+            advice="A kernel from 5.13 on, with landlock among lsm= on its command line; this is "
             f"{machine.release or 'an older one'}. Until then use only models that you trust.",
         )
     else:

@@ -181,7 +181,8 @@ def check_runtime_folder(folder: Folder, login: Login) -> Iterator[Finding]:
             where,
             "in /tmp, of which each Slurm job may have its own",
             "Other jobs on this node would not see a daemon started here.",
-            f"export {SOCKET_VARIABLE}={_elsewhere(login)} in all of them",
+            f"export {SOCKET_VARIABLE}={_elsewhere(login)}",
+            "In all of them.",
         )
 
 
@@ -206,21 +207,24 @@ def check_address(address: Address, login: Login) -> Iterator[Finding]:
             "socket",
             f"{path} was left by a daemon that has died; nobody listens",
             "Jobs wait for it to come back, 5 s at their first connection and longer later.",
-            "rootstockd start" if address.owner == login.uid else f"Have {owner} start it again.",
+            "rootstockd start" if address.owner == login.uid else "",
+            "" if address.owner == login.uid else f"Have {owner} start it again.",
         )
     elif address.state == "closed":
         yield problem(
             "socket",
             f"no permission to connect to {path}",
             "Its daemon is for others (access.users, access.groups).",
-            f"Ask {user_name(address.owner)}, or start your own: rootstockd start",
+            "rootstockd start",
+            f"It starts one of your own; or ask {user_name(address.owner)}.",
         )
     elif address.state == "busy":
         yield problem(
             "socket",
             f"{path} accepts no connections",
             "Its daemon hangs, or was suspended.",
-            "rootstockd logs; then rootstockd stop --force and rootstockd start",
+            "rootstockd stop --force; rootstockd start",
+            "First see what it says last: rootstockd logs",
         )
     elif address.state == "live":
         yield ok("socket", f"{path}: {address.listener} listens")
@@ -229,7 +233,8 @@ def check_address(address: Address, login: Login) -> Iterator[Finding]:
             "socket",
             f"there is nothing at {path}",
             f"{SOCKET_VARIABLE} or --socket names it, so no other is looked for.",
-            f"rootstockd start, or unset {SOCKET_VARIABLE}",
+            "rootstockd start",
+            f"Or unset {SOCKET_VARIABLE}.",
         )
 
 

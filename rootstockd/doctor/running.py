@@ -6,21 +6,41 @@ import re
 from collections.abc import Iterator
 
 import rootstockd
-from rootstock_client.errors import DaemonNotFoundError, RootstockError
+from rootstock_client.errors import AccessDeniedError, DaemonNotFoundError, RootstockError
 from rootstockd.control.schema import DaemonStatus, ModelStatus
 from rootstockd.doctor.findings import Finding, note, ok, problem, warning
 from rootstockd.doctor.gpus import Driver
 
 _BRINGS = re.compile(r"`(rootstockd (?:env create|models pull) [\w.+-]+(?: --spec FILE)?)`")
 """Commands that are to be copied; errors may have a worker's words in them."""
+_FOR_ALL = "rootstockd status"
+"""It takes no administrator."""
 
 
-def check_absence(error: RootstockError) -> Iterator[Finding]:
-    """No status was to be had."""
-    if isinstance(error, DaemonNotFoundError):
+def check_absence(error: RootstockError, *, left: bool) -> Iterator[Finding]:
+    """No status was to be had.
+
+    Args:
+        error: why.
+        left: one that has died has left its socket, of which is said what that means.
+    """
+    if left:
+        yield note("daemon", "none runs, and the socket of one is there still", "Jobs wait for it to come back.")
+    elif isinstance(error, DaemonNotFoundError):
         yield note("daemon", "none runs", "Jobs here find none.", "rootstockd start")
+    elif isinstance(error, AccessDeniedError):
+        yield problem("daemon", error.message, "Jobs of this user are refused at once.", advice=error.hint)
     else:
-        yield problem("daemon", error.message, "Jobs may wait for it in vain.", error.hint)
+        yield problem("daemon", error.message, "Jobs may wait for it in vain.", advice=error.hint)
+
+
+def check_running(daemon: DaemonStatus, driver: Driver) -> Iterator[Finding]:
+    """What is wrong with one that answers, and with its models; who can't mend that is told who can."""
+    for finding in (*check_daemon(daemon, driver), *check_models(daemon)):
+        if daemon.config is not None or finding.mend in ("", _FOR_ALL):
+            yield finding
+        else:
+            yield finding.model_copy(update={"mend": "", "advice": "Tell whoever runs this daemon."})
 
 
 def check_daemon(daemon: DaemonStatus, driver: Driver) -> Iterator[Finding]:
@@ -34,7 +54,7 @@ def check_daemon(daemon: DaemonStatus, driver: Driver) -> Iterator[Finding]:
         )
     if daemon.state != "ready":
         why = "Jobs wait until it is ready, or for the next one."
-        yield note("daemon", f"it is {daemon.state}", why, "rootstockd status")
+        yield note("daemon", f"it is {daemon.state}", why, _FOR_ALL)
     else:
         yield ok("daemon", f"{daemon.version}, ready on {', '.join(daemon.devices)}, pid {daemon.pid}")
     if driver.gpus and driver.visible[1] and all(device.startswith("cpu") for device in daemon.devices):
@@ -49,7 +69,8 @@ def check_daemon(daemon: DaemonStatus, driver: Driver) -> Iterator[Finding]:
             "daemon",
             text,
             "This is probably not what its configuration is meant to say.",
-            "rootstockd reload, once that is fixed",
+            "rootstockd reload",
+            "Once that is fixed.",
         )
 
 
@@ -71,7 +92,9 @@ def check_models(daemon: DaemonStatus) -> Iterator[Finding]:
                 _mend(model),
             )
         elif model.loading and model.loading.obstacle:
-            yield warning(name, model.loading.text, "Its sessions wait.", "rootstockd unload NAME, of one that is idle")
+            yield warning(
+                name, model.loading.text, "Its sessions wait.", "rootstockd unload NAME", "Of one that is idle."
+            )
         elif model.restarts:
             times = "once" if model.restarts == 1 else f"{model.restarts} times"
             yield warning(name, f"its worker was replaced {times}", "Each time, its jobs waited.", "rootstockd logs")

@@ -36,7 +36,7 @@ def check_catalogue() -> Iterator[Finding]:
     try:
         catalogue = Catalogue.load()
     except CatalogueError as error:
-        yield problem("catalogue", str(error), "No daemon starts, and no model is found.", "Fix the file as it says.")
+        yield problem("catalogue", str(error), "No daemon starts, and no model is found, until that is fixed.")
         return
     wrong = catalogue.warnings()
     for text in wrong:

@@ -114,8 +114,14 @@ def check_python() -> Iterator[Finding]:
     )
 
 
-def check_environments(states: list[EnvironmentState], driver: Driver) -> Iterator[Finding]:
-    """Whether workers can start, and PyTorch use what there is."""
+def check_environments(states: list[EnvironmentState], driver: Driver, *, own: bool = True) -> Iterator[Finding]:
+    """Whether workers can start, and PyTorch use what there is.
+
+    Args:
+        states: the environments that there are for this user's daemons.
+        driver: the node's.
+        own: jobs here use a daemon for which this user may build some, or none.
+    """
     usable = [state for state in states if state.description]
     for state in states:
         where = f"env {state.name}"
@@ -136,7 +142,13 @@ def check_environments(states: list[EnvironmentState], driver: Driver) -> Iterat
                 mend = f"rootstockd env {other} {state.name} --torch auto"
                 yield from check_flavour(where, state.torch, state.cuda, driver, mend)
     absent = [state.name for state in states if state.lacking and state.builtin]
-    if absent and usable:
+    if absent and not own:
+        yield note(
+            "environments",
+            f"not built for daemons of yours: {', '.join(absent)}",
+            "The daemon here is somebody else's, and has its own: `rootstockd models list` has what it can load.",
+        )
+    elif absent and usable:
         yield note(
             "environments",
             f"not built: {', '.join(absent)}",

@@ -10,6 +10,7 @@ import os
 import re
 from importlib import resources
 from pathlib import Path
+from typing import Annotated
 
 import platformdirs
 from ase.data import atomic_numbers
@@ -17,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from rootstockd.settings.state_dir import check_trusted, site_folder
 from rootstockd.settings.toml_file import read_toml
+from rootstockd.settings.validation import describe, of_form
 
 _BUILTIN = Path(str(resources.files("rootstockd.environments").joinpath("builtin")))
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
@@ -69,7 +71,10 @@ class Specification(BaseModel):
     """As pip takes them. numpy must come of them."""
     imports: tuple[str, ...] = ()
     """Modules that must be importable for the environment to be of use."""
-    torch: str = Field(default="auto", pattern=r"^(auto|index|cpu|cu\d+|rocm[\d.]+|xpu)$")
+    torch: Annotated[
+        str,
+        of_form(r"auto|index|cpu|cu\d+|rocm[\d.]+|xpu", "a build: auto, index, cpu, cu126 and the like, rocm6.3, xpu"),
+    ] = "auto"
     """Which of PyTorch's builds: as the node's driver wants it, from where the other packages come from, or a given
     one."""
     verify: Check | None = None
@@ -157,9 +162,7 @@ def read_specification(path: Path) -> Specification:
     try:
         return Specification.model_validate(read_toml(path))
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or "it"
-        raise SpecificationError(f"specification {path}: {where}: {first['msg']}.") from error
+        raise SpecificationError(f"specification {path}: {describe(error)}.") from error
     except OSError as error:
         raise SpecificationError(f"specification {path}: {error.strerror}; name another with --spec.") from error
     except ValueError as error:

@@ -139,22 +139,43 @@ def listen_tcp(address: str) -> Iterator[socket.socket]:
     host, _, port = address.rpartition(":")
     with contextlib.ExitStack() as stack:
         try:
-            ((family, _, _, _, where), *_) = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
-            sock = stack.enter_context(socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK))
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # its predecessor's connections may linger
-            sock.bind((where[0], int(port), *where[2:]))  # getaddrinfo takes ports modulo 65,536
+            sock = stack.enter_context(_bound(host, int(port)))
             sock.listen()
-        except (OSError, OverflowError) as error:
-            why = error.strerror if isinstance(error, OSError) else "ports end at 65,535"
+        except OSError as error:
             hint = {
                 errno.EADDRINUSE: " Each daemon of a machine needs a port of its own.",
                 errno.EAFNOSUPPORT: " Under systemd ports must be allowed: see docs/monitoring.md.",
             }
             raise AddressError(
-                f"can't listen on {address} for metrics: {why}.{hint.get(getattr(error, 'errno', 0), '')} The address "
+                f"can't listen on {address} for metrics: {error.strerror}.{hint.get(error.errno or 0, '')} The address "
                 "is `metrics` of the configuration, or --metrics."
             ) from error
         yield sock
+
+
+def check_host(address: str) -> None:
+    """Whether this machine has the host of `HOST:PORT`; whether the port is free changes from moment to moment.
+
+    Raises:
+        AddressError: it has not.
+    """
+    host, _, _ = address.rpartition(":")
+    try:
+        _bound(host, 0).close()
+    except OSError as error:
+        raise AddressError(f"this machine can't listen at {host}: {error.strerror}.") from error
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    ((family, _, _, _, where), *_) = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
+    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # its predecessor's connections may linger
+        sock.bind(where)
+    except OSError:
+        sock.close()
+        raise
+    return sock
 
 
 def url_of(sock: socket.socket) -> str:

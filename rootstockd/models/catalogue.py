@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import platformdirs
 from ase.data import atomic_numbers, chemical_symbols
@@ -28,7 +28,7 @@ from rootstockd.environments.finding import has_environment
 from rootstockd.settings.config import KeepAlive
 from rootstockd.settings.state_dir import StateError, check_links, check_trusted, site_folder, state_dirs
 from rootstockd.settings.toml_file import read_toml
-from rootstockd.settings.validation import describe
+from rootstockd.settings.validation import BYTES, SECONDS, describe, of_form
 from rootstockd.worker.engines import EngineError, choose_head
 from rootstockd.worker.engines.ipi.recipe import read_recipe
 
@@ -55,7 +55,7 @@ class Entry(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    family: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
+    family: Annotated[str, of_form("[a-z][a-z0-9_]*", "a family: small letters, digits and _")]
     """Engine family: which module of `rootstockd.worker.engines` evaluates it."""
     environment: str = ""
     """Name of the Python environment that its workers run in; empty for the one called as the family."""
@@ -69,7 +69,7 @@ class Entry(BaseModel):
     """Of what the weights were converted from, if they were: another form of a model has the same fingerprint."""
     converted_sha256: str = ""
     """Of what that was converted to. Where it is not the weights' own, these are others by now: no form of it."""
-    size: int | None = Field(default=None, ge=0)
+    size: Annotated[int | None, BYTES] = Field(default=None, ge=0)
     """Of the weights in bytes, where it is known."""
     elements: tuple[str, ...] = ()
     """Symbols of the elements it knows, `H-Bi` for all from H to Bi; empty where only the loaded model can say."""
@@ -88,7 +88,7 @@ class Entry(BaseModel):
     """What to cite: a DOI, or a reference."""
     keep_alive: KeepAlive | None = None
     """How long it stays in memory after its last evaluation, in seconds or "forever", where it is not as for others."""
-    hang_timeout: float | None = Field(default=None, gt=0)
+    hang_timeout: Annotated[float | None, SECONDS] = Field(default=None, gt=0)
     """Seconds that any evaluation may take, where that is more than for others: one of density functional theory may
     take an hour."""
     aliases: tuple[str, ...] = ()
@@ -190,8 +190,12 @@ class Catalogue(Mapping[str, Entry]):
                 self._aliases[alias] = name
 
     @classmethod
-    def load(cls, extra: Iterable[Path] = ()) -> Catalogue:
+    def load(cls, extra: Iterable[Path] = (), named_by: str = "--catalogue") -> Catalogue:
         """The catalogue of whoever asks, with the entries of more files over it.
+
+        Args:
+            extra: these files.
+            named_by: what names them, for whoever has to change it.
 
         Raises:
             CatalogueError: a file is missing, is no TOML, has an entry that is none, or could be written by others.
@@ -200,7 +204,7 @@ class Catalogue(Mapping[str, Entry]):
         times = _times(extra)  # before they are read: what changes meanwhile has changed since
         files = [*builtin_files(), *_standing_files()]
         for path in extra:
-            _check_owners(path)
+            _check_owners(path, named_by=named_by)
             files.append(path)
         catalogue = cls((path, read_catalogue(path)) for path in files)
         catalogue._extra, catalogue._read = extra, times
@@ -319,14 +323,15 @@ def _times(extra: tuple[Path, ...]) -> dict[Path, int]:
     return found
 
 
-def _check_owners(*paths: Path) -> None:
+def _check_owners(*paths: Path, named_by: str = "") -> None:
     try:
         for path in paths:
             check_trusted(path)
     except StateError as error:
         raise CatalogueError(f"catalogue: {error}") from error
     except OSError as error:
-        raise CatalogueError(f"catalogue {path}: {error.strerror}; name another with --catalogue.") from error
+        hint = f" It is named by {named_by}." if named_by else ""
+        raise CatalogueError(f"catalogue {path}: {error.strerror}.{hint}") from error
 
 
 def read_catalogue(path: Path) -> dict[str, Entry]:

@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeAlias
 from rootstockd.control.schema import DaemonStatus, ModelStatus, SessionStatus
 
 SPAN = 5.0
-"""Seconds over which the rates of sessions are averaged."""
+"""Seconds over which rates are averaged."""
 KEPT = 120
 """Looks that trends have, at most, unless somebody wants others."""
 
@@ -92,6 +92,17 @@ class History:
     def trend(self, model: ModelStatus) -> Trend:
         """How a model of the latest status went."""
         return self.trends[name_of(model)]
+
+    def model_rate(self, model: ModelStatus) -> float:
+        """Evaluations a second of a model of the latest status; what the daemon says, where no earlier one had it.
+
+        Over the same time as those of sessions: the daemon's own are of a longer one.
+        """
+        first, last = self._looks[0], self._looks[-1]
+        done = first.models.get(name_of(model))
+        if done is None or last.time <= first.time:
+            return model.rate
+        return max(0, model.evaluations - done) / (last.time - first.time)
 
     def rate(self, session: SessionStatus) -> float:
         """Evaluations a second of a session of the latest status; since it began, where no earlier one had it."""

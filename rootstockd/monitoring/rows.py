@@ -7,12 +7,12 @@ from typing import Any
 
 from pydantic import JsonValue
 
-from rootstockd.control.schema import ModelStatus, SessionStatus
+from rootstockd.control.schema import DaemonStatus, ModelStatus, SessionStatus
 from rootstockd.monitoring.history import History
 
 
-def model_row(model: ModelStatus, models: Sequence[ModelStatus]) -> dict[str, Any]:
-    """A model, one of `models`.
+def model_row(model: ModelStatus, models: Sequence[ModelStatus], history: History) -> dict[str, Any]:
+    """A model, one of `models`, those of the latest status in `history`.
 
     Latencies are in seconds, memory in bytes, rates in evaluations a second; 0 where there is none.
     """
@@ -23,7 +23,7 @@ def model_row(model: ModelStatus, models: Sequence[ModelStatus]) -> dict[str, An
         "device": model.device or "-",
         "sessions": model.sessions,
         "queue": model.waiting,
-        "rate": model.rate,
+        "rate": history.model_rate(model),
         "latency": model.latency_p50 or 0.0,
         "p99": model.latency_p99 or 0.0,
         "batch": model.batch_size or 0.0,
@@ -47,20 +47,23 @@ def session_row(session: SessionStatus, history: History, now: float) -> dict[st
     }
 
 
-def user_rows(sessions: Sequence[SessionStatus], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The users of sessions, whose rows are given; their share, from 0 to 1, is of the atoms that were evaluated."""
+def user_rows(status: DaemonStatus, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The users of a status's sessions, whose rows are given.
+
+    Their share, from 0 to 1, is of the atoms that were evaluated; None where there are sessions that are not shown.
+    """
     users: dict[str, dict[str, Any]] = {}
-    for session, row in zip(sessions, rows, strict=True):
+    for session, row in zip(status.sessions, rows, strict=True):
         user = users.setdefault(
-            session.user, {"name": session.user, "sessions": 0, "queue": 0, "rate": 0.0, "work": 0.0}
+            session.user, {"name": session.user, "sessions": 0, "busy": 0, "rate": 0.0, "work": 0.0}
         )
         user["sessions"] += 1
-        user["queue"] += session.state == "busy"
+        user["busy"] += session.state == "busy"
         user["rate"] += row["rate"]
         user["work"] += row["rate"] * (session.natoms or 0)
     everything = sum(user["work"] for user in users.values())
     for user in users.values():
-        user["share"] = user["work"] / everything if everything else 0.0
+        user["share"] = None if status.other_sessions else user["work"] / everything if everything else 0.0
     return list(users.values())
 
 

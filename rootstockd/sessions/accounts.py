@@ -53,10 +53,10 @@ class Account:
         """An INIT of so many bytes is about to come; a single one may be as long as any.
 
         Raises:
-            LimitError: too many bytes of others are under way.
+            UserLimitError: too many bytes of others are under way.
         """
         if self.staged and self.staged + size > STAGED_BYTES:
-            raise LimitError(
+            raise UserLimitError(
                 f"an INIT of {size} bytes, with {self.staged} bytes of other INITs of {self.name} under way; "
                 f"each user may have {STAGED_BYTES}.",
                 "Try again in a moment.",
@@ -67,13 +67,13 @@ class Account:
         """One more evaluation waits or runs.
 
         Raises:
-            LimitError: the user has as many as they may.
+            UserLimitError: the user has as many as they may.
         """
         if self.quota.queued is not None and self.queued >= self.quota.queued:
-            raise LimitError(
-                f"{self.name} has {self.queued} evaluations waiting already; the limit for one user is "
-                f"{self.quota.queued}.",
-                "Run fewer jobs at once.",
+            raise UserLimitError(
+                f"{self.name} has {_so_many(self.queued, 'evaluation')} under way already, as many as one user may "
+                "(limits.queued).",
+                "Run fewer jobs at once, or ask whoever runs this daemon for a higher limit.",
             )
         self.queued += 1
 
@@ -101,8 +101,8 @@ class Account:
             count -= 1
         if count >= self.quota.models:
             raise UserLimitError(
-                f"{self.name} has {count} models in use already, as many as one user may (limits.models); one with "
-                "another dtype or dispersion counts as another.",
+                f"{self.name} has {_so_many(count, 'model')} in use already, as many as one user may (limits.models); "
+                "one with another dtype or dispersion counts as another.",
                 "Close sessions of models that are no longer needed, or ask whoever runs this daemon for a higher "
                 "limit.",
             )
@@ -191,7 +191,8 @@ class Accounts:
             account = Account(peer.uid, self._quotas.get(peer.uid, self._config.limits))
         if account.sessions >= account.quota.sessions:
             raise UserLimitError(
-                f"{account.name} has {account.sessions} sessions already, as many as one user may.",
+                f"{account.name} has {_so_many(account.sessions, 'session')} already, as many as one user may "
+                "(limits.sessions).",
                 "Try again when one of them has ended, or ask whoever runs this daemon for a higher limit.",
             )
         self._accounts[peer.uid] = account
@@ -213,7 +214,9 @@ class Accounts:
         if self._allowed is not None and self._allowed[0] < most:
             most, why = self._allowed[0], f", {self._allowed[1]}"
         if self._sessions >= most:
-            raise DaemonFullError(f"this daemon has its {most} sessions already{why}.", "Try again when one has ended.")
+            raise DaemonFullError(
+                f"this daemon has its {_so_many(most, 'session')} already{why}.", "Try again when one has ended."
+            )
 
     def close_session(self, account: Account, evaluations: int) -> None:
         """Count a session out, which had so many evaluations done."""
@@ -243,18 +246,26 @@ class Accounts:
         """Count in the atoms of a system, before memory is taken for it.
 
         Raises:
-            LimitError: they are too many, for this user or in all.
+            UserLimitError: they are too many beside those that this user has already.
+            LimitError: they are too many in themselves, or beside those of all users.
         """
-        if account.atoms + atoms > account.quota.atoms:
+        most = account.quota.atoms
+        rule = f"{account.name} may have {_so_many(most, 'atom')} in all sessions together (limits.atoms)"
+        if atoms > most:
             raise LimitError(
-                f"{atoms} atoms more: {account.name} has {account.atoms} in all sessions, and may have "
-                f"{account.quota.atoms}.",
+                f"a system of {_so_many(atoms, 'atom')}; {rule}.",
+                "Use a smaller structure, or ask whoever runs this daemon for a higher limit.",
+            )
+        if account.atoms + atoms > most:
+            raise UserLimitError(
+                f"a system of {_so_many(atoms, 'atom')}; {rule}, and has {account.atoms} already.",
                 "Close sessions that are no longer needed, or use smaller structures.",
             )
         if self._atoms + atoms > self._config.total_atoms:
             raise LimitError(
-                f"{atoms} atoms more: this daemon has {self._atoms} in all sessions, and takes "
-                f"{self._config.total_atoms}.",
+                f"a system of {_so_many(atoms, 'atom')}; this daemon takes "
+                f"{_so_many(self._config.total_atoms, 'atom')} in all sessions together (total_atoms), and has "
+                f"{self._atoms} already.",
                 "Try again when others have ended.",
             )
         account.atoms += atoms
@@ -264,6 +275,10 @@ class Accounts:
         """Count the atoms of a system out."""
         account.atoms -= atoms
         self._atoms -= atoms
+
+
+def _so_many(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _uid(name: str) -> int:

@@ -8,15 +8,21 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from rootstock_client.runtime_dir import SYSTEM_DIR, control_socket
+from rootstockd.settings.validation import BYTES, SECONDS, of_form
 from rootstockd.worker.memory import MEMORY_VARIABLE
 
+COMMAND_LINE = "command line"
+"""Where settings come from that flags of `start` have set."""
 CPU_BATCH_ATOMS = 2_048
 GPU_BATCH_ATOMS = 16_384
-ADDRESS = r"^([\w.-]+|\[[0-9a-fA-F:.]+\]):\d{1,5}$"
+_PORT = r"0*([0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
+Address: TypeAlias = Annotated[
+    str, of_form(rf"([\w.-]+|\[[0-9a-fA-F:.]+\]):{_PORT}", "HOST:PORT, such as 127.0.0.1:9746 (ports end at 65535)")
+]
 """A host's name or number and a port; IPv6 has brackets."""
 
 Forever: TypeAlias = Literal["forever"]
-KeepAlive: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)] | Forever
+KeepAlive: TypeAlias = Annotated[Annotated[float, Field(ge=0, allow_inf_nan=False)] | Forever, SECONDS]
 """Seconds that a model stays in memory after its last evaluation, or "forever": until its memory is wanted."""
 
 
@@ -25,7 +31,13 @@ class Device(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(pattern=r"^(cpu(:[0-9]{1,3})?|cuda:[0-9]{1,3}|(GPU|MIG)-[A-Za-z0-9_/-]{1,100})$")
+    name: Annotated[
+        str,
+        of_form(
+            r"cpu(:[0-9]{1,3})?|cuda:[0-9]{1,3}|(GPU|MIG)-[A-Za-z0-9_/-]{1,100}",
+            "a device: cpu, cpu:1, cuda:0, or the UUID of a GPU (GPU-..., MIG-...)",
+        ),
+    ]
     """`cpu`, or `cpu:1` where there are several; `cuda:1`, the second of the GPUs that the daemon sees; or the UUID
     of a GPU or of a MIG instance."""
     uuid: str = ""
@@ -111,7 +123,7 @@ class Settings(BaseModel):
 
     socket: Path
     """The session socket; the control socket and the lock lie beside it."""
-    devices: tuple[Device, ...] = Field(min_length=1)
+    devices: tuple[Device, ...]
     """All CPUs, or all GPUs: a model's numbers shall not depend on where there was room."""
     models: tuple[str, ...] = ()
     """Loaded before the daemon calls itself ready; others are loaded when first asked for."""
@@ -120,15 +132,15 @@ class Settings(BaseModel):
     keep_alive: KeepAlive = "forever"
     """How long a model stays that nobody uses; an entry of a catalogue may say otherwise for its model, and what is in
     `models` stays."""
-    device_memory: int | None = Field(default=None, ge=2**20)
+    device_memory: Annotated[int | None, BYTES] = Field(default=None, ge=2**20)
     """Bytes that all models on one device may take together. Without it what a GPU has, but for a reserve, and as much
     as they like on a CPU."""
-    metrics: Annotated[str, Field(pattern=ADDRESS)] | None = None
+    metrics: Address | None = None
     """Where Prometheus finds metrics over TCP, such as `127.0.0.1:9746`; whoever reaches it may read them. Port 0 is
     any that is free."""
     metrics_users: bool = False
     """Whether they say there what each user does, by login name."""
-    room_timeout: float = Field(default=300.0, ge=0)
+    room_timeout: Annotated[float, SECONDS] = Field(default=300.0, ge=0)
     """Seconds that evaluations wait while no device has room for their model."""
     max_atoms: int = Field(default=1_000_000, ge=1)
     """Atoms in one message of one session."""
@@ -147,13 +159,13 @@ class Settings(BaseModel):
     """Whether workers give away the rights that they need not; an entry of a catalogue may say no for its model."""
     log_file: Path | None = None
     """Where a daemon in the background writes its log."""
-    drain_timeout: float = Field(default=60.0, ge=0)
+    drain_timeout: Annotated[float, SECONDS] = Field(default=60.0, ge=0)
     """Seconds that a stopping daemon gives evaluations under way."""
-    hang_timeout: float = Field(default=60.0, gt=0)
+    hang_timeout: Annotated[float, SECONDS] = Field(default=60.0, gt=0)
     """Seconds that any batch may take; a slow model gets more (`HangLimit`). After that its worker is replaced."""
-    load_timeout: float = Field(default=600.0, gt=0)
+    load_timeout: Annotated[float, SECONDS] = Field(default=600.0, gt=0)
     """Seconds that a worker may take to load its model."""
-    worker_memory: int | None = Field(default=None, ge=2**28)
+    worker_memory: Annotated[int | None, BYTES] = Field(default=None, ge=2**28)
     """Bytes of memory that a worker on a CPU may use (RLIMIT_DATA); without it, as many as the machine has."""
 
     @property
@@ -186,6 +198,8 @@ class Settings(BaseModel):
     @field_validator("devices")
     @classmethod
     def _alike(cls, devices: tuple[Device, ...]) -> tuple[Device, ...]:
+        if not devices:  # min_length would count those alone whose names are right
+            raise ValueError("there is none, and at least one is needed")
         if len({device.kind for device in devices}) > 1:
             raise ValueError("a daemon computes on CPUs or on GPUs, not on both")
         if len({device.name for device in devices}) < len(devices):
@@ -224,3 +238,8 @@ class Config(Settings):
     """Where they were looked for, the weakest first."""
     origins: dict[str, str] = Field(default_factory=dict)
     """Of each setting that is not at its default: a file, a variable, or the command line."""
+
+    def where(self, name: str) -> str:
+        """Where a setting can be changed, in words."""
+        origin = self.origins.get(name, "the configuration")
+        return f"the {origin}" if origin == COMMAND_LINE else f"`{name}` of {origin}"

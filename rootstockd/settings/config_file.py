@@ -11,7 +11,7 @@ from typing import Any, get_args, get_origin
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from rootstockd.settings.config import Settings, SettingsFile
+from rootstockd.settings.config import Device, Settings, SettingsFile
 from rootstockd.settings.state_dir import StateError, check_links, check_trusted
 from rootstockd.settings.toml_file import read_toml
 from rootstockd.settings.validation import in_words
@@ -42,7 +42,16 @@ _ANYTHING = {"socket": "/", "devices": ["cpu"]}
 
 
 class ConfigError(Exception):
-    """Settings that can't be used: where each stands, and what is wrong with it, in a line for each."""
+    """Settings that can't be used: where each stands, and what is wrong with it, in a line for each.
+
+    Args:
+        words: these lines.
+        rest: the settings that are right, for whoever wants to know what else is wrong.
+    """
+
+    def __init__(self, words: str, rest: Any = None) -> None:
+        super().__init__(words)
+        self.rest = rest
 
 
 def reloadable(name: str) -> bool:
@@ -64,7 +73,7 @@ def read_config_file(file: SettingsFile) -> dict[str, Any]:
 
     Raises:
         ConfigError: it is missing, or a link to what is; it is no TOML, could be written by others, or has keys or
-            values that are wrong.
+            values that are wrong; `rest` has the others.
     """
     try:
         given = _load(file)
@@ -85,9 +94,11 @@ def read_config_file(file: SettingsFile) -> dict[str, Any]:
         given["catalogues"] = [
             file.path.parent / path if isinstance(path, str) else path for path in given["catalogues"]
         ]
-    if problems := problems_of(given):
-        raise ConfigError("\n".join(f"configuration {file.path}: {text}" for text in problems))
-    return {name: value for name, value in given.items() if not (file.others and name in _OF_THE_SITES_DAEMONS)}
+    right, problems = checked(given)
+    right = {name: value for name, value in right.items() if not (file.others and name in _OF_THE_SITES_DAEMONS)}
+    if problems:
+        raise ConfigError("\n".join(f"configuration {file.path}: {text}" for text in problems), right)
+    return right
 
 
 def _load(file: SettingsFile) -> dict[str, Any]:
@@ -104,19 +115,33 @@ def _load(file: SettingsFile) -> dict[str, Any]:
     return read_toml(file.path, check)
 
 
-def problems_of(given: dict[str, Any]) -> list[str]:
-    """What is wrong with settings, a line of words for each that is."""
+def checked(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The settings that are right, and what is wrong with the others, a line of words for each."""
     try:
         Settings.model_validate({**_ANYTHING, **given})
     except ValidationError as error:
-        return describe(error)
-    return []
+        right = given
+        for problem in error.errors(include_url=False):
+            right = _without(right, problem["loc"])
+        return right, describe(error)
+    return given, []
+
+
+def _without(table: dict[str, Any], place: tuple[int | str, ...]) -> dict[str, Any]:
+    """A table without what stands there; of a list without the whole."""
+    name, *rest = place
+    inner = table.get(str(name))
+    if rest and isinstance(inner, dict):
+        return {**table, str(name): _without(inner, tuple(rest))}
+    return {other: value for other, value in table.items() if other != name}
 
 
 def _place(location: tuple[int | str, ...]) -> tuple[str, ...]:
     """Where an error of pydantic's stands, without what it says of a union's members."""
     kind: Any = Settings
     for depth, part in enumerate(location):
+        if kind is Device:  # which its name stands for
+            return tuple(map(str, location[:depth]))
         if fields := getattr(kind, "model_fields", None):
             kind = fields[part].annotation if part in fields else None
         elif get_origin(kind) in (dict, tuple):

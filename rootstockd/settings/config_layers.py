@@ -24,13 +24,13 @@ from pydantic import ValidationError
 from rootstock_client.patience import PATIENCE_VARIABLE
 from rootstock_client.runtime_dir import SYSTEM_DIR
 from rootstockd.settings import state_dir
-from rootstockd.settings.config import Config, Settings, SettingsFile
+from rootstockd.settings.config import COMMAND_LINE, Config, Settings, SettingsFile
 from rootstockd.settings.config_file import (
     FILE_NAME,
     ConfigError,
     all_settings,
+    checked,
     describe,
-    problems_of,
     read_config_file,
     reloadable,
 )
@@ -46,7 +46,6 @@ OTHER_VARIABLES = (
     state_dir.MIRROR_VARIABLE,
 )
 """Those that are no settings of a daemon."""
-COMMAND_LINE = "command line"
 
 _Paths: TypeAlias = dict[tuple[str, ...], Any]
 """Settings by their paths; a list is one value."""
@@ -92,7 +91,7 @@ def make_config(
         defaults: what holds where nobody says anything.
 
     Raises:
-        ConfigError: keys or values are wrong; it has all of them.
+        ConfigError: keys or values are wrong; it has all of them, and in `rest` a Config without them.
     """
     problems: list[str] = []
     said: _Paths = {}
@@ -100,11 +99,13 @@ def make_config(
     for name, path in VARIABLES.items():
         if value := variables.get(name):
             given: Any = Path(value).absolute() if path in {("socket",), ("log_file",)} else value
-            said[path], origins[path] = given, name
-            problems += (f"{name}: {text}" for text in problems_of(_nested({path: given})))
-    flags = {name: value for name, value in flags.items() if value is not None}
-    problems += problems_of(flags)
-    flagged = dict(_paths(flags))
+            right, wrong = checked(_nested({path: given}))
+            problems += (f"{name}: {text}" for text in wrong)
+            said.update(_paths(right))
+            origins[path] = name
+    right, wrong = checked({name: value for name, value in flags.items() if value is not None})
+    problems += wrong
+    flagged = dict(_paths(right))
     said.update(flagged)
     origins.update(dict.fromkeys(flagged, COMMAND_LINE))
     return _combine(files, dict(_paths(defaults)), said, origins, problems)
@@ -188,19 +189,21 @@ def _combine(
     origins: dict[tuple[str, ...], str] = {}
     for file in files:
         try:
-            given = dict(_paths(read_config_file(file)))
+            read = read_config_file(file)
         except ConfigError as error:
             problems.append(str(error))
-        else:
-            values.update(given)
-            origins.update(dict.fromkeys(given, str(file.path)))
-    if problems:
-        raise ConfigError("\n".join(problems))
+            read = error.rest or {}
+        given = dict(_paths(read))
+        values.update(given)
+        origins.update(dict.fromkeys(given, str(file.path)))
     where = {_name(path): origin for path, origin in {**origins, **said_by}.items()}
     try:
-        return Config.model_validate({**_nested({**values, **said}), "files": files, "origins": where})
+        config = Config.model_validate({**_nested({**values, **said}), "files": files, "origins": where})
     except ValidationError as error:
-        raise ConfigError("\n".join(describe(error))) from error
+        raise ConfigError("\n".join([*problems, *describe(error)])) from error
+    if problems:
+        raise ConfigError("\n".join(problems), config)
+    return config
 
 
 def _paths(table: Mapping[str, Any], parents: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

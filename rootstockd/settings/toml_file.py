@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import sys
 from collections.abc import Callable
@@ -13,6 +14,9 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+_KEY = re.compile(r"\s*(?:\[+\s*([^\]]+?)\s*\]|([^=#\[]+?)\s*=)")
+"""Of a table, or of a value, at the beginning of a line."""
 
 
 def read_toml(path: Path, check: Callable[[os.stat_result], None] = lambda _: None) -> dict[str, Any]:
@@ -32,10 +36,27 @@ def read_toml(path: Path, check: Callable[[os.stat_result], None] = lambda _: No
         if not stat.S_ISREG(status.st_mode) and not _is_null(status):
             raise ValueError("it is no regular file.")
         check(status)
+        text = file.read().decode()
         try:
-            return tomllib.load(file)
+            return tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(_in_words(str(error), text)) from error
         except RecursionError:
             raise ValueError("its tables or lists are nested too deeply.") from None
+
+
+def _in_words(error: str, text: str) -> str:
+    """What the parser says, and of a key that is there twice, which."""
+    if not error.startswith(("Cannot overwrite a value", "Cannot declare")):
+        return error
+    lines = text.splitlines()
+    place = re.search(r"at line (\d+)", error)
+    number = int(place[1]) if place else len(lines)
+    # the place is that behind the value, which may have several lines
+    while number > 1 and not _KEY.match(lines[number - 1]):
+        number -= 1
+    key = _KEY.match(lines[number - 1])
+    return f"{key[1] or key[2]} is set twice, again in line {number}." if key else error
 
 
 def _is_null(status: os.stat_result) -> bool:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import AfterValidator, BeforeValidator, ValidationError
 
 _WORDS = {
     "missing": "{where} is missing",
@@ -18,7 +19,6 @@ _WORDS = {
     "float_parsing": "{at}{given} is not a number",
     "finite_number": "{at}{given} is not a finite number",
     "string_type": "{at}{given} is not a text",
-    "string_pattern_mismatch": "{at}{given} is not of the form {pattern}",
     "bool_type": "{at}{given} is neither true nor false",
     "list_type": "{at}{given} is not a list",
     "tuple_type": "{at}{given} is not a list",
@@ -38,6 +38,46 @@ LONGEST = 300
 """Characters of a description."""
 _shortened = reprlib.Repr()
 _shortened.maxstring = _shortened.maxother = 60
+
+_BYTES = {
+    **{f"{prefix}B": 1000**power for power, prefix in enumerate(("", "k", "M", "G", "T"))},
+    **{f"{prefix}iB": 1024**power for power, prefix in enumerate(("K", "M", "G", "T"), 1)},
+}
+_BYTES |= {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_SECONDS = {"ms": 1e-3, "s": 1, "sec": 1, "min": 60, "m": 60, "h": 3600, "d": 86400}
+_WITH_UNIT = re.compile(r"\s*(\d{1,30}(?:_\d{1,3}){0,9}(?:\.\d{1,9})?)\s*([A-Za-z]+)\s*")
+
+
+def of_form(pattern: str, form: str) -> AfterValidator:
+    """What a field's text has to match as a whole, and how that is said to people: "an address, HOST:PORT"."""
+
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(f"{_shortened.repr(text)} is not {form}")
+        return text
+
+    return AfterValidator(check)
+
+
+def _without_unit(name: str, units: dict[str, float]) -> BeforeValidator:
+    """Who gives a number a unit is told what to write; it may be another number than they think."""
+    known = {unit.lower(): factor for unit, factor in units.items()}
+
+    def check(given: Any) -> Any:
+        found = _WITH_UNIT.fullmatch(given) if isinstance(given, str) else None
+        if found and (factor := known.get(found[2].lower())):
+            number = float(found[1]) * factor
+            plain = f"{round(number):_}" if number == round(number) else f"{number:g}"
+            raise ValueError(f"{given!r} has a unit; write it in {name}: {plain}")
+        return given
+
+    return BeforeValidator(check)
+
+
+BYTES = _without_unit("bytes", _BYTES)
+"""Of a field that is so many bytes."""
+SECONDS = _without_unit("seconds", _SECONDS)
+"""Of a field that is so many seconds."""
 
 
 def describe(error: ValidationError) -> str:

@@ -204,7 +204,7 @@ def test_unfinished_inits_are_bounded_together(daemon: RunningDaemon, good, many
         with contextlib.suppress(TimeoutError):
             answer = sock.recv(4096)
             assert answer.startswith(ipi.ERROR)
-            assert json.loads(answer[16:])["code"] == "limit"
+            assert json.loads(answer[16:])["code"] == "user-limit"
             refused += 1
     assert refused == 8
     assert memory(daemon) < before + STAGED_BYTES + 32 * MB

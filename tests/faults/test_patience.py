@@ -118,7 +118,7 @@ def test_a_limit_of_ones_own_is_told_at_once(start_daemon, tmp_path: Path) -> No
     atoms.calc, second.calc = (daemon.client().calculator("emt") for _ in range(2))
     atoms.get_forces()
     start = time.monotonic()
-    with pytest.raises(UserLimitError, match="has 1 sessions already, as many as one user may"):
+    with pytest.raises(UserLimitError, match="has 1 session already, as many as one user may"):
         second.get_forces()
     assert time.monotonic() - start < 30  # of its 60 s
     atoms.calc.close()

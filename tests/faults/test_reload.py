@@ -19,7 +19,7 @@ from ase.calculators.emt import EMT
 
 from conftest import RunningDaemon, wait_for
 from rootstock_client import RootstockClient
-from rootstock_client.errors import LimitError, UnknownModelError
+from rootstock_client.errors import LimitError, UnknownModelError, UserLimitError
 
 
 @pytest.fixture
@@ -149,7 +149,13 @@ def test_a_wrong_file_changes_nothing_and_says_why(configured, folder):
     assert done.returncode == 0 and "batch_atoms" in done.stdout
     atoms = crystal(1)
     atoms.calc = configured.client().calculator("emt")
-    with pytest.raises(LimitError, match="4 atoms more"):
+    with pytest.raises(
+        LimitError, match=r"a system of 4 atoms; .* may have 3 atoms in all sessions together \(limits\.atoms\)\."
+    ):
+        atoms.get_potential_energy()
+    (folder / "config.toml").write_text(good + "[limits]\nqueued = 0\n")
+    assert configured.run("reload").returncode == 0
+    with pytest.raises(UserLimitError, match=r"has 0 evaluations under way already, .* \(limits\.queued\)"):
         atoms.get_potential_energy()
 
 

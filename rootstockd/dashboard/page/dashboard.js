@@ -293,7 +293,7 @@ const tables = {
   users: new SortedTable("users", "rate", [
     { key: "name", name: "user", words: true, long: true },
     { key: "sessions", name: "sessions", text: q.count },
-    { key: "queue", name: "queue", text: q.count, rank: 1 },
+    { key: "busy", name: "busy", text: q.count, rank: 1 },
     { key: "rate", name: "eval/s", text: q.rate },
     { key: "share", name: "share", text: q.percent },
   ]),

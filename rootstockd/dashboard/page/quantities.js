@@ -25,9 +25,9 @@ export function count(value) {
   return String(value);
 }
 
-/** A part of a whole. */
+/** A part of a whole; "–" where it is not known. */
 export function percent(value) {
-  return `${(100 * value).toFixed(0)}%`;
+  return value === null ? "–" : `${(100 * value).toFixed(0)}%`;
 }
 
 /** A time span in seconds, in its two largest units. */
