@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from rootstock_client.errors import RootstockError
+from rootstock_client.errors import DaemonFullError, RootstockError, UserLimitError
 
 log = logging.getLogger("rootstock_client")
 
@@ -52,6 +52,8 @@ class Outage:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._tries = 0
+        self._full = False
+        """It is there, and has no room."""
         self._waited = 0.0
         self._begun = time.monotonic()
 
@@ -68,9 +70,9 @@ class Outage:
         if self._waited >= patience:
             self._give_up(error)
         if self._tries == 0:
-            log.warning(
-                "rootstockd at %s is away; this job waits up to %g s. (%s)", self._path, patience, error.message
-            )
+            self._full = isinstance(error, (DaemonFullError, UserLimitError))
+            what = "has no room for this job, which" if self._full else "is away; this job"
+            log.warning("rootstockd at %s %s waits up to %g s. (%s)", self._path, what, patience, error.message)
         # many jobs lose their daemon in the same moment; they should not come back in the same moment
         pause = min(LONGEST_PAUSE, FIRST_PAUSE * 1.5**self._tries) * _random.uniform(0.5, 1.5)
         pause = min(pause, patience - self._waited)
@@ -82,7 +84,7 @@ class Outage:
         if self._tries == 0:
             raise error
         raise type(error)(
-            f"{error.message} This job has waited {self._waited:.3g} s for it to come back.",
+            f"{error.message} This job has waited {self._waited:.3g} s.",
             f"{error.hint}\nHow long jobs wait is set by RootstockClient(patience=...) or {PATIENCE_VARIABLE}.".strip(),
         ) from error
 
@@ -90,4 +92,5 @@ class Outage:
         """A daemon has answered."""
         if self._tries:
             took = time.monotonic() - self._begun
-            log.warning("rootstockd at %s is back; this job waited %.3g s for its step.", self._path, took)
+            what = "has room again" if self._full else "is back"
+            log.warning("rootstockd at %s %s; this job waited %.3g s for its step.", self._path, what, took)

@@ -66,7 +66,8 @@ def no_settings_of_this_machine(tmp_path_factory: pytest.TempPathFactory) -> Ite
         patch.setenv("ROOTSTOCKD_STATE", str(folder / "state"))
         patch.setenv("ROOTSTOCKD_SITE", str(folder / "site"))
         patch.setenv("XDG_CONFIG_HOME", str(folder / "config"))
-        patch.delenv("SLURM_JOB_ID", raising=False)
+        for name in ("SLURM_JOB_ID", "COLUMNS", "LINES"):  # readline sets the latter two in pytest-xdist's processes
+            patch.delenv(name, raising=False)
         yield
 
 

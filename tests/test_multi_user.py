@@ -382,4 +382,5 @@ def test_a_driver_that_listens_is_attached_by_whoever_may_connect_and_counts_for
                 with job("rsd-alice", daemon) as answers:
                     assert answers == ["user-limit"]
                 driver.sendall(ipi.EXIT)
-            assert process.communicate(timeout=60) == ("the driver has ended\n", "")
+            said = f"attaching 2 atoms (Cu2, pbc FFF), emt, to {path}\nthe driver has ended\n"
+            assert process.communicate(timeout=60) == (said, "")
