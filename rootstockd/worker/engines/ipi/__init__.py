@@ -196,9 +196,11 @@ class IpiEngine:
                 ends.append(program.finish(LAST_WORDS))
                 self._pool.drop()
                 log.warning("model %s: %s ended: %s", self._name, self._program, ends[-1])
-            except NonsenseError as error:
+            except BaseException as error:
                 program.finish()
                 self._pool.drop()
+                if not isinstance(error, NonsenseError):
+                    raise
                 raise EngineError(
                     "evaluation",
                     f"model {self._name!r}: {self._program} {error}; it was ended",
@@ -225,20 +227,21 @@ class IpiEngine:
         Raises:
             EngineError: there is none.
         """
-        for again in (True, False):
+        killed = False
+        while True:
             path, digest = check_program(self._name, self._recipe)
             try:
                 return Program(self._recipe, path, digest, self._context(evaluation), confined=self._confined)
             except StartError as error:
+                if not error.killed or killed:
+                    raise EngineError(
+                        "evaluation",
+                        f"model {self._name!r}: {self._program} {error}",
+                        "Its command and its input come from the catalogue's entry; what it printed says what is "
+                        "wrong.",
+                    ) from error
                 log.warning("model %s: %s %s", self._name, self._program, error)
-                if again and error.killed:
-                    continue
-                raise EngineError(
-                    "evaluation",
-                    f"model {self._name!r}: {self._program} {error}",
-                    "Its command and its input come from the catalogue's entry; what it printed says what is wrong.",
-                ) from error
-        raise AssertionError
+                killed = True
 
     def _backend(self, digest: str) -> str:
         return f"{self._program} (SHA-256 {digest[:12]}...)"
