@@ -66,6 +66,7 @@ class Driver:
             status = self._status()
         if status != "READY":
             raise NonsenseError(f"said {status!r} where READY was due")
+        self._check_silence()
         self._send(
             b"POSDATA     "
             + np.ascontiguousarray(cell.T, "<f8").tobytes()
