@@ -172,10 +172,16 @@ class RunningDaemon:
 
     def stop(self) -> None:
         """End it, and see that nothing of it is left."""
+        why = None
         if self.processes() or self.socket.exists():  # it may have been started in another way
-            with contextlib.suppress(RootstockError):
+            try:
                 end(self.socket, force=True)  # what `rootstockd stop` does, without a process for it
-        wait_for(lambda: not self.processes(), timeout=10)
+            except RootstockError as error:  # as a rule, that there is none
+                why = error
+        try:
+            wait_for(lambda: not self.processes(), timeout=10)
+        except AssertionError as error:
+            raise AssertionError(f"processes {self.processes()} are left: {why}") from error
 
 
 @pytest.fixture(scope="session", autouse=True)
