@@ -419,7 +419,8 @@ def test_a_daemon_stops_while_its_worker_hangs(start_hostile, monkeypatch, at: s
         outcome = pool.submit(evaluate, daemon, behave(slab(), deed), model)
         wait_for(lambda: any(s["state"] == "busy" for s in daemon.client().status()["sessions"]))
         process = psutil.Process(daemon.client().status()["pid"])
-        wait_for(process.children)
+        # not one that is being forked: stopped then, it would keep the daemon's sockets
+        wait_for(lambda: any("__main__.py" in " ".join(child.cmdline()) for child in process.children()))
         (worker,) = process.children()
         if at == "an evaluation":
             worker.suspend()
