@@ -219,6 +219,20 @@ def test_ipi_does_not_notice_that_its_daemon_is_killed(
     same(trajectory(folder), reference(8))
 
 
+@pytest.mark.parametrize("mode", ["unix", "shm"])
+def test_ipi_does_not_notice_that_attach_is_killed(daemon: RunningDaemon, folder: Path, reference, mode: str) -> None:
+    """It finds an end of file, not a reset, over which it hangs, and goes on with whoever comes next."""
+    options = ["--model", "emt", "--structure", folder / "init.xyz", *(["--shm"] * (mode == "shm"))]
+    with running_ipi(folder, beads=8, mode=mode) as driver:
+        with attached(daemon, folder / "ipi", *options) as command:
+            wait_for(lambda: any(s["evaluations"] > 8 for s in daemon.client().status()["sessions"]), timeout=60)
+            command.kill()
+        with attached(daemon, folder / "ipi", *options) as command:
+            assert end_of(command)[0] == 0
+        assert driver.wait(timeout=60) == 0
+    same(trajectory(folder), reference(8))
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_ipi_never_goes_on_with_another_potential(start_daemon, folder: Path, count: int) -> None:
     """The catalogue's entry is another when the daemon is back: the driver gets no number of it."""
