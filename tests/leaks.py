@@ -74,7 +74,8 @@ def held(daemon: Any = None) -> Counter[str]:
     found.update(f"thread {thread.name!r} ({thread.ident})" for thread in threading.enumerate() if thread.name != TQDM)
     for process in psutil.Process().children(recursive=True):
         if process.pid not in helpers:
-            found[f"process {process.pid} ({process.name()}, {process.status()})"] += 1
+            ended = ", zombie" if process.status() == psutil.STATUS_ZOMBIE else ""  # running or sleeping is no matter
+            found[f"process {process.pid} ({process.name()}{ended})"] += 1
     for pid in daemon.processes() if daemon is not None else ():
         found.update(_of_sessions(pid))
     return found

@@ -88,8 +88,8 @@ class Rooms:
         return expected if expected <= largest else max(least, int(largest))
 
     def _taken(self, worker: Supervisor) -> int:
-        """Bytes that it has; while it loads, what was set aside for it, if that is more."""
-        if worker.state is State.READY and worker.memory:
+        """Bytes that it has; until it was measured as a loaded one, what was set aside for it, if that is more."""
+        if worker.state is State.READY and worker.loaded_memory:
             return worker.memory
         return max(worker.memory, worker.set_aside)
 
