@@ -137,8 +137,7 @@ class Potential:
         """
         self._fingerprint = self._fingerprint or fingerprint
         if fingerprint != self._fingerprint:
-            instead = "To go on with the new one, attach anew."
-            raise model_changed(self._model, self._fingerprint, fingerprint, instead)
+            raise model_changed(self._model, self._fingerprint, fingerprint, "attach anew")
 
     def in_init(self, init: bytes) -> bytes:
         """An INIT that asks for no other."""
@@ -168,10 +167,10 @@ class Attachment:
         *,
         patience: float,
         wait: float,
-        shared_memory: bool = False,
-        potential: Potential | None = None,
+        shared_memory: bool,
+        potential: Potential,
     ) -> None:
-        self._potential = potential or Potential()
+        self._potential = potential
         self._daemon, self._address, self._describe = daemon, address, describe
         self._patience, self._wait = patience, wait
         self._shared_memory = shared_memory
@@ -262,7 +261,7 @@ def offer(daemon: Path, init: bytes) -> socket.socket:
         raise
 
 
-def hand_over(line: socket.socket, stream: socket.socket, computed: Callable[[str], object] = lambda _: None) -> None:
+def hand_over(line: socket.socket, stream: socket.socket, computed: Callable[[str], object]) -> None:
     """Hand a stream over to the daemon, and wait until its driver ends.
 
     Args:

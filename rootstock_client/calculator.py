@@ -270,8 +270,7 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
             self.fingerprint = fingerprint or self.fingerprint
             return
         self._connection.close()  # a session keeps its model, and the next shall find what has been put back meanwhile
-        instead = "To go on with the new one, make a new calculator."
-        raise model_changed(self.parameters["model"], self.fingerprint, fingerprint, instead)
+        raise model_changed(self.parameters["model"], self.fingerprint, fingerprint, "make a new calculator")
 
     def describe(self, snapshot: Snapshot, box: Box, wanted: frozenset[str]) -> bytes:
         """The INIT text for a system and what is wanted of it; made anew only when something in it has changed."""

@@ -115,20 +115,20 @@ class ModelChangedError(RootstockError):
     code = "model-changed"
 
 
-def model_changed(model: str, before: str, now: str, instead: str) -> ModelChangedError:
+def model_changed(model: str, before: str, now: str, anew: str) -> ModelChangedError:
     """What is said where a model has another fingerprint than before.
 
     Args:
         model: its name.
         before: the fingerprint that it had.
         now: the one that it has.
-        instead: how to go on with the new one, a sentence.
+        anew: what to do to go on with the new one.
     """
     return ModelChangedError(
         f"model {model!r} is another than before: its fingerprint was {before} and is {now} now.",
-        f"{instead} To go on with the old one, have whoever runs the daemon restore its catalogue entry "
-        f"(`rootstockd models show {model}`) and `rootstockd reload`, or restore the packages of its environment; then "
-        "repeat the step.",
+        f"To go on with the new one, {anew}. To go on with the old one, have whoever runs the daemon restore its "
+        f"catalogue entry (`rootstockd models show {model}`) and `rootstockd reload`, or restore the packages of its "
+        "environment; then repeat the step.",
     )
 
 

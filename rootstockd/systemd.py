@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rootstock_client import ipi
+from rootstockd.words import so_many
 
 if TYPE_CHECKING:
     from rootstockd.daemon import Daemon
@@ -104,8 +105,7 @@ def describe(daemon: Daemon) -> str:
     """What `systemctl status` shows of a daemon."""
     if daemon.state == "starting":
         return f"loading {', '.join(daemon.config.models)}" if daemon.config.models else "starting"
-    sessions = len(daemon.sessions)
-    return f"{daemon.state}, {sessions} session{'' if sessions == 1 else 's'}"
+    return f"{daemon.state}, {so_many(len(daemon.sessions), 'session')}"
 
 
 async def serves(daemon: Daemon, limit: float) -> bool:

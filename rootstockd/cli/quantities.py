@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from rootstockd.words import noun
+
 
 def duration(seconds: float) -> str:
     """A time span, in its two largest units."""
@@ -53,4 +55,4 @@ def count(number: int) -> str:
 
 def plural(number: int, word: str) -> str:
     """So many of something."""
-    return f"{count(number)} {word}{'' if number == 1 else 's'}"
+    return f"{count(number)} {noun(number, word)}"

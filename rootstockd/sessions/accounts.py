@@ -16,6 +16,7 @@ from typing import Protocol
 from rootstock_client.errors import AccessDeniedError, DaemonFullError, LimitError, UserLimitError
 from rootstockd.host.peers import Peer, user_name
 from rootstockd.settings.config import Config, Quota
+from rootstockd.words import so_many
 
 STAGED_BYTES = 128 * 2**20
 """Bytes of long INITs that have not come in full yet, for each user."""
@@ -71,7 +72,7 @@ class Account:
         """
         if self.quota.queued is not None and self.queued >= self.quota.queued:
             raise UserLimitError(
-                f"{self.name} has {_so_many(self.queued, 'evaluation')} under way already, as many as one user may "
+                f"{self.name} has {so_many(self.queued, 'evaluation')} under way already, as many as one user may "
                 "(limits.queued).",
                 "Run fewer jobs at once, or ask whoever runs this daemon for a higher limit.",
             )
@@ -101,7 +102,7 @@ class Account:
             count -= 1
         if count >= self.quota.models:
             raise UserLimitError(
-                f"{self.name} has {_so_many(count, 'model')} in use already, as many as one user may (limits.models); "
+                f"{self.name} has {so_many(count, 'model')} in use already, as many as one user may (limits.models); "
                 "one with another dtype or dispersion counts as another.",
                 "Close sessions of models that are no longer needed, or ask whoever runs this daemon for a higher "
                 "limit.",
@@ -191,7 +192,7 @@ class Accounts:
             account = Account(peer.uid, self._quotas.get(peer.uid, self._config.limits))
         if account.sessions >= account.quota.sessions:
             raise UserLimitError(
-                f"{account.name} has {_so_many(account.sessions, 'session')} already, as many as one user may "
+                f"{account.name} has {so_many(account.sessions, 'session')} already, as many as one user may "
                 "(limits.sessions).",
                 "Try again when one of them has ended, or ask whoever runs this daemon for a higher limit.",
             )
@@ -215,7 +216,7 @@ class Accounts:
             most, why = self._allowed[0], f", {self._allowed[1]}"
         if self._sessions >= most:
             raise DaemonFullError(
-                f"this daemon has its {_so_many(most, 'session')} already{why}.", "Try again when one has ended."
+                f"this daemon has its {so_many(most, 'session')} already{why}.", "Try again when one has ended."
             )
 
     def close_session(self, account: Account, evaluations: int) -> None:
@@ -250,21 +251,21 @@ class Accounts:
             LimitError: they are too many in themselves, or beside those of all users.
         """
         most = account.quota.atoms
-        rule = f"{account.name} may have {_so_many(most, 'atom')} in all sessions together (limits.atoms)"
+        rule = f"{account.name} may have {so_many(most, 'atom')} in all sessions together (limits.atoms)"
         if atoms > most:
             raise LimitError(
-                f"a system of {_so_many(atoms, 'atom')}; {rule}.",
+                f"a system of {so_many(atoms, 'atom')}; {rule}.",
                 "Use a smaller structure, or ask whoever runs this daemon for a higher limit.",
             )
         if account.atoms + atoms > most:
             raise UserLimitError(
-                f"a system of {_so_many(atoms, 'atom')}; {rule}, and has {account.atoms} already.",
+                f"a system of {so_many(atoms, 'atom')}; {rule}, and has {account.atoms} already.",
                 "Close sessions that are no longer needed, or use smaller structures.",
             )
         if self._atoms + atoms > self._config.total_atoms:
             raise LimitError(
-                f"a system of {_so_many(atoms, 'atom')}; this daemon takes "
-                f"{_so_many(self._config.total_atoms, 'atom')} in all sessions together (total_atoms), and has "
+                f"a system of {so_many(atoms, 'atom')}; this daemon takes "
+                f"{so_many(self._config.total_atoms, 'atom')} in all sessions together (total_atoms), and has "
                 f"{self._atoms} already.",
                 "Try again when others have ended.",
             )
@@ -275,10 +276,6 @@ class Accounts:
         """Count the atoms of a system out."""
         account.atoms -= atoms
         self._atoms -= atoms
-
-
-def _so_many(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _uid(name: str) -> int:

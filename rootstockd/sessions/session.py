@@ -407,8 +407,7 @@ class Session(asyncio.BufferedProtocol):
             self._line.tell_model(now)
         if now == self._potential:
             return None
-        instead = "To go on with the new one, attach anew."
-        return model_changed(self._model.spec.name, self._potential, now, instead)
+        return model_changed(self._model.spec.name, self._potential, now, "attach anew")
 
     def end(self, error: RootstockError | None) -> None:
         """Say no more; let the driver read what was said, and read what it still says, before closing."""

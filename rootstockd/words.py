@@ -1,0 +1,13 @@
+"""Nouns behind numbers, for messages of the daemon and of commands."""
+
+from __future__ import annotations
+
+
+def noun(number: int, word: str) -> str:
+    """A word in the form that goes with a number."""
+    return word if number == 1 else f"{word}s"
+
+
+def so_many(number: int, word: str) -> str:
+    """A number, all of its digits, and what there are so many of."""
+    return f"{number} {noun(number, word)}"
