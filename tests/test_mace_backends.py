@@ -290,7 +290,7 @@ def test_an_atom_at_the_end_of_the_world_kills_nobody(far, pbc):
 class Wrong:
     """A backend that is off by something."""
 
-    name = "wrong"
+    name, note = "wrong", ""
 
     def __init__(self, model, shift=0.0, after=0, stretch=1.0):
         self._backend, self._shift, self._after, self._stretch = ReferenceBackend(model, "cpu"), shift, after, stretch
@@ -349,7 +349,7 @@ def test_a_backend_that_fails_or_gives_nan_is_switched_off():
     model = medium()
 
     class Failing:
-        name = "failing"
+        name, note = "failing", ""
 
         def evaluate(self, tasks):
             raise RuntimeError("no kernel for this device")

@@ -52,6 +52,8 @@ class Backend(Protocol):
     """One way to evaluate a MACE model."""
 
     name: str
+    note: str
+    """What people should know of how it computes just now; as a rule nothing."""
 
     def evaluate(self, tasks: list[Task]) -> list[Result]:
         """Evaluate a batch; results in the same order."""
@@ -71,7 +73,7 @@ class MaceEngine:
     def __init__(self, model: Any, spec: ModelSpec, reference: Backend, fast: Backend | None, why: str = "") -> None:
         self._name, self._dtype = spec.name, spec.dtype
         self._trusted: dict[object, bool] = {}
-        self._untrusted = 0
+        self._untrusted, self._heard = 0, ""
         self._reference, self._fast = reference, fast
         self._elements = [int(z) for z in model.atomic_numbers]
         self._heads: tuple[str, ...] = tuple(getattr(model, "heads", None) or ["Default"])
@@ -87,6 +89,7 @@ class MaceEngine:
         )
         if fast is not None:
             self._check_model(fast)
+            self._hear()
 
     def prepare(self, system: Wanted) -> System:
         """What the backends need to know."""
@@ -137,7 +140,14 @@ class MaceEngine:
             except NotApplicableError:  # tables for all of these together would be too large
                 answers = self._reference.evaluate(chosen)
             results.update(zip(together, answers))
+        self._hear()
         return [results[index] for index in range(len(tasks))]
+
+    def _hear(self) -> None:
+        """Pass on what the fast backend has to say, if it has not been."""
+        if self._fast is not None and self._fast.note != self._heard:
+            self._heard = self._fast.note
+            self._note("; ".join(filter(None, [self.info.note, self._heard])))
 
     # --- checks
 
@@ -266,10 +276,12 @@ def load(spec: ModelSpec) -> MaceEngine | safe.Conversion:
 
 def _accelerate(model: Any, spec: ModelSpec) -> tuple[Backend | None, str]:
     """The fastest backend that fits model and device, and what is in the way of a faster one."""
-    try:
-        from rootstockd.worker.engines.mace.edges import EdgeBackend  # noqa: PLC0415 - not every environment has vesin
+    try:  # imported here: not every environment has vesin
+        from rootstockd.worker.engines.mace.device import DeviceBackend  # noqa: PLC0415
+        from rootstockd.worker.engines.mace.edges import EdgeBackend  # noqa: PLC0415
 
-        simple = EdgeBackend(model, "mace-torch by edges")
+        by_edges = EdgeBackend if spec.device == "cpu" else DeviceBackend
+        simple = by_edges(model, "mace-torch by edges")
     except (ImportError, NotApplicableError) as error:  # mace-torch itself is left
         return None, f"not accelerated: {error}"
     try:
@@ -279,7 +291,7 @@ def _accelerate(model: Any, spec: ModelSpec) -> tuple[Backend | None, str]:
             return FusedBackend(model), ""
         from rootstockd.worker.engines.mace.cueq import converted  # noqa: PLC0415 - has an environment for GPUs
 
-        return EdgeBackend(converted(model, spec.device), "cuequivariance"), ""
+        return by_edges(converted(model, spec.device), "cuequivariance"), ""
     except (ImportError, NotApplicableError) as error:
         return simple, f"not accelerated further: {error}"
     except Exception as error:

@@ -42,6 +42,7 @@ class EdgeBackend:
         self._elements = np.array(model.atomic_numbers.tolist())
         self._needs_radial = True
         self._neighbours = Neighbours(float(model.r_max))
+        self.note = ""
 
     def evaluate(self, tasks: list[Task]) -> list[Result]:
         """One pass over the union of the tasks' graphs."""
@@ -51,8 +52,10 @@ class EdgeBackend:
         heads = np.concatenate([np.full(len(system.numbers), system.head_index) for system in systems])
         vectors = torch.from_numpy(graph.vectors).to(self._dtype).to(self._device).requires_grad_()
         lengths = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+        of_head = torch.from_numpy(heads).to(self._device)
+        edges = torch.from_numpy(np.stack([graph.sender, graph.receiver])).to(self._device)
         with self._around(graph, elements, lengths):
-            per_atom, interaction = self._energies(graph, vectors, lengths, elements, heads)
+            per_atom, interaction = self._energies(self._one_hot(elements), of_head, edges, vectors, lengths)
             if len(graph.sender):
                 (slope,) = torch.autograd.grad(interaction.sum(), vectors)
             else:
@@ -63,16 +66,30 @@ class EdgeBackend:
         """What a pass runs in."""
         return nullcontext()
 
+    def _one_hot(self, elements: Array) -> torch.Tensor:
+        """(N, elements of the model), of which the model makes all that it knows of an atom alone."""
+        kinds = torch.from_numpy(elements)
+        return torch.nn.functional.one_hot(kinds, len(self._elements)).to(self._dtype).to(self._device)
+
     def _energies(
-        self, graph: Graph, vectors: torch.Tensor, lengths: torch.Tensor, elements: Array, heads: Array
+        self,
+        attributes: torch.Tensor,
+        of_head: torch.Tensor,
+        edges: torch.Tensor,
+        vectors: torch.Tensor,
+        lengths: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of each atom: its energy, and the part of it that depends on positions."""
+        """Of each atom: its energy, and the part of it that depends on positions.
+
+        Args:
+            attributes: (N, elements of the model) one-hot.
+            of_head: (N,).
+            edges: (2, E), senders and receivers.
+            vectors: (E, 3), from sender to receiver.
+            lengths: (E, 1), of the vectors.
+        """
         model = self._model
-        every = torch.arange(len(elements), device=self._device)
-        of_head = torch.from_numpy(heads).to(self._device)
-        kinds = torch.from_numpy(elements).to(self._device)
-        attributes = torch.nn.functional.one_hot(kinds, len(self._elements)).to(self._dtype)
-        edges = torch.from_numpy(np.stack([graph.sender, graph.receiver])).to(self._device)
+        every = torch.arange(len(attributes), device=self._device)
         alone = model.atomic_energies_fn(attributes)[every, of_head]
         features = model.node_embedding(attributes)
         harmonics = model.spherical_harmonics(vectors)

@@ -52,7 +52,7 @@ class Neighbours:
         receivers, senders, vectors, ends, atoms = [], [], [], [], 0
         for task, periodic in zip(tasks, pbc):
             cell, positions = manageable(task.cell, task.positions, periodic, self._cutoff)
-            i, j, d = self._compute(positions, cell, np.array(periodic))
+            i, j, d = self._compute(positions, cell, periodic, "ijD")
             receivers.append(i.astype(np.int64) + atoms)
             senders.append(j.astype(np.int64) + atoms)
             vectors.append(-d)
@@ -62,9 +62,25 @@ class Neighbours:
         first = np.searchsorted(receiver, np.arange(atoms + 1))
         return Graph(receiver, _joined(senders), _joined(vectors), first, np.array(ends))
 
-    def _compute(self, positions: Array, cell: Array, periodic: Array) -> tuple[Array, Array, Array]:
+    def edges(self, task: Task, pbc: tuple[bool, bool, bool]) -> tuple[Array, Array]:
+        """One structure's edges, in a form that holds while atoms move.
+
+        Returns:
+            (E, 2) int64, sender and receiver, sorted by receiver; and (E, 3) float64, Å, the lattice vector to be added
+            to receiver's less sender's position for the vector from sender to receiver.
+        """
+        cell, positions = manageable(task.cell, task.positions, pbc, self._cutoff)
+        i, j, shifts = self._compute(positions, cell, pbc, "ijS")
+        return np.stack([j, i], 1).astype(np.int64), -(shifts @ cell)
+
+    def _compute(
+        self, positions: Array, cell: Array, pbc: tuple[bool, bool, bool], quantities: str
+    ) -> tuple[Array, Array, Array]:
+        periodic = np.array(pbc)
         try:
-            i, j, d = self._list.compute(points=positions, box=cell, periodic=periodic, quantities="ijD", copy=False)
+            i, j, d = self._list.compute(
+                points=positions, box=cell, periodic=periodic, quantities=quantities, copy=False
+            )
         except RuntimeError as error:
             if out_of_memory(error):  # vesin 0.6 has freed arrays by now that it will write to next time
                 raise EngineBrokenError from error

@@ -57,7 +57,7 @@ class ReferenceBackend:
     """
 
     def __init__(self, model: Any, device: str, name: str = "mace-torch") -> None:
-        self.name = name
+        self.name, self.note = name, ""
         self._model, self._device = model, device
         self._elements = AtomicNumberTable([int(z) for z in model.atomic_numbers])
         self._heads: list[str] = list(getattr(model, "heads", None) or ["Default"])

@@ -1,0 +1,265 @@
+"""Passes of one shape, recorded once and replayed: on a GPU by CUDA graphs, which spare the host all launches.
+
+A recorded pass has fixed shapes, and reads and writes fixed places. So there are buckets of shapes, a quarter larger
+from one to the next, and what lacks to a bucket's shape is filled up with ghosts: atoms that no other atom sees.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+import time
+import weakref
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from rootstockd.worker.engines import Array
+from rootstockd.worker.engines.mace.resident import Graph
+from rootstockd.worker.failures import describe, out_of_memory
+
+log = logging.getLogger(__name__)
+
+LARGEST = 2_000
+"""Atoms of a pass, up to which launches may be what takes its time."""
+MOST = 24
+"""Shapes that are recorded at once."""
+SEEN = 2
+"""A shape is recorded the second time that it comes; for each that has been recorded before, one time later, so that
+recording, which takes as long as a dozen passes, never becomes what most of the time goes into."""
+WORTHWHILE = 0.95
+"""Replaying must take less than this part of evaluating."""
+FAILURES = 2
+"""After as many failures nothing more is recorded."""
+GHOSTS = 8
+"""Ghosts of a bucket, its first atoms."""
+_LEAST, _WARM_UP, _TIMED = 32, 3, 3
+
+Pass = Callable[[torch.Tensor, Graph, torch.Tensor], torch.Tensor]
+"""Makes rows of positions (N, 3), a graph, and ghosts (E,): which ghost an edge that counts for nothing becomes."""
+
+
+def padded(count: int) -> int:
+    """The smallest bucket for as many atoms or edges."""
+    size = _LEAST
+    while size < count:
+        size += size // 32 * 8
+    return size
+
+
+def host_array(rows: torch.Tensor) -> Array:
+    """A device's tensor as an array; waits for all that the device was told to do."""
+    if rows.device.type == "cpu":
+        return np.asarray(rows.numpy())
+    host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+    host.copy_(rows, non_blocking=True)
+    torch.cuda.current_stream(rows.device).synchronize()
+    return np.asarray(host.numpy())
+
+
+class Recorder:
+    """Records functions of tensors that stay where they are. All that is of CUDA alone is in here.
+
+    What it records shares one pool of memory, so together they take little more than the largest of them.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        if self._on_gpu:
+            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+
+    def record(self, function: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        """What does the same again and again; on a CPU the function itself.
+
+        Raises:
+            RuntimeError: it does what can't be recorded, or there is not enough memory.
+        """
+        if not self._on_gpu:
+            return function
+        usual, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+        self._stream.wait_stream(usual)
+        with torch.cuda.stream(self._stream):  # for what is compiled or allocated at the first times
+            for _ in range(_WARM_UP):
+                function()
+        usual.wait_stream(self._stream)
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                result = function()
+        finally:
+            torch.cuda.set_stream(usual)  # torch leaves it at the other one where recording was broken off
+
+        def replay() -> torch.Tensor:
+            graph.replay()
+            return result
+
+        return replay
+
+
+class Bucket:
+    """The passes of one shape.
+
+    Args:
+        atoms: of the shape, ghosts among them.
+        edges: of the shape.
+        like: a graph of the model on its device.
+    """
+
+    def __init__(self, atoms: int, edges: int, like: Graph) -> None:
+        self._positions = like.shifts.new_zeros((atoms, 3))
+        self._ghosts = torch.arange(edges, device=like.edges.device) % GHOSTS
+        self._graph = Graph(
+            torch.zeros_like(like.attributes[:1]).repeat(atoms, 1),
+            like.heads.new_zeros(atoms),
+            self._ghosts[:, None].repeat(1, 2),
+            like.shifts.new_full((edges, 3), math.inf),
+            0.0,
+        )
+        self._graph.attributes[:, 0] = 1.0
+        self._last: Callable[[], Graph | None] = lambda: None
+        self._replay: Callable[[], torch.Tensor] | None = None
+
+    def record(self, recorder: Recorder, evaluate: Pass) -> None:
+        """Record the pass over what was put in.
+
+        Raises:
+            RuntimeError: see `Recorder.record`.
+        """
+        self._replay = recorder.record(lambda: evaluate(self._positions, self._graph, self._ghosts))
+
+    def put(self, graph: Graph, positions: torch.Tensor) -> None:
+        """Put atoms behind the ghosts, and of the graph what was not there at the last pass.
+
+        Atoms of an earlier pass that are left behind them have no edges any more.
+        """
+        end, edges, own = GHOSTS + len(positions), len(graph.edges), self._graph
+        self._positions[GHOSTS:end].copy_(positions, non_blocking=True)
+        if graph is self._last():
+            return
+        own.attributes[GHOSTS:end] = graph.attributes
+        own.heads[GHOSTS:end] = graph.heads
+        torch.add(graph.edges, GHOSTS, out=own.edges[:edges])
+        own.shifts[:edges] = graph.shifts
+        own.edges[edges:] = self._ghosts[edges:, None]
+        own.shifts[edges:] = math.inf
+        self._last = weakref.ref(graph)  # others keep it, if it comes again
+
+    def rows(self, graph: Graph, positions: torch.Tensor) -> Array:
+        """The rows of a graph's atoms at these positions."""
+        assert self._replay is not None
+        self.put(graph, positions)
+        return host_array(self._replay()[GHOSTS : GHOSTS + len(positions)])
+
+
+class Captures:
+    """Decides which passes are recorded and replayed, and has all others evaluated.
+
+    A shape is recorded when it has come before; it is replayed from then on if the first replay gave what the
+    evaluation gave and was faster. What fails otherwise than for want of memory is not tried again.
+
+    Args:
+        evaluate: the pass that is recorded: without a word to the host.
+        tolerance: how far forces may differ from the evaluation's, in eV/Å, and by this part of the largest.
+    """
+
+    def __init__(self, evaluate: Pass, tolerance: float) -> None:
+        self._evaluate, self._tolerance = evaluate, tolerance
+        self._buckets: OrderedDict[tuple[int, int], Bucket] = OrderedDict()  # the least recently used first
+        self._seen: Counter[tuple[int, int]] = Counter()
+        self._refused: set[tuple[int, int]] = set()
+        self._recorded = self._failures = 0
+        self._recorder: Recorder | None = None
+        self.note = ""
+        """What people should know of it."""
+
+    def rows(self, graph: Graph, positions: torch.Tensor, eagerly: Callable[[], Array]) -> Array:
+        """The rows of a pass.
+
+        Args:
+            graph: its graph.
+            positions: (N, 3) float64, Å, on the host.
+            eagerly: gives the rows without any of this.
+        """
+        if len(positions) > LARGEST or self._failures >= FAILURES:
+            return eagerly()
+        shape = padded(GHOSTS + len(positions)), padded(len(graph.edges))
+        if (bucket := self._buckets.get(shape)) is not None:
+            self._buckets.move_to_end(shape)
+            return bucket.rows(graph, positions)
+        rows = eagerly()
+        self._seen[shape] += 1
+        due = self._seen[shape] >= SEEN + self._recorded and shape not in self._refused
+        if due and np.isfinite(rows).all():
+            self._record(shape, graph, positions, rows, eagerly)
+        return rows
+
+    def forget(self) -> None:
+        """Give all memory back; what comes again may be recorded again, if not soon."""
+        self._buckets.clear()
+        self._seen.clear()
+        self._recorder = None
+
+    def _record(
+        self,
+        shape: tuple[int, int],
+        graph: Graph,
+        positions: torch.Tensor,
+        right: Array,
+        eagerly: Callable[[], Array],
+    ) -> None:
+        """Record a shape, compare, and measure."""
+        self._recorded += 1
+        if self._recorder is None or not self._buckets:  # a pool without graphs in it is none any more
+            self._recorder = Recorder(graph.edges.device)
+        bucket, why, memory_lacked = Bucket(*shape, graph), "", False
+        try:
+            bucket.put(graph, positions)
+            bucket.record(self._recorder, self._evaluate)
+            difference = np.abs(bucket.rows(graph, positions) - right).max()
+            if not difference <= self._tolerance * max(1.0, np.abs(right[:, 1:]).max()):
+                why = f"replayed, it differs by {difference:.1e}"
+            elif not _faster(lambda: bucket.rows(graph, positions), eagerly):
+                self._refused.add(shape)
+                return
+        except Exception as error:  # the pass itself has been answered
+            causes = list(_causes(error))
+            memory_lacked = any(map(out_of_memory, causes))
+            why = describe(causes[-1]).partition("\n")[0]
+        if memory_lacked:
+            self.forget()
+        elif why:
+            self._fail(shape, why)
+        else:
+            self._buckets[shape] = bucket
+            if len(self._buckets) > MOST:
+                self._buckets.popitem(last=False)
+
+    def _fail(self, shape: tuple[int, int], why: str) -> None:
+        self._refused.add(shape)
+        self._failures += 1
+        which = f"passes of up to {shape[0] - GHOSTS} atoms and {shape[1]} edges are"
+        if self._failures >= FAILURES:
+            which = "nothing is"
+            self.forget()
+        self.note = f"{which} replayed as a CUDA graph: {why}"
+        log.warning("%s", self.note)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what it came of: recording that was broken off has an error of its own."""
+    while error is not None:
+        yield error
+        error = error.__context__
+
+
+def _faster(one: Callable[[], Any], other: Callable[[], Any]) -> bool:
+    times: list[list[float]] = [[], []]
+    for _ in range(_TIMED):
+        for function, own in zip((one, other), times):
+            start = time.perf_counter()
+            function()
+            own.append(time.perf_counter() - start)
+    return statistics.median(times[0]) < WORTHWHILE * statistics.median(times[1])
