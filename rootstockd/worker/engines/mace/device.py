@@ -60,12 +60,11 @@ class DeviceBackend(EdgeBackend):
 
     def _pass(self, tasks: list[Task]) -> Array:
         graph = self._joined(self._residents.graphs(tasks))
-        positions = self._pinned(tasks)
 
-        def eagerly() -> Array:
+        def eagerly(positions: torch.Tensor) -> Array:
             return host_array(self._without_far(positions.to(self._device, non_blocking=True), graph))
 
-        return self._captures.rows(graph, positions, eagerly)
+        return self._captures.rows(graph, self._pinned(tasks), eagerly)
 
     def _forget(self) -> None:
         self._residents.forget()
