@@ -144,6 +144,7 @@ class Bucket:
         self._positions[GHOSTS:end].copy_(positions, non_blocking=True)
         if graph is self._last():
             return
+        self._last = lambda: None  # until all of it is there
         own.attributes[GHOSTS:end] = graph.attributes
         own.heads[GHOSTS:end] = graph.heads
         torch.add(graph.edges, GHOSTS, out=own.edges[:edges])

@@ -17,7 +17,7 @@ from rootstockd.worker.engines.mace.reference import System
 from rootstockd.worker.engines.mace.skin import WIDTH, Skin
 
 MOST_EDGES = 10_000_000
-"""Edges of all graphs that are kept, of 40 bytes each."""
+"""Edges of all graphs that are kept beside those of the last pass, of 40 bytes each."""
 REMEMBERED = 100_000
 """Structures whose skins are known; past that all begin anew."""
 
@@ -129,7 +129,7 @@ class Residents:
                 fresh = True
             found.append(last.graph)
         if fresh:
-            self._make_room()
+            self._make_room(len(frames))
         return found
 
     def forget(self) -> None:
@@ -152,7 +152,8 @@ class Residents:
         )
         return _List(graph, task.cell.tobytes(), task.positions.copy())
 
-    def _make_room(self) -> None:
+    def _make_room(self, needed: int) -> None:
+        """Forget systems until there is room; those of the pass under way, the last ones, are there anyway."""
         edges = sum(kept.edges for kept in self._kept.values())
-        while edges > MOST_EDGES and self._kept:
+        while edges > MOST_EDGES and len(self._kept) > needed:
             edges -= self._kept.pop(next(iter(self._kept))).edges

@@ -37,7 +37,7 @@ class Skin:
         """
         if self.width:
             if self._in_a_row == UNUSED:
-                self._become(0.0)
+                self.width, self._in_a_row = 0.0, 0
             else:
                 self._in_a_row += 1
         elif moved > SMALL:
@@ -45,8 +45,5 @@ class Skin:
         else:
             self._in_a_row += 1
             if self._in_a_row == STEADY:
-                self._become(WIDTH)
+                self.width, self._in_a_row = WIDTH, 1
         return self.width
-
-    def _become(self, width: float) -> None:
-        self.width, self._in_a_row = width, 0 if width == 0.0 else 1
