@@ -72,7 +72,7 @@ class DeviceBackend(EdgeBackend):
         self._graphs, self._graph = [], None
 
     def _of_numbers(self, numbers: Array) -> torch.Tensor:
-        return self._one_hot(np.searchsorted(self._elements, numbers))
+        return self._attributes(np.searchsorted(self._elements, numbers))
 
     def _joined(self, graphs: list[Graph]) -> Graph:
         """Their union, the same object as at the last pass if they are the same."""
