@@ -1,6 +1,7 @@
 """MACE on a device: graphs that stay there, and passes that are replayed. The same code on a CPU and on a GPU."""
 
 import itertools
+from functools import cache
 
 import numpy as np
 import pytest
@@ -43,9 +44,10 @@ def default_dtype():
 
 @pytest.fixture
 def recording(monkeypatch):
-    """Each shape is recorded when it comes the second time, and replayed even if that is no faster."""
+    """Each shape is recorded when it first comes, and replayed from then on even if that is no faster."""
     monkeypatch.setattr(captured, "WORTHWHILE", FAR)
     monkeypatch.setattr(captured, "SEEN", -1000)
+    monkeypatch.setattr(captured, "TIMED", 1)
 
 
 @pytest.fixture
@@ -61,19 +63,26 @@ def lists(monkeypatch):
     return made
 
 
+@cache
+def model_on(device, dtype, small):
+    made = make_model(dtype=getattr(torch, dtype), **(SMALL_MODEL if small else {})).to(device)
+    return made.requires_grad_(False)
+
+
 class OnDevice:
     """A model, the reference on the CPU, and the backend on the device."""
 
-    def __init__(self, device, dtype="float64", model=None, **architecture):
-        self.model = model or make_model(dtype=getattr(torch, dtype), **architecture)
+    def __init__(self, device, dtype="float64", small=False, architecture=None):
+        torch.set_default_dtype(getattr(torch, dtype))
+        if architecture is None:
+            self.model, on_device = (model_on(where, dtype, small) for where in ("cpu", device))
+        else:
+            self.model = on_device = make_model(**architecture)
+            if device != "cpu":
+                on_device = make_model(**architecture).to(device)
         self.of = engine(self.model, dtype)
         self.reference = ReferenceBackend(self.model, "cpu")
-        on_device = self.model
-        if device != "cpu":
-            on_device = make_model(dtype=getattr(torch, dtype), **architecture).to(device)
-        for parameter in on_device.parameters():
-            parameter.requires_grad = False
-        self.backend = DeviceBackend(on_device, "by edges")
+        self.backend = DeviceBackend(on_device.requires_grad_(False), "by edges")
 
     def task(self, atoms, session=None):
         return task(self.of, atoms, session, head=self.model.heads[-1])
@@ -129,7 +138,7 @@ class TestSkin:
 
 
 def test_a_list_serves_until_an_atom_has_moved_by_half_the_skin(device, lists):
-    on = OnDevice(device, **SMALL_MODEL)
+    on = OnDevice(device, small=True)
     one = on.task(STRUCTURES["alloy"])
     assert on.difference(one).within(1e-11)
     for _ in range(3):
@@ -140,7 +149,7 @@ def test_a_list_serves_until_an_atom_has_moved_by_half_the_skin(device, lists):
 
 
 def test_pairs_that_come_within_the_cutoff_are_seen(device, lists):
-    on = OnDevice(device, **SMALL_MODEL)
+    on = OnDevice(device, small=True)
     one = on.task(Atoms("Cu3", [[0, 0, 0], [0, 0, 2.4], [4.9, 0, 1.2]]))
     for step in range(12):
         positions = one.positions - np.array([[0, 0, 0], [0, 0, 0], [0.09 * step, 0, 0]])
@@ -149,7 +158,7 @@ def test_pairs_that_come_within_the_cutoff_are_seen(device, lists):
 
 
 def test_another_cell_is_another_list(device, lists):
-    on = OnDevice(device, **SMALL_MODEL)
+    on = OnDevice(device, small=True)
     one = on.task(STRUCTURES["alloy"])
     for stretch in (1.0, 1.0, 1.0 + 1e-12, 1.01):
         stretched = Task(one.system, one.cell * stretch, one.positions, True, True)
@@ -158,7 +167,7 @@ def test_another_cell_is_another_list(device, lists):
 
 
 def test_a_screening_gets_no_skin_and_a_relaxation_after_it_does(device, lists):
-    on = OnDevice(device, **SMALL_MODEL)
+    on = OnDevice(device, small=True)
     for number in range(UNUSED + 2):
         atoms = bulk("Cu", a=3.5 + 0.02 * number, cubic=True)
         assert on.difference(on.task(atoms, session=1_000_001)).within(1e-11)
@@ -172,7 +181,7 @@ def test_a_screening_gets_no_skin_and_a_relaxation_after_it_does(device, lists):
 
 
 def test_frames_of_one_session_have_a_list_each(device, lists):
-    on = OnDevice(device, **SMALL_MODEL)
+    on = OnDevice(device, small=True)
     one = on.task(STRUCTURES["alloy"])
     frames = [moved(one, 1.0, seed) for seed in range(4)]
     for step in range(5):
@@ -183,7 +192,7 @@ def test_frames_of_one_session_have_a_list_each(device, lists):
 
 
 def test_graphs_go_with_their_systems(device):
-    on = OnDevice(device, **SMALL_MODEL)
+    on = OnDevice(device, small=True)
     kept = on.backend._residents._kept
     one, other = on.task(STRUCTURES["alloy"]), on.task(STRUCTURES["dense"])
     on.backend.evaluate([one, other])
@@ -193,7 +202,7 @@ def test_graphs_go_with_their_systems(device):
 
 
 def test_graphs_that_were_not_used_for_longest_make_room(device, monkeypatch):
-    on = OnDevice(device, **SMALL_MODEL)
+    on = OnDevice(device, small=True)
     tasks = [on.task(STRUCTURES["alloy"]) for _ in range(3)]
     kept = on.backend._residents._kept
     on.backend.evaluate(tasks[:1])
@@ -218,7 +227,7 @@ def test_buckets_are_a_quarter_larger_from_one_to_the_next():
 
 @pytest.mark.parametrize("architecture", DIFFERENT)
 def test_rows_are_mace_torchs_to_rounding(device, recording, architecture):
-    on = OnDevice(device, **ARCHITECTURES[architecture])
+    on = OnDevice(device, architecture=ARCHITECTURES[architecture])
     for name, atoms in STRUCTURES.items():
         one = on.task(atoms)
         right = on.reference.evaluate([one])[0]
@@ -253,7 +262,7 @@ def test_a_batch_is_its_parts(device, recording):
 
 def test_structures_of_many_sizes_share_a_bucket(device, recording):
     """What one leaves behind in it is nothing to the next."""
-    on = OnDevice(device, **SMALL_MODEL)
+    on = OnDevice(device, small=True)
     atoms = [Atoms("Cu", pbc=False), STRUCTURES["molecule"], STRUCTURES["wire"], STRUCTURES["out of reach"]]
     tasks = [on.task(one) for one in atoms]
     for one in [*tasks, *tasks[::-1], *tasks]:
@@ -269,9 +278,8 @@ class NoCutoff(torch.nn.Module):
 
 
 def test_edges_in_the_skin_contribute_nothing_whatever_the_model_makes_of_them(recording):
-    model = make_model(**SMALL_MODEL)
-    model.radial_embedding.cutoff_fn = NoCutoff()
-    on = OnDevice("cpu", model=model)
+    on = OnDevice("cpu", architecture=SMALL_MODEL)
+    on.model.radial_embedding.cutoff_fn = NoCutoff()
     for name in ("alloy", "dense", "slab without a cell across"):
         one = on.task(STRUCTURES[name])
         edges = len(on.backend._residents.graphs([one])[0].edges)
@@ -376,7 +384,7 @@ def test_a_replay_that_has_positions_baked_in_is_found(recording, monkeypatch):
         return lambda: rows
 
     monkeypatch.setattr(captured.Recorder, "record", once_and_for_all)
-    on = OnDevice("cpu", **SMALL_MODEL)
+    on = OnDevice("cpu", small=True)
     one = on.task(STRUCTURES["alloy"])
     for _ in range(2):
         assert on.difference(one).within(1e-11)
@@ -422,7 +430,7 @@ def test_memory_that_lacks_while_recording_is_no_failure(monkeypatch):
 
 
 def test_a_pass_that_lacks_memory_gives_back_all_that_is_kept(recording, monkeypatch):
-    on = OnDevice("cpu", **SMALL_MODEL)
+    on = OnDevice("cpu", small=True)
     one = on.task(STRUCTURES["alloy"])
     for _ in range(2):
         on.backend.evaluate([one])
@@ -436,7 +444,7 @@ def test_a_pass_that_lacks_memory_gives_back_all_that_is_kept(recording, monkeyp
 
 
 def test_what_a_backend_has_to_say_is_said_of_the_model(recording):
-    on = OnDevice("cpu", **SMALL_MODEL)
+    on = OnDevice("cpu", small=True)
     on.backend._captures._evaluate = lambda *_: raising(RuntimeError("no such kernel"))()
     spec = ModelSpec("test", "mace", "cpu", "float64")
     of = MaceEngine(on.model, spec, on.reference, on.backend, "not accelerated further: for a reason")

@@ -37,8 +37,9 @@ FAILURES = 2
 """After as many failures nothing more is recorded."""
 GHOSTS = 8
 """Ghosts of a bucket, its first atoms."""
-_LEAST, _WARM_UP, _TIMED = 32, 3, 3
-
+TIMED = 3
+"""Replays and evaluations whose times are compared."""
+_LEAST, _WARM_UP = 32, 3
 _MOVED = 0.01
 """Å; so far from those that were recorded are the positions on which a replay is compared: none of them is baked in."""
 
@@ -259,7 +260,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def _faster(one: Callable[[], Any], other: Callable[[], Any]) -> bool:
     times: list[list[float]] = [[], []]
-    for _ in range(_TIMED):
+    for _ in range(TIMED):
         for function, own in zip((one, other), times):
             start = time.perf_counter()
             function()
