@@ -1,6 +1,6 @@
 """MACE on a device: graphs that stay there, and passes that are replayed. The same code on a CPU and on a GPU."""
 
-import itertools
+import importlib
 from functools import cache
 
 import numpy as np
@@ -12,22 +12,19 @@ pytest.importorskip("mace")
 from ase import Atoms  # noqa: E402
 from ase.build import bulk  # noqa: E402
 from test_mace_backends import ARCHITECTURES, STRUCTURES, engine, make_model, task  # noqa: E402
+from test_mace_replays import raising, record_at_once  # noqa: E402
 
 from rootstockd.worker.engines import ModelSpec, Task, guarded  # noqa: E402
 from rootstockd.worker.engines.differences import compare  # noqa: E402
 from rootstockd.worker.engines.mace import MaceEngine, captured, resident  # noqa: E402
-from rootstockd.worker.engines.mace.captured import Captures, padded  # noqa: E402
 from rootstockd.worker.engines.mace.device import DeviceBackend  # noqa: E402
 from rootstockd.worker.engines.mace.graph import Neighbours  # noqa: E402
 from rootstockd.worker.engines.mace.reference import ReferenceBackend  # noqa: E402
-from rootstockd.worker.engines.mace.skin import SMALL, STEADY, UNUSED, WIDTH, Skin  # noqa: E402
+from rootstockd.worker.engines.mace.skin import SMALL, STEADY, UNUSED, WIDTH  # noqa: E402
 
-FAR = float("inf")
 SMALL_MODEL = {"hidden": "2x0e", "max_ell": 1, "correlation": 2}
 DIFFERENT = ("as MACE-MP-0 medium", "density, as the embedded model", "two heads", "repulsion and Agnesi", "one layer")
 """Architectures that differ in what they make of edges and atoms."""
-
-
 ON_GPU = [pytest.mark.gpu, pytest.mark.may_leak("CUDA keeps descriptors for the whole process")]
 
 
@@ -45,9 +42,7 @@ def default_dtype():
 @pytest.fixture
 def recording(monkeypatch):
     """Each shape is recorded when it first comes, and replayed from then on even if that is no faster."""
-    monkeypatch.setattr(captured, "WORTHWHILE", FAR)
-    monkeypatch.setattr(captured, "SEEN", -1000)
-    monkeypatch.setattr(captured, "TIMED", 1)
+    record_at_once(monkeypatch)
 
 
 @pytest.fixture
@@ -102,39 +97,7 @@ def moved(one, by, seed=0):
     return Task(one.system, one.cell, one.positions + way, stress=True, energies=True)
 
 
-# --- skins
-
-
-class TestSkin:
-    def test_lists_that_serve_again_have_one(self):
-        skin = Skin()
-        for _ in range(10 * UNUSED):
-            assert skin.next(WIDTH) == WIDTH
-            skin.reused()
-
-    def test_lists_that_never_serve_again_have_none(self):
-        skin = Skin()
-        assert [skin.next(FAR) for _ in range(UNUSED)] == [WIDTH] * UNUSED
-        assert [skin.next(FAR) for _ in range(20)] == [0.0] * 20
-
-    def test_one_that_served_again_is_enough(self):
-        skin = Skin()
-        for _ in range(UNUSED):
-            skin.next(WIDTH)
-        skin.reused()
-        assert [skin.next(WIDTH) for _ in range(UNUSED)] == [WIDTH] * UNUSED
-        assert skin.next(WIDTH) == 0.0
-
-    def test_small_steps_bring_it_back_and_large_ones_take_it_again(self):
-        skin = Skin()
-        for _ in range(UNUSED + 1):
-            skin.next(FAR)
-        for large in (2 * SMALL, FAR):
-            assert [skin.next(SMALL) for _ in range(STEADY - 1)] == [0.0] * (STEADY - 1)
-            assert skin.next(large) == 0.0, "they must come in a row"
-        skin.reused()  # of the very same structure: no step at all
-        assert [skin.next(SMALL) for _ in range(STEADY)] == [0.0] * (STEADY - 1) + [WIDTH]
-        assert [skin.next(FAR) for _ in range(UNUSED)] == [WIDTH] * (UNUSED - 1) + [0.0]
+# --- graphs that stay
 
 
 def test_a_list_serves_until_an_atom_has_moved_by_half_the_skin(device, lists):
@@ -218,13 +181,6 @@ def test_graphs_that_were_not_used_for_longest_make_room(device, monkeypatch):
 # --- passes that are replayed
 
 
-def test_buckets_are_a_quarter_larger_from_one_to_the_next():
-    sizes = sorted({padded(count) for count in range(300_000)})
-    assert all(count <= padded(count) for count in range(3_000))
-    assert all(1.1 < larger / smaller <= 1.25 for smaller, larger in itertools.pairwise(sizes))
-    assert len(sizes) < 50
-
-
 @pytest.mark.parametrize("architecture", DIFFERENT)
 def test_rows_are_mace_torchs_to_rounding(device, recording, architecture):
     on = OnDevice(device, architecture=ARCHITECTURES[architecture])
@@ -301,81 +257,16 @@ def test_a_trajectory_reuses_its_graph_and_is_replayed(device, recording, lists,
     assert on.buckets
 
 
-class Passes:
-    """Captures over a pass of our own: rows of zeros, unless told otherwise."""
-
-    def __init__(self):
-        self.captures = Captures(self.evaluate, 1e-6)
-        self.fail = lambda: None
-        self.off, self.evaluated, self.recorded = 0.0, 0, 0
-
-    def evaluate(self, positions, _graph, _ghosts):
-        self.recorded += 1
-        self.fail()
-        return torch.zeros((len(positions), 13), dtype=torch.float64) + self.off
-
-    def rows(self, natoms):
-        graph = resident.Graph(
-            torch.ones((natoms, 1)),
-            torch.zeros(natoms, dtype=torch.int64),
-            torch.zeros((0, 2), dtype=torch.int64),
-            torch.zeros((0, 3), dtype=torch.float64),
-            0.0,
-        )
-
-        def eagerly(_positions):
-            self.evaluated += 1
-            return np.zeros((natoms, 13))
-
-        found = self.captures.rows(graph, torch.zeros((natoms, 3), dtype=torch.float64), eagerly)
-        assert found.shape == (natoms, 13) and not found.any()
-
-    def replayed(self, natoms):
-        """Whether a pass is replayed, without being evaluated."""
-        before = self.evaluated
-        self.rows(natoms)
-        return self.evaluated == before
-
-
-def test_a_shape_is_recorded_when_it_comes_again(monkeypatch):
-    monkeypatch.setattr(captured, "WORTHWHILE", FAR)
-    passes = Passes()
-    for number, natoms in enumerate((10, 100, 300)):
-        assert not any(passes.replayed(natoms) for _ in range(captured.SEEN + number)), "each one time later"
-        assert passes.replayed(natoms)
-    assert not any(passes.replayed(captured.LARGEST + 1) for _ in range(20)), "too large for launches to matter"
-
-
-def test_no_more_shapes_are_kept_than_there_is_room_for(monkeypatch, recording):
-    monkeypatch.setattr(captured, "MOST", 2)
-    passes = Passes()
-    for natoms in (10, 100, 10, 300):
-        passes.rows(natoms)
-    assert passes.replayed(10) and passes.replayed(300) and not passes.replayed(100)
-
-
-def test_a_replay_that_is_not_faster_is_not_used(monkeypatch):
-    monkeypatch.setattr(captured, "WORTHWHILE", 0.0)
-    passes = Passes()
-    assert not any(passes.replayed(10) for _ in range(10))
-    recorded = passes.recorded
-    assert not passes.replayed(10) and passes.recorded == recorded and not passes.captures.note
-
-
-def test_a_replay_that_differs_is_not_used_and_after_two_nothing_is_recorded(recording):
-    passes = Passes()
-    passes.off = 1e-3
-    assert not passes.replayed(10)
-    assert "atoms and 32 edges are not replayed" in passes.captures.note and "1.0e-03" in passes.captures.note
-    passes.off = 0.0
-    passes.rows(100)
-    assert passes.replayed(100) and not passes.replayed(10), "others are not concerned"
-    passes.off = np.nan
-    passes.rows(300)
-    assert "no pass is replayed" in passes.captures.note
-    passes.off, recorded = 0.0, passes.recorded
-    assert not any(passes.replayed(natoms) for natoms in (10, 100, 300, 700))
-    assert passes.recorded == recorded
+def test_heads_are_masked_without_the_host(monkeypatch):
+    blocks = importlib.import_module("mace.modules.blocks")
+    on = OnDevice("cpu", architecture=ARCHITECTURES["two heads"])
+    one = on.task(STRUCTURES["alloy"])
+    right = on.reference.evaluate([one])[0]
+    usual = raising(AssertionError("mace-torch's own mask was used"))
+    monkeypatch.setattr(blocks, "mask_head", lambda *_: usual())
+    before = blocks.mask_head
+    assert compare(on.backend.evaluate([one])[0], right).within(1e-11)
+    assert blocks.mask_head is before, "the reference is mace-torch's own"
 
 
 def test_a_replay_that_has_positions_baked_in_is_found(recording, monkeypatch):
@@ -389,44 +280,6 @@ def test_a_replay_that_has_positions_baked_in_is_found(recording, monkeypatch):
     for _ in range(2):
         assert on.difference(one).within(1e-11)
     assert "replayed, it differs by" in on.backend.note and not on.buckets
-
-
-def raising(error):
-    def fail():
-        raise error
-
-    return fail
-
-
-def raising_at_the_end(first, then):
-    """As torch does where recording was broken off: the end of it has an error of its own."""
-
-    def fail():
-        try:
-            raise first
-        finally:
-            raise then
-
-    return fail
-
-
-def test_what_can_not_be_recorded_is_evaluated_and_the_first_cause_is_told(recording):
-    passes = Passes()
-    ended = RuntimeError("CUDA error: operation failed due to a previous error during capture\nmore")
-    passes.fail = raising_at_the_end(RuntimeError("CUDA error: operation not permitted\nwhen capturing"), ended)
-    assert not passes.replayed(10)
-    assert passes.captures.note.endswith("RuntimeError: CUDA error: operation not permitted")
-
-
-def test_memory_that_lacks_while_recording_is_no_failure(monkeypatch):
-    monkeypatch.setattr(captured, "WORTHWHILE", FAR)
-    passes, lacking = Passes(), RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
-    for fail in (raising(lacking), raising_at_the_end(lacking, RuntimeError("CUDA error: previous error"))) * 2:
-        passes.fail = fail
-        assert not any(passes.replayed(10) for _ in range(7))
-        assert not passes.captures.note
-    passes.fail = lambda: None
-    assert any(passes.replayed(10) for _ in range(20)), "it is tried again"
 
 
 def test_a_pass_that_lacks_memory_gives_back_all_that_is_kept(recording, monkeypatch):

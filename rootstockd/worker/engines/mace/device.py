@@ -8,11 +8,13 @@ go up once, and what came of them comes down once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from mace.modules import blocks
 
 from rootstockd.worker.engines import Array, Result, Task
 from rootstockd.worker.engines.differences import TOLERANCE
@@ -123,7 +125,8 @@ class DeviceBackend(EdgeBackend):
         """Rows, from edges (2, E) and their vectors in float64."""
         vectors = exact.to(self._dtype).detach().requires_grad_()
         lengths = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
-        energies, interaction = self._energies(graph.attributes, graph.heads, edges, vectors, lengths)
+        with masking_on_device():
+            energies, interaction = self._energies(graph.attributes, graph.heads, edges, vectors, lengths)
         slope = torch.zeros_like(exact)
         if len(vectors):
             slope = torch.autograd.grad(interaction.sum(), vectors)[0].double()
@@ -148,3 +151,23 @@ class DeviceBackend(EdgeBackend):
                 Result(float(energies.sum()), own[:, 1:4], virial, energies if task.energies else None, self.name)
             )
         return results
+
+
+@contextmanager
+def masking_on_device() -> Iterator[None]:
+    """Readouts of several heads mask their features without the host: mace-torch's way copies a number from it.
+
+    In a pass that is recorded nothing can be copied from the host's ordinary memory.
+    """
+    usual = blocks.mask_head
+    blocks.mask_head = _mask_head
+    try:
+        yield
+    finally:
+        blocks.mask_head = usual
+
+
+def _mask_head(features: torch.Tensor, head: torch.Tensor, heads: int) -> torch.Tensor:
+    """Each atom's features of its own head, and zeros for those of others, which lie head after head."""
+    mask = torch.arange(heads, device=features.device) == head[:, None]
+    return features * mask[:, :, None].expand(-1, -1, features.shape[1] // heads).reshape(features.shape)

@@ -1,0 +1,184 @@
+"""What decides how MACE is evaluated on a device, without a model: lists' skins, and which passes are replayed."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("mace")
+
+from rootstockd.worker.engines.mace import captured, resident  # noqa: E402
+from rootstockd.worker.engines.mace.captured import Captures, padded  # noqa: E402
+from rootstockd.worker.engines.mace.skin import SMALL, STEADY, UNUSED, WIDTH, Skin  # noqa: E402
+
+FAR = float("inf")
+
+
+def record_at_once(monkeypatch):
+    """Each shape is recorded when it first comes, and replayed from then on even if that is no faster."""
+    monkeypatch.setattr(captured, "WORTHWHILE", FAR)
+    monkeypatch.setattr(captured, "SEEN", -1000)
+    monkeypatch.setattr(captured, "TIMED", 1)
+
+
+@pytest.fixture
+def recording(monkeypatch):
+    record_at_once(monkeypatch)
+
+
+class TestSkin:
+    def test_lists_that_serve_again_have_one(self):
+        skin = Skin()
+        for _ in range(10 * UNUSED):
+            assert skin.next(WIDTH) == WIDTH
+            skin.reused()
+
+    def test_lists_that_never_serve_again_have_none(self):
+        skin = Skin()
+        assert [skin.next(FAR) for _ in range(UNUSED)] == [WIDTH] * UNUSED
+        assert [skin.next(FAR) for _ in range(20)] == [0.0] * 20
+
+    def test_one_that_served_again_is_enough(self):
+        skin = Skin()
+        for _ in range(UNUSED):
+            skin.next(WIDTH)
+        skin.reused()
+        assert [skin.next(WIDTH) for _ in range(UNUSED)] == [WIDTH] * UNUSED
+        assert skin.next(WIDTH) == 0.0
+
+    def test_small_steps_bring_it_back_and_large_ones_take_it_again(self):
+        skin = Skin()
+        for _ in range(UNUSED + 1):
+            skin.next(FAR)
+        for large in (2 * SMALL, FAR):
+            assert [skin.next(SMALL) for _ in range(STEADY - 1)] == [0.0] * (STEADY - 1)
+            assert skin.next(large) == 0.0, "they must come in a row"
+        skin.reused()  # of the very same structure: no step at all
+        assert [skin.next(SMALL) for _ in range(STEADY)] == [0.0] * (STEADY - 1) + [WIDTH]
+        assert [skin.next(FAR) for _ in range(UNUSED)] == [WIDTH] * (UNUSED - 1) + [0.0]
+
+
+# --- passes that are replayed
+
+
+def test_buckets_are_a_quarter_larger_from_one_to_the_next():
+    sizes = sorted({padded(count) for count in range(300_000)})
+    assert all(count <= padded(count) for count in range(3_000))
+    assert all(1.1 < larger / smaller <= 1.25 for smaller, larger in itertools.pairwise(sizes))
+    assert len(sizes) < 50
+
+
+class Passes:
+    """Captures over a pass of our own: rows of zeros, unless told otherwise."""
+
+    def __init__(self):
+        self.captures = Captures(self.evaluate, 1e-6)
+        self.fail = lambda: None
+        self.off, self.evaluated, self.recorded = 0.0, 0, 0
+
+    def evaluate(self, positions, _graph, _ghosts):
+        self.recorded += 1
+        self.fail()
+        return torch.zeros((len(positions), 13), dtype=torch.float64) + self.off
+
+    def rows(self, natoms):
+        graph = resident.Graph(
+            torch.ones((natoms, 1)),
+            torch.zeros(natoms, dtype=torch.int64),
+            torch.zeros((0, 2), dtype=torch.int64),
+            torch.zeros((0, 3), dtype=torch.float64),
+            0.0,
+        )
+
+        def eagerly(_positions):
+            self.evaluated += 1
+            return np.zeros((natoms, 13))
+
+        found = self.captures.rows(graph, torch.zeros((natoms, 3), dtype=torch.float64), eagerly)
+        assert found.shape == (natoms, 13) and not found.any()
+
+    def replayed(self, natoms):
+        """Whether a pass is replayed, without being evaluated."""
+        before = self.evaluated
+        self.rows(natoms)
+        return self.evaluated == before
+
+
+def test_a_shape_is_recorded_when_it_comes_again(monkeypatch):
+    monkeypatch.setattr(captured, "WORTHWHILE", FAR)
+    passes = Passes()
+    for number, natoms in enumerate((10, 100, 300)):
+        assert not any(passes.replayed(natoms) for _ in range(captured.SEEN + number)), "each one time later"
+        assert passes.replayed(natoms)
+    assert not any(passes.replayed(captured.LARGEST + 1) for _ in range(20)), "too large for launches to matter"
+
+
+def test_no_more_shapes_are_kept_than_there_is_room_for(monkeypatch, recording):
+    monkeypatch.setattr(captured, "MOST", 2)
+    passes = Passes()
+    for natoms in (10, 100, 10, 300):
+        passes.rows(natoms)
+    assert passes.replayed(10) and passes.replayed(300) and not passes.replayed(100)
+
+
+def test_a_replay_that_is_not_faster_is_not_used(monkeypatch):
+    monkeypatch.setattr(captured, "WORTHWHILE", 0.0)
+    passes = Passes()
+    assert not any(passes.replayed(10) for _ in range(10))
+    recorded = passes.recorded
+    assert not passes.replayed(10) and passes.recorded == recorded and not passes.captures.note
+
+
+def test_a_replay_that_differs_is_not_used_and_after_two_nothing_is_recorded(recording):
+    passes = Passes()
+    passes.off = 1e-3
+    assert not passes.replayed(10)
+    assert "atoms and 32 edges are not replayed" in passes.captures.note and "1.0e-03" in passes.captures.note
+    passes.off = 0.0
+    passes.rows(100)
+    assert passes.replayed(100) and not passes.replayed(10), "others are not concerned"
+    passes.off = np.nan
+    passes.rows(300)
+    assert "no pass is replayed" in passes.captures.note
+    passes.off, recorded = 0.0, passes.recorded
+    assert not any(passes.replayed(natoms) for natoms in (10, 100, 300, 700))
+    assert passes.recorded == recorded
+
+
+def raising(error):
+    def fail():
+        raise error
+
+    return fail
+
+
+def raising_at_the_end(first, then):
+    """As torch does where recording was broken off: the end of it has an error of its own."""
+
+    def fail():
+        try:
+            raise first
+        finally:
+            raise then
+
+    return fail
+
+
+def test_what_can_not_be_recorded_is_evaluated_and_the_first_cause_is_told(recording):
+    passes = Passes()
+    ended = RuntimeError("CUDA error: operation failed due to a previous error during capture\nmore")
+    passes.fail = raising_at_the_end(RuntimeError("CUDA error: operation not permitted\nwhen capturing"), ended)
+    assert not passes.replayed(10)
+    assert passes.captures.note.endswith("RuntimeError: CUDA error: operation not permitted")
+
+
+def test_memory_that_lacks_while_recording_is_no_failure(monkeypatch):
+    monkeypatch.setattr(captured, "WORTHWHILE", FAR)
+    passes, lacking = Passes(), RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
+    for fail in (raising(lacking), raising_at_the_end(lacking, RuntimeError("CUDA error: previous error"))) * 2:
+        passes.fail = fail
+        assert not any(passes.replayed(10) for _ in range(7))
+        assert not passes.captures.note
+    passes.fail = lambda: None
+    assert any(passes.replayed(10) for _ in range(20)), "it is tried again"
