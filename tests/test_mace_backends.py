@@ -22,7 +22,7 @@ from rootstockd.worker.engines.differences import Difference, compare  # noqa: E
 from rootstockd.worker.engines.mace import MaceEngine, _accelerate, checks  # noqa: E402
 from rootstockd.worker.engines.mace.edges import EdgeBackend  # noqa: E402
 from rootstockd.worker.engines.mace.fused import FusedBackend, NotApplicableError  # noqa: E402
-from rootstockd.worker.engines.mace.graph import Neighbours  # noqa: E402
+from rootstockd.worker.engines.mace.graph import Neighbours, union  # noqa: E402
 from rootstockd.worker.engines.mace.reference import ReferenceBackend  # noqa: E402
 
 ELEMENTS = [1, 6, 8, 13, 29]
@@ -265,7 +265,7 @@ def test_awkward_cells_have_the_neighbours_that_ase_finds(name):
     atoms = AWKWARD[name]
     before = atoms.copy()
     one = task(engine(medium()), atoms)
-    graph = Neighbours(4.5).graph([one], [one.system.pbc])
+    graph = union([Neighbours(4.5).edges(one, one.system.pbc)])
     lengths = np.linalg.norm(graph.vectors, axis=1).round(6)
     found = sorted(zip(graph.receiver.tolist(), graph.sender.tolist(), lengths.tolist(), strict=True))
     right = neighbours(atoms)
@@ -279,7 +279,7 @@ def test_awkward_cells_have_the_neighbours_that_ase_finds(name):
 def test_an_atom_at_the_end_of_the_world_kills_nobody(far, pbc):
     atoms = Atoms("Cu3", [[0, 0, 0], [0.1, 0.2, far], [1, 2, 1]], cell=[5, 5, 5], pbc=pbc)
     one = task(engine(medium()), atoms)
-    graph = Neighbours(4.5).graph([one], [one.system.pbc])
+    graph = union([Neighbours(4.5).edges(one, one.system.pbc)])
     assert (0, 2) in set(zip(graph.receiver.tolist(), graph.sender.tolist(), strict=True))
     assert not np.isin(graph.sender[graph.receiver == 1], [0, 2]).any()
 

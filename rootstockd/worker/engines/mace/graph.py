@@ -1,4 +1,4 @@
-"""Neighbours: from structures to the edges of one graph, for vesin's lists."""
+"""Neighbours: from structures to their edges, by vesin's lists, and to the edges of one graph."""
 
 from __future__ import annotations
 
@@ -20,6 +20,19 @@ _NOWHERE = 1e15
 
 
 @dataclass(frozen=True)
+class Edges:
+    """One structure's directed edges, sorted by receiver; E of them."""
+
+    atoms: int
+    receiver: Array
+    """(E,) int64."""
+    sender: Array
+    """(E,) int64."""
+    vectors: Array
+    """(E, 3) float64, Å, from sender to receiver."""
+
+
+@dataclass(frozen=True)
 class Graph:
     """The union of some structures' graphs: N atoms, E directed edges, sorted by receiver."""
 
@@ -36,7 +49,7 @@ class Graph:
 
 
 class Neighbours:
-    """Makes graphs.
+    """Lists edges.
 
     Args:
         cutoff: in Å; a pair at exactly this distance may or may not be there, and its contribution is zero.
@@ -47,20 +60,11 @@ class Neighbours:
         # one thread: the lists are a hundredth of an evaluation, and more threads only get in the way of its own
         self._list = vesin.NeighborList(cutoff=cutoff, full_list=True, sorted=True, n_threads=1)
 
-    def graph(self, tasks: Sequence[Task], pbc: Sequence[tuple[bool, bool, bool]]) -> Graph:
-        """The union of the tasks' graphs."""
-        receivers, senders, vectors, ends, atoms = [], [], [], [], 0
-        for task, periodic in zip(tasks, pbc):
-            cell, positions = manageable(task.cell, task.positions, periodic, self._cutoff)
-            i, j, d = self._compute(positions, cell, np.array(periodic))
-            receivers.append(i.astype(np.int64) + atoms)
-            senders.append(j.astype(np.int64) + atoms)
-            vectors.append(-d)
-            atoms += len(positions)
-            ends.append(atoms)
-        receiver = _joined(receivers)
-        first = np.searchsorted(receiver, np.arange(atoms + 1))
-        return Graph(receiver, _joined(senders), _joined(vectors), first, np.array(ends))
+    def edges(self, task: Task, pbc: tuple[bool, bool, bool]) -> Edges:
+        """A structure's edges."""
+        cell, positions = manageable(task.cell, task.positions, pbc, self._cutoff)
+        i, j, d = self._compute(positions, cell, np.array(pbc))
+        return Edges(len(positions), i.astype(np.int64), j.astype(np.int64), -d)
 
     def _compute(self, positions: Array, cell: Array, periodic: Array) -> tuple[Array, Array, Array]:
         try:
@@ -70,6 +74,16 @@ class Neighbours:
                 raise EngineBrokenError from error
             raise
         return i, j, d
+
+
+def union(parts: Sequence[Edges]) -> Graph:
+    """One graph of some structures' edges."""
+    ends = np.cumsum([part.atoms for part in parts])
+    begins = [0, *ends[:-1].tolist()]
+    receiver = _joined([part.receiver + begin for part, begin in zip(parts, begins)])
+    sender = _joined([part.sender + begin for part, begin in zip(parts, begins)])
+    first = np.searchsorted(receiver, np.arange(ends[-1] + 1))
+    return Graph(receiver, sender, _joined([part.vectors for part in parts]), first, ends)
 
 
 def _joined(parts: list[Array]) -> Array:

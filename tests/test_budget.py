@@ -1,0 +1,242 @@
+"""How much goes into one pass: what is learnt from passes, and where it is split; memory, really measured."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
+
+pytest.importorskip("mace")
+
+from rootstockd.worker import memory
+from rootstockd.worker.engines.mace.budget import GROW_AFTER, LARGER, LEAST, SAFE, Budget, Size
+
+GIB = 2**30
+MIB = 2**20
+
+sizes = st.builds(Size, st.integers(1, 10_000), st.integers(0, 1_000_000))
+
+
+def total(some: list[Size]) -> Size:
+    return Size(sum(size.atoms for size in some), sum(size.edges for size in some))
+
+
+def learnt(*passes: tuple[int, int, int]) -> Budget:
+    budget = Budget()
+    for atoms, edges, taken in passes:
+        budget.learn(Size(atoms, edges), taken)
+    return budget
+
+
+def test_as_long_as_nothing_is_known_all_go_into_one_pass():
+    assert Budget().packs([Size(10**6, 10**8)] * 3, free=1) == [slice(0, 3)]
+
+
+@pytest.mark.parametrize(
+    ("size", "free", "packs"),
+    [
+        (Size(100, 8_000), GIB, [slice(0, 8)]),  # 800 MiB: just about
+        (Size(100, 8_000), GIB - MIB, [slice(0, 7), slice(7, 8)]),
+        (Size(100, 16_000), GIB, [slice(0, 4), slice(4, 8)]),  # dense: edges say how many
+        (Size(200, 8_000), GIB, [slice(0, 4), slice(4, 8)]),  # thin: atoms do
+        (Size(2_000, 8_000), GIB, [slice(number, number + 1) for number in range(8)]),  # too large: tried all the same
+    ],
+)
+def test_packs_are_limited_by_atoms_and_by_edges(size, free, packs):
+    budget = learnt((100, 8_000, int(SAFE * GIB / 8)))
+    assert budget.packs([size] * 8, free) == packs
+
+
+def test_one_that_is_too_large_takes_no_other_with_it():
+    budget = learnt((100, 8_000, 100 * MIB))
+    small, huge = Size(10, 800), Size(10_000, 800_000)
+    packs = budget.packs([small, small, huge, small, small], GIB)
+    assert packs == [slice(0, 2), slice(2, 3), slice(3, 5)]
+
+
+@given(
+    st.floats(0, 1e6),
+    st.floats(0, 1e5),
+    st.lists(sizes, min_size=1, max_size=20),
+    sizes,
+)
+def test_no_pass_needs_more_than_is_foreseen(by_atom, by_edge, before, size):
+    """Whatever a model takes for an atom and for an edge."""
+
+    def cost(of: Size) -> float:
+        return by_atom * of.atoms + by_edge * of.edges
+
+    budget = Budget()
+    for known in before:
+        budget.learn(known, int(cost(known)) + 1)
+    assert budget.need(size) * (1 + 1e-9) >= cost(size)
+
+
+@given(st.lists(sizes, min_size=1, max_size=5), st.lists(sizes, min_size=2, max_size=40), st.integers(1, 2**40))
+def test_packs_are_in_order_and_no_smaller_than_they_must_be(before, several, free):
+    budget = learnt(*[(size.atoms, size.edges, 1_000 * size.edges) for size in before])
+    packs = budget.packs(several, free)
+    assert [number for pack in packs for number in range(len(several))[pack]] == list(range(len(several)))
+    for pack in packs:
+        assert pack.stop == pack.start + 1 or budget.need(total(several[pack])) <= SAFE * free
+    for pack, following in itertools.pairwise(packs):
+        assert budget.need(total(several[pack.start : following.start + 1])) > SAFE * free
+
+
+def test_what_is_larger_than_any_before_is_measured():
+    budget = Budget()
+    assert budget.is_new(Size(1, 0))
+    budget.learn(Size(100, 1_000), MIB)
+    assert not budget.is_new(Size(int(100 * LARGER), int(1_000 * LARGER)))
+    assert budget.is_new(Size(int(100 * LARGER) + 1, 10))
+    assert budget.is_new(Size(1, int(1_000 * LARGER) + 1))
+
+
+def test_of_what_was_measured_the_largest_counts():
+    """Small passes say little: some of what they take is the same for all."""
+    budget = learnt((1, 10, 100 * MIB))
+    assert budget.need(Size(100, 1_000)) == 10_000 * MIB
+    budget.learn(Size(100, 1_000), 200 * MIB)
+    assert budget.need(Size(100, 1_000)) == 200 * MIB
+    assert budget.need(Size(1, 10)) == 2 * MIB
+    budget.learn(Size(10, 2_000), 300 * MIB)  # dense, so both are kept
+    assert budget.need(Size(100, 1_000)) == 200 * MIB
+    assert budget.need(Size(10, 2_000)) == 300 * MIB
+
+
+def test_little_is_taken_for_more_and_no_edges_for_one():
+    budget = learnt((10, 0, -5))
+    assert budget.need(Size(10, 0)) == LEAST
+    assert budget.need(Size(10, 3)) == 3 * LEAST
+
+
+def test_where_memory_lacked_passes_are_smaller_until_it_went_well_for_a_while():
+    budget = learnt((100, 8_000, MIB))
+    several = [Size(100, 8_000)] * 8
+    budget.back_off(total(several))
+    seen = []
+    for _ in range(4):
+        seen.append([pack.stop - pack.start for pack in budget.packs(several, GIB * GIB)])
+        for _ in range(GROW_AFTER - 1):
+            budget.went_well()
+        assert seen[-1] == [pack.stop - pack.start for pack in budget.packs(several, GIB * GIB)]
+        budget.went_well()
+    assert seen == [[4, 4], [5, 3], [6, 2], [7, 1]]
+    assert budget.packs(several, GIB * GIB) == [slice(0, 8)]
+    assert budget.packs(several * 9, GIB * GIB) == [slice(0, 72)], "the limit is gone"
+
+
+def test_memory_that_lacks_again_halves_again_and_starts_counting_anew():
+    budget = learnt((1, 1, 1))
+    several = [Size(1, 10)] * 8
+    budget.back_off(total(several))
+    for _ in range(GROW_AFTER - 1):
+        budget.went_well()
+    budget.back_off(total(several[:4]))
+    budget.went_well()
+    assert len(budget.packs(several, GIB * GIB)) == 4
+    for _ in range(20):
+        budget.back_off(Size(1, 0))
+    assert len(budget.packs(several, GIB * GIB)) == 8
+
+
+class Device(RuleBasedStateMachine):
+    """A device with some memory, of which others have now more, now less, and a model that takes what it takes."""
+
+    @initialize(by_atom=st.integers(0, 10**6), by_edge=st.integers(0, 10**5), memory=st.integers(LEAST, 2**40))
+    def begin(self, by_atom, by_edge, memory):
+        self.by_atom, self.by_edge, self.memory, self.others = by_atom, by_edge, memory, 0
+        self.budget = Budget()
+        self.known = False
+
+    @rule(part=st.floats(0, 1))
+    def others_take(self, part):
+        self.others = int(part * self.memory)
+
+    @rule(several=st.lists(sizes, min_size=1, max_size=12), stolen=st.booleans())
+    def evaluate(self, several, stolen):
+        """A batch; memory may go behind its back."""
+        free = self.memory - self.others
+        there = free // 2 if stolen else free
+        for pack in self.budget.packs(several, free):
+            size = total(several[pack])
+            cost = self.by_atom * size.atoms + self.by_edge * size.edges
+            alone = pack.stop == pack.start + 1
+            if cost > there:
+                assert alone or stolen or not self.known, "it was known, and did not fit"
+                if not alone:
+                    self.budget.back_off(size)
+                return
+            if self.budget.is_new(size):
+                self.budget.learn(size, cost)
+                self.known = True
+            self.budget.went_well()
+        assert not self.budget.is_new(size)
+
+
+TestDevice = Device.TestCase
+
+
+# --- memory
+
+
+@pytest.fixture
+def measured(monkeypatch) -> Iterator[memory.CpuMemory]:
+    memory.open_peak()
+    if memory._peak is None:
+        pytest.skip("this kernel does not forget peaks")
+    fd = memory._peak
+    yield memory.CpuMemory()
+    monkeypatch.setattr(memory, "_peak", None)
+    os.close(fd)
+
+
+def test_each_pass_is_measured_by_itself(measured):
+    for size in (200, 50, 100):
+        measured.begin()
+        np.ones(size * MIB, np.int8)
+        assert measured.taken() == pytest.approx(size * MIB, abs=4 * MIB)
+
+
+def test_what_is_free_is_what_the_least_limit_leaves(measured):
+    least = measured.free()
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    _, data = memory._statm()
+    resource.setrlimit(resource.RLIMIT_DATA, (data + GIB // 2, before[1]))
+    try:
+        limited = memory.CpuMemory().free()
+        assert measured.free() == least, "it is looked at once a second"
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+    assert 0.9 * GIB // 2 <= limited <= GIB // 2 + memory._free_heap() + MIB
+    assert limited < least
+
+
+def test_a_control_groups_memory_is_without_what_the_kernel_could_drop(tmp_path: Path):
+    assert list(memory.control_group_memory(tmp_path)) == []
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 150\nactive_file 50\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert list(memory.control_group_memory(tmp_path)) == []
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert list(memory.control_group_memory(tmp_path)) == [(1000, 550)]
+
+
+@pytest.mark.gpu
+def test_each_pass_on_a_gpu_is_measured_by_itself():
+    torch = pytest.importorskip("torch")
+    measured = memory.memory_of("cuda:0")
+    before = measured.free()
+    for size in (200, 50, 100):
+        measured.begin()
+        torch.ones(size * MIB, dtype=torch.int8, device="cuda:0")
+        assert measured.taken() == size * MIB
+    assert before > 200 * MIB
