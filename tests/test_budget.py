@@ -190,13 +190,12 @@ TestDevice = Device.TestCase
 
 @pytest.fixture
 def measured(monkeypatch) -> Iterator[memory.CpuMemory]:
+    monkeypatch.setattr(memory, "_peak", None)  # as it is again afterwards
     memory.open_peak()
     if memory._peak is None:
         pytest.skip("this kernel does not forget peaks")
-    fd = memory._peak
     yield memory.CpuMemory()
-    monkeypatch.setattr(memory, "_peak", None)
-    os.close(fd)
+    os.close(memory._peak)
 
 
 def test_each_pass_is_measured_by_itself(measured):

@@ -20,6 +20,7 @@ from ase.neighborlist import neighbor_list  # noqa: E402
 from rootstockd.worker.engines import EngineError, ModelSpec, Result, System, Task  # noqa: E402
 from rootstockd.worker.engines.differences import Difference, compare  # noqa: E402
 from rootstockd.worker.engines.mace import MaceEngine, _accelerate, checks  # noqa: E402
+from rootstockd.worker.engines.mace.budget import Size  # noqa: E402
 from rootstockd.worker.engines.mace.edges import EdgeBackend  # noqa: E402
 from rootstockd.worker.engines.mace.fused import FusedBackend, NotApplicableError  # noqa: E402
 from rootstockd.worker.engines.mace.graph import Neighbours, union  # noqa: E402
@@ -191,6 +192,30 @@ def test_a_batch_is_its_parts(backend):
         for alone, together in zip([fused.evaluate([one])[0] for one in order], fused.evaluate(order), strict=True):
             assert compare(together, alone).within(1e-12)
             assert together.forces.shape == alone.forces.shape
+
+
+@pytest.mark.parametrize("make", [FusedBackend, by_edges])
+def test_what_fits_is_one_pass_and_what_does_not_several_with_the_same_numbers(make, monkeypatch):
+    model = medium()
+    of, backend = engine(model), make(model)
+    passes, energies = [], backend._energies
+
+    def counted(graph, *others):
+        passes.append(len(graph.ends))
+        return energies(graph, *others)
+
+    monkeypatch.setattr(backend, "_energies", counted)
+    tasks = [task(of, atoms) for atoms in STRUCTURES.values()]
+    for one in tasks:
+        backend.evaluate([one])
+    del passes[:]
+    whole = backend.evaluate(tasks)
+    assert passes == [len(tasks)]
+    backend._passes._budget.back_off(Size(sum(len(one.positions) for one in tasks), 10_000))
+    parts = backend.evaluate(tasks)
+    assert len(passes) > 2 and sum(passes[1:]) == len(tasks)
+    for found, right in zip(parts, whole, strict=True):
+        assert compare(found, right).within(1e-11)
 
 
 def test_forces_and_virial_are_slopes_of_the_energy():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import vesin
@@ -19,8 +21,7 @@ _NOWHERE = 1e15
 """Å; so far away a position has no digits left to say where it is across."""
 
 
-@dataclass(frozen=True)
-class Edges:
+class Edges(NamedTuple):
     """One structure's directed edges, sorted by receiver; E of them."""
 
     atoms: int
@@ -77,13 +78,13 @@ class Neighbours:
 
 
 def union(parts: Sequence[Edges]) -> Graph:
-    """One graph of some structures' edges."""
-    ends = np.cumsum([part.atoms for part in parts])
-    begins = [0, *ends[:-1].tolist()]
-    receiver = _joined([part.receiver + begin for part, begin in zip(parts, begins)])
-    sender = _joined([part.sender + begin for part, begin in zip(parts, begins)])
+    """One graph of some structures' edges; of one, these arrays are the graph's."""
+    ends = list(accumulate(part.atoms for part in parts))
+    begins = [0, *ends]
+    receiver = _joined([part.receiver + begin if begin else part.receiver for part, begin in zip(parts, begins)])
+    sender = _joined([part.sender + begin if begin else part.sender for part, begin in zip(parts, begins)])
     first = np.searchsorted(receiver, np.arange(ends[-1] + 1))
-    return Graph(receiver, sender, _joined([part.vectors for part in parts]), first, ends)
+    return Graph(receiver, sender, _joined([part.vectors for part in parts]), first, np.array(ends))
 
 
 def _joined(parts: list[Array]) -> Array:
