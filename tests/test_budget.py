@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import resource
 from collections.abc import Iterator
@@ -17,16 +16,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 pytest.importorskip("mace")
 
 from rootstockd.worker import memory
-from rootstockd.worker.engines.mace.budget import GROW_AFTER, LARGER, LEAST, SAFE, Budget, Size
+from rootstockd.worker.engines.mace.budget import GROW_AFTER, LARGER, LEAST, SAFE, Budget, Size, total
 
+ENDLESS = 2**70
 GIB = 2**30
 MIB = 2**20
 
 sizes = st.builds(Size, st.integers(1, 10_000), st.integers(0, 1_000_000))
-
-
-def total(some: list[Size]) -> Size:
-    return Size(sum(size.atoms for size in some), sum(size.edges for size in some))
 
 
 def learnt(*passes: tuple[int, int, int]) -> Budget:
@@ -36,30 +32,37 @@ def learnt(*passes: tuple[int, int, int]) -> Budget:
     return budget
 
 
+def counts(budget: Budget, several: list[Size], free: int) -> list[int]:
+    """How many structures are in each pass."""
+    passes: list[int] = []
+    while rest := several[sum(passes) :]:
+        passes.append(budget.count(rest, free))
+    return passes
+
+
 def test_as_long_as_nothing_is_known_all_go_into_one_pass():
-    assert Budget().packs([Size(10**6, 10**8)] * 3, free=1) == [slice(0, 3)]
+    assert counts(Budget(), [Size(10**6, 10**8)] * 3, free=1) == [3]
 
 
 @pytest.mark.parametrize(
-    ("size", "free", "packs"),
+    ("size", "free", "passes"),
     [
-        (Size(100, 8_000), GIB, [slice(0, 8)]),  # 800 MiB: just about
-        (Size(100, 8_000), GIB - MIB, [slice(0, 7), slice(7, 8)]),
-        (Size(100, 16_000), GIB, [slice(0, 4), slice(4, 8)]),  # dense: edges say how many
-        (Size(200, 8_000), GIB, [slice(0, 4), slice(4, 8)]),  # thin: atoms do
-        (Size(2_000, 8_000), GIB, [slice(number, number + 1) for number in range(8)]),  # too large: tried all the same
+        (Size(100, 8_000), GIB, [8]),  # 80 %: just about
+        (Size(100, 8_000), GIB - MIB, [7, 1]),
+        (Size(100, 16_000), GIB, [4, 4]),  # dense: edges say how many
+        (Size(200, 8_000), GIB, [4, 4]),  # thin: atoms do
+        (Size(2_000, 8_000), GIB, [1] * 8),  # too large: tried all the same
     ],
 )
-def test_packs_are_limited_by_atoms_and_by_edges(size, free, packs):
+def test_passes_are_limited_by_atoms_and_by_edges(size, free, passes):
     budget = learnt((100, 8_000, int(SAFE * GIB / 8)))
-    assert budget.packs([size] * 8, free) == packs
+    assert counts(budget, [size] * 8, free) == passes
 
 
 def test_one_that_is_too_large_takes_no_other_with_it():
     budget = learnt((100, 8_000, 100 * MIB))
     small, huge = Size(10, 800), Size(10_000, 800_000)
-    packs = budget.packs([small, small, huge, small, small], GIB)
-    assert packs == [slice(0, 2), slice(2, 3), slice(3, 5)]
+    assert counts(budget, [small, small, huge, small, small], GIB) == [2, 1, 2]
 
 
 @given(
@@ -81,14 +84,12 @@ def test_no_pass_needs_more_than_is_foreseen(by_atom, by_edge, before, size):
 
 
 @given(st.lists(sizes, min_size=1, max_size=5), st.lists(sizes, min_size=2, max_size=40), st.integers(1, 2**40))
-def test_packs_are_in_order_and_no_smaller_than_they_must_be(before, several, free):
+def test_as_many_go_into_a_pass_as_fit(before, several, free):
     budget = learnt(*[(size.atoms, size.edges, 1_000 * size.edges) for size in before])
-    packs = budget.packs(several, free)
-    assert [number for pack in packs for number in range(len(several))[pack]] == list(range(len(several)))
-    for pack in packs:
-        assert pack.stop == pack.start + 1 or budget.need(total(several[pack])) <= SAFE * free
-    for pack, following in itertools.pairwise(packs):
-        assert budget.need(total(several[pack.start : following.start + 1])) > SAFE * free
+    count = budget.count(several, free)
+    assert 1 <= count <= len(several)
+    assert count == 1 or budget.need(total(several[:count])) <= SAFE * free
+    assert count == len(several) or budget.need(total(several[: count + 1])) > SAFE * free
 
 
 def test_what_is_larger_than_any_before_is_measured():
@@ -124,14 +125,14 @@ def test_where_memory_lacked_passes_are_smaller_until_it_went_well_for_a_while()
     budget.back_off(total(several))
     seen = []
     for _ in range(4):
-        seen.append([pack.stop - pack.start for pack in budget.packs(several, GIB * GIB)])
+        seen.append(counts(budget, several, ENDLESS))
         for _ in range(GROW_AFTER - 1):
             budget.went_well()
-        assert seen[-1] == [pack.stop - pack.start for pack in budget.packs(several, GIB * GIB)]
+        assert seen[-1] == counts(budget, several, ENDLESS)
         budget.went_well()
     assert seen == [[4, 4], [5, 3], [6, 2], [7, 1]]
-    assert budget.packs(several, GIB * GIB) == [slice(0, 8)]
-    assert budget.packs(several * 9, GIB * GIB) == [slice(0, 72)], "the limit is gone"
+    assert counts(budget, several, ENDLESS) == [8]
+    assert counts(budget, several * 9, ENDLESS) == [72], "the limit is gone"
 
 
 def test_memory_that_lacks_again_halves_again_and_starts_counting_anew():
@@ -142,10 +143,9 @@ def test_memory_that_lacks_again_halves_again_and_starts_counting_anew():
         budget.went_well()
     budget.back_off(total(several[:4]))
     budget.went_well()
-    assert len(budget.packs(several, GIB * GIB)) == 4
-    for _ in range(20):
-        budget.back_off(Size(1, 0))
-    assert len(budget.packs(several, GIB * GIB)) == 8
+    assert counts(budget, several, ENDLESS) == [2] * 4
+    budget.back_off(Size(1, 0))
+    assert counts(budget, several, ENDLESS) == [1] * 8
 
 
 class Device(RuleBasedStateMachine):
@@ -166,20 +166,20 @@ class Device(RuleBasedStateMachine):
         """A batch; memory may go behind its back."""
         free = self.memory - self.others
         there = free // 2 if stolen else free
-        for pack in self.budget.packs(several, free):
-            size = total(several[pack])
+        while several:
+            count = self.budget.count(several, free)
+            size, several = total(several[:count]), several[count:]
             cost = self.by_atom * size.atoms + self.by_edge * size.edges
-            alone = pack.stop == pack.start + 1
             if cost > there:
-                assert alone or stolen or not self.known, "it was known, and did not fit"
-                if not alone:
+                assert count == 1 or stolen or not self.known, "it was known, and did not fit"
+                if count > 1:
                     self.budget.back_off(size)
                 return
             if self.budget.is_new(size):
                 self.budget.learn(size, cost)
                 self.known = True
             self.budget.went_well()
-        assert not self.budget.is_new(size)
+            assert not self.budget.is_new(size)
 
 
 TestDevice = Device.TestCase

@@ -25,6 +25,11 @@ class Size(NamedTuple):
     edges: int
 
 
+def total(sizes: Sequence[Size]) -> Size:
+    """Of all of them in one pass."""
+    return Size(sum(size.atoms for size in sizes), sum(size.edges for size in sizes))
+
+
 class _Measured(NamedTuple):
     atoms: int
     edges: int
@@ -62,24 +67,24 @@ class Budget:
             default=0.0,
         )
 
-    def packs(self, sizes: Sequence[Size], free: int) -> list[slice]:
-        """Which structures go into one pass; one that is too large for any is in one of its own, to be tried.
+    def count(self, sizes: Sequence[Size], free: int) -> int:
+        """How many structures, from the first on, go into the next pass.
 
         Args:
-            sizes: of each structure, in order.
+            sizes: of each structure.
             free: bytes.
+
+        Returns:
+            At least 1: a structure that is too large for any pass is tried, alone.
         """
-        whole = Size(sum(size.atoms for size in sizes), sum(size.edges for size in sizes))
-        if self._fits(whole, free):
-            return [slice(0, len(sizes))]
-        packs, begin, atoms, edges = [], 0, 0, 0
-        for number, size in enumerate(sizes):
+        if self._fits(total(sizes), free):
+            return len(sizes)
+        atoms, edges = sizes[0]
+        for number, size in enumerate(sizes[1:], start=1):
             atoms, edges = atoms + size.atoms, edges + size.edges
-            if number > begin and not self._fits(Size(atoms, edges), free):
-                packs.append(slice(begin, number))
-                begin, (atoms, edges) = number, size
-        packs.append(slice(begin, len(sizes)))
-        return packs
+            if not self._fits(Size(atoms, edges), free):
+                return number
+        return len(sizes)
 
     def _fits(self, size: Size, free: int) -> bool:
         if self._limit is not None and (size.atoms > self._limit.atoms or size.edges > self._limit.edges):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Callable, Sequence
 
 from rootstockd.worker.engines import Result
-from rootstockd.worker.engines.mace.budget import Budget, Size
+from rootstockd.worker.engines.mace.budget import Budget, Size, total
 from rootstockd.worker.failures import out_of_memory
 from rootstockd.worker.memory import memory_of
 
@@ -33,13 +33,14 @@ class Passes:
         """
         if len(sizes) == 1:
             return self._one(sizes, slice(0, 1), evaluate)
-        results = []
-        for pack in self._budget.packs(sizes, self._memory.free()):
-            results += self._one(sizes[pack], pack, evaluate)
+        results: list[Result] = []
+        while rest := sizes[len(results) :]:  # looked at anew after each pass, which may have taught something
+            count = self._budget.count(rest, self._memory.free())
+            results += self._one(rest[:count], slice(len(results), len(results) + count), evaluate)
         return results
 
     def _one(self, sizes: Sequence[Size], pack: slice, evaluate: Callable[[slice], list[Result]]) -> list[Result]:
-        size = sizes[0] if len(sizes) == 1 else Size(*map(sum, zip(*sizes)))
+        size = sizes[0] if len(sizes) == 1 else total(sizes)
         if new := self._budget.is_new(size):  # only then is there anything to learn, and measuring costs milliseconds
             self._memory.begin()
         try:
