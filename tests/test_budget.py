@@ -16,7 +16,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 pytest.importorskip("mace")
 
 from rootstockd.worker import memory
+from rootstockd.worker.engines import Result
 from rootstockd.worker.engines.mace.budget import GROW_AFTER, LARGER, LEAST, SAFE, Budget, Size, total
+from rootstockd.worker.engines.mace.passes import Passes
 
 ENDLESS = 2**70
 GIB = 2**30
@@ -139,6 +141,7 @@ def test_memory_that_lacks_again_halves_again_and_starts_counting_anew():
     budget = learnt((1, 1, 1))
     several = [Size(1, 10)] * 8
     budget.back_off(total(several))
+    assert counts(budget, [Size(1, 0)] * 8, ENDLESS) == counts(budget, [Size(0, 10)] * 8, ENDLESS) == [4, 4]
     for _ in range(GROW_AFTER - 1):
         budget.went_well()
     budget.back_off(total(several[:4]))
@@ -183,6 +186,31 @@ class Device(RuleBasedStateMachine):
 
 
 TestDevice = Device.TestCase
+
+
+# --- passes
+
+
+def test_a_pass_for_which_memory_lacks_all_the_same_makes_later_ones_smaller():
+    passes, seen = Passes("cpu"), []
+
+    def evaluate(pack: slice) -> list[Result]:
+        count = pack.stop - pack.start
+        seen.append(count)
+        if count > most:
+            np.ones(2**48)  # PiB
+        return [Result(float(number), np.zeros((1, 3))) for number in range(8)[pack]]
+
+    several = [Size(10, 500)] * 8
+    most = 0
+    with pytest.raises(MemoryError):
+        passes.evaluate(several[:1], evaluate)  # one that is too large says nothing of others
+    most = 4
+    with pytest.raises(MemoryError):
+        passes.evaluate(several, evaluate)
+    results = passes.evaluate(several, evaluate)
+    assert [result.energy for result in results] == list(range(8))
+    assert seen == [1, 8, 4, 4]
 
 
 # --- memory
