@@ -18,7 +18,7 @@ pytest.importorskip("mace")
 from rootstockd.worker import memory
 from rootstockd.worker.engines import Result
 from rootstockd.worker.engines.mace.budget import GROW_AFTER, LARGER, LEAST, SAFE, Budget, Size, total
-from rootstockd.worker.engines.mace.passes import Passes
+from rootstockd.worker.engines.mace.packing import Packing
 
 ENDLESS = 2**70
 GIB = 2**30
@@ -188,11 +188,11 @@ class Device(RuleBasedStateMachine):
 TestDevice = Device.TestCase
 
 
-# --- passes
+# --- packing
 
 
 def test_a_pass_for_which_memory_lacks_all_the_same_makes_later_ones_smaller():
-    passes, seen = Passes("cpu"), []
+    packing, seen = Packing("cpu"), []
 
     def evaluate(pack: slice) -> list[Result]:
         count = pack.stop - pack.start
@@ -204,11 +204,11 @@ def test_a_pass_for_which_memory_lacks_all_the_same_makes_later_ones_smaller():
     several = [Size(10, 500)] * 8
     most = 0
     with pytest.raises(MemoryError):
-        passes.evaluate(several[:1], evaluate)  # one that is too large says nothing of others
+        packing.evaluate(several[:1], evaluate)  # one that is too large says nothing of others
     most = 4
     with pytest.raises(MemoryError):
-        passes.evaluate(several, evaluate)
-    results = passes.evaluate(several, evaluate)
+        packing.evaluate(several, evaluate)
+    results = packing.evaluate(several, evaluate)
     assert [result.energy for result in results] == list(range(8))
     assert seen == [1, 8, 4, 4]
 

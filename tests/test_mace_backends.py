@@ -211,7 +211,7 @@ def test_what_fits_is_one_pass_and_what_does_not_several_with_the_same_numbers(m
     del passes[:]
     whole = backend.evaluate(tasks)
     assert passes == [len(tasks)]
-    backend._passes._budget.back_off(Size(sum(len(one.positions) for one in tasks), 10_000))
+    backend._packing._budget.back_off(Size(sum(len(one.positions) for one in tasks), 10_000))
     parts = backend.evaluate(tasks)
     assert len(passes) > 2 and sum(passes[1:]) == len(tasks)
     for found, right in zip(parts, whole, strict=True):

@@ -16,7 +16,7 @@ import torch
 from rootstockd.worker.engines import Array, Result, Task
 from rootstockd.worker.engines.mace.budget import Size
 from rootstockd.worker.engines.mace.graph import Graph, Neighbours, union
-from rootstockd.worker.engines.mace.passes import Passes
+from rootstockd.worker.engines.mace.packing import Packing
 from rootstockd.worker.engines.mace.radial import NotApplicableError
 from rootstockd.worker.engines.mace.reference import System
 
@@ -44,13 +44,13 @@ class EdgeBackend:
         self._elements = np.array(model.atomic_numbers.tolist())
         self._needs_radial = True
         self._neighbours = Neighbours(float(model.r_max))
-        self._passes = Passes(str(self._device))
+        self._packing = Packing(str(self._device))
 
     def evaluate(self, tasks: list[Task]) -> list[Result]:
         """As few passes as fit the memory, each over the union of its structures' graphs."""
         lists = [self._neighbours.edges(task, task.system.pbc) for task in tasks]
         sizes = [Size(edges.atoms, len(edges.sender)) for edges in lists]
-        return self._passes.evaluate(sizes, lambda pack: self._pass(tasks[pack], union(lists[pack])))
+        return self._packing.evaluate(sizes, lambda pack: self._pass(tasks[pack], union(lists[pack])))
 
     def _pass(self, tasks: list[Task], graph: Graph) -> list[Result]:
         systems: list[System] = [task.system for task in tasks]

@@ -1,4 +1,4 @@
-"""Passes: a batch is evaluated in as few as fit the memory (`budget`), and some are measured."""
+"""Packing: a batch is evaluated in as few passes as fit the memory (`budget`), and some of them are measured."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rootstockd.worker.failures import out_of_memory
 from rootstockd.worker.memory import memory_of
 
 
-class Passes:
+class Packing:
     """One backend's, whose budget is its own: another takes other amounts for the same structures.
 
     Args:
