@@ -23,7 +23,8 @@ from rootstockd.worker.engines.mace import MaceEngine, _accelerate, checks  # no
 from rootstockd.worker.engines.mace.budget import Size  # noqa: E402
 from rootstockd.worker.engines.mace.edges import EdgeBackend  # noqa: E402
 from rootstockd.worker.engines.mace.fused import FusedBackend, NotApplicableError  # noqa: E402
-from rootstockd.worker.engines.mace.graph import Neighbours, union  # noqa: E402
+from rootstockd.worker.engines.mace.graph import Graph, Neighbours, union  # noqa: E402
+from rootstockd.worker.engines.mace.passes import Elements, Harmonics, Pass  # noqa: E402
 from rootstockd.worker.engines.mace.reference import ReferenceBackend  # noqa: E402
 
 ELEMENTS = [1, 6, 8, 13, 29]
@@ -198,13 +199,13 @@ def test_a_batch_is_its_parts(backend):
 def test_what_fits_is_one_pass_and_what_does_not_several_with_the_same_numbers(make, monkeypatch):
     model = medium()
     of, backend = engine(model), make(model)
-    passes, energies = [], backend._energies
+    passes, derive = [], backend._derive
 
     def counted(graph, *others):
         passes.append(len(graph.ends))
-        return energies(graph, *others)
+        return derive(graph, *others)
 
-    monkeypatch.setattr(backend, "_energies", counted)
+    monkeypatch.setattr(backend, "_derive", counted)
     tasks = [task(of, atoms) for atoms in STRUCTURES.values()]
     for one in tasks:
         backend.evaluate([one])
@@ -258,6 +259,38 @@ def test_what_is_not_folded_is_evaluated_by_edges(change, monkeypatch):
     monkeypatch.delitem(sys.modules, EdgeBackend.__module__)
     monkeypatch.delitem(sys.modules, Neighbours.__module__)
     assert _accelerate(model, ModelSpec("test", "mace", "cpu", "float64"))[0] is None
+
+
+@pytest.mark.parametrize("normalization", ["component", "integral"])
+def test_harmonics_and_their_slopes_are_those_of_e3nn(normalization):
+    o3 = importlib.import_module("e3nn.o3")
+    irreps = o3.Irreps.spherical_harmonics(5)
+    module = o3.SphericalHarmonics(irreps, normalize=True, normalization=normalization)
+    rng = np.random.default_rng(5)
+    vectors = rng.normal(size=(150, 3)) * rng.uniform(0.3, 9.0, (150, 1))  # more than one block of them
+    graph = Graph(np.zeros(150, int), np.zeros(150, int), vectors, np.array([0, 150]), np.array([1]))
+    now = Pass(graph, Elements(np.zeros(1, int)), Harmonics(module), np.float64)
+    leaf = torch.from_numpy(vectors).requires_grad_()
+    right, lengths = module(leaf), torch.linalg.vector_norm(leaf, dim=1)
+    np.testing.assert_allclose(now.y, right.detach(), rtol=0, atol=1e-13)
+    np.testing.assert_allclose(now.lengths, lengths.detach(), rtol=1e-15)
+    now.by_y[:] = rng.normal(size=now.y.shape)
+    now.by_length[:] = rng.normal(size=150)
+    total = (right * torch.from_numpy(now.by_y)).sum() + (lengths * torch.from_numpy(now.by_length)).sum()
+    (slope,) = torch.autograd.grad(total, leaf)
+    np.testing.assert_allclose(now.by_vectors(), slope, rtol=0, atol=1e-12 * np.abs(slope.numpy()).max())
+
+
+def test_harmonics_of_vectors_that_are_not_normalized_are_refused():
+    o3 = importlib.import_module("e3nn.o3")
+    with pytest.raises(NotApplicableError, match="not normalized"):
+        Harmonics(o3.SphericalHarmonics([0, 1], normalize=False))
+
+
+def test_atoms_on_one_spot_have_no_forces():
+    model = medium()
+    coincident = Atoms("Cu3", [[0, 0, 0], [0, 0, 0], [0, 0, 2.5]])
+    assert not np.isfinite(FusedBackend(model).evaluate([task(engine(model), coincident)])[0].forces).all()
 
 
 def test_a_model_with_further_inputs_is_refused():

@@ -7,7 +7,6 @@ vectors, so that a virial costs nothing; vectors are computed in float64 whateve
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -42,7 +41,6 @@ class EdgeBackend:
         parameter = next(model.parameters())
         self._device, self._dtype = parameter.device, parameter.dtype
         self._elements = np.array(model.atomic_numbers.tolist())
-        self._needs_radial = True
         self._neighbours = Neighbours(float(model.r_max))
         self._packing = Packing(str(self._device))
 
@@ -56,39 +54,38 @@ class EdgeBackend:
         systems: list[System] = [task.system for task in tasks]
         elements = np.searchsorted(self._elements, np.concatenate([system.numbers for system in systems]))
         heads = np.concatenate([np.full(len(system.numbers), system.head_index) for system in systems])
+        return self._results(tasks, graph, *self._derive(graph, elements, heads))
+
+    def _derive(self, graph: Graph, elements: Array, heads: Array) -> tuple[Array, Array]:
+        """One pass.
+
+        Args:
+            graph: N atoms, E edges.
+            elements: (N,) which of the model's elements each atom is.
+            heads: (N,) the head that each is evaluated for.
+
+        Returns:
+            Energies of atoms, (N,), and derivatives of their sum by the edges' vectors, (E, 3); float64, eV and Å.
+        """
         vectors = torch.from_numpy(graph.vectors).to(self._dtype).to(self._device).requires_grad_()
         lengths = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
-        with self._around(graph, elements, lengths):
-            per_atom, interaction = self._energies(graph, vectors, lengths, elements, heads)
-            if len(graph.sender):
-                (slope,) = torch.autograd.grad(interaction.sum(), vectors)
-            else:
-                slope = torch.zeros((0, 3))
-        return self._results(tasks, graph, per_atom.detach().cpu().double().numpy(), slope.cpu().double().numpy())
-
-    def _around(self, _graph: Graph, _elements: Array, _lengths: torch.Tensor) -> AbstractContextManager[None]:
-        """What a pass runs in."""
-        return nullcontext()
+        per_atom, interaction = self._energies(graph, vectors, lengths, elements, heads)
+        if len(graph.sender):
+            (slope,) = torch.autograd.grad(interaction.sum(), vectors)
+        else:
+            slope = torch.zeros((0, 3))
+        return per_atom.detach().cpu().double().numpy(), slope.cpu().double().numpy()
 
     def _energies(
         self, graph: Graph, vectors: torch.Tensor, lengths: torch.Tensor, elements: Array, heads: Array
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Of each atom: its energy, and the part of it that depends on positions."""
         model = self._model
-        every = torch.arange(len(elements), device=self._device)
-        of_head = torch.from_numpy(heads).to(self._device)
-        kinds = torch.from_numpy(elements).to(self._device)
-        attributes = torch.nn.functional.one_hot(kinds, len(self._elements)).to(self._dtype)
-        edges = torch.from_numpy(np.stack([graph.sender, graph.receiver])).to(self._device)
-        alone = model.atomic_energies_fn(attributes)[every, of_head]
+        attributes, edges = self._attributes(elements), self._edges(graph)
         features = model.node_embedding(attributes)
         harmonics = model.spherical_harmonics(vectors)
-        radial, cutoff = lengths, None
-        if self._needs_radial:
-            radial, cutoff = model.radial_embedding(lengths, attributes, edges, model.atomic_numbers)
-        parts, layers = [], []
-        if hasattr(model, "pair_repulsion"):
-            parts.append(model.pair_repulsion_fn(lengths, attributes, edges, model.atomic_numbers))
+        radial, cutoff = model.radial_embedding(lengths, attributes, edges, model.atomic_numbers)
+        outputs = []
         for layer, (interaction, product) in enumerate(zip(model.interactions, model.products)):
             features, skipped = interaction(
                 node_attrs=attributes,
@@ -100,14 +97,36 @@ class EdgeBackend:
                 first_layer=layer == 0,
             )
             features = product(node_feats=features, sc=skipped, node_attrs=attributes)
-            layers.append(features)
+            outputs.append(features)
+        return self._read(graph, lengths, outputs, elements, heads)
+
+    def _attributes(self, elements: Array) -> torch.Tensor:
+        """(N, elements) one-hot."""
+        kinds = torch.from_numpy(elements).to(self._device)
+        return torch.nn.functional.one_hot(kinds, len(self._elements)).to(self._dtype)
+
+    def _edges(self, graph: Graph) -> torch.Tensor:
+        """(2, E) as mace-torch wants them."""
+        return torch.from_numpy(np.stack([graph.sender, graph.receiver])).to(self._device)
+
+    def _read(
+        self, graph: Graph, lengths: torch.Tensor, outputs: list[torch.Tensor], elements: Array, heads: Array
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Energies of atoms, (N,) float64, and the part of them that depends on positions, by what each layer gives."""
+        model, attributes = self._model, self._attributes(elements)
+        every = torch.arange(len(elements), device=self._device)
+        of_head = torch.from_numpy(heads).to(self._device)
+        alone = model.atomic_energies_fn(attributes)[every, of_head]
+        parts = []
+        if hasattr(model, "pair_repulsion"):
+            parts.append(model.pair_repulsion_fn(lengths, attributes, self._edges(graph), model.atomic_numbers))
         for number, readout in enumerate(model.readouts):
-            read = readout(layers[-1 if len(model.readouts) == 1 else number], of_head)
+            read = readout(outputs[-1 if len(model.readouts) == 1 else number], of_head)
             parts.append(read[every, of_head])
-        interaction_energy = torch.stack(parts).sum(0)
+        interaction = torch.stack(parts).sum(0)
         if hasattr(model, "scale_shift"):
-            interaction_energy = model.scale_shift(interaction_energy, of_head)
-        return alone.double() + interaction_energy.double(), interaction_energy
+            interaction = model.scale_shift(interaction, of_head)
+        return alone.double() + interaction.double(), interaction
 
     def _results(self, tasks: list[Task], graph: Graph, energies: Array, by_edge: Array) -> list[Result]:
         """From energies of atoms and derivatives by the edges' vectors to what was asked for."""

@@ -1,9 +1,14 @@
-"""The parts of a mace-torch model that are evaluated in another order, as modules that stand in for its own."""
+"""The parts of a mace-torch model that are evaluated in another order, each with its derivative.
+
+Features of N atoms are arrays (N, rows, channels): irrep after irrep, and in each its components one after another.
+Each part has `forward` and `backward`, which turns the derivative of the energy by what `forward` gave into that by
+what it was given; what depends on edges is added to the `Pass`. Neither leaves anything for torch's autograd.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,110 +17,237 @@ from e3nn import o3
 
 from rootstockd.worker.engines import Array
 from rootstockd.worker.engines.mace import kernels
-from rootstockd.worker.engines.mace.graph import Graph
-from rootstockd.worker.engines.mace.radial import PAIR, NotApplicableError, RadialTables
+from rootstockd.worker.engines.mace.passes import NOTHING, Elements, Pass
+from rootstockd.worker.engines.mace.radial import NotApplicableError, RadialTables
 
 _DEGREES = 3
-_NOTHING = 1e-12
-"""Coefficients below this are zeros that were computed."""
 
 
-class Now:
-    """What the replaced modules must know of the evaluation under way, beside their arguments.
+def channels(*irreps: Any) -> int:
+    """Of each irrep, where all have as many.
+
+    Raises:
+        NotApplicableError: they have not.
+    """
+    found = {mul for each in irreps for mul, _ in each}
+    if len(found) != 1:
+        raise NotApplicableError("irreps of unequal channels")
+    return int(found.pop())
+
+
+def row_slices(irreps: Any) -> list[slice]:
+    """The rows of each irrep."""
+    ends = np.cumsum([ir.dim for _, ir in irreps]).tolist()
+    return [slice(end - ir.dim, end) for end, (_, ir) in zip(ends, irreps)]
+
+
+def to_e3nn(x: torch.Tensor, irreps: Any) -> torch.Tensor:
+    """From (N, rows, channels) to e3nn's layout: (N, features), and in each irrep channels x components."""
+    parts = [x[:, rows].transpose(1, 2).reshape(len(x), -1) for rows in row_slices(irreps)]
+    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+
+
+def from_e3nn(x: torch.Tensor, irreps: Any) -> torch.Tensor:
+    """The way back."""
+    parts = [
+        x[:, part].reshape(len(x), mul, ir.dim).transpose(1, 2) for part, (mul, ir) in zip(irreps.slices(), irreps)
+    ]
+    return torch.cat(parts, 1) if len(parts) > 1 else parts[0].contiguous()
+
+
+# --- linear maps
+
+
+@dataclass(frozen=True)
+class Map:
+    """From some rows to some others, of one irrep.
 
     Args:
-        graph: the structures.
-        elements: (N,) which of the model's elements each atom is.
-        lengths: (E, 1) of the edges, on the way to whose derivative everything is.
+        inputs: rows, component after component, and of each component one or several copies.
+        outputs: rows.
+        weight: (elements, copies x channels, channels); of one element if it is the same for all.
     """
 
-    def __init__(self, graph: Graph, elements: Array, lengths: torch.Tensor) -> None:
-        self.graph, self.elements, self.lengths = graph, elements, lengths
-        present, self.by_element = np.unique(elements, return_inverse=True)
-        self.present: list[int] = present.tolist()
-        # rows of each element, one after another, and the way back
-        order = np.argsort(self.by_element, kind="stable")
-        self.rows = torch.from_numpy(order)
-        self.back = torch.from_numpy(np.argsort(order, kind="stable"))
-        self.counts: list[int] = np.bincount(self.by_element).tolist()
-
-    @cached_property
-    def pairs(self) -> tuple[Array, Array]:
-        """(E,) the number of the pair of elements that each edge joins (see `radial.PAIR`), and which there are."""
-        sender, receiver = self.elements[self.graph.sender], self.elements[self.graph.receiver]
-        pairs = PAIR * np.minimum(sender, receiver) + np.maximum(sender, receiver)
-        return pairs, np.flatnonzero(np.bincount(pairs, minlength=1))
+    inputs: slice
+    outputs: slice
+    weight: torch.Tensor
 
 
-class Shared:
-    """Where the modules of one model find `Now`."""
+class Linear:
+    """A linear map of features, irrep by irrep, which may depend on the atom's element.
 
-    now: Now
+    Args:
+        maps: no two with the same rows on either side.
+        inputs: how many rows there are.
+        outputs: how many rows there shall be; those that no map gives are zero.
+    """
+
+    def __init__(self, maps: list[Map], inputs: int, outputs: int) -> None:
+        self._maps, self._inputs, self._outputs = maps, inputs, outputs
+        self._out, filled = maps[0].weight.shape[2], sum(_width(one.inputs) for one in maps)
+        self._by_element = any(len(one.weight) > 1 for one in maps)
+        self._channels = maps[0].weight.shape[1] * _width(maps[0].outputs) // _width(maps[0].inputs)
+        self._fills = sum(_width(one.outputs) for one in maps) == outputs, filled == inputs
+        # of each map, forwards and backwards, the weights of each element
+        self._weights = [(list(one.weight), [weight.T for weight in one.weight]) for one in maps]
+
+    def forward(self, x: torch.Tensor, elements: Elements) -> torch.Tensor:
+        """From (N, inputs, channels) to (N, outputs, channels)."""
+        return self._apply(x, elements, back=False)
+
+    def backward(self, grad: torch.Tensor, elements: Elements) -> torch.Tensor:
+        """The derivative by the inputs."""
+        return self._apply(grad, elements, back=True)
+
+    def _apply(self, x: torch.Tensor, elements: Elements, *, back: bool) -> torch.Tensor:
+        rows, width = (self._inputs, self._channels) if back else (self._outputs, self._out)
+        several = self._by_element and len(elements.present) > 1
+        if several:
+            x = x[elements.order]
+        make = x.new_empty if self._fills[back] else x.new_zeros
+        out = make((len(x), rows, width))
+        for one, both in zip(self._maps, self._weights):
+            source, target = (one.outputs, one.inputs) if back else (one.inputs, one.outputs)
+            size = _width(one.outputs)
+            flat = x[:, source].reshape(len(x) * size, -1)
+            weights = [both[back][z] for z in elements.present] if self._by_element else both[back]
+            parts = flat.split([count * size for count in elements.counts]) if several else [flat]
+            mapped = [part @ weight for part, weight in zip(parts, weights)]
+            out[:, target] = (torch.cat(mapped) if several else mapped[0]).view(len(x), _width(target), width)
+        return out[elements.back] if several else out
+
+
+def _width(rows: slice) -> int:
+    return int(rows.stop - rows.start)
+
+
+def linear(module: Any, scale: float = 1.0, mid: Sequence[slice] | None = None) -> Linear:
+    """An e3nn linear map.
+
+    Args:
+        module: e3nn's.
+        scale: what the result is to be multiplied by.
+        mid: the rows of each output's inputs, if these are not one after another: see `Convolution`.
+    """
+    irreps_in, irreps_out = module.irreps_in, module.irreps_out
+    if getattr(module, "bias", None) is not None and module.bias.numel():
+        raise NotApplicableError("a linear map with biases")
+    inputs, outputs = row_slices(irreps_in), row_slices(irreps_out)
+    weights: dict[int, list[tuple[int, torch.Tensor]]] = {}
+    for _, instruction, weight in module.weight_views(yield_instruction=True):
+        folded = weight.detach().double() * (float(instruction.path_weight) * scale)
+        weights.setdefault(instruction.i_out, []).append((instruction.i_in, folded))
+    maps = []
+    for out, parts in weights.items():
+        if mid is None and len(parts) > 1:
+            raise NotApplicableError("a linear map that mixes irreps")
+        of = inputs[parts[0][0]] if mid is None else mid[out]
+        joined = torch.cat([weight for _, weight in sorted(parts, key=lambda part: part[0])])
+        maps.append(Map(of, outputs[out], joined.to(module.weight.dtype)[None]))
+    return Linear(maps, sum(ir.dim for _, ir in irreps_in), sum(ir.dim for _, ir in irreps_out))
+
+
+def by_element(product: Any) -> Linear:
+    """A fully connected tensor product with one-hot elements: a linear map for each element.
+
+    Args:
+        product: e3nn's.
+    """
+    if len(product.irreps_in2) != 1 or not hasattr(product, "weight") or product.weight.numel() == 0:
+        raise NotApplicableError("a tensor product with elements of an unknown kind")
+    inputs, outputs = row_slices(product.irreps_in1), row_slices(product.irreps_out)
+    maps, at = [], 0
+    for instruction in product.instructions:
+        if instruction.connection_mode != "uvw":
+            raise NotApplicableError(f"a tensor product with elements in mode {instruction.connection_mode}")
+        shape = instruction.path_shape
+        weight = product.weight[at : at + int(np.prod(shape))].view(shape).detach()
+        at += weight.numel()
+        degree = product.irreps_in1[instruction.i_in1].ir.l
+        scale = float(instruction.path_weight) * float(o3.wigner_3j(degree, 0, degree)[0, 0, 0])
+        # (elements, in, out), contiguous for each element
+        folded = (weight.double() * scale).to(weight.dtype).transpose(0, 1).contiguous()
+        maps.append(Map(inputs[instruction.i_in1], outputs[instruction.i_out], folded))
+    return Linear(maps, sum(ir.dim for _, ir in product.irreps_in1), sum(ir.dim for _, ir in product.irreps_out))
 
 
 # --- convolution
 
 
-class Convolution(torch.nn.Module):
-    """Stands in for a block's `conv_tp`, by mace-torch's own hook for fused ones.
+class Convolution:
+    """A block's `conv_tp`, summed over neighbours.
 
     Args:
         product: the e3nn tensor product.
+        mixer: the linear map behind it.
         radial: the weights of its paths.
-        shared: where `Now` is.
         constant: the senders' features don't depend on positions, as in the first layer.
     """
 
-    def __init__(self, product: Any, radial: RadialTables, shared: Shared, *, constant: bool) -> None:
-        super().__init__()
-        channels = {mul for mul, _ in [*product.irreps_in1, *product.irreps_out]}
-        if len(channels) != 1 or any(mul != 1 for mul, _ in product.irreps_in2):
-            raise NotApplicableError("a tensor product of unequal channels")
-        self.channels = channels.pop()
-        self.inputs = [ir.dim for _, ir in product.irreps_in1]
-        self.outputs = [ir.dim for _, ir in product.irreps_out]
-        self.radial, self.shared, self.constant = radial, shared, constant
-        radial.shape = (len(product.instructions), self.channels)
-        self.plan = _plan(product, self.inputs, self.outputs, radial.dtype)
+    def __init__(self, product: Any, mixer: Any, radial: RadialTables, *, constant: bool) -> None:
+        if any(mul != 1 for mul, _ in product.irreps_in2) or mixer.irreps_in.dim != product.irreps_out.dim:
+            raise NotApplicableError("a tensor product of an unknown kind")
+        self._radial, self._constant = radial, constant
+        first, starts, strides = _interleaved(mixer)
+        self.mid = first
+        self._rows = sum(ir.dim for _, ir in product.irreps_out)
+        self._plan = _plan(product, starts, strides, radial.dtype)
 
-    def forward(
-        self, features: torch.Tensor, harmonics: torch.Tensor, _weights: torch.Tensor, _edges: torch.Tensor
-    ) -> torch.Tensor:
-        h = _rows_first(features, self.inputs, self.channels)
-        return _channels_first(_Convolve.apply(h, harmonics, self.shared.now.lengths, self), self.outputs)
+    def forward(self, h: torch.Tensor, now: Pass) -> torch.Tensor:
+        """Messages.
+
+        Args:
+            h: (N, H, K) features.
+            now: the pass.
+
+        Returns:
+            (N, C, K): for each of the mixer's irreps component after component, and of each one row a path.
+        """
+        out = h.new_empty((len(h), self._rows, h.shape[2]))
+        tables = self._radial.look_up(now)
+        graph = now.graph
+        kernels.convolve(graph.first, graph.sender, now.lengths, h.numpy(), now.y, *tables, *self._plan, out.numpy())
+        now.kept[self] = h, tables
+        return out
+
+    def backward(self, grad: torch.Tensor, now: Pass) -> torch.Tensor | None:
+        """The derivative by the features, unless they are constant."""
+        h, tables = now.kept.pop(self)
+        graph, wanted = now.graph, not self._constant
+        by_h = h.new_zeros((kernels.threads(), *(h.shape if wanted else (1, 1, 1))))
+        kernels.convolve_back(
+            graph.first, graph.sender, now.lengths, h.numpy(), now.y, *tables, *self._plan,
+            grad.numpy(), now.by_y, now.by_length, by_h.numpy(), wanted,
+        )  # fmt: skip
+        return by_h.sum(0) if wanted else None
 
 
-class Unused(torch.nn.Module):
-    """Stands in for a block's radial network, whose weights the convolution has in tables."""
+def _interleaved(mixer: Any) -> tuple[list[slice], list[int], list[int]]:
+    """Where rows of messages lie so that the map behind them reads all copies of a component at once.
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x
-
-
-def _rows_first(x: torch.Tensor, sizes: list[int], channels: int) -> torch.Tensor:
-    """From e3nn's layout (channels x components, irrep after irrep) to (N, rows, channels).
-
-    Args:
-        x: (N, features).
-        sizes: components of each irrep.
-        channels: of each irrep.
+    Returns:
+        For each of the mixer's outputs the rows of all its inputs; for each of its inputs the first row and the step
+        from one component to the next.
     """
-    # split, because the derivative of a slice is an array of zeros with the slice in it
-    pieces = x.split([channels * size for size in sizes], 1)
-    parts = [piece.reshape(len(x), channels, size).transpose(1, 2) for piece, size in zip(pieces, sizes)]
-    return (torch.cat(parts, 1) if len(parts) > 1 else parts[0]).contiguous()
+    groups: dict[int, list[int]] = {out: [] for out in range(len(mixer.irreps_out))}
+    for instruction in mixer.instructions:
+        groups[instruction.i_out].append(instruction.i_in)
+    slices, at = [], 0
+    starts, strides = [-1] * len(mixer.irreps_in), [0] * len(mixer.irreps_in)
+    for out, (_, ir) in enumerate(mixer.irreps_out):
+        of = sorted(groups[out])
+        for place, one in enumerate(of):
+            starts[one], strides[one] = at + place, len(of)
+        slices.append(slice(at, at + len(of) * ir.dim))
+        at += len(of) * ir.dim
+    if at != sum(ir.dim for _, ir in mixer.irreps_in):
+        raise NotApplicableError("messages that are read twice, or not at all")
+    return slices, starts, strides
 
 
-def _channels_first(x: torch.Tensor, sizes: list[int]) -> torch.Tensor:
-    """The way back."""
-    parts = [piece.transpose(1, 2).reshape(len(x), -1) for piece in x.split(sizes, 1)]
-    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
-
-
-def _plan(product: Any, inputs: list[int], outputs: list[int], dtype: torch.dtype) -> tuple[Array, ...]:
+def _plan(product: Any, starts: list[int], strides: list[int], dtype: torch.dtype) -> tuple[Array, ...]:
     """The Clebsch-Gordan coefficients of all paths as the loops want them: see `kernels.convolve`."""
-    input_row = np.cumsum([0, *inputs])
-    output_row = np.cumsum([0, *outputs])
+    input_row = [rows.start for rows in row_slices(product.irreps_in1)]
     harmonic = [part.start for part in product.irreps_in2.slices()]
     paths, groups, rows, terms, harmonics = [0], [], [0], [], []
     cg: list[float] = []
@@ -126,14 +258,14 @@ def _plan(product: Any, inputs: list[int], outputs: list[int], dtype: torch.dtyp
         degrees = (product.irreps_in1[one].ir.l, product.irreps_in2[two].ir.l, product.irreps_out[out].ir.l)
         table = o3.wigner_3j(*degrees, dtype=torch.float64).numpy() * float(instruction.path_weight)
         for a in range(table.shape[0]):
-            groups.append(int(input_row[one]) + a)
+            groups.append(input_row[one] + a)
             for c in range(table.shape[2]):
                 begin = len(cg)
-                for b in np.flatnonzero(np.abs(table[a, :, c]) > _NOTHING):
+                for b in np.flatnonzero(np.abs(table[a, :, c]) > NOTHING):
                     harmonics.append(harmonic[two] + int(b))
                     cg.append(table[a, b, c])
                 if len(cg) > begin:
-                    terms.append((int(output_row[out]) + c, begin, len(cg)))
+                    terms.append((starts[out] + c * strides[out], begin, len(cg)))
             rows.append(len(terms))
         paths.append(len(groups))
     return (
@@ -142,57 +274,57 @@ def _plan(product: Any, inputs: list[int], outputs: list[int], dtype: torch.dtyp
         np.array(rows, np.int64),
         np.array(terms, np.int64),
         np.array(harmonics, np.int64),
-        np.array(cg, _numpy(dtype)),
+        np.array(cg, numpy_type(dtype)),
     )
 
 
-def _numpy(dtype: torch.dtype) -> Any:
+def numpy_type(dtype: torch.dtype) -> Any:
+    """Numpy's name of a dtype."""
     return np.float64 if dtype == torch.float64 else np.float32
 
 
-class _Convolve(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, h: torch.Tensor, y: torch.Tensor, lengths: torch.Tensor, of: Convolution) -> torch.Tensor:
-        now = of.shared.now
-        out = torch.empty((h.shape[0], sum(of.outputs), of.channels), dtype=h.dtype)
-        y = y.contiguous()
-        ctx.of, ctx.now, ctx.radial = of, now, of.radial.look_up(lengths.numpy(), now)
-        kernels.convolve(now.graph.first, now.graph.sender, h.numpy(), y.numpy(), *ctx.radial, *of.plan, out.numpy())
-        ctx.save_for_backward(h, y)
-        return out
+class Density:
+    """A block's division of messages by 1 + the density of neighbours.
 
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        of, now = ctx.of, ctx.now
-        h, y = ctx.saved_tensors
-        by_y, by_x = torch.zeros_like(y), torch.empty((len(y), 1), dtype=y.dtype)
-        wanted = not of.constant
-        by_h = torch.zeros((kernels.threads(), *(h.shape if wanted else (1, 1, 1))), dtype=h.dtype)
-        kernels.convolve_back(
-            now.graph.first, now.graph.sender, h.numpy(), y.numpy(), *ctx.radial, *of.plan,
-            grad.contiguous().numpy(), by_y.numpy(), by_x.numpy()[:, 0], by_h.numpy(), wanted,
-        )  # fmt: skip
-        return by_h.sum(0) if wanted else None, by_y, by_x * of.radial.per_length, None
+    Args:
+        radial: the density of one neighbour at each distance.
+    """
+
+    def __init__(self, radial: RadialTables) -> None:
+        self._radial = radial
+
+    def forward(self, messages: torch.Tensor, now: Pass) -> torch.Tensor:
+        """(N, rows, channels), as are the messages, which are changed."""
+        tables, density = self._radial.look_up(now), np.empty(len(messages))
+        kernels.add_up(now.graph.first, now.lengths, *tables, density)
+        inverse = torch.from_numpy(1.0 / (1.0 + density)).to(messages.dtype)[:, None, None]
+        messages *= inverse
+        now.kept[self] = tables, inverse, messages
+        return messages
+
+    def backward(self, grad: torch.Tensor, now: Pass) -> torch.Tensor:
+        """The derivative by the messages."""
+        tables, inverse, messages = now.kept.pop(self)
+        grad = grad * inverse
+        by_density = -(grad * messages).sum((1, 2)).double().numpy()
+        kernels.add_up_back(now.graph.first, now.lengths, *tables, by_density, now.by_length)
+        return grad
 
 
 # --- contraction
 
 
-class Contraction(torch.nn.Module):
-    """Stands in for a block's `symmetric_contractions`.
+class Contraction:
+    """A block's `symmetric_contractions`: products of an atom's messages.
 
     Args:
         original: mace-torch's.
-        shared: where `Now` is.
     """
 
-    def __init__(self, original: Any, shared: Shared) -> None:
-        super().__init__()
-        self.shared = shared
+    def __init__(self, original: Any) -> None:
         parts = list(getattr(original, "contractions", ()))
         if not parts or any(part.correlation > _DEGREES for part in parts):
             raise NotApplicableError("a symmetric contraction of a kind, or a correlation, that is not known")
-        self.outputs: list[int] = []
         terms: list[tuple[int, ...]] = []
         self._folds: list[tuple[torch.Tensor, torch.Tensor]] = []
         components = 0
@@ -209,13 +341,12 @@ class Contraction(torch.nn.Module):
                     part.weights_max if degree == part.correlation else part.weights[part.correlation - 1 - degree]
                 )
                 self._folds.append((matrix, weights.detach()))
-            self.outputs.append(size)
             components += size
         self.components = components
         self.terms = np.array(terms, np.int64).reshape(-1, 4)
         self.slopes, powers = _slopes(self.terms)
         self._dtype = self._folds[0][1].dtype
-        self.powers = powers.astype(_numpy(self._dtype))
+        self.powers = powers.astype(numpy_type(self._dtype))
         self.agnostic = self._folds[0][1].shape[0] == 1
         self._coefficients: dict[int, torch.Tensor] = {}
         self._stacks: dict[tuple[int, ...], Array] = {}
@@ -234,15 +365,29 @@ class Contraction(torch.nn.Module):
             self._stacks[tuple(elements)] = stack
         return stack
 
-    def forward(self, messages: torch.Tensor, _attributes: torch.Tensor) -> torch.Tensor:
-        rows = messages.transpose(1, 2).contiguous()
-        return _channels_first(_Contract.apply(rows, self), self.outputs)
+    def forward(self, messages: torch.Tensor, now: Pass) -> torch.Tensor:
+        """From (N, C, K) messages to (N, M, K)."""
+        element = np.zeros(len(messages), np.int64) if self.agnostic else now.elements.place
+        coefficients = self.coefficients([0] if self.agnostic else now.elements.present)
+        out = messages.new_empty((len(messages), self.components, messages.shape[2]))
+        kernels.contract(element, messages.numpy(), self.terms, coefficients, out.numpy())
+        now.kept[self] = element, coefficients, messages
+        return out
+
+    def backward(self, grad: torch.Tensor, now: Pass) -> torch.Tensor:
+        """The derivative by the messages."""
+        element, coefficients, messages = now.kept.pop(self)
+        out = torch.empty_like(messages)
+        kernels.contract_back(
+            element, messages.numpy(), self.slopes, self.powers, coefficients, grad.numpy(), out.numpy()
+        )
+        return out
 
 
 def _monomials(tensor: torch.Tensor, degree: int) -> tuple[list[tuple[int, ...]], torch.Tensor]:
     """The distinct monomials of a U tensor (components, rows^degree, paths), and what each takes of each path."""
     shape = tensor.shape
-    indices = torch.nonzero(tensor.abs().amax(-1) > _NOTHING)
+    indices = torch.nonzero(tensor.abs().amax(-1) > NOTHING)
     found: dict[tuple[int, ...], torch.Tensor] = {}
     for index in indices.tolist():
         key = (index[0], *sorted(index[1:]), *[-1] * (_DEGREES - degree))
@@ -263,77 +408,3 @@ def _slopes(terms: Array) -> tuple[Array, Array]:
             slopes.append((number, component, row, *rest, *[-1] * (2 - len(rest))))
             powers.append(factors.count(row))
     return np.array(slopes, np.int64).reshape(-1, 5), np.array(powers)
-
-
-class _Contract(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, of: Contraction) -> torch.Tensor:
-        now = of.shared.now
-        ctx.of = of
-        ctx.element = np.zeros(len(rows), np.int64) if of.agnostic else now.by_element
-        ctx.coefficients = of.coefficients([0] if of.agnostic else now.present)
-        out = torch.empty((rows.shape[0], of.components, rows.shape[2]), dtype=rows.dtype)
-        kernels.contract(ctx.element, rows.numpy(), of.terms, ctx.coefficients, out.numpy())
-        ctx.save_for_backward(rows)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        (rows,) = ctx.saved_tensors
-        of, out = ctx.of, torch.empty_like(rows)
-        kernels.contract_back(
-            ctx.element, rows.numpy(), of.slopes, of.powers, ctx.coefficients, grad.contiguous().numpy(), out.numpy()
-        )
-        return out, None
-
-
-# --- products with one-hot elements
-
-
-class ByElement(torch.nn.Module):
-    """Stands in for a block's `skip_tp`: a linear map of the features for each element.
-
-    Args:
-        product: e3nn's fully connected tensor product with one-hot elements.
-        shared: where `Now` is.
-    """
-
-    def __init__(self, product: Any, shared: Shared) -> None:
-        super().__init__()
-        self.shared, self.inputs = shared, product.irreps_in1
-        self.outputs = product.irreps_out
-        self.maps: list[tuple[int, int, torch.Tensor]] = []
-        at = 0
-        if len(product.irreps_in2) != 1 or not hasattr(product, "weight") or product.weight.numel() == 0:
-            raise NotApplicableError("a tensor product with elements of an unknown kind")
-        for instruction in product.instructions:
-            if instruction.connection_mode != "uvw":
-                raise NotApplicableError(f"a tensor product with elements in mode {instruction.connection_mode}")
-            shape = instruction.path_shape
-            weight = product.weight[at : at + int(np.prod(shape))].view(shape).detach()
-            at += weight.numel()
-            degree = product.irreps_in1[instruction.i_in1].ir.l
-            scale = float(instruction.path_weight) * float(o3.wigner_3j(degree, 0, degree)[0, 0, 0])
-            # (elements, in, out), contiguous for each element
-            folded = (weight.double() * scale).to(weight.dtype).transpose(0, 1).contiguous()
-            self.maps.append((instruction.i_in1, instruction.i_out, folded))
-
-    def forward(self, features: torch.Tensor, _attributes: torch.Tensor) -> torch.Tensor:
-        now, count = self.shared.now, len(features)
-        alone = len(now.present) == 1
-        x = features if alone else features[now.rows]
-        results: list[torch.Tensor | None] = [None] * len(self.outputs)
-        inputs = self.inputs.slices()
-        for one, out, weight in self.maps:
-            mul, ir = self.inputs[one]
-            rows = x[:, inputs[one]].reshape(count, mul, ir.dim).transpose(1, 2)
-            parts = [part @ weight[z] for part, z in zip(rows.split(now.counts), now.present)]
-            mapped = (parts[0] if alone else torch.cat(parts)).transpose(1, 2).reshape(count, -1)
-            before = results[out]
-            results[out] = mapped if before is None else before + mapped
-        filled = [
-            x.new_zeros((count, mul * ir.dim)) if result is None else result
-            for result, (mul, ir) in zip(results, self.outputs)
-        ]
-        joined = torch.cat(filled, 1) if len(filled) > 1 else filled[0]
-        return joined if alone else joined[now.back]

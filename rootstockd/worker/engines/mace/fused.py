@@ -1,9 +1,9 @@
 """MACE fused: the algebra of a mace-torch model in another order, for CPUs.
 
-Three things of the model are replaced; all else stays mace-torch's own code:
+All but the readouts, which stay mace-torch's own code, is evaluated by the parts of `folding`, forwards and backwards:
 
-- the tensor product of an edge and the sum over neighbours become one loop (`kernels.convolve`), whose derivatives are
-  formed directly, with the radial networks in tables (`radial`);
+- the tensor product of an edge and the sum over neighbours are one loop (`kernels.convolve`), with the radial networks
+  in tables (`radial`), and the spherical harmonics polynomials (`passes.Harmonics`);
 - the symmetric contraction of U tensors, weights and one-hot elements is folded, once for each element, into the
   coefficients of a polynomial (`kernels.contract`);
 - the tensor product with one-hot elements becomes a matrix for each element.
@@ -14,76 +14,166 @@ believed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
 from rootstockd.worker.engines import Array
 from rootstockd.worker.engines.mace import kernels
 from rootstockd.worker.engines.mace.edges import EdgeBackend
-from rootstockd.worker.engines.mace.folding import ByElement, Contraction, Convolution, Now, Shared, Unused
+from rootstockd.worker.engines.mace.folding import (
+    Contraction,
+    Convolution,
+    Density,
+    by_element,
+    channels,
+    from_e3nn,
+    linear,
+    numpy_type,
+    to_e3nn,
+)
 from rootstockd.worker.engines.mace.graph import Graph
+from rootstockd.worker.engines.mace.passes import Elements, Harmonics, Pass
 from rootstockd.worker.engines.mace.radial import NotApplicableError, RadialTables
 
 _EDGES_OF_A_THREAD = 2_000
 """With fewer for each, waking threads takes longer than they save."""
 
 _EDGES_FOR_TORCH = 50_000
-"""With fewer, torch works with one: it would wake all for each of some 200 small operations, 30 to 100 µs each time."""
+"""With fewer, torch works with one: waking all for each of many small operations takes 30 to 100 µs each time."""
 
-
-def _twin(module: Any, *, deep: bool = False) -> Any:
-    """A module whose children can be replaced without the original's noticing; `deep`: its children are twins too."""
-    twin = object.__new__(type(module))
-    twin.__dict__.update(module.__dict__)
-    children = module._modules.items()  # noqa: SLF001 - copy.copy would serialise e3nn's compiled code
-    twin.__dict__["_modules"] = {name: _twin(child) if deep else child for name, child in children}
-    return twin
+_KNOWN = {f"RealAgnostic{kind}InteractionBlock" for kind in ("", "Residual", "Density", "DensityResidual")}
 
 
 class FusedBackend(EdgeBackend):
     """A MACE model, fused.
 
     Args:
-        model: mace-torch's model, on the CPU; it stays as it is, and its weights are shared.
+        model: mace-torch's model, on the CPU; its weights are shared where they are not folded.
 
     Raises:
         NotApplicableError: the model has something that is not folded here.
     """
 
     def __init__(self, model: Any) -> None:
-        super().__init__(_twin(model), "fused")
-        self._model.interactions = _twin(model.interactions, deep=True)
-        self._model.products = _twin(model.products, deep=True)
-        self._shared = Shared()
+        super().__init__(model, "fused")
         self._threads = torch.get_num_threads()  # which follows OMP_NUM_THREADS, until numba starts its own
-        for layer, (interaction, product) in enumerate(zip(self._model.interactions, self._model.products)):
-            if not all(hasattr(interaction, name) for name in ("conv_tp", "conv_tp_weights", "skip_tp", "linear_up")):
-                raise NotApplicableError(f"an interaction of class {type(interaction).__name__}")
-            radial = RadialTables(
-                model.radial_embedding,
-                interaction.conv_tp_weights,
-                model.atomic_numbers,
-                float(model.r_max),
-                self._dtype,
-            )
-            interaction.conv_tp = Convolution(interaction.conv_tp, radial, self._shared, constant=layer == 0)
-            interaction.conv_tp_weights = Unused()
-            interaction.conv_fusion = True
-            interaction.skip_tp = ByElement(interaction.skip_tp, self._shared)
-            product.symmetric_contractions = Contraction(product.symmetric_contractions, self._shared)
-        self._needs_radial = any(hasattr(interaction, "density_fn") for interaction in model.interactions)
+        self._harmonics = Harmonics(model.spherical_harmonics)
+        self._numpy_type = numpy_type(self._dtype)
+        with torch.no_grad():
+            self._layers = [
+                _Layer(model, interaction, product, self._dtype, first=number == 0)
+                for number, (interaction, product) in enumerate(zip(model.interactions, model.products))
+            ]
+
+    def _derive(self, graph: Graph, elements: Array, heads: Array) -> tuple[Array, Array]:
+        with self._threads_for(len(graph.sender)):
+            now = Pass(graph, Elements(elements), self._harmonics, self._numpy_type)
+            outputs, h = [], torch.empty(0)
+            with torch.no_grad():
+                for layer in self._layers:
+                    h = layer.forward(h, now)
+                    outputs.append(to_e3nn(h, layer.irreps).requires_grad_())
+            lengths = torch.from_numpy(now.lengths).to(self._dtype)[:, None].requires_grad_()
+            per_atom, interaction = self._read(graph, lengths, outputs, elements, heads)
+            *by_output, by_length = torch.autograd.grad(interaction.sum(), [*outputs, lengths], allow_unused=True)
+            with torch.no_grad():
+                grad: torch.Tensor | None = None
+                for layer, read in zip(reversed(self._layers), reversed(by_output)):
+                    if read is not None:
+                        own = from_e3nn(read, layer.irreps)
+                        grad = own if grad is None else grad.add_(own)
+                    assert grad is not None  # the last is always read
+                    grad = layer.backward(grad, now)
+                if by_length is not None:  # of a repulsion of pairs
+                    now.by_length += by_length[:, 0].double().numpy()
+            return per_atom.detach().numpy(), now.by_vectors()
 
     @contextmanager
-    def _around(self, graph: Graph, elements: Array, lengths: torch.Tensor) -> Iterator[None]:
-        """What the replaced modules look at, and as many threads as there is work for."""
-        self._shared.now = Now(graph, elements, lengths)
-        edges = len(graph.sender)
+    def _threads_for(self, edges: int) -> Iterator[None]:
+        """As many threads as there is work for."""
         kernels.use_threads(min(self._threads, edges // _EDGES_OF_A_THREAD))
         torch.set_num_threads(1 if edges < _EDGES_FOR_TORCH else self._threads)
         try:
             yield
         finally:
             torch.set_num_threads(self._threads)
+
+
+class _Layer:
+    """An interaction and the product behind it.
+
+    Args:
+        model: whose layer it is.
+        interaction: mace-torch's.
+        product: mace-torch's.
+        dtype: the model's.
+        first: its features are those of elements, and don't depend on positions.
+    """
+
+    def __init__(self, model: Any, interaction: Any, product: Any, dtype: torch.dtype, *, first: bool) -> None:
+        kind = type(interaction).__name__
+        if kind not in _KNOWN or type(product).__name__ != "EquivariantProductBasisBlock":
+            raise NotApplicableError(f"a layer of classes {kind} and {type(product).__name__}")
+        self.irreps = product.linear.irreps_out
+        conv = interaction.conv_tp
+        count = channels(conv.irreps_in1, conv.irreps_out, interaction.linear.irreps_out, self.irreps)
+
+        def tables(
+            network: Any, shape: tuple[int, int], finish: Callable[[torch.Tensor], torch.Tensor]
+        ) -> RadialTables:
+            cutoff = float(model.r_max)
+            return RadialTables(model.radial_embedding, network, model.atomic_numbers, cutoff, dtype, shape, finish)
+
+        weights = tables(interaction.conv_tp_weights, (len(conv.instructions), count), lambda x: x)
+        self._convolution = Convolution(conv, interaction.linear, weights, constant=first)
+        self._density, scale = None, 1.0
+        if "Density" in kind:
+            # as in the blocks' own forward
+            self._density = Density(tables(interaction.density_fn, (1, 1), lambda x: torch.tanh(x**2)))
+        else:
+            scale = 1.0 / float(interaction.avg_num_neighbors)
+        self._mix = linear(interaction.linear, scale, self._convolution.mid)
+        self._skip = by_element(interaction.skip_tp)
+        self._up = linear(interaction.linear_up)
+        self._contraction = Contraction(product.symmetric_contractions)
+        self._update = linear(product.linear)
+        self._residual = "Residual" in kind
+        self._uses_skip = self._residual and product.use_sc
+        self._of_elements: tuple[torch.Tensor, torch.Tensor] | None = None
+        if first:
+            every = Elements(np.arange(len(model.atomic_numbers)))
+            features = from_e3nn(model.node_embedding(torch.eye(every.count, dtype=dtype)), conv.irreps_in1)
+            skipped = self._skip.forward(features, every) if self._uses_skip else features
+            self._of_elements = self._up.forward(features, every), skipped
+
+    def forward(self, h: torch.Tensor, now: Pass) -> torch.Tensor:
+        """From features of the layer before to its own; (N, rows, channels)."""
+        if self._of_elements is not None:
+            up, skipped = (table[now.elements.each] for table in self._of_elements)
+        else:
+            up = self._up.forward(h, now.elements)
+            skipped = self._skip.forward(h, now.elements) if self._uses_skip else h
+        messages = self._mix.forward(self._convolution.forward(up, now), now.elements)
+        if self._density is not None:
+            messages = self._density.forward(messages, now)
+        if not self._residual:
+            messages = self._skip.forward(messages, now.elements)
+        features = self._update.forward(self._contraction.forward(messages, now), now.elements)
+        return features.add_(skipped) if self._uses_skip else features
+
+    def backward(self, grad: torch.Tensor, now: Pass) -> torch.Tensor | None:
+        """The derivative by the features of the layer before, if there is one."""
+        by_messages = self._contraction.backward(self._update.backward(grad, now.elements), now)
+        if not self._residual:
+            by_messages = self._skip.backward(by_messages, now.elements)
+        if self._density is not None:
+            by_messages = self._density.backward(by_messages, now)
+        by_up = self._convolution.backward(self._mix.backward(by_messages, now.elements), now)
+        if by_up is None:
+            return None
+        by_h = self._up.backward(by_up, now.elements)
+        return by_h.add_(self._skip.backward(grad, now.elements)) if self._uses_skip else by_h

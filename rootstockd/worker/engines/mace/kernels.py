@@ -1,10 +1,14 @@
 """The loops of a fused MACE evaluation, compiled by numba: no array of edges times paths times channels ever exists.
 
-Two operations and their derivatives. Shapes: N atoms, E edges sorted by receiver, K channels, P paths of the tensor
+Four operations and their derivatives. Shapes: N atoms, E edges sorted by receiver, K channels, P paths of the tensor
 product, S spherical harmonics, H rows of a sender's features, C rows of a message, M components of a product.
+
+*Harmonics* (`harmonics`, `harmonics_back`): Y of an edge's direction, as polynomials in its components.
 
 *Convolution* (`convolve`, `convolve_back`), where W are polynomials of the edge's length, piece by piece:
 ``A[i, c, k] = sum over edges (j -> i) of sum over a, b of cg[path, a, b, c] h[j, a, k] Y[edge, b] W[edge, path, k]``
+
+*Density* (`add_up`, `add_up_back`): one such polynomial, summed over an atom's edges.
 
 *Contraction* (`contract`, `contract_back`): a polynomial in the rows of one atom's message, channel by channel, whose
 coefficients depend on the element: ``B[i, m, k] = sum over terms of coefficient[element, term, k] x A A A``.
@@ -29,18 +33,116 @@ DEGREE = 7
 _REORDER = {"reassoc", "contract", "nsz"}
 
 
+BLOCK = 64
+"""Edges whose harmonics are formed together: loops over them vectorise, and what is between fits the cache."""
+
+
 @numba.njit(parallel=True, fastmath=_REORDER, cache=True)
-def convolve(first, sender, h, y, tables, piece, x, paths, groups, rows, terms, harmonics, cg, out):
+def harmonics(vectors, parents, axes, begins, monomials, coefficients, lengths, y):
+    """Lengths of edges, and spherical harmonics of their directions.
+
+    Args:
+        vectors: (E, 3).
+        parents: (monomials,) the monomial that each is a multiple of, an earlier one; the first is 1.
+        axes: (monomials,) by which component of the direction.
+        begins: (S + 1,) each harmonic's first term.
+        monomials: (terms,) of each term.
+        coefficients: (terms,) of each term.
+        lengths: (E,), overwritten.
+        y: (E, S), overwritten; NaN where a length is zero.
+    """
+    edges = vectors.shape[0]
+    for block in numba.prange((edges + BLOCK - 1) // BLOCK):
+        begin = block * BLOCK
+        count = min(BLOCK, edges - begin)
+        unit, powers, total = np.empty((3, BLOCK)), np.empty((parents.shape[0], BLOCK)), np.empty(BLOCK)
+        for e in range(count):
+            a, b, c = vectors[begin + e, 0], vectors[begin + e, 1], vectors[begin + e, 2]
+            lengths[begin + e] = np.sqrt(a * a + b * b + c * c)
+        _powers(vectors, lengths, parents, axes, begin, count, unit, powers)
+        for s in range(begins.shape[0] - 1):
+            total[:] = 0.0
+            for term in range(begins[s], begins[s + 1]):
+                factor, power = coefficients[term], powers[monomials[term]]
+                for e in range(count):
+                    total[e] += factor * power[e]
+            for e in range(count):
+                y[begin + e, s] = total[e]
+
+
+@numba.njit(fastmath=_REORDER, error_model="numpy", cache=True)
+def _powers(vectors, lengths, parents, axes, begin, count, unit, powers):
+    """Directions of a block's edges, and the monomials in their components."""
+    for e in range(count):
+        for axis in range(3):
+            unit[axis, e] = vectors[begin + e, axis] / lengths[begin + e]
+        powers[0, e] = 1.0
+    for m in range(1, parents.shape[0]):
+        parent, component, power = powers[parents[m]], unit[axes[m]], powers[m]
+        for e in range(count):
+            power[e] = parent[e] * component[e]
+
+
+@numba.njit(parallel=True, fastmath=_REORDER, error_model="numpy", cache=True)
+def harmonics_back(vectors, parents, axes, begins, monomials, coefficients, lengths, by_y, by_length, by_vectors):
+    """Derivative of `harmonics` by the vectors; arguments as there, and
+
+    Args:
+        by_y: (E, S) derivative by the harmonics.
+        by_length: (E,) derivative by the lengths.
+        by_vectors: (E, 3), overwritten.
+    """
+    edges = vectors.shape[0]
+    for block in numba.prange((edges + BLOCK - 1) // BLOCK):
+        begin = block * BLOCK
+        count = min(BLOCK, edges - begin)
+        unit, powers, wanted = np.empty((3, BLOCK)), np.empty((parents.shape[0], BLOCK)), np.empty(BLOCK)
+        by_unit, by_powers = np.zeros((3, BLOCK)), np.zeros((parents.shape[0], BLOCK))
+        _powers(vectors, lengths, parents, axes, begin, count, unit, powers)
+        for s in range(begins.shape[0] - 1):
+            for e in range(count):
+                wanted[e] = by_y[begin + e, s]
+            for term in range(begins[s], begins[s + 1]):
+                factor, by_power = coefficients[term], by_powers[monomials[term]]
+                for e in range(count):
+                    by_power[e] += factor * wanted[e]
+        for m in range(parents.shape[0] - 1, 0, -1):
+            by_power, parent, by_parent = by_powers[m], powers[parents[m]], by_powers[parents[m]]
+            component, by_component = unit[axes[m]], by_unit[axes[m]]
+            for e in range(count):
+                by_parent[e] += by_power[e] * component[e]
+                by_component[e] += by_power[e] * parent[e]
+        for e in range(count):
+            along = unit[0, e] * by_unit[0, e] + unit[1, e] * by_unit[1, e] + unit[2, e] * by_unit[2, e]
+            length, outward = lengths[begin + e], by_length[begin + e]
+            for axis in range(3):
+                across = (by_unit[axis, e] - along * unit[axis, e]) / length
+                by_vectors[begin + e, axis] = across + outward * unit[axis, e]
+
+
+@numba.njit(inline="always")
+def _place(length, scale, pieces):
+    """The piece that a length lies in, and where in it, from -1 to 1."""
+    piece = min(int(length * scale), pieces - 1)
+    return piece, 2.0 * (length * scale - piece) - 1.0
+
+
+@numba.njit(parallel=True, fastmath=_REORDER, cache=True)
+def convolve(
+    first, sender, lengths, h, y, tables, begins, pieces, scale, paths, groups, rows, terms, harmonics, cg, out
+):
     """Messages.
 
     Args:
         first: (N + 1,) each receiver's first edge.
         sender: (E,) atom that each edge comes from.
+        lengths: (E,).
         h: (N, H, K) senders' features.
         y: (E, S) spherical harmonics.
-        tables: (pieces, DEGREE + 1, P, K) coefficients of the radial weights, of x^0 first.
-        piece: (E,) which piece an edge's length lies in.
-        x: (E,) where in it, from -1 to 1.
+        tables: (tables x pieces, DEGREE + 1, P, K) coefficients of the radial weights, of x^0 first.
+        begins: (E,) where each edge's table begins, or (0,) if there is but one.
+        pieces: of each table.
+        scale: 1 over the width of a piece.
         paths: (P + 1,) each path's first group.
         groups: (groups,) row of `h`.
         rows: (groups + 1,) each group's first term.
@@ -56,7 +158,10 @@ def convolve(first, sender, h, y, tables, piece, x, paths, groups, rows, terms, 
         message = out[i]
         message[:] = 0
         for e in range(first[i], first[i + 1]):
-            table, at, feature = tables[piece[e]], x[e], h[sender[e]]
+            piece, exactly = _place(lengths[e], scale, pieces)
+            if begins.shape[0]:
+                piece += begins[e]
+            table, at, feature = tables[piece], h.dtype.type(exactly), h[sender[e]]
             for path in range(paths.shape[0] - 1):
                 for k in range(channels):
                     value = table[DEGREE, path, k]
@@ -79,11 +184,13 @@ def convolve(first, sender, h, y, tables, piece, x, paths, groups, rows, terms, 
 def convolve_back(
     first,
     sender,
+    lengths,
     h,
     y,
     tables,
-    piece,
-    x,
+    begins,
+    pieces,
+    scale,
     paths,
     groups,
     rows,
@@ -91,22 +198,22 @@ def convolve_back(
     harmonics,
     cg,
     grad,
-    grad_y,
-    grad_x,
-    grad_h,
+    by_y,
+    by_length,
+    by_h,
     wants_h,
 ):
-    """Derivatives of `convolve` by y, x and h; arguments as there, and
+    """Derivatives of `convolve` by y, lengths and h; arguments as there, and
 
     Args:
         grad: (N, C, K) derivative by the messages.
-        grad_y: (E, S), added to.
-        grad_x: (E,), overwritten.
-        grad_h: (threads, N, H, K), added to; each thread has its own, because edges of many receivers share a sender.
-        wants_h: whether `grad_h` is wanted.
+        by_y: (E, S), added to.
+        by_length: (E,), added to.
+        by_h: (threads, N, H, K), added to; each thread has its own, because edges of many receivers share a sender.
+        wants_h: whether `by_h` is wanted.
     """
     channels = h.shape[2]
-    threads = grad_h.shape[0]
+    threads = by_h.shape[0]
     atoms = first.shape[0] - 1
     zero = h.dtype.type(0)
     for thread in numba.prange(threads):
@@ -117,7 +224,10 @@ def convolve_back(
         for i in range(atoms * thread // threads, atoms * (thread + 1) // threads):
             for e in range(first[i], first[i + 1]):
                 j = sender[e]
-                table, at, feature = tables[piece[e]], x[e], h[j]
+                piece, exactly = _place(lengths[e], scale, pieces)
+                if begins.shape[0]:
+                    piece += begins[e]
+                table, at, feature = tables[piece], h.dtype.type(exactly), h[j]
                 by_x = zero
                 for path in range(paths.shape[0] - 1):
                     for k in range(channels):
@@ -141,14 +251,54 @@ def convolve_back(
                                 total[k] += angular * row[k]
                                 by_angular += row[k] * product[k]
                             for b in range(terms[term, 1], terms[term, 2]):
-                                grad_y[e, harmonics[b]] += cg[b] * by_angular
+                                by_y[e, harmonics[b]] += cg[b] * by_angular
                         for k in range(channels):
                             by_x += total[k] * feature[source, k] * slope[k]
                         if wants_h:
-                            by_feature = grad_h[thread, j, source]
+                            by_feature = by_h[thread, j, source]
                             for k in range(channels):
                                 by_feature[k] += total[k] * weight[k]
-                grad_x[e] = by_x
+                by_length[e] += 2.0 * scale * by_x
+
+
+@numba.njit(parallel=True, fastmath=_REORDER, cache=True)
+def add_up(first, lengths, tables, begins, pieces, scale, out):
+    """A function of lengths, summed over each atom's edges; arguments as in `convolve`, with one path and channel, and
+
+    Args:
+        out: (N,), overwritten.
+    """
+    for i in numba.prange(first.shape[0] - 1):
+        total = 0.0
+        for e in range(first[i], first[i + 1]):
+            piece, at = _place(lengths[e], scale, pieces)
+            if begins.shape[0]:
+                piece += begins[e]
+            value = np.float64(tables[piece, DEGREE, 0, 0])
+            for power in range(DEGREE - 1, -1, -1):
+                value = tables[piece, power, 0, 0] + at * value
+            total += value
+        out[i] = total
+
+
+@numba.njit(parallel=True, fastmath=_REORDER, cache=True)
+def add_up_back(first, lengths, tables, begins, pieces, scale, grad, by_length):
+    """Derivative of `add_up` by the lengths; arguments as there, and
+
+    Args:
+        grad: (N,) derivative by the sums.
+        by_length: (E,), added to.
+    """
+    for i in numba.prange(first.shape[0] - 1):
+        for e in range(first[i], first[i + 1]):
+            piece, at = _place(lengths[e], scale, pieces)
+            if begins.shape[0]:
+                piece += begins[e]
+            value, rise = np.float64(tables[piece, DEGREE, 0, 0]), 0.0
+            for power in range(DEGREE - 1, -1, -1):
+                rise = value + at * rise
+                value = tables[piece, power, 0, 0] + at * value
+            by_length[e] += 2.0 * scale * grad[i] * rise
 
 
 @numba.njit(parallel=True, fastmath=_REORDER, cache=True)

@@ -7,6 +7,7 @@ exact as the model's dtype.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from rootstockd.worker.engines import Array
 from rootstockd.worker.engines.mace.kernels import DEGREE
 
 if TYPE_CHECKING:
-    from rootstockd.worker.engines.mace.folding import Now
+    from rootstockd.worker.engines.mace.passes import Pass
 
 MAX_PIECES = 512
 """Measured: a higher degree, or more pieces than it takes, only adds rounding to the derivative in float64."""
@@ -26,6 +27,8 @@ PAIR = 128
 """A pair of the model's elements has the number PAIR x the lesser + the greater: there are fewer elements."""
 EXACT = {torch.float32: 2e-8, torch.float64: 3e-14}
 """How far a table may be from its network, as part of the largest weight."""
+
+_NONE = np.empty(0, np.int64)
 
 
 class NotApplicableError(Exception):
@@ -41,53 +44,50 @@ class RadialTables:
         atomic_numbers: the model's elements.
         cutoff: in Å.
         dtype: the model's.
+        shape: paths and channels; how many weights there are.
+        finish: what is made of what the network gives.
     """
 
-    shape: tuple[int, int]
-    """Paths and channels."""
-
     def __init__(
-        self, embedding: Any, network: Any, atomic_numbers: torch.Tensor, cutoff: float, dtype: torch.dtype
+        self,
+        embedding: Any,
+        network: Any,
+        atomic_numbers: torch.Tensor,
+        cutoff: float,
+        dtype: torch.dtype,
+        shape: tuple[int, int],
+        finish: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
     ) -> None:
         self._layers = list(network)
         if not all(hasattr(layer, name) for layer in self._layers for name in ("h_in", "var_in", "var_out", "weight")):
             raise NotApplicableError("a radial network of an unknown kind")
         self._embedding, self._atomic_numbers, self._cutoff, self.dtype = embedding, atomic_numbers, cutoff, dtype
+        self._shape, self._finish = shape, finish
         self._by_pair = hasattr(embedding, "distance_transform")
         self._pieces = self._enough()
         self._index: dict[int, int] = {}
         """Which table a pair of elements has; the pair is one number, so that edges can be looked up at once."""
         self._tables: Array = np.empty(0)
-        self._width = cutoff / self._pieces
-        self.per_length = 2.0 / self._width
-        """dx/dr of every piece."""
 
-    def look_up(self, lengths: Array, now: Now) -> tuple[Array, Array, Array]:
-        """Tables, piece and x of each edge: see `kernels.convolve`.
-
-        Args:
-            lengths: (E, 1), Å.
-            now: whose edges these are.
-        """
-        scaled = lengths[:, 0].astype(np.float64) / self._width
-        piece = np.minimum(scaled.astype(np.int64), self._pieces - 1)
-        x = (2.0 * (scaled - piece) - 1.0).astype(lengths.dtype)
-        pairs, there = now.pairs if self._by_pair else (piece, np.zeros(1, np.int64))
+    def look_up(self, now: Pass) -> tuple[Array, Array, int, float]:
+        """What `kernels.convolve` wants to know of them: tables, begins, pieces and scale."""
+        pairs, there = now.pairs if self._by_pair else (_NONE, np.zeros(1, np.int64))
         missing = [pair for pair in there.tolist() if pair not in self._index]
         if missing:
             self._add(missing)
+        begins = _NONE
         if self._by_pair:
-            begins = np.zeros(PAIR * PAIR, np.int64)
-            begins[there] = [self._index[pair] * self._pieces for pair in there.tolist()]
-            piece += begins[pairs]
-        return self._tables, piece, x
+            table = np.zeros(PAIR * PAIR, np.int64)
+            table[there] = [self._index[pair] * self._pieces for pair in there.tolist()]
+            begins = table[pairs]
+        return self._tables, begins, self._pieces, self._pieces / self._cutoff
 
     def _add(self, pairs: list[int]) -> None:
-        one = self._pieces * (DEGREE + 1) * self.shape[0] * self.shape[1] * self.dtype.itemsize
+        one = self._pieces * (DEGREE + 1) * self._shape[0] * self._shape[1] * self.dtype.itemsize
         if self._by_pair and one * (len(self._index) + len(pairs)) > MAX_BYTES:
             raise NotApplicableError(f"tables for {len(pairs)} more pairs of elements would take too much memory")
         made = [
-            self._table(divmod(pair, PAIR), self._pieces).reshape(self._pieces, DEGREE + 1, *self.shape)
+            self._table(divmod(pair, PAIR), self._pieces).reshape(self._pieces, DEGREE + 1, *self._shape)
             for pair in pairs
         ]
         dtype = np.float64 if self.dtype == torch.float64 else np.float32
@@ -134,6 +134,7 @@ class RadialTables:
                     x = x @ (layer.weight.double() / (layer.h_in * layer.var_in / layer.var_out) ** 0.5)
                 else:
                     x = layer.act(x @ (layer.weight.double() / (layer.h_in * layer.var_in) ** 0.5)) * layer.var_out**0.5
+            x = self._finish(x)
             if cutoff is not None:
                 x = x * cutoff.double()
         return np.asarray(x.numpy())
