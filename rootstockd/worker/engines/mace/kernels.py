@@ -29,7 +29,8 @@ warnings.filterwarnings("ignore", "Could not obtain multiprocessing lock", Numba
 
 DEGREE = 7
 """Of the polynomials in `tables`; a constant, so that loops over it are unrolled."""
-# sums may be reordered, so that they vectorise; NaN and infinities keep their meaning
+# No slice of an array is made in an inner loop: numba counts references to each, which takes as long as the loop.
+# Sums may be reordered, so that they vectorise; NaN and infinities keep their meaning.
 _REORDER = {"reassoc", "contract", "nsz"}
 
 
@@ -155,29 +156,30 @@ def convolve(
     for i in numba.prange(first.shape[0] - 1):
         weight = np.empty(channels, h.dtype)
         product = np.empty(channels, h.dtype)
-        message = out[i]
-        message[:] = 0
+        out[i] = 0
         for e in range(first[i], first[i + 1]):
+            j = sender[e]
             piece, exactly = _place(lengths[e], scale, pieces)
             if begins.shape[0]:
                 piece += begins[e]
-            table, at, feature = tables[piece], h.dtype.type(exactly), h[sender[e]]
+            at = h.dtype.type(exactly)
             for path in range(paths.shape[0] - 1):
                 for k in range(channels):
-                    value = table[DEGREE, path, k]
+                    value = tables[piece, DEGREE, path, k]
                     for power in range(DEGREE - 1, -1, -1):
-                        value = table[power, path, k] + at * value
+                        value = tables[piece, power, path, k] + at * value
                     weight[k] = value
                 for group in range(paths[path], paths[path + 1]):
+                    source = groups[group]
                     for k in range(channels):
-                        product[k] = weight[k] * feature[groups[group], k]
+                        product[k] = weight[k] * h[j, source, k]
                     for term in range(rows[group], rows[group + 1]):
                         angular = h.dtype.type(0)
                         for b in range(terms[term, 1], terms[term, 2]):
                             angular += cg[b] * y[e, harmonics[b]]
-                        row = message[terms[term, 0]]
+                        row = terms[term, 0]
                         for k in range(channels):
-                            row[k] += angular * product[k]
+                            out[i, row, k] += angular * product[k]
 
 
 @numba.njit(parallel=True, fastmath=_REORDER, cache=True)
@@ -227,37 +229,35 @@ def convolve_back(
                 piece, exactly = _place(lengths[e], scale, pieces)
                 if begins.shape[0]:
                     piece += begins[e]
-                table, at, feature = tables[piece], h.dtype.type(exactly), h[j]
-                by_x = zero
+                at, by_x = h.dtype.type(exactly), zero
                 for path in range(paths.shape[0] - 1):
                     for k in range(channels):
-                        value, rise = table[DEGREE, path, k], zero
+                        value, rise = tables[piece, DEGREE, path, k], zero
                         for power in range(DEGREE - 1, -1, -1):
                             rise = value + at * rise
-                            value = table[power, path, k] + at * value
+                            value = tables[piece, power, path, k] + at * value
                         weight[k] = value
                         slope[k] = rise
                     for group in range(paths[path], paths[path + 1]):
                         source = groups[group]
                         for k in range(channels):
-                            product[k] = weight[k] * feature[source, k]
+                            product[k] = weight[k] * h[j, source, k]
                             total[k] = zero
                         for term in range(rows[group], rows[group + 1]):
                             angular, by_angular = zero, zero
                             for b in range(terms[term, 1], terms[term, 2]):
                                 angular += cg[b] * y[e, harmonics[b]]
-                            row = grad[i, terms[term, 0]]
+                            row = terms[term, 0]
                             for k in range(channels):
-                                total[k] += angular * row[k]
-                                by_angular += row[k] * product[k]
+                                total[k] += angular * grad[i, row, k]
+                                by_angular += grad[i, row, k] * product[k]
                             for b in range(terms[term, 1], terms[term, 2]):
                                 by_y[e, harmonics[b]] += cg[b] * by_angular
                         for k in range(channels):
-                            by_x += total[k] * feature[source, k] * slope[k]
+                            by_x += total[k] * h[j, source, k] * slope[k]
                         if wants_h:
-                            by_feature = by_h[thread, j, source]
                             for k in range(channels):
-                                by_feature[k] += total[k] * weight[k]
+                                by_h[thread, j, source, k] += total[k] * weight[k]
                 by_length[e] += 2.0 * scale * by_x
 
 
@@ -314,20 +314,19 @@ def contract(element, a, terms, coefficients, out):
     """
     channels = a.shape[2]
     for i in numba.prange(a.shape[0]):
-        atom, result, of_element = a[i], out[i], coefficients[element[i]]
-        result[:] = 0
+        z = element[i]
+        out[i] = 0
         for term in range(terms.shape[0]):
-            row, factor = result[terms[term, 0]], of_element[term]
-            one, two, three = terms[term, 1], terms[term, 2], terms[term, 3]
+            row, one, two, three = terms[term, 0], terms[term, 1], terms[term, 2], terms[term, 3]
             if three >= 0:
                 for k in range(channels):
-                    row[k] += factor[k] * atom[one, k] * atom[two, k] * atom[three, k]
+                    out[i, row, k] += coefficients[z, term, k] * a[i, one, k] * a[i, two, k] * a[i, three, k]
             elif two >= 0:
                 for k in range(channels):
-                    row[k] += factor[k] * atom[one, k] * atom[two, k]
+                    out[i, row, k] += coefficients[z, term, k] * a[i, one, k] * a[i, two, k]
             else:
                 for k in range(channels):
-                    row[k] += factor[k] * atom[one, k]
+                    out[i, row, k] += coefficients[z, term, k] * a[i, one, k]
 
 
 @numba.njit(parallel=True, fastmath=_REORDER, cache=True)
@@ -343,21 +342,21 @@ def contract_back(element, a, slopes, powers, coefficients, grad, grad_a):
     """
     channels = a.shape[2]
     for i in numba.prange(a.shape[0]):
-        atom, result, of_element = a[i], grad_a[i], coefficients[element[i]]
-        result[:] = 0
+        z = element[i]
+        grad_a[i] = 0
         for slope in range(slopes.shape[0]):
-            factor, by_row = of_element[slopes[slope, 0]], grad[i, slopes[slope, 1]]
-            row, power = result[slopes[slope, 2]], powers[slope]
-            one, two = slopes[slope, 3], slopes[slope, 4]
+            term, product, row = slopes[slope, 0], slopes[slope, 1], slopes[slope, 2]
+            one, two, power = slopes[slope, 3], slopes[slope, 4], powers[slope]
             if two >= 0:
                 for k in range(channels):
-                    row[k] += power * factor[k] * by_row[k] * atom[one, k] * atom[two, k]
+                    factor = power * coefficients[z, term, k] * grad[i, product, k]
+                    grad_a[i, row, k] += factor * a[i, one, k] * a[i, two, k]
             elif one >= 0:
                 for k in range(channels):
-                    row[k] += power * factor[k] * by_row[k] * atom[one, k]
+                    grad_a[i, row, k] += power * coefficients[z, term, k] * grad[i, product, k] * a[i, one, k]
             else:
                 for k in range(channels):
-                    row[k] += factor[k] * by_row[k]
+                    grad_a[i, row, k] += coefficients[z, term, k] * grad[i, product, k]
 
 
 def use_threads(count: int) -> None:
