@@ -521,11 +521,15 @@ def test_a_batch_that_does_not_fit_memory_is_done_in_parts(start_daemon, tmp_pat
 def test_a_batch_that_would_not_fit_memory_is_done_in_several_passes(start_daemon, tmp_path: Path) -> None:
     """Which is known before one is tried: memory never lacks, though the structures are denser than usual."""
     config = tmp_path / "config.toml"
-    config.write_text("worker_memory = 1_000_000_000\nbatch_atoms = 1_000_000\n")
+    config.write_text("worker_memory = 900_000_000\nbatch_atoms = 1_000_000\n")
     daemon = start_daemon("--config", str(config), "--model", "mace-emt-small")
-    dense = [bulk("Cu", a=3.2, cubic=True) * (7, 7, 7) for _ in range(8)]
-    with in_batches(daemon, dense, rounds=3) as (before, after):
+    dense = bulk("Cu", a=3.2, cubic=True) * (9, 9, 9)
+    with in_batches(daemon, [dense.copy() for _ in range(8)], rounds=2) as (before, after):
         assert "no memory" not in daemon.log.read_text()
-        # all that waited were one batch, to the daemon, though they don't fit into one pass
-        assert after["evaluations"] - before["evaluations"] == 24
-        assert after["batches"] - before["batches"] < 12
+        # all that waited were one batch, to the daemon
+        assert after["evaluations"] - before["evaluations"] == 16
+        assert after["batches"] - before["batches"] < 8
+        with daemon.client().calculator("mace-emt-small") as calculator:
+            calculator.get_forces(bulk("Cu", cubic=True))
+            with pytest.raises(LimitError, match="do not fit"):  # nor would that batch in one pass
+                calculator.get_forces(dense * (1, 1, 7))
