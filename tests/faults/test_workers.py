@@ -466,7 +466,7 @@ def test_what_exhausts_the_memory_of_mace_is_told_so(start_daemon, tmp_path: Pat
         atoms.rattle(0.1, seed=1)
     before = [forces(atoms) for atoms in small]
     # one exhausts the memory in torch, the other already where neighbours are listed
-    for cells, largest in ((17, 8), (29, 8)):
+    for cells, largest in ((26, 8), (29, 8)):
         huge = bulk("Cu", cubic=True) * (cells, cells, cells)
         with ThreadPoolExecutor(3) as pool:
             jobs = [pool.submit(forces, atoms, 50) for atoms in small]
