@@ -8,7 +8,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from rootstock_client.control import request
 from rootstock_client.patience import patience_in_seconds
 from rootstock_client.runtime_dir import find_socket
 
@@ -88,6 +87,8 @@ class RootstockClient:
         return cast("dict[str, Any]", self._get("/v1/status"))
 
     def _get(self, path: str) -> object:
+        from rootstock_client.control import request  # noqa: PLC0415 - few jobs ask, and HTTP takes 7 ms to import
+
         return request(self.socket, "GET", path)
 
     def close(self) -> None:

@@ -7,7 +7,6 @@ import logging
 from pathlib import Path
 from urllib.parse import quote
 
-from rootstock_client.control import request
 from rootstock_client.errors import RootstockError
 
 log = logging.getLogger("rootstock_client")
@@ -23,6 +22,8 @@ def say_why(path: Path, init: bytes) -> None:
         path: the daemon's session socket.
         init: what the session was opened with.
     """
+    from rootstock_client.control import request  # noqa: PLC0415 - few jobs ask, and HTTP takes 7 ms to import
+
     try:
         model = json.loads(init)["model"]
         answer = request(path, "GET", f"/v1/loading?model={quote(model)}", timeout=TIMEOUT)

@@ -20,9 +20,10 @@ from ase.neighborlist import neighbor_list  # noqa: E402
 from rootstockd.worker.engines import EngineError, ModelSpec, Result, System, Task  # noqa: E402
 from rootstockd.worker.engines.differences import Difference, compare  # noqa: E402
 from rootstockd.worker.engines.mace import MaceEngine, _accelerate, checks  # noqa: E402
+from rootstockd.worker.engines.mace.budget import Size  # noqa: E402
 from rootstockd.worker.engines.mace.edges import EdgeBackend  # noqa: E402
 from rootstockd.worker.engines.mace.fused import FusedBackend, NotApplicableError  # noqa: E402
-from rootstockd.worker.engines.mace.graph import Graph, Neighbours  # noqa: E402
+from rootstockd.worker.engines.mace.graph import Graph, Neighbours, union  # noqa: E402
 from rootstockd.worker.engines.mace.passes import Elements, Harmonics, Pass  # noqa: E402
 from rootstockd.worker.engines.mace.reference import ReferenceBackend  # noqa: E402
 
@@ -194,6 +195,30 @@ def test_a_batch_is_its_parts(backend):
             assert together.forces.shape == alone.forces.shape
 
 
+@pytest.mark.parametrize("make", [FusedBackend, by_edges])
+def test_what_fits_is_one_pass_and_what_does_not_several_with_the_same_numbers(make, monkeypatch):
+    model = medium()
+    of, backend = engine(model), make(model)
+    passes, derive = [], backend._derive
+
+    def counted(graph, *others):
+        passes.append(len(graph.ends))
+        return derive(graph, *others)
+
+    monkeypatch.setattr(backend, "_derive", counted)
+    tasks = [task(of, atoms) for atoms in STRUCTURES.values()]
+    for one in tasks:
+        backend.evaluate([one])
+    del passes[:]
+    whole = backend.evaluate(tasks)
+    assert passes == [len(tasks)]
+    backend._packing._budget.back_off(Size(sum(len(one.positions) for one in tasks), 10_000))
+    parts = backend.evaluate(tasks)
+    assert len(passes) > 2 and sum(passes[1:]) == len(tasks)
+    for found, right in zip(parts, whole, strict=True):
+        assert compare(found, right).within(1e-11)
+
+
 def test_forces_and_virial_are_slopes_of_the_energy():
     model = medium()
     of, fused = engine(model), FusedBackend(model)
@@ -298,7 +323,7 @@ def test_awkward_cells_have_the_neighbours_that_ase_finds(name):
     atoms = AWKWARD[name]
     before = atoms.copy()
     one = task(engine(medium()), atoms)
-    graph = Neighbours(4.5).graph([one], [one.system.pbc])
+    graph = union([Neighbours(4.5).edges(one, one.system.pbc)])
     lengths = np.linalg.norm(graph.vectors, axis=1).round(6)
     found = sorted(zip(graph.receiver.tolist(), graph.sender.tolist(), lengths.tolist(), strict=True))
     right = neighbours(atoms)
@@ -312,7 +337,7 @@ def test_awkward_cells_have_the_neighbours_that_ase_finds(name):
 def test_an_atom_at_the_end_of_the_world_kills_nobody(far, pbc):
     atoms = Atoms("Cu3", [[0, 0, 0], [0.1, 0.2, far], [1, 2, 1]], cell=[5, 5, 5], pbc=pbc)
     one = task(engine(medium()), atoms)
-    graph = Neighbours(4.5).graph([one], [one.system.pbc])
+    graph = union([Neighbours(4.5).edges(one, one.system.pbc)])
     assert (0, 2) in set(zip(graph.receiver.tolist(), graph.sender.tolist(), strict=True))
     assert not np.isin(graph.sender[graph.receiver == 1], [0, 2]).any()
 

@@ -17,6 +17,8 @@ from test_mace_replays import raising, record_at_once  # noqa: E402
 from rootstockd.worker.engines import ModelSpec, Task, guarded  # noqa: E402
 from rootstockd.worker.engines.differences import compare  # noqa: E402
 from rootstockd.worker.engines.mace import MaceEngine, captured, resident  # noqa: E402
+from rootstockd.worker.engines.mace import device as on_device  # noqa: E402
+from rootstockd.worker.engines.mace.budget import Size  # noqa: E402
 from rootstockd.worker.engines.mace.device import DeviceBackend  # noqa: E402
 from rootstockd.worker.engines.mace.graph import Neighbours  # noqa: E402
 from rootstockd.worker.engines.mace.reference import ReferenceBackend  # noqa: E402
@@ -48,13 +50,13 @@ def recording(monkeypatch):
 @pytest.fixture
 def lists(monkeypatch):
     """The cutoffs of all neighbour lists that are made."""
-    made, edges = [], Neighbours.edges
+    made, lasting = [], Neighbours.lasting
 
     def noted(self, *arguments):
         made.append(self._cutoff)
-        return edges(self, *arguments)
+        return lasting(self, *arguments)
 
-    monkeypatch.setattr(Neighbours, "edges", noted)
+    monkeypatch.setattr(Neighbours, "lasting", noted)
     return made
 
 
@@ -70,14 +72,14 @@ class OnDevice:
     def __init__(self, device, dtype="float64", small=False, architecture=None):
         torch.set_default_dtype(getattr(torch, dtype))
         if architecture is None:
-            self.model, on_device = (model_on(where, dtype, small) for where in ("cpu", device))
+            self.model, there = (model_on(where, dtype, small) for where in ("cpu", device))
         else:
-            self.model = on_device = make_model(**architecture)
+            self.model = there = make_model(**architecture)
             if device != "cpu":
-                on_device = make_model(**architecture).to(device)
+                there = make_model(**architecture).to(device)
         self.of = engine(self.model, dtype)
         self.reference = ReferenceBackend(self.model, "cpu")
-        self.backend = DeviceBackend(on_device.requires_grad_(False), "by edges")
+        self.backend = DeviceBackend(there.requires_grad_(False), "by edges")
 
     def task(self, atoms, session=None):
         return task(self.of, atoms, session, head=self.model.heads[-1])
@@ -216,6 +218,22 @@ def test_a_batch_is_its_parts(device, recording):
     assert on.buckets > 1
 
 
+def test_a_large_batch_is_evaluated_in_passes_that_fit_and_not_replayed(device, recording, monkeypatch):
+    monkeypatch.setattr(on_device, "REPLAYED", 10)
+    on = OnDevice(device, small=True)
+    tasks = [on.task(STRUCTURES[name]) for name in ("alloy", "dense", "molecule", "dense")]
+    on.backend._packing._budget.learn(Size(20, 3_000), 2**50)
+    passes, one_pass = [], on.backend._one_pass
+    monkeypatch.setattr(
+        on.backend, "_one_pass", lambda tasks, *rest, **how: passes.append(len(tasks)) or one_pass(tasks, *rest, **how)
+    )
+    for _ in range(3):
+        for one, result in zip(tasks, on.backend.evaluate(tasks), strict=True):
+            assert compare(result, on.reference.evaluate([one])[0]).within(1e-11)
+    assert sum(passes) == 3 * len(tasks) and len(passes) > 3
+    assert not on.buckets
+
+
 def test_structures_of_many_sizes_share_a_bucket(device, recording):
     """What one leaves behind in it is nothing to the next."""
     on = OnDevice(device, small=True)
@@ -239,7 +257,7 @@ def test_edges_in_the_skin_contribute_nothing_whatever_the_model_makes_of_them(r
     for name in ("alloy", "dense", "slab without a cell across"):
         one = on.task(STRUCTURES[name])
         edges = len(on.backend._residents.graphs([one])[0].edges)
-        assert edges > len(Neighbours(4.5).graph([one], [one.system.pbc]).sender), "nothing is in the skin"
+        assert edges > len(Neighbours(4.5).edges(one, one.system.pbc).sender), "nothing is in the skin"
         for _ in range(2):
             assert on.difference(one).within(1e-11)
     assert on.buckets

@@ -14,6 +14,7 @@ import psutil
 from rootstockd.doctor.findings import Finding, note, ok, problem, warning
 from rootstockd.host.descriptors import share_descriptors
 from rootstockd.worker import landlock
+from rootstockd.worker.memory import control_group_memory, control_groups
 
 FEW_SESSIONS = 200
 WORKER_MEMORY = 10**9
@@ -62,9 +63,9 @@ class Machine:
 
 def look_at_machine() -> Machine:
     """The one this runs on."""
-    groups = list(_control_groups())
+    groups = list(control_groups())
     quotas = [quota for group in groups if (quota := _quota(group)) is not None]
-    memory = [(limit, limit - used) for group in groups for limit, used in _memory(group)]
+    memory = [(limit, limit - used) for group in groups for limit, used in control_group_memory(group)]
     shared = None
     if os.path.isdir("/dev/shm"):  # noqa: S108, PTH112 - it is looked at
         space = os.statvfs("/dev/shm")  # noqa: S108
@@ -93,15 +94,6 @@ def _flags() -> frozenset[str]:
     return frozenset()
 
 
-def _control_groups() -> Iterator[Path]:
-    """The folders of this process's control group and those above it (version 2)."""
-    root = Path("/sys/fs/cgroup")
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
-        if line.startswith("0::"):
-            folder = root / line[3:].strip().lstrip("/")
-            yield from (path for path in (folder, *folder.parents) if path.is_relative_to(root))
-
-
 def _quota(group: Path) -> float | None:
     """Processors' time, from cpu.max: microseconds, or max, in each period."""
     try:
@@ -109,17 +101,6 @@ def _quota(group: Path) -> float | None:
         return int(time) / int(period)
     except (OSError, ValueError):  # there is no such file in the root; max is no number
         return None
-
-
-def _memory(group: Path) -> Iterator[tuple[int, int]]:
-    """The limit of a control group and what it uses, but for files that the kernel could drop."""
-    try:
-        limit = int((group / "memory.max").read_text())
-        used = int((group / "memory.current").read_text())
-        lines = (group / "memory.stat").read_text().splitlines()
-    except (OSError, ValueError):
-        return
-    yield limit, used - sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
 
 
 # --- judging

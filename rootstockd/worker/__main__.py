@@ -65,7 +65,7 @@ def enter_environment() -> None:
 def work() -> None:
     """Be a worker; does not return."""
     from rootstockd.worker.confine import confine, die_with_parent
-    from rootstockd.worker.memory import limit_memory
+    from rootstockd.worker.memory import limit_memory, open_peak
     from rootstockd.worker.version import PROTOCOL, SLOT_LAYOUT
 
     # a terminal's Ctrl-C, and what Slurm sends to all processes of a job, is for the daemon, which then drains
@@ -79,6 +79,7 @@ def work() -> None:
     # first: all that comes after, the other arguments too, may be of another version
     channel.send(b"V" + json.dumps({"protocol": PROTOCOL, "slots": SLOT_LAYOUT}).encode())
     limit_memory()
+    open_peak()
     missing = confine(**json.loads(sys.argv[3])) if len(sys.argv) > 3 else None  # noqa: PLR2004
 
     status = 1

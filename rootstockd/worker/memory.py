@@ -1,14 +1,24 @@
-"""How much memory a worker may use on a CPU, and giving back what it no longer needs; what it has of a GPU's."""
+"""How much memory a worker may use, how much a pass took, and giving back what is no longer needed."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import resource
 import sys
+import time
+from pathlib import Path
+from typing import Any, Iterator, Protocol
 
 MEMORY_VARIABLE = "ROOTSTOCKD_WORKER_MEMORY"
 """Has a worker's limit in bytes, if it has one."""
+
+_FRESH = 1.0
+"""Seconds for which it is believed how much is free: looking costs up to 100 µs, and batches may be quick."""
+
+_peak: int | None = None
+"""The file with which the kernel forgets this process's peak; None where there is no such file."""
 
 
 def memory_limit() -> int | None:
@@ -25,6 +35,13 @@ def limit_memory() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
+def open_peak() -> None:
+    """Make it possible to measure one pass after another. A confined worker can't open the file any more."""
+    global _peak  # noqa: PLW0603 - it is the process's
+    with contextlib.suppress(OSError):  # not every kernel has it: peaks are then those since the start
+        _peak = os.open("/proc/self/clear_refs", os.O_WRONLY | os.O_CLOEXEC)
+
+
 def trim() -> None:
     """Give freed memory back to the system: whoever needs it next may be another process."""
     ctypes.CDLL(None).malloc_trim(0)
@@ -36,3 +53,156 @@ def gpu_memory() -> int | None:
     if torch is None or not torch.cuda.is_initialized():
         return None
     return int(torch.cuda.memory_reserved())
+
+
+class Memory(Protocol):
+    """A device's, as a worker sees it."""
+
+    def free(self) -> int:
+        """Bytes that a pass could have, as of a second ago."""
+
+    def begin(self) -> None:
+        """What comes now is measured."""
+
+    def taken(self) -> int:
+        """Bytes that it took at its worst, beside what was there when it began."""
+
+
+def memory_of(device: str) -> Memory:
+    """The memory of a device, as torch calls it."""
+    return CpuMemory() if device == "cpu" else CudaMemory(device)
+
+
+class CpuMemory:
+    """The machine's memory: what this process may have by its own limit, its control groups' and what there is.
+
+    A peak is what the kernel has seen resident. Before it is measured, memory that the allocator keeps for later is
+    given back: what a pass takes of that would not be seen.
+    """
+
+    def __init__(self) -> None:
+        self._groups = tuple(control_groups())
+        self._before = _statm()[0]
+        self._free = 0
+        self._looked = float("-inf")
+
+    def free(self) -> int:
+        """Bytes that a pass could have, as of a second ago; what the allocator keeps for it is among them."""
+        if (now := time.monotonic()) > self._looked + _FRESH:
+            self._free, self._looked = self._look(), now
+        return self._free
+
+    def _look(self) -> int:
+        resident, data = _statm()
+        kept = max(0, resident - self._before)
+        rest = [_available() + kept]
+        rest += [limit - used + kept for group in self._groups for limit, used in control_group_memory(group)]
+        limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
+        if limit != resource.RLIM_INFINITY:  # counts what the allocator has, be it resident or not
+            heap = _free_heap()
+            rest.append(limit - data + (kept if heap is None else heap))
+        return max(0, min(rest))
+
+    def begin(self) -> None:
+        """What comes now is measured."""
+        trim()
+        if _peak is not None:
+            os.write(_peak, b"5")
+        self._before = _statm()[0]
+
+    def taken(self) -> int:
+        """Bytes that it took at its worst; more than that where the kernel has only the peak since the start."""
+        return _peak_resident() - self._before
+
+
+class CudaMemory:
+    """A GPU's memory, as torch's allocator and CUDA see it.
+
+    Args:
+        device: as torch calls it.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._cuda: Any = sys.modules["torch"].cuda
+        self._before = 0
+        self._free = 0
+        self._looked = float("-inf")
+
+    def free(self) -> int:
+        """Bytes that a pass could have, as of a second ago; what the allocator keeps for it is among them."""
+        if (now := time.monotonic()) > self._looked + _FRESH:
+            kept = self._cuda.memory_reserved(self._device) - self._cuda.memory_allocated(self._device)
+            self._free, self._looked = int(self._cuda.mem_get_info(self._device)[0] + kept), now
+        return self._free
+
+    def begin(self) -> None:
+        """What comes now is measured."""
+        self._cuda.reset_peak_memory_stats(self._device)
+        self._before = self._cuda.memory_allocated(self._device)
+
+    def taken(self) -> int:
+        """Bytes that it took at its worst, beside what was there when it began."""
+        return int(self._cuda.max_memory_allocated(self._device) - self._before)
+
+
+def control_groups() -> Iterator[Path]:
+    """The folders of this process's control group and those above it (version 2)."""
+    root = Path("/sys/fs/cgroup")
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        if line.startswith("0::"):
+            folder = root / line[3:].strip().lstrip("/")
+            yield from (path for path in (folder, *folder.parents) if path.is_relative_to(root))
+
+
+def control_group_memory(group: Path) -> Iterator[tuple[int, int]]:
+    """The limit of a control group and what it uses, but for files that the kernel could drop."""
+    try:
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+        lines = (group / "memory.stat").read_text().splitlines()
+    except (OSError, ValueError):  # there is no such file in the root; max is no number
+        return
+    yield limit, used - sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+
+
+class _MallocInfo(ctypes.Structure):
+    """glibc's `struct mallinfo2`: ten numbers, of which the ninth is `fordblks`."""
+
+    _fields_ = (("numbers", ctypes.c_size_t * 10),)
+
+
+def _free_heap() -> int | None:
+    """Bytes that the allocator has and nobody uses; None before glibc 2.33."""
+    mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if mallinfo is None:
+        return None
+    mallinfo.restype = _MallocInfo
+    return int(mallinfo().numbers[8])
+
+
+def _statm() -> tuple[int, int]:
+    """Bytes of this process that are resident, and those that RLIMIT_DATA is about."""
+    numbers = Path("/proc/self/statm").read_text().split()
+    page = resource.getpagesize()
+    return int(numbers[1]) * page, int(numbers[5]) * page
+
+
+def _peak_resident() -> int:
+    """The most bytes of this process that were resident at once."""
+    peak = _kibibytes("/proc/self/status", "VmHWM:")
+    # gVisor has none; not elsewhere: this one is at least what the process had that started this one
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if peak is None else peak
+
+
+def _available() -> int:
+    """Bytes of the machine's memory that are free, or that the kernel could give back at once."""
+    available = _kibibytes("/proc/meminfo", "MemAvailable:")
+    assert available is not None  # since Linux 3.14
+    return available
+
+
+def _kibibytes(path: str, name: str) -> int | None:
+    """What the kernel says of something, in bytes."""
+    lines = Path(path).read_text().splitlines()
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(name)), None)

@@ -140,7 +140,7 @@ def test_a_model_that_needs_more_may_have_it(probed: RunningDaemon) -> None:
 def test_the_worker_of_a_daemon_with_many_sessions_has_its_own_descriptors_only(
     start_daemon: Callable[..., RunningDaemon],
 ) -> None:
-    """Its end of one socket, nothing to read, and a pipe for what it prints."""
+    """Its end of one socket, nothing to read, a pipe for what it prints, and its own peak of memory to forget."""
     daemon = start_daemon("--model", "emt")
     atoms = [bulk("Cu") for _ in range(30)]
     for each in atoms:
@@ -148,14 +148,14 @@ def test_the_worker_of_a_daemon_with_many_sessions_has_its_own_descriptors_only(
         each.get_potential_energy()
     until(lambda: len(daemon.client().status()["sessions"]) == len(atoms))
     evaluate(daemon, "lj")  # a worker that is started among them
-    folder = Path(f"/proc/{daemon.model('lj')['pid']}/fd")
-    files = [str(link.readlink()) for link in folder.iterdir()]
+    process = Path(f"/proc/{daemon.model('lj')['pid']}")
+    files = [str(link.readlink()) for link in (process / "fd").iterdir()]
     sockets = [file for file in files if file.startswith("socket:")]
     slots = [file for file in files if "rootstockd-slot" in file]
     assert len(sockets) == 1
     assert len(slots) <= 1  # of its own session
     (pipe,) = {file for file in files if file.startswith("pipe:")}
-    assert set(files) - set(sockets) - set(slots) == {"/dev/null", pipe}
+    assert set(files) - set(sockets) - set(slots) == {"/dev/null", pipe, str(process / "clear_refs")}
 
 
 # --- folders

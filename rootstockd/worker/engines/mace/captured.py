@@ -24,8 +24,6 @@ from rootstockd.worker.failures import describe, out_of_memory
 
 log = logging.getLogger(__name__)
 
-LARGEST = 2_000
-"""Atoms of a pass, up to which launches may be what takes its time."""
 MOST = 24
 """Shapes that are recorded at once."""
 SEEN = 2
@@ -191,7 +189,7 @@ class Captures:
             positions: (N, 3) float64, Å, on the host.
             eagerly: evaluates it without any of this.
         """
-        if len(positions) > LARGEST or self._failures >= FAILURES:
+        if self._failures >= FAILURES:
             return eagerly(positions)
         shape = padded(GHOSTS + len(positions)), padded(len(graph.edges))
         if (bucket := self._buckets.get(shape)) is not None:

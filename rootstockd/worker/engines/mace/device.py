@@ -18,10 +18,14 @@ from mace.modules import blocks
 
 from rootstockd.worker.engines import Array, Result, Task
 from rootstockd.worker.engines.differences import TOLERANCE
+from rootstockd.worker.engines.mace.budget import Size, total
 from rootstockd.worker.engines.mace.captured import Captures, host_array
 from rootstockd.worker.engines.mace.edges import EdgeBackend
 from rootstockd.worker.engines.mace.resident import Graph, Residents, union
 from rootstockd.worker.failures import out_of_memory
+
+REPLAYED = 2_000
+"""Atoms of a batch, up to which launches may be what takes its time, and its pass may be replayed."""
 
 
 class DeviceBackend(EdgeBackend):
@@ -50,23 +54,34 @@ class DeviceBackend(EdgeBackend):
         self._graph: Graph | None = None
 
     def evaluate(self, tasks: list[Task]) -> list[Result]:
-        """One pass over the union of the tasks' graphs."""
+        """A small batch in one pass, which may be replayed; a large one in as few as fit the memory."""
         try:
-            rows = self._pass(tasks)
+            graphs = self._residents.graphs(tasks)
+            sizes = [Size(len(graph.attributes), len(graph.edges)) for graph in graphs]
+            if total(sizes).atoms <= REPLAYED:
+                return self._one_pass(tasks, graphs, replay=True)
+            return self._packing.evaluate(sizes, lambda pack: self._one_pass(tasks[pack], graphs[pack], replay=False))
         except RuntimeError as error:
             if out_of_memory(error):  # whoever tries again, in parts, has all that there is
                 self._forget()
             raise
-        self.note = self._captures.note
-        return self._of_rows(tasks, rows)
 
-    def _pass(self, tasks: list[Task]) -> Array:
-        graph = self._joined(self._residents.graphs(tasks))
+    def _one_pass(self, tasks: list[Task], graphs: list[Graph], *, replay: bool) -> list[Result]:
+        """Results.
+
+        Args:
+            tasks: the structures.
+            graphs: theirs.
+            replay: such a pass may have been recorded. Not where its memory is measured: a replay takes none.
+        """
+        graph, positions = self._joined(graphs), self._pinned(tasks)
 
         def eagerly(positions: torch.Tensor) -> Array:
             return host_array(self._without_far(positions.to(self._device, non_blocking=True), graph))
 
-        return self._captures.rows(graph, self._pinned(tasks), eagerly)
+        rows = self._captures.rows(graph, positions, eagerly) if replay else eagerly(positions)
+        self.note = self._captures.note
+        return self._of_rows(tasks, rows)
 
     def _forget(self) -> None:
         self._residents.forget()

@@ -13,7 +13,9 @@ import numpy as np
 import torch
 
 from rootstockd.worker.engines import Array, Result, Task
-from rootstockd.worker.engines.mace.graph import Graph, Neighbours
+from rootstockd.worker.engines.mace.budget import Size
+from rootstockd.worker.engines.mace.graph import Graph, Neighbours, union
+from rootstockd.worker.engines.mace.packing import Packing
 from rootstockd.worker.engines.mace.radial import NotApplicableError
 from rootstockd.worker.engines.mace.reference import System
 
@@ -40,11 +42,16 @@ class EdgeBackend:
         self._device, self._dtype = parameter.device, parameter.dtype
         self._elements = np.array(model.atomic_numbers.tolist())
         self._neighbours = Neighbours(float(model.r_max))
+        self._packing = Packing(str(self._device))
 
     def evaluate(self, tasks: list[Task]) -> list[Result]:
-        """One pass over the union of the tasks' graphs."""
+        """As few passes as fit the memory, each over the union of its structures' graphs."""
+        lists = [self._neighbours.edges(task, task.system.pbc) for task in tasks]
+        sizes = [Size(edges.atoms, len(edges.sender)) for edges in lists]
+        return self._packing.evaluate(sizes, lambda pack: self._pass(tasks[pack], union(lists[pack])))
+
+    def _pass(self, tasks: list[Task], graph: Graph) -> list[Result]:
         systems: list[System] = [task.system for task in tasks]
-        graph = self._neighbours.graph(tasks, [system.pbc for system in systems])
         elements = np.searchsorted(self._elements, np.concatenate([system.numbers for system in systems]))
         heads = np.concatenate([np.full(len(system.numbers), system.head_index) for system in systems])
         return self._results(tasks, graph, *self._derive(graph, elements, heads))

@@ -1,9 +1,11 @@
-"""Neighbours: from structures to the edges of one graph, for vesin's lists."""
+"""Neighbours: from structures to their edges, by vesin's lists, and to the edges of one graph."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import vesin
@@ -17,6 +19,18 @@ _SKEWED = 0.1
 
 _NOWHERE = 1e15
 """Å; so far away a position has no digits left to say where it is across."""
+
+
+class Edges(NamedTuple):
+    """One structure's directed edges, sorted by receiver; E of them."""
+
+    atoms: int
+    receiver: Array
+    """(E,) int64."""
+    sender: Array
+    """(E,) int64."""
+    vectors: Array
+    """(E, 3) float64, Å, from sender to receiver."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +50,7 @@ class Graph:
 
 
 class Neighbours:
-    """Makes graphs.
+    """Lists edges.
 
     Args:
         cutoff: in Å; a pair at exactly this distance may or may not be there, and its contribution is zero.
@@ -47,23 +61,14 @@ class Neighbours:
         # one thread: the lists are a hundredth of an evaluation, and more threads only get in the way of its own
         self._list = vesin.NeighborList(cutoff=cutoff, full_list=True, sorted=True, n_threads=1)
 
-    def graph(self, tasks: Sequence[Task], pbc: Sequence[tuple[bool, bool, bool]]) -> Graph:
-        """The union of the tasks' graphs."""
-        receivers, senders, vectors, ends, atoms = [], [], [], [], 0
-        for task, periodic in zip(tasks, pbc):
-            cell, positions = manageable(task.cell, task.positions, periodic, self._cutoff)
-            i, j, d = self._compute(positions, cell, periodic, "ijD")
-            receivers.append(i.astype(np.int64) + atoms)
-            senders.append(j.astype(np.int64) + atoms)
-            vectors.append(-d)
-            atoms += len(positions)
-            ends.append(atoms)
-        receiver = _joined(receivers)
-        first = np.searchsorted(receiver, np.arange(atoms + 1))
-        return Graph(receiver, _joined(senders), _joined(vectors), first, np.array(ends))
+    def edges(self, task: Task, pbc: tuple[bool, bool, bool]) -> Edges:
+        """A structure's edges."""
+        cell, positions = manageable(task.cell, task.positions, pbc, self._cutoff)
+        i, j, d = self._compute(positions, cell, pbc, "ijD")
+        return Edges(len(positions), i.astype(np.int64), j.astype(np.int64), -d)
 
-    def edges(self, task: Task, pbc: tuple[bool, bool, bool]) -> tuple[Array, Array]:
-        """One structure's edges, in a form that holds while atoms move.
+    def lasting(self, task: Task, pbc: tuple[bool, bool, bool]) -> tuple[Array, Array]:
+        """A structure's edges, in a form that holds while atoms move.
 
         Returns:
             (E, 2) int64, sender and receiver, sorted by receiver; and (E, 3) float64, Å, the lattice vector to be added
@@ -86,6 +91,16 @@ class Neighbours:
                 raise EngineBrokenError from error
             raise
         return i, j, d
+
+
+def union(parts: Sequence[Edges]) -> Graph:
+    """One graph of some structures' edges; of one, these arrays are the graph's."""
+    ends = list(accumulate(part.atoms for part in parts))
+    begins = [0, *ends]
+    receiver = _joined([part.receiver + begin if begin else part.receiver for part, begin in zip(parts, begins)])
+    sender = _joined([part.sender + begin if begin else part.sender for part, begin in zip(parts, begins)])
+    first = np.searchsorted(receiver, np.arange(ends[-1] + 1))
+    return Graph(receiver, sender, _joined([part.vectors for part in parts]), first, np.array(ends))
 
 
 def _joined(parts: list[Array]) -> Array:

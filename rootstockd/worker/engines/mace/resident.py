@@ -142,7 +142,7 @@ class Residents:
         return self._skins.setdefault((session, frame), Skin())
 
     def _list(self, task: Task, kept: _Kept, skin: float) -> _List:
-        edges, shifts = self._neighbours[skin].edges(task, task.system.pbc)
+        edges, shifts = self._neighbours[skin].lasting(task, task.system.pbc)
         graph = Graph(
             kept.attributes,
             kept.heads,
