@@ -513,7 +513,7 @@ def test_a_batch_that_does_not_fit_memory_is_done_in_parts(start_daemon, tmp_pat
     config = tmp_path / "config.toml"
     config.write_text("worker_memory = 1_000_000_000\nbatch_atoms = 1_000_000\n")
     daemon = start_daemon("--config", str(config), "--model", "mace-emt-small")
-    with in_batches(daemon, [bulk("Cu", cubic=True) * (3, 3, 3) for _ in range(8)], rounds=1) as (before, after):
+    with in_batches(daemon, [bulk("Cu", cubic=True) * (3, 3, 3) for _ in range(16)], rounds=1) as (before, after):
         assert "no memory for a batch" in daemon.log.read_text()
         assert after["batch_atoms"] < before["batch_atoms"]
 
