@@ -41,6 +41,7 @@ class EdgeBackend:
         parameter = next(model.parameters())
         self._device, self._dtype = parameter.device, parameter.dtype
         self._elements = np.array(model.atomic_numbers.tolist())
+        self._repels = hasattr(model, "pair_repulsion")
         self._neighbours = Neighbours(float(model.r_max))
         self._packing = Packing(str(self._device))
 
@@ -113,7 +114,10 @@ class EdgeBackend:
             )
             features = product(node_feats=features, sc=skipped, node_attrs=attributes)
             outputs.append(features)
-        return self._read(attributes, of_head, edges, lengths, outputs)
+        parts = []
+        if self._repels:
+            parts.append(model.pair_repulsion_fn(lengths, attributes, edges, model.atomic_numbers))
+        return self._read(attributes, of_head, outputs, parts)
 
     def _attributes(self, elements: Array) -> torch.Tensor:
         """(N, elements) one-hot."""
@@ -128,17 +132,21 @@ class EdgeBackend:
         self,
         attributes: torch.Tensor,
         of_head: torch.Tensor,
-        edges: torch.Tensor,
-        lengths: torch.Tensor,
         outputs: list[torch.Tensor],
+        parts: list[torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Energies of atoms, (N,) float64, and the part of them that depends on positions, by what each layer gives."""
+        """Energies of atoms, (N,) float64, and the part of them that depends on positions.
+
+        Args:
+            attributes: (N, elements of the model) one-hot.
+            of_head: (N,).
+            outputs: what each layer gives.
+            parts: what is to be added to what is read from these, (N,) each.
+        """
         model = self._model
         every = torch.arange(len(attributes), device=self._device)
         alone = model.atomic_energies_fn(attributes)[every, of_head]
-        parts = []
-        if hasattr(model, "pair_repulsion"):
-            parts.append(model.pair_repulsion_fn(lengths, attributes, edges, model.atomic_numbers))
+        parts = parts.copy()
         for number, readout in enumerate(model.readouts):
             read = readout(outputs[-1 if len(model.readouts) == 1 else number], of_head)
             parts.append(read[every, of_head])

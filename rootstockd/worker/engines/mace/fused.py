@@ -77,21 +77,24 @@ class FusedBackend(EdgeBackend):
                 for layer in self._layers:
                     h = layer.forward(h, now)
                     outputs.append(to_e3nn(h, layer.irreps).requires_grad_())
-            lengths = torch.from_numpy(now.lengths).to(self._dtype)[:, None].requires_grad_()
-            per_atom, interaction = self._read(
-                self._attributes(elements), torch.from_numpy(heads), self._edges(graph), lengths, outputs
-            )
-            *by_output, by_length = torch.autograd.grad(interaction.sum(), [*outputs, lengths], allow_unused=True)
+            attributes, parts, leaves = self._attributes(elements), [], outputs
+            if self._repels:
+                lengths = torch.from_numpy(now.lengths).to(self._dtype)[:, None].requires_grad_()
+                numbers = self._model.atomic_numbers
+                parts = [self._model.pair_repulsion_fn(lengths, attributes, self._edges(graph), numbers)]
+                leaves = [*outputs, lengths]
+            per_atom, interaction = self._read(attributes, torch.from_numpy(heads), outputs, parts)
+            slopes = torch.autograd.grad(interaction.sum(), leaves, allow_unused=True)
             with torch.no_grad():
                 grad: torch.Tensor | None = None
-                for layer, read in zip(reversed(self._layers), reversed(by_output)):
+                for layer, read in zip(reversed(self._layers), reversed(slopes[: len(outputs)])):
                     if read is not None:
                         own = from_e3nn(read, layer.irreps)
                         grad = own if grad is None else grad.add_(own)
                     assert grad is not None  # the last is always read
                     grad = layer.backward(grad, now)
-                if by_length is not None:  # of a repulsion of pairs
-                    now.by_length += by_length[:, 0].double().numpy()
+                if self._repels:
+                    now.by_length += slopes[-1][:, 0].double().numpy()
             return per_atom.detach().numpy(), now.by_vectors()
 
     @contextmanager
