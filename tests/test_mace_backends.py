@@ -90,7 +90,7 @@ def make_model(
 
 
 def engine(model, dtype="float64"):
-    return MaceEngine(model, ModelSpec("test", "mace", "cpu", dtype), ReferenceBackend(model, "cpu"), None)
+    return MaceEngine(model, ModelSpec("test", "mace", "cpu", dtype), ReferenceBackend(model, "cpu"), [])
 
 
 def by_edges(model):
@@ -249,7 +249,7 @@ def test_what_is_not_folded_is_evaluated_by_edges(change, monkeypatch):
     model = make_model(**change)
     with pytest.raises(NotApplicableError):
         FusedBackend(model)
-    fast, why = _accelerate(model, ModelSpec("test", "mace", "cpu", "float64"))
+    (fast,), why = _accelerate(model, ModelSpec("test", "mace", "cpu", "float64"))
     assert isinstance(fast, EdgeBackend) and not isinstance(fast, FusedBackend)
     assert "symmetric contraction" in why
     of, reference = engine(model), ReferenceBackend(model, "cpu")
@@ -258,7 +258,7 @@ def test_what_is_not_folded_is_evaluated_by_edges(change, monkeypatch):
     monkeypatch.setitem(sys.modules, "vesin", None)  # as in an environment without it
     monkeypatch.delitem(sys.modules, EdgeBackend.__module__)
     monkeypatch.delitem(sys.modules, Neighbours.__module__)
-    assert _accelerate(model, ModelSpec("test", "mace", "cpu", "float64"))[0] is None
+    assert _accelerate(model, ModelSpec("test", "mace", "cpu", "float64"))[0] == []
 
 
 @pytest.mark.parametrize("normalization", ["component", "integral"])
@@ -363,8 +363,8 @@ class Wrong:
         ]
 
 
-def watched(model, fast, dtype="float64"):
-    return MaceEngine(model, ModelSpec("test", "mace", "cpu", dtype), ReferenceBackend(model, "cpu"), fast)
+def watched(model, *backends, dtype="float64"):
+    return MaceEngine(model, ModelSpec("test", "mace", "cpu", dtype), ReferenceBackend(model, "cpu"), backends)
 
 
 def test_a_backend_that_is_right_is_used_after_the_first_structure():
@@ -396,7 +396,7 @@ def test_one_comparison_does_for_a_sessions_systems_of_the_same_elements():
 def test_a_backend_that_is_wrong_is_switched_off_at_loading(dtype, caplog):
     model = medium(dtype)
     with caplog.at_level(logging.WARNING):
-        of = watched(model, Wrong(model, shift=1e-2), dtype)
+        of = watched(model, Wrong(model, shift=1e-2), dtype=dtype)
     assert of.info.backend.startswith("mace-torch")
     assert "1.0e-02 eV/Å" in of.info.note and "1.0e-02 eV/Å" in caplog.text
     one = task(of, STRUCTURES["alloy"])
@@ -416,12 +416,23 @@ def test_a_backend_that_fails_or_gives_nan_is_switched_off():
     assert "nan" in watched(model, Wrong(model, shift=np.nan)).info.note
 
 
+def test_where_the_fastest_is_switched_off_the_next_is_used():
+    model = medium()
+    candidates, why = _accelerate(model, ModelSpec("test", "mace", "cpu", "float64"))
+    assert [backend.name for backend in candidates] == ["fused", "mace-torch by edges"] and not why
+    of = watched(model, Wrong(model, shift=1e-2), Wrong(model, stretch=1.5), *candidates[1:])
+    assert of.info.backend.startswith("mace-torch by edges")
+    assert of.info.note.count("wrong is switched off: it differs by") == 2
+    one = task(of, STRUCTURES["alloy"])
+    assert [of.evaluate([one])[0].backend for _ in range(2)] == ["mace-torch", "mace-torch by edges"]
+
+
 def test_forces_that_are_no_slope_of_the_energy_are_found():
     # reference and backend agree, so that only the finite difference can tell
     model = medium()
     lying = Wrong(model, stretch=1.5)
     lying.name = "lying"
-    of = MaceEngine(model, ModelSpec("test", "mace", "cpu", "float64"), lying, lying)
+    of = MaceEngine(model, ModelSpec("test", "mace", "cpu", "float64"), lying, [lying])
     assert "slope" in of.info.note
 
 
@@ -480,8 +491,8 @@ def test_stress_is_compared_even_where_only_forces_are_asked_for():
 def test_what_a_session_tolerates_is_its_own_choice():
     model = medium("float32")
     loading = Wrong(model)
-    watched(model, loading, "float32")
-    of = watched(model, Wrong(model, shift=3e-5, after=loading.calls), "float32")
+    watched(model, loading, dtype="float32")
+    of = watched(model, Wrong(model, shift=3e-5, after=loading.calls), dtype="float32")
     strict, easy = task(of, STRUCTURES["dense"], tolerance=1e-6), task(of, STRUCTURES["dense"])
     for one, then in ((strict, "mace-torch"), (easy, "wrong")):
         assert of.evaluate([one])[0].backend == "mace-torch"
@@ -491,7 +502,7 @@ def test_what_a_session_tolerates_is_its_own_choice():
 
 def test_exact_means_the_same_bits_whatever_the_batch():
     model = medium("float32")
-    of = watched(model, FusedBackend(model), "float32")
+    of = watched(model, FusedBackend(model), dtype="float32")
     others = [task(of, atoms) for atoms in STRUCTURES.values()]
     of.evaluate(others)
     exact = task(of, STRUCTURES["alloy"], exact=True)

@@ -318,7 +318,7 @@ def test_what_a_backend_has_to_say_is_said_of_the_model(recording):
     on = OnDevice("cpu", small=True)
     on.backend._captures._evaluate = lambda *_: raising(RuntimeError("no such kernel"))()
     spec = ModelSpec("test", "mace", "cpu", "float64")
-    of = MaceEngine(on.model, spec, on.reference, on.backend, "not accelerated further: for a reason")
+    of = MaceEngine(on.model, spec, on.reference, [on.backend], "not accelerated further: for a reason")
     assert of.info.note.startswith("not accelerated further: for a reason; ")
     assert "no such kernel" in of.info.note
     before = of.info

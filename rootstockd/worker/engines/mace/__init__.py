@@ -1,15 +1,16 @@
 """MACE: mace-torch as the reference, and beside it whatever is faster and was found to give the same numbers.
 
-A backend is compared with the reference when the model loads (`checks.structures`), and on the first structure of
-every session, whose answer is the reference's own. One that differs at loading is switched off; one that differs on a
-session's structure is not used for that session: others' structures, which may be ill-conditioned, are no reason to
-take it from all.
+A backend is compared with the reference when the model loads (`checks.structures`), and on the first structure of every
+session, whose answer is the reference's own. One that differs at loading is switched off, and the next best is
+compared; one that differs on a session's structure is not used for that session: others' structures, which may be ill-
+conditioned, are no reason to take it from all.
 """
 
 from __future__ import annotations
 
 import io
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -66,30 +67,32 @@ class MaceEngine:
         model: the model, on its device and in its dtype.
         spec: what was asked for.
         reference: mace-torch.
-        fast: what is faster, if anything is.
-        why: where nothing is, the reason.
+        candidates: what is faster, the fastest first; the first that gives the reference's numbers is used.
+        why: what is in the way of faster ones.
     """
 
-    def __init__(self, model: Any, spec: ModelSpec, reference: Backend, fast: Backend | None, why: str = "") -> None:
+    def __init__(
+        self, model: Any, spec: ModelSpec, reference: Backend, candidates: Sequence[Backend], why: str = ""
+    ) -> None:
         self._name, self._dtype = spec.name, spec.dtype
         self._trusted: dict[object, bool] = {}
-        self._untrusted, self._heard = 0, ""
-        self._reference, self._fast = reference, fast
+        self._untrusted, self._distrust, self._heard = 0, "", ""
+        self._reference = reference
         self._elements = [int(z) for z in model.atomic_numbers]
         self._heads: tuple[str, ...] = tuple(getattr(model, "heads", None) or ["Default"])
         self._understood = _understood(model)
         self._cutoff = float(model.r_max)
         self._versions = f"mace-torch {mace.__version__}, torch {torch.__version__}, {spec.device}"
+        self._fast, notes = self._best(candidates)
+        self._why = "; ".join(filter(None, [why, *notes]))
         self.info = EngineInfo(
             properties=("energy", "free_energy", "forces", "stress", "energies"),
             elements=tuple(self._elements),
             heads=self._heads,
-            backend=f"{(fast or reference).name} ({self._versions})",
-            note=why,
+            backend=f"{(self._fast or reference).name} ({self._versions})",
+            note=self._why,
         )
-        if fast is not None:
-            self._check_model(fast)
-            self._hear()
+        self._hear()
 
     def prepare(self, system: Wanted) -> System:
         """What the backends need to know."""
@@ -147,7 +150,7 @@ class MaceEngine:
         """Pass on what the fast backend has to say, if it has not been."""
         if self._fast is not None and self._fast.note != self._heard:
             self._heard = self._fast.note
-            self._note("; ".join(filter(None, [self.info.note, self._heard])))
+            self._note()
 
     # --- checks
 
@@ -182,13 +185,25 @@ class MaceEngine:
             text = f"{why}, on the first structure ({len(sample.positions)} atoms) of session {system.session}"
             log.warning("model %r: %s, which gets %s", self._name, text, self._reference.name)
             whose = "1 session's systems" if self._untrusted == 1 else f"{self._untrusted} sessions' systems"
-            self._note(f"{whose} are computed by {self._reference.name}; the last: {text}")
+            self._distrust = f"{whose} are computed by {self._reference.name}; the last: {text}"
+            self._note()
         if whole is None or (sample is not task and not trusted):
             whole = self._reference.evaluate([task])[0]
         return whole
 
-    def _check_model(self, fast: Backend) -> None:
-        """Compare on structures that span the model's elements, and forces once with energies."""
+    def _best(self, candidates: Sequence[Backend]) -> tuple[Backend | None, list[str]]:
+        """The first that gives the reference's numbers, if one does; and why those before it are not used."""
+        notes: list[str] = []
+        for backend in candidates:
+            why = self._fault(backend)
+            if not why:
+                return backend, notes
+            notes.append(f"{backend.name} is switched off: {why}")
+            log.warning("model %r: %s", self._name, notes[-1])
+        return None, notes
+
+    def _fault(self, backend: Backend) -> str:
+        """What is wrong with it on structures that span the model's elements, and once with forces as slopes."""
         repeats = WARM_UP
         for number, head in enumerate(self._heads):
             for task in checks.structures(self._elements, head, number):
@@ -196,28 +211,20 @@ class MaceEngine:
                     reference = self._reference.evaluate([task])[0]
                 try:
                     for _ in range(repeats):
-                        result = fast.evaluate([task])[0]
-                except Exception as error:  # whatever it is, the reference is still there
-                    self._switch_off(f"{fast.name} is switched off: {type(error).__name__}: {error}")
-                    return
+                        result = backend.evaluate([task])[0]
+                except Exception as error:  # whatever it is, others are still there
+                    return f"{type(error).__name__}: {error}"
                 repeats = 1
                 difference = compare(result, reference)
                 if not difference.within(TOLERANCE[self._dtype]):
-                    self._switch_off(f"{fast.name} is switched off: it differs by {difference}")
-                    return
+                    return f"it differs by {difference}"
         moved = {"up": checks.moved(task, _STEP), "down": checks.moved(task, -_STEP), "here": task}
-        slope = checks.slope_error({key: fast.evaluate([value])[0] for key, value in moved.items()}, _STEP)
-        if not slope <= _SLOPE[self._dtype]:
-            self._switch_off(f"{fast.name} is switched off: its forces are {slope:.1e} off its energies' slope")
+        slope = checks.slope_error({key: backend.evaluate([value])[0] for key, value in moved.items()}, _STEP)
+        return "" if slope <= _SLOPE[self._dtype] else f"its forces are {slope:.1e} off its energies' slope"
 
-    def _switch_off(self, why: str) -> None:
-        log.warning("model %r: %s", self._name, why)
-        self._fast = None
-        self._note(why)
-
-    def _note(self, text: str) -> None:
-        backend = f"{(self._fast or self._reference).name} ({self._versions})"
-        self.info = replace(self.info, backend=backend, note=text)
+    def _note(self) -> None:
+        """Say all that people should know."""
+        self.info = replace(self.info, note="; ".join(filter(None, [self._why, self._distrust, self._heard])))
 
 
 def _finite(result: Result) -> bool:
@@ -270,12 +277,11 @@ def load(spec: ModelSpec) -> MaceEngine | safe.Conversion:
         code = "model-load" if isinstance(error, (ImportError, AttributeError)) else "not-a-model"
         raise EngineError(code, f"{text}: {error}") from error
     stages.begin(stages.CHECKS)
-    fast, why = _accelerate(model, spec)
-    return MaceEngine(model, spec, reference, fast, why)
+    return MaceEngine(model, spec, reference, *_accelerate(model, spec))
 
 
-def _accelerate(model: Any, spec: ModelSpec) -> tuple[Backend | None, str]:
-    """The fastest backend that fits model and device, and what is in the way of a faster one."""
+def _accelerate(model: Any, spec: ModelSpec) -> tuple[list[Backend], str]:
+    """The backends that fit model and device, the fastest first, and what is in the way of a faster one."""
     try:  # imported here: not every environment has vesin
         from rootstockd.worker.engines.mace.device import DeviceBackend  # noqa: PLC0415
         from rootstockd.worker.engines.mace.edges import EdgeBackend  # noqa: PLC0415
@@ -283,16 +289,16 @@ def _accelerate(model: Any, spec: ModelSpec) -> tuple[Backend | None, str]:
         by_edges = EdgeBackend if spec.device == "cpu" else DeviceBackend
         simple = by_edges(model, "mace-torch by edges")
     except (ImportError, NotApplicableError) as error:  # mace-torch itself is left
-        return None, f"not accelerated: {error}"
+        return [], f"not accelerated: {error}"
     try:
         if spec.device == "cpu":
             from rootstockd.worker.engines.mace.fused import FusedBackend  # noqa: PLC0415 - numba is slow to import
 
-            return FusedBackend(model), ""
+            return [FusedBackend(model), simple], ""
         from rootstockd.worker.engines.mace.cueq import converted  # noqa: PLC0415 - has an environment for GPUs
 
-        return by_edges(converted(model, spec.device), "cuequivariance"), ""
+        return [by_edges(converted(model, spec.device), "cuequivariance"), simple], ""
     except (ImportError, NotApplicableError) as error:
-        return simple, f"not accelerated further: {error}"
+        return [simple], f"not accelerated further: {error}"
     except Exception as error:
-        return simple, f"not accelerated further: {type(error).__name__}: {error}"
+        return [simple], f"not accelerated further: {type(error).__name__}: {error}"

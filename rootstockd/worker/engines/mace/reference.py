@@ -8,34 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import io
-import sys
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from rootstockd.worker.engines import Array, Result, Task
+from rootstockd.worker.engines.mace.imports import without_training
 
-
-@contextlib.contextmanager
-def _without_compiler() -> Iterator[None]:
-    """Have mace-torch find no torch.compile, for which it has a way: 1 s and 30 MB that nobody here has a use for."""
-    missing = "torch._dynamo" not in sys.modules
-    if missing:
-        sys.modules["torch._dynamo"] = None  # type: ignore[assignment]  # what Python takes for "not installed"
-    try:
-        yield
-    finally:
-        if missing:
-            del sys.modules["torch._dynamo"]
-
-
-with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _without_compiler():
+with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), without_training():
     # on import, e3nn and mace-torch say things that in a log would pass for the cause of whatever went wrong
     warnings.simplefilter("ignore")
     import mace
+    import mace.modules
     from mace import data as mace_data
     from mace.tools import AtomicNumberTable, torch_geometric
 
