@@ -13,6 +13,10 @@ SIZES = (10_000, 30_000, 100_000, 300_000, 1_000_000, 3_000_000, 10_000_000, 30_
 QUICK = (10_000, 100_000, 1_000_000)
 BYTES = 2_000
 """Roughly what an atom takes in all processes together: sizes that leave no room are left out."""
+WARM_UP = 5
+"""Steps until all buffers are there, in client, daemon and worker."""
+STEPS = 15
+"""The least that are measured."""
 FLAT = 1.5
 
 
@@ -37,7 +41,8 @@ def run(settings: Settings, results: Results) -> None:
                 except RuntimeError as error:  # smaller ones are still worth having
                     results.note(f"{natoms:,} atoms failed: {last_line(error)}")
                     break
-                seconds = child.steps(max(5, min(100, 1_000_000 // natoms)))
+                child.steps(WARM_UP)
+                seconds = child.steps(max(STEPS, min(100, 1_000_000 // natoms)))
                 grown = {name: peak(pid) - before[name] for name, pid in pids.items()}
             results.add("rootstockd", "step, for an atom", "ns", [1e9 * one / natoms for one in seconds], natoms=natoms)
             results.add("rootstockd", "INIT and first step, for an atom", "ns", [1e9 * first / natoms], natoms=natoms)
