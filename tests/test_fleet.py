@@ -14,10 +14,13 @@ from hypothesis import strategies as st
 
 from rootstockd.fleet.measured import FILE, HEAVY, LIGHT, Measured, Measurements
 from rootstockd.fleet.placement import Room, Tenant, first_to_go, place, place_replica, shift, stays, to_evict
-from rootstockd.host.devices import DeviceError, Gpu, find_devices, process_memory, visible_gpus
-from rootstockd.settings.config import Device
+from rootstockd.fleet.rooms import Rooms
+from rootstockd.host.devices import DeviceError, Gpu, Memory, find_devices, process_memory, visible_gpus
+from rootstockd.settings.config import Config, Device
 from rootstockd.supervision.pace import SPAN, Pace
 from rootstockd.worker.engines import ModelSpec
+
+GB = 10**9
 
 tenants = st.builds(
     Tenant,
@@ -105,6 +108,16 @@ def test_nobody_goes_for_nothing_nor_one_who_was_to_be_kept_where_another_may() 
     assert to_evict(40, Room(0, 60, 0.0, (small, large))) == (large,)
     kept = Tenant(3, 50, -99.0, idle=True, kept=True)
     assert place(40, [Room(0, 50, 0.0, (kept,)), Room(1, 50, 1.0, (large,))]).room == 1  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("limit", "now", "then"), [(None, 5, 95), (50, 5, 50), (2, 2, 2)])  # GB
+def test_what_other_programs_have_is_not_there_and_may_be_later(limit: int | None, now: int, then: int) -> None:
+    gpu = Device(name="cuda:0", uuid="GPU-1")
+    rooms = Rooms(Config(socket=Path("/s"), devices=(gpu,), device_memory=limit and limit * GB))
+    rooms._gpus[gpu.name] = Memory(total=100 * GB, free=10 * GB)
+    (room,) = rooms.now([], [])
+    assert (room.free, room.left(kept=True)) == (now * GB, then * GB)
+    assert ("beside other programs" in rooms.describe([room], [])) == (now < then)
 
 
 def test_a_device_with_less_to_do_goes_first() -> None:

@@ -43,6 +43,8 @@ class Room:
     load: float
     """How many of its workers compute at a time, on average."""
     tenants: tuple[Tenant, ...] = ()
+    most: int | None = None
+    """Bytes for all tenants if other programs had left its memory; the budget's, if it is None."""
 
     @property
     def free(self) -> float:
@@ -50,9 +52,10 @@ class Room:
         return math.inf if self.budget is None else self.budget - sum(tenant.memory for tenant in self.tenants)
 
     def left(self, *, kept: bool) -> float:
-        """Bytes if all had gone; but for those that were to be kept, if so."""
+        """Bytes if all had gone, other programs too; but for tenants that were to be kept, if so."""
         staying = sum(tenant.memory for tenant in self.tenants if kept and tenant.kept)
-        return math.inf if self.budget is None else self.budget - staying
+        most = self.budget if self.most is None else self.most
+        return math.inf if most is None else most - staying
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ class Rooms:
                 for worker in inside
             )
             load = sum(worker.pace.load for worker in inside)
-            rooms.append(Room(number, self._budget(device, tenants), load, tenants))
+            rooms.append(Room(number, self._budget(device, tenants), load, tenants, self._most(device)))
         return rooms
 
     def need(self, worker: Supervisor, rooms: Iterable[Room]) -> int:
@@ -98,7 +98,14 @@ class Rooms:
         if (memory := self._gpus.get(device.name)) is None:
             return self._limit
         others = max(0, memory.total - memory.free - sum(tenant.memory for tenant in tenants))
-        there = int(memory.total * (1 - RESERVE)) - others
+        return self._limited(int(memory.total * (1 - RESERVE)) - others)
+
+    def _most(self, device: Device) -> int | None:
+        """The same, if there were no other programs."""
+        memory = self._gpus.get(device.name)
+        return self._limit if memory is None else self._limited(int(memory.total * (1 - RESERVE)))
+
+    def _limited(self, there: int) -> int:
         return there if self._limit is None else min(self._limit, there)
 
     def describe(self, rooms: Iterable[Room], workers: Iterable[Supervisor]) -> str:
@@ -111,6 +118,8 @@ class Rooms:
                 for tenant in room.tenants
             ]
             size = f"{room.budget / 1e6:.0f} MB" if room.budget is not None else "no limit"
+            if room.budget is not None and room.most is not None and room.most > room.budget:
+                size = f"{max(0, room.budget) / 1e6:.0f} MB beside other programs"
             texts.append(f"{self.devices[room.number]} has {size}, with {', '.join(there) or 'nothing'} there")
         return "; ".join(texts)
 
