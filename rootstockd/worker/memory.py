@@ -8,8 +8,9 @@ import os
 import resource
 import sys
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, Iterator, Protocol
+from typing import Any, Iterator
 
 MEMORY_VARIABLE = "ROOTSTOCKD_WORKER_MEMORY"
 """Has a worker's limit in bytes, if it has one."""
@@ -55,15 +56,28 @@ def gpu_memory() -> int | None:
     return int(torch.cuda.memory_reserved())
 
 
-class Memory(Protocol):
+class Memory(ABC):
     """A device's, as a worker sees it."""
 
-    def free(self) -> int:
-        """Bytes that a pass could have, as of a second ago."""
+    def __init__(self) -> None:
+        self._free = 0
+        self._looked = float("-inf")
 
+    def free(self) -> int:
+        """Bytes that a pass could have, as of a second ago; what the allocator keeps for it is among them."""
+        if (now := time.monotonic()) > self._looked + _FRESH:
+            self._free, self._looked = self._look(), now
+        return self._free
+
+    @abstractmethod
+    def _look(self) -> int:
+        """Bytes that a pass could have now."""
+
+    @abstractmethod
     def begin(self) -> None:
         """What comes now is measured."""
 
+    @abstractmethod
     def taken(self) -> int:
         """Bytes that it took at its worst, beside what was there when it began."""
 
@@ -73,7 +87,7 @@ def memory_of(device: str) -> Memory:
     return CpuMemory() if device == "cpu" else CudaMemory(device)
 
 
-class CpuMemory:
+class CpuMemory(Memory):
     """The machine's memory: what this process may have by its own limit, its control groups' and what there is.
 
     A peak is what the kernel has seen resident. Before it is measured, memory that the allocator keeps for later is
@@ -81,16 +95,9 @@ class CpuMemory:
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self._groups = tuple(control_groups())
         self._before = _statm()[0]
-        self._free = 0
-        self._looked = float("-inf")
-
-    def free(self) -> int:
-        """Bytes that a pass could have, as of a second ago; what the allocator keeps for it is among them."""
-        if (now := time.monotonic()) > self._looked + _FRESH:
-            self._free, self._looked = self._look(), now
-        return self._free
 
     def _look(self) -> int:
         resident, data = _statm()
@@ -104,7 +111,6 @@ class CpuMemory:
         return max(0, min(rest))
 
     def begin(self) -> None:
-        """What comes now is measured."""
         trim()
         if _peak is not None:
             os.write(_peak, b"5")
@@ -115,7 +121,7 @@ class CpuMemory:
         return _peak_resident() - self._before
 
 
-class CudaMemory:
+class CudaMemory(Memory):
     """A GPU's memory, as torch's allocator and CUDA see it.
 
     Args:
@@ -123,26 +129,20 @@ class CudaMemory:
     """
 
     def __init__(self, device: str) -> None:
+        super().__init__()
         self._device = device
         self._cuda: Any = sys.modules["torch"].cuda
         self._before = 0
-        self._free = 0
-        self._looked = float("-inf")
 
-    def free(self) -> int:
-        """Bytes that a pass could have, as of a second ago; what the allocator keeps for it is among them."""
-        if (now := time.monotonic()) > self._looked + _FRESH:
-            kept = self._cuda.memory_reserved(self._device) - self._cuda.memory_allocated(self._device)
-            self._free, self._looked = int(self._cuda.mem_get_info(self._device)[0] + kept), now
-        return self._free
+    def _look(self) -> int:
+        kept = self._cuda.memory_reserved(self._device) - self._cuda.memory_allocated(self._device)
+        return int(self._cuda.mem_get_info(self._device)[0] + kept)
 
     def begin(self) -> None:
-        """What comes now is measured."""
         self._cuda.reset_peak_memory_stats(self._device)
         self._before = self._cuda.memory_allocated(self._device)
 
     def taken(self) -> int:
-        """Bytes that it took at its worst, beside what was there when it began."""
         return int(self._cuda.max_memory_allocated(self._device) - self._before)
 
 
