@@ -113,6 +113,17 @@ def test_a_trajectory_ends_where_it_should(gpu_daemon: RunningDaemon, reference:
         np.testing.assert_allclose(found, right, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_exact_gives_the_same_bits_each_time(gpu_daemon: RunningDaemon, dtype: Any) -> None:
+    first, second = copper(1, 6), copper(2, 6)
+    found = []
+    with gpu_daemon.client().calculator(MODEL, dtype=dtype, exact=True) as calculator:
+        for atoms in (first, second) * 5:
+            results = [calculator.get_property(name, atoms) for name in ("energy", "forces", "stress")]
+            found.append(b"".join(np.asarray(result).tobytes() for result in results))
+    assert len(set(found)) == 2
+
+
 def test_a_gpu_has_one_daemon(gpu_daemon: RunningDaemon, reference: Any, runtime_folder: Path) -> None:
     second = RunningDaemon(Path(tempfile.mkdtemp(dir=runtime_folder)), device=GPU)
     done = second.run("start", *GPU, "--log-file", second.log)

@@ -515,6 +515,19 @@ def test_exact_means_the_same_bits_whatever_the_batch():
         assert result.virial.tobytes() == alone.virial.tobytes()
 
 
+def test_exact_asks_torch_for_the_same_bits_and_nothing_else_does():
+    model, asked = medium(), []
+
+    class Asked(Wrong):
+        def evaluate(self, tasks):
+            asked.append((torch.are_deterministic_algorithms_enabled(), tasks[0].system.exact))
+            return super().evaluate(tasks)
+
+    of = MaceEngine(model, ModelSpec("test", "mace", "cpu", "float64"), Asked(model), [FusedBackend(model)])
+    of.evaluate([task(of, STRUCTURES["alloy"]), task(of, STRUCTURES["alloy"], exact=True)])
+    assert set(asked) == {(False, False), (True, True)}
+
+
 def test_of_a_large_structure_a_piece_is_compared():
     model = medium()
     of = watched(model, FusedBackend(model))

@@ -42,6 +42,8 @@ TUNING = {
     "THP_MEM_ALLOC_ENABLE": "1",
     # threads that spin while they wait take the cores from jobs and from the kernels' other pool of threads
     "OMP_WAIT_POLICY": "PASSIVE",
+    # without it cuBLAS gives no bits twice, be it asked for them or not (`deterministic`)
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
 }
 """Variables for a worker that can't be set once it runs; one that the daemon was started with goes before."""
 

@@ -22,6 +22,7 @@ import importlib
 import json
 import sys
 import tempfile
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -47,6 +48,7 @@ from rootstockd.worker.engines import (
     guarded,
     read_weights,
 )
+from rootstockd.worker.engines.deterministic import deterministic
 from rootstockd.worker.failures import describe
 from rootstockd.worker.memory import gpu_memory
 
@@ -64,6 +66,7 @@ class _Prepared:
     numbers: Array
     pbc: tuple[bool, bool, bool]
     info: dict[str, float]
+    exact: bool
 
 
 class AseEngine:
@@ -108,7 +111,7 @@ class AseEngine:
         info = {key: value for word, key in self._info_keys.items() if (value := given[word]) is not None}
         if hasattr(calculator, "set_atoms"):  # as ASE does when a structure gets its calculator
             calculator.set_atoms(Atoms(system.numbers, pbc=system.pbc, info=info))
-        return _Prepared(calculator, system.numbers, system.pbc, info)
+        return _Prepared(calculator, system.numbers, system.pbc, info, system.exact)
 
     def evaluate(self, tasks: list[Task]) -> list[Result]:
         """Each task in its turn."""
@@ -131,7 +134,8 @@ class AseEngine:
         reset(system.calculator)
         try:
             # not get_property, for which a structure that differs in `info` alone is the same
-            system.calculator.calculate(atoms, wanted, all_changes)
+            with deterministic() if system.exact else nullcontext():
+                system.calculator.calculate(atoms, wanted, all_changes)
         except PropertyNotImplementedError as error:
             raise EngineError("unsupported", f"model {self._name!r}: {describe(error)}") from error
         results = system.calculator.results

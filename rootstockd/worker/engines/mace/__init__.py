@@ -31,6 +31,7 @@ from rootstockd.worker.engines import (
     read_weights,
 )
 from rootstockd.worker.engines import System as Wanted
+from rootstockd.worker.engines.deterministic import deterministic
 from rootstockd.worker.engines.differences import TOLERANCE, compare
 from rootstockd.worker.engines.mace import checks, safe
 from rootstockd.worker.engines.mace.radial import NotApplicableError
@@ -130,7 +131,8 @@ class MaceEngine:
         for index, task in enumerate(tasks):
             system: System = task.system
             if system.exact:
-                results[index] = self._reference.evaluate([task])[0]
+                with deterministic():
+                    results[index] = self._reference.evaluate([task])[0]
             elif self._fast is not None and (trusted := self._trusted.get(system.check)) is not True:
                 first = trusted is None
                 results[index] = self._first(task, self._fast) if first else self._reference.evaluate([task])[0]

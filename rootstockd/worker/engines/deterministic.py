@@ -1,0 +1,27 @@
+"""The same bits each time, on GPUs too: what `exact` asks of torch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Have torch, where it is in use, add in an order that is the same each time.
+
+    Else a GPU's threads add as they come. Torch warns of operations that have no such order. cuBLAS has its own by a
+    variable (`worker_process.TUNING`).
+    """
+    torch = sys.modules.get("torch")
+    if torch is None:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.utils.deterministic.fill_uninitialized_memory = False  # is for finding mistakes, and takes time
+    torch.use_deterministic_algorithms(mode=True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(mode=before)
