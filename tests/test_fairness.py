@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import heapq
 import itertools
+import math
 import statistics
 import weakref
 from collections import Counter, defaultdict
@@ -15,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rootstockd.supervision.scheduler import STILL_HERE, Evaluation, Scheduler
+from rootstockd.supervision.scheduler import STILL_HERE, WORTHWHILE, Evaluation, Scheduler
 
 
 class Job(NamedTuple):
@@ -25,6 +26,12 @@ class Job(NamedTuple):
     atoms: int
     thinks: float = 0.001
     share: float = 1.0
+    alone: bool = False
+
+
+DONE, LATE = -1, -2
+EXACT = 8
+"""How many times as long an evaluation takes that is not accelerated."""
 
 
 def cpu(atoms: int) -> float:
@@ -39,28 +46,37 @@ def run(jobs: list[Job], cost: Callable[[int], float], until: float) -> tuple[di
     """How long each job's steps took, and how much of the device each user had."""
     scheduler = Scheduler[int](2_048)
     number = itertools.count()
-    events = [(1e-4 * n, next(number), n, None) for n in range(len(jobs))]
+    events: list[tuple[float, int, int, float | None]] = [(1e-4 * n, next(number), n, None) for n in range(len(jobs))]
     heapq.heapify(events)
     asked: dict[int, float] = {}
+    answered: dict[int, float] = defaultdict(lambda: -math.inf)
     steps: dict[int, list[float]] = defaultdict(list)
     used: Counter[int] = Counter()
     clock = 0.0
     while clock < until:
         clock, _, job, took = heapq.heappop(events)
-        if took is None:
+        if job == LATE:  # whoever was waited for
+            pass
+        elif took is None:
             asked[job] = clock
-            scheduler.submit(Evaluation(job, jobs[job].atoms, jobs[job].user, jobs[job].share))
+            _, atoms, _, share, alone = jobs[job]
+            away = clock - answered[job]
+            scheduler.submit(Evaluation(job, atoms, jobs[job].user, share, clock, away, alone))
         else:
-            batch = scheduler.finished(took)
+            batch = scheduler.finished(took, clock)
             atoms = sum(evaluation.atoms for evaluation in batch)
             for evaluation in batch:
                 used[evaluation.user] += took * evaluation.atoms / atoms
                 steps[evaluation.owner].append(clock - asked[evaluation.owner])
+                answered[evaluation.owner] = clock
                 again = clock + jobs[evaluation.owner].thinks
                 heapq.heappush(events, (again, next(number), evaluation.owner, None))
-        if batch := scheduler.next_batch():
-            took = cost(sum(evaluation.atoms for evaluation in batch))
-            heapq.heappush(events, (clock + took, next(number), -1, took))
+        if batch := scheduler.next_batch(clock):
+            took = cost(sum(evaluation.atoms for evaluation in batch)) * (EXACT if batch[0].alone else 1)
+            heapq.heappush(events, (clock + took, next(number), DONE, took))
+        elif scheduler.expected:
+            assert scheduler.waiting and clock < scheduler.expected
+            heapq.heappush(events, (scheduler.expected, next(number), LATE, None))
     return steps, used
 
 
@@ -89,6 +105,61 @@ def test_a_large_job_beside_fifty_small_ones(cost):
     steps, used = run(jobs, cost, 60)
     assert statistics.median(steps[50][5:]) <= 2 * fair_step(one, jobs, cost)
     assert used[1] > 0.25 * sum(used.values())  # they are not starved either
+
+
+@pytest.mark.parametrize("share", [1.0, 3.0])
+@pytest.mark.parametrize("thinks", [2e-4, 2e-3])
+@pytest.mark.parametrize("other", [Job(1, 4_000), Job(1, 1_000), Job(1, 32, alone=True)])
+def test_a_small_job_beside_one_that_takes_much_longer(other, thinks, share):
+    """It does not have one step for each of the other's: each user has their share of the time."""
+    small = Job(2, 8, thinks, share)
+    steps, _ = run([other, small], cpu, 120)
+    alone = cpu(small.atoms) + thinks
+    fair = 120 / alone * share / (1 + share)
+    assert len(steps[1]) >= 0.6 * fair
+    long = cpu(other.atoms) * (EXACT if other.alone else 1)
+    assert len(steps[0]) >= 0.8 * 120 / (long + other.thinks) / (1 + share)
+    assert max(steps[1]) <= 2 * long, "one that has begun can't be taken back"
+
+
+def test_a_small_session_of_the_same_user_beside_a_large_one():
+    steps, _ = run([Job(1, 4_000), Job(1, 8, 2e-4)], cpu, 120)
+    assert len(steps[1]) * 8 == pytest.approx(len(steps[0]) * 4_000, rel=0.2)
+
+
+def test_whoever_computes_for_long_between_steps_is_not_waited_for():
+    large = Job(1, 1_000, 0.0)
+    _, used = run([large, Job(2, 8, 0.05)], cpu, 60)
+    assert used[1] > 0.85 * 60, "the device is never idle for long"
+
+
+def test_somebody_who_does_not_come_back_is_not_waited_for_for_ever():
+    scheduler = Scheduler[str](2_048)
+    scheduler.costs.learn(10, 0.001)
+    scheduler.costs.learn(2_000, 0.2)
+    for user, name, atoms, clock in ((2, "small", 10, 0.1), (1, "large", 2_000, 0.3), (2, "small", 10, 0.4)):
+        scheduler.submit(Evaluation(name, atoms, user, away=0.001))
+        (one,) = scheduler.next_batch(clock)
+        if clock < 0.4:
+            assert scheduler.finished() == [one]
+    scheduler.submit(Evaluation("large", 2_000, 1, away=0.0))
+    assert scheduler.finished(0.001, 0.401) == [one]
+    assert scheduler.next_batch(0.401) == [] and 0.401 < scheduler.expected < 0.401 + WORTHWHILE * 0.2
+    assert scheduler.next_batch(0.402) == []
+    (again,) = scheduler.next_batch(scheduler.expected)
+    assert again.owner == "large" and not scheduler.expected
+
+
+def test_exact_evaluations_are_in_no_batch_with_others():
+    scheduler = Scheduler[str](1_000)
+    for number in range(8):
+        scheduler.submit(Evaluation(f"session {number}", 10 + number // 2, alone=number % 4 == 0))
+    batches = []
+    while batch := scheduler.next_batch():
+        batches.append([evaluation.alone for evaluation in batch])
+        scheduler.finished()
+    assert sorted(batches, key=len) == [[True], [True], *([False] * n for n in sorted(map(len, batches)) if n > 1)]
+    assert sum(map(len, batches)) == 8
 
 
 def test_time_goes_by_shares():

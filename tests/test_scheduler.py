@@ -1,5 +1,7 @@
 """What a worker does next."""
 
+import math
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -226,28 +228,38 @@ class Story(RuleBasedStateMachine):
         self.unwanted = []
         """Withdrawn while they ran."""
         self.put_back = []
+        self.clock = 0.0
 
     @rule(
         atoms=st.one_of(st.integers(1, 60), st.integers(90, 300)),
         session=st.integers(0, 20),
         shares=st.sampled_from([1.0, 0.1, 3.0]),
+        away=st.sampled_from([math.inf, 0.0, 1e-3]),
+        alone=st.booleans(),
     )
-    def submit(self, atoms, session, shares):
+    def submit(self, atoms, session, shares, away, alone):
         if any(evaluation.owner == session for evaluation in self.live):
             return  # a session has one at a time
-        evaluation = Evaluation(session, atoms, session % 3, shares)
+        evaluation = Evaluation(session, atoms, session % 3, shares, self.clock, away, alone)
         self.live.append(evaluation)
         self.scheduler.submit(evaluation)
 
-    @rule()
-    def next_batch(self):
-        batch = self.scheduler.next_batch()
+    @rule(passed=st.sampled_from([0.0, 1e-3, 1.0]))
+    def next_batch(self, passed):
+        self.clock += passed
+        batch = self.scheduler.next_batch(self.clock)
         if self.running:
             assert batch == []
             return
+        if self.scheduler.expected:  # somebody is waited for, which has an end
+            assert self.live and batch == [] and self.clock < self.scheduler.expected < self.clock + 2.0
+            self.clock = self.scheduler.expected
+            batch = self.scheduler.next_batch(self.clock)
+            assert batch
         assert bool(batch) == bool(self.live)
         assert all(evaluation in self.live for evaluation in batch)
         if len(batch) > 1:
+            assert not any(evaluation.alone for evaluation in batch)
             assert sum(evaluation.atoms for evaluation in batch) <= BUDGET
             assert not any(evaluation.attempts for evaluation in batch)
         elif any(evaluation.attempts for evaluation in self.live):
@@ -263,7 +275,8 @@ class Story(RuleBasedStateMachine):
     @precondition(lambda self: self.running)
     @rule(seconds=st.none() | st.floats(1e-6, 10))
     def finished(self, seconds):
-        batch = self.scheduler.finished(seconds)
+        self.clock += seconds or 0.0
+        batch = self.scheduler.finished(seconds, self.clock)
         assert batch == self.running
         self.running = []
         self.end(batch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 import socket
 import time
 from typing import Any, cast
@@ -77,6 +78,8 @@ class Session(asyncio.BufferedProtocol):
         self._key: WorkerKey | None = None
         """What makes this model, and its replicas, one for the user's account."""
         self._evaluation: Evaluation[Client] | None = None
+        self._answered = -math.inf
+        """When the last evaluation was over."""
         self._reading_paused = self._writing_paused = self._closing = False
         self._checked_cells = b""
         self._staged = 0
@@ -380,7 +383,10 @@ class Session(asyncio.BufferedProtocol):
             self._ipi.fail(error)
             return
         atoms = self.slot.natoms * self.slot.frames
-        self._evaluation = Evaluation(self, atoms, account.uid, account.quota.share, time.perf_counter())
+        now = time.perf_counter()
+        self._evaluation = Evaluation(
+            self, atoms, account.uid, account.quota.share, now, now - self._answered, self.request.exact
+        )
         self._model.submit(self._evaluation)
 
     def evaluated(self, error: RootstockError | None) -> None:
@@ -388,6 +394,7 @@ class Session(asyncio.BufferedProtocol):
         if self._evaluation is None or self.account is None:
             return  # the driver has gone, or gone on, meanwhile
         self._evaluation = None
+        self._answered = time.perf_counter()
         self.account.queued -= 1
         if error is None and self._line is not None:
             error = self._changed()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable
@@ -51,6 +52,8 @@ class Dispatcher:
         self._going: dict[Client, Supervisor] = {}
         """Who goes over to which other worker after the evaluation under way."""
         self._computed = 0.0
+        self._resuming: asyncio.TimerHandle | None = None
+        """Somebody is waited for until then."""
         self._new = False
         """Something in the batch under way is in it for the first time."""
 
@@ -86,7 +89,7 @@ class Dispatcher:
         if worker is None or not worker.usable:
             self._want()
             return
-        batch = self.scheduler.next_batch()
+        batch = self._next_batch()
         if not batch:
             return
         numbers: list[int] = []
@@ -110,6 +113,23 @@ class Dispatcher:
             batch.remove(evaluation)
             evaluation.owner.evaluated(refusal)
         if refused and not batch:
+            self.dispatch()
+
+    def _next_batch(self) -> list[Evaluation[Client]]:
+        """What the scheduler says, which is asked again when somebody who is waited for is late."""
+        now = time.perf_counter()
+        batch, expected = self.scheduler.next_batch(now), self.scheduler.expected
+        if self._resuming is not None:
+            self._resuming.cancel()
+            self._resuming = None
+        if expected:
+            self._resuming = asyncio.get_running_loop().call_later(expected - now, self._resume)
+        return batch
+
+    def _resume(self) -> None:
+        """Whoever was waited for is here, or is late."""
+        self._resuming = None
+        if self.scheduler.waiting and not self.scheduler.running:
             self.dispatch()
 
     # --- from the worker to sessions
@@ -154,7 +174,7 @@ class Dispatcher:
         seconds = time.perf_counter() - sent
         new, self._new = self._new, False
         # a failure takes as long as it takes, and says nothing of what evaluations cost
-        batch = self.scheduler.finished(None if failures else seconds)
+        batch = self.scheduler.finished(None if failures else seconds, sent + seconds)
         if self.scheduler.waiting:
             self.dispatch()  # first the device, then the answers
         self.batches += 1

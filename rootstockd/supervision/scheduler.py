@@ -11,6 +11,11 @@ evaluation at a time, the self-clocked kind (Golestani, INFOCOM 1994) by atoms. 
 worker, a batch takes no longer than the turn of anybody who waits for others in it: the time of their own evaluation
 times the sum of all shares over theirs. So a step takes at most twice as long as on a device of their share's speed:
 once for the batch under way, once for its own.
+
+One thing is waited for: a driver computes between two evaluations, and a much longer one of somebody else's that begins
+in that moment would keep it from its share. So where it was back soon the last time, and it is its turn, the worker
+waits for a small part of what the longer one takes (anticipatory scheduling: Iyer, Druschel, SOSP 2001). The time
+counts as had by whoever is waited for.
 """
 
 from __future__ import annotations
@@ -36,6 +41,12 @@ GROW_AFTER = 300
 """Batches after which larger ones are tried again where memory lacked once: whatever else had it may be gone."""
 STILL_HERE = 4
 """Batches after a user's last evaluation in which more of them are expected: a driver computes, too."""
+MUCH_LONGER = 4.0
+"""Nobody's return is waited for unless what would begin meanwhile takes so many times as long as theirs does."""
+WORTHWHILE = 0.1
+"""The part of what it takes that is waited, at most."""
+AWAY, SLACK = 2.0, 5e-4
+"""Somebody is expected back after so many times what it took the last time, and so many seconds."""
 
 
 @dataclass(eq=False, slots=True)
@@ -48,6 +59,8 @@ class Evaluation(Generic[Owner]):
         user: whose it is.
         share: how much of the worker that user gets, relative to others.
         submitted: when it was asked for, by a clock of the owner's.
+        away: how long after the owner's last answer that was, in seconds.
+        alone: it gains nothing from company, and is in no batch with others.
     """
 
     owner: Owner
@@ -55,6 +68,8 @@ class Evaluation(Generic[Owner]):
     user: int = 0
     share: float = 1.0
     submitted: float = 0.0
+    away: float = math.inf
+    alone: bool = False
     attempts: int = 0
     """How many workers died under it."""
     blamed: int = 0
@@ -68,25 +83,29 @@ class Evaluation(Generic[Owner]):
 class _User(Generic[Owner]):
     """One user's queue."""
 
-    __slots__ = ("_now", "atoms", "last", "queue", "share", "start", "uid")
+    __slots__ = ("_now", "last", "latest", "queue", "share", "start", "uid")
 
     def __init__(self, uid: int, start: float) -> None:
         self.uid = uid
         self.start = start
         """Virtual time at which the user's next evaluation starts, among users'."""
         self.share = 1.0
-        self.queue: list[tuple[int, int, Evaluation[Owner]]] = []
+        self.queue: list[tuple[float, int, Evaluation[Owner]]] = []
         """Each with the virtual time of its end, among the user's own."""
-        self._now = 0
+        self._now = 0.0
         """The end of the evaluation that was dispatched last."""
-        self.atoms = 0
-        """Of the latest evaluation."""
+        self.latest = 0, False
+        """The atoms of the latest evaluation, and whether it wants to be alone."""
         self.last = 0
         """The batch that it was in."""
 
-    def push(self, evaluation: Evaluation[Owner], number: int) -> None:
-        self.share, self.atoms = evaluation.share, evaluation.atoms
-        heapq.heappush(self.queue, (self._now + evaluation.atoms, number, evaluation))
+    def push(self, evaluation: Evaluation[Owner], number: int, weight: float) -> None:
+        self.share, self.latest = evaluation.share, (evaluation.atoms, evaluation.alone)
+        heapq.heappush(self.queue, (self._now + weight, number, evaluation))
+
+    def would_be_next(self, weight: float) -> bool:
+        """Whether one that came now would overtake all that wait."""
+        return not self.queue or self._now + weight < self.queue[0][0]
 
     def pop(self) -> Evaluation[Owner]:
         self._now, _, evaluation = heapq.heappop(self.queue)
@@ -124,6 +143,16 @@ class Scheduler(Generic[Owner]):
         self._good = 0
         """Batches since the last time that memory lacked."""
         self.costs = CostCurve()
+        self._alone = CostCurve()
+        """Of those that are in no batch: they may take longer for the same atoms."""
+        self.expected = 0.0
+        """Until when somebody is waited for, by the clock of `next_batch`; 0 if nobody is."""
+        self._left: dict[Owner, Evaluation[Owner]] = {}
+        """Of the last batch, whose owners may be back before much longer ones should begin."""
+        self._ended = 0.0
+        """When that batch did."""
+        self._smallest = 0
+        """The fewest atoms of an evaluation in it."""
         self.running: list[Evaluation[Owner]] = []
         self.waiting = 0
         """How many evaluations."""
@@ -149,7 +178,9 @@ class Scheduler(Generic[Owner]):
             user = self._users[evaluation.user] = _User(evaluation.user, self._now)
         elif not user.queue and user.start < self._now:
             user.start = self._now  # nobody saves up time by not using it
-        user.push(evaluation, next(self._numbers))
+        if self._left and self._left.pop(evaluation.owner, None) is not None and self.expected:
+            user.start += (evaluation.submitted - self._ended) / evaluation.share
+        user.push(evaluation, next(self._numbers), self._weight(evaluation))
 
     def withdraw(self, evaluation: Evaluation[Owner]) -> None:
         """Forget an evaluation. One that runs can't be stopped, but it is not repeated."""
@@ -163,13 +194,22 @@ class Scheduler(Generic[Owner]):
             self._again.remove(evaluation)
             self.waiting -= 1
 
-    def next_batch(self) -> list[Evaluation[Owner]]:
-        """What the idle worker shall do now; empty while it is busy or when nothing waits.
+    def next_batch(self, now: float = math.inf) -> list[Evaluation[Owner]]:
+        """What the worker shall do now; empty while it is busy, when nothing waits, or while somebody is `expected`.
 
         An evaluation under which a worker died runs alone, so that it can't take others down with it.
+
+        Args:
+            now: by the clock of `finished`; infinite where nobody is waited for any more.
         """
+        self.expected = 0.0
         if self.running or not self.waiting:
             return []
+        if self._left and not self._again:
+            self.expected = self._expect(now)
+            if self.expected:
+                return []
+        self._left = {}
         self._batches += 1
         if self._again:
             self.running = [self._again.popleft()]
@@ -177,6 +217,39 @@ class Scheduler(Generic[Owner]):
             self.running = self._fill()
         self.waiting -= len(self.running)
         return self.running
+
+    def _expect(self, now: float) -> float:
+        """Until when it is worthwhile to wait for somebody who has just left; 0 if it is not."""
+        user = self._next_user()
+        first = user.queue[0][2]
+        if not first.alone and first.atoms < 2 * self._smallest:  # as it mostly is
+            return 0.0
+        seconds, until = self._seconds(first), 0.0
+        for left in self._left.values():
+            back = self._ended + AWAY * left.away + SLACK
+            longer = seconds >= MUCH_LONGER * self._seconds(left) and back - self._ended <= WORTHWHILE * seconds
+            if longer and until < back and now < back and self._precedes(left, user):
+                until = back
+        return until
+
+    def _precedes(self, left: Evaluation[Owner], user: _User[Owner]) -> bool:
+        """Whether it would be the turn of whoever has left before it is that user's, if they were back."""
+        own = self._users.get(left.user)
+        if own is None:
+            return False
+        if own is user:
+            return own.would_be_next(self._weight(left))
+        return max(own.start, self._now) < user.start
+
+    def _seconds(self, evaluation: Evaluation[Owner]) -> float:
+        """What it probably takes by itself."""
+        return (self._alone if evaluation.alone else self.costs).seconds(evaluation.atoms)
+
+    def _weight(self, evaluation: Evaluation[Owner]) -> float:
+        """What it counts among its user's: its atoms, or more where it takes longer than others of its size."""
+        if not evaluation.alone:
+            return evaluation.atoms
+        return evaluation.atoms * max(1.0, self._seconds(evaluation) / self.costs.seconds(evaluation.atoms))
 
     def _fill(self) -> list[Evaluation[Owner]]:
         """A batch, in fair order; what does not fit is not overtaken."""
@@ -186,18 +259,21 @@ class Scheduler(Generic[Owner]):
         batch: list[Evaluation[Owner]] = []
         atoms = 0
         while user.queue:
-            following = user.queue[0][2].atoms
-            atoms += following
-            if batch and (atoms > budget or len(batch) == MAX_EVALUATIONS):
+            following = user.queue[0][2]
+            atoms += following.atoms
+            if batch and (following.alone or atoms > budget or len(batch) == MAX_EVALUATIONS):
                 break
             if turns is not None:
+                seconds = self._seconds(following)
                 fits = turns.allow(user.uid, costs.seconds(atoms))
                 if batch and not fits:
                     break
                 self._now = user.start
-                user.start += costs.seconds(following) / user.share
+                user.start += seconds / user.share
             user.last = self._batches
             batch.append(user.pop())
+            if following.alone:
+                break
             if turns is not None:
                 user = self._next_user()
         return batch
@@ -214,17 +290,28 @@ class Scheduler(Generic[Owner]):
         wanting = [user for user in self._users.values() if user.queue or self._batches - user.last <= STILL_HERE]
         self._users = {uid: user for uid, user in self._users.items() if user in wanting or user.start > self._now}
         shares = sum(user.share for user in wanting)
-        return {user.uid: self.costs.seconds(user.atoms) * shares / user.share for user in wanting}
+        curves = {False: self.costs, True: self._alone}
+        turns = {}
+        for user in wanting:
+            atoms, alone = user.latest
+            turns[user.uid] = curves[alone].seconds(atoms) * shares / user.share
+        return turns
 
-    def finished(self, seconds: float | None = None) -> list[Evaluation[Owner]]:
+    def finished(self, seconds: float | None = None, now: float | None = None) -> list[Evaluation[Owner]]:
         """The worker is done with its batch, which is returned.
 
         Args:
             seconds: how long it took, where that says what a batch of this size costs.
+            now: when it was, by the clock of `Evaluation.submitted`; None if nobody is to be expected back.
         """
         batch, self.running = self.running, []
+        self._left = {}
+        if now is not None and self.waiting:
+            self._left = {evaluation.owner: evaluation for evaluation in batch}
+            self._ended, self._smallest = now, min((evaluation.atoms for evaluation in batch), default=0)
         if seconds is not None and batch:
-            self.costs.learn(sum(evaluation.atoms for evaluation in batch), seconds)
+            costs = self._alone if batch[0].alone else self.costs
+            costs.learn(sum(evaluation.atoms for evaluation in batch), seconds)
             if self.batch_atoms < self._most:
                 self._recover()
         return batch
@@ -269,6 +356,7 @@ class Scheduler(Generic[Owner]):
         for user in self._users.values():
             everything += [entry[2] for entry in sorted(user.queue, key=lambda entry: entry[:2])]
         self._again.clear()
+        self._left.clear()
         self._users.clear()
         self.waiting = 0
         return everything
