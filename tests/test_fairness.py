@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import heapq
 import itertools
-import math
 import statistics
 import weakref
 from collections import Counter, defaultdict
@@ -49,7 +48,7 @@ def run(jobs: list[Job], cost: Callable[[int], float], until: float) -> tuple[di
     events: list[tuple[float, int, int, float | None]] = [(1e-4 * n, next(number), n, None) for n in range(len(jobs))]
     heapq.heapify(events)
     asked: dict[int, float] = {}
-    answered: dict[int, float] = defaultdict(lambda: -math.inf)
+    answered: dict[int, float] = {}
     steps: dict[int, list[float]] = defaultdict(list)
     used: Counter[int] = Counter()
     clock = 0.0
@@ -60,7 +59,7 @@ def run(jobs: list[Job], cost: Callable[[int], float], until: float) -> tuple[di
         elif took is None:
             asked[job] = clock
             _, atoms, _, share, alone = jobs[job]
-            away = clock - answered[job]
+            away = clock - answered.get(job, clock)
             scheduler.submit(Evaluation(job, atoms, jobs[job].user, share, clock, away, alone))
         else:
             batch = scheduler.finished(took, clock)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import math
 import socket
 import time
 from typing import Any, cast
@@ -78,8 +77,8 @@ class Session(asyncio.BufferedProtocol):
         self._key: WorkerKey | None = None
         """What makes this model, and its replicas, one for the user's account."""
         self._evaluation: Evaluation[Client] | None = None
-        self._answered = -math.inf
-        """When the last evaluation was over."""
+        self._answered = 0.0
+        """When the last evaluation was over, if there was one."""
         self._reading_paused = self._writing_paused = self._closing = False
         self._checked_cells = b""
         self._staged = 0
@@ -384,9 +383,9 @@ class Session(asyncio.BufferedProtocol):
             return
         atoms = self.slot.natoms * self.slot.frames
         now = time.perf_counter()
-        self._evaluation = Evaluation(
-            self, atoms, account.uid, account.quota.share, now, now - self._answered, self.request.exact
-        )
+        away = now - self._answered if self._answered else 0.0
+        exact = self.request.exact
+        self._evaluation = Evaluation(self, atoms, account.uid, account.quota.share, now, away, exact)
         self._model.submit(self._evaluation)
 
     def evaluated(self, error: RootstockError | None) -> None:

@@ -59,7 +59,7 @@ class Evaluation(Generic[Owner]):
         user: whose it is.
         share: how much of the worker that user gets, relative to others.
         submitted: when it was asked for, by a clock of the owner's.
-        away: how long after the owner's last answer that was, in seconds.
+        away: how long after the owner's last answer that was, in seconds; 0 if there was none.
         alone: it gains nothing from company, and is in no batch with others.
     """
 
@@ -68,7 +68,7 @@ class Evaluation(Generic[Owner]):
     user: int = 0
     share: float = 1.0
     submitted: float = 0.0
-    away: float = math.inf
+    away: float = 0.0
     alone: bool = False
     attempts: int = 0
     """How many workers died under it."""
