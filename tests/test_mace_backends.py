@@ -1,5 +1,6 @@
 """The fused MACE against mace-torch in this process: many architectures, many structures, and no belief."""
 
+import dataclasses
 import importlib
 import itertools
 import logging
@@ -19,12 +20,13 @@ from ase.neighborlist import neighbor_list  # noqa: E402
 
 from rootstockd.worker.engines import EngineError, ModelSpec, Result, System, Task  # noqa: E402
 from rootstockd.worker.engines.differences import Difference, compare  # noqa: E402
-from rootstockd.worker.engines.mace import MaceEngine, _accelerate, checks  # noqa: E402
+from rootstockd.worker.engines.mace import MaceEngine, _accelerate, checks, radial  # noqa: E402
 from rootstockd.worker.engines.mace.budget import Size  # noqa: E402
 from rootstockd.worker.engines.mace.edges import EdgeBackend  # noqa: E402
 from rootstockd.worker.engines.mace.fused import FusedBackend, NotApplicableError  # noqa: E402
 from rootstockd.worker.engines.mace.graph import Graph, Neighbours, union  # noqa: E402
 from rootstockd.worker.engines.mace.passes import Elements, Harmonics, Pass  # noqa: E402
+from rootstockd.worker.engines.mace.radial import SHORTEST  # noqa: E402
 from rootstockd.worker.engines.mace.reference import ReferenceBackend  # noqa: E402
 
 ELEMENTS = [1, 6, 8, 13, 29]
@@ -342,6 +344,67 @@ def test_an_atom_at_the_end_of_the_world_kills_nobody(far, pbc):
     assert not np.isin(graph.sender[graph.receiver == 1], [0, 2]).any()
 
 
+def agnesi(**options):
+    """A model whose tables depend on the elements."""
+    return make_model(pair_repulsion=True, distance_transform="Agnesi", **options)
+
+
+def dimer(one, other, length=2.0):
+    return Atoms(numbers=[one, other], positions=[[0, 0, 0], [length, 0, 0]])
+
+
+def test_a_structure_that_is_nothing_for_the_fast_backend_leaves_its_mates_to_it():
+    model = agnesi()
+    of, reference = watched(model, FusedBackend(model)), ReferenceBackend(model, "cpu")
+    close = task(of, dimer(*ELEMENTS[:2]))
+    others = [task(of, STRUCTURES[name]) for name in ("alloy", "dense")]
+    of.evaluate([close, *others])
+    assert [result.backend for result in of.evaluate([close, *others])] == ["fused"] * 3
+    closer = dataclasses.replace(close, positions=0.9 * SHORTEST / 2.0 * close.positions)
+    results = of.evaluate([others[0], closer, others[1]])
+    assert [result.backend for result in results] == ["fused", "mace-torch", "fused"]
+    for result, one in zip(results, [others[0], closer, others[1]], strict=True):
+        assert compare(result, reference.evaluate([one])[0]).within(5e-11)
+    assert of.evaluate([close])[0].backend == "fused"
+
+
+def test_tables_of_elements_that_are_not_used_any_more_make_room(monkeypatch):
+    model = agnesi()
+    fast, reference = FusedBackend(model), ReferenceBackend(model, "cpu")
+    of = engine(model)
+    tables = fast._layers[0]._tables[0]
+    pairs = list(itertools.combinations_with_replacement(ELEMENTS, 2))
+    tasks = [task(of, dimer(*pair)) for pair in pairs]
+    fast.evaluate([tasks[0]])
+    monkeypatch.setattr(radial, "MAX_BYTES", 3 * tables._tables.nbytes)
+    monkeypatch.setattr(radial, "UNUSED", 1)
+    fast.forget()
+    for one in [*tasks, *tasks]:
+        assert compare(fast.evaluate([one])[0], reference.evaluate([one])[0]).within(5e-11)
+    with pytest.raises(NotApplicableError, match="memory"):
+        fast.evaluate(tasks)
+    assert len(tables._places) <= 3 and len(tables._tables) == 3 * tables._pieces
+
+
+def test_pairs_whose_lengths_are_transformed_alike_share_a_table():
+    model = agnesi()
+    tables = FusedBackend(model)._layers[0]._tables[0]
+    radii = model.radial_embedding.distance_transform.covalent_radii[list(ELEMENTS)]
+    kinds = {tables._kind(radial.PAIR * a + b) for a in range(len(ELEMENTS)) for b in range(a, len(ELEMENTS))}
+    sums = {round(float(radii[a] + radii[b]), 6) for a in range(len(ELEMENTS)) for b in range(a, len(ELEMENTS))}
+    assert len(kinds) == len(sums)
+
+
+def test_what_is_folded_for_elements_is_kept_once_whatever_company_they_are_in():
+    model = medium()
+    fast, of = FusedBackend(model), engine(model)
+    for count in range(1, len(ELEMENTS) + 1):
+        for some in itertools.combinations(ELEMENTS, count):
+            fast.evaluate([task(of, Atoms(numbers=some, positions=np.arange(3 * count).reshape(-1, 3)))])
+    for layer in fast._layers:
+        assert len(layer._contraction._coefficients) == len(ELEMENTS)
+
+
 # --- belief
 
 
@@ -353,6 +416,9 @@ class Wrong:
     def __init__(self, model, shift=0.0, after=0, stretch=1.0):
         self._backend, self._shift, self._after, self._stretch = ReferenceBackend(model, "cpu"), shift, after, stretch
         self.calls = 0
+
+    def forget(self):
+        pass
 
     def evaluate(self, tasks):
         self.calls += 1
@@ -408,6 +474,9 @@ def test_a_backend_that_fails_or_gives_nan_is_switched_off():
 
     class Failing:
         name, note = "failing", ""
+
+        def forget(self):
+            pass
 
         def evaluate(self, tasks):
             raise RuntimeError("no kernel for this device")

@@ -101,12 +101,13 @@ class CpuMemory(Memory):
 
     def _look(self) -> int:
         resident, data = _statm()
+        heap = _free_heap()
         kept = max(0, resident - self._before)
+        kept = kept if heap is None else min(kept, heap)  # some of it is in use: tables, for instance
         rest = [_available() + kept]
         rest += [limit - used + kept for group in self._groups for limit, used in control_group_memory(group)]
         limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
         if limit != resource.RLIM_INFINITY:  # counts what the allocator has, be it resident or not
-            heap = _free_heap()
             rest.append(limit - data + (kept if heap is None else heap))
         return max(0, min(rest))
 

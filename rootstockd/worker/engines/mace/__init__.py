@@ -58,7 +58,14 @@ class Backend(Protocol):
     """What people should know of how it computes just now; as a rule nothing."""
 
     def evaluate(self, tasks: list[Task]) -> list[Result]:
-        """Evaluate a batch; results in the same order."""
+        """Evaluate a batch; results in the same order.
+
+        Raises:
+            NotApplicableError: it can't, for what is in a structure.
+        """
+
+    def forget(self) -> None:
+        """Give back what is kept of structures for others like them."""
 
 
 class MaceEngine:
@@ -139,14 +146,18 @@ class MaceEngine:
             else:
                 together.append(index)
         if together:
-            chosen = [tasks[index] for index in together]
-            try:
-                answers = (self._fast or self._reference).evaluate(chosen)
-            except NotApplicableError:  # tables for all of these together would be too large
-                answers = self._reference.evaluate(chosen)
-            results.update(zip(together, answers))
+            results.update(zip(together, self._together([tasks[index] for index in together])))
         self._hear()
         return [results[index] for index in range(len(tasks))]
+
+    def _together(self, tasks: list[Task]) -> list[Result]:
+        """In one pass; or each by whatever can, where one of them is nothing for the fast backend."""
+        try:
+            return (self._fast or self._reference).evaluate(tasks)
+        except NotApplicableError:
+            if len(tasks) == 1:
+                return self._reference.evaluate(tasks)
+            return [result for task in tasks for result in self._together([task])]
 
     def _hear(self) -> None:
         """Pass on what the fast backend has to say, if it has not been."""
@@ -173,31 +184,33 @@ class MaceEngine:
                 whole = fast.evaluate([task])[0]
             trusted = difference.within(system.tolerance)
             why = f"{fast.name} differs from {self._reference.name} by {difference}"
-        except EngineBrokenError:
-            raise
         except Exception as error:  # the reference has answered
-            if out_of_memory(error):  # which says nothing of its numbers: they are compared next time
-                if whole is None:
-                    raise
-                return whole
+            if isinstance(error, EngineBrokenError) or (out_of_memory(error) and whole is None):
+                raise
+            if isinstance(error, NotApplicableError) or out_of_memory(error):  # says nothing of its numbers
+                return whole or self._reference.evaluate([task])[0]  # and they are compared next time
             trusted, why = False, f"{fast.name}: {type(error).__name__}: {error}"
         self._trusted[system.check] = trusted
         if not trusted:
-            self._untrusted += 1
-            text = f"{why}, on the first structure ({len(sample.positions)} atoms) of session {system.session}"
-            log.warning("model %r: %s, which gets %s", self._name, text, self._reference.name)
-            whose = "1 session's systems" if self._untrusted == 1 else f"{self._untrusted} sessions' systems"
-            self._distrust = f"{whose} are computed by {self._reference.name}; the last: {text}"
-            self._note()
+            self._doubt(f"{why}, on the first structure ({len(sample.positions)} atoms) of session {system.session}")
         if whole is None or (sample is not task and not trusted):
             whole = self._reference.evaluate([task])[0]
         return whole
+
+    def _doubt(self, text: str) -> None:
+        """Say that a session does without the fast backend."""
+        self._untrusted += 1
+        log.warning("model %r: %s, which gets %s", self._name, text, self._reference.name)
+        whose = "1 session's systems" if self._untrusted == 1 else f"{self._untrusted} sessions' systems"
+        self._distrust = f"{whose} are computed by {self._reference.name}; the last: {text}"
+        self._note()
 
     def _best(self, candidates: Sequence[Backend]) -> tuple[Backend | None, list[str]]:
         """The first that gives the reference's numbers, if one does; and why those before it are not used."""
         notes: list[str] = []
         for backend in candidates:
             why = self._fault(backend)
+            backend.forget()
             if not why:
                 return backend, notes
             notes.append(f"{backend.name} is switched off: {why}")
@@ -217,6 +230,7 @@ class MaceEngine:
                 except Exception as error:  # whatever it is, others are still there
                     return f"{type(error).__name__}: {error}"
                 repeats = 1
+                backend.forget()  # no session has all elements at once
                 difference = compare(result, reference)
                 if not difference.within(TOLERANCE[self._dtype]):
                     return f"it differs by {difference}"

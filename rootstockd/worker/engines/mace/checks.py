@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from ase.geometry import wrap_positions
 
 from rootstockd.worker.engines import Array, Result, Task
 from rootstockd.worker.engines.mace.reference import System
@@ -35,17 +36,18 @@ def structures(elements: Sequence[int], head: str, head_index: int) -> Iterator[
 def piece(task: Task, cutoff: float) -> Task:
     """The atom nearest to the middle of a structure and what surrounds it, as a cluster small enough for the reference.
 
-    Distances are those of the structure as it lies in its cell, so a cluster at its edge has fewer neighbours; both
+    Distances are those of the structure wrapped into its cell, so a cluster at its edge has fewer neighbours; both
     backends are given the same.
     """
     if len(task.positions) <= LARGEST:
         return task
-    central = np.argmin(np.linalg.norm(task.positions - task.positions.mean(axis=0), axis=1))
-    distances = np.linalg.norm(task.positions - task.positions[central], axis=1)
+    positions = wrap_positions(task.positions, task.cell, task.system.pbc) if any(task.system.pbc) else task.positions
+    central = np.argmin(np.linalg.norm(positions - positions.mean(axis=0), axis=1))
+    distances = np.linalg.norm(positions - positions[central], axis=1)
     nearest = np.argsort(distances)[: LARGEST // 2]
     nearest = nearest[distances[nearest] <= 2 * cutoff]
     system = dataclasses.replace(task.system, numbers=task.system.numbers[nearest], pbc=(False, False, False))
-    return Task(system, task.cell, task.positions[nearest], stress=task.stress, energies=False)
+    return Task(system, task.cell, positions[nearest], stress=task.stress, energies=False)
 
 
 def slope_error(results: dict[str, Result], step: float) -> float:

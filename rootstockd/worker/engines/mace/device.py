@@ -63,7 +63,7 @@ class DeviceBackend(EdgeBackend):
             return self._packing.evaluate(sizes, lambda pack: self._one_pass(tasks[pack], graphs[pack], replay=False))
         except RuntimeError as error:
             if out_of_memory(error):  # whoever tries again, in parts, has all that there is
-                self._forget()
+                self.forget()
             raise
 
     def _one_pass(self, tasks: list[Task], graphs: list[Graph], *, replay: bool) -> list[Result]:
@@ -83,7 +83,8 @@ class DeviceBackend(EdgeBackend):
         self.note = self._captures.note
         return self._of_rows(tasks, rows)
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Keep no graphs, nor recorded passes."""
         self._residents.forget()
         self._captures.forget()
         self._graphs, self._graph = [], None

@@ -51,6 +51,9 @@ class EdgeBackend:
         sizes = [Size(edges.atoms, len(edges.sender)) for edges in lists]
         return self._packing.evaluate(sizes, lambda pack: self._pass(tasks[pack], union(lists[pack])))
 
+    def forget(self) -> None:
+        """Nothing is kept."""
+
     def _pass(self, tasks: list[Task], graph: Graph) -> list[Result]:
         systems: list[System] = [task.system for task in tasks]
         elements = np.searchsorted(self._elements, np.concatenate([system.numbers for system in systems]))

@@ -18,7 +18,7 @@ from e3nn import o3
 from rootstockd.worker.engines import Array
 from rootstockd.worker.engines.mace import kernels
 from rootstockd.worker.engines.mace.passes import NOTHING, Elements, Pass
-from rootstockd.worker.engines.mace.radial import NotApplicableError, RadialTables
+from rootstockd.worker.engines.mace.radial import NotApplicableError, RadialTables, numpy_type
 
 _DEGREES = 3
 
@@ -278,11 +278,6 @@ def _plan(product: Any, starts: list[int], strides: list[int], dtype: torch.dtyp
     )
 
 
-def numpy_type(dtype: torch.dtype) -> Any:
-    """Numpy's name of a dtype."""
-    return np.float64 if dtype == torch.float64 else np.float32
-
-
 class Density:
     """A block's division of messages by 1 + the density of neighbours.
 
@@ -348,27 +343,33 @@ class Contraction:
         self._dtype = self._folds[0][1].dtype
         self.powers = powers.astype(numpy_type(self._dtype))
         self.agnostic = self._folds[0][1].shape[0] == 1
-        self._coefficients: dict[int, torch.Tensor] = {}
-        self._stacks: dict[tuple[int, ...], Array] = {}
+        self.forget()
 
-    def coefficients(self, elements: Sequence[int]) -> Array:
-        """(elements, terms, K) of these elements, folded when first asked for."""
-        stack = self._stacks.get(tuple(elements))
-        if stack is None:
-            for element in elements:
-                if element not in self._coefficients:
-                    folded = [matrix @ weights[element].double() for matrix, weights in self._folds]
-                    self._coefficients[element] = torch.cat(folded).to(self._dtype)
-            if len(self._stacks) > 64:  # noqa: PLR2004 - sessions with other elements each, for weeks
-                self._stacks.clear()
-            stack = torch.stack([self._coefficients[element] for element in elements]).numpy()
-            self._stacks[tuple(elements)] = stack
-        return stack
+    def forget(self) -> None:
+        """Keep no coefficients."""
+        elements, channels = self._folds[0][1].shape[0], self._folds[0][1].shape[-1]
+        self._rows = np.full(elements, -1)
+        """Each element's row of the coefficients; -1 where they have not been folded."""
+        self._coefficients = np.empty((0, len(self.terms), channels), numpy_type(self._dtype))
+
+    def coefficients(self, elements: Sequence[int]) -> tuple[Array, Array]:
+        """Each element's row, and (rows, terms, K) coefficients, folded when these elements are first asked for."""
+        missing = [element for element in elements if self._rows[element] < 0]
+        if missing:
+            folded = [
+                torch.cat([matrix @ weights[element].double() for matrix, weights in self._folds])
+                .to(self._dtype)
+                .numpy()
+                for element in missing
+            ]
+            self._rows[missing] = len(self._coefficients) + np.arange(len(missing))
+            self._coefficients = np.concatenate([self._coefficients, folded])
+        return self._rows, self._coefficients
 
     def forward(self, messages: torch.Tensor, now: Pass) -> torch.Tensor:
         """From (N, C, K) messages to (N, M, K)."""
-        element = np.zeros(len(messages), np.int64) if self.agnostic else now.elements.place
-        coefficients = self.coefficients([0] if self.agnostic else now.elements.present)
+        rows, coefficients = self.coefficients([0] if self.agnostic else now.elements.present)
+        element = np.zeros(len(messages), np.int64) if self.agnostic else rows[now.elements.each]
         out = messages.new_empty((len(messages), self.components, messages.shape[2]))
         kernels.contract(element, messages.numpy(), self.terms, coefficients, out.numpy())
         now.kept[self] = element, coefficients, messages

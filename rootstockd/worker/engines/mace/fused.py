@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rootstockd.worker.engines import Array
+from rootstockd.worker.engines import Array, Result, Task
 from rootstockd.worker.engines.mace import kernels
 from rootstockd.worker.engines.mace.edges import EdgeBackend
 from rootstockd.worker.engines.mace.folding import (
@@ -32,12 +32,12 @@ from rootstockd.worker.engines.mace.folding import (
     channels,
     from_e3nn,
     linear,
-    numpy_type,
     to_e3nn,
 )
 from rootstockd.worker.engines.mace.graph import Graph
 from rootstockd.worker.engines.mace.passes import Elements, Harmonics, Pass
-from rootstockd.worker.engines.mace.radial import NotApplicableError, RadialTables
+from rootstockd.worker.engines.mace.radial import NotApplicableError, RadialTables, numpy_type
+from rootstockd.worker.failures import out_of_memory
 
 _EDGES_OF_A_THREAD = 2_000
 """With fewer for each, waking threads takes longer than they save."""
@@ -68,6 +68,24 @@ class FusedBackend(EdgeBackend):
                 _Layer(model, interaction, product, self._dtype, first=number == 0)
                 for number, (interaction, product) in enumerate(zip(model.interactions, model.products))
             ]
+
+    def evaluate(self, tasks: list[Task]) -> list[Result]:
+        """As few passes as fit the memory.
+
+        Raises:
+            NotApplicableError: a structure among them needs tables that are not there.
+        """
+        try:
+            return super().evaluate(tasks)
+        except (MemoryError, RuntimeError) as error:
+            if out_of_memory(error):  # whoever tries again, in parts, has all that there is
+                self.forget()
+            raise
+
+    def forget(self) -> None:
+        """Keep nothing that was made for the elements of structures."""
+        for layer in self._layers:
+            layer.forget()
 
     def _derive(self, graph: Graph, elements: Array, heads: Array) -> tuple[Array, Array]:
         with self._threads_for(len(graph.sender)):
@@ -131,8 +149,12 @@ class _Layer:
             network: Any, shape: tuple[int, int], finish: Callable[[torch.Tensor], torch.Tensor]
         ) -> RadialTables:
             cutoff = float(model.r_max)
-            return RadialTables(model.radial_embedding, network, model.atomic_numbers, cutoff, dtype, shape, finish)
+            self._tables.append(
+                RadialTables(model.radial_embedding, network, model.atomic_numbers, cutoff, dtype, shape, finish)
+            )
+            return self._tables[-1]
 
+        self._tables: list[RadialTables] = []
         weights = tables(interaction.conv_tp_weights, (len(conv.instructions), count), lambda x: x)
         self._convolution = Convolution(conv, interaction.linear, weights, constant=first)
         self._density, scale = None, 1.0
@@ -154,6 +176,12 @@ class _Layer:
             features = from_e3nn(model.node_embedding(torch.eye(every.count, dtype=dtype)), conv.irreps_in1)
             skipped = self._skip.forward(features, every) if self._uses_skip else features
             self._of_elements = self._up.forward(features, every), skipped
+
+    def forget(self) -> None:
+        """Keep nothing that was made for the elements of structures."""
+        for tables in self._tables:
+            tables.forget()
+        self._contraction.forget()
 
     def forward(self, h: torch.Tensor, now: Pass) -> torch.Tensor:
         """From features of the layer before to its own; (N, rows, channels)."""

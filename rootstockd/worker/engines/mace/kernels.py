@@ -122,15 +122,32 @@ def harmonics_back(vectors, parents, axes, begins, monomials, coefficients, leng
 
 
 @numba.njit(inline="always")
-def _place(length, scale, pieces):
+def _place(length, scale, shortest, pieces):
     """The piece that a length lies in, and where in it, from -1 to 1."""
-    piece = min(int(length * scale), pieces - 1)
-    return piece, 2.0 * (length * scale - piece) - 1.0
+    at = (length - shortest) * scale
+    piece = min(int(at), pieces - 1)
+    return piece, 2.0 * (at - piece) - 1.0
 
 
 @numba.njit(parallel=True, fastmath=_REORDER, cache=True)
 def convolve(
-    first, sender, lengths, h, y, tables, begins, pieces, scale, paths, groups, rows, terms, harmonics, cg, out
+    first,
+    sender,
+    lengths,
+    h,
+    y,
+    tables,
+    begins,
+    pieces,
+    scale,
+    shortest,
+    paths,
+    groups,
+    rows,
+    terms,
+    harmonics,
+    cg,
+    out,
 ):
     """Messages.
 
@@ -144,6 +161,7 @@ def convolve(
         begins: (E,) where each edge's table begins, or (0,) if there is but one.
         pieces: of each table.
         scale: 1 over the width of a piece.
+        shortest: where the first piece begins.
         paths: (P + 1,) each path's first group.
         groups: (groups,) row of `h`.
         rows: (groups + 1,) each group's first term.
@@ -159,7 +177,7 @@ def convolve(
         out[i] = 0
         for e in range(first[i], first[i + 1]):
             j = sender[e]
-            piece, exactly = _place(lengths[e], scale, pieces)
+            piece, exactly = _place(lengths[e], scale, shortest, pieces)
             if begins.shape[0]:
                 piece += begins[e]
             at = h.dtype.type(exactly)
@@ -193,6 +211,7 @@ def convolve_back(
     begins,
     pieces,
     scale,
+    shortest,
     paths,
     groups,
     rows,
@@ -226,7 +245,7 @@ def convolve_back(
         for i in range(atoms * thread // threads, atoms * (thread + 1) // threads):
             for e in range(first[i], first[i + 1]):
                 j = sender[e]
-                piece, exactly = _place(lengths[e], scale, pieces)
+                piece, exactly = _place(lengths[e], scale, shortest, pieces)
                 if begins.shape[0]:
                     piece += begins[e]
                 at, by_x = h.dtype.type(exactly), zero
@@ -262,7 +281,7 @@ def convolve_back(
 
 
 @numba.njit(parallel=True, fastmath=_REORDER, cache=True)
-def add_up(first, lengths, tables, begins, pieces, scale, out):
+def add_up(first, lengths, tables, begins, pieces, scale, shortest, out):
     """A function of lengths, summed over each atom's edges; arguments as in `convolve`, with one path and channel, and
 
     Args:
@@ -271,7 +290,7 @@ def add_up(first, lengths, tables, begins, pieces, scale, out):
     for i in numba.prange(first.shape[0] - 1):
         total = 0.0
         for e in range(first[i], first[i + 1]):
-            piece, at = _place(lengths[e], scale, pieces)
+            piece, at = _place(lengths[e], scale, shortest, pieces)
             if begins.shape[0]:
                 piece += begins[e]
             value = np.float64(tables[piece, DEGREE, 0, 0])
@@ -282,7 +301,7 @@ def add_up(first, lengths, tables, begins, pieces, scale, out):
 
 
 @numba.njit(parallel=True, fastmath=_REORDER, cache=True)
-def add_up_back(first, lengths, tables, begins, pieces, scale, grad, by_length):
+def add_up_back(first, lengths, tables, begins, pieces, scale, shortest, grad, by_length):
     """Derivative of `add_up` by the lengths; arguments as there, and
 
     Args:
@@ -291,7 +310,7 @@ def add_up_back(first, lengths, tables, begins, pieces, scale, grad, by_length):
     """
     for i in numba.prange(first.shape[0] - 1):
         for e in range(first[i], first[i + 1]):
-            piece, at = _place(lengths[e], scale, pieces)
+            piece, at = _place(lengths[e], scale, shortest, pieces)
             if begins.shape[0]:
                 piece += begins[e]
             value, rise = np.float64(tables[piece, DEGREE, 0, 0]), 0.0

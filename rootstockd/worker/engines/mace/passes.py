@@ -128,6 +128,11 @@ class Pass:
         pairs = PAIR * np.minimum(sender, receiver) + np.maximum(sender, receiver)
         return pairs, np.flatnonzero(np.bincount(pairs, minlength=1))
 
+    @cached_property
+    def shortest(self) -> float:
+        """The shortest edge's length in Å; infinite where there is none."""
+        return float(self.lengths.min(initial=np.inf))
+
     def by_vectors(self) -> Array:
         """(E, 3) the derivative of the energy by the edges' vectors, when all have added what they had to."""
         by_vectors = np.empty((len(self.lengths), 3))

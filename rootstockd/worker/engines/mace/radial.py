@@ -1,8 +1,12 @@
 """Radial weights as tables: what a network makes of an edge's length is a smooth function.
 
-Each weight of each path and channel is a polynomial on each of some equal pieces of [0, cutoff], through the network's
-own values (in double precision) at the Chebyshev points of the piece. There are as many pieces as it takes to be as
-exact as the model's dtype.
+Each weight of each path and channel is a polynomial on each of some equal pieces up to the cutoff, through the
+network's own values (in double precision) at the Chebyshev points of the piece. There are as many pieces as it takes to
+be as exact as the model's dtype.
+
+Models that transform lengths by the elements they join have a table for each kind of pair: pairs whose lengths are
+transformed alike, such as those with the same sum of covalent radii, share one. Such a transformation has no
+derivatives at zero, where atoms never are, so these tables begin at `SHORTEST`.
 """
 
 from __future__ import annotations
@@ -21,14 +25,23 @@ if TYPE_CHECKING:
 
 MAX_PIECES = 512
 """Measured: a higher degree, or more pieces than it takes, only adds rounding to the derivative in float64."""
-MAX_BYTES = 2 * 2**30
+MAX_BYTES = 2**30
 """Of the tables of one layer, where they depend on the elements."""
+UNUSED = 100
+"""Passes in which a table was not used, until another may have its place."""
+SHORTEST = 0.5
+"""Å; no table that depends on the elements has shorter lengths."""
 PAIR = 128
 """A pair of the model's elements has the number PAIR x the lesser + the greater: there are fewer elements."""
 EXACT = {torch.float32: 2e-8, torch.float64: 3e-14}
 """How far a table may be from its network, as part of the largest weight."""
 
 _NONE = np.empty(0, np.int64)
+
+
+def numpy_type(dtype: torch.dtype) -> Any:
+    """Numpy's name of a dtype."""
+    return np.float64 if dtype == torch.float64 else np.float32
 
 
 class NotApplicableError(Exception):
@@ -61,46 +74,101 @@ class RadialTables:
         self._layers = list(network)
         if not all(hasattr(layer, name) for layer in self._layers for name in ("h_in", "var_in", "var_out", "weight")):
             raise NotApplicableError("a radial network of an unknown kind")
-        self._embedding, self._atomic_numbers, self._cutoff, self.dtype = embedding, atomic_numbers, cutoff, dtype
+        self._embedding, self._atomic_numbers, self.dtype = embedding, atomic_numbers, dtype
         self._shape, self._finish = shape, finish
         self._by_pair = hasattr(embedding, "distance_transform")
+        self._begin = SHORTEST if self._by_pair else 0.0
+        self._length = cutoff - self._begin
         self._pieces = self._enough()
-        self._index: dict[int, int] = {}
-        """Which table a pair of elements has; the pair is one number, so that edges can be looked up at once."""
-        self._tables: Array = np.empty(0)
+        self._kinds: dict[int, bytes] = {}
+        """What each pair's transformed lengths are; the pair is one number, so that edges can be looked up at once."""
+        self._clear()
 
-    def look_up(self, now: Pass) -> tuple[Array, Array, int, float]:
-        """What `kernels.convolve` wants to know of them: tables, begins, pieces and scale."""
-        pairs, there = now.pairs if self._by_pair else (_NONE, np.zeros(1, np.int64))
-        missing = [pair for pair in there.tolist() if pair not in self._index]
-        if missing:
-            self._add(missing)
-        begins = _NONE
+    def forget(self) -> None:
+        """Keep no tables that depend on elements."""
         if self._by_pair:
-            table = np.zeros(PAIR * PAIR, np.int64)
-            table[there] = [self._index[pair] * self._pieces for pair in there.tolist()]
-            begins = table[pairs]
-        return self._tables, begins, self._pieces, self._pieces / self._cutoff
+            self._clear()
 
-    def _add(self, pairs: list[int]) -> None:
+    def _clear(self) -> None:
+        self._tables: Array = np.empty((0, DEGREE + 1, *self._shape), numpy_type(self.dtype))
+        self._places: dict[bytes, int] = {}
+        """Where the table of each kind of pair is, the least recently used first."""
+        self._used: dict[bytes, int] = {}
+        """In which pass each was used last."""
+        self._passes = 0
+
+    def look_up(self, now: Pass) -> tuple[Array, Array, int, float, float]:
+        """What `kernels.convolve` wants to know of them: tables, begins, pieces, scale and shortest.
+
+        Raises:
+            NotApplicableError: a length is too short for them, or they would be too large.
+        """
+        scale = self._pieces / self._length
+        if not self._by_pair:
+            if not self._places:
+                self._add([(b"", (0, 0))])
+            return self._tables, _NONE, self._pieces, scale, self._begin
+        if now.shortest < self._begin:
+            raise NotApplicableError(
+                f"atoms that are {now.shortest:.2f} Å apart, where tables begin at {self._begin} Å"
+            )
+        pairs, there = now.pairs
+        self._passes += 1
+        kinds = [self._kind(pair) for pair in there.tolist()]
+        missing: dict[bytes, tuple[int, int]] = {}
+        for kind, pair in zip(kinds, there.tolist()):
+            self._used[kind] = self._passes
+            if kind not in self._places:
+                missing.setdefault(kind, divmod(pair, PAIR))
+        if missing:
+            self._add(list(missing.items()))
+        table = np.zeros(PAIR * PAIR, np.int64)
+        table[there] = [self._places[kind] * self._pieces for kind in kinds]
+        return self._tables, table[pairs], self._pieces, scale, self._begin
+
+    def _kind(self, pair: int) -> bytes:
+        """The same for pairs that have the same weights at all lengths."""
+        kind = self._kinds.get(pair)
+        if kind is None:
+            lengths = torch.tensor([[1.0], [2.0], [3.0]], dtype=torch.float64)
+            transformed = self._embedding.distance_transform(lengths, *self._joined(divmod(pair, PAIR), 3))
+            kind = self._kinds[pair] = transformed.double().numpy().round(12).tobytes()
+        return kind
+
+    def _add(self, kinds: list[tuple[bytes, tuple[int, int]]]) -> None:
+        """Make the tables of some kinds of pairs, in the place of others if there are too many."""
         one = self._pieces * (DEGREE + 1) * self._shape[0] * self._shape[1] * self.dtype.itemsize
-        if self._by_pair and one * (len(self._index) + len(pairs)) > MAX_BYTES:
-            raise NotApplicableError(f"tables for {len(pairs)} more pairs of elements would take too much memory")
-        made = [
-            self._table(divmod(pair, PAIR), self._pieces).reshape(self._pieces, DEGREE + 1, *self._shape)
-            for pair in pairs
-        ]
-        dtype = np.float64 if self.dtype == torch.float64 else np.float32
-        fresh = np.concatenate(made).astype(dtype)
-        self._tables = fresh if not self._index else np.concatenate([self._tables, fresh])
-        for pair in pairs:
-            self._index[pair] = len(self._index)
+        free = self._make_room(len(self._places) + len(kinds) - max(1, MAX_BYTES // one))
+        more = len(kinds) - len(free)
+        if more > 0:
+            count = len(self._tables) // self._pieces
+            free += range(count, count + more)
+            fresh = np.empty((more * self._pieces, *self._tables.shape[1:]), self._tables.dtype)
+            self._tables = np.concatenate([self._tables, fresh]) if count else fresh
+        for (kind, pair), place in zip(kinds, free):
+            made = self._table(pair, self._pieces).reshape(self._pieces, DEGREE + 1, *self._shape)
+            self._tables[place * self._pieces : (place + 1) * self._pieces] = made
+            self._places[kind] = place
+
+    def _make_room(self, too_many: int) -> list[int]:
+        """The places of so many tables, which nobody has used for long and which are forgotten.
+
+        Raises:
+            NotApplicableError: there are not so many.
+        """
+        if too_many <= 0:
+            return []
+        old = sorted(self._places, key=self._used.__getitem__)[:too_many]
+        if len(old) < too_many or self._used[old[-1]] > self._passes - UNUSED:
+            raise NotApplicableError("tables for so many elements at once would take too much memory")
+        for kind in old:
+            del self._used[kind]
+        return [self._places.pop(kind) for kind in old]
 
     def _table(self, pair: tuple[int, int], pieces: int) -> Array:
         """(pieces, degree + 1, weights) coefficients."""
         nodes, coefficients = _chebyshev(DEGREE)
-        width = self._cutoff / pieces
-        lengths = (np.arange(pieces)[:, None] + 0.5 * (nodes + 1.0)) * width
+        lengths = self._lengths(pieces, nodes)
         values = self._weights(lengths.reshape(-1), pair).reshape(pieces, DEGREE + 1, -1)
         return np.asarray(np.einsum("cn,pnw->pcw", coefficients, values))
 
@@ -109,8 +177,7 @@ class RadialTables:
         between = np.array([-0.97, -0.31, 0.55])
         pieces = 16
         while pieces < MAX_PIECES:
-            width = self._cutoff / pieces
-            lengths = (np.arange(pieces)[:, None] + 0.5 * (between + 1.0)) * width
+            lengths = self._lengths(pieces, between)
             right = self._weights(lengths.reshape(-1), (0, 0)).reshape(pieces, len(between), -1)
             found = np.einsum(
                 "xc,pcw->pxw", np.vander(between, DEGREE + 1, increasing=True), self._table((0, 0), pieces)
@@ -120,13 +187,21 @@ class RadialTables:
             pieces *= 2
         return pieces
 
+    def _lengths(self, pieces: int, within: Array) -> Array:
+        """(pieces, points) of the same points, from -1 to 1, of all pieces."""
+        width = self._length / pieces
+        return np.asarray(self._begin + (np.arange(pieces)[:, None] + 0.5 * (within + 1.0)) * width)
+
+    def _joined(self, pair: tuple[int, int], edges: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What the embedding wants to know of so many edges between two atoms."""
+        attributes = torch.nn.functional.one_hot(torch.tensor(pair), len(self._atomic_numbers)).double()
+        return attributes, torch.tensor([[0], [1]]).expand(2, edges), self._atomic_numbers
+
     def _weights(self, lengths: Array, pair: tuple[int, int]) -> Array:
         """(lengths, weights): the network itself, in double precision."""
         with torch.no_grad():
             r = torch.from_numpy(lengths)[:, None]
-            attributes = torch.nn.functional.one_hot(torch.tensor(pair), len(self._atomic_numbers)).double()
-            edges = torch.tensor([[0], [1]]).expand(2, len(lengths))
-            x, cutoff = self._embedding(r, attributes, edges, self._atomic_numbers)
+            x, cutoff = self._embedding(r, *self._joined(pair, len(lengths)))
             x = x.double()
             for layer in self._layers:
                 # e3nn's layer, whose own forward would insist on the model's dtype

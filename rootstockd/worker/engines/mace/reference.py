@@ -80,6 +80,9 @@ class ReferenceBackend:
             configuration, z_table=self._elements, cutoff=self._cutoff, heads=self._heads
         )
 
+    def forget(self) -> None:
+        """Nothing is kept."""
+
     def evaluate(self, tasks: list[Task]) -> list[Result]:
         """One forward pass over the union of the tasks' graphs."""
         batch = torch_geometric.Batch.from_data_list([self._graph(task) for task in tasks]).to(self._device)
