@@ -18,7 +18,10 @@ Everything here is deterministic for a given number of threads.
 
 from __future__ import annotations
 
+import os
+import shutil
 import warnings
+from pathlib import Path
 
 import numba
 import numpy as np
@@ -27,6 +30,23 @@ from numba.core.errors import NumbaSystemWarning
 # a confined worker has no /dev/shm for the lock that would guard other processes' use of numba: there are none
 warnings.filterwarnings("ignore", "Could not obtain multiprocessing lock", NumbaSystemWarning)
 
+_ROOM = 2**25
+"""Bytes of disk without which nothing compiled is kept."""
+
+
+def _can_keep() -> bool:
+    """Whether there is a place for what is compiled: saving it would fail, and with it what is compiled."""
+    folder = os.environ.get("NUMBA_CACHE_DIR")
+    if folder is None:  # beside this file, or wherever numba finds a place
+        return True
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        return shutil.disk_usage(folder).free >= _ROOM
+    except OSError:
+        return False
+
+
+_KEEP = _can_keep()
 DEGREE = 7
 """Of the polynomials in `tables`; a constant, so that loops over it are unrolled."""
 # No slice of an array is made in an inner loop: numba counts references to each, which takes as long as the loop.
@@ -38,7 +58,7 @@ BLOCK = 64
 """Edges whose harmonics are formed together: loops over them vectorise, and what is between fits the cache."""
 
 
-@numba.njit(parallel=True, fastmath=_REORDER, cache=True)
+@numba.njit(parallel=True, fastmath=_REORDER, cache=_KEEP)
 def harmonics(vectors, parents, axes, begins, monomials, coefficients, lengths, y):
     """Lengths of edges, and spherical harmonics of their directions.
 
@@ -71,7 +91,7 @@ def harmonics(vectors, parents, axes, begins, monomials, coefficients, lengths, 
                 y[begin + e, s] = total[e]
 
 
-@numba.njit(fastmath=_REORDER, error_model="numpy", cache=True)
+@numba.njit(fastmath=_REORDER, error_model="numpy", cache=_KEEP)
 def _powers(vectors, lengths, parents, axes, begin, count, unit, powers):
     """Directions of a block's edges, and the monomials in their components."""
     for e in range(count):
@@ -84,7 +104,7 @@ def _powers(vectors, lengths, parents, axes, begin, count, unit, powers):
             power[e] = parent[e] * component[e]
 
 
-@numba.njit(parallel=True, fastmath=_REORDER, error_model="numpy", cache=True)
+@numba.njit(parallel=True, fastmath=_REORDER, error_model="numpy", cache=_KEEP)
 def harmonics_back(vectors, parents, axes, begins, monomials, coefficients, lengths, by_y, by_length, by_vectors):
     """Derivative of `harmonics` by the vectors; arguments as there, and
 
@@ -129,7 +149,7 @@ def _place(length, scale, shortest, pieces):
     return piece, 2.0 * (at - piece) - 1.0
 
 
-@numba.njit(parallel=True, fastmath=_REORDER, cache=True)
+@numba.njit(parallel=True, fastmath=_REORDER, cache=_KEEP)
 def convolve(
     first,
     sender,
@@ -200,7 +220,7 @@ def convolve(
                             out[i, row, k] += angular * product[k]
 
 
-@numba.njit(parallel=True, fastmath=_REORDER, cache=True)
+@numba.njit(parallel=True, fastmath=_REORDER, cache=_KEEP)
 def convolve_back(
     first,
     sender,
@@ -280,7 +300,7 @@ def convolve_back(
                 by_length[e] += 2.0 * scale * by_x
 
 
-@numba.njit(parallel=True, fastmath=_REORDER, cache=True)
+@numba.njit(parallel=True, fastmath=_REORDER, cache=_KEEP)
 def add_up(first, lengths, tables, begins, pieces, scale, shortest, out):
     """A function of lengths, summed over each atom's edges; arguments as in `convolve`, with one path and channel, and
 
@@ -300,7 +320,7 @@ def add_up(first, lengths, tables, begins, pieces, scale, shortest, out):
         out[i] = total
 
 
-@numba.njit(parallel=True, fastmath=_REORDER, cache=True)
+@numba.njit(parallel=True, fastmath=_REORDER, cache=_KEEP)
 def add_up_back(first, lengths, tables, begins, pieces, scale, shortest, grad, by_length):
     """Derivative of `add_up` by the lengths; arguments as there, and
 
@@ -320,7 +340,7 @@ def add_up_back(first, lengths, tables, begins, pieces, scale, shortest, grad, b
             by_length[e] += 2.0 * scale * grad[i] * rise
 
 
-@numba.njit(parallel=True, fastmath=_REORDER, cache=True)
+@numba.njit(parallel=True, fastmath=_REORDER, cache=_KEEP)
 def contract(element, a, terms, coefficients, out):
     """Products of messages.
 
@@ -348,7 +368,7 @@ def contract(element, a, terms, coefficients, out):
                     out[i, row, k] += coefficients[z, term, k] * a[i, one, k]
 
 
-@numba.njit(parallel=True, fastmath=_REORDER, cache=True)
+@numba.njit(parallel=True, fastmath=_REORDER, cache=_KEEP)
 def contract_back(element, a, slopes, powers, coefficients, grad, grad_a):
     """Derivative of `contract` by the messages; arguments as there, and
 
