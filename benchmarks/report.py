@@ -12,8 +12,14 @@ Key = tuple[str, str, str, str]
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A result file."""
+    """A result file.
+
+    Raises:
+        ValueError: it is something else, such as a verdict of `benchmarks.chaos`.
+    """
     result: dict[str, Any] = json.loads(path.read_text())
+    if not isinstance(result, dict) or "benchmarks" not in result:
+        raise ValueError(f"{path} is no result of benchmarks.run_local")
     return result
 
 
@@ -128,7 +134,10 @@ def main() -> None:
     paths = parser.parse_args().results
     if len(paths) > 2:
         parser.error("one or two results")
-    loaded = [load(path) for path in paths]
+    try:
+        loaded = [load(path) for path in paths]
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     print("\n".join(one(loaded[0]) if len(loaded) == 1 else two(loaded[0], loaded[1])))
 
 
