@@ -25,11 +25,13 @@ import itertools
 import math
 from collections import deque
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Generic, TypeVar
 
 from rootstockd.supervision.cost_curve import CostCurve
 
 Owner = TypeVar("Owner")
+_ATOMS = attrgetter("atoms")
 
 MAX_BLAMED = 2
 """An evaluation that seems to have killed this many workers is given up."""
@@ -151,8 +153,6 @@ class Scheduler(Generic[Owner]):
         """Of the last batch, whose owners may be back before much longer ones should begin."""
         self._ended = 0.0
         """When that batch did."""
-        self._smallest = 0
-        """The fewest atoms of an evaluation in it."""
         self.running: list[Evaluation[Owner]] = []
         self.waiting = 0
         """How many evaluations."""
@@ -180,7 +180,8 @@ class Scheduler(Generic[Owner]):
             user.start = self._now  # nobody saves up time by not using it
         if self._left and self._left.pop(evaluation.owner, None) is not None and self.expected:
             user.start += (evaluation.submitted - self._ended) / evaluation.share
-        user.push(evaluation, next(self._numbers), self._weight(evaluation))
+        weight = self._weight(evaluation) if evaluation.alone else evaluation.atoms
+        user.push(evaluation, next(self._numbers), weight)
 
     def withdraw(self, evaluation: Evaluation[Owner]) -> None:
         """Forget an evaluation. One that runs can't be stopped, but it is not repeated."""
@@ -221,16 +222,21 @@ class Scheduler(Generic[Owner]):
     def _expect(self, now: float) -> float:
         """Until when it is worthwhile to wait for somebody who has just left; 0 if it is not."""
         user = self._next_user()
-        first = user.queue[0][2]
-        if not first.alone and first.atoms < 2 * self._smallest:  # as it mostly is
-            return 0.0
-        seconds, until = self._seconds(first), 0.0
+        seconds, until = self._seconds(user.queue[0][2]), 0.0
         for left in self._left.values():
             back = self._ended + AWAY * left.away + SLACK
             longer = seconds >= MUCH_LONGER * self._seconds(left) and back - self._ended <= WORTHWHILE * seconds
             if longer and until < back and now < back and self._precedes(left, user):
                 until = back
         return until
+
+    def _may_be_long(self, atoms: int) -> bool:
+        """Whether what comes next may take much longer than so many atoms do: as a rule it does not."""
+        user = self._next_user()
+        if not user.queue:  # what waits is what a worker died of
+            return False
+        first = user.queue[0][2]
+        return first.alone or first.atoms >= 2 * atoms
 
     def _precedes(self, left: Evaluation[Owner], user: _User[Owner]) -> bool:
         """Whether it would be the turn of whoever has left before it is that user's, if they were back."""
@@ -305,10 +311,10 @@ class Scheduler(Generic[Owner]):
             now: when it was, by the clock of `Evaluation.submitted`; None if nobody is to be expected back.
         """
         batch, self.running = self.running, []
-        self._left = {}
-        if now is not None and self.waiting:
-            self._left = {evaluation.owner: evaluation for evaluation in batch}
-            self._ended, self._smallest = now, min((evaluation.atoms for evaluation in batch), default=0)
+        if self._left:
+            self._left = {}
+        if now is not None and self.waiting and batch and self._may_be_long(min(map(_ATOMS, batch))):
+            self._left, self._ended = {evaluation.owner: evaluation for evaluation in batch}, now
         if seconds is not None and batch:
             costs = self._alone if batch[0].alone else self.costs
             costs.learn(sum(evaluation.atoms for evaluation in batch), seconds)
