@@ -180,8 +180,7 @@ class Scheduler(Generic[Owner]):
             user.start = self._now  # nobody saves up time by not using it
         if self._left and self._left.pop(evaluation.owner, None) is not None and self.expected:
             user.start += (evaluation.submitted - self._ended) / evaluation.share
-        weight = self._weight(evaluation) if evaluation.alone else evaluation.atoms
-        user.push(evaluation, next(self._numbers), weight)
+        user.push(evaluation, next(self._numbers), self._weight(evaluation))
 
     def withdraw(self, evaluation: Evaluation[Owner]) -> None:
         """Forget an evaluation. One that runs can't be stopped, but it is not repeated."""
@@ -249,7 +248,10 @@ class Scheduler(Generic[Owner]):
 
     def _seconds(self, evaluation: Evaluation[Owner]) -> float:
         """What it probably takes by itself."""
-        return (self._alone if evaluation.alone else self.costs).seconds(evaluation.atoms)
+        return self._curve(evaluation.alone).seconds(evaluation.atoms)
+
+    def _curve(self, alone: bool) -> CostCurve:  # noqa: FBT001 - as Evaluation has it
+        return self._alone if alone else self.costs
 
     def _weight(self, evaluation: Evaluation[Owner]) -> float:
         """What it counts among its user's: its atoms, or more where it takes longer than others of its size."""
@@ -296,11 +298,10 @@ class Scheduler(Generic[Owner]):
         wanting = [user for user in self._users.values() if user.queue or self._batches - user.last <= STILL_HERE]
         self._users = {uid: user for uid, user in self._users.items() if user in wanting or user.start > self._now}
         shares = sum(user.share for user in wanting)
-        curves = {False: self.costs, True: self._alone}
         turns = {}
         for user in wanting:
             atoms, alone = user.latest
-            turns[user.uid] = curves[alone].seconds(atoms) * shares / user.share
+            turns[user.uid] = self._curve(alone).seconds(atoms) * shares / user.share
         return turns
 
     def finished(self, seconds: float | None = None, now: float | None = None) -> list[Evaluation[Owner]]:
@@ -316,8 +317,7 @@ class Scheduler(Generic[Owner]):
         if now is not None and self.waiting and batch and self._may_be_long(min(map(_ATOMS, batch))):
             self._left, self._ended = {evaluation.owner: evaluation for evaluation in batch}, now
         if seconds is not None and batch:
-            costs = self._alone if batch[0].alone else self.costs
-            costs.learn(sum(evaluation.atoms for evaluation in batch), seconds)
+            self._curve(batch[0].alone).learn(sum(evaluation.atoms for evaluation in batch), seconds)
             if self.batch_atoms < self._most:
                 self._recover()
         return batch

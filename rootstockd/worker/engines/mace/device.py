@@ -22,7 +22,6 @@ from rootstockd.worker.engines.mace.budget import Size, total
 from rootstockd.worker.engines.mace.captured import Captures, host_array
 from rootstockd.worker.engines.mace.edges import EdgeBackend
 from rootstockd.worker.engines.mace.resident import Graph, Residents, union
-from rootstockd.worker.failures import out_of_memory
 
 REPLAYED = 2_000
 """Atoms of a batch, up to which launches may be what takes its time, and its pass may be replayed."""
@@ -53,18 +52,13 @@ class DeviceBackend(EdgeBackend):
         """Those that are joined in `_graph`, of the last pass."""
         self._graph: Graph | None = None
 
-    def evaluate(self, tasks: list[Task]) -> list[Result]:
+    def _passes(self, tasks: list[Task]) -> list[Result]:
         """A small batch in one pass, which may be replayed; a large one in as few as fit the memory."""
-        try:
-            graphs = self._residents.graphs(tasks)
-            sizes = [Size(len(graph.attributes), len(graph.edges)) for graph in graphs]
-            if total(sizes).atoms <= REPLAYED:
-                return self._one_pass(tasks, graphs, replay=True)
-            return self._packing.evaluate(sizes, lambda pack: self._one_pass(tasks[pack], graphs[pack], replay=False))
-        except RuntimeError as error:
-            if out_of_memory(error):  # whoever tries again, in parts, has all that there is
-                self.forget()
-            raise
+        graphs = self._residents.graphs(tasks)
+        sizes = [Size(len(graph.attributes), len(graph.edges)) for graph in graphs]
+        if total(sizes).atoms <= REPLAYED:
+            return self._one_pass(tasks, graphs, replay=True)
+        return self._packing.evaluate(sizes, lambda pack: self._one_pass(tasks[pack], graphs[pack], replay=False))
 
     def _one_pass(self, tasks: list[Task], graphs: list[Graph], *, replay: bool) -> list[Result]:
         """Results.

@@ -18,6 +18,7 @@ from rootstockd.worker.engines.mace.graph import Graph, Neighbours, union
 from rootstockd.worker.engines.mace.packing import Packing
 from rootstockd.worker.engines.mace.radial import NotApplicableError
 from rootstockd.worker.engines.mace.reference import System
+from rootstockd.worker.failures import out_of_memory
 
 
 class EdgeBackend:
@@ -46,7 +47,19 @@ class EdgeBackend:
         self._packing = Packing(str(self._device))
 
     def evaluate(self, tasks: list[Task]) -> list[Result]:
-        """As few passes as fit the memory, each over the union of its structures' graphs."""
+        """As few passes as fit the memory, each over the union of its structures' graphs.
+
+        Raises:
+            NotApplicableError: it can't, for what is in a structure.
+        """
+        try:
+            return self._passes(tasks)
+        except (MemoryError, RuntimeError) as error:
+            if out_of_memory(error):  # whoever tries again, in parts, has all that there is
+                self.forget()
+            raise
+
+    def _passes(self, tasks: list[Task]) -> list[Result]:
         lists = [self._neighbours.edges(task, task.system.pbc) for task in tasks]
         sizes = [Size(edges.atoms, len(edges.sender)) for edges in lists]
         return self._packing.evaluate(sizes, lambda pack: self._pass(tasks[pack], union(lists[pack])))

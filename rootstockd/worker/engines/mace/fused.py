@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rootstockd.worker.engines import Array, Result, Task
+from rootstockd.worker.engines import Array
 from rootstockd.worker.engines.mace import kernels
 from rootstockd.worker.engines.mace.edges import EdgeBackend
 from rootstockd.worker.engines.mace.folding import (
@@ -37,7 +37,6 @@ from rootstockd.worker.engines.mace.folding import (
 from rootstockd.worker.engines.mace.graph import Graph
 from rootstockd.worker.engines.mace.passes import Elements, Harmonics, Pass
 from rootstockd.worker.engines.mace.radial import NotApplicableError, RadialTables, numpy_type
-from rootstockd.worker.failures import out_of_memory
 
 _EDGES_OF_A_THREAD = 2_000
 """With fewer for each, waking threads takes longer than they save."""
@@ -68,19 +67,6 @@ class FusedBackend(EdgeBackend):
                 _Layer(model, interaction, product, self._dtype, first=number == 0)
                 for number, (interaction, product) in enumerate(zip(model.interactions, model.products))
             ]
-
-    def evaluate(self, tasks: list[Task]) -> list[Result]:
-        """As few passes as fit the memory.
-
-        Raises:
-            NotApplicableError: a structure among them needs tables that are not there.
-        """
-        try:
-            return super().evaluate(tasks)
-        except (MemoryError, RuntimeError) as error:
-            if out_of_memory(error):  # whoever tries again, in parts, has all that there is
-                self.forget()
-            raise
 
     def forget(self) -> None:
         """Keep nothing that was made for the elements of structures."""

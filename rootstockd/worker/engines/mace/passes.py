@@ -123,10 +123,13 @@ class Pass:
 
     @cached_property
     def pairs(self) -> tuple[Array, Array]:
-        """(E,) the number of the pair of elements that each edge joins (see `radial.PAIR`), and which there are."""
+        """The pairs of elements there are, as numbers (see `radial.PAIR`), and (E,) each edge's place among them."""
         sender, receiver = self.elements.each[self.graph.sender], self.elements.each[self.graph.receiver]
         pairs = PAIR * np.minimum(sender, receiver) + np.maximum(sender, receiver)
-        return pairs, np.flatnonzero(np.bincount(pairs, minlength=1))
+        there = np.flatnonzero(np.bincount(pairs, minlength=1))
+        places = np.empty(PAIR * PAIR, np.int64)
+        places[there] = np.arange(len(there))
+        return there, places[pairs]
 
     @cached_property
     def shortest(self) -> float:

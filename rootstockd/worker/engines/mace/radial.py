@@ -92,7 +92,7 @@ class RadialTables:
     def _clear(self) -> None:
         self._tables: Array = np.empty((0, DEGREE + 1, *self._shape), numpy_type(self.dtype))
         self._places: dict[bytes, int] = {}
-        """Where the table of each kind of pair is, the least recently used first."""
+        """Where the table of each kind of pair is."""
         self._used: dict[bytes, int] = {}
         """In which pass each was used last."""
         self._passes = 0
@@ -112,7 +112,7 @@ class RadialTables:
             raise NotApplicableError(
                 f"atoms that are {now.shortest:.2f} Å apart, where tables begin at {self._begin} Å"
             )
-        pairs, there = now.pairs
+        there, edges = now.pairs
         self._passes += 1
         kinds = [self._kind(pair) for pair in there.tolist()]
         missing: dict[bytes, tuple[int, int]] = {}
@@ -122,9 +122,8 @@ class RadialTables:
                 missing.setdefault(kind, divmod(pair, PAIR))
         if missing:
             self._add(list(missing.items()))
-        table = np.zeros(PAIR * PAIR, np.int64)
-        table[there] = [self._places[kind] * self._pieces for kind in kinds]
-        return self._tables, table[pairs], self._pieces, scale, self._begin
+        begins = np.array([self._places[kind] * self._pieces for kind in kinds], np.int64)
+        return self._tables, begins[edges], self._pieces, scale, self._begin
 
     def _kind(self, pair: int) -> bytes:
         """The same for pairs that have the same weights at all lengths."""
