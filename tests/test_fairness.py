@@ -161,6 +161,27 @@ def test_exact_evaluations_are_in_no_batch_with_others():
     assert sum(map(len, batches)) == 8
 
 
+def test_a_slow_first_evaluation_starves_nobody():
+    """The first of its kind is compared with the reference, on a worker that has not even compiled its kernels yet."""
+    scheduler = Scheduler[int](1_000)
+    new, clock, asked, longest = set(range(8)), 0.0, dict.fromkeys(range(8), 0.0), 0.0
+    for session in range(8):
+        scheduler.submit(Evaluation(session, 8, alone=session < 4))
+    while clock < 200:
+        batch = scheduler.next_batch(clock)
+        sessions = [evaluation.owner for evaluation in batch]
+        took = 20.0 if new & set(sessions) else 0.02 if batch[0].alone else 0.003
+        clock, new = clock + took, new - set(sessions)
+        assert scheduler.finished(took, clock) == batch
+        for session in sessions:
+            if not new:
+                longest = max(longest, clock - max(asked[session], 120.0))
+            asked[session] = clock
+            scheduler.submit(Evaluation(session, 8, alone=session < 4))
+    assert not new
+    assert longest < 5
+
+
 def test_time_goes_by_shares():
     jobs = [Job(user, 64, share=share) for user, share in ((1, 1.0), (2, 2.0), (3, 4.0)) for _ in range(20)]
     _, used = run(jobs, cpu, 200)

@@ -47,6 +47,9 @@ MUCH_LONGER = 4.0
 """Nobody's return is waited for unless what would begin meanwhile takes so many times as long as theirs does."""
 WORTHWHILE = 0.1
 """The part of what it takes that is waited, at most."""
+MOST_TIMES = 32.0
+"""What an evaluation counts among its user's is at most so many times its atoms: the first of its kind may have taken
+a thousand times what the next ones take, and nobody shall pay for that estimate by waiting for thousands of others."""
 AWAY, SLACK = 2.0, 5e-4
 """Somebody is expected back after so many times what it took the last time, and so many seconds."""
 
@@ -257,7 +260,8 @@ class Scheduler(Generic[Owner]):
         """What it counts among its user's: its atoms, or more where it takes longer than others of its size."""
         if not evaluation.alone:
             return evaluation.atoms
-        return evaluation.atoms * max(1.0, self._seconds(evaluation) / self.costs.seconds(evaluation.atoms))
+        times = self._seconds(evaluation) / self.costs.seconds(evaluation.atoms)
+        return evaluation.atoms * min(max(1.0, times), MOST_TIMES)
 
     def _fill(self) -> list[Evaluation[Owner]]:
         """A batch, in fair order; what does not fit is not overtaken."""

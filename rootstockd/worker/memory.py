@@ -90,14 +90,15 @@ def memory_of(device: str) -> Memory:
 class CpuMemory(Memory):
     """The machine's memory: what this process may have by its own limit, its control groups' and what there is.
 
-    A peak is what the kernel has seen resident. Before it is measured, memory that the allocator keeps for later is
-    given back: what a pass takes of that would not be seen.
+    A peak is what the kernel has seen resident, or more, where a pass got addresses from it that it has not used in
+    full: a limit counts those. Before it is measured, memory that the allocator keeps for later is given back: what a
+    pass takes of that would not be seen.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._groups = tuple(control_groups())
-        self._before = _statm()[0]
+        self._before, self._data = _statm()
 
     def _look(self) -> int:
         resident, data = _statm()
@@ -115,11 +116,11 @@ class CpuMemory(Memory):
         trim()
         if _peak is not None:
             os.write(_peak, b"5")
-        self._before = _statm()[0]
+        self._before, self._data = _statm()
 
     def taken(self) -> int:
         """Bytes that it took at its worst; more than that where the kernel has only the peak since the start."""
-        return _peak_resident() - self._before
+        return max(_peak_resident() - self._before, _statm()[1] - self._data)
 
 
 class CudaMemory(Memory):

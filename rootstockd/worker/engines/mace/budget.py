@@ -12,6 +12,8 @@ SAFE = 0.8
 """The part of the free memory that a pass may take: allocators leave gaps, and others take memory meanwhile."""
 LARGER = 1.25
 """A pass this much larger than those that were measured is measured, too: taking more is never quite in proportion."""
+UNTRIED = 0.5
+"""The part of the free memory that such a pass may take."""
 LEAST = 2**24
 """Bytes that a pass is taken to need, at least: the kernel counts small amounts roughly."""
 GROW_AFTER = 300
@@ -89,7 +91,7 @@ class Budget:
     def _fits(self, size: Size, free: int) -> bool:
         if self._limit is not None and (size.atoms > self._limit.atoms or size.edges > self._limit.edges):
             return False
-        return self.need(size) <= SAFE * free
+        return self.need(size) <= (UNTRIED if self.is_new(size) else SAFE) * free
 
     def went_well(self) -> None:
         """A pass had what it needed."""
