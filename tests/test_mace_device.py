@@ -20,6 +20,7 @@ from rootstockd.worker.engines.mace import MaceEngine, captured, resident  # noq
 from rootstockd.worker.engines.mace import device as on_device  # noqa: E402
 from rootstockd.worker.engines.mace.budget import Size  # noqa: E402
 from rootstockd.worker.engines.mace.device import DeviceBackend  # noqa: E402
+from rootstockd.worker.engines.mace.device_lists import Lists  # noqa: E402
 from rootstockd.worker.engines.mace.graph import Neighbours  # noqa: E402
 from rootstockd.worker.engines.mace.reference import ReferenceBackend  # noqa: E402
 from rootstockd.worker.engines.mace.skin import SMALL, STEADY, UNUSED, WIDTH  # noqa: E402
@@ -50,13 +51,13 @@ def recording(monkeypatch):
 @pytest.fixture
 def lists(monkeypatch):
     """The cutoffs of all neighbour lists that are made."""
-    made, lasting = [], Neighbours.lasting
+    made, edges = [], Lists.edges
 
     def noted(self, *arguments):
         made.append(self._cutoff)
-        return lasting(self, *arguments)
+        return edges(self, *arguments)
 
-    monkeypatch.setattr(Neighbours, "lasting", noted)
+    monkeypatch.setattr(Lists, "edges", noted)
     return made
 
 

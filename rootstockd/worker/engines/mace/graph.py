@@ -67,14 +67,13 @@ class Neighbours:
         i, j, d = self._compute(positions, cell, pbc, "ijD")
         return Edges(len(positions), i.astype(np.int64), j.astype(np.int64), -d)
 
-    def lasting(self, task: Task, pbc: tuple[bool, bool, bool]) -> tuple[Array, Array]:
-        """A structure's edges, in a form that holds while atoms move.
+    def lasting(self, cell: Array, positions: Array, pbc: tuple[bool, bool, bool]) -> tuple[Array, Array]:
+        """The edges of a structure that is `manageable`, in a form that holds while atoms move.
 
         Returns:
             (E, 2) int64, sender and receiver, sorted by receiver; and (E, 3) float64, Å, the lattice vector to be added
             to receiver's less sender's position for the vector from sender to receiver.
         """
-        cell, positions = manageable(task.cell, task.positions, pbc, self._cutoff)
         i, j, shifts = self._compute(positions, cell, pbc, "ijS")
         return np.stack([j, i], 1).astype(np.int64), -(shifts @ cell)
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from rootstockd.worker.engines import Array, Task
-from rootstockd.worker.engines.mace.graph import Neighbours
+from rootstockd.worker.engines.mace.device_lists import Lists
 from rootstockd.worker.engines.mace.reference import System
 from rootstockd.worker.engines.mace.skin import WIDTH, Skin
 
@@ -100,7 +100,7 @@ class Residents:
     """
 
     def __init__(self, cutoff: float, one_hot: Callable[[Array], torch.Tensor], device: torch.device) -> None:
-        self._neighbours = {skin: Neighbours(cutoff + skin) for skin in (0.0, WIDTH)}
+        self._lists = {skin: Lists(cutoff + skin, device) for skin in (0.0, WIDTH)}
         self._one_hot, self._device = one_hot, device
         self._kept: WeakKeyDictionary[System, _Kept] = WeakKeyDictionary()  # the least recently used first
         self._skins: dict[tuple[int, int], Skin] = {}
@@ -142,14 +142,8 @@ class Residents:
         return self._skins.setdefault((session, frame), Skin())
 
     def _list(self, task: Task, kept: _Kept, skin: float) -> _List:
-        edges, shifts = self._neighbours[skin].lasting(task, task.system.pbc)
-        graph = Graph(
-            kept.attributes,
-            kept.heads,
-            torch.from_numpy(edges).to(self._device),
-            torch.from_numpy(shifts).to(self._device),
-            skin,
-        )
+        edges, shifts = self._lists[skin].edges(task)
+        graph = Graph(kept.attributes, kept.heads, edges, shifts, skin)
         return _List(graph, task.cell.tobytes(), task.positions.copy())
 
     def _make_room(self, needed: int) -> None:

@@ -1,0 +1,206 @@
+"""Neighbour lists made on the device: by cells of about the cutoff's width, in plain torch. The same on a CPU.
+
+vesin lists on the host, and a list is most of what goes to a device: some 3 kB an atom, where positions are 24 bytes.
+Which of the two is faster depends on the device and on the structure's size, so it is measured, and what the device
+made is compared with what vesin made.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from rootstockd.worker.engines import Array, Task
+from rootstockd.worker.engines.mace.graph import Neighbours, manageable
+from rootstockd.worker.failures import describe, out_of_memory
+
+log = logging.getLogger(__name__)
+
+CANDIDATES = 2**21
+"""Pairs that are looked at together, of some 100 bytes each."""
+SAME = 1e-6
+"""Å²; what pairs of two lists may differ by: one that is missing so close to the cutoff contributes nothing."""
+
+Edges = tuple[torch.Tensor, torch.Tensor]
+"""(E, 2) int64, sender and receiver, sorted by receiver; and (E, 3) float64, Å, the lattice vector to be added to
+receiver's less sender's position for the vector from sender to receiver."""
+
+
+class _Grid(NamedTuple):
+    """Bins along the three cell vectors, none thinner than the cutoff, but where a cell is thinner."""
+
+    inverse: Array
+    """(3, 3): a row vector of Å times this is one of cell vectors."""
+    low: Array
+    """(3,): where the first bin begins, in cell vectors."""
+    extent: Array
+    """(3,): of all bins together, in cell vectors."""
+    bins: Array
+    """(3,) int64."""
+    reach: Array
+    """(3,) int64: how many bins further a neighbour may be."""
+
+
+def _grid(cell: Array, positions: Array, pbc: tuple[bool, bool, bool], cutoff: float) -> _Grid:
+    periodic = np.array(pbc)
+    inverse = np.linalg.inv(cell)
+    heights = 1.0 / np.linalg.norm(inverse, axis=0)  # between the faces of the cell
+    along = positions @ inverse
+    low = np.where(periodic, 0.0, along.min(0))
+    extent = np.where(periodic, 1.0, np.maximum(along.max(0) - low, 1e-3))
+    width = heights * extent
+    count = np.clip(width / cutoff, 1, 2**10).astype(np.int64)
+    while count.prod() > 4 * len(positions) + 64:  # mostly empty: larger bins will do
+        count[count.argmax()] = (count.max() + 1) // 2
+    reach = np.ceil(cutoff * count / width).astype(np.int64)
+    reach = np.where(periodic, reach, np.minimum(reach, count - 1))
+    return _Grid(inverse, low, extent, count, reach)
+
+
+class DeviceNeighbours:
+    """Lists edges on a device.
+
+    Args:
+        cutoff: in Å; a pair at exactly this distance may or may not be there.
+        device: where lists are made, and stay.
+    """
+
+    def __init__(self, cutoff: float, device: torch.device) -> None:
+        self._cutoff, self._device = cutoff, device
+
+    def lasting(self, cell: Array, positions: Array, pbc: tuple[bool, bool, bool]) -> Edges:
+        """The edges of a structure that is `manageable`.
+
+        Args:
+            cell: (3, 3), Å, vectors in rows.
+            positions: (N, 3), Å; N > 0.
+            pbc: along which cell vectors it is periodic.
+        """
+        grid = _grid(cell, positions, pbc, self._cutoff)
+        there, vectors = self._tensor(positions), self._tensor(cell)
+        count, periodic = self._tensor(grid.bins), self._tensor(np.array(pbc))
+        offsets = self._tensor(np.array(list(itertools.product(*(range(-n, n + 1) for n in grid.reach)))))
+
+        fractions = there @ self._tensor(grid.inverse)
+        wraps = torch.where(periodic, fractions.floor(), 0.0)
+        places = (fractions - wraps - self._tensor(grid.low)) / self._tensor(grid.extent)
+        bins = (places * count).long().clamp(min=torch.zeros_like(count), max=count - 1)
+        in_order, order = self._flat(bins, count).sort()
+        limits = torch.searchsorted(in_order, torch.arange(int(grid.bins.prod()) + 1, device=self._device))
+        first, population = limits[:-1], limits.diff()
+
+        def near(begin: int, end: int) -> Edges:
+            """Edges whose receivers are these."""
+            targets = bins[begin:end, None] + offsets
+            images = torch.div(targets, count, rounding_mode="floor")
+            there_is = (periodic | (images == 0)).all(2)
+            flat = self._flat(targets - images * count, count)
+            numbers = (population[flat] * there_is).flatten()
+            which = torch.repeat_interleave(numbers)
+            within = torch.arange(len(which), device=self._device) - (numbers.cumsum(0) - numbers)[which]
+            sender = order[first[flat.flatten()[which]] + within]
+            receiver = begin + torch.div(which, len(offsets), rounding_mode="floor")
+            cells = images.flatten(0, 1)[which].double() - wraps[sender] + wraps[receiver]
+            shifts = -(cells @ vectors)
+            distances = (there[receiver] - there[sender] + shifts).square().sum(1)
+            itself = (sender == receiver) & (cells == 0).all(1)
+            kept = ((distances <= self._cutoff**2) & ~itself).nonzero().squeeze(1)
+            return torch.stack([sender[kept], receiver[kept]], 1), shifts[kept]
+
+        together = max(1, CANDIDATES // (len(offsets) * int(population.max())))
+        parts = [near(at, min(at + together, len(positions))) for at in range(0, len(positions), together)]
+        if len(parts) == 1:
+            return parts[0]
+        edges, shifts = zip(*parts)
+        return torch.cat(edges), torch.cat(shifts)
+
+    def _tensor(self, array: Array) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+
+    @staticmethod
+    def _flat(bins: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+        """(...) the number of a bin, of its place (..., 3)."""
+        return (bins[..., 0] * count[1] + bins[..., 1]) * count[2] + bins[..., 2]
+
+
+class Lists:
+    """Makes lists for a device, by vesin or on the device, whichever is faster for structures of that size.
+
+    The first list of each size is made by both and compared: where the device's is another, vesin makes them all.
+
+    Args:
+        cutoff: in Å.
+        device: where lists are to be.
+    """
+
+    def __init__(self, cutoff: float, device: torch.device) -> None:
+        self._cutoff, self._device = cutoff, device
+        self._vesin, self._own = Neighbours(cutoff), DeviceNeighbours(cutoff, device)
+        self._faster: dict[int, bool] = {}
+        """Whether the device is, by powers of two of the atoms."""
+        self._wrong = False
+
+    def edges(self, task: Task) -> Edges:
+        """A structure's edges, on the device."""
+        pbc = task.system.pbc
+        cell, positions = manageable(task.cell, task.positions, pbc, self._cutoff)
+        size = len(positions).bit_length()
+        if not self._wrong and size not in self._faster:
+            return self._race(size, cell, positions, pbc)
+        if self._faster.get(size):
+            try:
+                return self._own.lasting(cell, positions, pbc)
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise  # vesin needs none of the device's
+        return self._by_vesin(cell, positions, pbc)
+
+    def _by_vesin(self, cell: Array, positions: Array, pbc: tuple[bool, bool, bool]) -> Edges:
+        edges, shifts = self._vesin.lasting(cell, positions, pbc)
+        return torch.from_numpy(edges).to(self._device), torch.from_numpy(shifts).to(self._device)
+
+    def _race(self, size: int, cell: Array, positions: Array, pbc: tuple[bool, bool, bool]) -> Edges:
+        """By both; the second time is what counts, since kernels are loaded at the first."""
+        usual, seconds = self._timed(lambda: self._by_vesin(cell, positions, pbc))
+        why = ""
+        try:
+            self._own.lasting(cell, positions, pbc)
+            found, own_seconds = self._timed(lambda: self._own.lasting(cell, positions, pbc))
+            if (off := self._difference(found, usual, positions)) > SAME:
+                why = f"the sums over an atom's edges are off by {off:.1e} Å²"
+            self._faster[size] = own_seconds < seconds
+        except Exception as error:  # there is a list
+            if not out_of_memory(error):
+                why = describe(error)
+            self._faster[size] = False
+        if why:
+            self._wrong = True
+            self._faster.clear()
+            log.warning("neighbour lists are made by vesin, not on %s: %s", self._device, why)
+        return usual
+
+    def _timed(self, make: Callable[[], Edges]) -> tuple[Edges, float]:
+        start = time.perf_counter()
+        edges = make()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return edges, time.perf_counter() - start
+
+    def _difference(self, one: Edges, other: Edges, positions: Array) -> float:
+        """How far two lists are apart, in Å²: sums over each atom's edges, which count for less the longer they are."""
+        here = torch.from_numpy(positions).to(self._device)
+        return float((self._sums(one, here) - self._sums(other, here)).abs().max())
+
+    def _sums(self, edges: Edges, positions: torch.Tensor) -> torch.Tensor:
+        (sender, receiver), shifts = edges[0].unbind(1), edges[1]
+        vectors = positions[receiver] - positions[sender] + shifts
+        weights = (self._cutoff**2 - vectors.square().sum(1, keepdim=True)).clamp(min=0.0)
+        scale = sender[:, None].double() / len(positions)
+        each = torch.cat([weights, weights * vectors / self._cutoff, weights * scale], 1)
+        return each.new_zeros((len(positions), 5)).index_add_(0, receiver, each)
