@@ -16,7 +16,7 @@ from test_mace_replays import raising, record_at_once  # noqa: E402
 
 from rootstockd.worker.engines import ModelSpec, Task, guarded  # noqa: E402
 from rootstockd.worker.engines.differences import compare  # noqa: E402
-from rootstockd.worker.engines.mace import MaceEngine, captured, resident  # noqa: E402
+from rootstockd.worker.engines.mace import MaceEngine, captured  # noqa: E402
 from rootstockd.worker.engines.mace import device as on_device  # noqa: E402
 from rootstockd.worker.engines.mace.budget import Size  # noqa: E402
 from rootstockd.worker.engines.mace.device import DeviceBackend  # noqa: E402
@@ -172,11 +172,11 @@ def test_graphs_that_were_not_used_for_longest_make_room(device, monkeypatch):
     tasks = [on.task(STRUCTURES["alloy"]) for _ in range(3)]
     kept = on.backend._residents._kept
     on.backend.evaluate(tasks[:1])
-    monkeypatch.setattr(resident, "MOST_EDGES", int(2.5 * next(iter(kept.values())).edges))
+    monkeypatch.setattr(on.backend._residents, "most", int(2.5 * len(next(iter(kept.values())))))
     for one in (tasks[1], tasks[0], tasks[2]):
         assert on.difference(one).within(1e-11)
     assert list(kept) == [tasks[0].system, tasks[2].system]
-    monkeypatch.setattr(resident, "MOST_EDGES", 1)
+    monkeypatch.setattr(on.backend._residents, "most", 1)
     assert on.difference(tasks[1]).within(1e-11)
     assert list(kept) == [tasks[1].system], "the last one stays, however large"
 
@@ -257,7 +257,7 @@ def test_edges_in_the_skin_contribute_nothing_whatever_the_model_makes_of_them(r
     on.model.radial_embedding.cutoff_fn = NoCutoff()
     for name in ("alloy", "dense", "slab without a cell across"):
         one = on.task(STRUCTURES[name])
-        edges = len(on.backend._residents.graphs([one])[0].edges)
+        edges = len(on.backend._residents.lists([one])[0])
         assert edges > len(Neighbours(4.5).edges(one, one.system.pbc).sender), "nothing is in the skin"
         for _ in range(2):
             assert on.difference(one).within(1e-11)

@@ -21,7 +21,7 @@ from rootstockd.worker.engines.differences import TOLERANCE
 from rootstockd.worker.engines.mace.budget import Size, total
 from rootstockd.worker.engines.mace.captured import Captures, host_array
 from rootstockd.worker.engines.mace.edges import EdgeBackend
-from rootstockd.worker.engines.mace.resident import Graph, Residents, union
+from rootstockd.worker.engines.mace.resident import Graph, residents, union
 
 REPLAYED = 2_000
 """Atoms of a batch, up to which launches may be what takes its time, and its pass may be replayed."""
@@ -46,7 +46,7 @@ class DeviceBackend(EdgeBackend):
         super().__init__(model, name)
         self._cutoff = float(model.r_max)
         self._far = torch.tensor([[2 * self._cutoff, 0.0, 0.0]], dtype=torch.float64, device=self._device)
-        self._residents = Residents(self._cutoff, self._of_numbers, self._device)
+        self._residents = residents(self._cutoff, self._of_numbers, self._device)
         self._captures = Captures(self._with_ghosts, TOLERANCE[str(self._dtype).rpartition(".")[2]])
         self._graphs: list[Graph] = []
         """Those that are joined in `_graph`, of the last pass."""
@@ -54,8 +54,8 @@ class DeviceBackend(EdgeBackend):
 
     def _passes(self, tasks: list[Task]) -> list[Result]:
         """A small batch in one pass, which may be replayed; a large one in as few as fit the memory."""
-        graphs = self._residents.graphs(tasks)
-        sizes = [Size(len(graph.attributes), len(graph.edges)) for graph in graphs]
+        graphs = self._residents.lists(tasks)
+        sizes = [Size(len(graph.attributes), len(graph)) for graph in graphs]
         if total(sizes).atoms <= REPLAYED:
             return self._one_pass(tasks, graphs, replay=True)
         return self._packing.evaluate(sizes, lambda pack: self._one_pass(tasks[pack], graphs[pack], replay=False))

@@ -14,7 +14,7 @@ import torch
 
 from rootstockd.worker.engines import Array, Result, Task
 from rootstockd.worker.engines.mace.budget import Size
-from rootstockd.worker.engines.mace.graph import Graph, Neighbours, union
+from rootstockd.worker.engines.mace.graph import Edges, Graph, Neighbours, union
 from rootstockd.worker.engines.mace.packing import Packing
 from rootstockd.worker.engines.mace.radial import NotApplicableError
 from rootstockd.worker.engines.mace.reference import System
@@ -60,12 +60,16 @@ class EdgeBackend:
             raise
 
     def _passes(self, tasks: list[Task]) -> list[Result]:
-        lists = [self._neighbours.edges(task, task.system.pbc) for task in tasks]
+        lists = self._lists(tasks)
         sizes = [Size(edges.atoms, len(edges.sender)) for edges in lists]
         return self._packing.evaluate(sizes, lambda pack: self._pass(tasks[pack], union(lists[pack])))
 
     def forget(self) -> None:
         """Nothing is kept."""
+
+    def _lists(self, tasks: list[Task]) -> list[Edges]:
+        """Of each structure."""
+        return [self._neighbours.edges(task, task.system.pbc) for task in tasks]
 
     def _pass(self, tasks: list[Task], graph: Graph) -> list[Result]:
         systems: list[System] = [task.system for task in tasks]

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rootstockd.worker.engines import Array
+from rootstockd.worker.engines import Array, Task
 from rootstockd.worker.engines.mace import kernels
 from rootstockd.worker.engines.mace.edges import EdgeBackend
 from rootstockd.worker.engines.mace.folding import (
@@ -34,7 +34,8 @@ from rootstockd.worker.engines.mace.folding import (
     linear,
     to_e3nn,
 )
-from rootstockd.worker.engines.mace.graph import Graph
+from rootstockd.worker.engines.mace.graph import Edges, Graph
+from rootstockd.worker.engines.mace.host_lists import HostLists
 from rootstockd.worker.engines.mace.passes import Elements, Harmonics, Pass
 from rootstockd.worker.engines.mace.radial import NotApplicableError, RadialTables, numpy_type
 
@@ -60,6 +61,7 @@ class FusedBackend(EdgeBackend):
     def __init__(self, model: Any) -> None:
         super().__init__(model, "fused")
         self._threads = torch.get_num_threads()  # which follows OMP_NUM_THREADS, until numba starts its own
+        self._host_lists = HostLists(float(model.r_max))
         self._harmonics = Harmonics(model.spherical_harmonics)
         self._numpy_type = numpy_type(self._dtype)
         with torch.no_grad():
@@ -68,8 +70,12 @@ class FusedBackend(EdgeBackend):
                 for number, (interaction, product) in enumerate(zip(model.interactions, model.products))
             ]
 
+    def _lists(self, tasks: list[Task]) -> list[Edges]:
+        return self._host_lists.edges(tasks)
+
     def forget(self) -> None:
-        """Keep nothing that was made for the elements of structures."""
+        """Keep no lists, and nothing that was made for the elements of structures."""
+        self._host_lists.forget()
         for layer in self._layers:
             layer.forget()
 

@@ -46,7 +46,8 @@ def _can_keep() -> bool:
         return False
 
 
-_KEEP = _can_keep()
+KEEP = _can_keep()
+"""Whether what is compiled is kept for the next worker."""
 DEGREE = 7
 """Of the polynomials in `tables`; a constant, so that loops over it are unrolled."""
 # No slice of an array is made in an inner loop: numba counts references to each, which takes as long as the loop.
@@ -58,7 +59,7 @@ BLOCK = 64
 """Edges whose harmonics are formed together: loops over them vectorise, and what is between fits the cache."""
 
 
-@numba.njit(parallel=True, fastmath=_REORDER, cache=_KEEP)
+@numba.njit(parallel=True, fastmath=_REORDER, cache=KEEP)
 def harmonics(vectors, parents, axes, begins, monomials, coefficients, lengths, y):
     """Lengths of edges, and spherical harmonics of their directions.
 
@@ -91,7 +92,7 @@ def harmonics(vectors, parents, axes, begins, monomials, coefficients, lengths, 
                 y[begin + e, s] = total[e]
 
 
-@numba.njit(fastmath=_REORDER, error_model="numpy", cache=_KEEP)
+@numba.njit(fastmath=_REORDER, error_model="numpy", cache=KEEP)
 def _powers(vectors, lengths, parents, axes, begin, count, unit, powers):
     """Directions of a block's edges, and the monomials in their components."""
     for e in range(count):
@@ -104,7 +105,7 @@ def _powers(vectors, lengths, parents, axes, begin, count, unit, powers):
             power[e] = parent[e] * component[e]
 
 
-@numba.njit(parallel=True, fastmath=_REORDER, error_model="numpy", cache=_KEEP)
+@numba.njit(parallel=True, fastmath=_REORDER, error_model="numpy", cache=KEEP)
 def harmonics_back(vectors, parents, axes, begins, monomials, coefficients, lengths, by_y, by_length, by_vectors):
     """Derivative of `harmonics` by the vectors; arguments as there, and
 
@@ -149,7 +150,7 @@ def _place(length, scale, shortest, pieces):
     return piece, 2.0 * (at - piece) - 1.0
 
 
-@numba.njit(parallel=True, fastmath=_REORDER, cache=_KEEP)
+@numba.njit(parallel=True, fastmath=_REORDER, cache=KEEP)
 def convolve(
     first,
     sender,
@@ -220,7 +221,7 @@ def convolve(
                             out[i, row, k] += angular * product[k]
 
 
-@numba.njit(parallel=True, fastmath=_REORDER, cache=_KEEP)
+@numba.njit(parallel=True, fastmath=_REORDER, cache=KEEP)
 def convolve_back(
     first,
     sender,
@@ -300,7 +301,7 @@ def convolve_back(
                 by_length[e] += 2.0 * scale * by_x
 
 
-@numba.njit(parallel=True, fastmath=_REORDER, cache=_KEEP)
+@numba.njit(parallel=True, fastmath=_REORDER, cache=KEEP)
 def add_up(first, lengths, tables, begins, pieces, scale, shortest, out):
     """A function of lengths, summed over each atom's edges; arguments as in `convolve`, with one path and channel, and
 
@@ -320,7 +321,7 @@ def add_up(first, lengths, tables, begins, pieces, scale, shortest, out):
         out[i] = total
 
 
-@numba.njit(parallel=True, fastmath=_REORDER, cache=_KEEP)
+@numba.njit(parallel=True, fastmath=_REORDER, cache=KEEP)
 def add_up_back(first, lengths, tables, begins, pieces, scale, shortest, grad, by_length):
     """Derivative of `add_up` by the lengths; arguments as there, and
 
@@ -340,7 +341,7 @@ def add_up_back(first, lengths, tables, begins, pieces, scale, shortest, grad, b
             by_length[e] += 2.0 * scale * grad[i] * rise
 
 
-@numba.njit(parallel=True, fastmath=_REORDER, cache=_KEEP)
+@numba.njit(parallel=True, fastmath=_REORDER, cache=KEEP)
 def contract(element, a, terms, coefficients, out):
     """Products of messages.
 
@@ -368,7 +369,7 @@ def contract(element, a, terms, coefficients, out):
                     out[i, row, k] += coefficients[z, term, k] * a[i, one, k]
 
 
-@numba.njit(parallel=True, fastmath=_REORDER, cache=_KEEP)
+@numba.njit(parallel=True, fastmath=_REORDER, cache=KEEP)
 def contract_back(element, a, slopes, powers, coefficients, grad, grad_a):
     """Derivative of `contract` by the messages; arguments as there, and
 
