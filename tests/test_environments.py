@@ -398,10 +398,10 @@ def test_workers_of_code_that_was_upgraded_ask_for_a_restart(tmp_path: Path, mon
             old.start()
             assert energy_of(old, "emt") == pytest.approx(expected_energy(), abs=1e-9)
             version = tree / "rootstockd/worker/version.py"
-            version.write_text(version.read_text().replace("PROTOCOL = 1", "PROTOCOL = 2"))
+            version.write_text(version.read_text().replace("PROTOCOL = 2", "PROTOCOL = 3"))
             os.kill(old.model("emt")["pid"], signal.SIGKILL)
             wait_for(lambda: old.model("emt")["state"] == "failed")
-            with pytest.raises(ModelLoadError, match=r"version 2\.1 .* this daemon 1\.1(.|\n)*rootstockd restart"):
+            with pytest.raises(ModelLoadError, match=r"version 3\.1 .* this daemon 2\.1(.|\n)*rootstockd restart"):
                 energy_of(old, "emt")
             assert old.run("restart").returncode == 0
             assert energy_of(old, "emt") == pytest.approx(expected_energy(), abs=1e-9)

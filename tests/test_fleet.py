@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from rootstockd.fleet.measured import FILE, HEAVY, LIGHT, Measured, Measurements
 from rootstockd.fleet.placement import Room, Tenant, first_to_go, place, place_replica, shift, stays, to_evict
-from rootstockd.fleet.rooms import Rooms
+from rootstockd.fleet.rooms import CONTEXT, Rooms, taken
 from rootstockd.host.devices import DeviceError, Gpu, Memory, find_devices, process_memory, visible_gpus
 from rootstockd.settings.config import Config, Device
 from rootstockd.supervision.pace import SPAN, Pace
@@ -118,6 +118,13 @@ def test_what_other_programs_have_is_not_there_and_may_be_later(limit: int | Non
     (room,) = rooms.now([], [])
     assert (room.free, room.left(kept=True)) == (now * GB, then * GB)
     assert ("beside other programs" in rooms.describe([room], [])) == (now < then)
+
+
+def test_what_a_worker_has_of_a_gpu_is_what_the_driver_says_or_else_what_it_says_itself() -> None:
+    gpu = Memory(total=100 * GB, free=10 * GB, by_pid={7: 3 * GB})
+    assert taken(gpu, 7, told=2 * GB) == 3 * GB
+    assert taken(gpu, 8, told=2 * GB) == 2 * GB + CONTEXT
+    assert taken(gpu, 8, told=0) == 0, "nothing is known"
 
 
 def test_a_device_with_less_to_do_goes_first() -> None:

@@ -122,7 +122,7 @@ def test_the_faster_one_makes_them(device, slow, monkeypatch):
     lists = Lists(CUTOFF, device)
     for _ in range(4):
         lists.edges(one)
-    assert made[3:] == [kind for kind in (DeviceNeighbours, Neighbours) if kind is not slow] * 3
+    assert made[4:] == [kind for kind in (DeviceNeighbours, Neighbours) if kind is not slow] * 3
 
 
 def test_where_memory_lacks_vesin_makes_those_of_that_size(device, monkeypatch, caplog):

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rootstockd.worker import loop
 from rootstockd.worker.engines import EngineError, EngineInfo, Result, System, Task
 from rootstockd.worker.loop import Loop, is_finite
 from rootstockd.worker.slots import Slot
@@ -32,6 +33,9 @@ class Engine:
 
     def __post_init__(self) -> None:
         self.asked: list[list[Task]] = []
+
+    def memory(self) -> int | None:
+        return None
 
     def prepare(self, system: System) -> Any:
         if system.numbers[0] == 99:
@@ -77,8 +81,8 @@ class Daemon:
 @contextlib.contextmanager
 def worker(engine: Engine, fingerprint: str = "") -> Iterator[Daemon]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    loop = Loop(theirs, engine, fingerprint)
-    thread = threading.Thread(target=loop.run)
+    running = Loop(theirs, engine, fingerprint)
+    thread = threading.Thread(target=running.run)
     thread.start()
     daemon = Daemon(ours)
     try:
@@ -87,7 +91,7 @@ def worker(engine: Engine, fingerprint: str = "") -> Iterator[Daemon]:
         ours.close()
         thread.join()
         theirs.close()
-        for slot in [*daemon.slots, *(attached.slot for attached in loop._slots.values())]:
+        for slot in [*daemon.slots, *(attached.slot for attached in running._slots.values())]:
             slot.close()  # a worker's go with its process
 
 
@@ -161,6 +165,24 @@ def test_energies_of_atoms_are_told_at_each_step():
         for value in (1.0, 2.0):
             daemon.evaluate(1)
             assert json.loads(bytes(slot.reply[slot_end(slot) :])) == {"energies": [value, value]}
+
+
+def test_what_it_has_of_a_gpu_is_told_where_it_has_changed(monkeypatch) -> None:
+    """Not more often than once a second."""
+    has, now = [0], [0.0]
+    monkeypatch.setattr(Engine, "memory", lambda _engine: has[0])
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    with worker(Engine(plain)) as daemon:
+        told = [daemon.channel.recv(65536)]
+        daemon.attach()
+        for clock, holds in ((1.0, 0), (2.5, 7), (3.0, 9), (4.0, 9), (9.0, 9)):
+            now[0], has[0] = clock, holds
+            assert daemon.evaluate(1) == {}
+            daemon.channel.settimeout(0.2)
+            with contextlib.suppress(TimeoutError):
+                told.append(daemon.channel.recv(65536))
+            daemon.channel.settimeout(None)
+    assert told == [b'G{"bytes": 0}', b'G{"bytes": 7}', b'G{"bytes": 9}']
 
 
 class Unspeakable(RuntimeError):

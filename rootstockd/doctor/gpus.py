@@ -92,7 +92,7 @@ def _device_files() -> list[Path]:
 
 
 def _state(index: int, gpu: Gpu) -> GpuState:
-    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+    handle = pynvml.nvmlDeviceGetHandleByUUID(gpu.uuid)  # some of the driver's numbers may be others', or lost
     memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
     mode = "default"
     persistent, mig = True, False

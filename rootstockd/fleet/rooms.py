@@ -16,6 +16,8 @@ from rootstockd.supervision.supervisor import Supervisor
 
 QUIET = 5.0
 """Seconds after its last evaluation in which a model with sessions does not go for another: drivers compute, too."""
+CONTEXT = 500 * 10**6
+"""Bytes that CUDA has of a GPU for a process, beside what torch has."""
 RESERVE = 0.05
 """The part of a GPU's memory that models leave free, for whatever else its driver needs."""
 
@@ -159,8 +161,10 @@ class Rooms:
         for worker, pid in asked:
             if worker.pid != pid or worker.device is None:
                 continue  # it has ended meanwhile
-            gpu = self._gpus.get(worker.device.name)
-            self._measured(worker, gpu.by_pid.get(pid, 0) if gpu else resident.get(pid, 0))
+            if worker.device.kind == "cpu":
+                self._measured(worker, resident.get(pid, 0))
+            elif (gpu := self._gpus.get(worker.device.name)) is not None:
+                self._measured(worker, taken(gpu, pid, worker.told_memory))
         await self.save()
 
     def _measured(self, worker: Supervisor, taken: int) -> None:
@@ -176,6 +180,17 @@ class Rooms:
         """Write down what is new."""
         if self._measurements.unsaved:
             await asyncio.to_thread(self._measurements.save)
+
+
+def taken(gpu: Memory, pid: int, told: int) -> int:
+    """Bytes that a worker has of a GPU; 0 as long as that is not known.
+
+    Args:
+        gpu: what the driver says, which in a container tells of no process, or by numbers of another namespace.
+        pid: the worker's.
+        told: what it says itself, which is torch's part of it.
+    """
+    return gpu.by_pid.get(pid, told and told + CONTEXT)
 
 
 def may_go(worker: Supervisor) -> bool:

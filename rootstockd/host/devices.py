@@ -44,13 +44,24 @@ class Memory:
     """What processes have; not there for those that the driver does not tell of, as in containers."""
 
 
+_begun = False
+"""Whether NVML is."""
+
+
 @contextlib.contextmanager
 def _nvml() -> Iterator[None]:
-    pynvml.nvmlInit()
+    """NVML, which stays begun: beginning it may wake up a GPU. After an error it begins anew."""
+    global _begun  # noqa: PLW0603 - it is the process's
+    if not _begun:
+        pynvml.nvmlInit()
+        _begun = True
     try:
         yield
-    finally:
-        pynvml.nvmlShutdown()
+    except pynvml.NVMLError:
+        _begun = False
+        with contextlib.suppress(pynvml.NVMLError):
+            pynvml.nvmlShutdown()
+        raise
 
 
 def gpu_names() -> list[str]:
@@ -62,9 +73,16 @@ def find_gpus() -> list[Gpu]:
     """The machine's NVIDIA GPUs, as the driver numbers them; none where there is no driver."""
     try:
         with _nvml():
-            return [_gpu(pynvml.nvmlDeviceGetHandleByIndex(i)) for i in range(pynvml.nvmlDeviceGetCount())]
+            return list(_gpus())
     except pynvml.NVMLError:
         return []
+
+
+def _gpus() -> Iterator[Gpu]:
+    for i in range(pynvml.nvmlDeviceGetCount()):
+        # one that is lost, or that is not this process's, as in a job that was given another, has no number in CUDA
+        with contextlib.suppress(pynvml.NVMLError):
+            yield _gpu(pynvml.nvmlDeviceGetHandleByIndex(i))
 
 
 def _gpu(handle: object) -> Gpu:

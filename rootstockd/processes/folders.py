@@ -30,6 +30,8 @@ _CACHES = {
     "TRITON_CACHE_DIR": "triton",
     "TORCHINDUCTOR_CACHE_DIR": "inductor",
     "CUDA_CACHE_PATH": "cuda",
+    "CUEQ_TRITON_CACHE_DIR": "cueq-triton",
+    "CUEQUIVARIANCE_OPS_NVRTC_CACHE_DIR": "cueq-nvrtc",
     "MPLCONFIGDIR": "matplotlib",
 }
 """Variables that tell compilers, and matplotlib, which MACE imports, where to keep what they made."""

@@ -39,6 +39,14 @@ class Confined(BaseModel):
     """All but what these say."""
 
 
+class Held(BaseModel):
+    """What a worker has of a GPU's memory (`G`)."""
+
+    model_config = ConfigDict(strict=True)
+
+    bytes: Annotated[int, Field(ge=0, le=2**50)]
+
+
 class Stage(BaseModel):
     """How far loading has come (`P`)."""
 
@@ -69,7 +77,7 @@ class Versions(BaseModel):
             )
 
 
-Said = Failure | Confined | Stage | EngineInfo | Versions
+Said = Failure | Confined | Stage | EngineInfo | Versions | Held
 _KINDS: dict[bytes, TypeAdapter[Said]] = {
     b"V": TypeAdapter(Versions),
     b"F": TypeAdapter(Failure),
@@ -78,6 +86,7 @@ _KINDS: dict[bytes, TypeAdapter[Said]] = {
     b"P": TypeAdapter(Stage),
     b"R": TypeAdapter(EngineInfo),
     b"I": TypeAdapter(EngineInfo),
+    b"G": TypeAdapter(Held),
 }
 
 

@@ -11,7 +11,7 @@ import time
 from rootstock_client.errors import LimitError, ModelLoadError, RootstockError
 from rootstockd.environments.finding import Environment, find_environment
 from rootstockd.models.spec import in_environment
-from rootstockd.processes.messages import Confined, Failure, Said, Stage, Versions, parse
+from rootstockd.processes.messages import Confined, Failure, Held, Said, Stage, Versions, parse
 from rootstockd.processes.output import Ration
 from rootstockd.processes.worker_process import End, WorkerProcess
 from rootstockd.settings.config import Device
@@ -84,6 +84,8 @@ class Supervisor:
         """Whose systems are bound to this model."""
         self.loaded_memory = self.memory = self.peak_memory = 0
         """Bytes of its worker: when it had loaded, now and at most; 0 while that is not known."""
+        self.told_memory = 0
+        """Bytes of a GPU that its worker says it has; 0 if it says nothing."""
         self.set_aside = 0
         """Bytes that it was given on its device."""
         self.load_seconds: float | None = None
@@ -300,7 +302,7 @@ class Supervisor:
         """
         if isinstance(said, Failure) and kind == b"F":
             self._dispatcher.check_under_way(said.slot)
-        elif (self.state is State.LOADING) == (kind == b"I"):
+        elif (self.state is State.LOADING) == (kind in (b"I", b"G")):
             raise ValueError(f"{kind!r} while the model is {self.state.value}")
 
     def _told(self, kind: bytes, said: Said) -> None:
@@ -317,6 +319,8 @@ class Supervisor:
             self._not_loaded(said.error)
         elif isinstance(said, Stage):
             self.stage = said.stage
+        elif isinstance(said, Held):
+            self.told_memory = said.bytes
         else:
             self._computes(said, ready=kind == b"R")
 
@@ -413,7 +417,7 @@ class Supervisor:
     async def _run_worker(self, variables: dict[str, str]) -> End:
         """One worker from its start to its end."""
         self.stage, self._loading_since = "starting", time.perf_counter()
-        self.loaded_memory = self.memory = self.peak_memory = 0
+        self.loaded_memory = self.memory = self.peak_memory = self.told_memory = 0
         try:
             environment, spec = await asyncio.to_thread(_with_environment, self.spec)
             self.environment, self.fingerprint = environment, spec.fingerprint

@@ -55,6 +55,7 @@ def confine(folders: Sequence[str], *, gpu: bool, programs: bool = False) -> Lis
     writable = [*folders, "/dev/null"]
     if gpu:
         writable += [str(path) for pattern in _GPU_DEVICES for path in Path("/dev").glob(pattern)]
+        writable += [_own_threads()]
         # the pipes of MPS
         writable += [os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")]  # noqa: S108 - NVIDIA's
     if gpu or programs:  # shared memory between processes, for CUDA and for MPI
@@ -71,6 +72,16 @@ def confine(folders: Sequence[str], *, gpu: bool, programs: bool = False) -> Lis
     if programs and landlock.abi() < landlock.SCOPES_SINCE:
         missing.append("this kernel does not keep programs that dial in from signals to others of the daemon's user")
     return [text for text in missing if text]
+
+
+def _own_threads() -> str:
+    """The folder in which CUDA names its threads; where it can't (drivers since 570), it does not begin (error 304).
+
+    Landlock knows folders by their inodes. /proc makes another when this one has not been in use for a while, so it
+    stays open.
+    """
+    os.open("/proc/self/task", os.O_PATH | os.O_CLOEXEC)
+    return "/proc/self/task"
 
 
 def _drop_capabilities() -> str:

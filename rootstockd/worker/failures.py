@@ -6,8 +6,9 @@ import contextlib
 import errno
 import traceback
 
-_NO_MEMORY = ("allocate memory", "failed to allocate", "out of memory", "alloc_failed", "bad_alloc")
-"""What libraries say that have one class of exception for whatever goes wrong: torch, cuBLAS, matscipy, C++."""
+_NO_MEMORY = ("allocate memory", "failed to allocate", "out of memory", "alloc_failed", "bad_alloc", "nvml_success == ")
+"""What libraries say that have one class of exception for whatever goes wrong: torch, cuBLAS, matscipy, C++. The last
+is torch's, too: while it words a lack of memory it asks NVML what others have, which is forbidden on MIG instances."""
 
 
 def text_of(error: BaseException) -> str:

@@ -24,6 +24,7 @@ F   JSON: slot, code, message, hint                  this slot's evaluation fail
 O                                                    the batch did not fit the device's memory; it is done in parts
 E   int32 slots                                      the batch is done; results lie in the slots
 I   JSON: EngineInfo                                 something in it has changed
+G   JSON: bytes                                      what it has of a GPU's memory, where that has changed
 === ================================================ ===========================================================
 """
 
@@ -35,6 +36,7 @@ import dataclasses
 import json
 import math
 import socket
+import time
 from typing import Any
 
 import numpy as np
@@ -56,6 +58,8 @@ from rootstockd.worker.slots import Slot
 from rootstockd.worker.units import BOHR, HARTREE
 
 MESSAGE_SIZE = 64 * 1024
+_BETWEEN = 1.0
+"""Seconds, at least, from one message about memory to the next."""
 
 
 _BOHR, _PER_HARTREE, _FORCE = np.array(BOHR), np.array(1 / HARTREE), np.array(BOHR / HARTREE)
@@ -218,10 +222,15 @@ class Loop:
         self._channel, self._engine, self._fingerprint = channel, engine, fingerprint
         self._info = engine.info
         self._slots: dict[int, _Attached] = {}
+        self._held = engine.memory()
+        """Bytes of a GPU's memory that the daemon knows of; None on a CPU."""
+        self._tell_at = 0.0
 
     def run(self) -> None:
         """Take messages until the daemon hangs up."""
         channel, slots = self._channel, self._slots
+        if self._held is not None:
+            send(channel, b"G", {"bytes": self._held})
         while message := channel.recv(MESSAGE_SIZE):  # not recvmsg, which costs more and is needed for M alone
             kind, body = message[:1], message[1:]
             if kind == b"E":
@@ -230,6 +239,8 @@ class Loop:
                 if self._engine.info is not self._info:
                     self._info = self._engine.info
                     send(channel, b"I", dataclasses.asdict(self._info))
+                if self._held is not None:
+                    self._tell_memory()
             elif kind == b"A":
                 fields = json.loads(body)
                 _, descriptors, _, _ = socket.recv_fds(channel, 1, 1)
@@ -240,6 +251,14 @@ class Loop:
                 del slot
             elif kind == b"D":
                 slots.pop(int.from_bytes(body, "little")).slot.close()
+
+    def _tell_memory(self) -> None:
+        """What it has of the GPU now: the driver may not tell the daemon, as in a container."""
+        if (now := time.monotonic()) >= self._tell_at:
+            self._tell_at = now + _BETWEEN
+            if (held := self._engine.memory()) != self._held:
+                self._held = held
+                send(self._channel, b"G", {"bytes": held or 0})
 
     def _evaluate(self, batch: list[_Attached]) -> None:
         """One pass for all; if that fails, one each, so that nobody suffers for a mate; halves if memory lacks."""

@@ -128,8 +128,9 @@ _REFUSED: Dict[str, Tuple[Optional[int], Optional[int]]] = {
     "ioperm": (173, None),
     "vhangup": (153, 58),
 }
-_ON_GPUS = ("socket", "connect")
-"""CUDA may talk with MPS and with nvidia-persistenced, over Unix sockets."""
+_ON_GPUS = ("socket", "connect", "bind", "listen")
+"""CUDA may talk with MPS and with nvidia-persistenced, over Unix sockets; and it can't begin (error 304) where it must
+not listen on an abstract one of its own, `@cuda-uvmfd-...`."""
 _FOR_PROGRAMS = ("socket", "connect", "bind", "listen", "accept", "accept4")
 """Programs dial in over Unix sockets, on which their worker listens."""
 _CLONE3 = (435, 435)
@@ -225,7 +226,7 @@ def install(*, gpu: bool, programs: bool = False) -> str:
     """Install the filter; why it could not be, or nothing. Privileges that exec gives must be off already.
 
     Args:
-        gpu: leave what CUDA may need: Unix sockets, and connecting them.
+        gpu: leave what CUDA may need: Unix sockets, connecting them, and listening, but taking no connection.
         programs: leave what a worker needs to have programs dial in: Unix sockets, and signals to processes.
     """
     machine = platform.machine()

@@ -1,6 +1,6 @@
 """What daemon and worker must agree on: one may be upgraded on disk while the other runs."""
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Of the messages (`loop.py`) and of a worker's arguments; raised when either changes."""
 SLOT_LAYOUT = 1
 """Of the shared memory (`slots.py`)."""

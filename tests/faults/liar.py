@@ -22,6 +22,8 @@ LIES = [
     b'C{"missing": 3}',
     b"C{}",
     b"I[[[[",
+    b'G{"bytes": -1}',
+    b'G{"bytes": "many"}',
     b"\xff\xfe",
     b"?" * 60_000,
 ]

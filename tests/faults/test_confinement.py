@@ -121,6 +121,77 @@ def test_no_rights_are_left(probed: RunningDaemon) -> None:
     assert int(state["CapAmb"], 16) == 0
 
 
+ON_A_GPU = """
+import errno, json, os, socket, sys, threading
+from rootstockd.worker.confine import confine
+
+def outcome(attempt):
+    try:
+        attempt()
+    except OSError as error:
+        return errno.errorcode[error.errno]
+    return "done"
+
+def listen(address):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as one:
+        one.bind(address)
+        one.listen()
+        if address.startswith("\\0"):
+            print("listens", file=sys.stderr)
+        one.accept()
+
+def write(path, text):
+    with open(path, "w") as file:
+        file.write(text)
+
+def rename():
+    write(f"/proc/self/task/{threading.get_native_id()}/comm", "cuda-EvtHandlr")
+
+def in_a_thread(attempt):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(outcome(attempt)))
+    thread.start()
+    thread.join()
+    return found[0]
+
+missing = confine([sys.argv[1]], gpu=True)
+with open("/proc/self/comm") as file:
+    before = file.read()
+found = {
+    "listen": outcome(lambda: listen("\\0cuda-uvmfd-1-1")),
+    "listen where others see it": outcome(lambda: listen(sys.argv[2] + "/socket")),
+    "rename": outcome(rename),
+    "rename a thread": in_a_thread(rename),
+    "the parent's name": outcome(lambda: write(f"/proc/{os.getppid()}/comm", "x")),
+    "for the kernel to kill others first": outcome(lambda: write("/proc/self/oom_score_adj", "-1000")),
+    "network": outcome(lambda: socket.socket(socket.AF_INET)),
+}
+print(json.dumps([missing, found]))
+"""
+
+
+def test_what_cuda_needs_is_left_and_no_more(tmp_path: Path) -> None:
+    """On a GPU; tried without one: it listens to nobody, and names its threads."""
+    scratch, elsewhere = tmp_path / "scratch", tmp_path / "elsewhere"
+    for folder in (scratch, elsewhere):
+        folder.mkdir()
+    command = [sys.executable, "-c", ON_A_GPU, str(scratch), str(elsewhere)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    missing, found = json.loads(done.stdout)
+    assert missing == []
+    assert done.stderr == "listens\n"
+    assert found == {
+        "listen": "EPERM",  # not listening, but taking a connection
+        "listen where others see it": "EACCES",
+        "rename": "done",
+        "rename a thread": "done",
+        "the parent's name": "EACCES",
+        "for the kernel to kill others first": "EACCES",
+        "network": "EPERM",
+    }
+
+
 def test_a_model_that_needs_more_may_have_it(probed: RunningDaemon) -> None:
     """`confine = false` in the catalogue. Also: what the test above tries does work where nothing forbids it."""
     told = report(probed, "free")

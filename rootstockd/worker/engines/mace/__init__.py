@@ -36,7 +36,7 @@ from rootstockd.worker.engines.differences import TOLERANCE, compare
 from rootstockd.worker.engines.mace import checks, safe
 from rootstockd.worker.engines.mace.radial import NotApplicableError
 from rootstockd.worker.engines.mace.reference import ReferenceBackend, System, mace
-from rootstockd.worker.failures import out_of_memory
+from rootstockd.worker.failures import describe, out_of_memory
 from rootstockd.worker.memory import gpu_memory
 
 log = logging.getLogger(__name__)
@@ -262,12 +262,8 @@ def load(spec: ModelSpec) -> MaceEngine | safe.Conversion:
     Raises:
         EngineError: the file is missing or is no MACE model, or the device is not there.
     """
-    if spec.device.startswith("cuda") and not torch.cuda.is_available():
-        raise EngineError(
-            "model-load",
-            f"model {spec.name!r}: torch {torch.__version__} sees no CUDA device",
-            "Install a CUDA build of torch beside the daemon, or start it with `--device cpu`.",
-        )
+    if spec.device.startswith("cuda"):
+        _begin_cuda(spec.name)
     weights = read_weights(spec)
     dtype = {"float32": torch.float32, "float64": torch.float64}[spec.dtype]
     try:
@@ -294,6 +290,31 @@ def load(spec: ModelSpec) -> MaceEngine | safe.Conversion:
         raise EngineError(code, f"{text}: {error}") from error
     stages.begin(stages.CHECKS)
     return MaceEngine(model, spec, reference, *_accelerate(model, spec))
+
+
+def _begin_cuda(name: str) -> None:
+    """Have CUDA begin, in a way that gives the same bits each time to whoever asks for that.
+
+    Raises:
+        EngineError: there is none, or it can't.
+    """
+    if torch.version.cuda is None:
+        raise EngineError(
+            "model-load",
+            f"model {name!r}: torch {torch.__version__} is not built for CUDA",
+            "Install a CUDA build of torch beside the daemon, or start it with `--device cpu`.",
+        )
+    try:
+        torch.cuda.init()
+    except Exception as error:
+        raise EngineError(
+            "model-load",
+            f"model {name!r}: torch {torch.__version__} can't begin to use CUDA: {describe(error)}",
+            "`rootstockd doctor` looks at the driver. If that is well, `confine = false` in the model's entry of the "
+            "catalogue tells whether CUDA lacks a right that workers give away (SECURITY.md).",
+        ) from error
+    # TorchScript would fuse e3nn's kernels for shapes that it has seen before, with other last bits
+    torch._C._jit_override_can_fuse_on_gpu(False)  # noqa: SLF001, FBT003 - there is no public way
 
 
 def _accelerate(model: Any, spec: ModelSpec) -> tuple[list[Backend], str]:

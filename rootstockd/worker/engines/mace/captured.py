@@ -6,6 +6,7 @@ from one to the next, and what lacks to a bucket's shape is filled up with ghost
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import statistics
@@ -72,9 +73,15 @@ class Recorder:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
-        if self._on_gpu:
-            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.renew()
+
+    def renew(self) -> None:
+        """Leave the pool to what was recorded so far. The stream stays: cuBLAS keeps memory for each, for good."""
+        self._pool = None if self._stream is None else torch.cuda.graph_pool_handle()
+        self.held = 0
+        """Bytes of the pool: what is evaluated otherwise can't have them."""
 
     def record(self, function: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
         """What does the same again and again; on a CPU the function itself.
@@ -82,19 +89,28 @@ class Recorder:
         Raises:
             RuntimeError: it does what can't be recorded, or there is not enough memory.
         """
-        if not self._on_gpu:
+        if self._stream is None:
             return function
-        usual, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+        usual, graph = torch.cuda.current_stream(self._device), torch.cuda.CUDAGraph()
         self._stream.wait_stream(usual)
-        with torch.cuda.stream(self._stream):  # for what is compiled or allocated at the first times
-            for _ in range(_WARM_UP):
-                function()
-        usual.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):  # for what is compiled or allocated at the first times
+                for _ in range(_WARM_UP):
+                    function()
+        finally:
+            usual.wait_stream(self._stream)
         try:
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                before = torch.cuda.memory_reserved(self._device)
                 result = function()
+        except BaseException:
+            # torch has left the allocator as it is while something is recorded
+            with contextlib.suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)  # noqa: SLF001
+            raise
         finally:
             torch.cuda.set_stream(usual)  # torch leaves it at the other one where recording was broken off
+        self.held += max(0, torch.cuda.memory_reserved(self._device) - before)
 
         def replay() -> torch.Tensor:
             graph.replay()
@@ -202,17 +218,25 @@ class Captures:
             self._record(shape, graph, positions, eagerly)
         return rows
 
+    @property
+    def held(self) -> int:
+        """Bytes that are there for replays alone."""
+        return 0 if self._recorder is None else self._recorder.held
+
     def forget(self) -> None:
         """Give all memory back; what comes again may be recorded again, if not soon."""
         self._buckets.clear()
         self._seen.clear()
-        self._recorder = None
+        if self._recorder is not None:
+            self._recorder.renew()
 
     def _record(self, shape: tuple[int, int], graph: Graph, positions: torch.Tensor, eagerly: Eagerly) -> None:
         """Record a shape, compare, and measure."""
         self._recorded += 1
-        if self._recorder is None or not self._buckets:  # a pool without graphs in it is none any more
+        if self._recorder is None:
             self._recorder = Recorder(graph.edges.device)
+        elif not self._buckets:  # a pool without graphs in it is none any more
+            self._recorder.renew()
         bucket, why, memory_lacked = Bucket(*shape, graph), "", False
         try:
             bucket.put(graph, positions)
@@ -229,9 +253,10 @@ class Captures:
             causes = list(_causes(error))
             memory_lacked = any(map(out_of_memory, causes))
             why = describe(causes[-1]).partition("\n")[0]
-        if memory_lacked:
             self.forget()
-        elif why:
+        if memory_lacked:
+            return
+        if why:
             self._fail(shape, why)
         else:
             self._buckets[shape] = bucket

@@ -15,11 +15,12 @@ class Packing:
 
     Args:
         device: where it computes, as torch calls it.
+        held: how many bytes of what is free no pass can have.
     """
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, held: Callable[[], int] = lambda: 0) -> None:
         self._budget = Budget()
-        self._memory = memory_of(device)
+        self._memory, self._held = memory_of(device), held
 
     def evaluate(self, sizes: Sequence[Size], evaluate: Callable[[slice], list[Result]]) -> list[Result]:
         """Evaluate a batch.
@@ -35,7 +36,7 @@ class Packing:
             return self._one(sizes, slice(0, 1), evaluate)
         results: list[Result] = []
         while rest := sizes[len(results) :]:  # looked at anew after each pass, which may have taught something
-            count = self._budget.count(rest, self._memory.free())
+            count = self._budget.count(rest, max(0, self._memory.free() - self._held()))
             results += self._one(rest[:count], slice(len(results), len(results) + count), evaluate)
         return results
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import sys
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,11 @@ import numpy as np
 
 from rootstockd.worker.engines import Array, Result, Task
 from rootstockd.worker.engines.mace.imports import without_training
+
+try:  # before `without_training`: without torch.compile it would go without its own kernels, and say nothing
+    import cuequivariance_torch  # noqa: F401
+except Exception:  # whatever is wrong with it, MACE goes without
+    sys.modules["cuequivariance_torch"] = None  # type: ignore[assignment]  # what Python takes for "not installed"
 
 with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), without_training():
     # on import, e3nn and mace-torch say things that in a log would pass for the cause of whatever went wrong
