@@ -17,7 +17,7 @@ import modal
 HERE = Path(__file__).resolve().parent
 SOURCE = "/rootstockd"
 LABEL = "modal"
-PARTS = ("rootstockd", "rootstock_client", "benchmarks")
+PARTS = ("rootstockd", "rootstock_client", "benchmarks", "systemd")
 FILES = ("pyproject.toml", "constraints.txt", "README.md", "LICENSE")
 CPUS = 8
 ALL = ["--cpus", str(CPUS)]

@@ -19,6 +19,7 @@ COLOURS = {
     "same backend": "#5b4b8a",
     "rootstockd, no batches": "#7cb518",
     "MACECalculator, OMP_NUM_THREADS=1": "#d68fb2",
+    "MACECalculator, OMP_WAIT_POLICY=PASSIVE": "#e8a33d",
     "echo": "#777777",
     "echo server": "#777777",
     "noop in process": "#b0a060",

@@ -7,6 +7,7 @@ import datetime as dt
 import importlib
 import importlib.util
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -130,6 +131,8 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Read the command line, run, write, report; 1 if something could not be measured or a GPU test failed."""
     options = parser().parse_args(arguments)
+    for name in [name for name in os.environ if name.startswith(("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_"))]:
+        del os.environ[name]  # peers are measured as users start them, whatever this shell has
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that daemons are stopped
     status = 0
     if options.gpu_checks:

@@ -41,11 +41,14 @@ def gpu(atoms: int) -> float:
     return 0.02 + 5e-6 * atoms
 
 
-def run(jobs: list[Job], cost: Callable[[int], float], until: float) -> tuple[dict[int, list[float]], Counter[int]]:
-    """How long each job's steps took, and how much of the device each user had."""
+def run(
+    jobs: list[Job], cost: Callable[[int], float], until: float, begins: dict[int, float] | None = None
+) -> tuple[dict[int, list[float]], Counter[int]]:
+    """How long each job's steps took, and how much of the device each user had; some jobs begin later."""
     scheduler = Scheduler[int](2_048)
     number = itertools.count()
-    events: list[tuple[float, int, int, float | None]] = [(1e-4 * n, next(number), n, None) for n in range(len(jobs))]
+    first = {n: 1e-4 * n for n in range(len(jobs))} | (begins or {})
+    events: list[tuple[float, int, int, float | None]] = [(at, next(number), n, None) for n, at in first.items()]
     heapq.heapify(events)
     asked: dict[int, float] = {}
     answered: dict[int, float] = {}
@@ -121,9 +124,20 @@ def test_a_small_job_beside_one_that_takes_much_longer(other, thinks, share):
     assert max(steps[1]) <= 2 * long, "one that has begun can't be taken back"
 
 
-def test_a_small_session_of_the_same_user_beside_a_large_one():
-    steps, _ = run([Job(1, 4_000), Job(1, 8, 2e-4)], cpu, 120)
-    assert len(steps[1]) * 8 == pytest.approx(len(steps[0]) * 4_000, rel=0.2)
+@pytest.mark.parametrize("cost", [cpu, gpu])
+def test_a_small_session_of_the_same_user_beside_a_large_one(cost):
+    """They have about the same time, though the small one's atoms cost more: up to MOST_TIMES as much counts."""
+    steps, _ = run([Job(1, 4_000), Job(1, 8, 2e-4)], cost, 240)
+    assert 0.4 < len(steps[1]) * cost(8) / (len(steps[0]) * cost(4_000)) < 1.4
+
+
+def test_what_somebody_waited_for_alone_is_nobody_elses_due():
+    """After ten minutes of a small job beside a large one of the same user, another has no claim to what comes."""
+    alone, clock = [Job(1, 4_000, 0.0), Job(1, 8, 4.5e-3)], 600.0
+    others = [Job(2, 32, 0.0) for _ in range(3)]
+    steps, _ = run([*alone, *others], cpu, clock + 30, begins={2: clock, 3: clock, 4: clock})
+    assert max(max(steps[job]) for job in (0, 1)) < 5
+    assert len(steps[2]) > 100
 
 
 def test_whoever_computes_for_long_between_steps_is_not_waited_for():

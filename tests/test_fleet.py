@@ -127,6 +127,15 @@ def test_what_a_worker_has_of_a_gpu_is_what_the_driver_says_or_else_what_it_says
     assert taken(gpu, 8, told=0) == 0, "nothing is known"
 
 
+def test_a_gpu_that_does_not_answer_is_nobodys_choice() -> None:
+    gpus = tuple(Device(name=f"cuda:{i}", uuid=f"GPU-{i}") for i in range(3))
+    rooms = Rooms(Config(socket=Path("/s"), devices=gpus))
+    rooms._gpus.update({gpu.name: Memory(total=100 * GB, free=50 * GB) for gpu in (gpus[0], gpus[2])})
+    assert [room.number for room in rooms.now([], [])] == [0, 2]
+    rooms._gpus.clear()  # where the driver tells of none there is no limit that is known
+    assert [room.free for room in rooms.now([], [])] == [math.inf] * 3
+
+
 def test_a_device_with_less_to_do_goes_first() -> None:
     busy, calm = Room(0, None, 0.9), Room(1, None, 0.1, (Tenant(1, 5, 0.0, idle=True),))
     assert place(1, [busy, calm]).room == 1  # type: ignore[union-attr]
@@ -191,6 +200,10 @@ def named(*names: str) -> tuple[Device, ...]:
 
 
 def test_numbers_are_relative_to_what_is_seen_and_uuids_are_not() -> None:
+    lost = [A, Gpu("", "does not answer: GPU is lost"), B]
+    assert [device.uuid for device in find_devices(named("cuda:2"), lost, None)] == [B.uuid], "B keeps its number"
+    with pytest.raises(DeviceError, match="cuda:1 does not answer"):
+        find_devices(named("cuda:0", "cuda:1"), lost, None)
     found = find_devices(named("cuda:0", "cuda:1", "GPU-cccc-3"), MACHINE, "1,0")
     assert [device.uuid for device in found] == [B.uuid, A.uuid, PARTS[0].uuid]
     assert [str(device) for device in found] == ["cuda:0", "cuda:1", "GPU-cccc-3"]

@@ -37,8 +37,8 @@ def rows(edges, shifts, cell):
 
 def compare(device, cell, positions, pbc, cutoff=CUTOFF):
     cell, positions = manageable(cell, positions, pbc, cutoff)
-    right = Neighbours(cutoff).lasting(cell, positions, pbc)
-    found = DeviceNeighbours(cutoff, device).lasting(cell, positions, pbc)
+    right = Neighbours(cutoff).lasting(cell, positions)
+    found = DeviceNeighbours(cutoff, device).lasting(cell, positions)
     np.testing.assert_array_equal(rows(*(part.cpu() for part in found), cell), rows(*right, cell))
 
 
@@ -74,8 +74,8 @@ def test_they_are_made_part_by_part_where_there_are_many_pairs(device, monkeypat
 def wrongly(make):
     """One edge is lost: the shortest, and not the way back."""
 
-    def made(self, cell, positions, pbc):
-        edges, shifts = make(self, cell, positions, pbc)
+    def made(self, cell, positions):
+        edges, shifts = make(self, cell, positions)
         there = torch.from_numpy(positions).to(shifts.device)
         lengths = (there[edges[:, 1]] - there[edges[:, 0]] + shifts).square().sum(1)
         kept = torch.arange(len(edges), device=edges.device) != lengths.argmin()
@@ -85,7 +85,7 @@ def wrongly(make):
 
 
 def failing(_make):
-    def made(self, cell, positions, pbc):
+    def made(self, cell, positions):
         raise RuntimeError("no kernel image is available for execution on the device")
 
     return made
@@ -97,7 +97,7 @@ def test_one_that_is_wrong_is_noticed_and_vesin_makes_them(device, fault, words,
     monkeypatch.setattr(DeviceNeighbours, "lasting", fault(DeviceNeighbours.lasting))
     lists = Lists(CUTOFF, device)
     cell, positions = manageable(one.cell, one.positions, one.system.pbc, CUTOFF)
-    right = rows(*Neighbours(CUTOFF).lasting(cell, positions, one.system.pbc), cell)
+    right = rows(*Neighbours(CUTOFF).lasting(cell, positions), cell)
     for _ in range(3):
         found = lists.edges(one)
         assert found[0].device.type == device.type
@@ -128,7 +128,7 @@ def test_the_faster_one_makes_them(device, slow, monkeypatch):
 def test_where_memory_lacks_vesin_makes_those_of_that_size(device, monkeypatch, caplog):
     """Which needs none of the device's; nobody hears of it."""
 
-    def exhausted(self, cell, positions, pbc):
+    def exhausted(self, cell, positions):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     one = task(engine(medium()), STRUCTURES["alloy"])

@@ -294,9 +294,9 @@ def test_whole_numbers_and_float32_are_numbers():
 
 
 def test_a_system_that_can_not_be_prepared_is_one_failure(monkeypatch):
-    """Whatever an engine raises there; and it is tried again, since memory may have lacked for a moment."""
+    """Whatever an engine raises there; and it is tried again, at once where memory lacked: it may be there now."""
     engine = Engine(plain)
-    errors = iter([ValueError("no"), MemoryError(), SystemExit(1)])
+    errors = iter([ValueError("no"), MemoryError(), MemoryError(), SystemExit(1), MemoryError()])
 
     def prepare(system: System) -> Any:
         if system.numbers[0] == 13 and (error := next(errors, None)) is not None:

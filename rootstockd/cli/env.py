@@ -39,7 +39,7 @@ from rootstockd.environments.specification import (
 from rootstockd.models.catalogue import CatalogueError
 from rootstockd.settings.state_dir import StateError
 
-_TORCH = "[auto|index|cpu|cu126|cu128|...]"
+_TORCH = "[auto|index|cpu|cu126|cu130|...]"
 
 
 class _Group(click.Group):
@@ -261,7 +261,7 @@ def _plan(
             Specification.model_validate(specification_fields)
         except ValueError as error:
             raise click.UsageError(
-                f"--torch {torch}: there are auto, index, cpu, cu126, cu128 and their like."
+                f"--torch {torch}: there are auto, index, cpu, cu126, cu130 and their like."
             ) from error
     return Plan(
         name,

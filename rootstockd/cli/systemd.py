@@ -15,7 +15,7 @@ import click
 import rootstockd
 from rootstockd.cli.common import Refused, console, default_socket
 from rootstockd.cli.options import devices_of
-from rootstockd.host.devices import gpu_names
+from rootstockd.host.devices import find_gpus, visible_gpus
 from rootstockd.settings.config_file import FILE_NAME
 
 _SHIPPED_COMMAND = "/usr/bin/rootstockd"
@@ -148,7 +148,11 @@ def instances_of(gpus: tuple[str, ...]) -> list[str]:
     Raises:
         UsageError: one is no instance's name.
     """
-    names = [name.replace(",", ":") for name in gpus] or [str(i) for i in range(len(gpu_names()))] or ["cpu"]
+    names = (
+        [name.replace(",", ":") for name in gpus]
+        or [str(i) for i in range(len(visible_gpus(find_gpus(), None)))]
+        or ["cpu"]
+    )
     for name in names:
         devices_of(name)
     for said, name in zip(gpus, names, strict=False):

@@ -70,7 +70,7 @@ def look_at_driver() -> Driver:
         try:
             number = pynvml.nvmlSystemGetCudaDriverVersion_v2()
             found = find_gpus()
-            states = tuple(_state(i, gpu) for i, gpu in enumerate(found))
+            states = tuple(_state(i, gpu) for i, gpu in enumerate(found) if gpu.uuid)
             version = str(pynvml.nvmlSystemGetDriverVersion())
         except pynvml.NVMLError as error:
             return Driver(hardware, failure=str(error), closed=closed)

@@ -52,7 +52,7 @@ class Rooms:
     # --- as placement sees them
 
     def now(self, workers: Iterable[Supervisor], kept: Iterable[Supervisor]) -> list[Room]:
-        """The devices as they are.
+        """The devices as they are; without GPUs that do not answer the driver, if others do.
 
         Args:
             workers: all there are.
@@ -64,7 +64,10 @@ class Rooms:
                 present[worker.device.name].append(worker)
         last = {id(worker) for worker in kept}
         rooms = []
+        answering = any(self._gpus.values())
         for number, device in enumerate(self.devices):
+            if answering and device.kind == "cuda" and self._gpus.get(device.name) is None:
+                continue  # else it would seem to have no limit, and be everybody's choice
             inside = present[device.name]
             tenants = tuple(
                 Tenant(id(worker), self._taken(worker), -worker.idle_seconds, may_go(worker), id(worker) in last)

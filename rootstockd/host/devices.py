@@ -29,6 +29,7 @@ class Gpu:
     """A GPU, or a MIG instance: a part of one that is split."""
 
     uuid: str
+    """Empty for one that does not answer."""
     name: str
     instances: tuple[Gpu, ...] = ()
     """What it is split into."""
@@ -44,24 +45,14 @@ class Memory:
     """What processes have; not there for those that the driver does not tell of, as in containers."""
 
 
-_begun = False
-"""Whether NVML is."""
-
-
 @contextlib.contextmanager
 def _nvml() -> Iterator[None]:
-    """NVML, which stays begun: beginning it may wake up a GPU. After an error it begins anew."""
-    global _begun  # noqa: PLW0603 - it is the process's
-    if not _begun:
-        pynvml.nvmlInit()
-        _begun = True
+    """NVML, for a moment: as long as it is begun, no GPU of the machine can be reset or split."""
+    pynvml.nvmlInit()
     try:
         yield
-    except pynvml.NVMLError:
-        _begun = False
-        with contextlib.suppress(pynvml.NVMLError):
-            pynvml.nvmlShutdown()
-        raise
+    finally:
+        pynvml.nvmlShutdown()
 
 
 def gpu_names() -> list[str]:
@@ -80,9 +71,13 @@ def find_gpus() -> list[Gpu]:
 
 def _gpus() -> Iterator[Gpu]:
     for i in range(pynvml.nvmlDeviceGetCount()):
-        # one that is lost, or that is not this process's, as in a job that was given another, has no number in CUDA
-        with contextlib.suppress(pynvml.NVMLError):
+        try:
             yield _gpu(pynvml.nvmlDeviceGetHandleByIndex(i))
+        except pynvml.NVMLError as error:
+            # one that is not this process's, as in a job that was given another, has no number in CUDA; one that is
+            # lost keeps its own, or others would take it over
+            if error.value != pynvml.NVML_ERROR_NO_PERMISSION:
+                yield Gpu("", f"does not answer: {error}")
 
 
 def _gpu(handle: object) -> Gpu:
@@ -187,6 +182,8 @@ def find_devices(devices: tuple[Device, ...], gpus: list[Gpu], variable: str | N
                 "`rootstockd doctor` looks for the reason. To compute on the CPU: `rootstockd start --device cpu`."
             )
         gpu = next(iter(matching[0].instances), matching[0])
+        if not gpu.uuid:
+            raise DeviceError(f"the GPU {device} {gpu.name}. `rootstockd doctor` looks for the reason.")
         if any(other.uuid == gpu.uuid for other in found):
             raise DeviceError(f"{device} and another of the devices are the same, {gpu.uuid} ({gpu.name}).")
         found.append(Device(name=device.name, uuid=gpu.uuid))

@@ -24,6 +24,8 @@ class CostCurve:
         self._learnt = 0
         self.limit: int | None = None
         """The most atoms that a batch of several evaluations should have; None while no size is known to be slow."""
+        self.cheapest = UNKNOWN
+        """Seconds an atom in batches of the size where it costs least."""
 
     def learn(self, atoms: int, seconds: float) -> None:
         """A batch of so many atoms took so long."""
@@ -35,6 +37,7 @@ class CostCurve:
         known = self._rates.get(size, rate)
         self._rates[size] = known + (FASTER if rate < known else SLOWER) * (rate - known)
         self._counts[size] = self._counts.get(size, 0) + 1
+        self.cheapest = min(self._rates.values())
         self._find_limit()
 
     def seconds(self, atoms: int) -> float:

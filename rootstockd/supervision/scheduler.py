@@ -7,10 +7,10 @@ grows again.
 
 Who goes first is decided by fair queueing: between users start-time fair queueing (Goyal, Vin, Cheng, SIGCOMM 1996) by
 the seconds that their evaluations cost over their shares; between one user's sessions, who come and go and have one
-evaluation at a time, the self-clocked kind (Golestani, INFOCOM 1994) by atoms. Where several users want the
-worker, a batch takes no longer than the turn of anybody who waits for others in it: the time of their own evaluation
-times the sum of all shares over theirs. So a step takes at most twice as long as on a device of their share's speed:
-once for the batch under way, once for its own.
+evaluation at a time, the self-clocked kind (Golestani, INFOCOM 1994) by what they probably cost. Where several users
+want the worker, a batch takes no longer than the turn of anybody who waits for others in it: the time of their own
+evaluation times the sum of all shares over theirs. So a step takes at most twice as long as on a device of their
+share's speed: once for the batch under way, once for its own.
 
 One thing is waited for: a driver computes between two evaluations, and a much longer one of somebody else's that begins
 in that moment would keep it from its share. So where it was back soon the last time, and it is its turn, the worker
@@ -47,9 +47,9 @@ MUCH_LONGER = 4.0
 """Nobody's return is waited for unless what would begin meanwhile takes so many times as long as theirs does."""
 WORTHWHILE = 0.1
 """The part of what it takes that is waited, at most."""
-MOST_TIMES = 32.0
+MOST_TIMES = 100.0
 """What an evaluation counts among its user's is at most so many times its atoms: the first of its kind may have taken
-a thousand times what the next ones take, and nobody shall pay for that estimate by waiting for thousands of others."""
+many thousand times what the next ones take, and nobody shall wait for thousands of others because of that."""
 AWAY, SLACK = 2.0, 5e-4
 """Somebody is expected back after so many times what it took the last time, and so many seconds."""
 
@@ -257,10 +257,8 @@ class Scheduler(Generic[Owner]):
         return self._alone if alone else self.costs
 
     def _weight(self, evaluation: Evaluation[Owner]) -> float:
-        """What it counts among its user's: its atoms, or more where it takes longer than others of its size."""
-        if not evaluation.alone:
-            return evaluation.atoms
-        times = self._seconds(evaluation) / self.costs.seconds(evaluation.atoms)
+        """What it counts among its user's: its atoms, each by what it takes over what one takes at best."""
+        times = self._seconds(evaluation) / (evaluation.atoms * self.costs.cheapest)
         return evaluation.atoms * min(max(1.0, times), MOST_TIMES)
 
     def _fill(self) -> list[Evaluation[Owner]]:
@@ -270,6 +268,8 @@ class Scheduler(Generic[Owner]):
         user = self._next_user()
         batch: list[Evaluation[Owner]] = []
         atoms = 0
+        if turns is None:  # whoever comes now begins here: what the only user had before is nobody's loss
+            self._now = max(self._now, user.start)
         while user.queue:
             following = user.queue[0][2]
             atoms += following.atoms

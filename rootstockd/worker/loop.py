@@ -260,8 +260,11 @@ class Loop:
                 self._held = held
                 send(self._channel, b"G", {"bytes": held or 0})
 
-    def _evaluate(self, batch: list[_Attached]) -> None:
-        """One pass for all; if that fails, one each, so that nobody suffers for a mate; halves if memory lacks."""
+    def _evaluate(self, batch: list[_Attached], *, again: bool = False) -> None:
+        """One pass for all; if that fails, one each, so that nobody suffers for a mate; halves if memory lacks.
+
+        One alone for which it lacks is tried `again`, once: what engines keep for others is given back by then.
+        """
         try:
             self._pass(batch)
             return
@@ -269,7 +272,9 @@ class Loop:
             broken = isinstance(error, EngineBrokenError)
             cause = (error.__cause__ or error) if broken else error
             memory_lacked, parts = out_of_memory(cause), []
-            if len(batch) == 1:
+            if len(batch) == 1 and memory_lacked and not broken and not again:
+                parts = [batch]
+            elif len(batch) == 1:
                 self._report(batch[0], too_large(batch[0].slot, cause) if memory_lacked else cause)
             if broken:  # the daemon has those it heard nothing of repeated, by a fresh worker
                 raise
@@ -282,7 +287,7 @@ class Loop:
         if memory_lacked:  # only now is what the failed pass had in its hands free
             trim()
         for part in parts:
-            self._evaluate(part)
+            self._evaluate(part, again=part is batch)
 
     def _pass(self, batch: list[_Attached]) -> None:
         tasks: list[Task] = []

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -84,7 +85,10 @@ class MaceEngine:
     ) -> None:
         self._name, self._dtype = spec.name, spec.dtype
         self._trusted: dict[object, bool] = {}
-        self._untrusted, self._distrust, self._heard = 0, "", ""
+        self._doubted: WeakSet[System] = WeakSet()
+        """Systems that do without the fast backend, as long as they are there."""
+        self._doubts, self._doubt_of, self._heard = 0, "", ""
+        """Of how many sessions they are, why the last of them does, and what the fast backend has said last."""
         self._reference = reference
         self._elements = [int(z) for z in model.atomic_numbers]
         self._heads: tuple[str, ...] = tuple(getattr(model, "heads", None) or ["Default"])
@@ -141,8 +145,11 @@ class MaceEngine:
                 with deterministic():
                     results[index] = self._reference.evaluate([task])[0]
             elif self._fast is not None and (trusted := self._trusted.get(system.check)) is not True:
-                first = trusted is None
-                results[index] = self._first(task, self._fast) if first else self._reference.evaluate([task])[0]
+                if trusted is None:
+                    results[index] = self._first(task, self._fast)
+                else:
+                    self._doubted.add(system)
+                    results[index] = self._reference.evaluate([task])[0]
             else:
                 together.append(index)
         if together:
@@ -160,9 +167,11 @@ class MaceEngine:
             return [result for task in tasks for result in self._together([task])]
 
     def _hear(self) -> None:
-        """Pass on what the fast backend has to say, if it has not been."""
-        if self._fast is not None and self._fast.note != self._heard:
-            self._heard = self._fast.note
+        """Pass on what the fast backend has to say, and who does without it, where that has changed."""
+        doubts = len({system.session for system in self._doubted}) if self._doubts or self._doubted else 0
+        heard = "" if self._fast is None else self._fast.note
+        if (doubts, heard) != (self._doubts, self._heard):
+            self._doubts, self._heard = doubts, heard
             self._note()
 
     # --- checks
@@ -192,18 +201,16 @@ class MaceEngine:
             trusted, why = False, f"{fast.name}: {type(error).__name__}: {error}"
         self._trusted[system.check] = trusted
         if not trusted:
-            self._doubt(f"{why}, on the first structure ({len(sample.positions)} atoms) of session {system.session}")
+            atoms, session = len(sample.positions), system.session
+            allowed = (
+                "" if system.tolerance == TOLERANCE[self._dtype] else f" (its tolerance is {system.tolerance:.1e})"
+            )
+            self._doubt_of = f"{why}, on the first structure ({atoms} atoms) of session {session}{allowed}"
+            self._doubted.add(system)
+            log.warning("model %r: %s, which gets %s", self._name, self._doubt_of, self._reference.name)
         if whole is None or (sample is not task and not trusted):
             whole = self._reference.evaluate([task])[0]
         return whole
-
-    def _doubt(self, text: str) -> None:
-        """Say that a session does without the fast backend."""
-        self._untrusted += 1
-        log.warning("model %r: %s, which gets %s", self._name, text, self._reference.name)
-        whose = "1 session's systems" if self._untrusted == 1 else f"{self._untrusted} sessions' systems"
-        self._distrust = f"{whose} are computed by {self._reference.name}; the last: {text}"
-        self._note()
 
     def _best(self, candidates: Sequence[Backend]) -> tuple[Backend | None, list[str]]:
         """The first that gives the reference's numbers, if one does; and why those before it are not used."""
@@ -240,7 +247,9 @@ class MaceEngine:
 
     def _note(self) -> None:
         """Say all that people should know."""
-        self.info = replace(self.info, note="; ".join(filter(None, [self._why, self._distrust, self._heard])))
+        whose = "1 session's systems" if self._doubts == 1 else f"{self._doubts} sessions' systems"
+        doubt = f"{whose} are computed by {self._reference.name}; the last: {self._doubt_of}" if self._doubts else ""
+        self.info = replace(self.info, note="; ".join(filter(None, [self._why, doubt, self._heard])))
 
 
 def _finite(result: Result) -> bool:

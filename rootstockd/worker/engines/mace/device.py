@@ -81,6 +81,7 @@ class DeviceBackend(EdgeBackend):
 
     def forget(self) -> None:
         """Keep no graphs, nor recorded passes."""
+        super().forget()
         self._residents.forget()
         self._captures.forget()
         self._graphs, self._graph = [], None

@@ -37,30 +37,19 @@ class _Grid(NamedTuple):
 
     inverse: Array
     """(3, 3): a row vector of Å times this is one of cell vectors."""
-    low: Array
-    """(3,): where the first bin begins, in cell vectors."""
-    extent: Array
-    """(3,): of all bins together, in cell vectors."""
     bins: Array
     """(3,) int64."""
     reach: Array
     """(3,) int64: how many bins further a neighbour may be."""
 
 
-def _grid(cell: Array, positions: Array, pbc: tuple[bool, bool, bool], cutoff: float) -> _Grid:
-    periodic = np.array(pbc)
+def _grid(cell: Array, atoms: int, cutoff: float) -> _Grid:
     inverse = np.linalg.inv(cell)
     heights = 1.0 / np.linalg.norm(inverse, axis=0)  # between the faces of the cell
-    along = positions @ inverse
-    low = np.where(periodic, 0.0, along.min(0))
-    extent = np.where(periodic, 1.0, np.maximum(along.max(0) - low, 1e-3))
-    width = heights * extent
-    count = np.clip(width / cutoff, 1, 2**10).astype(np.int64)
-    while count.prod() > 4 * len(positions) + 64:  # mostly empty: larger bins will do
-        count[count.argmax()] = (count.max() + 1) // 2
-    reach = np.ceil(cutoff * count / width).astype(np.int64)
-    reach = np.where(periodic, reach, np.minimum(reach, count - 1))
-    return _Grid(inverse, low, extent, count, reach)
+    bins = np.clip(heights / cutoff, 1, 2**10).astype(np.int64)
+    while bins.prod() > 4 * atoms + 64:  # mostly empty: larger bins will do
+        bins[bins.argmax()] = (bins.max() + 1) // 2
+    return _Grid(inverse, bins, np.ceil(cutoff * bins / heights).astype(np.int64))
 
 
 class DeviceNeighbours:
@@ -74,23 +63,21 @@ class DeviceNeighbours:
     def __init__(self, cutoff: float, device: torch.device) -> None:
         self._cutoff, self._device = cutoff, device
 
-    def lasting(self, cell: Array, positions: Array, pbc: tuple[bool, bool, bool]) -> Edges:
+    def lasting(self, cell: Array, positions: Array) -> Edges:
         """The edges of a structure that is `manageable`.
 
         Args:
             cell: (3, 3), Å, vectors in rows.
             positions: (N, 3), Å; N > 0.
-            pbc: along which cell vectors it is periodic.
         """
-        grid = _grid(cell, positions, pbc, self._cutoff)
+        grid = _grid(cell, len(positions), self._cutoff)
         there, vectors = self._tensor(positions), self._tensor(cell)
-        count, periodic = self._tensor(grid.bins), self._tensor(np.array(pbc))
+        count = self._tensor(grid.bins)
         offsets = self._tensor(np.array(list(itertools.product(*(range(-n, n + 1) for n in grid.reach)))))
 
         fractions = there @ self._tensor(grid.inverse)
-        wraps = torch.where(periodic, fractions.floor(), 0.0)
-        places = (fractions - wraps - self._tensor(grid.low)) / self._tensor(grid.extent)
-        bins = (places * count).long().clamp(min=torch.zeros_like(count), max=count - 1)
+        wraps = fractions.floor()
+        bins = ((fractions - wraps) * count).long().clamp(min=torch.zeros_like(count), max=count - 1)
         in_order, order = self._flat(bins, count).sort()
         limits = torch.searchsorted(in_order, torch.arange(int(grid.bins.prod()) + 1, device=self._device))
         first, population = limits[:-1], limits.diff()
@@ -99,9 +86,8 @@ class DeviceNeighbours:
             """Edges whose receivers are these."""
             targets = bins[begin:end, None] + offsets
             images = torch.div(targets, count, rounding_mode="floor")
-            there_is = (periodic | (images == 0)).all(2)
             flat = self._flat(targets - images * count, count)
-            numbers = (population[flat] * there_is).flatten()
+            numbers = population[flat].flatten()
             which = torch.repeat_interleave(numbers)
             within = torch.arange(len(which), device=self._device) - (numbers.cumsum(0) - numbers)[which]
             sender = order[first[flat.flatten()[which]] + within]
@@ -148,31 +134,30 @@ class Lists:
 
     def edges(self, task: Task) -> Edges:
         """A structure's edges, on the device."""
-        pbc = task.system.pbc
-        cell, positions = manageable(task.cell, task.positions, pbc, self._cutoff)
+        cell, positions = manageable(task.cell, task.positions, task.system.pbc, self._cutoff)
         size = len(positions).bit_length()
         if not self._wrong and size not in self._faster:
-            return self._race(size, cell, positions, pbc)
+            return self._race(size, cell, positions)
         if self._faster.get(size):
             try:
-                return self._own.lasting(cell, positions, pbc)
+                return self._own.lasting(cell, positions)
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise  # vesin needs none of the device's
-        return self._by_vesin(cell, positions, pbc)
+        return self._by_vesin(cell, positions)
 
-    def _by_vesin(self, cell: Array, positions: Array, pbc: tuple[bool, bool, bool]) -> Edges:
-        edges, shifts = self._vesin.lasting(cell, positions, pbc)
+    def _by_vesin(self, cell: Array, positions: Array) -> Edges:
+        edges, shifts = self._vesin.lasting(cell, positions)
         return torch.from_numpy(edges).to(self._device), torch.from_numpy(shifts).to(self._device)
 
-    def _race(self, size: int, cell: Array, positions: Array, pbc: tuple[bool, bool, bool]) -> Edges:
+    def _race(self, size: int, cell: Array, positions: Array) -> Edges:
         """By both; the second time is what counts: at the first kernels are loaded, and memory is found."""
-        self._by_vesin(cell, positions, pbc)
-        usual, seconds = self._timed(lambda: self._by_vesin(cell, positions, pbc))
+        self._by_vesin(cell, positions)
+        usual, seconds = self._timed(lambda: self._by_vesin(cell, positions))
         why = ""
         try:
-            self._own.lasting(cell, positions, pbc)
-            found, own_seconds = self._timed(lambda: self._own.lasting(cell, positions, pbc))
+            self._own.lasting(cell, positions)
+            found, own_seconds = self._timed(lambda: self._own.lasting(cell, positions))
             if (off := self._difference(found, usual, positions)) > SAME:
                 why = f"the sums over an atom's edges are off by {off:.1e} Å²"
             self._faster[size] = own_seconds < seconds

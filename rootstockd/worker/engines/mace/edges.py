@@ -65,7 +65,8 @@ class EdgeBackend:
         return self._packing.evaluate(sizes, lambda pack: self._pass(tasks[pack], union(lists[pack])))
 
     def forget(self) -> None:
-        """Nothing is kept."""
+        """Keep nothing; vesin keeps what it gave last."""
+        self._neighbours = Neighbours(float(self._model.r_max))
 
     def _lists(self, tasks: list[Task]) -> list[Edges]:
         """Of each structure."""

@@ -64,27 +64,22 @@ class Neighbours:
     def edges(self, task: Task, pbc: tuple[bool, bool, bool]) -> Edges:
         """A structure's edges."""
         cell, positions = manageable(task.cell, task.positions, pbc, self._cutoff)
-        i, j, d = self._compute(positions, cell, pbc, "ijD")
+        i, j, d = self._compute(positions, cell, "ijD")
         return Edges(len(positions), i.astype(np.int64), j.astype(np.int64), -d)
 
-    def lasting(self, cell: Array, positions: Array, pbc: tuple[bool, bool, bool]) -> tuple[Array, Array]:
+    def lasting(self, cell: Array, positions: Array) -> tuple[Array, Array]:
         """The edges of a structure that is `manageable`, in a form that holds while atoms move.
 
         Returns:
             (E, 2) int64, sender and receiver, sorted by receiver; and (E, 3) float64, Å, the lattice vector to be added
             to receiver's less sender's position for the vector from sender to receiver.
         """
-        i, j, shifts = self._compute(positions, cell, pbc, "ijS")
+        i, j, shifts = self._compute(positions, cell, "ijS")
         return np.stack([j, i], 1).astype(np.int64), -(shifts @ cell)
 
-    def _compute(
-        self, positions: Array, cell: Array, pbc: tuple[bool, bool, bool], quantities: str
-    ) -> tuple[Array, Array, Array]:
-        periodic = np.array(pbc)
+    def _compute(self, positions: Array, cell: Array, quantities: str) -> tuple[Array, Array, Array]:
         try:
-            i, j, d = self._list.compute(
-                points=positions, box=cell, periodic=periodic, quantities=quantities, copy=False
-            )
+            i, j, d = self._list.compute(points=positions, box=cell, periodic=True, quantities=quantities, copy=False)
         except RuntimeError as error:
             if out_of_memory(error):  # vesin 0.6 has freed arrays by now that it will write to next time
                 raise EngineBrokenError from error
@@ -107,9 +102,10 @@ def _joined(parts: list[Array]) -> Array:
 
 
 def manageable(cell: Array, positions: Array, pbc: tuple[bool, bool, bool], cutoff: float) -> tuple[Array, Array]:
-    """A cell and positions with the same neighbours at the same distances, such that a list of cells does not explode.
+    """A periodic cell and positions with the same neighbours at the same distances, such that no list explodes.
 
-    Lattice vectors without pbc become normals of the others; wide gaps along them are narrowed, so that an atom that
+    Lattice vectors without pbc become normals of the others, so long that nothing has neighbours along them: vesin
+    takes seconds where it is told that two are not periodic. Wide gaps along them are narrowed, so that an atom that
     flew off costs nothing; a cell so skewed that a sphere reaches many of its images is reduced.
     """
     positions = np.ascontiguousarray(positions)
@@ -123,7 +119,6 @@ def manageable(cell: Array, positions: Array, pbc: tuple[bool, bool, bool], cuto
         return cell, positions
     whole = cell.copy()
     for axis, normal in zip((axis for axis in range(3) if not pbc[axis]), normals):
-        whole[axis] = normal
         along = positions @ normal
         order = np.argsort(along, kind="stable")
         gaps = np.diff(along[order])
@@ -133,7 +128,8 @@ def manageable(cell: Array, positions: Array, pbc: tuple[bool, bool, bool], cuto
             across = positions - along[:, None] * normal
             across -= (across @ normal)[:, None] * normal  # what rounding left of a long way
             across[np.abs(along) > _NOWHERE] = 0.0
-            positions = across + moved[:, None] * normal
+            positions, along = across + moved[:, None] * normal, moved
+        whole[axis] = normal * (np.ptp(along) + 3.0 * cutoff)
     return whole, positions
 
 

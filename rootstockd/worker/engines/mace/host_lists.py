@@ -47,8 +47,8 @@ class HostLists:
 
     def __init__(self, cutoff: float) -> None:
         self._cutoff = cutoff
-        self._neighbours = {skin: Neighbours(cutoff + skin) for skin in (0.0, WIDTH)}
         self._lasting = Lasting(self._make, MOST_EDGES)
+        self.forget()
 
     def edges(self, tasks: Sequence[Task]) -> list[Edges]:
         """Of each structure."""
@@ -57,13 +57,14 @@ class HostLists:
         return [self._near(made, task.positions) for made, task in zip(self._lasting.lists(tasks), tasks)]
 
     def forget(self) -> None:
-        """Keep nothing."""
+        """Keep nothing; vesin keeps what it gave last, too."""
         self._lasting.forget()
+        self._neighbours = {skin: Neighbours(self._cutoff + skin) for skin in (0.0, WIDTH)}
 
     def _make(self, task: Task, skin: float) -> _List:
         system: System = task.system
         cell, positions = manageable(task.cell, task.positions, system.pbc, self._cutoff + skin)
-        edges, shifts = self._neighbours[skin].lasting(cell, positions, system.pbc)
+        edges, shifts = self._neighbours[skin].lasting(cell, positions)
         sender, receiver = np.ascontiguousarray(edges.T, np.int32)
         return _List(receiver, sender, shifts, skin)
 
