@@ -316,6 +316,10 @@ AWKWARD = {
     ),
     "skewed": Atoms("Cu2", [[0, 0, 0], [1, 1, 1]], cell=[[3, 0, 0], [50, 3, 0], [-40, 60, 3]], pbc=True),
     "skewed slab": Atoms("Cu", [[0, 0, 0]], cell=[[3, 0, 0], [40, 3, 0], [7, 7, 7]], pbc=(True, True, False)),
+    "far from the origin": Atoms("Cu2", [[1e9, 0, 0], [1e9 + 2, 0, 0]]),
+    "spread across a wire": Atoms(
+        "Cu40", np.random.default_rng(0).uniform(-90, 90, (40, 3)) * [0.02, 1, 1], cell=[4, 0, 0], pbc=(1, 0, 0)
+    ),
     "far outside": Atoms("Cu2", [[500, 0, 0], [1, 1, -900]], cell=[4, 4, 4], pbc=True),
 }
 

@@ -17,6 +17,9 @@ from rootstockd.worker.failures import out_of_memory
 _SKEWED = 0.1
 """A cell whose volume is less than this part of the product of its lengths is reduced."""
 
+_FAR = 1e6
+"""Å; structures so far from the origin are brought there, or how many cells away they are would be no integer."""
+
 _NOWHERE = 1e15
 """Å; so far away a position has no digits left to say where it is across."""
 
@@ -122,7 +125,7 @@ def manageable(cell: Array, positions: Array, pbc: tuple[bool, bool, bool], cuto
         along = positions @ normal
         order = np.argsort(along, kind="stable")
         gaps = np.diff(along[order])
-        if (gaps > 2.0 * cutoff).any():
+        if (gaps > 2.0 * cutoff).any() or not abs(along[order[0]]) < _FAR:
             moved = np.empty(len(order))
             moved[order] = np.concatenate([[0.0], np.cumsum(np.minimum(gaps, 2.0 * cutoff))])
             across = positions - along[:, None] * normal
