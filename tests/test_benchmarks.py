@@ -268,6 +268,17 @@ class TestModal:
         assert all((REPOSITORY / name).is_dir() for name in app.PARTS)
         assert all((REPOSITORY / name).is_file() for name in app.FILES)
 
+    def test_the_image_has_what_an_installation_from_it_takes(
+        self, app: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        build = pytest.importorskip("hatchling.build", reason="hatchling is not installed")
+        for name in (*app.PARTS, *app.FILES):
+            copy = shutil.copytree if (REPOSITORY / name).is_dir() else shutil.copy
+            copy(REPOSITORY / name, tmp_path / name)
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "wheels").mkdir()
+        assert build.build_wheel("wheels").endswith(".whl")
+
     @pytest.mark.parametrize(
         ("entry", "names"),
         [("benchmark_all", list(run_local.BENCHMARKS)), ("benchmark_ipc_overhead", ["ipc", "overhead"])],
