@@ -308,6 +308,18 @@ def neighbours(atoms, cutoff=4.5):
     return sorted(zip(i.tolist(), j.tolist(), d.round(6).tolist(), strict=True))
 
 
+def cutoffs_of(monkeypatch, kind, name):
+    """The cutoffs of those of a class whose method is called from now on, call by call."""
+    cutoffs, method = [], getattr(kind, name)
+
+    def noted(self, *arguments):
+        cutoffs.append(self._cutoff)
+        return method(self, *arguments)
+
+    monkeypatch.setattr(kind, name, noted)
+    return cutoffs
+
+
 AWKWARD = {
     "flown off": Atoms("Cu3", [[0, 0, 0], [1e4, 0, 0], [3, 0, 0]]),
     "desorbed from a slab": Atoms("Cu2", [[0, 0, 0], [1, 1, 3e3]], cell=[5, 5, 0], pbc=(True, True, False)),

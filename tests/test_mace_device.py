@@ -11,7 +11,7 @@ pytest.importorskip("mace")
 
 from ase import Atoms  # noqa: E402
 from ase.build import bulk  # noqa: E402
-from test_mace_backends import ARCHITECTURES, STRUCTURES, engine, make_model, task  # noqa: E402
+from test_mace_backends import ARCHITECTURES, STRUCTURES, cutoffs_of, engine, make_model, task  # noqa: E402
 from test_mace_replays import raising, record_at_once  # noqa: E402
 
 from rootstockd.worker.engines import ModelSpec, Task, guarded  # noqa: E402
@@ -51,14 +51,7 @@ def recording(monkeypatch):
 @pytest.fixture
 def lists(monkeypatch):
     """The cutoffs of all neighbour lists that are made."""
-    made, edges = [], Lists.edges
-
-    def noted(self, *arguments):
-        made.append(self._cutoff)
-        return edges(self, *arguments)
-
-    monkeypatch.setattr(Lists, "edges", noted)
-    return made
+    return cutoffs_of(monkeypatch, Lists, "edges")
 
 
 @cache

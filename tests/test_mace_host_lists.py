@@ -10,7 +10,7 @@ from ase import Atoms
 from ase.build import bulk
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_mace_backends import AWKWARD, STRUCTURES, engine, medium, task
+from test_mace_backends import AWKWARD, STRUCTURES, cutoffs_of, engine, medium, task
 
 from rootstockd.worker.engines import Task
 from rootstockd.worker.engines.mace import host_lists
@@ -24,14 +24,7 @@ CUTOFF = 4.5
 @pytest.fixture
 def made(monkeypatch):
     """The cutoffs of all lists that last."""
-    cutoffs, lasting = [], Neighbours.lasting
-
-    def noted(self, *arguments):
-        cutoffs.append(self._cutoff)
-        return lasting(self, *arguments)
-
-    monkeypatch.setattr(Neighbours, "lasting", noted)
-    return cutoffs
+    return cutoffs_of(monkeypatch, Neighbours, "lasting")
 
 
 def rows(edges: Edges):

@@ -21,7 +21,6 @@ from rootstockd.worker.engines.differences import TOLERANCE
 from rootstockd.worker.engines.mace.budget import Size, total
 from rootstockd.worker.engines.mace.captured import Captures, host_array
 from rootstockd.worker.engines.mace.edges import EdgeBackend
-from rootstockd.worker.engines.mace.packing import Packing
 from rootstockd.worker.engines.mace.resident import Graph, residents, union
 
 REPLAYED = 2_000
@@ -49,7 +48,6 @@ class DeviceBackend(EdgeBackend):
         self._far = torch.tensor([[2 * self._cutoff, 0.0, 0.0]], dtype=torch.float64, device=self._device)
         self._residents = residents(self._cutoff, self._of_numbers, self._device)
         self._captures = Captures(self._with_ghosts, TOLERANCE[str(self._dtype).rpartition(".")[2]])
-        self._packing = Packing(str(self._device), lambda: self._captures.held)
         self._graphs: list[Graph] = []
         """Those that are joined in `_graph`, of the last pass."""
         self._graph: Graph | None = None
@@ -81,10 +79,12 @@ class DeviceBackend(EdgeBackend):
 
     def forget(self) -> None:
         """Keep no graphs, nor recorded passes."""
-        super().forget()
         self._residents.forget()
         self._captures.forget()
         self._graphs, self._graph = [], None
+
+    def _held(self) -> int:
+        return self._captures.held
 
     def _of_numbers(self, numbers: Array) -> torch.Tensor:
         return self._attributes(np.searchsorted(self._elements, numbers))

@@ -127,18 +127,19 @@ class Lists:
 
     def __init__(self, cutoff: float, device: torch.device) -> None:
         self._cutoff, self._device = cutoff, device
-        self._vesin, self._own = Neighbours(cutoff), DeviceNeighbours(cutoff, device)
+        self._vesin = Neighbours(cutoff)
+        self._own: DeviceNeighbours | None = DeviceNeighbours(cutoff, device)
+        """None once a list of its was another than vesin's."""
         self._faster: dict[int, bool] = {}
         """Whether the device is, by powers of two of the atoms."""
-        self._wrong = False
 
     def edges(self, task: Task) -> Edges:
         """A structure's edges, on the device."""
         cell, positions = manageable(task.cell, task.positions, task.system.pbc, self._cutoff)
         size = len(positions).bit_length()
-        if not self._wrong and size not in self._faster:
-            return self._race(size, cell, positions)
-        if self._faster.get(size):
+        if self._own is not None and size not in self._faster:
+            return self._race(self._own, size, cell, positions)
+        if self._own is not None and self._faster[size]:
             try:
                 return self._own.lasting(cell, positions)
             except RuntimeError as error:
@@ -150,14 +151,14 @@ class Lists:
         edges, shifts = self._vesin.lasting(cell, positions)
         return torch.from_numpy(edges).to(self._device), torch.from_numpy(shifts).to(self._device)
 
-    def _race(self, size: int, cell: Array, positions: Array) -> Edges:
+    def _race(self, own: DeviceNeighbours, size: int, cell: Array, positions: Array) -> Edges:
         """By both; the second time is what counts: at the first kernels are loaded, and memory is found."""
         self._by_vesin(cell, positions)
         usual, seconds = self._timed(lambda: self._by_vesin(cell, positions))
         why = ""
         try:
-            self._own.lasting(cell, positions)
-            found, own_seconds = self._timed(lambda: self._own.lasting(cell, positions))
+            own.lasting(cell, positions)
+            found, own_seconds = self._timed(lambda: own.lasting(cell, positions))
             if (off := self._difference(found, usual, positions)) > SAME:
                 why = f"the sums over an atom's edges are off by {off:.1e} Å²"
             self._faster[size] = own_seconds < seconds
@@ -166,8 +167,7 @@ class Lists:
                 why = describe(error)
             self._faster[size] = False
         if why:
-            self._wrong = True
-            self._faster.clear()
+            self._own = None
             log.warning("neighbour lists are made by vesin, not on %s: %s", self._device, why)
         return usual
 

@@ -44,7 +44,7 @@ class EdgeBackend:
         self._elements = np.array(model.atomic_numbers.tolist())
         self._repels = hasattr(model, "pair_repulsion")
         self._neighbours = Neighbours(float(model.r_max))
-        self._packing = Packing(str(self._device))
+        self._packing = Packing(str(self._device), self._held)
 
     def evaluate(self, tasks: list[Task]) -> list[Result]:
         """As few passes as fit the memory, each over the union of its structures' graphs.
@@ -67,6 +67,10 @@ class EdgeBackend:
     def forget(self) -> None:
         """Keep nothing; vesin keeps what it gave last."""
         self._neighbours = Neighbours(float(self._model.r_max))
+
+    def _held(self) -> int:
+        """Bytes of what is free on the device that no pass can have."""
+        return 0
 
     def _lists(self, tasks: list[Task]) -> list[Edges]:
         """Of each structure."""

@@ -75,7 +75,6 @@ class FusedBackend(EdgeBackend):
 
     def forget(self) -> None:
         """Keep no lists, and nothing that was made for the elements of structures."""
-        super().forget()
         self._host_lists.forget()
         for layer in self._layers:
             layer.forget()
