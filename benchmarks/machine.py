@@ -15,35 +15,34 @@ import psutil
 import pynvml
 
 from benchmarks.common import REPOSITORY
+from rootstockd.doctor.software import torch_in
+from rootstockd.host.devices import VISIBLE, find_gpus, gpu_memory, visible_gpus
 
-PACKAGES = ("numpy", "ase", "torch", "mace-torch", "e3nn", "uvloop", "psutil", "matplotlib")
+PACKAGES = ("numpy", "ase", "torch", "mace-torch", "e3nn", "cuequivariance-torch", "uvloop", "psutil", "matplotlib")
 
 
 def gpus() -> list[str]:
-    """The NVIDIA GPUs of this machine, by model."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
+    """The NVIDIA GPUs that programs see here, by model, with the driver's version."""
+    seen = visible_gpus(find_gpus(), os.environ.get(VISIBLE))
+    if not seen:
         return []
-    done = subprocess.run(
-        [program, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=30,
-    )
-    return done.stdout.splitlines() if done.returncode == 0 else []
+    pynvml.nvmlInit()
+    try:
+        driver = str(pynvml.nvmlSystemGetDriverVersion())
+    finally:
+        pynvml.nvmlShutdown()
+    memories = [gpu_memory(gpu.uuid) for gpu in seen]
+    return [
+        f"{gpu.name}, {memory.total / 2**20:.0f} MiB, driver {driver}" if memory else gpu.name
+        for gpu, memory in zip(seen, memories, strict=True)
+    ]
 
 
 def free_gpu_memory() -> float | None:
-    """Free memory of the first GPU, in MB; None where there is none."""
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return None
-    try:
-        return float(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0)).free) / 1e6
-    finally:
-        pynvml.nvmlShutdown()
+    """Free memory of the first GPU that programs see, in MB; None where there is none."""
+    seen = visible_gpus(find_gpus(), os.environ.get(VISIBLE))
+    memory = gpu_memory(seen[0].uuid) if seen else None
+    return memory.free / 1e6 if memory else None
 
 
 def hardware(cpus: list[int]) -> dict[str, Any]:
@@ -69,6 +68,9 @@ def software() -> dict[str, str]:
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
+    if "torch" in found:
+        _, cuda = torch_in(Path(str(importlib.metadata.distribution("torch").locate_file(""))))
+        found["torch's CUDA"] = ".".join(map(str, cuda)) if cuda else "none"
     return found
 
 

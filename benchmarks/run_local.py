@@ -25,6 +25,10 @@ BENCHMARKS = ("ipc", "scale", "fairness", "bad_company", "size", "first_force", 
 """Short ones first: a run that is cut has more of them."""
 WITHOUT_MODELS = ("ipc", "scale", "fairness", "bad_company", "size")
 SCHEMA = 1
+CPUS = 2
+"""How many CPUs all contestants together have, where they compute on CPUs."""
+GPU_TESTS = ("test_budget.py", "test_gpu.py", "test_mace_device.py", "test_mace_device_lists.py")
+"""Where the tests that need a GPU are; others need more packages."""
 
 
 def run(options: argparse.Namespace, save: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
@@ -32,7 +36,8 @@ def run(options: argparse.Namespace, save: Callable[[dict[str, Any]], object]) -
     names = chosen(options)
     gpus = machine.gpus()
     device = ("cuda" if gpus else "cpu") if options.device == "auto" else options.device
-    used = use_cpus(options.cpus)
+    os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # so that cuda:0 of the peers is the daemon's
+    used = use_cpus(options.cpus or (CPUS if device == "cpu" else len(os.sched_getaffinity(0))))
     result: dict[str, Any] = {
         "schema": SCHEMA,
         "created": dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
@@ -98,7 +103,8 @@ def failed(result: dict[str, Any]) -> list[str]:
 
 def gpu_tests() -> int:
     """The tests that need a GPU; pytest's exit status."""
-    return subprocess.run([sys.executable, "-m", "pytest", "-m", "gpu"], cwd=REPOSITORY, check=False).returncode
+    files = [f"tests/{name}" for name in GPU_TESTS]
+    return subprocess.run([sys.executable, "-m", "pytest", "-m", "gpu", *files], cwd=REPOSITORY, check=False).returncode
 
 
 def sizes(text: str) -> tuple[int, ...]:
@@ -120,7 +126,9 @@ def parser() -> argparse.ArgumentParser:
         "--gpu-checks", action="store_true", help="the tests that need a GPU, then the benchmarks; nothing without one"
     )
     made.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    made.add_argument("--cpus", type=int, default=2, help="how many CPUs all processes together may use (default 2)")
+    made.add_argument(
+        "--cpus", type=int, help=f"how many CPUs all processes together may use (default {CPUS}; with a GPU all)"
+    )
     made.add_argument("--no-install", action="store_true", help="make no environment for peers that have none yet")
     made.add_argument("--commit", help="what to say is measured, where there is no git checkout to ask")
     made.add_argument("--results", type=Path, default=HERE / "results", help="the folder for what comes of it")
@@ -138,7 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.gpu_checks:
         gpus = machine.gpus()
         if not gpus:
-            print("There is no NVIDIA GPU here (nvidia-smi lists none): nothing was checked.")
+            print("There is no NVIDIA GPU here: nothing was checked.")
             return 0
         print("\n".join(gpus), flush=True)
         status = gpu_tests()

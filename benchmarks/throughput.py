@@ -69,13 +69,19 @@ def run(settings: Settings, results: Results) -> None:
         chosen.append(models.random(settings, "mp0-small-random"))
     for model in chosen:
         for count in jobs:
-            with ExitStack() as stack:
-                groups: dict[str, Group] = {}
-                for arm in ARMS:
-                    if (arm not in ON_CPUS or settings.device == "cpu") and _fits(results, model, count, arm):
-                        _start(stack, groups, settings, results, model, count, arm, seconds)
-                _measure(results, groups, model, count, turns, seconds)
+            for arms in arms_at_once(settings.device):
+                with ExitStack() as stack:
+                    groups: dict[str, Group] = {}
+                    for arm in arms:
+                        if _fits(results, model, count, arm):
+                            _start(stack, groups, settings, results, model, count, arm, seconds)
+                    _measure(results, groups, model, count, turns, seconds)
         _goals(results, settings, model)
+
+
+def arms_at_once(device: str) -> tuple[tuple[str, ...], ...]:
+    """Which arms take turns, and which come after these: a GPU has one daemon."""
+    return (ARMS,) if device == "cpu" else ((OURS, OWN), (UNBATCHED,))
 
 
 def _fits(results: Results, model: models.Model, count: int, arm: str) -> bool:

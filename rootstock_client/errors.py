@@ -138,6 +138,12 @@ class NotAModelError(ModelLoadError):
     code = "not-a-model"
 
 
+class DeviceFailedError(ModelLoadError):
+    """A device that can't be used, although its driver has it."""
+
+    code = "device"
+
+
 class EvaluationError(RootstockError):
     """An evaluation that the engine could not finish."""
 

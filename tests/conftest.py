@@ -98,9 +98,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     rank = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
     needing = [item for item in items if item.get_closest_marker("gpu")]
-    if needing and not gpu_names():
-        for item in needing:
-            item.add_marker(pytest.mark.skip(reason="there is no NVIDIA GPU here"))
+    if not needing:
+        return
+    why = ""
+    if not gpu_names():
+        why = "there is no NVIDIA GPU here"
+    elif "PYTEST_XDIST_WORKER" in os.environ:
+        why = "it needs the GPU for itself: `python -m benchmarks.run_local --gpu-checks`, or `pytest -m gpu`"
+    for item in needing if why else ():
+        item.add_marker(pytest.mark.skip(reason=why))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cuda_has_begun() -> None:
+    """What CUDA keeps for the whole process is no test's leak; on a machine with a GPU torch begins it some time."""
+    if gpu_names():
+        with contextlib.suppress(ImportError, RuntimeError):  # no torch, or none for this GPU
+            import torch
+
+            torch.zeros(1, device="cuda")
 
 
 @dataclass

@@ -203,6 +203,11 @@ class TestRunLocal:
         assert run_local.chosen(run_local.parser().parse_args(["--ipc-only", "--only", "overhead"])) == []
         assert run_local.chosen(run_local.parser().parse_args([])) == list(run_local.BENCHMARKS)
 
+    def test_gpu_checks_know_where_the_tests_are(self) -> None:
+        tests = Path(__file__).parent
+        marked = {path.name for path in tests.rglob("test_*.py") if "pytest.mark" + ".gpu" in path.read_text()}
+        assert marked == set(run_local.GPU_TESTS)
+
     def test_gpu_checks_without_a_gpu(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:

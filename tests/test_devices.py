@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from rootstockd.host.devices import Gpu, default_names, make_device_files
+from rootstockd.host.devices import Gpu, default_names, hidden_driver, make_device_files
 
 
 @pytest.mark.parametrize("there", [False, True])
@@ -44,4 +44,27 @@ def test_the_devices_of_whoever_names_none(variables: dict[str, str], names: tup
 
 
 def test_without_gpus_it_is_the_cpu() -> None:
-    assert default_names([], {"CUDA_VISIBLE_DEVICES": "0", "SLURM_JOB_ID": "7"}) == ("cpu",)
+    assert default_names([], {}) == ("cpu",)
+
+
+@pytest.mark.parametrize(
+    ("variables", "loaded", "wrong"),
+    [
+        ({}, True, False),
+        ({"CUDA_VISIBLE_DEVICES": ""}, True, False),
+        ({"CUDA_VISIBLE_DEVICES": "-1"}, True, False),
+        ({"CUDA_VISIBLE_DEVICES": "NoDevFiles", "SLURM_JOB_ID": "7"}, True, False),
+        ({"CUDA_VISIBLE_DEVICES": "0"}, False, False),  # left over from somewhere, where there never was a GPU
+        ({"CUDA_VISIBLE_DEVICES": "0"}, True, True),
+        ({"CUDA_VISIBLE_DEVICES": "0", "SLURM_JOB_ID": "7"}, False, True),
+    ],
+)
+def test_who_was_given_a_gpu_does_not_compute_on_the_cpu(
+    variables: dict[str, str], loaded: bool, wrong: bool, tmp_path: Path
+) -> None:
+    version = tmp_path / "version"
+    if loaded:
+        version.touch()
+    said = hidden_driver(variables, version)
+    assert bool(said) is wrong
+    assert not wrong or ("CUDA_VISIBLE_DEVICES is 0, and NVML" in said and "--device cpu" in said)

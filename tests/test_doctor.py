@@ -112,7 +112,9 @@ def test_what_a_machine_lacks(fields, expected, mend) -> None:
         (changed(NODE, visible=("", 0)), ["warning driver"], "unset CUDA_VISIBLE_DEVICES"),
         (changed(NODE, closed=("/dev/nvidia0",)), ["problem device files"], "--gpus=1"),
         (changed(NODE, gpus=(changed(H100, compute_mode="exclusive"),)), ["warning GPU 0"], "-c DEFAULT"),
+        (changed(NODE, gpus=(changed(H100, compute_mode="exclusive"),), mps=True), [], ""),
         (changed(NODE, gpus=(changed(H100, compute_mode="prohibited"),)), ["problem GPU 0"], "-c DEFAULT"),
+        (changed(NODE, silent=("GPU 1 does not answer: GPU is lost",)), ["problem driver"], "--gpu-reset"),
         (changed(NODE, gpus=(changed(H100, mig=True),)), ["problem GPU 0"], "-cgi"),
         (changed(NODE, gpus=(changed(H100, mig=True, instances=2),)), [], ""),
         (changed(NODE, gpus=(changed(H100, free=10**9),)), ["warning GPU 0"], "query-compute-apps"),
@@ -135,6 +137,7 @@ def test_drivers(driver, expected, mend) -> None:
         ((12, 8), H100, "note", "--torch auto"),
         ((13, 0), H100, "problem", "--torch auto"),
         ((11, 8), changed(H100, capability=(7, 0)), None, ""),
+        ((12, 4), changed(H100, capability=(12, 0)), "problem", "--torch auto"),
     ],
 )
 def test_builds_of_torch(cuda, gpu, level, mend) -> None:
@@ -145,11 +148,25 @@ def test_builds_of_torch(cuda, gpu, level, mend) -> None:
     assert all(mend in finding.advice + finding.mend for finding in found)
 
 
-def test_an_old_gpu() -> None:
-    volta = changed(NODE, cuda=(13, 0), gpus=(changed(H100, capability=(7, 0)),))
-    (found,) = check_flavour("mace", "2.13.0", (13, 0), volta, "rootstockd env update mace --torch auto")
-    assert found.level == "problem"
+@pytest.mark.parametrize(
+    ("cuda", "capability", "level"),
+    [((13, 0), (7, 0), "problem"), ((12, 8), (7, 0), "warning"), ((12, 8), (6, 1), "problem")],
+)
+def test_an_old_gpu_beside_a_new_one(cuda, capability, level) -> None:
+    node = changed(NODE, cuda=(13, 0), gpus=(H100, changed(H100, capability=capability)))
+    (found,) = check_flavour("mace", "2.13.0", cuda, node, "rootstockd env update mace --torch auto")
+    assert found.level == level
     assert found.mend.endswith("--torch cu126")
+
+
+def test_where_mps_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
+    assert not gpus._mps_answers()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "control"))
+        assert not gpus._mps_answers(), "a socket is left of one that has ended"
+        listener.listen()
+        assert gpus._mps_answers()
 
 
 def test_which_cuda(tmp_path: Path) -> None:

@@ -203,7 +203,7 @@ def verify(name: str, device: str, catalogues: tuple[Path, ...]) -> None:
     if there.manifest.specification.verify is None:
         console.print(f"{name}: all its packages are there; its specification has no numbers to compare", markup=False)
         return
-    (chosen,) = choose_devices(names=("cpu",) if device == "cpu" else ())
+    chosen, *_ = choose_devices(names=("cpu",) if device == "cpu" else ())
     console.print(f"{name}: {verified(there, catalogues, chosen)}", markup=False, soft_wrap=True)
 
 

@@ -14,7 +14,7 @@ from rootstock_client.runtime_dir import SOCKET_VARIABLE
 from rootstockd.cli.common import Refused, catalogue_option, default_log_file, default_socket, socket_option
 from rootstockd.cli.completion import catalogue_models, devices, gpus
 from rootstockd.host.devices import DeviceError, choose_devices
-from rootstockd.settings.config import Config, SettingsFile
+from rootstockd.settings.config import Config, Device, SettingsFile
 from rootstockd.settings.config_layers import FILE_VARIABLE, find_files, make_config
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -100,29 +100,37 @@ def settings_said(
     names = tuple(name for name in names if name != "auto")
     if gpu is not None and names:
         raise click.UsageError("--gpu and --device can't be combined.")
-    try:
-        chosen = choose_devices(gpus=gpu, names=names)
-    except DeviceError as error:
-        raise Refused(error) from error
-    except ValueError as error:
-        raise click.UsageError(
-            f"{gpu or ', '.join(names)!r} names no device; names are cpu, cpu:1, cuda:1, and UUIDs (GPU-..., MIG-...)."
-        ) from error
+    chosen = _choose(gpu, names) if gpu is not None or names else None
     address = (socket or default_socket()).absolute()
     if click.get_current_context().get_parameter_source("socket") is ParameterSource.ENVIRONMENT:
         socket = None  # it is a setting's variable as well
     flags = {
         "socket": address if socket else None,
-        "devices": chosen if gpu is not None or names else None,
+        "devices": chosen,
         "models": models or None,
         "catalogues": catalogues or None,
         **others,
     }
     files = find_files(file, address, instance)
-    config = make_config(files, os.environ, flags, {"socket": default_socket(), "devices": chosen})
+    cpu = (Device(name="cpu"),)
+    config = make_config(files, os.environ, flags, {"socket": default_socket(), "devices": cpu})
+    if "devices" not in config.origins:
+        config = config.model_copy(update={"devices": _choose(None, ())})
     if config.log_file is None:
         config = config.model_copy(update={"log_file": default_log_file(config.socket)})
     return config
+
+
+def _choose(gpus: str | None, names: tuple[str, ...]) -> tuple[Device, ...]:
+    """The devices that were asked for, or else those of whoever names none."""
+    try:
+        return choose_devices(gpus=gpus, names=names)
+    except DeviceError as error:
+        raise Refused(error) from error
+    except ValueError as error:
+        raise click.UsageError(
+            f"{gpus or ', '.join(names)!r} names no device; names are cpu, cpu:1, cuda:1, and UUIDs (GPU-..., MIG-...)."
+        ) from error
 
 
 def files_to_read(named: Path | None = None, instance: str | None = None) -> tuple[SettingsFile, ...]:

@@ -201,12 +201,18 @@ class DaemonCollector(Collector):
             "rootstockd_device_memory_used_bytes", "Memory of a device that is in use, by anybody.", labels=["device"]
         )
         total = GaugeMetricFamily("rootstockd_device_memory_total_bytes", "Memory of a device.", labels=["device"])
+        up = GaugeMetricFamily(
+            "rootstockd_device_up",
+            "1 if a device can be used, 0 if its driver or a worker says not.",
+            labels=["device"],
+        )
         for device in self._daemon.fleet.devices:
             memory = self._daemon.fleet.device_memory(device)
+            up.add_metric([str(device)], self._daemon.fleet.usable(device))
             if memory is not None:
                 used.add_metric([str(device)], memory.total - memory.free)
                 total.add_metric([str(device)], memory.total)
-        yield from (used, total)
+        yield from (used, total, up)
 
     def _by_user(self) -> Iterator[Metric]:
         accounts = self._daemon.accounts

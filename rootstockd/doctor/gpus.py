@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,9 @@ from rootstockd.host.devices import VISIBLE, Gpu, find_gpus, visible_gpus
 
 WORKER_MEMORY = 2 * 10**9
 """Bytes below which hardly a model fits."""
-_SINCE_CUDA_13 = (7, 5)
-"""The oldest compute capability that CUDA 13 has code for."""
+_VOLTA, _TURING, _BLACKWELL = (7, 0), (7, 5), (10, 0)
+"""Compute capabilities. PyTorch's builds have code for up to Hopper's (9.0) as of CUDA 12.6 and before, from Turing to
+Blackwell as of CUDA 12.8 and later; as of CUDA 12.8 before PyTorch 2.11 also for Volta (pytorch/pytorch#172352)."""
 _AS_ROOT = "sudo "
 
 
@@ -49,10 +51,14 @@ class Driver:
     cuda: tuple[int, int] = (0, 0)
     """The newest CUDA that the driver knows."""
     gpus: tuple[GpuState, ...] = ()
+    silent: tuple[str, ...] = ()
+    """GPUs that do not answer, by number, and what NVML says of each."""
     failure: str = ""
     """Why NVML says nothing."""
     closed: tuple[str, ...] = ()
     """Device files that this user may not open."""
+    mps: bool = False
+    """NVIDIA's MPS answers: processes compute through it."""
     visible: tuple[str | None, int] = (None, 0)
     """CUDA_VISIBLE_DEVICES, and how many GPUs that leaves."""
 
@@ -71,12 +77,24 @@ def look_at_driver() -> Driver:
             number = pynvml.nvmlSystemGetCudaDriverVersion_v2()
             found = find_gpus()
             states = tuple(_state(i, gpu) for i, gpu in enumerate(found) if gpu.uuid)
+            silent = tuple(f"GPU {i} {gpu.name}" for i, gpu in enumerate(found) if not gpu.uuid)
             version = str(pynvml.nvmlSystemGetDriverVersion())
         except pynvml.NVMLError as error:
             return Driver(hardware, failure=str(error), closed=closed)
     seen = visible_gpus(found, os.environ.get(VISIBLE))
     cuda = (number // 1000, number % 1000 // 10)
-    return Driver(hardware, version, cuda, states, "", closed, (os.environ.get(VISIBLE), len(seen)))
+    value = os.environ.get(VISIBLE)
+    return Driver(hardware, version, cuda, states, silent, "", closed, _mps_answers(), (value, len(seen)))
+
+
+def _mps_answers() -> bool:
+    """NVIDIA's MPS listens where CUDA looks for it."""
+    control = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")) / "control"  # noqa: S108 - its default
+    with socket.socket(socket.AF_UNIX) as sock, contextlib.suppress(OSError):
+        sock.settimeout(1)
+        sock.connect(str(control))
+        return True
+    return False
 
 
 def _is_gpu(device: Path) -> bool:
@@ -127,7 +145,8 @@ def check_driver(driver: Driver) -> Iterator[Finding]:
     if driver.failure:
         yield _no_driver(driver)
         return
-    found = f"{len(driver.gpus)} GPUs, driver {driver.version}, for CUDA up to {driver.cuda[0]}.{driver.cuda[1]}"
+    count = f"{len(driver.gpus)} GPU{'' if len(driver.gpus) == 1 else 's'}"
+    found = f"{count}, driver {driver.version}, for CUDA up to {driver.cuda[0]}.{driver.cuda[1]}"
     value, seen = driver.visible
     if not driver.gpus:
         yield problem("driver", found, "There is nothing to compute on.", "nvidia-smi -L")
@@ -141,6 +160,14 @@ def check_driver(driver: Driver) -> Iterator[Finding]:
         )
     else:
         yield ok("driver", f"{found}{f'; {VISIBLE} shows {seen}' if value is not None else ''}")
+    if driver.silent:
+        yield problem(
+            "driver",
+            "; ".join(driver.silent),
+            "Models go to other GPUs, if there are any.",
+            f"{_AS_ROOT}dmesg | grep -i xid",
+            f"It tells what happened. When nobody uses the GPU: {_AS_ROOT}nvidia-smi --gpu-reset, or reboot.",
+        )
     if driver.closed:
         yield problem(
             "device files",
@@ -193,13 +220,14 @@ def check_gpus(driver: Driver) -> Iterator[Finding]:
                 "Every model fails to load.",
                 f"{_AS_ROOT}nvidia-smi -i {gpu.index} -c DEFAULT",
             )
-        elif gpu.compute_mode == "exclusive":
+        elif gpu.compute_mode == "exclusive" and not driver.mps:
             sound = False
             yield warning(
                 name,
                 f"{gpu.name}: its compute mode lets one process compute at a time",
                 "Each model has a process of its own: a second model, or a replica, fails to load.",
                 f"{_AS_ROOT}nvidia-smi -i {gpu.index} -c DEFAULT",
+                "Or have the models share it through MPS (docs/devices.md).",
             )
         if not gpu.mig and gpu.free < WORKER_MEMORY:
             sound = False
@@ -244,16 +272,24 @@ def check_flavour(where: str, torch: str, cuda: tuple[int, int] | None, driver: 
         return
     built = f"torch {torch} is built for CUDA {cuda[0]}.{cuda[1]}"
     knows = f"the driver {driver.version} knows CUDA up to {driver.cuda[0]}.{driver.cuda[1]}"
-    old = [gpu for gpu in driver.gpus if gpu.capability < _SINCE_CUDA_13]
+    found = sorted(driver.gpus, key=lambda gpu: gpu.capability)
+    old, new = found[0], found[-1]
     if cuda[0] > driver.cuda[0]:
         yield problem(where, f"{built}, and {knows}", "Its workers can't compute on this node's GPUs.", mend)
-    elif cuda[0] >= 13 and old:  # noqa: PLR2004 - a version
-        yield problem(
-            where,
-            f"{built}, which has no code for {old[0].name} (compute capability {old[0].capability[0]}."
-            f"{old[0].capability[1]})",
-            "Its workers can't compute on that GPU.",
-            mend.replace("auto", "cu126"),
+    elif cuda >= (13, 0) and old.capability < _TURING:
+        yield problem(where, *_no_code(built, "has", old), mend.replace("auto", "cu126"))
+    elif cuda >= (12, 8) and old.capability < _TURING:
+        some = old.capability >= _VOLTA
+        yield (warning if some else problem)(
+            where, *_no_code(built, "may have" if some else "has", old), mend.replace("auto", "cu126")
         )
+    elif cuda < (12, 8) and new.capability >= _BLACKWELL:
+        yield problem(where, *_no_code(built, "has", new), mend)
     elif cuda > driver.cuda:
         yield note(where, f"{built}, and {knows}", "Kernels that are compiled at run time may fail.", mend)
+
+
+def _no_code(built: str, has: str, gpu: GpuState) -> tuple[str, str]:
+    major, minor = gpu.capability
+    what = f"{built}, which {has} no code for {gpu.name} (compute capability {major}.{minor})"
+    return what, "Its workers can't compute on that GPU."

@@ -105,16 +105,29 @@ class Admission:
         key = model.spec.name, model.spec.dtype, str(model.device)
         return self._totals.setdefault(key, Totals())
 
+    async def has_lost(self, model: Supervisor, *, failed: bool) -> bool:
+        if model.device is None or model.device.kind == "cpu":
+            return False
+        if failed:
+            self._rooms.avoid(model.device)
+        await self._rooms.measure(self._roster.workers())
+        return self._room_of(model) is None
+
     async def make_room(self, model: Supervisor) -> bool:
         assert model.device is not None
         if self._config.worker_memory is not None and model.device.kind == "cpu":
             return False  # its own limit, which nobody else's end raises
-        number = self._rooms.devices.index(model.device)
-        first = placement.first_to_go(self._rooms_for(model)[number].tenants)  # it is loading and does not itself
+        room = self._room_of(model)
+        first = room and placement.first_to_go(room.tenants)  # it is loading and does not itself
         if first is None:
             return False
         await self._evict(model, [first.number])
         return True
+
+    def _room_of(self, model: Supervisor) -> Room | None:
+        """Where a model is; None if that GPU does not answer, and others do."""
+        rooms = self._rooms_for(model)
+        return next((room for room in rooms if self._rooms.devices[room.number] == model.device), None)
 
     async def _evict(self, model: Supervisor, evicted: list[int]) -> None:
         """Have others go for a model, and wait until all that leave its device have left."""

@@ -82,6 +82,10 @@ class Fleet:
         """What is in a device's memory, as far as that is known."""
         return self._devices.memory(device)
 
+    def usable(self, device: Device) -> bool:
+        """Whether a device can be used, as far as its driver and workers say."""
+        return self._devices.usable(device)
+
     async def stop(self, error: RootstockError) -> None:
         """End all workers; what still waits is told `error`."""
         if self._watching is not None:

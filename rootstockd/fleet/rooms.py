@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,12 +16,16 @@ from rootstockd.settings.config import Config, Device
 from rootstockd.supervision.roles import State
 from rootstockd.supervision.supervisor import Supervisor
 
+log = logging.getLogger(__name__)
+
 QUIET = 5.0
 """Seconds after its last evaluation in which a model with sessions does not go for another: drivers compute, too."""
 CONTEXT = 500 * 10**6
 """Bytes that CUDA has of a GPU for a process, beside what torch has."""
 RESERVE = 0.05
 """The part of a GPU's memory that models leave free, for whatever else its driver needs."""
+AVOIDED = 600.0
+"""Seconds in which no model goes to a GPU that could not be used, if there is another."""
 
 
 class Rooms:
@@ -36,12 +42,18 @@ class Rooms:
         self._gpus: dict[str, Memory | None] = {}
         """By the device's name."""
         self._labels: dict[str, str] = {}
+        self._avoided: dict[str, float] = {}
+        """Until when, by `time.monotonic`, by the device's name."""
 
     def begin(self, devices: tuple[Device, ...]) -> None:
         """It is these devices, which have been found."""
         self.devices = devices
         if devices[0].kind == "cuda":
-            names = {part.uuid: part.name for gpu in find_gpus() for part in (gpu, *gpu.instances)}
+            gpus = find_gpus()
+            for number, gpu in enumerate(gpus):
+                if not gpu.uuid:
+                    log.error("GPU %d of this machine %s; `rootstockd doctor` says what to do", number, gpu.name)
+            names = {part.uuid: part.name for gpu in gpus for part in (gpu, *gpu.instances)}
             self._labels = {device.name: names.get(device.uuid, "cuda") for device in devices}
             self._gpus = {device.name: gpu_memory(device.uuid) for device in devices}
 
@@ -52,7 +64,7 @@ class Rooms:
     # --- as placement sees them
 
     def now(self, workers: Iterable[Supervisor], kept: Iterable[Supervisor]) -> list[Room]:
-        """The devices as they are; without GPUs that do not answer the driver, if others do.
+        """The devices as they are; without GPUs that can't be used, if others can.
 
         Args:
             workers: all there are.
@@ -64,10 +76,10 @@ class Rooms:
                 present[worker.device.name].append(worker)
         last = {id(worker) for worker in kept}
         rooms = []
-        answering = any(self._gpus.values())
+        usable = [device for device in self.devices if self.usable(device)]
         for number, device in enumerate(self.devices):
-            if answering and device.kind == "cuda" and self._gpus.get(device.name) is None:
-                continue  # else it would seem to have no limit, and be everybody's choice
+            if usable and device not in usable:
+                continue  # else it would have most room, and be everybody's choice
             inside = present[device.name]
             tenants = tuple(
                 Tenant(id(worker), self._taken(worker), -worker.idle_seconds, may_go(worker), id(worker) in last)
@@ -76,6 +88,16 @@ class Rooms:
             load = sum(worker.pace.load for worker in inside)
             rooms.append(Room(number, self._budget(device, tenants), load, tenants, self._most(device)))
         return rooms
+
+    def usable(self, device: Device) -> bool:
+        """As far as the driver and workers say."""
+        if device.kind == "cpu":
+            return True
+        return self._gpus.get(device.name) is not None and self._avoided.get(device.name, 0.0) < time.monotonic()
+
+    def avoid(self, device: Device) -> None:
+        """A worker found that it can't be used."""
+        self._avoided[device.name] = time.monotonic() + AVOIDED
 
     def need(self, worker: Supervisor, rooms: Iterable[Room]) -> int:
         """Bytes to have free for a worker: what it grew to before, or a guess.
@@ -160,7 +182,7 @@ class Rooms:
         asked = [(worker, worker.pid) for worker in workers if worker.pid is not None]
         devices = [device for device in self.devices if device.kind == "cuda"]
         gpus, resident = await asyncio.to_thread(_look, devices, [pid for _, pid in asked])
-        self._gpus.update(gpus)
+        self._heard(gpus)
         for worker, pid in asked:
             if worker.pid != pid or worker.device is None:
                 continue  # it has ended meanwhile
@@ -169,6 +191,18 @@ class Rooms:
             elif (gpu := self._gpus.get(worker.device.name)) is not None:
                 self._measured(worker, taken(gpu, pid, worker.told_memory))
         await self.save()
+
+    def _heard(self, gpus: dict[str, Memory | None]) -> None:
+        for name, memory in gpus.items():
+            if memory is None and self._gpus[name] is not None:
+                log.error(
+                    "%s does not answer the driver any more. Its models go to other devices, if there are any, when "
+                    "their workers end. `nvidia-smi` or `rootstockd doctor` may tell why",
+                    name,
+                )
+            elif memory is not None and self._gpus[name] is None:
+                log.warning("%s answers the driver again", name)
+        self._gpus.update(gpus)
 
     def _measured(self, worker: Supervisor, taken: int) -> None:
         worker.memory, worker.peak_memory = taken, max(worker.peak_memory, taken)

@@ -95,7 +95,9 @@ def gpu_memory(uuid: str) -> Memory | None:
         with _nvml():
             handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
             info = pynvml.nvmlDeviceGetMemoryInfo(handle)
-            processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+            processes = []
+            with contextlib.suppress(pynvml.NVMLError):  # some virtual machines' drivers do not say
+                processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
     except pynvml.NVMLError:
         return None
     return Memory(int(info.total), int(info.free), {p.pid: int(p.usedGpuMemory) for p in processes if p.usedGpuMemory})
@@ -194,7 +196,7 @@ def choose_devices(*, gpus: str | None = None, names: tuple[str, ...] = ()) -> t
     """The devices to use, found.
 
     Args:
-        gpus: the GPUs that were asked for: numbers and UUIDs with commas between them, or `all`.
+        gpus: the GPUs that were asked for: numbers and UUIDs with commas between them, or `all` that answer.
         names: devices that were asked for. With neither, those of `default_names`.
 
     Raises:
@@ -202,25 +204,52 @@ def choose_devices(*, gpus: str | None = None, names: tuple[str, ...] = ()) -> t
         ValueError: what was asked for is no device.
     """
     if gpus == "all":
-        count = len(visible_gpus(find_gpus(), os.environ.get(VISIBLE)))
-        names = tuple(f"cuda:{i}" for i in range(max(count, 1)))
+        names = _answering(visible_gpus(find_gpus(), os.environ.get(VISIBLE))) or ("cuda:0",)
     elif gpus is not None:
         names = tuple(f"cuda:{name}" if name.isdigit() else name for name in map(str.strip, gpus.split(",")))
     elif not names:
         names = default_names(find_gpus(), os.environ)
+        if names == ("cpu",) and (lacking := hidden_driver(os.environ)):
+            raise DeviceError(lacking)
     return found_devices(tuple(Device(name=name) for name in names))
 
 
 def default_names(gpus: list[Gpu], variables: Mapping[str, str]) -> tuple[str, ...]:
     """The devices of whoever names none: the first GPU, in a Slurm job all that it has, or the CPU where there is none.
 
+    Those that do not answer are left out.
+
     Args:
         gpus: those of the machine.
         variables: the environment.
     """
-    seen = visible_gpus(gpus, variables.get(VISIBLE))
-    given = len(seen) if JOB_VARIABLE in variables and VISIBLE in variables else 1
-    return tuple(f"cuda:{i}" for i in range(given)) if seen else ("cpu",)
+    names = _answering(visible_gpus(gpus, variables.get(VISIBLE))) or ("cpu",)
+    return names if JOB_VARIABLE in variables and VISIBLE in variables else names[:1]
+
+
+def _answering(seen: list[Gpu]) -> tuple[str, ...]:
+    return tuple(f"cuda:{i}" for i, gpu in enumerate(seen) if gpu.uuid)
+
+
+def hidden_driver(variables: Mapping[str, str], loaded: Path = Path("/proc/driver/nvidia/version")) -> str:
+    """What is wrong where a program was given GPUs, and NVML has none: it had better not compute on the CPU.
+
+    Args:
+        variables: the environment.
+        loaded: what is there while the kernel has NVIDIA's driver.
+    """
+    given = variables.get(VISIBLE, "")
+    if given in {"", "-1", "NoDevFiles"} or not (JOB_VARIABLE in variables or loaded.exists()):
+        return ""
+    try:
+        with _nvml():
+            said = "and NVML has none of these"
+    except pynvml.NVMLError as error:
+        said = f"and NVML says: {error}"
+    return (
+        f"{VISIBLE} is {given}, {said}. `rootstockd doctor` looks for the reason. "
+        "To compute on the CPU: `rootstockd start --device cpu`."
+    )
 
 
 def found_devices(devices: tuple[Device, ...]) -> tuple[Device, ...]:

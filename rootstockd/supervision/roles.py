@@ -58,6 +58,14 @@ class Landlord(Protocol):
             LimitError: none has, and it was waited for long enough.
         """
 
+    async def has_lost(self, model: Supervisor, *, failed: bool) -> bool:
+        """Whether a model's device can't be used any more, and others can.
+
+        Args:
+            model: its worker has ended.
+            failed: it says that the device could not be used, whatever the driver says.
+        """
+
     def totals(self, model: Supervisor) -> Totals:
         """What was ever done of a model on the device that it has."""
 

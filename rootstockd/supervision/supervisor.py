@@ -7,8 +7,9 @@ import contextlib
 import functools
 import logging
 import time
+from dataclasses import replace
 
-from rootstock_client.errors import LimitError, ModelLoadError, RootstockError
+from rootstock_client.errors import DeviceFailedError, LimitError, ModelLoadError, RootstockError
 from rootstockd.environments.finding import Environment, find_environment
 from rootstockd.models.spec import in_environment
 from rootstockd.processes.messages import Confined, Failure, Held, Said, Stage, Versions, parse
@@ -388,6 +389,8 @@ class Supervisor:
         while not self._leaving.is_set():
             self._set_state(State.LOADING)
             end = await self._run_worker(variables)
+            failed_there = isinstance(self.error, DeviceFailedError)
+            lost = not self._leaving.is_set() and await self._landlord.has_lost(self, failed=failed_there)
             if self._leaving.is_set():
                 return
             if self.state is State.LOADING:
@@ -395,6 +398,12 @@ class Supervisor:
             else:
                 failed.forget()
             log.warning("the worker of %s ended: %s", self.spec.name, end.how)
+            if lost:
+                why = f": {self.error.message}" if self.error else ""
+                log.warning("model %s: %s can't be used, and it goes to another%s", self.spec.name, self.device, why)
+                self.error = self._shortage = None
+                self._replace(replace(end, blamed=False))
+                return
             if (shortage := self._shortage) is not None:
                 self._shortage = None
                 failed.forget()
@@ -407,12 +416,16 @@ class Supervisor:
                 self._ended_at = time.monotonic()
                 self._set_state(State.FAILED)
                 return
-            self._dispatcher.worker_lost(end)
-            self.restarts += 1
-            self.meter.totals.restarts += 1
+            self._replace(end)
             self.stage = f"to be started again in {failed.pause:.0f} s ({end.how})"
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._leaving.wait(), failed.pause)
+
+    def _replace(self, end: End) -> None:
+        """The worker has ended, and there will be another."""
+        self._dispatcher.worker_lost(end)
+        self.restarts += 1
+        self.meter.totals.restarts += 1
 
     async def _run_worker(self, variables: dict[str, str]) -> End:
         """One worker from its start to its end."""

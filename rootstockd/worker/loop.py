@@ -339,7 +339,7 @@ def main(channel: socket.socket, spec: ModelSpec) -> int:
     try:
         engine = load_engine(spec)
     except BaseException as error:  # it may be somebody's code that calls sys.exit()
-        if not isinstance(error, EngineError) or (error.__cause__ and error.code == "model-load"):
+        if not isinstance(error, EngineError) or (error.__cause__ and error.code in ("model-load", "device")):
             print_error(error)  # others say all that there is to say
         cause = (error.__cause__ or error) if isinstance(error, EngineError) else error
         if out_of_memory(cause):

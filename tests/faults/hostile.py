@@ -84,6 +84,19 @@ class Hostile(Calculator):
             self.results["forces"] = np.full((len(atoms), 3), np.nan)
 
 
+class OnGpu(EMT):
+    """One that a GPU does not bear: what CUDA says of memory that has failed, where NVML has nothing to say.
+
+    Args:
+        broken: its UUID.
+    """
+
+    def __init__(self, broken: str) -> None:
+        super().__init__()
+        if os.environ["CUDA_VISIBLE_DEVICES"] == broken:
+            raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+
+
 class AtLoading(Hostile):
     """Misbehaves when it is made.
 

@@ -241,7 +241,10 @@ def make(spec: ModelSpec, head: str | None) -> Any:
         try:
             return _call(target, spec.arguments.get("options", {}), words)
         except Exception as error:
-            raise EngineError("model-load", f"model {spec.name!r}: can't make {target}: {describe(error)}") from error
+            text = f"model {spec.name!r}: can't make {target}: {describe(error)}"
+            if spec.device != "cpu" and "CUDA" in text:
+                raise EngineError("device", text, "`rootstockd doctor` looks at the GPU.") from error
+            raise EngineError("model-load", text) from error
 
 
 def _call(target: str, options: dict[str, Any], words: dict[str, str]) -> Any:

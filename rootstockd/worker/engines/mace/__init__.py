@@ -295,7 +295,7 @@ def load(spec: ModelSpec) -> MaceEngine | safe.Conversion:
     except Exception as error:
         if spec.device != "cpu" and "CUDA" in describe(error):  # nothing is wrong with the file
             text = f"model {spec.name!r} can't be put on {spec.device}: {describe(error)}"
-            raise EngineError("model-load", text, "`rootstockd doctor` looks at the GPU.") from error
+            raise EngineError("device", text, "`rootstockd doctor` looks at the GPU.") from error
         text = f"model {spec.name!r}: {spec.weights} is not a MACE model that mace-torch {mace.__version__} can read"
         # one that names code that is not here may be a model to another version
         code = "model-load" if isinstance(error, (ImportError, AttributeError)) else "not-a-model"
@@ -320,7 +320,7 @@ def _begin_cuda(name: str) -> None:
         torch.cuda.init()
     except Exception as error:
         raise EngineError(
-            "model-load",
+            "device",
             f"model {name!r}: torch {torch.__version__} can't begin to use CUDA: {describe(error)}",
             "`rootstockd doctor` looks at the driver. If that is well, `confine = false` in the model's entry of the "
             "catalogue tells whether CUDA lacks a right that workers give away (SECURITY.md).",

@@ -1,0 +1,268 @@
+"""What daemons do with what a driver says of GPUs: a library that stands in for NVML has a folder say it.
+
+The workers are real ones, of a model that computes on the CPU wherever it is told to be; `test_gpu.py` has the others.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ase.build import bulk
+from ase.calculators.emt import EMT
+
+from conftest import RunningDaemon, rootstockd, wait_for
+from rootstock_client.control import fetch
+
+GB = 10**9
+FAULTS = Path(__file__).parent / "faults"
+SOURCE = Path(__file__).parent / "nvml.c"
+GPUS = 2
+
+
+@dataclass(frozen=True)
+class Driver:
+    """What it says of the GPUs of this machine."""
+
+    folder: Path
+
+    def say(self, gpu: int, **words: object) -> None:
+        """Of this GPU from now on."""
+        for name, word in words.items():
+            new = self.folder / "new"
+            new.write_text(f"{word}\n")
+            new.rename(self.folder / str(gpu) / name)
+
+    def lose(self, gpu: int) -> None:
+        """It does not answer any more."""
+        self.say(gpu, lost="")
+
+    def uuid(self, gpu: int) -> str:
+        return (self.folder / str(gpu) / "uuid").read_text().strip()
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the library."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("there is no C compiler here")
+    folder = tmp_path_factory.mktemp("library")
+    options = ("-Wall", "-Wextra", "-Werror", "-shared", "-fPIC")
+    subprocess.run([compiler, *options, "-o", folder / "libnvidia-ml.so.1", SOURCE], check=True)
+    return folder
+
+
+@pytest.fixture
+def driver(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Driver:
+    """One with two GPUs of 8 GB that nobody uses."""
+    driver = Driver(tmp_path / "gpus")
+    for gpu in range(GPUS):
+        (driver.folder / str(gpu)).mkdir(parents=True)
+        driver.say(gpu, name="Test GPU", total=8 * GB, used=0, uuid=f"GPU-{gpu}0000000-0000-0000-0000-000000000000")
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(library))
+    monkeypatch.setenv("TEST_GPUS", str(driver.folder))
+    monkeypatch.setenv("ROOTSTOCKD_STATE", str(tmp_path / "state"))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return driver
+
+
+class Job:
+    """One that asks for forces all the time, and compares them."""
+
+    def __init__(self, daemon: RunningDaemon) -> None:
+        self.steps = 0
+        self._daemon = daemon
+        self._over = threading.Event()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Job:
+        self._thread.start()
+        wait_for(lambda: self.steps > 3 or self._error)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def goes_on(self) -> None:
+        """Until it has made more steps."""
+        before = self.steps
+        wait_for(lambda: self.steps > before + 3 or self._error)
+
+    def _run(self) -> None:
+        try:
+            with self._daemon.client().calculator("emt") as calculator:
+                while not self._over.wait(0.01):
+                    atoms, other = bulk("Cu", cubic=True), bulk("Cu", cubic=True)
+                    for each in (atoms, other):
+                        each.rattle(0.1, seed=self.steps)
+                    atoms.calc, other.calc = calculator, EMT()
+                    np.testing.assert_allclose(atoms.get_forces(), other.get_forces(), rtol=0, atol=1e-9)
+                    self.steps += 1
+        except BaseException as error:
+            self._error = error
+
+
+def kill_worker(daemon: RunningDaemon) -> None:
+    os.kill(daemon.model("emt")["pid"], signal.SIGKILL)
+
+
+def where(daemon: RunningDaemon) -> object:
+    """The device of the model, and whether it is ready there."""
+    return daemon.model("emt")["device"], daemon.model("emt")["state"]
+
+
+@pytest.fixture
+def start(driver: Driver, start_daemon: Callable[..., RunningDaemon]) -> Iterator[Callable[..., RunningDaemon]]:
+    """Start a daemon on GPUs, with a model."""
+    return lambda gpus, *options: start_daemon("--model", "emt", *options, device=("--gpu", gpus) if gpus else ())
+
+
+def test_a_model_on_a_gpu_that_is_lost_goes_to_another_and_its_job_goes_on(driver: Driver, start) -> None:
+    daemon = start("0,1")
+    with Job(daemon) as job:
+        assert where(daemon) == ("cuda:0", "ready")
+        kill_worker(daemon)
+        job.goes_on()
+        assert where(daemon) == ("cuda:0", "ready"), "a worker's end is no reason to leave"
+        driver.lose(0)
+        job.goes_on()
+        assert where(daemon) == ("cuda:0", "ready"), "nor is a driver that says nothing"
+        kill_worker(daemon)
+        job.goes_on()
+        assert where(daemon) == ("cuda:1", "ready")
+    log = daemon.log.read_text()
+    assert log.count("cuda:0 does not answer the driver any more") == 1
+    assert "model emt: cuda:0 can't be used, and it goes to another" in log
+    assert daemon.model("emt")["restarts"] == 2
+
+
+def test_a_gpu_that_workers_can_not_use_is_avoided(
+    driver: Driver, start_daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(FAULTS), os.environ.get("PYTHONPATH", "")]))
+    entry = (
+        f'family = "ase"\narguments = {{ calculator = "hostile:OnGpu", options = {{ broken = "{driver.uuid(0)}" }} }}\n'
+    )
+    (tmp_path / "models.toml").write_text(f"[one]\n{entry}[other]\n{entry}")
+    options = ("--catalogue", str(tmp_path / "models.toml"), "--model", "one")
+    daemon = start_daemon(*options, device=("--gpu", "0,1"))
+    assert (daemon.model("one")["device"], daemon.model("one")["restarts"]) == ("cuda:1", 1)
+    assert daemon.run("load", "other").returncode == 0
+    assert (daemon.model("other")["device"], daemon.model("other")["restarts"]) == ("cuda:1", 0)
+    said = fetch(daemon.socket, "GET", "/metrics").decode()
+    assert 'rootstockd_device_up{device="cuda:0"} 0.0' in said
+    assert 'rootstockd_device_up{device="cuda:1"} 1.0' in said
+    daemon.stop()
+    alone = start_daemon(*options[:2], device=("--gpu", "0"))  # there is nowhere to go
+    done = alone.run("load", "one")
+    assert done.returncode != 0
+    assert "uncorrectable ECC error" in done.stderr
+
+
+def test_where_no_gpu_answers_models_stay(driver: Driver, start) -> None:
+    daemon = start("0")
+    with Job(daemon) as job:
+        driver.lose(0)
+        wait_for(lambda: "does not answer the driver" in daemon.log.read_text())
+        kill_worker(daemon)
+        job.goes_on()
+        assert where(daemon) == ("cuda:0", "ready")
+
+
+def test_a_lost_gpu_can_be_had_by_nobody_and_leaves_others_their_numbers(driver: Driver, start, tmp_path: Path) -> None:
+    driver.lose(0)
+    for gpu in ("0", "0,1"):
+        done = rootstockd("start", "--gpu", gpu)
+        assert done.returncode != 0
+        assert "the GPU cuda:0 does not answer: GPU is lost. `rootstockd doctor`" in done.stderr
+    daemon = start("all")
+    assert where(daemon) == ("cuda:1", "ready")
+    assert "GPU 0 of this machine does not answer: GPU is lost" in daemon.log.read_text()
+    daemon.stop()
+    config = tmp_path / "config.toml"
+    config.write_text('devices = ["cuda:1"]\n')  # nobody asks for cuda:0
+    daemon = start(None, "--config", str(config))
+    assert where(daemon) == ("cuda:1", "ready")
+    found = rootstockd("doctor").stdout
+    assert "problem  driver          GPU 0 does not answer: GPU is lost" in found
+
+
+def test_a_gpu_has_one_daemon_whatever_it_is_called(driver: Driver, start, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = start("0")
+    second = RunningDaemon(first.folder.with_name("second"))
+    second.folder.mkdir()
+    told = f"a daemon already uses the GPU {driver.uuid(0)}: pid {first.pid} "
+    for name, visible in (
+        ("0", None),
+        ("1,0", None),
+        (driver.uuid(0), None),
+        (driver.uuid(0), "1"),
+        ("0", "0"),
+        ("1", "1,0"),
+    ):
+        with monkeypatch.context() as patch:
+            if visible is not None:
+                patch.setenv("CUDA_VISIBLE_DEVICES", visible)
+            done = second.run("start", "--gpu", name, "--log-file", second.log)
+        assert done.returncode != 0
+        assert told in done.stderr + done.stdout
+        assert not second.processes()
+    with Job(first) as job, Job(start("1")) as beside:  # another GPU is another's
+        job.goes_on()
+        beside.goes_on()
+    os.kill(first.pid, signal.SIGKILL)
+    wait_for(lambda: not first.processes(), timeout=5)
+    assert where(start("0")) == ("cuda:0", "ready")
+
+
+def test_what_another_program_has_is_waited_for(driver: Driver, start) -> None:
+    daemon = start("0")
+    driver.say(0, processes=f"{daemon.model('emt')['pid']} {GB}", used=GB)
+    wait_for(lambda: daemon.model("emt")["memory"] == GB)
+    with Job(daemon) as job:
+        driver.say(0, used=8 * GB)
+        job.goes_on()
+        assert where(daemon) == ("cuda:0", "ready"), "who has work stays"
+    wait_for(lambda: daemon.model("emt")["state"] == "cold")
+    driver.say(0, processes="", used=7 * GB)
+    wait_for(lambda: daemon.client().status()["devices"])
+    done: list[float] = []
+    asking = threading.Thread(target=lambda: done.append(energy(daemon)))
+    asking.start()
+    wait_for(lambda: daemon.model("emt")["state"] == "waiting")
+    wait_for(lambda: "emt needs 1000 MB; cuda:0 has 600 MB beside other programs" in daemon.run("status").stdout)
+    assert not done
+    driver.say(0, used=0)
+    asking.join(timeout=20)
+    assert done
+
+
+def test_who_does_not_wait_is_told_what_is_there(driver: Driver, start, tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text("room_timeout = 0\n")
+    driver.say(0, used=8 * GB)
+    daemon = RunningDaemon(tmp_path / "d", device=("--gpu", "0"))
+    daemon.folder.mkdir()
+    done = daemon.run("start", "--gpu", "0", "--config", config, "--model", "emt", "--log-file", daemon.log)
+    daemon.stop()
+    assert "cuda:0 has 0 MB beside other programs" in done.stderr + done.stdout + daemon.log.read_text()
+
+
+def energy(daemon: RunningDaemon) -> float:
+    atoms = bulk("Cu")
+    with daemon.client().calculator("emt") as calculator:
+        atoms.calc = calculator
+        return float(atoms.get_potential_energy())
