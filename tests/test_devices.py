@@ -56,7 +56,8 @@ def test_without_gpus_it_is_the_cpu() -> None:
         ({"CUDA_VISIBLE_DEVICES": "NoDevFiles", "SLURM_JOB_ID": "7"}, True, False),
         ({"CUDA_VISIBLE_DEVICES": "0"}, False, False),  # left over from somewhere, where there never was a GPU
         ({"CUDA_VISIBLE_DEVICES": "0"}, True, True),
-        ({"CUDA_VISIBLE_DEVICES": "0", "SLURM_JOB_ID": "7"}, False, True),
+        ({"CUDA_VISIBLE_DEVICES": "0", "SLURM_JOB_ID": "7"}, False, False),  # a Slurm whose GPUs are another maker's
+        ({"CUDA_VISIBLE_DEVICES": "0", "SLURM_JOB_ID": "7"}, True, True),
     ],
 )
 def test_who_was_given_a_gpu_does_not_compute_on_the_cpu(

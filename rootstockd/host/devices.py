@@ -239,7 +239,7 @@ def hidden_driver(variables: Mapping[str, str], loaded: Path = Path("/proc/drive
         loaded: what is there while the kernel has NVIDIA's driver.
     """
     given = variables.get(VISIBLE, "")
-    if given in {"", "-1", "NoDevFiles"} or not (JOB_VARIABLE in variables or loaded.exists()):
+    if given in {"", "-1", "NoDevFiles"} or not loaded.exists():  # without a driver it may be meant for other GPUs
         return ""
     try:
         with _nvml():
