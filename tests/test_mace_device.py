@@ -16,7 +16,7 @@ from test_mace_replays import raising, record_at_once  # noqa: E402
 
 from rootstockd.worker.engines import ModelSpec, Task, guarded  # noqa: E402
 from rootstockd.worker.engines.differences import compare  # noqa: E402
-from rootstockd.worker.engines.mace import MaceEngine, captured  # noqa: E402
+from rootstockd.worker.engines.mace import MaceEngine, begin_cuda, captured  # noqa: E402
 from rootstockd.worker.engines.mace import device as on_device  # noqa: E402
 from rootstockd.worker.engines.mace.budget import Size  # noqa: E402
 from rootstockd.worker.engines.mace.device import DeviceBackend  # noqa: E402
@@ -65,6 +65,8 @@ class OnDevice:
 
     def __init__(self, device, dtype="float64", small=False, architecture=None):
         torch.set_default_dtype(getattr(torch, dtype))
+        if device != "cpu":
+            begin_cuda("test")
         if architecture is None:
             self.model, there = (model_on(where, dtype, small) for where in ("cpu", device))
         else:

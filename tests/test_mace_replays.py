@@ -1,6 +1,8 @@
 """What decides how MACE is evaluated on a device, without a model: lists' skins, and which passes are replayed."""
 
+import gc
 import itertools
+import weakref
 
 import numpy as np
 import pytest
@@ -170,6 +172,34 @@ def test_what_can_not_be_recorded_is_evaluated_and_the_first_cause_is_told(recor
     passes.fail = raising_at_the_end(RuntimeError("CUDA error: operation not permitted\nwhen capturing"), ended)
     assert not passes.replayed(10)
     assert passes.captures.note.endswith("RuntimeError: CUDA error: operation not permitted")
+
+
+def test_nothing_of_a_pass_whose_recording_failed_is_kept(recording):
+    """Not even until Python looks for circles."""
+    kept = []
+
+    def fail():
+        features = torch.ones(3)
+        kept.append(weakref.ref(features))
+        raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    passes = Passes()
+    passes.fail = fail
+    gc.disable()
+    try:
+        assert not any(passes.replayed(10) for _ in range(7))
+        assert kept and not any(features() is not None for features in kept)
+    finally:
+        gc.enable()
+
+
+def test_many_ghosts_where_many_edges_pad():
+    assert captured.ghosts_of(captured.padded(100)) == captured.GHOSTS
+    for edges in (8_000, 60_000, 200_000):
+        bucket = captured.padded(edges)
+        ghosts = captured.ghosts_of(bucket)
+        assert bucket / 3 / ghosts < 300
+        assert ghosts <= max(8, 0.2 * edges / 76), "few beside copper's atoms"
 
 
 def test_memory_that_lacks_while_recording_is_no_failure(monkeypatch):

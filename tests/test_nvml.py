@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from ase.calculators.emt import EMT
 
 from conftest import RunningDaemon, rootstockd, wait_for
 from rootstock_client.control import fetch
+from rootstock_client.errors import LimitError
 
 GB = 10**9
 FAULTS = Path(__file__).parent / "faults"
@@ -78,9 +80,9 @@ def driver(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dr
 class Job:
     """One that asks for forces all the time, and compares them."""
 
-    def __init__(self, daemon: RunningDaemon) -> None:
+    def __init__(self, daemon: RunningDaemon, model: str = "emt") -> None:
         self.steps = 0
-        self._daemon = daemon
+        self._daemon, self._model = daemon, model
         self._over = threading.Event()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run)
@@ -103,13 +105,15 @@ class Job:
 
     def _run(self) -> None:
         try:
-            with self._daemon.client().calculator("emt") as calculator:
+            with self._daemon.client().calculator(self._model) as calculator:
                 while not self._over.wait(0.01):
                     atoms, other = bulk("Cu", cubic=True), bulk("Cu", cubic=True)
                     for each in (atoms, other):
                         each.rattle(0.1, seed=self.steps)
                     atoms.calc, other.calc = calculator, EMT()
-                    np.testing.assert_allclose(atoms.get_forces(), other.get_forces(), rtol=0, atol=1e-9)
+                    forces = atoms.get_forces()
+                    if self._model == "emt":
+                        np.testing.assert_allclose(forces, other.get_forces(), rtol=0, atol=1e-9)
                     self.steps += 1
         except BaseException as error:
             self._error = error
@@ -259,6 +263,43 @@ def test_who_does_not_wait_is_told_what_is_there(driver: Driver, start, tmp_path
     done = daemon.run("start", "--gpu", "0", "--config", config, "--model", "emt", "--log-file", daemon.log)
     daemon.stop()
     assert "cuda:0 has 0 MB beside other programs" in done.stderr + done.stdout + daemon.log.read_text()
+
+
+def test_a_model_that_once_had_much_comes_with_less_when_that_was_waited_for(
+    driver: Driver, start, tmp_path: Path
+) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text("room_timeout = 3\n")
+    daemon = start("0", "--config", str(config), "--model", "noop")
+
+    def have(**gigabytes: float) -> None:
+        """What the models have."""
+        pids = {name: daemon.model(name)["pid"] for name in gigabytes}
+        lines = [f"{pids[name]} {round(size * GB)}" for name, size in gigabytes.items()]
+        driver.say(0, processes="\n".join(lines), used=round(sum(gigabytes.values()) * GB))
+        wait_for(lambda: all(daemon.model(name)["memory"] == size * GB for name, size in gigabytes.items()))
+
+    have(emt=1, noop=1)
+    have(emt=6, noop=1)
+    assert daemon.run("unload", "emt").returncode == 0
+    have(noop=5)
+    with Job(daemon, "noop"):  # it has work, and stays
+        begin = time.monotonic()
+        assert energy(daemon)
+        assert time.monotonic() - begin > 2
+        assert where(daemon) == ("cuda:0", "ready")
+        assert daemon.run("unload", "emt").returncode == 0
+        have(noop=7)
+        with pytest.raises(LimitError, match=r"no device has room for it: emt needs 6000 MB"):
+            energy(daemon)
+
+
+def test_what_rounds_numbers_is_not_inherited(start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "1")
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    daemon = start("0")
+    assert b"TF32" in Path(f"/proc/{daemon.pid}/environ").read_bytes()
+    assert b"TF32" not in Path(f"/proc/{daemon.model('emt')['pid']}/environ").read_bytes()
 
 
 def energy(daemon: RunningDaemon) -> float:

@@ -6,7 +6,10 @@ import contextlib
 import copy
 import json
 import socket
+import sys
 import threading
+import time
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rootstockd.worker import loop
+from rootstockd.worker import loop, memory
 from rootstockd.worker.engines import EngineError, EngineInfo, Result, System, Task
 from rootstockd.worker.loop import Loop, is_finite
 from rootstockd.worker.slots import Slot
@@ -183,6 +186,72 @@ def test_what_it_has_of_a_gpu_is_told_where_it_has_changed(monkeypatch) -> None:
                 told.append(daemon.channel.recv(65536))
             daemon.channel.settimeout(None)
     assert told == [b'G{"bytes": 0}', b'G{"bytes": 7}', b'G{"bytes": 9}']
+
+
+class Cuda:
+    """What torch's allocator says, as `torch.cuda`: bytes that are in use, at most, and that it has of the GPU."""
+
+    def __init__(self, bound: int = 0) -> None:
+        self.used, self.peak, self.has, self.bound, self.emptied = 0, 0, 0, bound, 0
+
+    def evaluate(self, size: int) -> None:
+        self.peak = max(self.peak, self.used + size)
+        self.has = max(self.has, self.bound + self.used + size)
+
+    is_initialized = staticmethod(lambda: True)
+
+    def memory_reserved(self) -> int:
+        return self.has
+
+    def memory_allocated(self) -> int:
+        return self.used
+
+    def max_memory_allocated(self) -> int:
+        return self.peak
+
+    def reset_peak_memory_stats(self) -> None:
+        self.peak = self.used
+
+    def empty_cache(self) -> None:
+        self.emptied += 1
+        self.has = self.used + self.bound
+
+
+def test_a_gpus_memory_that_no_pass_needs_any_more_is_given_back(monkeypatch) -> None:
+    cuda, cache = Cuda(bound=2**30), memory.GpuCache()
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(cuda=cuda))
+    cuda.used = 2**30
+    for _ in range(3):
+        cuda.evaluate(2**30)
+        cache.trim()
+    assert cuda.emptied <= 1, "what passes need stays"
+    cuda.evaluate(2**35)
+    cache.trim()
+    assert cuda.has > 2**35, "one has just needed it"
+    for _ in range(5):
+        cuda.evaluate(2**30)
+        cache.trim()
+    assert cuda.emptied <= 2, "what it can't give back is no reason to ask for it again"
+    assert cuda.has == 2**30 + 2**30 + 2**30
+
+
+def test_a_worker_without_work_looks_what_its_gpu_keeps_and_hears_all_the_same(monkeypatch) -> None:
+    trimmed = threading.Event()
+    monkeypatch.setattr(memory.GpuCache, "trim", lambda _self: trimmed.set())
+    monkeypatch.setattr(Engine, "memory", lambda _engine: 5)
+    monkeypatch.setattr(loop, "_BETWEEN", 1)
+    with worker(Engine(plain)) as daemon:
+        assert daemon.channel.recv(65536) == b'G{"bytes": 5}'
+        assert trimmed.wait(20)
+        # its descriptor may be late
+        slot = Slot.create(2, 1)
+        slot.numbers[:], slot.cells[:], slot.positions[:] = 29, 10 * np.eye(3), np.arange(6).reshape(2, 3)
+        daemon.slots.append(slot)
+        fields = {"slot": len(daemon.slots), "natoms": 2, "frames": 1, **FIELDS}
+        daemon.channel.send(b"A" + json.dumps(fields).encode())
+        time.sleep(1.5)
+        socket.send_fds(daemon.channel, [b"M"], [slot.fd])
+        assert daemon.evaluate(1) == {}
 
 
 class Unspeakable(RuntimeError):

@@ -229,7 +229,6 @@ _HARMFUL: dict[tuple[str, str | None], str] = {
     ("OMP_WAIT_POLICY", "active"): "Threads without work keep their processors busy.",
     ("KMP_BLOCKTIME", "infinite"): "Threads without work keep their processors busy.",
     ("CUDA_LAUNCH_BLOCKING", "1"): "The processor waits for each of the GPU's kernels: for debugging only.",
-    ("NVIDIA_TF32_OVERRIDE", "1"): "Products of matrices are rounded to 10 bits, and forces with them.",
     ("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"): "Each step asks the driver for its memory anew.",
 }
 """Variables and their values (any, if None) that do harm."""

@@ -76,7 +76,7 @@ class Admission:
                 began = time.monotonic()
                 continue
             rooms = self._rooms_for(model)
-            need = self._rooms.need(model, rooms)
+            need, least = self._rooms.need(model, rooms)
             owner = self._roster.owner(model)
             if owner is not None and model is not owner.first:
                 taken = {worker.device for worker in owner.workers}
@@ -87,15 +87,17 @@ class Admission:
                     return None
             else:
                 plan = placement.place(need, rooms)
+                waited = time.monotonic() - began
+                if plan is None and waited >= self._config.room_timeout:
+                    need, plan = least, placement.place(least, rooms)  # what it grew to may have been one large batch
             if plan is not None:
                 model.device, model.set_aside = self._rooms.devices[plan.room], need
                 await self._evict(model, [tenant.number for tenant in plan.evicted])
                 return self._config.worker_environment(self._rooms.devices[plan.room]) if model.wanted else None
             there = self._rooms.describe(rooms, self._roster.workers())
             model.obstacle = f"{model.spec.name} needs {need / 1e6:.0f} MB; {there}"
-            waited = time.monotonic() - began
             kept = owner is not None and owner.kept
-            hopeless = all(need > room.left(kept=kept) for room in rooms)  # even if all had gone that ever do
+            hopeless = all(least > room.left(kept=kept) for room in rooms)  # even if all had gone that ever do
             if hopeless or waited >= self._config.room_timeout:
                 raise self._refusal(model, waited)
             await asyncio.sleep(POLL)

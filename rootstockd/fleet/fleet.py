@@ -343,7 +343,8 @@ class Fleet:
     def _replicate(self, model: WarmModel) -> None:
         taken = {worker.device for worker in model.workers}
         rooms = [room for room in self._admission.rooms() if self.devices[room.number] not in taken]
-        if placement.place_replica(self._devices.need(model.first, rooms), rooms) is None:
+        need, _ = self._devices.need(model.first, rooms)
+        if placement.place_replica(need, rooms) is None:
             return
         log.info("model %s has more to do than %s can: it gets another worker", model.spec.name, model.first.device)
         model.replicas.append(self._supervisor(model.spec))

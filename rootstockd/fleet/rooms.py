@@ -99,10 +99,10 @@ class Rooms:
         """A worker found that it can't be used."""
         self._avoided[device.name] = time.monotonic() + AVOIDED
 
-    def need(self, worker: Supervisor, rooms: Iterable[Room]) -> int:
-        """Bytes to have free for a worker: what it grew to before, or a guess.
+    def need(self, worker: Supervisor, rooms: Iterable[Room]) -> tuple[int, int]:
+        """Bytes to have free for a worker: what it grew to before, or a guess; and what it takes only to be loaded.
 
-        But no more than a device has, as long as it has not been seen to need more only to be loaded.
+        The first is no more than a device has, as long as it has not been seen to need more only to be loaded.
         """
         spec, label = worker.spec, self._label(worker.device or self.devices[0])
         if (known := self._measurements.get(spec, label)) is not None:
@@ -112,7 +112,8 @@ class Rooms:
             least = max(weights, self._measurements.at_least(spec, label))
             expected = max(least, self._measurements.guess(spec, label, weights))
         largest = max((math.inf if room.budget is None else room.budget for room in rooms), default=math.inf)
-        return expected if expected <= largest else max(least, int(largest))
+        whole = expected if expected <= largest else max(least, int(largest))
+        return whole, (known.loaded if known else whole)
 
     def _taken(self, worker: Supervisor) -> int:
         """Bytes that it has; until it was measured as a loaded one, what was set aside for it, if that is more."""

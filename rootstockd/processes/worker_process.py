@@ -59,6 +59,16 @@ class End:
     hung: bool = False
 
 
+ROUNDING = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
+"""Variables, in some images, by which GPUs round float32 to 10 bits in products of matrices: energies of isolated atoms
+among them, which are then off by half an eV. Reference and backend would agree on it."""
+
+
+def _inherited() -> dict[str, str]:
+    """The daemon's environment, but for what changes numbers."""
+    return {name: value for name, value in os.environ.items() if name not in ROUNDING}
+
+
 class WorkerProcess:
     """A running worker. `rootstockd.worker.loop` has the messages.
 
@@ -120,7 +130,7 @@ class WorkerProcess:
                 stdout=output.theirs,
                 stderr=output.theirs,
                 pass_fds=[theirs.fileno()],
-                env={**TUNING, **os.environ, "PYTHONUNBUFFERED": "1", **variables},
+                env={**TUNING, **_inherited(), "PYTHONUNBUFFERED": "1", **variables},
                 cwd="/",
             )
             return cls(process, ours, listener, folders, output)

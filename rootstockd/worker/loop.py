@@ -36,6 +36,7 @@ import dataclasses
 import json
 import math
 import socket
+import struct
 import time
 from typing import Any
 
@@ -53,14 +54,16 @@ from rootstockd.worker.engines import (
     load_engine,
 )
 from rootstockd.worker.failures import describe, out_of_memory, print_error, shortage
-from rootstockd.worker.memory import memory_limit, trim
+from rootstockd.worker.memory import GpuCache, memory_limit, trim
 from rootstockd.worker.slots import Slot
 from rootstockd.worker.units import BOHR, HARTREE
 
 MESSAGE_SIZE = 64 * 1024
 _BETWEEN = 1.0
-"""Seconds, at least, from one message about memory to the next."""
-
+"""Seconds, at least, from one message about memory to the next; and without work, until it is looked what a GPU's
+allocator keeps."""
+_WINDOW = 10.0
+"""Seconds of work, after which that is looked at, too."""
 
 _BOHR, _PER_HARTREE, _FORCE = np.array(BOHR), np.array(1 / HARTREE), np.array(BOHR / HARTREE)
 """Arrays: numpy takes several times as long to look at a float."""
@@ -225,13 +228,22 @@ class Loop:
         self._held = engine.memory()
         """Bytes of a GPU's memory that the daemon knows of; None on a CPU."""
         self._tell_at = 0.0
+        self._cache, self._trim_at = GpuCache(), time.monotonic() + _WINDOW
 
     def run(self) -> None:
         """Take messages until the daemon hangs up."""
         channel, slots = self._channel, self._slots
         if self._held is not None:
             send(channel, b"G", {"bytes": self._held})
-        while message := channel.recv(MESSAGE_SIZE):  # not recvmsg, which costs more and is needed for M alone
+            self._look_up()
+        while True:
+            try:
+                message = channel.recv(MESSAGE_SIZE)  # not recvmsg, which costs more and is needed for M alone
+            except BlockingIOError:  # nothing to do
+                self._cache.trim()
+                continue
+            if not message:
+                return
             kind, body = message[:1], message[1:]
             if kind == b"E":
                 self._evaluate([slots[number] for number in array.array("i", body)])
@@ -239,11 +251,10 @@ class Loop:
                 if self._engine.info is not self._info:
                     self._info = self._engine.info
                     send(channel, b"I", dataclasses.asdict(self._info))
-                if self._held is not None:
-                    self._tell_memory()
+                self._tell_memory()
             elif kind == b"A":
                 fields = json.loads(body)
-                _, descriptors, _, _ = socket.recv_fds(channel, 1, 1)
+                descriptors = self._descriptors()
                 if not descriptors:  # the kernel passes no more of them; the session is told so
                     continue
                 slot = Slot(descriptors[0], fields["natoms"], fields["frames"])
@@ -254,11 +265,28 @@ class Loop:
 
     def _tell_memory(self) -> None:
         """What it has of the GPU now: the driver may not tell the daemon, as in a container."""
-        if (now := time.monotonic()) >= self._tell_at:
-            self._tell_at = now + _BETWEEN
-            if (held := self._engine.memory()) != self._held:
-                self._held = held
-                send(self._channel, b"G", {"bytes": held or 0})
+        if (now := time.monotonic()) < self._tell_at:
+            return
+        self._tell_at = now + _BETWEEN
+        if (held := self._engine.memory()) != self._held:
+            if self._held is None:
+                self._look_up()
+            self._held = held
+            send(self._channel, b"G", {"bytes": held or 0})
+        if held is not None and now >= self._trim_at:
+            self._trim_at = now + _WINDOW
+            self._cache.trim()
+
+    def _look_up(self) -> None:
+        """Wait no longer for a message, from now on, than until it is time to see what the GPU's allocator keeps."""
+        timeout = struct.pack("ll", int(_BETWEEN), 0)
+        self._channel.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeout)
+
+    def _descriptors(self) -> list[int]:
+        """Of a slot, which comes right behind its announcement; none if the kernel does not pass it on."""
+        while True:
+            with contextlib.suppress(BlockingIOError):
+                return list(socket.recv_fds(self._channel, 1, 1)[1])
 
     def _evaluate(self, batch: list[_Attached], *, again: bool = False) -> None:
         """One pass for all; if that fails, one each, so that nobody suffers for a mate; halves if memory lacks.

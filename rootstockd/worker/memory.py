@@ -18,6 +18,9 @@ MEMORY_VARIABLE = "ROOTSTOCKD_WORKER_MEMORY"
 _FRESH = 1.0
 """Seconds for which it is believed how much is free: looking costs up to 100 µs, and batches may be quick."""
 
+_SURPLUS = 2**28
+"""Bytes of a GPU that torch's allocator may keep for nobody: asking the driver for them anew takes a millisecond."""
+
 _peak: int | None = None
 """The file with which the kernel forgets this process's peak; None where there is no such file."""
 
@@ -54,6 +57,26 @@ def gpu_memory() -> int | None:
     if torch is None or not torch.cuda.is_initialized():
         return None
     return int(torch.cuda.memory_reserved())
+
+
+class GpuCache:
+    """What torch's allocator keeps of a GPU, so that the next pass finds it: other workers can't have it."""
+
+    def __init__(self) -> None:
+        self._bound = 0
+        """Bytes that it could not give back: pools of CUDA graphs, and parts of blocks that are in use."""
+
+    def trim(self) -> None:
+        """Have it give back what no pass has needed since the last time, where that is much."""
+        torch = sys.modules.get("torch")
+        if torch is None or not torch.cuda.is_initialized():
+            return
+        cuda = torch.cuda
+        needed = cuda.max_memory_allocated() + self._bound
+        cuda.reset_peak_memory_stats()
+        if cuda.memory_reserved() - needed > max(_SURPLUS, needed // 2):
+            cuda.empty_cache()
+            self._bound = cuda.memory_reserved() - cuda.memory_allocated()
 
 
 class Memory(ABC):

@@ -48,7 +48,7 @@ from rootstockd.worker.engines import (
     guarded,
     read_weights,
 )
-from rootstockd.worker.engines.deterministic import deterministic
+from rootstockd.worker.engines.deterministic import deterministic, fuse_nothing
 from rootstockd.worker.failures import describe
 from rootstockd.worker.memory import gpu_memory
 
@@ -278,7 +278,10 @@ def load(spec: ModelSpec) -> AseEngine:
     """
     if problem := _problem(spec):
         raise EngineError("model-load", f"model {spec.name!r}: {problem}")
-    return AseEngine(spec)
+    engine = AseEngine(spec)
+    if spec.device != "cpu":
+        fuse_nothing()
+    return engine
 
 
 def _problem(spec: ModelSpec) -> str:

@@ -7,6 +7,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
+def fuse_nothing() -> None:
+    """Have TorchScript, where it is in use, not fuse kernels on GPUs for shapes that it has seen before.
+
+    The first evaluations of a shape would have other last bits than those after.
+    """
+    if (torch := sys.modules.get("torch")) is not None:
+        torch._C._jit_override_can_fuse_on_gpu(False)  # noqa: SLF001, FBT003 - there is no public way
+
+
 @contextmanager
 def deterministic() -> Iterator[None]:
     """Have torch, where it is in use, add in an order that is the same each time.

@@ -32,7 +32,7 @@ from rootstockd.worker.engines import (
     read_weights,
 )
 from rootstockd.worker.engines import System as Wanted
-from rootstockd.worker.engines.deterministic import deterministic
+from rootstockd.worker.engines.deterministic import deterministic, fuse_nothing
 from rootstockd.worker.engines.differences import TOLERANCE, compare
 from rootstockd.worker.engines.mace import checks, safe
 from rootstockd.worker.engines.mace.radial import NotApplicableError
@@ -235,6 +235,8 @@ class MaceEngine:
                     for _ in range(repeats):
                         result = backend.evaluate([task])[0]
                 except Exception as error:  # whatever it is, others are still there
+                    if out_of_memory(error):
+                        raise  # that is nothing that it does wrong
                     return f"{type(error).__name__}: {error}"
                 repeats = 1
                 backend.forget()  # no session has all elements at once
@@ -272,7 +274,7 @@ def load(spec: ModelSpec) -> MaceEngine | safe.Conversion:
         EngineError: the file is missing or is no MACE model, or the device is not there.
     """
     if spec.device.startswith("cuda"):
-        _begin_cuda(spec.name)
+        begin_cuda(spec.name)
     weights = read_weights(spec)
     dtype = {"float32": torch.float32, "float64": torch.float64}[spec.dtype]
     try:
@@ -304,7 +306,7 @@ def load(spec: ModelSpec) -> MaceEngine | safe.Conversion:
     return MaceEngine(model, spec, reference, *_accelerate(model, spec))
 
 
-def _begin_cuda(name: str) -> None:
+def begin_cuda(name: str) -> None:
     """Have CUDA begin, in a way that gives the same bits each time to whoever asks for that.
 
     Raises:
@@ -325,8 +327,7 @@ def _begin_cuda(name: str) -> None:
             "`rootstockd doctor` looks at the driver. If that is well, `confine = false` in the model's entry of the "
             "catalogue tells whether CUDA lacks a right that workers give away (SECURITY.md).",
         ) from error
-    # TorchScript would fuse e3nn's kernels for shapes that it has seen before, with other last bits
-    torch._C._jit_override_can_fuse_on_gpu(False)  # noqa: SLF001, FBT003 - there is no public way
+    fuse_nothing()
 
 
 def _accelerate(model: Any, spec: ModelSpec) -> tuple[list[Backend], str]:

@@ -13,7 +13,7 @@ import statistics
 import time
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -34,8 +34,9 @@ WORTHWHILE = 0.95
 """Replaying must take less than this part of evaluating."""
 FAILURES = 2
 """After as many failures nothing more is recorded."""
-GHOSTS = 8
-"""Ghosts of a bucket, its first atoms."""
+GHOSTS, CROWD = 8, 800
+"""A bucket's first atoms are ghosts: 8 at least, and one for 800 of its edges. Up to a third of these end at ghosts,
+and what torch makes of an atom's edges it adds up one by one."""
 TIMED = 3
 """Replays and evaluations whose times are compared."""
 _LEAST, _WARM_UP = 32, 3
@@ -54,6 +55,11 @@ def padded(count: int) -> int:
     while size < count:
         size += size // 32 * 8
     return size
+
+
+def ghosts_of(edges: int) -> int:
+    """How many ghosts a bucket of so many edges has."""
+    return max(GHOSTS, edges // CROWD)
 
 
 def host_array(rows: torch.Tensor) -> Array:
@@ -104,9 +110,10 @@ class Recorder:
                 before = torch.cuda.memory_reserved(self._device)
                 result = function()
         except BaseException:
-            # torch has left the allocator as it is while something is recorded
+            # where torch could not end it, the allocator is left as it is while something is recorded
             with contextlib.suppress(RuntimeError):
                 torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)  # noqa: SLF001
+                torch._C._cuda_releasePool(torch.cuda.current_device(), self._pool)  # noqa: SLF001
             raise
         finally:
             torch.cuda.set_stream(usual)  # torch leaves it at the other one where recording was broken off
@@ -130,7 +137,9 @@ class Bucket:
 
     def __init__(self, atoms: int, edges: int, like: Graph) -> None:
         self._positions = like.shifts.new_zeros((atoms, 3))
-        self._ghosts = torch.arange(edges, device=like.edges.device) % GHOSTS
+        self._begin = ghosts_of(edges)
+        """The place of the first atom that is none."""
+        self._ghosts = torch.arange(edges, device=like.edges.device) % self._begin
         self._graph = Graph(
             torch.zeros_like(like.attributes[:1]).repeat(atoms, 1),
             like.heads.new_zeros(atoms),
@@ -155,14 +164,15 @@ class Bucket:
 
         Atoms of an earlier pass that are left behind them have no edges any more.
         """
-        end, edges, own = GHOSTS + len(positions), len(graph.edges), self._graph
-        self._positions[GHOSTS:end].copy_(positions, non_blocking=True)
+        begin, edges, own = self._begin, len(graph.edges), self._graph
+        end = begin + len(positions)
+        self._positions[begin:end].copy_(positions, non_blocking=True)
         if graph is self._last():
             return
         self._last = lambda: None  # until all of it is there
-        own.attributes[GHOSTS:end] = graph.attributes
-        own.heads[GHOSTS:end] = graph.heads
-        torch.add(graph.edges, GHOSTS, out=own.edges[:edges])
+        own.attributes[begin:end] = graph.attributes
+        own.heads[begin:end] = graph.heads
+        torch.add(graph.edges, begin, out=own.edges[:edges])
         own.shifts[:edges] = graph.shifts
         own.edges[edges:] = self._ghosts[edges:, None]
         own.shifts[edges:] = math.inf
@@ -172,7 +182,7 @@ class Bucket:
         """The rows of a graph's atoms at these positions."""
         assert self._replay is not None
         self.put(graph, positions)
-        return host_array(self._replay()[GHOSTS : GHOSTS + len(positions)])
+        return host_array(self._replay()[self._begin : self._begin + len(positions)])
 
 
 class Captures:
@@ -207,7 +217,8 @@ class Captures:
         """
         if self._failures >= FAILURES:
             return eagerly(positions)
-        shape = padded(GHOSTS + len(positions)), padded(len(graph.edges))
+        edges = padded(len(graph.edges))
+        shape = padded(ghosts_of(edges) + len(positions)), edges
         if (bucket := self._buckets.get(shape)) is not None:
             self._buckets.move_to_end(shape)
             return bucket.rows(graph, positions)
@@ -237,7 +248,7 @@ class Captures:
             self._recorder = Recorder(graph.edges.device)
         elif not self._buckets:  # a pool without graphs in it is none any more
             self._recorder.renew()
-        bucket, why, memory_lacked = Bucket(*shape, graph), "", False
+        bucket, why, memory_lacked, broken = Bucket(*shape, graph), "", False, False
         try:
             bucket.put(graph, positions)
             bucket.record(self._recorder, self._evaluate)
@@ -250,9 +261,8 @@ class Captures:
                 self._refused.add(shape)
                 return
         except Exception as error:  # the pass itself has been answered
-            causes = list(_causes(error))
-            memory_lacked = any(map(out_of_memory, causes))
-            why = describe(causes[-1]).partition("\n")[0]
+            broken, (why, memory_lacked) = True, _reason(error)
+        if broken:  # not before here, where what the recording had in its hands is free
             self.forget()
         if memory_lacked:
             return
@@ -266,7 +276,7 @@ class Captures:
     def _fail(self, shape: tuple[int, int], why: str) -> None:
         self._refused.add(shape)
         self._failures += 1
-        which = f"passes of up to {shape[0] - GHOSTS} atoms and {shape[1]} edges are not"
+        which = f"passes of up to {shape[0] - ghosts_of(shape[1])} atoms and {shape[1]} edges are not"
         if self._failures >= FAILURES:
             which = "no pass is"
             self.forget()
@@ -274,11 +284,17 @@ class Captures:
         log.warning("%s", self.note)
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what it came of: recording that was broken off has an error of its own."""
-    while error is not None:
-        yield error
-        error = error.__context__
+def _reason(error: BaseException) -> tuple[str, bool]:
+    """What an error came of, and whether memory lacked: recording that was broken off has an error of its own.
+
+    In words alone: errors have the frames in their hands that they went through, and all tensors in those.
+    """
+    memory_lacked, first = False, error
+    while True:
+        memory_lacked = memory_lacked or out_of_memory(first)
+        if first.__context__ is None:
+            return describe(first).partition("\n")[0], memory_lacked
+        first = first.__context__
 
 
 def _faster(one: Callable[[], Any], other: Callable[[], Any]) -> bool:

@@ -163,9 +163,9 @@ class Lists:
                 why = f"the sums over an atom's edges are off by {off:.1e} Å²"
             self._faster[size] = own_seconds < seconds
         except Exception as error:  # there is a list
-            if not out_of_memory(error):
-                why = describe(error)
-            self._faster[size] = False
+            if out_of_memory(error):
+                return usual  # another time there may be more
+            why, self._faster[size] = describe(error), False
         if why:
             self._own = None
             log.warning("neighbour lists are made by vesin, not on %s: %s", self._device, why)
