@@ -150,7 +150,7 @@ def parse_init(text: bytes, preset: InitRequest | None) -> InitRequest:
         said = str(request.rootstock)[:20]
         raise InvalidInitError(
             f"the client speaks protocol version {said}, this daemon version {PROTOCOL_VERSION}.",
-            "Install the same version of rootstockd on both sides.",
+            "Upgrade the older of the two; the daemon's takes `rootstockd restart` after that.",
         )
     if not request.numbers:
         raise InvalidStructureError("a structure of zero atoms.", "There is nothing to evaluate.")
