@@ -371,5 +371,7 @@ def end(socket: Path, *, force: bool = False) -> None:
                 socket.unlink(missing_ok=True)  # or its successor would begin, where it is being restarted
                 signal.pidfd_send_signal(process, signal.SIGKILL)
             except PermissionError as error:
-                raise AccessDeniedError("the daemon does not end, and is not yours to kill.") from error
+                raise AccessDeniedError(
+                    "the daemon does not end, and is another user's.", "As root: `rootstockd stop --force`."
+                ) from error
             select.select([process], [], [])

@@ -37,7 +37,7 @@ log.addFilter(LogRate(log))
 
 _slot_numbers = itertools.count(1)
 _session_numbers = itertools.count(1)
-_CUT_OFF = ConnectionLostError("the daemon stopped in the middle of a step.")
+_CUT_OFF = ConnectionLostError("the daemon stopped in the middle of a step.", "Repeat the step with the next one.")
 """What is said of a stream that ends though its driver did nothing wrong."""
 LINGER = 2.0
 """Seconds that a connection we end is still read: i-PI hangs when a socket closes on what it has just sent."""
@@ -262,7 +262,8 @@ class Session(asyncio.BufferedProtocol):
             if len(request.numbers) * request.batch_size > self._host.limits.atoms:
                 raise LimitError(
                     f"{len(request.numbers)} atoms x {request.batch_size} structures in one message; "
-                    f"this daemon takes {self._host.limits.atoms} atoms."
+                    f"this daemon takes {self._host.limits.atoms} atoms.",
+                    "Send fewer structures at once, or have whoever runs the daemon raise `max_atoms`.",
                 )
             assert self.account is not None
             model = self._host.open_model(request, self.account, self._key)

@@ -102,7 +102,10 @@ class Dispatcher:
                     self._hang_limit.new_system()
                     self._new = True
             except OSError as error:
-                refusal = LimitError(f"the daemon can't hand over this structure: {error.strerror}.")
+                refusal = LimitError(
+                    f"model {self._name!r}: the daemon can't hand this structure over to a worker: {error.strerror}.",
+                    "`rootstockd logs` may have more; try again when others have less to do.",
+                )
                 refused.append((evaluation, refusal))
             else:
                 numbers.append(owner.number)
@@ -159,6 +162,8 @@ class Dispatcher:
     def failed(self, failure: Failure) -> None:
         """An evaluation under way has failed; its owner hears of it with the batch."""
         error = failure.error
+        if self._name not in error.message:  # an engine need not know what it is called here
+            error.message = f"model {self._name!r}: {error.message}"
         if isinstance(error, LimitError):
             if largest := self._hang_limit.largest:
                 error.message += f" The largest that this model has evaluated had {largest} atoms."

@@ -62,6 +62,8 @@ MESSAGE_SIZE = 64 * 1024
 _BETWEEN = 1.0
 """Seconds, at least, from one message about memory to the next; and without work, until it is looked what a GPU's
 allocator keeps."""
+_A_DEFECT = "This is a defect of the model's code; `rootstockd logs` may have more."
+_LEAVE_OUT = "Do not ask for it, or use another model."
 _WINDOW = 10.0
 """Seconds of work, after which that is looked at, too."""
 
@@ -140,7 +142,7 @@ class _Attached:
             slot.energies[frame] = energy
             if self.stress:  # else they are zeros and stay so: the driver did not want it and knows it
                 if result.virial is None:
-                    raise EngineError("unsupported", "the engine computed no stress")
+                    raise EngineError("unsupported", "the engine computed no stress", _LEAVE_OUT)
                 virial = result.virial
                 if virial.__class__ is not np.ndarray or virial.dtype is not _FLOAT or virial.shape != (3, 3):
                     virial = real_numbers(virial, (3, 3), "virial")
@@ -160,7 +162,7 @@ class _Attached:
                 extra["fingerprint"] = self._fingerprint
             if self.energies:
                 if result.energies is None:
-                    raise EngineError("unsupported", "the engine computed no per-atom energies")
+                    raise EngineError("unsupported", "the engine computed no per-atom energies", _LEAVE_OUT)
                 energies = real_numbers(result.energies, (self.slot.natoms,), "per-atom energies") / HARTREE
                 if not is_finite(energies):
                     raise not_finite()
@@ -186,7 +188,7 @@ def real_numbers(given: Any, shape: tuple[int, ...], what: str) -> np.ndarray:
             "evaluation",
             f"the engine gave {what} of shape {numbers.shape} and type {numbers.dtype} where {shape} of real numbers "
             "were due",
-            "This is a defect of the model's code; `rootstockd logs` may have more.",
+            _A_DEFECT,
         )
     with np.errstate(over="ignore"):  # infinity is found with the rest
         return numbers.astype(np.float64)
@@ -323,7 +325,8 @@ class Loop:
             attached.add_tasks(tasks)
         results = self._engine.evaluate(tasks)
         if len(results) != len(tasks):
-            raise EngineError("evaluation", f"the engine gave {len(results)} results for {len(tasks)} structures")
+            what = f"the engine gave {len(results)} results for {len(tasks)} structures"
+            raise EngineError("evaluation", what, _A_DEFECT)
         start = 0
         for attached in batch:
             end = start + attached.slot.frames
@@ -333,7 +336,8 @@ class Loop:
     def _report(self, attached: _Attached, error: BaseException) -> None:
         if not isinstance(error, EngineError):
             print_error(error)
-            error = EngineError("evaluation", f"the engine failed: {describe(error)}")
+            what = f"the engine failed: {describe(error)}"
+            error = EngineError("evaluation", what, "`rootstockd logs` has where. Look at the structure first.")
         send(self._channel, b"F", {"slot": attached.number, **error_fields(error)})
 
 

@@ -188,9 +188,11 @@ def check_system(name: str, info: EngineInfo, system: System, understood: tuple[
     """
     unknown = sorted(set(system.numbers.tolist()) - set(info.elements))
     if info.elements and unknown:
-        raise EngineError("unknown-element", f"model {name!r} does not know {', '.join(map(symbol, unknown))}")
+        what = f"model {name!r} does not know {', '.join(map(symbol, unknown))}"
+        raise EngineError("unknown-element", what, f"`rootstockd models show {name}` lists what it knows.")
     if info.max_atoms is not None and len(system.numbers) > info.max_atoms:
-        raise EngineError("limit", f"{len(system.numbers)} atoms, and model {name!r} takes {info.max_atoms}")
+        what = f"{len(system.numbers)} atoms, and model {name!r} takes {info.max_atoms}"
+        raise EngineError("limit", what, "Use a smaller structure or another model.")
     for word, value, usual in (("charge", system.charge, (0,)), ("spin", system.spin, (0, 1))):
         if value is not None and value not in usual and word not in understood:
             raise EngineError(
@@ -259,11 +261,11 @@ def read_weights(spec: ModelSpec) -> bytes:
         with open_regular(path) as file:
             data = file.read()
     except FileNotFoundError as error:
-        raise EngineError("model-load", f"model {name!r}: its weights {path} are missing") from error
+        hint = f"`rootstockd models pull {name}`, or put the file back."
+        raise EngineError("model-load", f"model {name!r}: its weights {path} are missing", hint) from error
     except OSError as error:
-        raise EngineError(
-            "model-load", f"model {name!r}: its weights {path} can't be read: {error.strerror}"
-        ) from error
+        what = f"model {name!r}: its weights {path} can't be read: {error.strerror}"
+        raise EngineError("model-load", what, "The user that the daemon runs as must be able to read them.") from error
     actual = hashlib.sha256(data).hexdigest()
     if actual != spec.sha256:
         raise EngineError(
@@ -348,6 +350,7 @@ def _from_elsewhere(spec: ModelSpec) -> Any:
             "model-load",
             f"model {spec.name!r}: the family {spec.family!r} is {point.value} in {where}, which can't be imported: "
             f"{error}",
+            "Install what it lacks there, or ask whoever wrote it.",
         ) from error
     version = getattr(module, "ENGINE_API", None)
     if version != ENGINE_API:

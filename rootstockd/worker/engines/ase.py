@@ -161,7 +161,8 @@ class AseEngine:
 
     def _refuse_missing(self, names: list[str]) -> None:
         if names:
-            raise EngineError("unsupported", f"model {self._name!r} computes no {' and no '.join(names)}")
+            what = f"model {self._name!r} computes no {' and no '.join(names)}"
+            raise EngineError("unsupported", what, "Do not ask for it, or use another model.")
 
     def _choose_energy(self, results: dict[str, Any]) -> Any:
         """The one energy that there is room for."""

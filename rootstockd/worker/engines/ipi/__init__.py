@@ -145,7 +145,8 @@ class IpiEngine:
             EngineError: no program can be shown such a one, or none computes what is asked for.
         """
         if missing := ["energies"] * task.energies + ["stress"] * (task.stress and not self._recipe.stress):
-            raise EngineError("unsupported", f"model {self._name!r} computes no {' and no '.join(missing)}")
+            what = f"model {self._name!r} computes no {' and no '.join(missing)}"
+            raise EngineError("unsupported", what, "Do not ask for it, or use another model.")
         prepared: _Prepared = task.system
         frame = Frame(task.cell, prepared.system.pbc, triangular=self._recipe.triangular)
         if frame.is_too_large(task.positions):
