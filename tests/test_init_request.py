@@ -156,6 +156,12 @@ def test_another_version_of_the_protocol_is_refused_with_both_named(version):
     assert "Upgrade the older" in caught.value.hint
 
 
+def test_what_is_no_element():
+    with pytest.raises(InvalidInitError, match=r"numbers\.1: 0 is less than 1") as caught:
+        parse_init(text(numbers=[29, 0]), None)
+    assert "ASE's X" in caught.value.hint
+
+
 def test_no_atoms():
     with pytest.raises(InvalidStructureError, match="zero atoms"):
         parse_init(text(numbers=[]), None)

@@ -143,9 +143,15 @@ def parse_init(text: bytes, preset: InitRequest | None) -> InitRequest:
         request = InitRequest.model_validate_json(text)
     except ValidationError as error:
         what = describe(error)
-        unreadable = error.errors(include_url=False)[0]["type"] == "json_invalid"
+        problem = error.errors(include_url=False)[0]
+        unreadable = problem["type"] == "json_invalid"
+        hint = (
+            "They are atomic numbers, 1 to 118; ASE's X, 0, is no element."
+            if problem["loc"][:1] == ("numbers",)
+            else ""
+        )
         wrong = "INIT can't be read" if unreadable else "the session's request is invalid"
-        raise InvalidInitError(f"{wrong}: {what}{'' if what.endswith('?') else '.'}") from error
+        raise InvalidInitError(f"{wrong}: {what}{'' if what.endswith('?') else '.'}", hint) from error
     if request.rootstock != PROTOCOL_VERSION:
         said = str(request.rootstock)[:20]
         raise InvalidInitError(
