@@ -1,0 +1,41 @@
+"""MACE through cuEquivariance, whose place is on GPUs: what is not its kernels' business, on a CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("mace")
+
+PACKAGES = ("cuequivariance==0.13.0", "cuequivariance-torch==0.13.0")
+SCRIPT = Path(__file__).parent / "by_cuequivariance.py"
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with cuEquivariance: in the tests' environment it would be a part of every worker with MACE."""
+    folder = tmp_path_factory.mktemp("cuequivariance")
+    command = [sys.executable, "-m", "pip", "install", "-qq", "--no-deps", "--target", folder, *PACKAGES]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    return folder
+
+
+def test_it_computes_what_mace_torch_does(packages: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, SCRIPT, packages],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == 4 * 2 * 4 * 2
+    assert not [each for each in found if not each["within"]]
+    assert all(each["recorded"] for each in found)
