@@ -70,6 +70,7 @@ def test_workers_load_it_and_unpickle_nothing(tmp_path, monkeypatch):
     conversion = load(spec(path=EMBEDDED_MODEL, convert=True))
     with pytest.raises(EngineError, match="evaluates nothing"):
         conversion.prepare(None)
+    assert conversion.memory() is None  # the worker's loop asks any engine
     monkeypatch.setattr(torch, "load", None)
     loaded = load(spec(path=tmp_path / safe.FILE_NAME))
     assert loaded.info.backend.startswith("fused"), loaded.info.note

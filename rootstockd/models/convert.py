@@ -24,7 +24,7 @@ from rootstockd.models.trial import try_out
 from rootstockd.settings.validation import describe
 from rootstockd.worker.engines import Result
 from rootstockd.worker.engines.differences import TOLERANCE, compare
-from rootstockd.worker.files import open_regular
+from rootstockd.worker.files import digest_of, open_regular
 
 FORMS = {"mace": ("model.safetensors", ".safetensors")}
 """Families that have such a form: the file that their `load` writes with the argument `convert`, and its suffix."""
@@ -122,7 +122,7 @@ def _rebuilt(name: str, entry: Entry, safe: Path, limit: int) -> _Numbers:
         RootstockError: it can't.
     """
     try:
-        return _worked_out(name, entry, safe, store.digest_of(safe), limit)[1]
+        return _worked_out(name, entry, safe, digest_of(safe), limit)[1]
     except NotAModelError as error:  # the original is one
         raise ModelLoadError(f"it can't be rebuilt from that form: {error.message}") from error
 

@@ -19,6 +19,7 @@ from rootstockd.models.catalogue import Entry
 from rootstockd.models.download import Known, Progress, Say, download
 from rootstockd.models.store import Record, Stored, StoredFile, StoreError
 from rootstockd.settings.state_dir import StateError, check_trusted
+from rootstockd.worker.files import digest_of
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def _copy(path: Path, part: Path, entry: Entry, right: str, folder: Path, say: S
     try:
         check_trusted(path)
         check_trusted(path.parent)
-        if (entry.size and path.stat().st_size != entry.size) or (right and store.digest_of(path) != right):
+        if (entry.size and path.stat().st_size != entry.size) or (right and digest_of(path) != right):
             say(f"{path} is another file than the one that is meant; it is left alone")
             return None
     except StateError as error:
@@ -200,7 +201,7 @@ def _download(url: str, part: Path, entry: Entry, right: str, folder: Path, wish
                 say=wishes.say,
                 pause=wishes.pause,
             )
-            size, digest = part.stat().st_size, store.digest_of(part)
+            size, digest = part.stat().st_size, digest_of(part)
             if (not entry.size or size == entry.size) and right in {"", digest}:
                 return store.keep(part, folder, suffix(entry.url))
             part.unlink()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import os
 import shutil
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -23,7 +22,7 @@ from rootstock_client.errors import ModelLoadError
 from rootstockd.environments.finding import has_environment
 from rootstockd.models.catalogue import Catalogue, Entry
 from rootstockd.settings.state_dir import StateError, check_trusted, own_state, state_dirs
-from rootstockd.worker.files import open_regular
+from rootstockd.worker.files import digest_of, open_regular
 
 FOLDER = "weights"
 FIRST_USE = "its first use"
@@ -417,12 +416,3 @@ def wrong(path: Path, sha256: str) -> str:
     except OSError as error:
         return f"{path} can't be read: {error.strerror}"
     return "" if digest == sha256 else f"{path} has the SHA-256 {digest}: it was changed or damaged"
-
-
-def digest_of(path: Path) -> str:
-    """A file's SHA-256."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
