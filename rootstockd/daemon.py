@@ -37,8 +37,8 @@ from rootstockd.host.sockets import (
     remove_if_empty,
     url_of,
 )
+from rootstockd.models.availability import located, to_preload
 from rootstockd.models.catalogue import Catalogue, CatalogueError, Entry
-from rootstockd.models.store import located, to_preload
 from rootstockd.processes.folders import remove_left_behind
 from rootstockd.sessions.accounts import Account, Accounts
 from rootstockd.sessions.door import Door

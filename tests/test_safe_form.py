@@ -22,7 +22,8 @@ from rootstock_client.errors import ModelLoadError  # noqa: E402
 from rootstockd.models import store  # noqa: E402
 from rootstockd.models.catalogue import Entry  # noqa: E402
 from rootstockd.models.convert import _NUMBERS, _compared, _safe_form, with_safe_form  # noqa: E402
-from rootstockd.models.store import Record, StoreError  # noqa: E402
+from rootstockd.models.store import Record  # noqa: E402
+from rootstockd.models.whole_files import StoreError  # noqa: E402
 from rootstockd.worker.engines import EngineError, ModelSpec  # noqa: E402
 from rootstockd.worker.engines.mace import load, safe  # noqa: E402
 

@@ -24,13 +24,15 @@ from rootstockd.environments.finding import find_environment, has_environment
 from rootstockd.models import store
 from rootstockd.models.add import add as add_file
 from rootstockd.models.add import own_file, remove_entry
+from rootstockd.models.availability import lack, located
 from rootstockd.models.catalogue import NAME, Catalogue, CatalogueError, Entry
 from rootstockd.models.convert import with_safe_form
 from rootstockd.models.download import DownloadError
 from rootstockd.models.pull import Wishes
 from rootstockd.models.pull import pull as pull_weights
 from rootstockd.models.spec import in_environment, spec_of
-from rootstockd.models.store import Stored, StoreError
+from rootstockd.models.store import Stored
+from rootstockd.models.whole_files import StoreError, lock
 from rootstockd.settings.state_dir import MIRROR_VARIABLE, StateError
 
 _LACKS = {"missing": "red", "needs env": "yellow"}
@@ -285,7 +287,7 @@ def remove(name: str, force: bool, socket: Path | None) -> None:
         if not NAME.fullmatch(name):
             catalogue.resolve(name)
         folder = store.own_folder()
-        with store.lock(folder, name, lambda text: console.print(text, markup=False)):
+        with lock(folder, name, lambda text: console.print(text, markup=False)):
             record = store.read_record(folder, name)
             added = catalogue.origins.get(name) == own_file()
             if record is None and not added:
@@ -373,13 +375,13 @@ def tell_verified(name: str, path: Path, damage: str) -> bool:
 
 def state_of(name: str, entry: Entry) -> str:
     """Whether a model can be loaded: "here", or "built in" where it has no weights of its own, or what it lacks."""
-    return store.lack(name, entry) or ("here" if entry.weights or entry.url else "built in")
+    return lack(name, entry) or ("here" if entry.weights or entry.url else "built in")
 
 
 def fingerprint_of(name: str, entry: Entry) -> str:
     """A model's fingerprint in its usual dtype; empty where that depends on weights or packages that are not here."""
     with contextlib.suppress(ModelLoadError):
-        entry = store.located(name, entry)
+        entry = located(name, entry)
     if entry.url and not entry.sha256:  # they may be any
         return ""
     try:

@@ -22,9 +22,9 @@ from rootstockd.fleet.rooms import Rooms
 from rootstockd.fleet.roster import Roster
 from rootstockd.fleet.warm_model import WarmModel, WorkerKey
 from rootstockd.host.devices import Memory
+from rootstockd.models.availability import located
 from rootstockd.models.catalogue import Catalogue, Entry
 from rootstockd.models.spec import spec_of
-from rootstockd.models.store import located
 from rootstockd.settings.config import Config, Device
 from rootstockd.supervision.meter import Totals
 from rootstockd.supervision.roles import State
