@@ -231,7 +231,7 @@ def model_status(model: Supervisor, fleet: Fleet) -> ModelStatus:
         unconfined=model.unconfined,
         batch_atoms=model.scheduler.budget,
         pid=model.pid,
-        memory=model.memory or (process_memory(model.pid) if model.pid and model.spec.device == "cpu" else None),
+        memory=model.memory.now or (process_memory(model.pid) if model.pid and model.spec.device == "cpu" else None),
         sessions=len(model.clients),
         waiting=model.scheduler.waiting,
         evaluations=model.evaluations,

@@ -186,7 +186,7 @@ class DaemonCollector(Collector):
             if not worker.ended:
                 queue[labels] += worker.scheduler.waiting
             if worker.pid is not None:
-                memory[labels] += worker.memory
+                memory[labels] += worker.memory.now
         for name, what, values in (
             ("rootstockd_queue_length", "Evaluations that wait for a worker; without a device, for room.", queue),
             ("rootstockd_model_memory_bytes", "Memory of a model's worker on its device.", memory),

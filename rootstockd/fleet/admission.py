@@ -91,7 +91,7 @@ class Admission:
                 if plan is None and waited >= self._config.room_timeout:
                     need, plan = least, placement.place(least, rooms)  # what it grew to may have been one large batch
             if plan is not None:
-                model.device, model.set_aside = self._rooms.devices[plan.room], need
+                model.device, model.memory.set_aside = self._rooms.devices[plan.room], need
                 await self._evict(model, [tenant.number for tenant in plan.evicted])
                 return self._config.worker_environment(self._rooms.devices[plan.room]) if model.wanted else None
             there = self._rooms.describe(rooms, self._roster.workers())

@@ -313,7 +313,7 @@ class Fleet:
         device, evicted = self.devices[room.number], placement.to_evict(0, room)
         if evicted is None:
             loading = [w for w in self.workers() if w.present and w.device == device and w.state is State.LOADING]
-            growing = [worker for worker in loading if worker.memory > worker.set_aside]
+            growing = [worker for worker in loading if worker.memory.now > worker.memory.set_aside]
             if growing:
                 self._stop_loading(min(growing, key=lambda worker: worker.elapsed), room)
                 return
@@ -327,8 +327,8 @@ class Fleet:
         self._devices.remember_stopped(worker)
         worker.refuse(
             LimitError(
-                f"model {worker.spec.name!r}: loading it was stopped: it has {worker.memory / 1e6:.0f} MB, where "
-                f"{worker.set_aside / 1e6:.0f} MB were set aside for it, and no more is free: "
+                f"model {worker.spec.name!r}: loading it was stopped: it has {worker.memory.now / 1e6:.0f} MB, where "
+                f"{worker.memory.set_aside / 1e6:.0f} MB were set aside for it, and no more is free: "
                 f"{self._devices.describe([room], self.workers())}.",
                 NO_ROOM,
             )

@@ -13,6 +13,7 @@ from rootstockd.fleet.measured import Measured, Measurements
 from rootstockd.fleet.placement import Room, Tenant
 from rootstockd.host.devices import Memory, find_gpus, gpu_memory, machine_memory, process_memory
 from rootstockd.settings.config import Config, Device
+from rootstockd.supervision.memory_use import taken
 from rootstockd.supervision.roles import State
 from rootstockd.supervision.supervisor import Supervisor
 
@@ -20,8 +21,6 @@ log = logging.getLogger(__name__)
 
 QUIET = 5.0
 """Seconds after its last evaluation in which a model with sessions does not go for another: drivers compute, too."""
-CONTEXT = 500 * 10**6
-"""Bytes that CUDA has of a GPU for a process, beside what torch has."""
 RESERVE = 0.05
 """The part of a GPU's memory that models leave free, for whatever else its driver needs."""
 AVOIDED = 600.0
@@ -81,10 +80,7 @@ class Rooms:
             if usable and device not in usable:
                 continue  # else it would have most room, and be everybody's choice
             inside = present[device.name]
-            tenants = tuple(
-                Tenant(id(worker), self._taken(worker), -worker.idle_seconds, may_go(worker), id(worker) in last)
-                for worker in inside
-            )
+            tenants = tuple(_tenant(worker, kept=id(worker) in last) for worker in inside)
             load = sum(worker.pace.load for worker in inside)
             rooms.append(Room(number, self._budget(device, tenants), load, tenants, self._most(device)))
         return rooms
@@ -114,12 +110,6 @@ class Rooms:
         largest = max((math.inf if room.budget is None else room.budget for room in rooms), default=math.inf)
         whole = expected if expected <= largest else max(least, int(largest))
         return whole, (known.loaded if known else whole)
-
-    def _taken(self, worker: Supervisor) -> int:
-        """Bytes that it has; until it was measured as a loaded one, what was set aside for it, if that is more."""
-        if worker.state is State.READY and worker.loaded_memory:
-            return worker.memory
-        return max(worker.memory, worker.set_aside)
 
     def _budget(self, device: Device, tenants: tuple[Tenant, ...]) -> int | None:
         """Bytes for all models on a device; other programs' on a GPU are not theirs."""
@@ -167,16 +157,16 @@ class Rooms:
 
     def remember(self, worker: Supervisor) -> None:
         """What a worker has taken until now, for the next that loads its model."""
-        if worker.device is None or worker.load_seconds is None or not worker.loaded_memory:
+        if worker.device is None or worker.load_seconds is None or not worker.memory.loaded:
             return
         seconds = round(worker.load_seconds, 2)
-        measured = Measured(loaded=worker.loaded_memory, memory=worker.peak_memory, load_seconds=seconds)
+        measured = Measured(loaded=worker.memory.loaded, memory=worker.memory.peak, load_seconds=seconds)
         self._measurements.put(worker.spec, self._label(worker.device), measured)
 
     def remember_stopped(self, worker: Supervisor) -> None:
         """A worker that loads is about to be stopped: the next needs what this one has, and more."""
         if worker.device is not None:
-            self._measurements.put_at_least(worker.spec, self._label(worker.device), worker.memory)
+            self._measurements.put_at_least(worker.spec, self._label(worker.device), worker.memory.now)
 
     async def measure(self, workers: Iterable[Supervisor]) -> None:
         """Look at how much memory workers and devices have."""
@@ -190,7 +180,7 @@ class Rooms:
             if worker.device.kind == "cpu":
                 self._measured(worker, resident.get(pid, 0))
             elif (gpu := self._gpus.get(worker.device.name)) is not None:
-                self._measured(worker, taken(gpu, pid, worker.told_memory))
+                self._measured(worker, taken(gpu, pid, worker.memory.told))
         await self.save()
 
     def _heard(self, gpus: dict[str, Memory | None]) -> None:
@@ -205,13 +195,10 @@ class Rooms:
                 log.warning("%s answers the driver again", name)
         self._gpus.update(gpus)
 
-    def _measured(self, worker: Supervisor, taken: int) -> None:
-        worker.memory, worker.peak_memory = taken, max(worker.peak_memory, taken)
-        fresh = worker.state is State.READY and taken > 0 and not worker.loaded_memory
-        if fresh:
-            worker.loaded_memory = taken
+    def _measured(self, worker: Supervisor, now: int) -> None:
+        fresh = worker.memory.measured(now, ready=worker.state is State.READY)
         known = self.known(worker)
-        if fresh or (known is not None and worker.peak_memory > known.memory):
+        if fresh or (known is not None and worker.memory.peak > known.memory):
             self.remember(worker)
 
     async def save(self) -> None:
@@ -220,15 +207,9 @@ class Rooms:
             await asyncio.to_thread(self._measurements.save)
 
 
-def taken(gpu: Memory, pid: int, told: int) -> int:
-    """Bytes that a worker has of a GPU; 0 as long as that is not known.
-
-    Args:
-        gpu: what the driver says, which in a container tells of no process, or by numbers of another namespace.
-        pid: the worker's.
-        told: what it says itself, which is torch's part of it.
-    """
-    return gpu.by_pid.get(pid, told and told + CONTEXT)
+def _tenant(worker: Supervisor, *, kept: bool) -> Tenant:
+    memory = worker.memory.claimed(ready=worker.state is State.READY)
+    return Tenant(id(worker), memory, -worker.idle_seconds, may_go(worker), kept)
 
 
 def may_go(worker: Supervisor) -> bool:
