@@ -62,26 +62,26 @@ class Rooms:
 
     # --- as placement sees them
 
-    def now(self, workers: Iterable[Supervisor], kept: Iterable[Supervisor]) -> list[Room]:
+    def now(self, supervisors: Iterable[Supervisor], kept: Iterable[Supervisor]) -> list[Room]:
         """The devices as they are; without GPUs that can't be used, if others can.
 
         Args:
-            workers: all there are.
+            supervisors: all there are.
             kept: those that are the last to go.
         """
         present: dict[str, list[Supervisor]] = {device.name: [] for device in self.devices}
-        for worker in workers:
-            if worker.present and worker.device is not None:
-                present[worker.device.name].append(worker)
-        last = {id(worker) for worker in kept}
+        for supervisor in supervisors:
+            if supervisor.present and supervisor.device is not None:
+                present[supervisor.device.name].append(supervisor)
+        last = {id(supervisor) for supervisor in kept}
         rooms = []
         usable = [device for device in self.devices if self.usable(device)]
         for number, device in enumerate(self.devices):
             if usable and device not in usable:
                 continue  # else it would have most room, and be everybody's choice
             inside = present[device.name]
-            tenants = tuple(_tenant(worker, kept=id(worker) in last) for worker in inside)
-            load = sum(worker.pace.load for worker in inside)
+            tenants = tuple(_tenant(supervisor, kept=id(supervisor) in last) for supervisor in inside)
+            load = sum(supervisor.pace.load for supervisor in inside)
             rooms.append(Room(number, self._budget(device, tenants), load, tenants, self._most(device)))
         return rooms
 
@@ -95,12 +95,12 @@ class Rooms:
         """A worker found that it can't be used."""
         self._avoided[device.name] = time.monotonic() + AVOIDED
 
-    def need(self, worker: Supervisor, rooms: Iterable[Room]) -> tuple[int, int]:
-        """Bytes to have free for a worker: what it grew to before, or a guess; and what it takes only to be loaded.
+    def need(self, supervisor: Supervisor, rooms: Iterable[Room]) -> tuple[int, int]:
+        """Bytes to have free for a model: what it grew to before, or a guess; and what it takes only to be loaded.
 
         The first is no more than a device has, as long as it has not been seen to need more only to be loaded.
         """
-        spec, label = worker.spec, self._label(worker.device or self.devices[0])
+        spec, label = supervisor.spec, self._label(supervisor.device or self.devices[0])
         if (known := self._measurements.get(spec, label)) is not None:
             expected, least = known.memory, known.loaded
         else:
@@ -126,9 +126,9 @@ class Rooms:
     def _limited(self, there: int) -> int:
         return there if self._limit is None else min(self._limit, there)
 
-    def describe(self, rooms: Iterable[Room], workers: Iterable[Supervisor]) -> str:
+    def describe(self, rooms: Iterable[Room], supervisors: Iterable[Supervisor]) -> str:
         """Who is where, in words."""
-        names = {id(worker): worker.spec.name for worker in workers}
+        names = {id(supervisor): supervisor.spec.name for supervisor in supervisors}
         texts = []
         for room in rooms:
             there = [
@@ -147,40 +147,40 @@ class Rooms:
 
     # --- what workers take
 
-    def known(self, worker: Supervisor) -> Measured | None:
-        """What is remembered of a worker's model, on such a device."""
-        return self._measurements.get(worker.spec, self._label(worker.device or self.devices[0]))
+    def known(self, supervisor: Supervisor) -> Measured | None:
+        """What is remembered of a model, on such a device."""
+        return self._measurements.get(supervisor.spec, self._label(supervisor.device or self.devices[0]))
 
     def _label(self, device: Device) -> str:
         """The kind of device."""
         return self._labels.get(device.name, device.kind)
 
-    def remember(self, worker: Supervisor) -> None:
+    def remember(self, supervisor: Supervisor) -> None:
         """What a worker has taken until now, for the next that loads its model."""
-        if worker.device is None or worker.load_seconds is None or not worker.memory.loaded:
+        if supervisor.device is None or supervisor.load_seconds is None or not supervisor.memory.loaded:
             return
-        seconds = round(worker.load_seconds, 2)
-        measured = Measured(loaded=worker.memory.loaded, memory=worker.memory.peak, load_seconds=seconds)
-        self._measurements.put(worker.spec, self._label(worker.device), measured)
+        seconds = round(supervisor.load_seconds, 2)
+        measured = Measured(loaded=supervisor.memory.loaded, memory=supervisor.memory.peak, load_seconds=seconds)
+        self._measurements.put(supervisor.spec, self._label(supervisor.device), measured)
 
-    def remember_stopped(self, worker: Supervisor) -> None:
+    def remember_stopped(self, supervisor: Supervisor) -> None:
         """A worker that loads is about to be stopped: the next needs what this one has, and more."""
-        if worker.device is not None:
-            self._measurements.put_at_least(worker.spec, self._label(worker.device), worker.memory.now)
+        if supervisor.device is not None:
+            self._measurements.put_at_least(supervisor.spec, self._label(supervisor.device), supervisor.memory.now)
 
-    async def measure(self, workers: Iterable[Supervisor]) -> None:
+    async def measure(self, supervisors: Iterable[Supervisor]) -> None:
         """Look at how much memory workers and devices have."""
-        asked = [(worker, worker.pid) for worker in workers if worker.pid is not None]
+        asked = [(supervisor, supervisor.pid) for supervisor in supervisors if supervisor.pid is not None]
         devices = [device for device in self.devices if device.kind == "cuda"]
         gpus, resident = await asyncio.to_thread(_look, devices, [pid for _, pid in asked])
         self._heard(gpus)
-        for worker, pid in asked:
-            if worker.pid != pid or worker.device is None:
+        for supervisor, pid in asked:
+            if supervisor.pid != pid or supervisor.device is None:
                 continue  # it has ended meanwhile
-            if worker.device.kind == "cpu":
-                self._measured(worker, resident.get(pid, 0))
-            elif (gpu := self._gpus.get(worker.device.name)) is not None:
-                self._measured(worker, taken(gpu, pid, worker.memory.told))
+            if supervisor.device.kind == "cpu":
+                self._measured(supervisor, resident.get(pid, 0))
+            elif (gpu := self._gpus.get(supervisor.device.name)) is not None:
+                self._measured(supervisor, taken(gpu, pid, supervisor.memory.told))
         await self.save()
 
     def _heard(self, gpus: dict[str, Memory | None]) -> None:
@@ -195,11 +195,11 @@ class Rooms:
                 log.warning("%s answers the driver again", name)
         self._gpus.update(gpus)
 
-    def _measured(self, worker: Supervisor, now: int) -> None:
-        fresh = worker.memory.measured(now, ready=worker.state is State.READY)
-        known = self.known(worker)
-        if fresh or (known is not None and worker.memory.peak > known.memory):
-            self.remember(worker)
+    def _measured(self, supervisor: Supervisor, now: int) -> None:
+        fresh = supervisor.memory.measured(now, ready=supervisor.state is State.READY)
+        known = self.known(supervisor)
+        if fresh or (known is not None and supervisor.memory.peak > known.memory):
+            self.remember(supervisor)
 
     async def save(self) -> None:
         """Write down what is new."""
@@ -207,15 +207,15 @@ class Rooms:
             await asyncio.to_thread(self._measurements.save)
 
 
-def _tenant(worker: Supervisor, *, kept: bool) -> Tenant:
-    memory = worker.memory.claimed(ready=worker.state is State.READY)
-    return Tenant(id(worker), memory, -worker.idle_seconds, may_go(worker), kept)
+def _tenant(supervisor: Supervisor, *, kept: bool) -> Tenant:
+    memory = supervisor.memory.claimed(ready=supervisor.state is State.READY)
+    return Tenant(id(supervisor), memory, -supervisor.idle_seconds, may_go(supervisor), kept)
 
 
-def may_go(worker: Supervisor) -> bool:
-    """Whether a worker's memory may be another's."""
-    quiet = QUIET if worker.clients else 0.0
-    return worker.state is State.READY and not worker.busy and worker.idle_seconds >= quiet
+def may_go(supervisor: Supervisor) -> bool:
+    """Whether a model's memory may be another's."""
+    quiet = QUIET if supervisor.clients else 0.0
+    return supervisor.state is State.READY and not supervisor.busy and supervisor.idle_seconds >= quiet
 
 
 def _look(devices: list[Device], pids: list[int]) -> tuple[dict[str, Memory | None], dict[int, int]]:
