@@ -11,7 +11,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -342,15 +341,3 @@ def interleave(children: Sequence[Child], blocks: int, steps: int) -> dict[str, 
         for child in (*children[turn:], *children[:turn]):
             seconds[child.arm] += child.steps(steps)
     return seconds
-
-
-def wait_until_quiet(pids: Iterable[int], limit: float = 10.0) -> None:
-    """Until these processes use no CPU any more."""
-    end, last = time.monotonic() + limit, -1.0
-    listed = list(pids)
-    while time.monotonic() < end:
-        now = sum(cpu_seconds(pid) for pid in listed)
-        if now == last:
-            return
-        last = now
-        time.sleep(0.2)

@@ -18,12 +18,11 @@ from ase.stress import full_3x3_to_voigt_6_stress
 
 from rootstock_client.connection import Connection
 from rootstock_client.errors import ProtocolError, UnsupportedError, model_changed
-from rootstock_client.ipi import FloatArray, ForceReady
+from rootstock_client.ipi import PROTOCOL_VERSION, FloatArray, ForceReady
 from rootstock_client.patience import patience_in_seconds
 from rootstock_client.snapshot import Box, Snapshot
 from rootstock_client.units import BOHR, HARTREE
 
-PROTOCOL_VERSION = 1
 _ON_REQUEST = frozenset({"stress", "energies"})
 """What costs extra, and is computed only for those who ask."""
 _POTENTIAL = ("model", "dtype", "dispersion")

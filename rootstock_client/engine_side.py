@@ -297,10 +297,10 @@ class EngineSide:
             elif word == STATUS:
                 yield Status()
             elif word == INIT:
-                bead, size = TWO_INTS.unpack((yield TWO_INTS.size))
+                _bead, size = TWO_INTS.unpack((yield TWO_INTS.size))
                 if checked_count(size, limits.init, "bytes of INIT") > STAGING_SIZE:
                     self._reserve(size)
-                yield Init(bead, bytes((yield size)))  # no name for the text: the generator would keep it
+                yield Init(bytes((yield size)))  # no name for the text: the generator would keep it
             elif word == EXIT:
                 yield Exit()
             else:

@@ -44,6 +44,8 @@ from rootstock_client.errors import ProtocolError, RootstockError
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 
+PROTOCOL_VERSION = 1
+"""Of what client and daemon say to each other beyond i-PI, which a client says in INIT (docs/protocol.md)."""
 HEADER_SIZE = 12
 INT = struct.Struct("<i")
 TWO_INTS = struct.Struct("<ii")
@@ -83,9 +85,8 @@ class Status(NamedTuple):
 
 
 class Init(NamedTuple):
-    """INIT: i-PI's bead index, and a text whose meaning is the engine's business."""
+    """INIT: a text whose meaning is the engine's business. Of which bead it is, in i-PI's count, nobody asks."""
 
-    bead: int
     text: bytes
 
 
@@ -175,9 +176,9 @@ def _matrices(data: bytes | memoryview, count: int, stride: int) -> FloatArray:
 # --- frames -----------------------------------------------------------------------------------------------------------
 
 
-def init_frame(text: bytes, bead: int = 0) -> bytes:
-    """An INIT message."""
-    return INIT + TWO_INTS.pack(bead, len(text)) + text
+def init_frame(text: bytes) -> bytes:
+    """An INIT message, of bead 0."""
+    return INIT + TWO_INTS.pack(0, len(text)) + text
 
 
 def posdata_head(cell: FloatArray, inverse: FloatArray, natoms: int) -> bytes:

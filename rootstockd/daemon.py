@@ -15,7 +15,7 @@ from pathlib import Path
 from ase.data import chemical_symbols
 
 from rootstock_client import ipi
-from rootstock_client.errors import DrainingError, RootstockError, UnknownElementError
+from rootstock_client.errors import DrainingError, UnknownElementError
 from rootstock_client.runtime_dir import job_runtime_dir, share_file
 from rootstockd.control.limits import MAX_SCRAPERS
 from rootstockd.control.schema import ReloadReport
@@ -37,12 +37,13 @@ from rootstockd.host.sockets import (
     remove_if_empty,
     url_of,
 )
+from rootstockd.models.availability import located, to_preload
 from rootstockd.models.catalogue import Catalogue, CatalogueError, Entry
-from rootstockd.models.store import located, to_preload
 from rootstockd.processes.folders import remove_left_behind
 from rootstockd.sessions.accounts import Account, Accounts
 from rootstockd.sessions.door import Door
 from rootstockd.sessions.init_request import InitRequest
+from rootstockd.sessions.registry import SessionRegistry
 from rootstockd.sessions.session import LINGER, Session, stopping_error
 from rootstockd.settings.config import Config
 from rootstockd.settings.config_file import ConfigError, reloadable
@@ -79,9 +80,7 @@ class Daemon:
         self.warnings: list[str] = []
         """What the configuration and the catalogues have that can't be meant so."""
         self._look_over()
-        self.sessions: set[Session] = set()
-        self._turned_away: set[Session] = set()
-        self._max_turned_away = 0
+        self.sessions = SessionRegistry()
         self.state = "starting"
         self.since = time.time()
         self.metrics_url: str | None = None
@@ -92,8 +91,6 @@ class Daemon:
         self._replaced = False
         self._stop = asyncio.Event()
         self._force = asyncio.Event()
-        self._all_gone = asyncio.Event()
-        self._all_gone.set()
 
     async def run(self) -> None:
         """Live.
@@ -280,7 +277,7 @@ class Daemon:
         if self._manager.sockets:
             door.close()
         log.info("draining%s: %d sessions", " for a restart" * self._replaced, len(self.sessions))
-        for session in list(self.sessions):
+        for session in self.sessions:
             session.leave()
         fetched_by = time.monotonic() + LINGER
         deadline = time.monotonic() + self.config.drain_timeout
@@ -293,10 +290,17 @@ class Daemon:
                 await asyncio.wait_for(self._force.wait(), 0.02)
         if not self._manager.sockets:
             door.close()
-        for session in list(self.sessions):
+        for session in self.sessions:
             session.end(stopping_error())
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._all_gone.wait(), LINGER)
+            await asyncio.wait_for(self.sessions.all_gone(), LINGER)
+
+    def _share_descriptors(self) -> None:
+        """So many sessions there may be, and so many more connections that are told why they can't be."""
+        limit = raise_descriptor_limit()
+        scrapers = 0 if self.config.metrics is None else MAX_SCRAPERS + 1
+        allowed, self.sessions.max_turned_away = share_descriptors(limit - scrapers)
+        self.accounts.allow_sessions(allowed, f"all that its limit of {limit} open files (ulimit -n) allows")
 
     def _watch_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -316,35 +320,6 @@ class Daemon:
         """
         if self.state == "draining":
             raise stopping_error()
-
-    def session_opened(self, session: Session) -> None:
-        """A session has come."""
-        self.sessions.add(session)
-        self._all_gone.clear()
-
-    def session_turned_away(self, session: Session, error: RootstockError) -> None:
-        """One has come that may not stay, and is being told why.
-
-        Raises:
-            RootstockError: this error, where there is no descriptor for that.
-        """
-        if len(self._turned_away) >= self._max_turned_away:
-            self.errors[error.code] += 1
-            raise error
-        self._turned_away.add(session)
-
-    def session_closed(self, session: Session) -> None:
-        """A session has gone."""
-        self.sessions.discard(session)
-        self._turned_away.discard(session)
-        if not self.sessions:
-            self._all_gone.set()
-
-    def _share_descriptors(self) -> None:
-        limit = raise_descriptor_limit()
-        scrapers = 0 if self.config.metrics is None else MAX_SCRAPERS + 1
-        allowed, self._max_turned_away = share_descriptors(limit - scrapers)
-        self.accounts.allow_sessions(allowed, f"all that its limit of {limit} open files (ulimit -n) allows")
 
     def open_model(self, request: InitRequest, account: Account, leaving: WorkerKey | None) -> Supervisor:
         """The model that a session asks for; it is loaded if it is not yet.

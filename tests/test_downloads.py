@@ -14,10 +14,11 @@ import pytest
 from fileserver import serving
 from rootstock_client.errors import ModelLoadError
 from rootstockd.models import store
+from rootstockd.models.availability import located
 from rootstockd.models.catalogue import Entry
 from rootstockd.models.download import ATTEMPTS, DownloadError, Known, download
 from rootstockd.models.pull import Wishes, pull
-from rootstockd.models.store import StoreError
+from rootstockd.models.whole_files import StoreError, lock
 
 DATA = os.urandom(300_000)
 OTHER = os.urandom(250_000)
@@ -347,7 +348,7 @@ def test_the_first_file_is_pinned(server, state, entry):
     assert stored.weights.read_bytes() == DATA
     assert stored.record.pinned == "its first use"
     assert (stored.weights.stat().st_mode & 0o777, state.stat().st_mode & 0o777) == (0o644, 0o755)
-    assert store.located("mine", entry).sha256 == digest(DATA)
+    assert located("mine", entry).sha256 == digest(DATA)
     assert pull("mine", entry, wishes()) == stored
     assert len(server.requests) == 1
     stored.weights.unlink()
@@ -437,7 +438,7 @@ def test_one_at_a_time_though_every_lock_is_removed(tmp_path):
 
     def work():
         for _ in range(30):
-            with store.lock(tmp_path, "mine", lambda _: None):
+            with lock(tmp_path, "mine", lambda _: None):
                 inside.append(1)
                 most.append(len(inside))
                 threading.Event().wait(0.0001)
@@ -458,7 +459,7 @@ def test_one_file_of_two_models(server, state, entry):
     assert len(server.requests) == 1
     folder = state / "weights"
     assert store.remove(folder, "mine") == 0
-    assert store.located("yours", entry).weights.is_file()
+    assert located("yours", entry).weights.is_file()
     assert store.remove(folder, "yours") == len(DATA)
     assert not list(folder.glob("*.model"))
 
@@ -526,12 +527,12 @@ def test_a_store_that_others_can_write_is_not_believed(server, state, entry, wha
     pull("mine", entry, wishes())
     (state / what).chmod((state / what).stat().st_mode | 0o002)
     with pytest.raises(ModelLoadError, match="all users may write to"):
-        store.located("mine", entry)
+        located("mine", entry)
 
 
 def test_what_was_not_pulled(state, entry):
     with pytest.raises(ModelLoadError, match="not on this machine") as caught:
-        store.located("mine", entry)
+        located("mine", entry)
     assert "rootstockd models pull mine" in caught.value.hint
 
 

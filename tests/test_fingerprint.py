@@ -25,6 +25,7 @@ from rootstock_client.control import request
 from rootstock_client.errors import ModelChangedError
 from rootstockd.environments.finding import Environment
 from rootstockd.models import store
+from rootstockd.models.availability import located
 from rootstockd.models.catalogue import Catalogue, Entry
 from rootstockd.models.spec import in_environment, spec_of
 from rootstockd.models.store import Record, StoredFile
@@ -161,7 +162,7 @@ def test_a_model_that_is_converted_stays_the_same(tmp_path: Path, monkeypatch: p
     seen = []
     for version in (record, record.model_copy(update={"safe": safe})):
         store.write_record(store.own_folder(), "m", version)
-        seen.append(spec_of("m", store.located("m", entry)))
+        seen.append(spec_of("m", located("m", entry)))
     known = spec_of("m", entry.model_copy(update={"sha256": original.sha256}))
     assert seen[0].sha256 != seen[1].sha256
     assert seen[0].fingerprint == seen[1].fingerprint == known.fingerprint

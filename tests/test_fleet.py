@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from rootstockd.fleet.measured import FILE, HEAVY, LIGHT, Measured, Measurements
 from rootstockd.fleet.placement import Room, Tenant, first_to_go, place, place_replica, shift, stays, to_evict
-from rootstockd.fleet.rooms import CONTEXT, Rooms, taken
+from rootstockd.fleet.rooms import Rooms
 from rootstockd.host.devices import DeviceError, Gpu, Memory, find_devices, process_memory, visible_gpus
 from rootstockd.settings.config import Config, Device
+from rootstockd.supervision.memory_use import CONTEXT, taken
 from rootstockd.supervision.pace import SPAN, Pace
 from rootstockd.worker.engines import ModelSpec
 

@@ -136,8 +136,8 @@ class Owner:
 
     def handle(self, event: engine_side.Event) -> None:
         match event:
-            case ipi.Init(bead, text):
-                self.events.append(("init", bead, text))
+            case ipi.Init(text):
+                self.events.append(("init", text))
                 verdict = self.verdicts.pop(0)
                 if isinstance(verdict, int):
                     self.side.accept(verdict, announced=True)
@@ -184,7 +184,7 @@ def driver_scripts(draw: st.DrawFn) -> Script:
         text, bead = draw(st.binary(max_size=50)), draw(st.integers(-(2**31), 2**31 - 1))
         text *= draw(st.sampled_from([1, 1, 1, 3000]))
         stream += init(text, bead)
-        events.append(("init", bead, text))
+        events.append(("init", text))
         refused = draw(st.integers(0, 4)) == 0
         batch = draw(st.sampled_from([1, 1, 2, 3]))
         verdicts.append(TROUBLE if refused else batch)
@@ -232,7 +232,7 @@ def test_a_driver_byte_by_byte(batch, late):
     deliver(owner.side, stream, list(range(len(stream))), owner.take)
     assert owner.events == [
         ("send", word("NEEDINIT")),
-        ("init", 5, b"text"),
+        ("init", b"text"),
         ("send", word("READY")),
         ("evaluate", cells.tobytes(), positions.tobytes()),
         ("send", word("HAVEDATA")),
@@ -505,7 +505,7 @@ def test_our_frames_are_laid_out_as_i_pi_lays_them_out(batch):
     ours = ipi.posdata_batch_head(cells, inverses, 4)
     if batch > 1:
         assert ours + positions.tobytes() == posdata(cells, inverses, positions)
-    assert ipi.init_frame(b"abc", 9) == init(b"abc", 9)
+    assert ipi.init_frame(b"abc") == init(b"abc")
     assert ipi.error_frame(TROUBLE) == error(TROUBLE.to_json())
 
 
@@ -739,7 +739,7 @@ NOTHING, HELD, WRONG, CLOSED = "nothing", "held", "wrong", "closed"
 NEEDINIT, READY, HAVEDATA = map(word, ("NEEDINIT", "READY", "HAVEDATA"))
 MESSAGES = {"STATUS": STATUS, "INIT": init(b"{}"), "POSDATA": POSDATA, "GETFORCE": GETFORCE, "EXIT": EXIT}
 MESSAGES["MISFIT"] = posdata(*structures(1, 3, seed=1))
-OPENED = ipi.Init(0, b"{}")
+OPENED = ipi.Init(b"{}")
 
 TABLE: dict[str, dict[str, tuple[Any, Any]]] = {
     # state: message: (what the owner is told, what a STATUS is answered afterwards)
@@ -860,11 +860,11 @@ def test_a_refused_init_is_answered_once_at_each_getforce():
     """With or without POSDATA before it, and nothing is evaluated, until an INIT is accepted."""
     side = engine_side.EngineSide(only_two_atoms)
     feed(side, init(b"bad") + POSDATA + GETFORCE + GETFORCE + POSDATA + STATUS + init(b"good") + POSDATA + GETFORCE)
-    assert side.next_event() == ipi.Init(0, b"bad")
+    assert side.next_event() == ipi.Init(b"bad")
     side.refuse(TROUBLE, announced=True)
     no = engine_side.Send(error(TROUBLE.to_json()))
     assert [side.next_event() for _ in range(3)] == [no, no, engine_side.Send(NEEDINIT)]
-    assert side.next_event() == ipi.Init(0, b"good")
+    assert side.next_event() == ipi.Init(b"good")
     side.accept(announced=True)
     assert isinstance(side.next_event(), engine_side.Evaluate)
     side.finish()
@@ -938,7 +938,7 @@ def test_after_a_preset_the_driver_still_says_its_own_init():
     side = engine_in("preset")
     feed(side, STATUS + init(b"stock") + STATUS)
     assert side.next_event() == engine_side.Send(NEEDINIT)
-    assert side.next_event() == ipi.Init(0, b"stock")
+    assert side.next_event() == ipi.Init(b"stock")
     side.accept(batch_size=2)
     assert side.next_event() == engine_side.Send(READY)
     cells, inverses, positions = structures(2, 1, seed=4)
@@ -1198,7 +1198,7 @@ def test_i_pi_itself_is_understood_and_understands(i_pi, natoms, pipelined):
             driver.send_msg("exit")
             engine.join(20)
             assert engine.closed
-    assert engine.inits == [ipi.Init(3, b"")]
+    assert engine.inits == [ipi.Init(b"")]
 
 
 @pytest.mark.parametrize("real", [1, 3])
@@ -1213,7 +1213,7 @@ def test_i_pi_batches_are_understood_and_understand(i_pi, real):
                 assert driver.dispatch_recv_batch(several)
                 for frame, one in enumerate(several):
                     check_i_pi_result(one, engine, frame)
-    assert engine.inits == [ipi.Init(0, b" batch_size:3")]
+    assert engine.inits == [ipi.Init(b" batch_size:3")]
 
 
 def test_ase_as_driver_is_understood_and_understands():
@@ -1234,7 +1234,7 @@ def test_ase_as_driver_is_understood_and_understands():
         protocol.end()
         engine.join(20)
         assert engine.closed
-    assert engine.inits == [ipi.Init(0, b"\0")]
+    assert engine.inits == [ipi.Init(b"\0")]
 
 
 def test_ases_socket_server_is_understood_and_understands():

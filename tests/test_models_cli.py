@@ -21,6 +21,7 @@ from conftest import EMBEDDED_MODEL, rootstockd, sha256, wait_for
 from fileserver import serving
 from rootstock_client.errors import ModelLoadError, UnknownModelError
 from rootstockd.models import store
+from rootstockd.models.whole_files import StoreError, lock
 
 DATA = os.urandom(300_000)
 
@@ -273,12 +274,12 @@ def test_a_file_that_is_removed_with_another_model(state, tmp_path):
     store.write_record(folder, "one", copied("one"))
     second = copied("two")
     assert store.remove(folder, "one") == second.original.size
-    with pytest.raises(store.StoreError, match="two was not kept: another command removed .* Try again"):
+    with pytest.raises(StoreError, match="two was not kept: another command removed .* Try again"):
         store.write_record(folder, "two", second)
     assert not list(folder.iterdir())
     for name in ("one", "two"):
         store.write_record(folder, name, copied(name))
-    with store.lock(folder, ".records", print):  # nothing is removed while it is told who has what
+    with lock(folder, ".records", print):  # nothing is removed while it is told who has what
         other = threading.Thread(target=store.remove, args=(folder, "one"))
         other.start()
         other.join(0.1)
@@ -302,7 +303,7 @@ def test_two_add_one_name(models, state, tmp_path):
     """Whoever comes second is refused, and takes nothing away from the first."""
     (tmp_path / "bad.model").write_bytes(DATA)
     models("add", "other", EMBEDDED_MODEL, "--family", "noop")
-    with store.lock(state / "weights", "tuned", print):  # the first is at it
+    with lock(state / "weights", "tuned", print):  # the first is at it
         second = subprocess.Popen(
             [sys.executable, "-m", "rootstockd", "models", "add", "tuned", tmp_path / "bad.model", "--family", "noop"],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

@@ -22,7 +22,8 @@ from rootstock_client.errors import ModelLoadError  # noqa: E402
 from rootstockd.models import store  # noqa: E402
 from rootstockd.models.catalogue import Entry  # noqa: E402
 from rootstockd.models.convert import _NUMBERS, _compared, _safe_form, with_safe_form  # noqa: E402
-from rootstockd.models.store import Record, StoreError  # noqa: E402
+from rootstockd.models.store import Record  # noqa: E402
+from rootstockd.models.whole_files import StoreError  # noqa: E402
 from rootstockd.worker.engines import EngineError, ModelSpec  # noqa: E402
 from rootstockd.worker.engines.mace import load, safe  # noqa: E402
 
@@ -70,6 +71,7 @@ def test_workers_load_it_and_unpickle_nothing(tmp_path, monkeypatch):
     conversion = load(spec(path=EMBEDDED_MODEL, convert=True))
     with pytest.raises(EngineError, match="evaluates nothing"):
         conversion.prepare(None)
+    assert conversion.memory() is None  # the worker's loop asks any engine
     monkeypatch.setattr(torch, "load", None)
     loaded = load(spec(path=tmp_path / safe.FILE_NAME))
     assert loaded.info.backend.startswith("fused"), loaded.info.note

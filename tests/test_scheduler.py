@@ -5,7 +5,6 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from rootstockd.processes import worker_process
 from rootstockd.supervision.scheduler import (
     GROW_AFTER,
     MAX_ATTEMPTS,
@@ -14,7 +13,7 @@ from rootstockd.supervision.scheduler import (
     Evaluation,
     Scheduler,
 )
-from rootstockd.worker import loop
+from rootstockd.worker.version import MESSAGE_SIZE
 
 BUDGET = 100
 
@@ -69,7 +68,7 @@ def test_a_batch_fits_a_message():
     for number in range(2 * MAX_EVALUATIONS + 5):
         scheduler.submit(Evaluation(number, 1))
     assert [len(batch) for batch in drain(scheduler)] == [MAX_EVALUATIONS, MAX_EVALUATIONS, 5]
-    assert len(b"E" + bytes(4 * MAX_EVALUATIONS)) <= min(loop.MESSAGE_SIZE, worker_process.MESSAGE_SIZE)
+    assert len(b"E" + bytes(4 * MAX_EVALUATIONS)) <= MESSAGE_SIZE
 
 
 def test_the_order_is_that_of_submission():

@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import rootstock_client
-import rootstock_client.calculator
 import rootstockd
-from rootstockd.sessions import init_request
 
 ROOT = Path(__file__).parent.parent
 
@@ -15,7 +13,3 @@ ROOT = Path(__file__).parent.parent
 def test_version() -> None:
     assert rootstock_client.__version__ == rootstockd.__version__
     assert f"version: {rootstockd.__version__}\n" in (ROOT / "CITATION.cff").read_text().replace('"', "")
-
-
-def test_protocol_version() -> None:
-    assert rootstock_client.calculator.PROTOCOL_VERSION == init_request.PROTOCOL_VERSION

@@ -19,8 +19,8 @@ from rootstockd.cli.options import devices_of, files_to_read, settings_options, 
 from rootstockd.host.devices import DeviceError, choose_devices, found_devices
 from rootstockd.host.log_file import check_log
 from rootstockd.host.sockets import AddressError, check_host
+from rootstockd.models.availability import located
 from rootstockd.models.catalogue import Catalogue, CatalogueError
-from rootstockd.models.store import located
 from rootstockd.sessions.accounts import Accounts
 from rootstockd.settings.config import Config, Device
 from rootstockd.settings.config_file import ConfigError, reloadable

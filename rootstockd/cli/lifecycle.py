@@ -172,8 +172,8 @@ def check_startable(config: Config) -> None:
         UnknownModelError, ModelLoadError, Refused: it could not start.
     """
     # imports what only `restart` needs
+    from rootstockd.models.availability import to_preload  # noqa: PLC0415
     from rootstockd.models.catalogue import Catalogue, CatalogueError  # noqa: PLC0415
-    from rootstockd.models.store import to_preload  # noqa: PLC0415
 
     try:
         catalogue = Catalogue.load(config.catalogues, config.where("catalogues"))

@@ -44,6 +44,11 @@ def size(value: int | None) -> str:
     return f"{value / 1e9:.1f} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"  # noqa: PLR2004 - a GB
 
 
+def megabytes(value: int) -> str:
+    """Bytes, in MB: files of a few kB are to be seen beside those of many MB."""
+    return f"{value / 1e6:.1f} MB"
+
+
 def count(number: int) -> str:
     """A number; large ones in thousands or millions, with three digits."""
     if number >= 10_000:  # noqa: PLR2004 - up to there all digits

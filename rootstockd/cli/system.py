@@ -13,7 +13,7 @@ from ase.data import atomic_numbers
 from ase.symbols import Symbols, string2symbols
 
 from rootstock_client.errors import InvalidInitError, InvalidStructureError
-from rootstockd.sessions.init_request import PROTOCOL_VERSION
+from rootstock_client.ipi import PROTOCOL_VERSION
 
 _IPI_CELL = re.compile(r"\bCELL\s*[({]")
 """In the comment of an xyz file, as i-PI writes it."""

@@ -35,8 +35,8 @@ from rootstockd.control.schema import (
 from rootstockd.fleet.fleet import HOLD
 from rootstockd.host.devices import process_memory
 from rootstockd.host.peers import user_name
+from rootstockd.models.availability import lack
 from rootstockd.models.catalogue import CatalogueError
-from rootstockd.models.store import lack
 from rootstockd.sessions.log_rate import LogRate
 from rootstockd.settings.config import Device
 from rootstockd.settings.config_file import ConfigError
@@ -82,7 +82,7 @@ def make_app(daemon: Daemon) -> FastAPI:
             evaluations=daemon.fleet.evaluations,
             models=[
                 model_status(model, daemon.fleet)
-                for model in daemon.fleet.workers()
+                for model in daemon.fleet.supervisors()
                 if model.pid or model.clients or not model.retired
             ],
             sessions=[session_status(session) for session in shown],
@@ -121,7 +121,7 @@ def make_app(daemon: Daemon) -> FastAPI:
     async def loading(model: str | None = None) -> list[Loading]:
         """Models that are not there yet, or the one of that name or alias, for whoever waits for it."""
         entry = None if model is None else daemon.catalogue.name_of(model)
-        states = [loading_status(worker, daemon.fleet) for worker in daemon.fleet.workers()]
+        states = [loading_status(supervisor, daemon.fleet) for supervisor in daemon.fleet.supervisors()]
         return [state for state in states if state is not None and entry in (None, state.name)]
 
     _take_orders(app, daemon)
@@ -206,7 +206,7 @@ def device_status(device: Device, fleet: Fleet) -> DeviceStatus:
         name=str(device),
         memory_used=memory.total - memory.free if memory else None,
         memory_total=memory.total if memory else None,
-        load=sum(worker.pace.load for worker in fleet.workers() if worker.device == device),
+        load=sum(supervisor.pace.load for supervisor in fleet.supervisors() if supervisor.device == device),
     )
 
 
@@ -231,7 +231,7 @@ def model_status(model: Supervisor, fleet: Fleet) -> ModelStatus:
         unconfined=model.unconfined,
         batch_atoms=model.scheduler.budget,
         pid=model.pid,
-        memory=model.memory or (process_memory(model.pid) if model.pid and model.spec.device == "cpu" else None),
+        memory=model.memory.now or (process_memory(model.pid) if model.pid and model.spec.device == "cpu" else None),
         sessions=len(model.clients),
         waiting=model.scheduler.waiting,
         evaluations=model.evaluations,

@@ -135,7 +135,7 @@ class DaemonCollector(Collector):
         models = GaugeMetricFamily(
             "rootstockd_models", "Workers that models have or are to have, by state.", labels=["state"]
         )
-        of_models = Counter(worker.state for worker in daemon.fleet.workers() if _counts(worker))
+        of_models = Counter(supervisor.state for supervisor in daemon.fleet.supervisors() if _counts(supervisor))
         for of_model in State:
             models.add_metric([of_model.value], of_models[of_model])
         yield models
@@ -181,12 +181,12 @@ class DaemonCollector(Collector):
         """What models have now. Several workers with one set of labels differ in options, such as D3, and are added."""
         queue: Counter[tuple[str, str, str]] = Counter()
         memory: Counter[tuple[str, str, str]] = Counter()
-        for worker in self._daemon.fleet.workers():
-            labels = worker.spec.name, worker.spec.dtype, str(worker.device or "")
-            if not worker.ended:
-                queue[labels] += worker.scheduler.waiting
-            if worker.pid is not None:
-                memory[labels] += worker.memory
+        for supervisor in self._daemon.fleet.supervisors():
+            labels = supervisor.spec.name, supervisor.spec.dtype, str(supervisor.device or "")
+            if not supervisor.ended:
+                queue[labels] += supervisor.scheduler.waiting
+            if supervisor.pid is not None:
+                memory[labels] += supervisor.memory.now
         for name, what, values in (
             ("rootstockd_queue_length", "Evaluations that wait for a worker; without a device, for room.", queue),
             ("rootstockd_model_memory_bytes", "Memory of a model's worker on its device.", memory),
@@ -232,9 +232,9 @@ class DaemonCollector(Collector):
         yield from (sessions, queue, evaluations)
 
 
-def _counts(worker: Supervisor) -> bool:
+def _counts(supervisor: Supervisor) -> bool:
     """Whether status shows it; a model that failed has ended, and is there until it is tried again or forgotten."""
-    return not worker.ended or (worker.state is State.FAILED and not worker.retired)
+    return not supervisor.ended or (supervisor.state is State.FAILED and not supervisor.retired)
 
 
 def _add(family: HistogramMetricFamily, labels: tuple[str, ...], histogram: Histogram) -> None:

@@ -30,6 +30,7 @@ from rootstockd.environments.builds import Build, EnvironmentBuildError
 from rootstockd.environments.running_uv import run_uv
 from rootstockd.environments.specification import Specification
 from rootstockd.settings.state_dir import own_state
+from rootstockd.worker.files import digest_of, digest_of_rest
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -93,8 +94,7 @@ def export(source: Build, file: Path, say: Say) -> str:
                 for wheel in sorted(wheels.iterdir()):
                     with wheel.open("rb") as content:
                         _add_file(tar, f"wheels/{wheel.name}", content, wheel.stat().st_size)
-        with partial.open("rb") as content:
-            digest = _digest(content)
+        digest = digest_of(partial)
         partial.replace(file)
     except OSError as error:
         raise EnvironmentBuildError(f"environment {name!r} can't be exported to {file}: {error}.") from error
@@ -132,8 +132,7 @@ def _gather(source: Build, wheels: Path, say: Say) -> str:
             _fetch(place, wheels.parent, target, set(_HASH.findall(block)))
             if target.suffix != ".whl":
                 made = _make_wheel(python, target, wheels)
-                with made.open("rb") as content:
-                    digest = _digest(content)
+                digest = digest_of(made)
                 lock = lock.replace(block, block.replace("\\\n", f"\\\n    --hash=sha256:{digest} \\\n", 1))
     return lock
 
@@ -234,7 +233,7 @@ def unpacked(file: Path, sha256: str) -> Iterator[tuple[Description, str, Path]]
     with contextlib.ExitStack() as stack:
         try:
             archive = stack.enter_context(file.open("rb"))
-            if sha256 and (digest := _digest(archive)) != sha256.lower():
+            if sha256 and (digest := digest_of_rest(archive)) != sha256.lower():
                 raise EnvironmentBuildError(
                     f"{file} is not the file you mean: its SHA-256 is {digest}. Nothing was done."
                 )
@@ -347,10 +346,6 @@ def _add_file(tar: tarfile.TarFile, name: str, content: Any, size: int) -> None:
     member = tarfile.TarInfo(name)
     member.size, member.mode = size, 0o644
     tar.addfile(member, content)
-
-
-def _digest(content: Any) -> str:
-    return _copy(content, lambda _: None)
 
 
 def _copy(content: Any, write: Callable[[bytes], Any]) -> str:

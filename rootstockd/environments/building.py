@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import json
 import os
@@ -36,6 +35,7 @@ from rootstockd.environments.untouched import check_own_parts, own_parts
 from rootstockd.processes.folders import WorkerFolders
 from rootstockd.processes.worker_process import worker_command
 from rootstockd.settings.state_dir import StateError, check_trusted, own_state
+from rootstockd.worker.files import digest_of
 
 Say = Callable[[str], None]
 IMPORT_TIMEOUT = 600
@@ -145,7 +145,7 @@ def _build(plan: Plan, path: Path, say: Say) -> Build:
         python=version,
         platform=sysconfig.get_platform(),
         torch=flavour,
-        lock_sha256=hashlib.sha256(lock.read_bytes()).hexdigest(),
+        lock_sha256=digest_of(lock),
         versions=installed_versions(path),
         rootstockd=rootstockd.__version__,
         built=time.time(),

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -28,6 +27,7 @@ from pydantic import BaseModel, ValidationError
 
 from rootstockd.environments.specification import Specification, check_name
 from rootstockd.settings.state_dir import check_trusted, own_state, state_dirs
+from rootstockd.worker.files import digest_of
 
 SCHEMA_VERSION = 1
 """Of the manifest; raised when what an older version wrote can't be used as it is."""
@@ -174,7 +174,7 @@ def problems_of(build: Build) -> list[str]:
     if manifest.platform != sysconfig.get_platform():
         found.append(f"it is for {manifest.platform}, and this machine is {sysconfig.get_platform()}")
     try:
-        if hashlib.sha256(build.lock.read_bytes()).hexdigest() != manifest.lock_sha256:
+        if digest_of(build.lock) != manifest.lock_sha256:
             found.append("its lock was changed after it was built")
     except OSError:
         found.append("its lock is missing")

@@ -6,7 +6,6 @@ A wheel's `.data` folder may put files anywhere in the prefix. `pyvenv.cfg` says
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 from rootstockd.environments.builds import EnvironmentBuildError, site_packages
+from rootstockd.worker.files import digest_of
 
 _READ_AT_START = ("._pth", "pyvenv.cfg", "pybuilddir.txt")
 """How the names of files end that Python looks for beside its interpreter, one folder above or beside its library; see
@@ -80,7 +80,7 @@ def _content(part: Path) -> str:
     """Where a link leads, or a file's digest."""
     if part.is_symlink():
         return f"link to {part.readlink()}"
-    return "folder" if part.is_dir() else hashlib.sha256(part.read_bytes()).hexdigest()
+    return "folder" if part.is_dir() else digest_of(part)
 
 
 def _owner(path: Path, part: str) -> str:

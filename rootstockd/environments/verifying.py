@@ -15,9 +15,9 @@ from rootstock_client.errors import RootstockError
 from rootstockd.environments.builds import Build, EnvironmentBuildError
 from rootstockd.environments.finding import Environment
 from rootstockd.environments.specification import Check
+from rootstockd.models.availability import located
 from rootstockd.models.catalogue import Catalogue
 from rootstockd.models.spec import spec_of
-from rootstockd.models.store import located
 from rootstockd.processes.one_worker import one_worker
 from rootstockd.settings.config import Device
 from rootstockd.worker.engines import ModelSpec

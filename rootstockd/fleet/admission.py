@@ -44,25 +44,25 @@ class Admission:
 
     def rooms(self) -> list[Room]:
         """The devices as they are."""
-        return self._rooms.now(self._roster.workers(), self._roster.kept)
+        return self._rooms.now(self._roster.supervisors(), self._roster.kept)
 
-    def _rooms_for(self, worker: Supervisor) -> list[Room]:
+    def _rooms_for(self, supervisor: Supervisor) -> list[Room]:
         """The devices as they are for a model that is to load: what was to be kept does not go for what is, too."""
-        owner = self._roster.owner(worker)
+        owner = self._roster.owner(supervisor)
         rooms = self.rooms()
         return [placement.stays(room) for room in rooms] if owner is not None and owner.kept else rooms
 
-    def unload(self, worker: Supervisor, why: str) -> None:
+    def unload(self, supervisor: Supervisor, why: str) -> None:
         """Have a worker leave memory."""
-        name, dtype = worker.spec.name, worker.spec.dtype
-        log.info("model %s in %s leaves %s: %s", name, dtype, worker.device or "the queue", why)
-        self._rooms.remember(worker)
-        worker.unload()
+        name, dtype = supervisor.spec.name, supervisor.spec.dtype
+        log.info("model %s in %s leaves %s: %s", name, dtype, supervisor.device or "the queue", why)
+        self._rooms.remember(supervisor)
+        supervisor.unload()
 
     def counted(self) -> dict[tuple[str, str, str], Totals]:
         """What was done since the daemon began, by model, dtype and device, to the last evaluation."""
-        for worker in self._roster.workers():
-            worker.meter.count()
+        for supervisor in self._roster.supervisors():
+            supervisor.meter.count()
         return self._totals
 
     # --- what supervisors need
@@ -79,7 +79,7 @@ class Admission:
             need, least = self._rooms.need(model, rooms)
             owner = self._roster.owner(model)
             if owner is not None and model is not owner.first:
-                taken = {worker.device for worker in owner.workers}
+                taken = {supervisor.device for supervisor in owner.supervisors}
                 rooms = [room for room in rooms if self._rooms.devices[room.number] not in taken]
                 plan = placement.place_replica(need, rooms)
                 if plan is None:  # it is not needed so much that anybody should go or wait for it
@@ -91,10 +91,10 @@ class Admission:
                 if plan is None and waited >= self._config.room_timeout:
                     need, plan = least, placement.place(least, rooms)  # what it grew to may have been one large batch
             if plan is not None:
-                model.device, model.set_aside = self._rooms.devices[plan.room], need
+                model.device, model.memory.set_aside = self._rooms.devices[plan.room], need
                 await self._evict(model, [tenant.number for tenant in plan.evicted])
                 return self._config.worker_environment(self._rooms.devices[plan.room]) if model.wanted else None
-            there = self._rooms.describe(rooms, self._roster.workers())
+            there = self._rooms.describe(rooms, self._roster.supervisors())
             model.obstacle = f"{model.spec.name} needs {need / 1e6:.0f} MB; {there}"
             kept = owner is not None and owner.kept
             hopeless = all(least > room.left(kept=kept) for room in rooms)  # even if all had gone that ever do
@@ -112,7 +112,7 @@ class Admission:
             return False
         if failed:
             self._rooms.avoid(model.device)
-        await self._rooms.measure(self._roster.workers())
+        await self._rooms.measure(self._roster.supervisors())
         return self._room_of(model) is None
 
     async def make_room(self, model: Supervisor) -> bool:
@@ -133,16 +133,17 @@ class Admission:
 
     async def _evict(self, model: Supervisor, evicted: list[int]) -> None:
         """Have others go for a model, and wait until all that leave its device have left."""
-        for worker in self._roster.workers():
-            if id(worker) in evicted:
-                self.unload(worker, f"{model.spec.name} needs its memory")
-        leaving = [w for w in self._roster.workers() if w.device == model.device and w is not model and not w.present]
+        for supervisor in self._roster.supervisors():
+            if id(supervisor) in evicted:
+                self.unload(supervisor, f"{model.spec.name} needs its memory")
+        others = [supervisor for supervisor in self._roster.supervisors() if supervisor is not model]
+        leaving = [other for other in others if other.device == model.device and not other.present]
         if leaving:
-            waiting = [asyncio.create_task(worker.vacated()) for worker in leaving]
+            waiting = [asyncio.create_task(other.vacated()) for other in leaving]
             await asyncio.wait(waiting, timeout=STOP_PATIENCE)
             for task in waiting:
                 task.cancel()
-            await self._rooms.measure(self._roster.workers())
+            await self._rooms.measure(self._roster.supervisors())
 
     def _refusal(self, model: Supervisor, waited: float) -> LimitError:
         return LimitError(

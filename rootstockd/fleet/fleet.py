@@ -22,9 +22,9 @@ from rootstockd.fleet.rooms import Rooms
 from rootstockd.fleet.roster import Roster
 from rootstockd.fleet.warm_model import WarmModel, WorkerKey
 from rootstockd.host.devices import Memory
+from rootstockd.models.availability import located
 from rootstockd.models.catalogue import Catalogue, Entry
 from rootstockd.models.spec import spec_of
-from rootstockd.models.store import located
 from rootstockd.settings.config import Config, Device
 from rootstockd.supervision.meter import Totals
 from rootstockd.supervision.roles import State
@@ -90,12 +90,12 @@ class Fleet:
         """End all workers; what still waits is told `error`."""
         if self._watching is not None:
             self._watching.cancel()
-        await asyncio.gather(*(worker.stop(error) for worker in self.workers()))
+        await asyncio.gather(*(supervisor.stop(error) for supervisor in self.supervisors()))
         await self._devices.save()
 
-    def workers(self) -> Iterator[Supervisor]:
+    def supervisors(self) -> Iterator[Supervisor]:
         """All supervisors, with those that are on their way out."""
-        return self._roster.workers()
+        return self._roster.supervisors()
 
     def counted(self) -> dict[tuple[str, str, str], Totals]:
         """What was done since the daemon began, by model, dtype and device, to the last evaluation."""
@@ -119,7 +119,7 @@ class Fleet:
     # --- models come and go
 
     def open(self, key: WorkerKey, entry: Entry, *, keep: bool = False) -> Supervisor:
-        """The worker of a model for one more session; the model is loaded if it is not yet.
+        """The supervisor of a model for one more session; the model is loaded if it is not yet.
 
         Args:
             key: which model.
@@ -132,7 +132,7 @@ class Fleet:
         spec = self._spec(key, entry)
         model = self._models.get(key)
         if model is not None and model.spec != spec:  # the catalogue has been changed since
-            self._roster.retire(model.workers, model.keep_alive)
+            self._roster.retire(model.supervisors, model.keep_alive)
             keep, model = keep or model.kept, None
         if model is None and key.options:
             self._make_way(key)
@@ -141,15 +141,15 @@ class Fleet:
         elif model.first.worth_replacing:
             model.first = self._supervisor(spec)
         model.keep_alive = entry.keep_alive
-        worker = model.choose()
-        worker.load()
-        return worker
+        supervisor = model.choose()
+        supervisor.load()
+        return supervisor
 
     def retire_changed(self, catalogue: Catalogue) -> dict[str, int]:
-        """Retire the workers of models that the catalogue has otherwise now; what is to be kept is loaded anew.
+        """Retire the supervisors of models that the catalogue has otherwise now; what is to be kept is loaded anew.
 
         Returns:
-            Sessions that keep such a worker, by model.
+            Sessions that keep such a supervisor, by model.
         """
         keeping: Counter[str] = Counter()
         for key, model in list(self._models.items()):
@@ -160,7 +160,7 @@ class Fleet:
                 continue
             if entry is not None and self._spec(key, entry) == model.spec:
                 continue
-            if sessions := sum(len(worker.clients) for worker in model.workers):
+            if sessions := sum(len(supervisor.clients) for supervisor in model.supervisors):
                 keeping[key.name] += sessions
             if entry is not None and model.kept:
                 self.open(key, entry)
@@ -196,13 +196,13 @@ class Fleet:
             LimitError: it has evaluations under way.
             RootstockError: it is not there.
         """
-        workers = [
-            worker
-            for worker in self.workers()
-            if worker.spec.name == name
-            and dtype in (None, worker.spec.dtype)
-            and worker.wanted
-            and worker.state is not State.FAILED
+        supervisors = [
+            supervisor
+            for supervisor in self.supervisors()
+            if supervisor.spec.name == name
+            and dtype in (None, supervisor.spec.dtype)
+            and supervisor.wanted
+            and supervisor.state is not State.FAILED
         ]
         failed = [
             key
@@ -210,9 +210,9 @@ class Fleet:
             if key.name == name and dtype in (None, key.dtype) and model.first.state is State.FAILED
         ]
         what = f"model {name!r}" + (f" in {dtype}" if dtype else "")
-        if not workers and not failed:
+        if not supervisors and not failed:
             raise RootstockError(f"{what} is not in memory.")
-        under_way = sum(worker.queue for worker in workers)
+        under_way = sum(supervisor.queue for supervisor in supervisors)
         if under_way and not force:
             raise LimitError(
                 f"{what} has {under_way} evaluations under way.",
@@ -220,26 +220,26 @@ class Fleet:
             )
         for key in failed:
             self._roster.forget(key)
-        for worker in workers:
-            worker.held_until = time.monotonic() + HOLD if force else 0.0
-            self._admission.unload(worker, "an administrator said so")
+        for supervisor in supervisors:
+            supervisor.held_until = time.monotonic() + HOLD if force else 0.0
+            self._admission.unload(supervisor, "an administrator said so")
         for model in self._models.values():
-            if model.first in workers:
+            if model.first in supervisors:
                 self._roster.drop(model, model.replicas)
         return under_way
 
-    def expected_seconds(self, worker: Supervisor) -> float | None:
+    def expected_seconds(self, supervisor: Supervisor) -> float | None:
         """How long loading took the last time."""
-        known = self._devices.known(worker)
-        return worker.load_seconds or (known.load_seconds if known else None)
+        known = self._devices.known(supervisor)
+        return supervisor.load_seconds or (known.load_seconds if known else None)
 
-    def keep_alive(self, worker: Supervisor) -> float:
-        """Seconds that a worker may have nothing to do until it goes; infinite where it stays."""
-        owner = self._roster.owner(worker)
-        said = self._roster.retired.get(worker) if owner is None else owner.keep_alive
+    def keep_alive(self, supervisor: Supervisor) -> float:
+        """Seconds that a supervisor may have nothing to do until its worker goes; infinite where that stays."""
+        owner = self._roster.owner(supervisor)
+        said = self._roster.retired.get(supervisor) if owner is None else owner.keep_alive
         said = self._config.keep_alive if said is None else said
         seconds = math.inf if said == "forever" else said
-        if owner is not None and worker is not owner.first:
+        if owner is not None and supervisor is not owner.first:
             return min(REPLICA_IDLE, seconds)
         return math.inf if owner is not None and owner.kept else seconds
 
@@ -260,14 +260,14 @@ class Fleet:
         while True:
             await asyncio.sleep(TICK)
             try:
-                await self._devices.measure(self.workers())
+                await self._devices.measure(self.supervisors())
                 self._look_after()
             except Exception:  # the next look may fare better, and models work without
                 log.exception("looking after the models failed")
 
     def _look_after(self) -> None:
-        for worker in self.workers():
-            worker.sample()
+        for supervisor in self.supervisors():
+            supervisor.sample()
         for model in self._models.values():
             self._spread(model)
             self._thin_out(model)
@@ -275,11 +275,11 @@ class Fleet:
                 self._expire(model.first)
         for room in self._admission.rooms():
             self._shrink(room)
-        for worker in list(self._roster.retired):
-            if worker.ended:
-                del self._roster.retired[worker]
+        for supervisor in list(self._roster.retired):
+            if supervisor.ended:
+                del self._roster.retired[supervisor]
             else:
-                self._expire(worker)
+                self._expire(supervisor)
         for key, model in list(self._models.items()):
             first = model.first
             held = first.held_until > time.monotonic()
@@ -291,10 +291,10 @@ class Fleet:
             if broken or (first.state is State.COLD and told and not needed):
                 self._roster.forget(key)
 
-    def _expire(self, worker: Supervisor) -> None:
+    def _expire(self, supervisor: Supervisor) -> None:
         """Have a worker go that nobody has used for long enough."""
-        if worker.state is State.READY and worker.idle_seconds > self.keep_alive(worker):
-            self._admission.unload(worker, f"nobody has used it for {worker.idle_seconds:.0f} s")
+        if supervisor.state is State.READY and supervisor.idle_seconds > self.keep_alive(supervisor):
+            self._admission.unload(supervisor, f"nobody has used it for {supervisor.idle_seconds:.0f} s")
 
     def _thin_out(self, model: WarmModel) -> None:
         """Have replicas go that nobody has used for long enough."""
@@ -312,24 +312,29 @@ class Fleet:
             return
         device, evicted = self.devices[room.number], placement.to_evict(0, room)
         if evicted is None:
-            loading = [w for w in self.workers() if w.present and w.device == device and w.state is State.LOADING]
-            growing = [worker for worker in loading if worker.memory > worker.set_aside]
+            there = [
+                supervisor for supervisor in self.supervisors() if supervisor.present and supervisor.device == device
+            ]
+            loading = [supervisor for supervisor in there if supervisor.state is State.LOADING]
+            growing = [supervisor for supervisor in loading if supervisor.memory.now > supervisor.memory.set_aside]
             if growing:
-                self._stop_loading(min(growing, key=lambda worker: worker.elapsed), room)
+                self._stop_loading(min(growing, key=lambda supervisor: supervisor.elapsed), room)
                 return
             evicted = tuple(tenant for tenant in room.tenants if tenant.idle)
         numbers = [tenant.number for tenant in evicted]
-        for worker in self.workers():
-            if id(worker) in numbers:
-                self._admission.unload(worker, f"models on {device} take {-room.free / 1e6:.0f} MB more than they may")
+        why = f"models on {device} take {-room.free / 1e6:.0f} MB more than they may"
+        for supervisor in self.supervisors():
+            if id(supervisor) in numbers:
+                self._admission.unload(supervisor, why)
 
-    def _stop_loading(self, worker: Supervisor, room: Room) -> None:
-        self._devices.remember_stopped(worker)
-        worker.refuse(
+    def _stop_loading(self, supervisor: Supervisor, room: Room) -> None:
+        memory = supervisor.memory
+        self._devices.remember_stopped(supervisor)
+        supervisor.refuse(
             LimitError(
-                f"model {worker.spec.name!r}: loading it was stopped: it has {worker.memory / 1e6:.0f} MB, where "
-                f"{worker.set_aside / 1e6:.0f} MB were set aside for it, and no more is free: "
-                f"{self._devices.describe([room], self.workers())}.",
+                f"model {supervisor.spec.name!r}: loading it was stopped: it has {memory.now / 1e6:.0f} MB, where "
+                f"{memory.set_aside / 1e6:.0f} MB were set aside for it, and no more is free: "
+                f"{self._devices.describe([room], self.supervisors())}.",
                 NO_ROOM,
             )
         )
@@ -341,7 +346,7 @@ class Fleet:
             self._replicate(model)
 
     def _replicate(self, model: WarmModel) -> None:
-        taken = {worker.device for worker in model.workers}
+        taken = {supervisor.device for supervisor in model.supervisors}
         rooms = [room for room in self._admission.rooms() if self.devices[room.number] not in taken]
         need, _ = self._devices.need(model.first, rooms)
         if placement.place_replica(need, rooms) is None:

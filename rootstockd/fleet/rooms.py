@@ -13,6 +13,7 @@ from rootstockd.fleet.measured import Measured, Measurements
 from rootstockd.fleet.placement import Room, Tenant
 from rootstockd.host.devices import Memory, find_gpus, gpu_memory, machine_memory, process_memory
 from rootstockd.settings.config import Config, Device
+from rootstockd.supervision.memory_use import taken
 from rootstockd.supervision.roles import State
 from rootstockd.supervision.supervisor import Supervisor
 
@@ -20,8 +21,6 @@ log = logging.getLogger(__name__)
 
 QUIET = 5.0
 """Seconds after its last evaluation in which a model with sessions does not go for another: drivers compute, too."""
-CONTEXT = 500 * 10**6
-"""Bytes that CUDA has of a GPU for a process, beside what torch has."""
 RESERVE = 0.05
 """The part of a GPU's memory that models leave free, for whatever else its driver needs."""
 AVOIDED = 600.0
@@ -63,29 +62,26 @@ class Rooms:
 
     # --- as placement sees them
 
-    def now(self, workers: Iterable[Supervisor], kept: Iterable[Supervisor]) -> list[Room]:
+    def now(self, supervisors: Iterable[Supervisor], kept: Iterable[Supervisor]) -> list[Room]:
         """The devices as they are; without GPUs that can't be used, if others can.
 
         Args:
-            workers: all there are.
+            supervisors: all there are.
             kept: those that are the last to go.
         """
         present: dict[str, list[Supervisor]] = {device.name: [] for device in self.devices}
-        for worker in workers:
-            if worker.present and worker.device is not None:
-                present[worker.device.name].append(worker)
-        last = {id(worker) for worker in kept}
+        for supervisor in supervisors:
+            if supervisor.present and supervisor.device is not None:
+                present[supervisor.device.name].append(supervisor)
+        last = {id(supervisor) for supervisor in kept}
         rooms = []
         usable = [device for device in self.devices if self.usable(device)]
         for number, device in enumerate(self.devices):
             if usable and device not in usable:
                 continue  # else it would have most room, and be everybody's choice
             inside = present[device.name]
-            tenants = tuple(
-                Tenant(id(worker), self._taken(worker), -worker.idle_seconds, may_go(worker), id(worker) in last)
-                for worker in inside
-            )
-            load = sum(worker.pace.load for worker in inside)
+            tenants = tuple(_tenant(supervisor, kept=id(supervisor) in last) for supervisor in inside)
+            load = sum(supervisor.pace.load for supervisor in inside)
             rooms.append(Room(number, self._budget(device, tenants), load, tenants, self._most(device)))
         return rooms
 
@@ -99,12 +95,12 @@ class Rooms:
         """A worker found that it can't be used."""
         self._avoided[device.name] = time.monotonic() + AVOIDED
 
-    def need(self, worker: Supervisor, rooms: Iterable[Room]) -> tuple[int, int]:
-        """Bytes to have free for a worker: what it grew to before, or a guess; and what it takes only to be loaded.
+    def need(self, supervisor: Supervisor, rooms: Iterable[Room]) -> tuple[int, int]:
+        """Bytes to have free for a model: what it grew to before, or a guess; and what it takes only to be loaded.
 
         The first is no more than a device has, as long as it has not been seen to need more only to be loaded.
         """
-        spec, label = worker.spec, self._label(worker.device or self.devices[0])
+        spec, label = supervisor.spec, self._label(supervisor.device or self.devices[0])
         if (known := self._measurements.get(spec, label)) is not None:
             expected, least = known.memory, known.loaded
         else:
@@ -114,12 +110,6 @@ class Rooms:
         largest = max((math.inf if room.budget is None else room.budget for room in rooms), default=math.inf)
         whole = expected if expected <= largest else max(least, int(largest))
         return whole, (known.loaded if known else whole)
-
-    def _taken(self, worker: Supervisor) -> int:
-        """Bytes that it has; until it was measured as a loaded one, what was set aside for it, if that is more."""
-        if worker.state is State.READY and worker.loaded_memory:
-            return worker.memory
-        return max(worker.memory, worker.set_aside)
 
     def _budget(self, device: Device, tenants: tuple[Tenant, ...]) -> int | None:
         """Bytes for all models on a device; other programs' on a GPU are not theirs."""
@@ -136,9 +126,9 @@ class Rooms:
     def _limited(self, there: int) -> int:
         return there if self._limit is None else min(self._limit, there)
 
-    def describe(self, rooms: Iterable[Room], workers: Iterable[Supervisor]) -> str:
+    def describe(self, rooms: Iterable[Room], supervisors: Iterable[Supervisor]) -> str:
         """Who is where, in words."""
-        names = {id(worker): worker.spec.name for worker in workers}
+        names = {id(supervisor): supervisor.spec.name for supervisor in supervisors}
         texts = []
         for room in rooms:
             there = [
@@ -157,40 +147,40 @@ class Rooms:
 
     # --- what workers take
 
-    def known(self, worker: Supervisor) -> Measured | None:
-        """What is remembered of a worker's model, on such a device."""
-        return self._measurements.get(worker.spec, self._label(worker.device or self.devices[0]))
+    def known(self, supervisor: Supervisor) -> Measured | None:
+        """What is remembered of a model, on such a device."""
+        return self._measurements.get(supervisor.spec, self._label(supervisor.device or self.devices[0]))
 
     def _label(self, device: Device) -> str:
         """The kind of device."""
         return self._labels.get(device.name, device.kind)
 
-    def remember(self, worker: Supervisor) -> None:
+    def remember(self, supervisor: Supervisor) -> None:
         """What a worker has taken until now, for the next that loads its model."""
-        if worker.device is None or worker.load_seconds is None or not worker.loaded_memory:
+        if supervisor.device is None or supervisor.load_seconds is None or not supervisor.memory.loaded:
             return
-        seconds = round(worker.load_seconds, 2)
-        measured = Measured(loaded=worker.loaded_memory, memory=worker.peak_memory, load_seconds=seconds)
-        self._measurements.put(worker.spec, self._label(worker.device), measured)
+        seconds = round(supervisor.load_seconds, 2)
+        measured = Measured(loaded=supervisor.memory.loaded, memory=supervisor.memory.peak, load_seconds=seconds)
+        self._measurements.put(supervisor.spec, self._label(supervisor.device), measured)
 
-    def remember_stopped(self, worker: Supervisor) -> None:
+    def remember_stopped(self, supervisor: Supervisor) -> None:
         """A worker that loads is about to be stopped: the next needs what this one has, and more."""
-        if worker.device is not None:
-            self._measurements.put_at_least(worker.spec, self._label(worker.device), worker.memory)
+        if supervisor.device is not None:
+            self._measurements.put_at_least(supervisor.spec, self._label(supervisor.device), supervisor.memory.now)
 
-    async def measure(self, workers: Iterable[Supervisor]) -> None:
+    async def measure(self, supervisors: Iterable[Supervisor]) -> None:
         """Look at how much memory workers and devices have."""
-        asked = [(worker, worker.pid) for worker in workers if worker.pid is not None]
+        asked = [(supervisor, supervisor.pid) for supervisor in supervisors if supervisor.pid is not None]
         devices = [device for device in self.devices if device.kind == "cuda"]
         gpus, resident = await asyncio.to_thread(_look, devices, [pid for _, pid in asked])
         self._heard(gpus)
-        for worker, pid in asked:
-            if worker.pid != pid or worker.device is None:
+        for supervisor, pid in asked:
+            if supervisor.pid != pid or supervisor.device is None:
                 continue  # it has ended meanwhile
-            if worker.device.kind == "cpu":
-                self._measured(worker, resident.get(pid, 0))
-            elif (gpu := self._gpus.get(worker.device.name)) is not None:
-                self._measured(worker, taken(gpu, pid, worker.told_memory))
+            if supervisor.device.kind == "cpu":
+                self._measured(supervisor, resident.get(pid, 0))
+            elif (gpu := self._gpus.get(supervisor.device.name)) is not None:
+                self._measured(supervisor, taken(gpu, pid, supervisor.memory.told))
         await self.save()
 
     def _heard(self, gpus: dict[str, Memory | None]) -> None:
@@ -205,14 +195,11 @@ class Rooms:
                 log.warning("%s answers the driver again", name)
         self._gpus.update(gpus)
 
-    def _measured(self, worker: Supervisor, taken: int) -> None:
-        worker.memory, worker.peak_memory = taken, max(worker.peak_memory, taken)
-        fresh = worker.state is State.READY and taken > 0 and not worker.loaded_memory
-        if fresh:
-            worker.loaded_memory = taken
-        known = self.known(worker)
-        if fresh or (known is not None and worker.peak_memory > known.memory):
-            self.remember(worker)
+    def _measured(self, supervisor: Supervisor, now: int) -> None:
+        fresh = supervisor.memory.measured(now, ready=supervisor.state is State.READY)
+        known = self.known(supervisor)
+        if fresh or (known is not None and supervisor.memory.peak > known.memory):
+            self.remember(supervisor)
 
     async def save(self) -> None:
         """Write down what is new."""
@@ -220,21 +207,15 @@ class Rooms:
             await asyncio.to_thread(self._measurements.save)
 
 
-def taken(gpu: Memory, pid: int, told: int) -> int:
-    """Bytes that a worker has of a GPU; 0 as long as that is not known.
-
-    Args:
-        gpu: what the driver says, which in a container tells of no process, or by numbers of another namespace.
-        pid: the worker's.
-        told: what it says itself, which is torch's part of it.
-    """
-    return gpu.by_pid.get(pid, told and told + CONTEXT)
+def _tenant(supervisor: Supervisor, *, kept: bool) -> Tenant:
+    memory = supervisor.memory.claimed(ready=supervisor.state is State.READY)
+    return Tenant(id(supervisor), memory, -supervisor.idle_seconds, may_go(supervisor), kept)
 
 
-def may_go(worker: Supervisor) -> bool:
-    """Whether a worker's memory may be another's."""
-    quiet = QUIET if worker.clients else 0.0
-    return worker.state is State.READY and not worker.busy and worker.idle_seconds >= quiet
+def may_go(supervisor: Supervisor) -> bool:
+    """Whether a model's memory may be another's."""
+    quiet = QUIET if supervisor.clients else 0.0
+    return supervisor.state is State.READY and not supervisor.busy and supervisor.idle_seconds >= quiet
 
 
 def _look(devices: list[Device], pids: list[int]) -> tuple[dict[str, Memory | None], dict[int, int]]:

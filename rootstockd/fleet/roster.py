@@ -1,4 +1,4 @@
-"""Which models are there, and which of their workers end with their last session."""
+"""Which models are there, and which of their supervisors end with their last session."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ class Roster:
         """What ends with its last session, as the catalogue has something else under its name, or as it was a replica;
         and how long its model was to stay."""
 
-    def workers(self) -> Iterator[Supervisor]:
-        """All there are, with those that are on their way out."""
+    def supervisors(self) -> Iterator[Supervisor]:
+        """All supervisors, with those that are on their way out."""
         for model in self.models.values():
-            yield from model.workers
+            yield from model.supervisors
         yield from self.retired
 
     @property
     def kept(self) -> list[Supervisor]:
-        """Workers of the models that are to stay."""
-        return [worker for model in self.models.values() if model.kept for worker in model.workers]
+        """Supervisors of the models that are to stay."""
+        return [supervisor for model in self.models.values() if model.kept for supervisor in model.supervisors]
 
-    def owner(self, worker: Supervisor) -> WarmModel | None:
-        """The model that a worker is of; None if it is retired."""
-        return next((model for model in self.models.values() if worker in model.workers), None)
+    def owner(self, supervisor: Supervisor) -> WarmModel | None:
+        """The model that a supervisor is of; None if it is retired."""
+        return next((model for model in self.models.values() if supervisor in model.supervisors), None)
 
-    def retire(self, workers: Iterable[Supervisor], keep_alive: KeepAlive | None) -> None:
-        """Have workers end with their last session."""
-        for worker in workers:
-            worker.retire()
-            self.retired[worker] = keep_alive
+    def retire(self, supervisors: Iterable[Supervisor], keep_alive: KeepAlive | None) -> None:
+        """Have supervisors end with their last session."""
+        for supervisor in supervisors:
+            supervisor.retire()
+            self.retired[supervisor] = keep_alive
 
     def forget(self, key: WorkerKey) -> None:
         """Have all of a model end with its last session; whoever asks for it next gets a new one."""
         model = self.models.pop(key)
-        self.retire(model.workers, model.keep_alive)
+        self.retire(model.supervisors, model.keep_alive)
 
     def drop(self, model: WarmModel, replicas: list[Supervisor]) -> None:
-        """Have the sessions of some of a model's replicas go back to its first worker, and the replicas end."""
+        """Have the sessions of some of a model's replicas go back to its first supervisor, and the replicas end."""
         model.drop(replicas)
         self.retire(replicas, model.keep_alive)

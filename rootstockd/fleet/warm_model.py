@@ -1,4 +1,4 @@
-"""One model of the fleet: its workers, and how sessions and their work are shared out among these."""
+"""One model of the fleet: its supervisors, and how sessions and their work are shared out among these."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class WorkerKey:
 
 @dataclass
 class WarmModel:
-    """All workers of one key."""
+    """All supervisors of one key."""
 
     spec: ModelSpec
     keep_alive: KeepAlive | None
@@ -45,31 +45,35 @@ class WarmModel:
     """Looks in a row at which one of its workers had a long queue; negative where it gets no replica for so many."""
 
     @property
-    def workers(self) -> list[Supervisor]:
+    def supervisors(self) -> list[Supervisor]:
         """The first, and the replicas."""
         return [self.first, *self.replicas]
 
     @property
     def in_use(self) -> bool:
         """Sessions have it."""
-        return any(worker.clients or worker.busy for worker in self.workers)
+        return any(supervisor.clients or supervisor.busy for supervisor in self.supervisors)
 
     @property
     def ready(self) -> list[Supervisor]:
         """Those that compute."""
-        return [worker for worker in self.workers if worker.state is State.READY]
+        return [supervisor for supervisor in self.supervisors if supervisor.state is State.READY]
 
     @property
     def lost(self) -> list[Supervisor]:
         """Replicas that are none any more: they could not be loaded, or had to leave memory."""
-        return [worker for worker in self.replicas if worker.state is State.FAILED or not worker.wanted]
+        return [supervisor for supervisor in self.replicas if supervisor.state is State.FAILED or not supervisor.wanted]
 
     def choose(self) -> Supervisor:
-        """The worker for one more session: the one with the least to do."""
-        return min(self.ready, key=lambda worker: (round(worker.pace.queue), len(worker.clients)), default=self.first)
+        """The supervisor for one more session: the one with the least to do."""
+        return min(
+            self.ready,
+            key=lambda supervisor: (round(supervisor.pace.queue), len(supervisor.clients)),
+            default=self.first,
+        )
 
     def drop(self, replicas: Iterable[Supervisor]) -> None:
-        """Have the sessions of some replicas go back to the first worker."""
+        """Have the sessions of some replicas go back to the first supervisor."""
         replicas = list(replicas)
         if any(replica.state is State.FAILED for replica in replicas):
             self._hot_for = -PAUSE
@@ -85,14 +89,14 @@ class WarmModel:
         Returns:
             Whether it has been long for some time, and there is nobody to share it with.
         """
-        long = max(worker.pace.queue for worker in self.workers) >= LONG
+        long = max(supervisor.pace.queue for supervisor in self.supervisors) >= LONG
         self._hot_for = self._hot_for + 1 if self._hot_for < 0 or long else 0
         if self._hot_for <= 0:
             return False
         ready = self.ready
-        moved = placement.shift([round(worker.pace.queue) for worker in ready]) if len(ready) > 1 else None
+        moved = placement.shift([round(supervisor.pace.queue) for supervisor in ready]) if len(ready) > 1 else None
         if moved is None:
-            return self._hot_for >= LONG_FOR and len(ready) == len(self.workers)
+            return self._hot_for >= LONG_FOR and len(ready) == len(self.supervisors)
         source, target, count = moved
         ready[source].hand_over(ready[target], count)
         ready[source].pace.queue -= count

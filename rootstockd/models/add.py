@@ -21,8 +21,9 @@ from rootstockd.models.convert import converted
 from rootstockd.models.download import Say
 from rootstockd.models.pull import now
 from rootstockd.models.spec import spec_of
-from rootstockd.models.store import Record, Stored, StoreError
+from rootstockd.models.store import Record, Stored
 from rootstockd.models.trial import try_out
+from rootstockd.models.whole_files import StoreError, lock, part_file, replace
 from rootstockd.settings.state_dir import own_state
 from rootstockd.settings.validation import describe
 from rootstockd.worker.engines import ENTRY_POINTS, FAMILIES
@@ -48,7 +49,7 @@ def add(name: str, file: Path, fields: dict[str, Any], sha256: str, say: Say) ->
     _check_free(name)
     _check_family(fields["family"], fields.get("environment", ""))
     folder = store.own_folder()
-    with store.lock(folder, name, say):
+    with lock(folder, name, say):
         _check_free(name)  # again: another command may have added it while this one waited
         store.remove(folder, name)  # what an `add` that was killed has left
         original = store.copy_in(file, folder, folder / f"{name}.copy", file.suffix)
@@ -155,11 +156,11 @@ def remove_entry(name: str, folder: Path) -> bool:
 def _edited(folder: Path) -> Generator[tomlkit.TOMLDocument, None, None]:
     """The state directory's `models.toml`, to be changed; comments in it stay."""
     path, part = folder.parent / FILE_NAME, folder / f"{FILE_NAME}.part"
-    with store.lock(folder, f".{FILE_NAME}", lambda _: None), store.part_file(part, str(path)):
+    with lock(folder, f".{FILE_NAME}", lambda _: None), part_file(part, str(path)):
         document = tomlkit.parse(path.read_text(encoding="utf-8") if path.exists() else _HEAD)
         yield document
         part.write_text(tomlkit.dumps(document), encoding="utf-8")
-        store.replace(part, path)
+        replace(part, path)
 
 
 _HEAD = "# Models of this state directory, as `rootstockd models add` wrote them.\n\n"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import hashlib
 import json
 import os
 import re
@@ -31,6 +30,7 @@ from rootstockd.settings.toml_file import read_toml
 from rootstockd.settings.validation import BYTES, SECONDS, describe, of_form
 from rootstockd.worker.engines import EngineError, choose_head
 from rootstockd.worker.engines.ipi.recipe import read_recipe
+from rootstockd.worker.files import digest_of
 
 FILE_NAME = "models.toml"
 """What the catalogue of a site, of a state directory and of a user is called in its folder."""
@@ -369,7 +369,7 @@ def _pin(weights: Path) -> str:
     if not weights.is_file():
         return f"there is no file {weights} to tell it from."
     try:
-        digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+        digest = digest_of(weights)
     except OSError as error:
         return f"the file can't be read to tell it: {error}."
     return f'if you trust {weights} as it is now, add this line:\nsha256 = "{digest}"'

@@ -19,12 +19,13 @@ from rootstockd.models import store
 from rootstockd.models.catalogue import Entry
 from rootstockd.models.download import Say
 from rootstockd.models.spec import spec_of
-from rootstockd.models.store import Stored, StoredFile, StoreError
+from rootstockd.models.store import Stored, StoredFile
 from rootstockd.models.trial import try_out
+from rootstockd.models.whole_files import StoreError, lock, part_file
 from rootstockd.settings.validation import describe
 from rootstockd.worker.engines import Result
 from rootstockd.worker.engines.differences import TOLERANCE, compare
-from rootstockd.worker.files import open_regular
+from rootstockd.worker.files import digest_of, open_regular
 
 FORMS = {"mace": ("model.safetensors", ".safetensors")}
 """Families that have such a form: the file that their `load` writes with the argument `convert`, and its suffix."""
@@ -65,7 +66,7 @@ def with_safe_form(name: str, entry: Entry, say: Say) -> Stored:
             is the right file.
     """
     folder = store.own_folder()
-    with store.lock(folder, name, say):
+    with lock(folder, name, say):
         stored = store.weights_of(name, entry)  # as it is now: another command may have removed it
         if stored is None:
             raise StoreError(f"{name} was removed again by another command.")
@@ -97,7 +98,7 @@ def converted(name: str, entry: Entry, stored: Stored, say: Say) -> Stored:
     part = folder / f"{name}.copy{suffix}"  # workers know the form by its suffix
     limit = 4 * original.size + (1 << 24)
     safe: StoredFile | None = None
-    with store.part_file(part, f"what {name} was converted to"):
+    with part_file(part, f"what {name} was converted to"):
         try:
             form, expected = _worked_out(name, entry, folder / original.name, original.sha256, limit)
             part.write_bytes(form)
@@ -122,7 +123,7 @@ def _rebuilt(name: str, entry: Entry, safe: Path, limit: int) -> _Numbers:
         RootstockError: it can't.
     """
     try:
-        return _worked_out(name, entry, safe, store.digest_of(safe), limit)[1]
+        return _worked_out(name, entry, safe, digest_of(safe), limit)[1]
     except NotAModelError as error:  # the original is one
         raise ModelLoadError(f"it can't be rebuilt from that form: {error.message}") from error
 

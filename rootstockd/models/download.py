@@ -24,7 +24,8 @@ import requests
 from pydantic import BaseModel, ValidationError
 
 import rootstockd
-from rootstockd.models.store import LARGEST, no_room
+from rootstockd.models.store import LARGEST
+from rootstockd.models.whole_files import no_room
 
 BLOCK = 1 << 14
 """Bytes at a time: what came of a block that was cut off is lost."""

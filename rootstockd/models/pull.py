@@ -17,8 +17,10 @@ from rootstockd.host.peers import user_name
 from rootstockd.models import store
 from rootstockd.models.catalogue import Entry
 from rootstockd.models.download import Known, Progress, Say, download
-from rootstockd.models.store import Record, Stored, StoredFile, StoreError
+from rootstockd.models.store import Record, Stored, StoredFile
+from rootstockd.models.whole_files import StoreError, cannot_be_kept, lock
 from rootstockd.settings.state_dir import StateError, check_trusted
+from rootstockd.worker.files import digest_of
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def pull(name: str, entry: Entry, wishes: Wishes) -> Stored:
     if not entry.url:
         raise StoreError(f"there is nothing to pull for model {name!r}: its weights {_where(entry)}.")
     folder = store.own_folder()
-    with store.lock(folder, name, wishes.say):
+    with lock(folder, name, wishes.say):
         stored = store.weights_of(name, entry)
         right, pinned = _right(name, entry, stored, wishes.sha256)
         if stored is not None and _whole(stored, wishes.say):
@@ -166,7 +168,7 @@ def _copy(path: Path, part: Path, entry: Entry, right: str, folder: Path, say: S
     try:
         check_trusted(path)
         check_trusted(path.parent)
-        if (entry.size and path.stat().st_size != entry.size) or (right and store.digest_of(path) != right):
+        if (entry.size and path.stat().st_size != entry.size) or (right and digest_of(path) != right):
             say(f"{path} is another file than the one that is meant; it is left alone")
             return None
     except StateError as error:
@@ -200,7 +202,7 @@ def _download(url: str, part: Path, entry: Entry, right: str, folder: Path, wish
                 say=wishes.say,
                 pause=wishes.pause,
             )
-            size, digest = part.stat().st_size, store.digest_of(part)
+            size, digest = part.stat().st_size, digest_of(part)
             if (not entry.size or size == entry.size) and right in {"", digest}:
                 return store.keep(part, folder, suffix(entry.url))
             part.unlink()
@@ -208,7 +210,7 @@ def _download(url: str, part: Path, entry: Entry, right: str, folder: Path, wish
                 break
             wishes.say("the part that was there does not belong to it; it is downloaded anew")
     except OSError as error:
-        raise store.cannot_be_kept(url, folder, error) from error
+        raise cannot_be_kept(url, folder, error) from error
     if right:
         said = f"it has the SHA-256 {digest}, where {right} was expected"
     else:

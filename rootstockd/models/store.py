@@ -8,32 +8,24 @@ finds a record finds the file. Nothing there is believed that others could have 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
-import hashlib
 import os
 import shutil
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from rootstock_client.errors import ModelLoadError
-from rootstockd.environments.finding import has_environment
-from rootstockd.models.catalogue import Catalogue, Entry
-from rootstockd.settings.state_dir import StateError, check_trusted, own_state, state_dirs
-from rootstockd.worker.files import open_regular
+from rootstockd.models.catalogue import Entry
+from rootstockd.models.whole_files import StoreError, lock, no_room, part_file, replace
+from rootstockd.settings.state_dir import check_trusted, own_state, state_dirs
+from rootstockd.worker.files import digest_of, open_regular
 
 FOLDER = "weights"
 FIRST_USE = "its first use"
 """Who says which file is the right one, where nobody does."""
 LARGEST = 16 << 30
 """Bytes that a file may have where nobody has said how many they are: more than any model, less than a disk."""
-
-
-class StoreError(Exception):
-    """What can't be done with stored weights: which, why, and what to do now."""
 
 
 class StoredFile(BaseModel):
@@ -169,136 +161,7 @@ def weights_of(name: str, entry: Entry) -> Stored | None:
     return stored if entry.sha256.lower() in {"", stored.record.original.sha256} else None
 
 
-def located(name: str, entry: Entry) -> Entry:
-    """The entry with the weights that workers load, where they are to be pulled.
-
-    Raises:
-        ModelLoadError: they have not been.
-    """
-    if entry.weights is not None or not entry.url:
-        return entry
-    try:
-        stored = weights_of(name, entry)
-    except (StateError, StoreError) as error:
-        raise ModelLoadError(f"model {name!r}: {error}") from error
-    if stored is None:
-        raise ModelLoadError(
-            f"the weights of model {name!r} are not on this machine.",
-            f"Whoever runs the daemon gets them with `rootstockd models pull {name}`; it finds them without a restart.",
-        )
-    record = stored.record
-    loaded = record.loaded.sha256
-    sums = {"sha256": loaded, "original_sha256": record.original.sha256, "converted_sha256": loaded}
-    return entry.model_copy(update={"weights": stored.weights, **sums})
-
-
-def to_preload(names: Iterable[str], catalogue: Catalogue) -> tuple[list[tuple[str, Entry]], list[ModelLoadError]]:
-    """The models that a daemon loads at its start, and why it can't load the others: the weights are not here.
-
-    Raises:
-        UnknownModelError: there is no such model.
-        ModelLoadError: no weights of any are here.
-    """
-    found, missing = [], []
-    for name, entry in map(catalogue.resolve, names):
-        try:
-            found.append((name, located(name, entry)))
-        except ModelLoadError as error:
-            missing.append(error)
-    if missing and not found:
-        raise missing[0]
-    return found, missing
-
-
-def lack(name: str, entry: Entry) -> str:
-    """What keeps workers from loading a model, in a word or two; empty if nothing."""
-    try:
-        weights = located(name, entry).weights
-    except ModelLoadError:
-        return "to pull"
-    if weights is not None and not os.path.isfile(weights):  # noqa: PTH113 - says no where one may not look
-        return "missing"
-    return "" if has_environment(*entry.place) else "needs env"
-
-
 # --- writing
-
-
-@contextlib.contextmanager
-def lock(folder: Path, name: str, say: Callable[[str], None]) -> Generator[None, None, None]:
-    """Be the only one who changes what is stored of a model, or whatever else has that name.
-
-    Args:
-        folder: the store.
-        name: the model.
-        say: told of another command that is at it, which is waited for.
-
-    Raises:
-        StoreError: the lock can't be had.
-    """
-    path = folder / f"{name}.lock"
-    try:
-        fd = _locked(path, lambda: say(f"another command is working on {name}; waiting for it"))
-    except OSError as error:
-        raise cannot_be_kept("weights", folder, error) from error
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)  # while it is held: whoever waits for it sees then that it has to make another
-        os.close(fd)
-
-
-def _locked(path: Path, on_wait: Callable[[], None]) -> int:
-    """The descriptor of a locked file that lies at this path."""
-    while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                on_wait()
-                fcntl.flock(fd, fcntl.LOCK_EX)
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(fd), path.stat()):
-                    return fd
-        except BaseException:
-            os.close(fd)
-            raise
-        os.close(fd)
-
-
-@contextlib.contextmanager
-def part_file(part: Path, what: str) -> Generator[None, None, None]:
-    """While `part` is written and given its name; where that fails nothing of it is left.
-
-    Args:
-        part: the file.
-        what: it will be, for people.
-
-    Raises:
-        StoreError: it can't be written.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise cannot_be_kept(what, part.parent, error) from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
-
-
-def cannot_be_kept(what: str, folder: Path, error: OSError) -> StoreError:
-    """What is said of a file that can't be written."""
-    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-        return StoreError(f"{what} was not kept: {no_room(folder)} Make room and try again.")
-    return StoreError(f"{what} can't be kept in {folder}: {error.strerror}.")
-
-
-def no_room(folder: Path, needed: int | None = None) -> str:
-    """What is said of a full disk; `needed` are bytes, where it is known how many."""
-    free = shutil.disk_usage(folder).free
-    want = f", and {needed / 1e6:.1f} MB are needed" if needed else ""
-    return f"there is no room in {folder}: {free / 1e6:.1f} MB are free{want}."
 
 
 def keep(part: Path, folder: Path, suffix: str) -> StoredFile:
@@ -329,27 +192,6 @@ def copy_in(source: Path, folder: Path, part: Path, suffix: str) -> StoredFile:
                     raise StoreError(f"{source} was not copied: it has more than the {LARGEST >> 30} GiB of a model.")
                 out.write(block)
         return keep(part, folder, suffix)
-
-
-def replace(part: Path, path: Path) -> None:
-    """Give a written file its name, such that after a loss of power there is the old file or the new one."""
-    fd = os.open(part, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fchmod(fd, 0o644)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-    part.replace(path)
-    sync(path.parent)
-
-
-def sync(folder: Path) -> None:
-    """Have the names in a folder on disk."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def write_record(folder: Path, name: str, record: Record) -> None:
@@ -417,12 +259,3 @@ def wrong(path: Path, sha256: str) -> str:
     except OSError as error:
         return f"{path} can't be read: {error.strerror}"
     return "" if digest == sha256 else f"{path} has the SHA-256 {digest}: it was changed or damaged"
-
-
-def digest_of(path: Path) -> str:
-    """A file's SHA-256."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

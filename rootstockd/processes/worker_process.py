@@ -22,8 +22,8 @@ from rootstockd.processes.folders import WorkerFolders
 from rootstockd.processes.output import Ration, WorkerOutput
 from rootstockd.worker.engines import ModelSpec
 from rootstockd.worker.slots import Slot
+from rootstockd.worker.version import MESSAGE_SIZE
 
-MESSAGE_SIZE = 64 * 1024
 ENTRY = Path(worker.__file__).with_name("__main__.py")
 """What workers run."""
 GRACE = 5.0

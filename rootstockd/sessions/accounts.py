@@ -23,7 +23,7 @@ STAGED_BYTES = 128 * 2**20
 
 
 class Coming(Protocol):
-    """What an account needs of a model's worker."""
+    """What an account needs of a model's supervisor."""
 
     @property
     def coming(self) -> bool:
@@ -34,7 +34,7 @@ class Coming(Protocol):
 class _Held:
     """A model that a user asked for."""
 
-    worker: Coming
+    supervisor: Coming
     sessions: int = 0
     """Those that have it."""
 
@@ -81,7 +81,7 @@ class Account:
     @property
     def models(self) -> int:
         """Different models that sessions have, or that are being loaded though these have gone."""
-        for key in [key for key, held in self._models.items() if not held.sessions and not held.worker.coming]:
+        for key in [key for key, held in self._models.items() if not held.sessions and not held.supervisor.coming]:
             del self._models[key]
         return len(self._models)
 
@@ -98,7 +98,7 @@ class Account:
         count, old = self.models, self._models.get(leaving)
         if key in self._models:
             return
-        if old is not None and old.sessions == 1 and not old.worker.coming:
+        if old is not None and old.sessions == 1 and not old.supervisor.coming:
             count -= 1
         if count >= self.quota.models:
             raise UserLimitError(
@@ -108,10 +108,10 @@ class Account:
                 "limit.",
             )
 
-    def ask(self, key: Hashable, worker: Coming) -> None:
+    def ask(self, key: Hashable, supervisor: Coming) -> None:
         """A model is loaded for the user, if it is not there."""
-        held = self._models.setdefault(key, _Held(worker))
-        held.worker = worker
+        held = self._models.setdefault(key, _Held(supervisor))
+        held.supervisor = supervisor
 
     def join(self, key: Hashable) -> None:
         """A session has the model that it asked for."""

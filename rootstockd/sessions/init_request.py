@@ -9,11 +9,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, ValidationInfo, field_validator
 
 from rootstock_client.errors import InvalidInitError, InvalidStructureError
+from rootstock_client.ipi import PROTOCOL_VERSION
 from rootstock_client.units import BOHR
 from rootstockd.sessions.functionals import functional
 from rootstockd.settings.validation import describe
 
-PROTOCOL_VERSION = 1
 MAX_BATCH_SIZE = 1024
 MAX_CUTOFF = 100.0
 """Å; the work grows with the third power of a cutoff."""

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from rootstock_client import ipi
-from rootstock_client.errors import RootstockError
 from rootstockd.fleet.warm_model import WorkerKey
 from rootstockd.sessions.accounts import Account, Accounts
 from rootstockd.sessions.init_request import InitRequest
+from rootstockd.sessions.registry import SessionRegistry
 from rootstockd.supervision.supervisor import Supervisor
-
-if TYPE_CHECKING:
-    from rootstockd.sessions.session import Session
 
 
 class Host(Protocol):
@@ -21,6 +18,7 @@ class Host(Protocol):
 
     limits: ipi.Limits
     accounts: Accounts
+    sessions: SessionRegistry
     errors: Counter[str]
     """How many drivers were told of, or lost their connection for, by code."""
 
@@ -36,17 +34,4 @@ class Host(Protocol):
 
         Raises:
             RootstockError: there is none, or it can't do what is asked for.
-        """
-
-    def session_opened(self, session: Session) -> None:
-        """A connection came, and is let in."""
-
-    def session_closed(self, session: Session) -> None:
-        """It went."""
-
-    def session_turned_away(self, session: Session, error: RootstockError) -> None:
-        """A connection came that is not let in; it stays until it has been told why.
-
-        Raises:
-            RootstockError: this error: too many stay for that already.
         """

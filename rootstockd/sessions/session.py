@@ -90,7 +90,9 @@ class Session(asyncio.BufferedProtocol):
             log.warning(
                 "a session of %s (pid %d) is refused: %s", self.user, self.pid, error.message, extra={"about": about}
             )
-            host.session_turned_away(self, error)
+            if not host.sessions.turn_away(self):
+                self._count(error)
+                raise
             self._refusal = error
 
     @property
@@ -127,7 +129,7 @@ class Session(asyncio.BufferedProtocol):
         # a buffer that isn't empty pauses us: the slot must not change while it is being sent
         self._transport.set_write_buffer_limits(high=0)
         if self._refusal is None:
-            self._host.session_opened(self)
+            self._host.sessions.add(self)
         else:
             self._count(self._refusal)
             self._transport.write(ipi.error_frame(self._refusal))
@@ -162,7 +164,7 @@ class Session(asyncio.BufferedProtocol):
             self._unstage()
             self._host.accounts.close_session(self.account, self.evaluations)
             self.account = None
-        self._host.session_closed(self)
+        self._host.sessions.discard(self)
 
     # --- a driver's stream that is handed over
 

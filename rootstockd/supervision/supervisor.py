@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 import time
 from dataclasses import replace
@@ -12,16 +11,17 @@ from dataclasses import replace
 from rootstock_client.errors import DeviceFailedError, LimitError, ModelLoadError, RootstockError
 from rootstockd.environments.finding import Environment, find_environment
 from rootstockd.models.spec import in_environment
-from rootstockd.processes.messages import Confined, Failure, Held, Said, Stage, Versions, parse
 from rootstockd.processes.output import Ration
 from rootstockd.processes.worker_process import End, WorkerProcess
 from rootstockd.settings.config import Device
 from rootstockd.supervision.dispatcher import Dispatcher
 from rootstockd.supervision.failed_starts import FailedStarts
+from rootstockd.supervision.memory_use import MemoryUse
 from rootstockd.supervision.meter import Meter
 from rootstockd.supervision.roles import Client, Landlord, State
 from rootstockd.supervision.scheduler import Evaluation
 from rootstockd.supervision.watchdog import Occupation, watch
+from rootstockd.supervision.worker_messages import WorkerMessages
 from rootstockd.worker.engines import EngineInfo, ModelSpec
 
 log = logging.getLogger(__name__)
@@ -32,12 +32,6 @@ STOP_PATIENCE = 10.0
 """Seconds that a stopping daemon waits for a killed worker, which may be stuck in the kernel."""
 RETRY_AFTER = 10.0
 """Seconds until a broken model may be tried again."""
-
-
-@functools.cache
-def warn_once(text: str) -> None:
-    """Log what is true of the machine and would be said again by every worker."""
-    log.warning("%s", text)
 
 
 def _with_environment(spec: ModelSpec) -> tuple[Environment, ModelSpec]:
@@ -83,12 +77,7 @@ class Supervisor:
         self.restarts = 0
         self.clients: set[Client] = set()
         """Whose systems are bound to this model."""
-        self.loaded_memory = self.memory = self.peak_memory = 0
-        """Bytes of its worker: when it had loaded, now and at most; 0 while that is not known."""
-        self.told_memory = 0
-        """Bytes of a GPU that its worker says it has; 0 if it says nothing."""
-        self.set_aside = 0
-        """Bytes that it was given on its device."""
+        self.memory = MemoryUse()
         self.load_seconds: float | None = None
         """How long the latest loading took."""
         self.stage = ""
@@ -109,6 +98,7 @@ class Supervisor:
         self._wanted = asyncio.Event()
         self._wanted.set()
         self._dispatcher = Dispatcher(spec.name, batch_atoms, hang_timeout, self._wanted.set)
+        self._messages = WorkerMessages(spec.name, self._dispatcher, self)
         self.scheduler, self.pace = self._dispatcher.scheduler, self._dispatcher.pace
         self._vacant = asyncio.Event()
         self._leaving = asyncio.Event()
@@ -279,53 +269,10 @@ class Supervisor:
         if self._worker is not None:
             self._worker.detach(number)
 
-    # --- what the worker says
+    # --- what its worker says of itself (WorkerMessages)
 
-    def _on_message(self, kind: bytes, body: bytes) -> None:
-        if self._dispatcher.heard(kind, body):
-            return
-        try:
-            said = parse(kind, body)
-            self._check_time(kind, said)
-        except ValueError as error:
-            what = str(error).partition("\n")[0][:200]
-            log.warning("model %s: its worker sent an invalid message, and is ended: %s", self.spec.name, what)
-            if self._worker is not None:  # whatever it sends now can't be trusted, nor what it computes
-                self._worker.distrust("what is no message")
-        else:
-            self._told(kind, said)
-
-    def _check_time(self, kind: bytes, said: Said) -> None:
-        """Whether a worker may say this now.
-
-        Raises:
-            ValueError: it may not.
-        """
-        if isinstance(said, Failure) and kind == b"F":
-            self._dispatcher.check_under_way(said.slot)
-        elif (self.state is State.LOADING) == (kind in (b"I", b"G")):
-            raise ValueError(f"{kind!r} while the model is {self.state.value}")
-
-    def _told(self, kind: bytes, said: Said) -> None:
-        """What the worker says in JSON."""
-        if isinstance(said, Versions):
-            self._compare(said)
-        elif isinstance(said, Confined):
-            self.unconfined = said.missing
-            for what in said.missing:
-                warn_once(f"workers are not wholly confined: {what} (SECURITY.md)")
-        elif isinstance(said, Failure) and kind == b"F":
-            self._dispatcher.failed(said)
-        elif isinstance(said, Failure):
-            self._not_loaded(said.error)
-        elif isinstance(said, Stage):
-            self.stage = said.stage
-        elif isinstance(said, Held):
-            self.told_memory = said.bytes
-        else:
-            self._computes(said, ready=kind == b"R")
-
-    def _computes(self, info: EngineInfo, *, ready: bool) -> None:
+    def computes(self, info: EngineInfo, *, ready: bool) -> None:
+        """What the worker computes with; whether it has the model only now."""
         self.info = info
         where = f"{self.device} in {self.spec.dtype} ({info.backend})"
         if ready:
@@ -338,23 +285,25 @@ class Supervisor:
         if info.note:
             log.warning("model %s on %s: %s", self.spec.name, where, info.note)
 
-    def _compare(self, versions: Versions) -> None:
-        """End a worker that this daemon can't talk to."""
-        try:
-            versions.check()
-        except ModelLoadError as error:
-            self.error = error
-            if self._worker is not None:
-                self._worker.kill(End(error.message, blamed=False))
-                self._worker.hang_up()
-
-    def _not_loaded(self, error: RootstockError) -> None:
-        """Loading has failed."""
+    def not_loaded(self, error: RootstockError) -> None:
+        """Loading has failed: the model is broken, unless it only wants memory."""
         if isinstance(error, LimitError):
             log.warning("model %s: %s", self.spec.name, error.message)
             self._shortage = error
         else:
             self.error = error
+
+    def incompatible(self, error: ModelLoadError) -> None:
+        """This daemon can't talk to the worker, which is ended."""
+        self.error = error
+        if self._worker is not None:
+            self._worker.kill(End(error.message, blamed=False))
+            self._worker.hang_up()
+
+    def distrust(self) -> None:
+        """The worker said what makes no sense, and is ended: what it computes can't be trusted either."""
+        if self._worker is not None:
+            self._worker.distrust("what is no message")
 
     # --- the worker's life
 
@@ -430,12 +379,12 @@ class Supervisor:
     async def _run_worker(self, variables: dict[str, str]) -> End:
         """One worker from its start to its end."""
         self.stage, self._loading_since = "starting", time.perf_counter()
-        self.loaded_memory = self.memory = self.peak_memory = self.told_memory = 0
+        self.memory.begin()
         try:
             environment, spec = await asyncio.to_thread(_with_environment, self.spec)
             self.environment, self.fingerprint = environment, spec.fingerprint
             worker = self._worker = await WorkerProcess.start(
-                spec, environment, variables, self._on_message, self._ration
+                spec, environment, variables, self._messages.hear, self._ration
             )
         except ModelLoadError as error:
             self.error = error
@@ -450,7 +399,8 @@ class Supervisor:
             return await worker.wait()
         finally:
             watching.cancel()
-            self._worker, self.memory = None, 0
+            self._worker = None
+            self.memory.end()
 
     def _occupation(self) -> Occupation | None:
         """What the worker is at."""

@@ -1,10 +1,12 @@
-"""Opening files that may be anything by now."""
+"""Opening files that may be anything by now; what tells one file from another."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import stat
+from pathlib import Path
 from typing import BinaryIO
 
 
@@ -23,3 +25,17 @@ def open_regular(path: str | os.PathLike[str], flags: int = 0) -> BinaryIO:
         os.close(fd)
         raise OSError(errno.EINVAL, "it is no regular file", os.fspath(path))
     return os.fdopen(fd, "rb")
+
+
+def digest_of(path: str | os.PathLike[str]) -> str:
+    """A file's SHA-256, in hexadecimal digits."""
+    with Path(path).open("rb") as file:
+        return digest_of_rest(file)
+
+
+def digest_of_rest(file: BinaryIO) -> str:
+    """The same of what is yet to be read of an open file: its name may be another's by now."""
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()

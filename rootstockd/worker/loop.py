@@ -57,8 +57,8 @@ from rootstockd.worker.failures import describe, out_of_memory, print_error, sho
 from rootstockd.worker.memory import GpuCache, memory_limit, trim
 from rootstockd.worker.slots import Slot
 from rootstockd.worker.units import BOHR, HARTREE
+from rootstockd.worker.version import MESSAGE_SIZE
 
-MESSAGE_SIZE = 64 * 1024
 _BETWEEN = 1.0
 """Seconds, at least, from one message about memory to the next; and without work, until it is looked what a GPU's
 allocator keeps."""

@@ -4,3 +4,5 @@ PROTOCOL = 2
 """Of the messages (`loop.py`) and of a worker's arguments; raised when either changes."""
 SLOT_LAYOUT = 1
 """Of the shared memory (`slots.py`)."""
+MESSAGE_SIZE = 64 * 1024
+"""Bytes of a message, at most: either side would cut off what is longer."""

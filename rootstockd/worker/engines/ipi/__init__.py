@@ -11,7 +11,6 @@ only if they began with the same cell, and one whose cell has become too differe
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shutil
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -39,6 +38,7 @@ from rootstockd.worker.engines.ipi.pool import Key, Pool
 from rootstockd.worker.engines.ipi.program import LAST_WORDS, Program, StartError
 from rootstockd.worker.engines.ipi.recipe import SYMBOLS, Recipe, read_recipe
 from rootstockd.worker.engines.ipi.templates import Context
+from rootstockd.worker.files import digest_of
 from rootstockd.worker.units import BOHR, HARTREE
 
 log = logging.getLogger(__name__)
@@ -293,7 +293,7 @@ def check_program(name: str, recipe: Recipe) -> Tuple[str, str]:
             f"model {name!r}: there is no program {recipe.program!r}",
             "Install it, or name it with its whole path: it is looked for in the daemon's own PATH.",
         )
-    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    digest = digest_of(path)
     if recipe.sha256 not in ("", digest):
         raise EngineError(
             "model-load",

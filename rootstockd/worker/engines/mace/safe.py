@@ -142,6 +142,9 @@ class Conversion:
         """Nothing is computed here."""
         raise EngineError("unsupported", "this worker converts a model and evaluates nothing")
 
+    def memory(self) -> None:
+        """Nothing of a GPU: the model has been written, and nobody keeps it."""
+
 
 def convert(model: Any, spec: ModelSpec) -> Conversion:
     """Write a model in this form, and what it computes, for whoever compares it with the same of another worker.

@@ -1,0 +1,108 @@
+"""What a worker says: whether it may say it now, and whom it concerns."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Protocol
+
+from rootstock_client.errors import ModelLoadError, RootstockError
+from rootstockd.processes.messages import Confined, Failure, Held, Said, Stage, Versions, parse
+from rootstockd.supervision.dispatcher import Dispatcher
+from rootstockd.supervision.memory_use import MemoryUse
+from rootstockd.supervision.roles import State
+from rootstockd.worker.engines import EngineInfo
+
+log = logging.getLogger(__name__)
+
+
+class Listener(Protocol):
+    """What is to be told of a worker: its supervisor."""
+
+    state: State
+    unconfined: list[str]
+    stage: str
+    memory: MemoryUse
+
+    def computes(self, info: EngineInfo, *, ready: bool) -> None:
+        """What it computes with; whether it is ready only now."""
+
+    def not_loaded(self, error: RootstockError) -> None:
+        """The model can't be loaded."""
+
+    def incompatible(self, error: ModelLoadError) -> None:
+        """This daemon can't talk to the worker."""
+
+    def distrust(self) -> None:
+        """The worker said what makes no sense: nothing that it says can be trusted, nor what it computes."""
+
+
+class WorkerMessages:
+    """Hears what the workers of a model say, one after another.
+
+    Args:
+        name: the model's, for the log.
+        dispatcher: told of evaluations.
+        listener: told of all else.
+    """
+
+    def __init__(self, name: str, dispatcher: Dispatcher, listener: Listener) -> None:
+        self._name, self._dispatcher, self._listener = name, dispatcher, listener
+
+    def hear(self, kind: bytes, body: bytes) -> None:
+        """A message has come."""
+        if self._dispatcher.heard(kind, body):
+            return
+        try:
+            said = parse(kind, body)
+            self._check_time(kind, said)
+        except ValueError as error:
+            what = str(error).partition("\n")[0][:200]
+            log.warning("model %s: its worker sent an invalid message, and is ended: %s", self._name, what)
+            self._listener.distrust()
+        else:
+            self._take(kind, said)
+
+    def _check_time(self, kind: bytes, said: Said) -> None:
+        """Whether a worker may say this now.
+
+        Raises:
+            ValueError: it may not.
+        """
+        state = self._listener.state
+        if isinstance(said, Failure) and kind == b"F":
+            self._dispatcher.check_under_way(said.slot)
+        elif (state is State.LOADING) == (kind in (b"I", b"G")):
+            raise ValueError(f"{kind!r} while the model is {state.value}")
+
+    def _take(self, kind: bytes, said: Said) -> None:
+        """Have done what follows from it."""
+        listener = self._listener
+        if isinstance(said, Versions):
+            self._compare(said)
+        elif isinstance(said, Confined):
+            listener.unconfined = said.missing
+            for what in said.missing:
+                warn_once(f"workers are not wholly confined: {what} (SECURITY.md)")
+        elif isinstance(said, Failure) and kind == b"F":
+            self._dispatcher.failed(said)
+        elif isinstance(said, Failure):
+            listener.not_loaded(said.error)
+        elif isinstance(said, Stage):
+            listener.stage = said.stage
+        elif isinstance(said, Held):
+            listener.memory.told = said.bytes
+        else:
+            listener.computes(said, ready=kind == b"R")
+
+    def _compare(self, versions: Versions) -> None:
+        try:
+            versions.check()
+        except ModelLoadError as error:
+            self._listener.incompatible(error)
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """Log what is true of the machine and would be said again by every worker."""
+    log.warning("%s", text)
