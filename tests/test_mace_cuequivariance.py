@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import tomlkit
 
 pytest.importorskip("mace")
 
 PACKAGES = ("cuequivariance==0.13.0", "cuequivariance-torch==0.13.0")
+ROOT = Path(__file__).parent.parent
 SCRIPT = Path(__file__).parent / "by_cuequivariance.py"
 
 
@@ -39,3 +41,14 @@ def test_it_computes_what_mace_torch_does(packages: Path) -> None:
     assert len(found) == 4 * 2 * 4 * 2
     assert not [each for each in found if not each["within"]]
     assert all(each["recorded"] for each in found)
+
+
+def test_the_documented_specification_is_the_packages_own_and_cuequivariance() -> None:
+    text = (ROOT / "docs/environments.md").read_text().split("### cuEquivariance")[1]
+    documented = tomlkit.parse(text.split("```toml")[1].split("```")[0])
+    builtin = tomlkit.parse((ROOT / "rootstockd/environments/builtin/mace.toml").read_text())
+    version = PACKAGES[1].partition("==")[2]
+    more = [PACKAGES[1], f"cuequivariance-ops-torch-cu13=={version}"]
+    assert documented["requirements"] == [*builtin["requirements"], *more]
+    assert documented["imports"] == [*builtin["imports"], "cuequivariance_torch"]
+    assert documented["python"] == builtin["python"]
