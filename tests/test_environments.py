@@ -30,8 +30,9 @@ from ase.calculators.emt import EMT
 
 from conftest import RunningDaemon, rootstockd, wait_for
 from rootstock_client.errors import EvaluationError, ModelLoadError
-from rootstockd.environments.archive import Description, unpacked
-from rootstockd.environments.building import Plan, build, torch_backend, torch_flavour, without_torchs_builds
+from rootstockd.environment_builds.archive import Description, unpacked
+from rootstockd.environment_builds.building import Plan, build, torch_backend, torch_flavour, without_torchs_builds
+from rootstockd.environment_builds.pythons import readable_by_all
 from rootstockd.environments.builds import (
     Build,
     EnvironmentBuildError,
@@ -41,7 +42,6 @@ from rootstockd.environments.builds import (
     site_packages,
 )
 from rootstockd.environments.finding import find_environment
-from rootstockd.environments.pythons import readable_by_all
 from rootstockd.environments.specification import (
     Specification,
     SpecificationError,

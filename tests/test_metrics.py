@@ -30,10 +30,10 @@ from conftest import RunningDaemon, rootstockd, wait_for
 from rootstock_client.control import fetch
 from rootstock_client.errors import UnknownModelError
 from rootstockd.control.limits import MAX_SCRAPERS
-from rootstockd.host.peers import user_name
 from rootstockd.settings.config import Config, Device
 from rootstockd.supervision.meter import MOST_NOTES, SECONDS, Histogram, Meter, Totals
 from rootstockd.supervision.scheduler import Evaluation
+from rootstockd.users import user_name
 
 EMT = {"model": "emt", "dtype": "float64", "device": "cpu"}
 

@@ -16,7 +16,7 @@ from rootstock_client.errors import RootstockError
 from rootstockd.cli.common import Refused, fetch_status, socket_in_use, socket_option
 from rootstockd.dashboard.feed import Feed
 from rootstockd.dashboard.server import Page, page_server
-from rootstockd.host.peers import user_name
+from rootstockd.users import user_name
 
 LOOPBACK = "127.0.0.1"
 PATIENCE = 3.0

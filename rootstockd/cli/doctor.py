@@ -21,8 +21,8 @@ from rootstockd.cli.common import console, default_log_file, default_socket, fet
 from rootstockd.cli.options import files_to_read
 from rootstockd.doctor import gpus, machine, places, running, settings, software
 from rootstockd.doctor.findings import Examination, Finding, Level, examine
-from rootstockd.host.peers import user_name
 from rootstockd.settings.state_dir import SYSTEM_STATE, own_state
+from rootstockd.users import user_name
 
 SCHEMA_VERSION = 1
 """Of what `--json` prints; raised when a field changes its meaning or goes."""

@@ -15,8 +15,8 @@ from rich.table import Table
 from rootstock_client.errors import RootstockError
 from rootstockd.cli.common import Refused, catalogue_option, console, saying
 from rootstockd.cli.completion import environments
-from rootstockd.environments import archive
-from rootstockd.environments.building import Plan, build, without_torchs_builds
+from rootstockd.environment_builds import archive
+from rootstockd.environment_builds.building import Plan, build, without_torchs_builds
 from rootstockd.environments.builds import (
     Build,
     EnvironmentBuildError,
@@ -194,7 +194,7 @@ def show(name: str) -> None:
 @catalogue_option
 def verify(name: str, device: str, catalogues: tuple[Path, ...]) -> None:
     """Compare what a model computes in an environment with known numbers."""
-    from rootstockd.environments.verifying import verify as verified  # slow to import  # noqa: PLC0415
+    from rootstockd.environment_builds.verifying import verify as verified  # slow to import  # noqa: PLC0415
     from rootstockd.host.devices import choose_devices  # noqa: PLC0415
 
     there = _must_exist(name)

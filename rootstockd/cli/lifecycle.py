@@ -42,10 +42,11 @@ from rootstockd.cli.units import is_systemd, unit_at
 from rootstockd.control.schema import DaemonStatus, ReloadReport
 from rootstockd.host.devices import DeviceError, found_devices
 from rootstockd.host.log_file import open_log
-from rootstockd.host.peers import peer_of, user_name
+from rootstockd.host.peers import peer_of
 from rootstockd.settings.config import Config
 from rootstockd.settings.config_file import ConfigError
 from rootstockd.settings.config_layers import read_again, unknown_variables
+from rootstockd.users import user_name
 
 POLL = 0.05
 PEEK = socketlib.MSG_PEEK | socketlib.MSG_DONTWAIT

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from rootstock_client.runtime_dir import MAX_SOCKET_PATH, SOCKET_NAME, SOCKET_VARIABLE, SYSTEM_DIR
 from rootstockd.doctor.findings import Finding, note, ok, problem, warning
-from rootstockd.host.peers import peer_of, user_name
+from rootstockd.host.peers import peer_of
+from rootstockd.users import user_name
 
 FULL = 1_000_000
 """Bytes free below which a disk is full."""

@@ -1,1 +1,1 @@
-"""Python environments for workers, one for each engine's needs: specified, built with uv, found, verified, moved."""
+"""Python environments for workers, one for each engine's needs: specified, and found where they were built."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pwd
 import socket
 import struct
 from typing import NamedTuple
@@ -29,11 +28,3 @@ def peer_of(sock: socket.socket) -> Peer:
     except OSError:  # more of them than that
         groups = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 4 * _MOST_GROUPS)
     return Peer(pid, uid, frozenset(struct.unpack(f"{len(groups) // 4}i", groups)) | {gid})
-
-
-def user_name(uid: int) -> str:
-    """Login name, or the number where there is none."""
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rootstock_client.runtime_dir import MAX_SOCKET_PATH, SYSTEM_DIR, is_private
-from rootstockd.host.peers import peer_of, user_name
+from rootstockd.host.peers import peer_of
+from rootstockd.users import user_name
 
 _WHOLE_FILE = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
 """A lock that only somebody who may write to the file can have, unlike flock's: a worker may not."""

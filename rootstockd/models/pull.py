@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
-from rootstockd.host.peers import user_name
 from rootstockd.models import store
 from rootstockd.models.catalogue import Entry
 from rootstockd.models.download import Known, Progress, Say, download
 from rootstockd.models.store import Record, Stored, StoredFile
 from rootstockd.models.whole_files import StoreError, cannot_be_kept, lock
 from rootstockd.settings.state_dir import StateError, check_trusted
+from rootstockd.users import user_name
 from rootstockd.worker.files import digest_of
 
 

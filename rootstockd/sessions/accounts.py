@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from rootstock_client.errors import AccessDeniedError, DaemonFullError, LimitError, UserLimitError
-from rootstockd.host.peers import Peer, user_name
+from rootstockd.host.peers import Peer
 from rootstockd.settings.config import Config, Quota
+from rootstockd.users import user_name
 from rootstockd.words import so_many
 
 STAGED_BYTES = 128 * 2**20

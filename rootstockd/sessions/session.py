@@ -20,7 +20,7 @@ from rootstock_client.errors import (
     model_changed,
 )
 from rootstockd.fleet.warm_model import WorkerKey
-from rootstockd.host.peers import Peer, user_name
+from rootstockd.host.peers import Peer
 from rootstockd.sessions.accounts import Account
 from rootstockd.sessions.attachments import DriverTransport, Line
 from rootstockd.sessions.cells import check_cells
@@ -30,6 +30,7 @@ from rootstockd.sessions.roles import Host
 from rootstockd.supervision.roles import Client, State
 from rootstockd.supervision.scheduler import Evaluation
 from rootstockd.supervision.supervisor import Supervisor
+from rootstockd.users import user_name
 from rootstockd.worker.slots import Slot
 
 log = logging.getLogger(__name__)

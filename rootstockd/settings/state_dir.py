@@ -17,7 +17,7 @@ from pathlib import Path
 
 import platformdirs
 
-from rootstockd.host.peers import user_name
+from rootstockd.users import user_name
 
 VARIABLE = "ROOTSTOCKD_STATE"
 """An environment variable: the one state directory to use, for reading and writing, such as a cluster's shared one."""

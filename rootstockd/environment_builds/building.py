@@ -17,6 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import rootstockd
+from rootstockd.environment_builds.pythons import find_python
+from rootstockd.environment_builds.running_uv import run_uv
+from rootstockd.environment_builds.untouched import check_own_parts, own_parts
 from rootstockd.environments.builds import (
     Build,
     EnvironmentBuildError,
@@ -28,10 +31,7 @@ from rootstockd.environments.builds import (
     take_into_use,
 )
 from rootstockd.environments.finding import Environment
-from rootstockd.environments.pythons import find_python
-from rootstockd.environments.running_uv import run_uv
 from rootstockd.environments.specification import Specification
-from rootstockd.environments.untouched import check_own_parts, own_parts
 from rootstockd.processes.folders import WorkerFolders
 from rootstockd.processes.worker_process import worker_command
 from rootstockd.settings.state_dir import StateError, check_trusted, own_state

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rootstockd.environment_builds.running_uv import run_uv
 from rootstockd.environments.builds import EnvironmentBuildError
-from rootstockd.environments.running_uv import run_uv
 
 OLDEST = (3, 9)
 _ASK = "import json, sys; print(json.dumps([sys.version_info[:3], sys.base_prefix]))"

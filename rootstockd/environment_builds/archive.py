@@ -25,9 +25,9 @@ from typing import IO, Any, cast
 
 from pydantic import BaseModel, Field
 
-from rootstockd.environments.building import Plan, Say, build, torch_backend
+from rootstockd.environment_builds.building import Plan, Say, build, torch_backend
+from rootstockd.environment_builds.running_uv import run_uv
 from rootstockd.environments.builds import Build, EnvironmentBuildError
-from rootstockd.environments.running_uv import run_uv
 from rootstockd.environments.specification import Specification
 from rootstockd.settings.state_dir import own_state
 from rootstockd.worker.files import digest_of, digest_of_rest

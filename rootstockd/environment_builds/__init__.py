@@ -1,0 +1,1 @@
+"""Environments for workers come to be: built with uv, tried, verified, moved to other machines."""
