@@ -1,4 +1,4 @@
-"""Who may use the daemon, and how much of it each user has: names and numbers, no I/O on the way of a step.
+"""Who may use the daemon, and how much of it each user has: names and numbers, no I/O on the path of a step.
 
 A user is a uid, as the kernel tells it of a connection (SO_PEERCRED, SO_PEERGROUPS); nothing that a client says counts.
 """

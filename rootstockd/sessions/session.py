@@ -222,7 +222,7 @@ class Session(asyncio.BufferedProtocol):
             self._transport.resume_reading()
 
     def _do(self, event: engine_side.Event) -> None:
-        """What is not on the way of a step, and STATUS."""
+        """What is not on the path of a step, and STATUS."""
         match event:
             case engine_side.Send():
                 self._say(event.data)

@@ -1,7 +1,7 @@
 """What workers have done, counted for as long as the daemon lives.
 
-On the way of a step numbers are only noted down, which costs a tenth of a microsecond; once a second, and when somebody
-asks, they are counted all at once.
+On the path of a step numbers are only noted down, which costs a tenth of a microsecond; once a second, and when
+somebody asks, they are counted all at once.
 """
 
 from __future__ import annotations

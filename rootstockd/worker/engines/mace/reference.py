@@ -61,11 +61,10 @@ class ReferenceBackend:
     Args:
         model: the model, on its device and in its dtype.
         device: torch's name of the device.
-        name: what results are said to come from.
     """
 
-    def __init__(self, model: Any, device: str, name: str = "mace-torch") -> None:
-        self.name, self.note = name, ""
+    def __init__(self, model: Any, device: str) -> None:
+        self.name, self.note = "mace-torch", ""
         self._model, self._device = model, device
         self._elements = AtomicNumberTable([int(z) for z in model.atomic_numbers])
         self._heads: list[str] = list(getattr(model, "heads", None) or ["Default"])
