@@ -243,9 +243,7 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
             return answer, _NO_ENERGIES
         backend, fingerprint, per_atom = _read_extras(answer.extras[0], energies)
         self._check_potential(fingerprint)
-        self.backend = backend
-        if not energies:
-            self._extras = answer.extras[0]
+        self.backend, self._extras = backend, answer.extras[0]
         return answer, per_atom
 
     def _settings(self) -> dict[str, Any]:

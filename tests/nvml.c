@@ -1,7 +1,8 @@
 /* NVML for tests: a machine has the GPUs that the folder $TEST_GPUS has folders for, "0" and so on.
  *
  * Files in there, each with a number or a word: `uuid`, `name`, `total` and `used` (bytes), `processes` (lines of a
- * process id and its bytes). A GPU with a file `lost` answers as one that has fallen off the bus. Nothing computes on
+ * process id and its bytes). A GPU with a file `lost` answers as one that has fallen off the bus; with a file `slow`
+ * beside the GPUs the driver takes two seconds for everything. Nothing computes on
  * them; what a daemon does with what a driver says is tested with this, a driver and CUDA are not.
  *
  * Structures as in pynvml.py of nvidia-ml-py 13.
@@ -69,7 +70,16 @@ static unsigned long long bytes(int gpu, const char *name)
     return strtoull(text, NULL, 10);
 }
 
-int nvmlInitWithFlags(unsigned int flags) { return (void)flags, SUCCESS; }
+int nvmlInitWithFlags(unsigned int flags)
+{
+    const char *folder = getenv("TEST_GPUS");
+    char path[4096];
+    snprintf(path, sizeof path, "%s/slow", folder ? folder : "");
+    if (!access(path, F_OK))
+        sleep(2);
+    return (void)flags, SUCCESS;
+}
+
 int nvmlShutdown(void) { return SUCCESS; }
 
 const char *nvmlErrorString(int error)

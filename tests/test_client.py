@@ -257,6 +257,18 @@ def test_fork_while_another_thread_is_in_a_step(daemon: RunningDaemon) -> None:
     subprocess.run([sys.executable, "-c", FORKING_IN_A_STEP, str(daemon.socket)], check=True, timeout=60)
 
 
+def test_the_backend_is_that_of_the_last_result(daemon: RunningDaemon) -> None:
+    atoms = copper()
+    atoms.calc = daemon.client().calculator("mace-emt-small")
+    said = []
+    for step in range(6):
+        atoms.rattle(0.01, seed=step)
+        atoms.pbc = step < 3
+        atoms.get_potential_energies() if step == 2 else atoms.get_forces()
+        said.append(atoms.calc.backend)
+    assert said == ["mace-torch", "fused", "fused", "mace-torch", "fused", "fused"]
+
+
 def test_another_model_by_set(daemon: RunningDaemon) -> None:
     atoms = copper()
     atoms.calc = daemon.client().calculator("mace-emt-small")

@@ -613,6 +613,41 @@ def test_exact_asks_torch_for_the_same_bits_and_nothing_else_does():
     assert set(asked) == {(False, False), (True, True)}
 
 
+def test_elements_that_a_session_had_before_are_not_compared_again():
+    model = medium()
+    of = watched(model, FusedBackend(model))
+
+    def backend(numbers, session=1, pbc=True):
+        atoms = bulk("Cu", cubic=True)
+        atoms.numbers[:], atoms.pbc = numbers, pbc
+        return of.evaluate([task(of, atoms, session)])[0].backend
+
+    assert backend([29, 29, 13, 29]) == "mace-torch"
+    assert backend([29] * 4) == backend([13] * 4) == backend([13, 13, 29, 29]) == "fused"
+    assert backend([29, 8, 8, 29]) == "mace-torch", "one is new"
+    assert backend([13, 8, 13, 8]) == backend([29, 8, 13, 8]) == "fused", "each was in one that agreed"
+    assert backend([29] * 4, pbc=False) == "mace-torch"
+    assert backend([29] * 4, session=2) == "mace-torch"
+
+
+def test_where_memory_lacks_to_compare_a_structure_a_piece_of_it_is():
+    model = medium()
+    of = watched(model, FusedBackend(model))
+    evaluate, sizes = of._reference.evaluate, []
+
+    def lacking(tasks):
+        sizes.append(len(tasks[0].positions))
+        if sizes[-1] > checks.FEW:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+        return evaluate(tasks)
+
+    of._reference.evaluate = lacking
+    atoms = bulk("Cu", cubic=True) * (4, 3, 3)
+    found = of.evaluate([task(of, atoms)])[0]
+    assert found.backend == "fused" and len(found.forces) == len(atoms)
+    assert len(sizes) == 2 and sizes[0] == len(atoms) and 10 < sizes[1] <= checks.FEW // 2
+
+
 def test_of_a_large_structure_a_piece_is_compared():
     model = medium()
     of = watched(model, FusedBackend(model))

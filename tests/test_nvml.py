@@ -11,18 +11,21 @@ import signal
 import subprocess
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
+from ase import Atoms
 from ase.build import bulk
 from ase.calculators.emt import EMT
 
 from conftest import RunningDaemon, rootstockd, wait_for
 from rootstock_client.control import fetch
-from rootstock_client.errors import LimitError
+from rootstock_client.errors import EvaluationError, LimitError
 
 GB = 10**9
 FAULTS = Path(__file__).parent / "faults"
@@ -69,7 +72,7 @@ def driver(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dr
     driver = Driver(tmp_path / "gpus")
     for gpu in range(GPUS):
         (driver.folder / str(gpu)).mkdir(parents=True)
-        driver.say(gpu, name="Test GPU", total=8 * GB, used=0, uuid=f"GPU-{gpu}0000000-0000-0000-0000-000000000000")
+        driver.say(gpu, name="Test GPU", total=8 * GB, used=0, uuid=f"GPU-{uuid.uuid4()}")  # one has one daemon
     monkeypatch.setenv("LD_LIBRARY_PATH", str(library))
     monkeypatch.setenv("TEST_GPUS", str(driver.folder))
     monkeypatch.setenv("ROOTSTOCKD_STATE", str(tmp_path / "state"))
@@ -153,27 +156,82 @@ def test_a_model_on_a_gpu_that_is_lost_goes_to_another_and_its_job_goes_on(drive
     assert daemon.model("emt")["restarts"] == 2
 
 
-def test_a_gpu_that_workers_can_not_use_is_avoided(
-    driver: Driver, start_daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def catalogue(driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
+    """Options for models that GPU 0 does not bear, `one` from the start and `late` in evaluations, and one that fails
+    once to load."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(FAULTS), os.environ.get("PYTHONPATH", "")]))
-    entry = (
-        f'family = "ase"\narguments = {{ calculator = "hostile:OnGpu", options = {{ broken = "{driver.uuid(0)}" }} }}\n'
-    )
-    (tmp_path / "models.toml").write_text(f"[one]\n{entry}[other]\n{entry}")
-    options = ("--catalogue", str(tmp_path / "models.toml"), "--model", "one")
-    daemon = start_daemon(*options, device=("--gpu", "0,1"))
+    counter = tmp_path / "n"
+    options = {
+        "one": f'calculator = "hostile:OnGpu", options = {{ broken = "{driver.uuid(0)}" }}',
+        "late": f'calculator = "hostile:OnGpu", options = {{ broken = "{driver.uuid(0)}", late = true }}',
+        "once": f'calculator = "hostile:AtLoading", options = {{ what = "raise", times = 1, counter = "{counter}" }}',
+    }
+    entries = [
+        f'[{name}]\nfamily = "ase"\nconfine = false\narguments = {{ {said} }}\n' for name, said in options.items()
+    ]
+    (tmp_path / "models.toml").write_text("".join(entries))
+    return "--catalogue", str(tmp_path / "models.toml")
+
+
+def test_a_gpu_that_a_model_can_not_use_is_avoided(driver: Driver, start_daemon, catalogue) -> None:
+    daemon = start_daemon(*catalogue, "--model", "one", device=("--gpu", "0,1"))
     assert (daemon.model("one")["device"], daemon.model("one")["restarts"]) == ("cuda:1", 1)
-    assert daemon.run("load", "other").returncode == 0
-    assert (daemon.model("other")["device"], daemon.model("other")["restarts"]) == ("cuda:1", 0)
     said = fetch(daemon.socket, "GET", "/metrics").decode()
     assert 'rootstockd_device_up{device="cuda:0"} 0.0' in said
     assert 'rootstockd_device_up{device="cuda:1"} 1.0' in said
+    driver.lose(1)
+    wait_for(lambda: "cuda:1 does not answer the driver" in daemon.log.read_text())
+    assert daemon.run("load", "emt").returncode == 0
+    assert where(daemon) == ("cuda:0", "ready"), "others may use it"
     daemon.stop()
-    alone = start_daemon(*options[:2], device=("--gpu", "0"))  # there is nowhere to go
+    alone = start_daemon(*catalogue, device=("--gpu", "0"))  # there is nowhere to go
     done = alone.run("load", "one")
     assert done.returncode != 0
     assert "uncorrectable ECC error" in done.stderr
+
+
+def test_an_evaluation_that_a_gpu_does_not_bear_is_repeated_on_another(start_daemon, catalogue) -> None:
+    daemon = start_daemon(*catalogue, "--model", "late", device=("--gpu", "0,1"))
+    assert daemon.model("late")["device"] == "cuda:0"
+    atoms = bulk("Cu")
+    with daemon.client().calculator("late") as calculator:
+        atoms.calc = calculator
+        assert atoms.get_potential_energy() == pytest.approx(energy_of_emt(bulk("Cu")), abs=1e-9)
+    assert (daemon.model("late")["device"], daemon.model("late")["restarts"]) == ("cuda:1", 1)
+    daemon.stop()
+    alone = start_daemon(*catalogue, "--model", "late", device=("--gpu", "0"))
+    with alone.client().calculator("late") as calculator:
+        atoms = bulk("Cu")
+        atoms.calc = calculator
+        with pytest.raises(EvaluationError, match="2 workers ended over this structure: its device was in disorder"):
+            atoms.get_potential_energy()
+
+
+def test_what_was_wrong_when_a_model_left_is_not_held_against_it(
+    driver: Driver, start_daemon, catalogue, tmp_path
+) -> None:
+    """It leaves while it is still being found out why its worker has ended."""
+    daemon = start_daemon(*catalogue, "--model", "emt", device=("--gpu", "0,1"))
+    (driver.folder / "slow").touch()
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(daemon.run, "load", "once")
+        wait_for((tmp_path / "n").exists)
+        time.sleep(0.7)
+        assert daemon.run("unload", "once").returncode == 0
+        first.result()
+    (driver.folder / "slow").unlink()
+    done = daemon.run("load", "once")
+    assert done.returncode == 0, done.stderr
+    atoms = bulk("Cu")
+    with daemon.client().calculator("once") as calculator:
+        atoms.calc = calculator
+        assert atoms.get_potential_energy() == pytest.approx(energy_of_emt(bulk("Cu")), abs=1e-9)
+
+
+def energy_of_emt(atoms: Atoms) -> float:
+    atoms.calc = EMT()
+    return float(atoms.get_potential_energy())
 
 
 def test_where_no_gpu_answers_models_stay(driver: Driver, start) -> None:

@@ -427,7 +427,7 @@ def test_unloading_while_a_job_runs(start: Callable[..., RunningDaemon]) -> None
     job.start()
     wait_for(lambda: [session["state"] for session in daemon.client().status()["sessions"]] == ["busy"])
     order = {"model": "hostile"}  # not by the command, which starts too slowly
-    with pytest.raises(LimitError, match="has 1 evaluations under way"):
+    with pytest.raises(LimitError, match="has 1 evaluation under way"):
         request(daemon.socket, "POST", "/v1/unload", order)
     assert request(daemon.socket, "POST", "/v1/unload", {**order, "force": True}) == {"waiting": 1, "held": 30}
     wait_for(lambda: not in_memory(daemon))

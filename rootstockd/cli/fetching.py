@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -29,7 +30,16 @@ from rootstockd.settings.state_dir import MIRROR_VARIABLE, StateError
 
 ERRORS = (CatalogueError, StoreError, StateError, DownloadError, RootstockError)
 
-sha256_option = click.option("--sha256", default="", metavar="HEX", help="The checksum that the file must have.")
+
+def _checksum(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
+    if value and not re.fullmatch(r"[0-9a-fA-F]{64}", value):
+        raise click.BadParameter("it is 64 hexadecimal digits, as `sha256sum FILE` prints them.")
+    return value.lower()
+
+
+sha256_option = click.option(
+    "--sha256", default="", metavar="HEX", callback=_checksum, help="The checksum that the file must have."
+)
 
 
 @contextlib.contextmanager

@@ -49,7 +49,7 @@ class Admission:
     def _rooms_for(self, supervisor: Supervisor) -> list[Room]:
         """The devices as they are for a model that is to load: what was to be kept does not go for what is, too."""
         owner = self._roster.owner(supervisor)
-        rooms = self.rooms()
+        rooms = self._rooms.for_model(self.rooms(), supervisor.spec)
         return [placement.stays(room) for room in rooms] if owner is not None and owner.kept else rooms
 
     def unload(self, supervisor: Supervisor, why: str) -> None:
@@ -111,7 +111,7 @@ class Admission:
         if model.device is None or model.device.kind == "cpu":
             return False
         if failed:
-            self._rooms.avoid(model.device)
+            self._rooms.avoid(model.device, model.spec)
         await self._rooms.measure(self._roster.supervisors())
         return self._room_of(model) is None
 

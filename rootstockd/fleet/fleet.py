@@ -29,6 +29,7 @@ from rootstockd.settings.config import Config, Device
 from rootstockd.supervision.meter import Totals
 from rootstockd.supervision.roles import State
 from rootstockd.supervision.supervisor import Supervisor
+from rootstockd.words import so_many
 from rootstockd.worker.engines import ModelSpec
 
 log = logging.getLogger(__name__)
@@ -215,7 +216,7 @@ class Fleet:
         under_way = sum(supervisor.queue for supervisor in supervisors)
         if under_way and not force:
             raise LimitError(
-                f"{what} has {under_way} evaluations under way.",
+                f"{what} has {so_many(under_way, 'evaluation')} under way.",
                 f"Wait for them, or use --force: they are repeated when it is loaded again, {HOLD:.0f} s later.",
             )
         for key in failed:

@@ -16,6 +16,7 @@ from rootstockd.settings.config import Config, Device
 from rootstockd.supervision.memory_use import taken
 from rootstockd.supervision.roles import State
 from rootstockd.supervision.supervisor import Supervisor
+from rootstockd.worker.engines import ModelSpec
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ QUIET = 5.0
 RESERVE = 0.05
 """The part of a GPU's memory that models leave free, for whatever else its driver needs."""
 AVOIDED = 600.0
-"""Seconds in which no model goes to a GPU that could not be used, if there is another."""
+"""Seconds in which a model does not go to a GPU again that it could not use, if there is another."""
 
 
 class Rooms:
@@ -41,8 +42,8 @@ class Rooms:
         self._gpus: dict[str, Memory | None] = {}
         """By the device's name."""
         self._labels: dict[str, str] = {}
-        self._avoided: dict[str, float] = {}
-        """Until when, by `time.monotonic`, by the device's name."""
+        self._avoided: dict[tuple[str, str, str], float] = {}
+        """Until when, by `time.monotonic`, by the device's name and the model's, with its dtype."""
 
     def begin(self, devices: tuple[Device, ...]) -> None:
         """It is these devices, which have been found."""
@@ -63,7 +64,7 @@ class Rooms:
     # --- as placement sees them
 
     def now(self, supervisors: Iterable[Supervisor], kept: Iterable[Supervisor]) -> list[Room]:
-        """The devices as they are; without GPUs that can't be used, if others can.
+        """The devices as they are; without GPUs that do not answer, if others do.
 
         Args:
             supervisors: all there are.
@@ -75,9 +76,9 @@ class Rooms:
                 present[supervisor.device.name].append(supervisor)
         last = {id(supervisor) for supervisor in kept}
         rooms = []
-        usable = [device for device in self.devices if self.usable(device)]
+        answering = [device for device in self.devices if self._answers(device)]
         for number, device in enumerate(self.devices):
-            if usable and device not in usable:
+            if answering and device not in answering:
                 continue  # else it would have most room, and be everybody's choice
             inside = present[device.name]
             tenants = tuple(_tenant(supervisor, kept=id(supervisor) in last) for supervisor in inside)
@@ -85,15 +86,25 @@ class Rooms:
             rooms.append(Room(number, self._budget(device, tenants), load, tenants, self._most(device)))
         return rooms
 
+    def _answers(self, device: Device) -> bool:
+        return device.kind == "cpu" or self._gpus.get(device.name) is not None
+
     def usable(self, device: Device) -> bool:
         """As far as the driver and workers say."""
-        if device.kind == "cpu":
-            return True
-        return self._gpus.get(device.name) is not None and self._avoided.get(device.name, 0.0) < time.monotonic()
+        now = time.monotonic()
+        return self._answers(device) and not any(
+            name == device.name and until > now for (name, _, _), until in self._avoided.items()
+        )
 
-    def avoid(self, device: Device) -> None:
-        """A worker found that it can't be used."""
-        self._avoided[device.name] = time.monotonic() + AVOIDED
+    def avoid(self, device: Device, spec: ModelSpec) -> None:
+        """A worker of a model found that it can't use a device."""
+        self._avoided[device.name, spec.name, spec.dtype] = time.monotonic() + AVOIDED
+
+    def for_model(self, rooms: list[Room], spec: ModelSpec) -> list[Room]:
+        """Those rooms that a model does not avoid; all, if it avoids them all."""
+        now = time.monotonic()
+        names = [(self.devices[room.number].name, spec.name, spec.dtype) for room in rooms]
+        return [room for room, name in zip(rooms, names, strict=True) if self._avoided.get(name, 0.0) < now] or rooms
 
     def need(self, supervisor: Supervisor, rooms: Iterable[Room]) -> tuple[int, int]:
         """Bytes to have free for a model: what it grew to before, or a guess; and what it takes only to be loaded.

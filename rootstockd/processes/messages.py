@@ -14,6 +14,13 @@ LONGEST = 2_000
 """Characters of a text."""
 
 
+def _printable(text: str) -> str:
+    """Without what a terminal would take for orders, and not too long."""
+    return "".join(
+        char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in text[:LONGEST]
+    )
+
+
 class Failure(BaseModel):
     """An evaluation that failed (`F`, with its slot), or a model that can't be loaded (`X`)."""
 
@@ -27,7 +34,7 @@ class Failure(BaseModel):
     @property
     def error(self) -> RootstockError:
         """As sessions are told of it."""
-        return error_from_code(self.code, self.message[:LONGEST], self.hint[:LONGEST])
+        return error_from_code(self.code, _printable(self.message), _printable(self.hint))
 
 
 class Confined(BaseModel):

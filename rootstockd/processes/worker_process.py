@@ -22,7 +22,7 @@ from rootstockd.processes.folders import WorkerFolders
 from rootstockd.processes.output import Ration, WorkerOutput
 from rootstockd.worker.engines import ModelSpec
 from rootstockd.worker.slots import Slot
-from rootstockd.worker.version import MESSAGE_SIZE
+from rootstockd.worker.version import DISORDER, MESSAGE_SIZE
 
 ENTRY = Path(worker.__file__).with_name("__main__.py")
 """What workers run."""
@@ -57,6 +57,8 @@ class End:
     blamed: bool
     """It may have been its own doing, or that of what it was at: not a signal from somewhere else."""
     hung: bool = False
+    disorder: bool = False
+    """Its device could not be used any more, or a library that it computes with."""
 
 
 ROUNDING = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
@@ -297,6 +299,8 @@ def worker_command(environment: Environment) -> list[str]:
 
 def ending(status: int) -> End:
     """What an exit status, negative for a signal, says."""
+    if status == DISORDER:
+        return End("its device was in disorder", blamed=True, disorder=True)
     if status >= 0:
         return End(f"exit status {status}", blamed=True)
     try:

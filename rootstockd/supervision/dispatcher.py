@@ -162,7 +162,7 @@ class Dispatcher:
     def failed(self, failure: Failure) -> None:
         """An evaluation under way has failed; its owner hears of it with the batch."""
         error = failure.error
-        if self._name not in error.message:  # an engine need not know what it is called here
+        if f"model {self._name!r}" not in error.message:  # an engine need not know what it is called here
             error.message = f"model {self._name!r}: {error.message}"
         if isinstance(error, LimitError):
             if largest := self._hang_limit.largest:

@@ -214,6 +214,7 @@ class Supervisor:
             self._leaving.set()
             self._kill_worker()
         if self.state is not State.FAILED:
+            self.error = self._shortage = None
             self._set_state(State.WAITING if self.scheduler.waiting else State.COLD)
 
     def refuse(self, error: LimitError) -> None:
@@ -310,7 +311,7 @@ class Supervisor:
     async def _keep_warm(self) -> None:
         """Have a worker whenever it is wanted, until the model is broken or no longer wanted for good."""
         while self.state is not State.FAILED:
-            self.device = None
+            self.device = self.error = self._shortage = None  # whatever was wrong where it was
             self._vacant.set()
             await self._wanted.wait()
             if self._stopping.is_set():
@@ -338,7 +339,7 @@ class Supervisor:
         while not self._leaving.is_set():
             self._set_state(State.LOADING)
             end = await self._run_worker(variables)
-            failed_there = isinstance(self.error, DeviceFailedError)
+            failed_there = end.disorder or isinstance(self.error, DeviceFailedError)
             lost = not self._leaving.is_set() and await self._landlord.has_lost(self, failed=failed_there)
             if self._leaving.is_set():
                 return
@@ -351,7 +352,7 @@ class Supervisor:
                 why = f": {self.error.message}" if self.error else ""
                 log.warning("model %s: %s can't be used, and it goes to another%s", self.spec.name, self.device, why)
                 self.error = self._shortage = None
-                self._replace(replace(end, blamed=False))
+                self._replace(replace(end, blamed=end.disorder))  # it may be what it was at that its GPU did not bear
                 return
             if (shortage := self._shortage) is not None:
                 self._shortage = None

@@ -57,7 +57,7 @@ from rootstockd.worker.failures import describe, out_of_memory, print_error, sho
 from rootstockd.worker.memory import GpuCache, memory_limit, trim
 from rootstockd.worker.slots import Slot
 from rootstockd.worker.units import BOHR, HARTREE
-from rootstockd.worker.version import MESSAGE_SIZE
+from rootstockd.worker.version import DISORDER, MESSAGE_SIZE
 
 _BETWEEN = 1.0
 """Seconds, at least, from one message about memory to the next; and without work, until it is looked what a GPU's
@@ -304,7 +304,7 @@ class Loop:
             memory_lacked, parts = out_of_memory(cause), []
             if len(batch) == 1 and memory_lacked and not broken and not again:
                 parts = [batch]
-            elif len(batch) == 1:
+            elif len(batch) == 1 and (memory_lacked or not broken):
                 self._report(batch[0], too_large(batch[0].slot, cause) if memory_lacked else cause)
             if broken:  # the daemon has those it heard nothing of repeated, by a fresh worker
                 raise
@@ -391,5 +391,9 @@ def main(channel: socket.socket, spec: ModelSpec) -> int:
         return 1
     send(channel, b"R", dataclasses.asdict(engine.info))
     with contextlib.suppress(ConnectionResetError, BrokenPipeError):  # the daemon has died; so shall we, by PDEATHSIG
-        Loop(channel, engine, spec.fingerprint).run()
+        try:
+            Loop(channel, engine, spec.fingerprint).run()
+        except EngineBrokenError as error:
+            print_error(error)
+            return DISORDER
     return 0

@@ -6,3 +6,5 @@ SLOT_LAYOUT = 1
 """Of the shared memory (`slots.py`)."""
 MESSAGE_SIZE = 64 * 1024
 """Bytes of a message, at most: either side would cut off what is longer."""
+DISORDER = 69
+"""Exit status of a worker whose device or library is in disorder; `EX_UNAVAILABLE` of sysexits.h."""

@@ -89,12 +89,19 @@ class OnGpu(EMT):
 
     Args:
         broken: its UUID.
+        late: that is so for evaluations alone.
     """
 
-    def __init__(self, broken: str) -> None:
+    def __init__(self, broken: str, *, late: bool = False) -> None:
         super().__init__()
-        if os.environ["CUDA_VISIBLE_DEVICES"] == broken:
+        self._broken = os.environ["CUDA_VISIBLE_DEVICES"] == broken
+        if self._broken and not late:
             raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+
+    def calculate(self, *arguments: Any, **more: Any) -> None:
+        if self._broken:
+            raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+        super().calculate(*arguments, **more)
 
 
 class AtLoading(Hostile):

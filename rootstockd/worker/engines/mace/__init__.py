@@ -36,7 +36,7 @@ from rootstockd.worker.engines.deterministic import deterministic, fuse_nothing
 from rootstockd.worker.engines.differences import TOLERANCE, compare
 from rootstockd.worker.engines.mace import checks, safe
 from rootstockd.worker.engines.mace.radial import NotApplicableError
-from rootstockd.worker.engines.mace.reference import ReferenceBackend, System, mace
+from rootstockd.worker.engines.mace.reference import Check, ReferenceBackend, System, mace
 from rootstockd.worker.failures import describe, out_of_memory
 from rootstockd.worker.memory import gpu_memory
 
@@ -84,7 +84,9 @@ class MaceEngine:
         self, model: Any, spec: ModelSpec, reference: Backend, candidates: Sequence[Backend], why: str = ""
     ) -> None:
         self._name, self._dtype = spec.name, spec.dtype
-        self._trusted: dict[object, bool] = {}
+        self._trusted: dict[Check, bool] = {}
+        self._agreed: dict[tuple[object, ...], frozenset[int]] = {}
+        """Elements of a session's structures in which the fast backend agreed, by the rest of their `Check`."""
         self._doubted: WeakSet[System] = WeakSet()
         """Systems that do without the fast backend, as long as they are there."""
         self._doubts, self._doubt_of, self._heard = 0, "", ""
@@ -112,6 +114,7 @@ class MaceEngine:
         head = choose_head(self._name, self._heads, system.head)
         assert head is not None  # every MACE has heads
         elements = tuple(sorted(set(system.numbers.tolist())))
+        tolerance = TOLERANCE[self._dtype] if system.tolerance is None else system.tolerance
         return System(
             numbers=system.numbers,
             pbc=system.pbc,
@@ -123,9 +126,9 @@ class MaceEngine:
                 "total_spin": 1.0 if system.spin is None else system.spin,
             },
             exact=system.exact,
-            tolerance=TOLERANCE[self._dtype] if system.tolerance is None else system.tolerance,
+            tolerance=tolerance,
             session=system.session,
-            check=(system.session, elements, system.pbc, head, system.tolerance),
+            check=(elements, system.session, system.pbc, head, tolerance),
         )
 
     def evaluate(self, tasks: list[Task]) -> list[Result]:
@@ -144,7 +147,7 @@ class MaceEngine:
             if system.exact:
                 with deterministic():
                     results[index] = self._reference.evaluate([task])[0]
-            elif self._fast is not None and (trusted := self._trusted.get(system.check)) is not True:
+            elif self._fast is not None and (trusted := self._trust(system.check)) is not True:
                 if trusted is None:
                     results[index] = self._first(task, self._fast)
                 else:
@@ -176,17 +179,24 @@ class MaceEngine:
 
     # --- checks
 
+    def _trust(self, check: Check) -> bool | None:
+        """Whether a system gets the fast backend; None if its first structure is to be compared.
+
+        That is not needed where all of its elements were in others of the session that agreed.
+        """
+        trusted = self._trusted.get(check)
+        if trusted is None and self._agreed.get(check[1:], frozenset()).issuperset(check[0]):
+            trusted = self._trusted[check] = True
+        return trusted
+
     def _first(self, task: Task, fast: Backend) -> Result:
-        """A session's first structure: the verdict holds for all its systems of the same elements."""
+        """A session's first structure, or one with elements that are new to it."""
         system: System = task.system
         task = replace(task, stress=True, energies=True)  # so that whatever may be asked for later is compared
-        sample = checks.piece(task, self._cutoff)
-        reference = self._reference.evaluate([sample])[0]
+        sample, reference = self._sampled(task)
         whole = reference if sample is task else None
         if not _finite(reference):  # two atoms on one spot: the next structure says more of the fast one
             return whole or self._reference.evaluate([task])[0]
-        if len(self._trusted) >= REMEMBERED:
-            self._trusted.clear()
         try:
             difference = compare(fast.evaluate([sample])[0], reference)
             if whole is None:
@@ -199,18 +209,37 @@ class MaceEngine:
             if isinstance(error, NotApplicableError) or out_of_memory(error):  # says nothing of its numbers
                 return whole or self._reference.evaluate([task])[0]  # and they are compared next time
             trusted, why = False, f"{fast.name}: {type(error).__name__}: {error}"
-        self._trusted[system.check] = trusted
-        if not trusted:
-            atoms, session = len(sample.positions), system.session
-            allowed = (
-                "" if system.tolerance == TOLERANCE[self._dtype] else f" (its tolerance is {system.tolerance:.1e})"
-            )
-            self._doubt_of = f"{why}, on the first structure ({atoms} atoms) of session {session}{allowed}"
-            self._doubted.add(system)
-            log.warning("model %r: %s, which gets %s", self._name, self._doubt_of, self._reference.name)
+        self._remember(system, len(sample.positions), "" if trusted else why)
         if whole is None or (sample is not task and not trusted):
             whole = self._reference.evaluate([task])[0]
         return whole
+
+    def _sampled(self, task: Task) -> tuple[Task, Result]:
+        """The structure, or a piece of it, and what the reference makes of it."""
+        sample = checks.piece(task, self._cutoff)
+        try:
+            return sample, self._reference.evaluate([sample])[0]
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+        # it takes more memory than the fast one, and what it took is free only here
+        sample = checks.piece(task, self._cutoff, checks.FEW)
+        return sample, self._reference.evaluate([sample])[0]
+
+    def _remember(self, system: System, atoms: int, why: str) -> None:
+        """A structure of so many atoms was compared; `why` it differs, if it does."""
+        if len(self._trusted) >= REMEMBERED:
+            self._trusted.clear()
+            self._agreed.clear()
+        self._trusted[system.check] = not why
+        if not why:
+            others = system.check[1:]
+            self._agreed[others] = self._agreed.get(others, frozenset()).union(system.check[0])
+            return
+        allowed = "" if system.tolerance == TOLERANCE[self._dtype] else f" (its tolerance is {system.tolerance:.1e})"
+        self._doubt_of = f"{why}, on the first structure ({atoms} atoms) of session {system.session}{allowed}"
+        self._doubted.add(system)
+        log.warning("model %r: %s, which gets %s", self._name, self._doubt_of, self._reference.name)
 
     def _best(self, candidates: Sequence[Backend]) -> tuple[Backend | None, list[str]]:
         """The first that gives the reference's numbers, if one does; and why those before it are not used."""

@@ -14,6 +14,8 @@ from rootstockd.worker.engines.mace.reference import System
 
 LARGEST = 500
 """Atoms of a session's first structure up to which it is compared whole; of a larger one, a cluster is."""
+FEW = 100
+"""The same where memory lacks for that."""
 NEUTRAL = {"total_charge": 0.0, "total_spin": 1.0}
 _SPACING = 2.6
 _SEED = 20_261_124
@@ -29,22 +31,23 @@ def structures(elements: Sequence[int], head: str, head_index: int) -> Iterator[
         cell = _SPACING * 2 * (np.eye(3) + rng.uniform(-0.05, 0.05, (3, 3)))
         positions = grid @ cell / 2 + rng.uniform(-0.2, 0.2, grid.shape)
         pbc = next(kinds)
-        system = System(numbers, pbc, head, head_index, NEUTRAL, exact=False, tolerance=0.0, session=0, check=0)
+        check = ((*elements,), 0, pbc, head, 0.0)
+        system = System(numbers, pbc, head, head_index, NEUTRAL, exact=False, tolerance=0.0, session=0, check=check)
         yield Task(system, cell, positions, stress=True, energies=True)
 
 
-def piece(task: Task, cutoff: float) -> Task:
-    """The atom nearest to the middle of a structure and what surrounds it, as a cluster small enough for the reference.
+def piece(task: Task, cutoff: float, most: int = LARGEST) -> Task:
+    """The structure; or, of one with more than `most` atoms, the one in its middle and what surrounds it, as a cluster.
 
     Distances are those of the structure wrapped into its cell, so a cluster at its edge has fewer neighbours; both
     backends are given the same.
     """
-    if len(task.positions) <= LARGEST:
+    if len(task.positions) <= most:
         return task
     positions = wrap_positions(task.positions, task.cell, task.system.pbc) if any(task.system.pbc) else task.positions
     central = np.argmin(np.linalg.norm(positions - positions.mean(axis=0), axis=1))
     distances = np.linalg.norm(positions - positions[central], axis=1)
-    nearest = np.argsort(distances)[: LARGEST // 2]
+    nearest = np.argsort(distances)[: most // 2]
     nearest = nearest[distances[nearest] <= 2 * cutoff]
     system = dataclasses.replace(task.system, numbers=task.system.numbers[nearest], pbc=(False, False, False))
     return Task(system, task.cell, positions[nearest], stress=task.stress, energies=False)

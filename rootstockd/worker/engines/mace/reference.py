@@ -11,7 +11,7 @@ import io
 import sys
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Tuple
 
 import numpy as np
 
@@ -34,6 +34,10 @@ with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), witho
 __all__ = ["ReferenceBackend", "System", "mace"]
 
 
+Check = Tuple[Tuple[int, ...], int, Tuple[bool, bool, bool], str, float]
+"""What one comparison is for: elements, session, periodicity, head and tolerance."""
+
+
 @dataclass(eq=False)
 class System:
     """A session's system, as the backends want it."""
@@ -50,9 +54,8 @@ class System:
     tolerance: float
     """How far forces may differ from the reference's, in eV/Å."""
     session: int
-    check: object
-    """What stands for it among systems whose first structure was compared: one comparison does for a session's systems
-    of the same elements, periodicity, head and tolerance."""
+    check: Check
+    """What stands for it among systems whose first structure was compared."""
 
 
 class ReferenceBackend:
