@@ -210,8 +210,8 @@ def check_variables(machine: Machine) -> Iterator[Finding]:
     elif said["OMP_NUM_THREADS"] == "1":
         yield ok(
             "threads",
-            "OMP_NUM_THREADS is 1: right for a job. Workers of a daemon that computes on CPUs would have one thread, also "
-            "after a `restart` from here: unset it for that",
+            "OMP_NUM_THREADS is 1: right for a job. A daemon that computes on CPUs, also after a `restart` from here, "
+            "would have workers of one thread: unset it for that",
         )
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         value = said.get(name, "").partition(",")[0]
