@@ -2,8 +2,8 @@
  *
  * Files in there, each with a number or a word: `uuid`, `name`, `total` and `used` (bytes), `processes` (lines of a
  * process id and its bytes). A GPU with a file `lost` answers as one that has fallen off the bus; with a file `slow`
- * beside the GPUs the driver takes two seconds for everything. Nothing computes on
- * them; what a daemon does with what a driver says is tested with this, a driver and CUDA are not.
+ * beside the GPUs, the driver takes two seconds to begin. Nothing computes on them: what a daemon does with what a
+ * driver says is tested with this, a driver and CUDA are not.
  *
  * Structures as in pynvml.py of nvidia-ml-py 13.
  */
