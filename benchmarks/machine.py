@@ -16,14 +16,14 @@ import pynvml
 
 from benchmarks.common import REPOSITORY
 from rootstockd.doctor.software import torch_in
-from rootstockd.host.devices import VISIBLE, find_gpus, gpu_memory, visible_gpus
+from rootstockd.host.devices import gpu_memory, seen_gpus
 
 PACKAGES = ("numpy", "ase", "torch", "mace-torch", "e3nn", "cuequivariance-torch", "uvloop", "psutil", "matplotlib")
 
 
 def gpus() -> list[str]:
     """The NVIDIA GPUs that programs see here, by model, with the driver's version."""
-    seen = visible_gpus(find_gpus(), os.environ.get(VISIBLE))
+    seen = seen_gpus()
     if not seen:
         return []
     pynvml.nvmlInit()
@@ -40,7 +40,7 @@ def gpus() -> list[str]:
 
 def free_gpu_memory() -> float | None:
     """Free memory of the first GPU that programs see, in MB; None where there is none."""
-    seen = visible_gpus(find_gpus(), os.environ.get(VISIBLE))
+    seen = seen_gpus()
     memory = gpu_memory(seen[0].uuid) if seen else None
     return memory.free / 1e6 if memory else None
 

@@ -26,7 +26,7 @@ from ase.md.verlet import VelocityVerlet
 
 from conftest import EMBEDDED_MODEL, RunningDaemon, wait_for
 from rootstock_client.errors import LimitError
-from rootstockd.host.devices import VISIBLE, find_gpus, gpu_memory, visible_gpus
+from rootstockd.host.devices import VISIBLE, gpu_memory, seen_gpus
 
 pytestmark = [
     pytest.mark.gpu,
@@ -138,7 +138,7 @@ def test_a_gpu_has_one_daemon(gpu_daemon: RunningDaemon, reference: Any, runtime
 
 def uuid() -> str:
     """The GPU's, or the MIG instance's."""
-    return visible_gpus(find_gpus(), os.environ.get(VISIBLE))[0].uuid
+    return seen_gpus()[0].uuid
 
 
 def free_memory() -> int:

@@ -151,6 +151,11 @@ def visible_gpus(gpus: list[Gpu], variable: str | None) -> list[Gpu]:
     return seen
 
 
+def seen_gpus() -> list[Gpu]:
+    """Those of this machine that a program sees that is started from here."""
+    return visible_gpus(find_gpus(), os.environ.get(VISIBLE))
+
+
 def _by_uuid(gpus: list[Gpu], uuid: str) -> list[Gpu]:
     """Those whose UUID begins so."""
     return [gpu for whole in gpus for gpu in (whole, *whole.instances) if gpu.uuid.startswith(uuid)]
@@ -204,7 +209,7 @@ def choose_devices(*, gpus: str | None = None, names: tuple[str, ...] = ()) -> t
         ValueError: what was asked for is no device.
     """
     if gpus == "all":
-        names = _answering(visible_gpus(find_gpus(), os.environ.get(VISIBLE))) or ("cuda:0",)
+        names = _answering(seen_gpus()) or ("cuda:0",)
     elif gpus is not None:
         names = tuple(f"cuda:{name}" if name.isdigit() else name for name in map(str.strip, gpus.split(",")))
     elif not names:

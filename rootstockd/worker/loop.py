@@ -44,6 +44,7 @@ import numpy as np
 
 from rootstockd.worker import stages
 from rootstockd.worker.engines import (
+    LEAVE_OUT,
     Engine,
     EngineBrokenError,
     EngineError,
@@ -63,7 +64,6 @@ _BETWEEN = 1.0
 """Seconds, at least, from one message about memory to the next; and without work, until it is looked what a GPU's
 allocator keeps."""
 _A_DEFECT = "This is a defect of the model's code; `rootstockd logs` may have more."
-_LEAVE_OUT = "Do not ask for it, or use another model."
 _WINDOW = 10.0
 """Seconds of work, after which that is looked at, too."""
 
@@ -142,7 +142,7 @@ class _Attached:
             slot.energies[frame] = energy
             if self.stress:  # else they are zeros and stay so: the driver did not want it and knows it
                 if result.virial is None:
-                    raise EngineError("unsupported", "the engine computed no stress", _LEAVE_OUT)
+                    raise EngineError("unsupported", "the engine computed no stress", LEAVE_OUT)
                 virial = result.virial
                 if virial.__class__ is not np.ndarray or virial.dtype is not _FLOAT or virial.shape != (3, 3):
                     virial = real_numbers(virial, (3, 3), "virial")
@@ -162,7 +162,7 @@ class _Attached:
                 extra["fingerprint"] = self._fingerprint
             if self.energies:
                 if result.energies is None:
-                    raise EngineError("unsupported", "the engine computed no per-atom energies", _LEAVE_OUT)
+                    raise EngineError("unsupported", "the engine computed no per-atom energies", LEAVE_OUT)
                 energies = real_numbers(result.energies, (self.slot.natoms,), "per-atom energies") / HARTREE
                 if not is_finite(energies):
                     raise not_finite()

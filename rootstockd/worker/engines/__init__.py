@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any, Protocol
@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from rootstockd.worker import stages
-from rootstockd.worker.failures import out_of_memory
+from rootstockd.worker.failures import describe, out_of_memory
 from rootstockd.worker.files import open_regular
 
 ENGINE_API = 1
@@ -219,6 +219,30 @@ def choose_head(name: str, heads: tuple[str, ...], wanted: str | None) -> str | 
         message = f"model {name!r} has no head {wanted[:100]!r}"
     hint = f"Name one of its heads: {', '.join(heads)}." if heads else "Leave it out: this model has no heads."
     raise EngineError("unsupported", message, hint)
+
+
+LEAVE_OUT = "Do not ask for it, or use another model."
+"""What is said to whoever asks for what a model does not compute."""
+
+
+def refuse_missing(name: str, missing: Sequence[str]) -> None:
+    """Refuse what a model does not compute.
+
+    Raises:
+        EngineError: there is something.
+    """
+    if missing:
+        raise EngineError("unsupported", f"model {name!r} computes no {' and no '.join(missing)}", LEAVE_OUT)
+
+
+def raise_if_gpus(spec: ModelSpec, error: Exception, what: str) -> None:
+    """Tell apart what goes wrong in loading because of the GPU: another may do.
+
+    Raises:
+        EngineError: it is CUDA that has failed.
+    """
+    if spec.device != "cpu" and "CUDA" in describe(error):
+        raise EngineError("device", what, "`rootstockd doctor` looks at the GPU.") from error
 
 
 def guarded(evaluate: Callable[[list[Task]], list[Result]], tasks: list[Task]) -> list[Result]:

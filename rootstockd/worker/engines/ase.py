@@ -46,7 +46,9 @@ from rootstockd.worker.engines import (
     check_system,
     choose_head,
     guarded,
+    raise_if_gpus,
     read_weights,
+    refuse_missing,
 )
 from rootstockd.worker.engines.deterministic import deterministic, fuse_nothing
 from rootstockd.worker.failures import describe
@@ -127,7 +129,7 @@ class AseEngine:
     def _one(self, task: Task) -> Result:
         system: _Prepared = task.system
         wanted = ["energy", "forces"] + ["stress"] * task.stress + ["energies"] * task.energies
-        self._refuse_missing([name for name in wanted if name not in self.info.properties])
+        refuse_missing(self._name, [name for name in wanted if name not in self.info.properties])
         cell, pbc = self._box(task.cell, system.pbc)
         # made anew: calculators change what they are given
         atoms = Atoms(system.numbers, task.positions, cell=cell, pbc=pbc, info=dict(system.info))
@@ -139,7 +141,7 @@ class AseEngine:
         except PropertyNotImplementedError as error:
             raise EngineError("unsupported", f"model {self._name!r}: {describe(error)}") from error
         results = system.calculator.results
-        self._refuse_missing([name for name in wanted if results.get(name) is None])
+        refuse_missing(self._name, [name for name in wanted if results.get(name) is None])
         virial = None
         if task.stress:
             virial = -_full(results["stress"]) * abs(np.linalg.det(cell))
@@ -158,11 +160,6 @@ class AseEngine:
         if np.linalg.det(cell) < 0:
             return cell[[1, 0, 2]], (pbc[1], pbc[0], pbc[2])
         return cell, pbc
-
-    def _refuse_missing(self, names: list[str]) -> None:
-        if names:
-            what = f"model {self._name!r} computes no {' and no '.join(names)}"
-            raise EngineError("unsupported", what, "Do not ask for it, or use another model.")
 
     def _choose_energy(self, results: dict[str, Any]) -> Any:
         """The one energy that there is room for."""
@@ -243,8 +240,7 @@ def make(spec: ModelSpec, head: str | None) -> Any:
             return _call(target, spec.arguments.get("options", {}), words)
         except Exception as error:
             text = f"model {spec.name!r}: can't make {target}: {describe(error)}"
-            if spec.device != "cpu" and "CUDA" in text:
-                raise EngineError("device", text, "`rootstockd doctor` looks at the GPU.") from error
+            raise_if_gpus(spec, error, text)
             raise EngineError("model-load", text) from error
 
 

@@ -31,6 +31,7 @@ from rootstockd.worker.engines import (
     Task,
     check_system,
     choose_head,
+    refuse_missing,
 )
 from rootstockd.worker.engines.ipi.driver import Answer, EndedError, NonsenseError
 from rootstockd.worker.engines.ipi.frame import ALONE, APART, Frame
@@ -144,9 +145,8 @@ class IpiEngine:
         Raises:
             EngineError: no program can be shown such a one, or none computes what is asked for.
         """
-        if missing := ["energies"] * task.energies + ["stress"] * (task.stress and not self._recipe.stress):
-            what = f"model {self._name!r} computes no {' and no '.join(missing)}"
-            raise EngineError("unsupported", what, "Do not ask for it, or use another model.")
+        missing = ["energies"] * task.energies + ["stress"] * (task.stress and not self._recipe.stress)
+        refuse_missing(self._name, missing)
         prepared: _Prepared = task.system
         frame = Frame(task.cell, prepared.system.pbc, triangular=self._recipe.triangular)
         if frame.is_too_large(task.positions):

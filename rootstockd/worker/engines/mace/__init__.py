@@ -29,6 +29,7 @@ from rootstockd.worker.engines import (
     check_system,
     choose_head,
     guarded,
+    raise_if_gpus,
     read_weights,
 )
 from rootstockd.worker.engines import System as Wanted
@@ -324,9 +325,7 @@ def load(spec: ModelSpec) -> MaceEngine | safe.Conversion:
     except EngineError:
         raise
     except Exception as error:
-        if spec.device != "cpu" and "CUDA" in describe(error):  # nothing is wrong with the file
-            text = f"model {spec.name!r} can't be put on {spec.device}: {describe(error)}"
-            raise EngineError("device", text, "`rootstockd doctor` looks at the GPU.") from error
+        raise_if_gpus(spec, error, f"model {spec.name!r} can't be put on {spec.device}: {describe(error)}")
         text = f"model {spec.name!r}: {spec.weights} is not a MACE model that mace-torch {mace.__version__} can read"
         # one that names code that is not here may be a model to another version
         code = "model-load" if isinstance(error, (ImportError, AttributeError)) else "not-a-model"
