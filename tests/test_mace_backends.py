@@ -18,12 +18,14 @@ from ase import Atoms  # noqa: E402
 from ase.build import bulk, fcc111, molecule  # noqa: E402
 from ase.neighborlist import neighbor_list  # noqa: E402
 
+from rootstockd.worker import stages  # noqa: E402
 from rootstockd.worker.engines import EngineError, ModelSpec, Result, System, Task  # noqa: E402
 from rootstockd.worker.engines.differences import Difference, compare  # noqa: E402
-from rootstockd.worker.engines.mace import MaceEngine, _accelerate, checks, radial  # noqa: E402
+from rootstockd.worker.engines.mace import MaceEngine, checks, radial  # noqa: E402
 from rootstockd.worker.engines.mace.budget import Size  # noqa: E402
+from rootstockd.worker.engines.mace.candidates import NotApplicableError, backends_for  # noqa: E402
 from rootstockd.worker.engines.mace.edges import EdgeBackend  # noqa: E402
-from rootstockd.worker.engines.mace.fused import FusedBackend, NotApplicableError  # noqa: E402
+from rootstockd.worker.engines.mace.fused import FusedBackend  # noqa: E402
 from rootstockd.worker.engines.mace.graph import Graph, Neighbours, union  # noqa: E402
 from rootstockd.worker.engines.mace.passes import Elements, Harmonics, Pass  # noqa: E402
 from rootstockd.worker.engines.mace.radial import SHORTEST  # noqa: E402
@@ -251,7 +253,7 @@ def test_what_is_not_folded_is_evaluated_by_edges(change, monkeypatch):
     model = make_model(**change)
     with pytest.raises(NotApplicableError):
         FusedBackend(model)
-    (fast,), why = _accelerate(model, ModelSpec("test", "mace", "cpu", "float64"))
+    (fast,), why = backends_for(model, ModelSpec("test", "mace", "cpu", "float64"))
     assert isinstance(fast, EdgeBackend) and not isinstance(fast, FusedBackend)
     assert "symmetric contraction" in why
     of, reference = engine(model), ReferenceBackend(model, "cpu")
@@ -260,7 +262,7 @@ def test_what_is_not_folded_is_evaluated_by_edges(change, monkeypatch):
     monkeypatch.setitem(sys.modules, "vesin", None)  # as in an environment without it
     monkeypatch.delitem(sys.modules, EdgeBackend.__module__)
     monkeypatch.delitem(sys.modules, Neighbours.__module__)
-    assert _accelerate(model, ModelSpec("test", "mace", "cpu", "float64"))[0] == []
+    assert backends_for(model, ModelSpec("test", "mace", "cpu", "float64"))[0] == []
 
 
 @pytest.mark.parametrize("normalization", ["component", "integral"])
@@ -501,10 +503,28 @@ def test_a_backend_that_fails_or_gives_nan_is_switched_off():
     assert "nan" in watched(model, Wrong(model, shift=np.nan)).info.note
 
 
+def test_a_backend_that_breaks_cuda_is_told_of_at_once(monkeypatch):
+    # after that nothing in the process works, so that whatever came next would be blamed for it
+    told = []
+    monkeypatch.setattr(stages, "_tell", [lambda stage, backend: told.append(backend)])
+    model = medium()
+
+    class Breaking(Wrong):
+        def evaluate(self, tasks):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        watched(model, Breaking(model), FusedBackend(model))
+    assert told == ["wrong"]
+
+
 def test_where_the_fastest_is_switched_off_the_next_is_used():
     model = medium()
-    candidates, why = _accelerate(model, ModelSpec("test", "mace", "cpu", "float64"))
+    candidates, why = backends_for(model, ModelSpec("test", "mace", "cpu", "float64"))
     assert [backend.name for backend in candidates] == ["fused", "mace-torch by edges"] and not why
+    spec = ModelSpec("test", "mace", "cpu", "float64", without={"fused": "signal 11 (SIGSEGV)"})
+    (left,), why = backends_for(model, spec)
+    assert left.name == "mace-torch by edges" and "fused is switched off" in why and "SIGSEGV" in why
     of = watched(model, Wrong(model, shift=1e-2), Wrong(model, stretch=1.5), *candidates[1:])
     assert of.info.backend.startswith("mace-torch by edges")
     assert of.info.note.count("wrong is switched off: it differs by") == 2

@@ -60,6 +60,8 @@ class Stage(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
     stage: Annotated[str, Field(max_length=100)]
+    backend: Annotated[str, Field(max_length=100)] = ""
+    """Which of several ways to compute is being tried."""
 
 
 class Versions(BaseModel):

@@ -82,6 +82,8 @@ class Supervisor:
         """How long the latest loading took."""
         self.stage = ""
         """How far loading has come, or when it begins anew."""
+        self.trying = ""
+        """Which backend is being tried: should the worker end now, it is that one's doing."""
         self.obstacle = ""
         """What is in the way of loading, while it waits."""
         self.refusal: LimitError | None = None
@@ -92,6 +94,8 @@ class Supervisor:
         """Of all that determines the numbers of its last worker, in that environment."""
         self._landlord = landlord
         self._ration = Ration()
+        self._without: dict[str, str] = {}
+        """Backends that ended a worker when they were tried, and how."""
         self._worker: WorkerProcess | None = None
         self._settled = asyncio.Event()
         self._stopping = asyncio.Event()
@@ -339,6 +343,9 @@ class Supervisor:
         while not self._leaving.is_set():
             self._set_state(State.LOADING)
             end = await self._run_worker(variables)
+            if self.state is State.LOADING and self._drop_backend(end):
+                self._replace(end)
+                continue
             failed_there = end.disorder or isinstance(self.error, DeviceFailedError)
             lost = not self._leaving.is_set() and await self._landlord.has_lost(self, failed=failed_there)
             if self._leaving.is_set():
@@ -371,6 +378,19 @@ class Supervisor:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._leaving.wait(), failed.pause)
 
+    def _drop_backend(self, end: End) -> bool:
+        """Have the next worker do without the backend that was being tried when one ended, if one was."""
+        reported = self.error or self._shortage  # the worker lived on to say what was wrong
+        if not self.trying or not (isinstance(reported, DeviceFailedError) or (end.blamed and reported is None)):
+            return False
+        how = self.error.message if self.error else end.how
+        log.warning(
+            "model %s does without the backend %s: a worker that tried it ended: %s", self.spec.name, self.trying, how
+        )
+        self._without[self.trying] = how
+        self.error = None
+        return True
+
     def _replace(self, end: End) -> None:
         """The worker has ended, and there will be another."""
         self._dispatcher.worker_lost(end)
@@ -379,13 +399,13 @@ class Supervisor:
 
     async def _run_worker(self, variables: dict[str, str]) -> End:
         """One worker from its start to its end."""
-        self.stage, self._loading_since = "starting", time.perf_counter()
+        self.stage, self.trying, self._loading_since = "starting", "", time.perf_counter()
         self.memory.begin()
         try:
             environment, spec = await asyncio.to_thread(_with_environment, self.spec)
             self.environment, self.fingerprint = environment, spec.fingerprint
             worker = self._worker = await WorkerProcess.start(
-                spec, environment, variables, self._messages.hear, self._ration
+                replace(spec, without=self._without), environment, variables, self._messages.hear, self._ration
             )
         except ModelLoadError as error:
             self.error = error

@@ -22,6 +22,7 @@ class Listener(Protocol):
     state: State
     unconfined: list[str]
     stage: str
+    trying: str
     memory: MemoryUse
 
     def computes(self, info: EngineInfo, *, ready: bool) -> None:
@@ -89,7 +90,7 @@ class WorkerMessages:
         elif isinstance(said, Failure):
             listener.not_loaded(said.error)
         elif isinstance(said, Stage):
-            listener.stage = said.stage
+            listener.stage, listener.trying = said.stage, said.backend
         elif isinstance(said, Held):
             listener.memory.told = said.bytes
         else:

@@ -38,6 +38,11 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in text_of(error).lower() for words in _NO_MEMORY)
 
 
+def in_disorder(error: BaseException) -> bool:
+    """Whether CUDA says that it failed: from here on it answers everything in this process with that error."""
+    return isinstance(error, RuntimeError) and "CUDA error" in text_of(error) and not out_of_memory(error)
+
+
 def shortage(error: BaseException) -> str:
     """What such an exception says of how much there was, and how much was wanted; empty if nothing."""
     text = text_of(error)

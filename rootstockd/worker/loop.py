@@ -17,7 +17,7 @@ to the daemon
 ----------------------------------------------------------------------------------------------------------------
 V   JSON: protocol, slots                            the versions that it knows, before all else
 C   JSON: missing                                    it has given its rights away, but for what these texts say
-P   JSON: stage                                      loading has come so far (`stages`)
+P   JSON: stage, backend                             loading has come so far (`stages`), and tries this
 R   JSON: EngineInfo                                 the model is loaded
 X   JSON: code, message, hint                        the model can't be loaded; the worker ends
 F   JSON: slot, code, message, hint                  this slot's evaluation failed
@@ -367,7 +367,7 @@ def send(channel: socket.socket, kind: bytes, fields: dict[str, Any]) -> None:
 
 def main(channel: socket.socket, spec: ModelSpec) -> int:
     """Load and serve; the process's exit status."""
-    stages.tell(lambda stage: send(channel, b"P", {"stage": stage}))
+    stages.tell(lambda stage, backend: send(channel, b"P", {"stage": stage, "backend": backend}))
     try:
         engine = load_engine(spec)
     except BaseException as error:  # it may be somebody's code that calls sys.exit()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -408,6 +409,26 @@ def test_workers_killed_while_they_load(daemon: RunningDaemon) -> None:
 
 
 # --- the end
+
+
+def test_a_backend_that_ends_the_worker_is_done_without(start_daemon, tmp_path: Path, monkeypatch) -> None:
+    # such as a library built for another CPU
+    (tmp_path / "numba.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGILL)\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]).rstrip(":"))
+    daemon = start_daemon("--model", "mace-emt-small")
+    atoms = bulk("Cu", cubic=True)
+    atoms.rattle(0.1, seed=1)
+    with daemon.client().calculator("mace-emt-small") as atoms.calc:
+        backends = []
+        for _ in range(2):
+            atoms.get_forces()
+            backends.append(atoms.calc.backend)
+            atoms.rattle(0.01)
+    assert backends == ["mace-torch", "mace-torch by edges"]
+    model = daemon.model("mace-emt-small")
+    assert model["restarts"] == 1
+    assert re.search(r"fused is switched off: a worker that tried it ended \(signal 4 \(SIGILL\)\)", model["note"])
+    assert "does without the backend fused" in daemon.log.read_text()
 
 
 @pytest.mark.parametrize("at", ["an evaluation", "loading"])

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from rootstockd.worker import stages
-from rootstockd.worker.failures import describe, out_of_memory
+from rootstockd.worker.failures import describe, in_disorder, out_of_memory
 from rootstockd.worker.files import open_regular
 
 ENGINE_API = 1
@@ -75,6 +75,8 @@ class ModelSpec:
     """Seconds that an evaluation may take, where the catalogue says; likewise the daemon's."""
     fingerprint: str = ""
     """Of all that determines its numbers (`rootstockd.models.spec`), in hexadecimal; the daemon's, not the engine's."""
+    without: dict[str, str] = field(default_factory=dict)
+    """Ways to compute that are not tried, as they ended a worker that did; and how."""
 
 
 @dataclass(frozen=True)
@@ -256,7 +258,7 @@ def guarded(evaluate: Callable[[list[Task]], list[Result]], tasks: list[Task]) -
         return evaluate(tasks)
     except RuntimeError as error:
         if not out_of_memory(error):
-            if "CUDA error" in str(error):  # from here on it answers everything with this error
+            if in_disorder(error):
                 raise EngineBrokenError from error
             raise
         text = str(error)

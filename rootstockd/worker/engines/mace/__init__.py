@@ -12,7 +12,7 @@ import io
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakSet
 
 import numpy as np
@@ -36,9 +36,9 @@ from rootstockd.worker.engines import System as Wanted
 from rootstockd.worker.engines.deterministic import deterministic, fuse_nothing
 from rootstockd.worker.engines.differences import TOLERANCE, compare
 from rootstockd.worker.engines.mace import checks, safe
-from rootstockd.worker.engines.mace.radial import NotApplicableError
+from rootstockd.worker.engines.mace.candidates import Backend, NotApplicableError, backends_for
 from rootstockd.worker.engines.mace.reference import Check, ReferenceBackend, System, mace
-from rootstockd.worker.failures import describe, out_of_memory
+from rootstockd.worker.failures import describe, in_disorder, out_of_memory
 from rootstockd.worker.memory import gpu_memory
 
 log = logging.getLogger(__name__)
@@ -50,24 +50,6 @@ REMEMBERED = 100_000
 _STEP = 1e-3
 _SLOPE = {"float32": 2e-2, "float64": 1e-4}
 """How far a force may be from a finite difference of the energy: the sanity check of forces, not of rounding."""
-
-
-class Backend(Protocol):
-    """One way to evaluate a MACE model."""
-
-    name: str
-    note: str
-    """What people should know of how it computes just now; as a rule nothing."""
-
-    def evaluate(self, tasks: list[Task]) -> list[Result]:
-        """Evaluate a batch; results in the same order.
-
-        Raises:
-            NotApplicableError: it can't, for what is in a structure.
-        """
-
-    def forget(self) -> None:
-        """Give back what is kept of structures for others like them."""
 
 
 class MaceEngine:
@@ -205,7 +187,8 @@ class MaceEngine:
             trusted = difference.within(system.tolerance)
             why = f"{fast.name} differs from {self._reference.name} by {difference}"
         except Exception as error:  # the reference has answered
-            if isinstance(error, EngineBrokenError) or (out_of_memory(error) and whole is None):
+            broken = isinstance(error, EngineBrokenError) or in_disorder(error)
+            if broken or (out_of_memory(error) and whole is None):
                 raise
             if isinstance(error, NotApplicableError) or out_of_memory(error):  # says nothing of its numbers
                 return whole or self._reference.evaluate([task])[0]  # and they are compared next time
@@ -261,13 +244,15 @@ class MaceEngine:
             for task in checks.structures(self._elements, head, number):
                 for _ in range(repeats):
                     reference = self._reference.evaluate([task])[0]
+                stages.begin(stages.CHECKS, backend.name)
                 try:
                     for _ in range(repeats):
                         result = backend.evaluate([task])[0]
                 except Exception as error:  # whatever it is, others are still there
-                    if out_of_memory(error):
-                        raise  # that is nothing that it does wrong
+                    if out_of_memory(error) or in_disorder(error):
+                        raise  # that is nothing that it does wrong; this, nothing that the process outlives
                     return f"{type(error).__name__}: {error}"
+                stages.begin(stages.CHECKS)
                 repeats = 1
                 backend.forget()  # no session has all elements at once
                 difference = compare(result, reference)
@@ -331,7 +316,11 @@ def load(spec: ModelSpec) -> MaceEngine | safe.Conversion:
         code = "model-load" if isinstance(error, (ImportError, AttributeError)) else "not-a-model"
         raise EngineError(code, f"{text}: {error}") from error
     stages.begin(stages.CHECKS)
-    return MaceEngine(model, spec, reference, *_accelerate(model, spec))
+    try:
+        return MaceEngine(model, spec, reference, *backends_for(model, spec))
+    except RuntimeError as error:
+        raise_if_gpus(spec, error, f"model {spec.name!r} can't be computed on {spec.device}: {describe(error)}")
+        raise
 
 
 def begin_cuda(name: str) -> None:
@@ -356,27 +345,3 @@ def begin_cuda(name: str) -> None:
             "catalogue tells whether CUDA lacks a right that workers give away (SECURITY.md).",
         ) from error
     fuse_nothing()
-
-
-def _accelerate(model: Any, spec: ModelSpec) -> tuple[list[Backend], str]:
-    """The backends that fit model and device, the fastest first, and what is in the way of a faster one."""
-    try:  # imported here: not every environment has vesin
-        from rootstockd.worker.engines.mace.device import DeviceBackend  # noqa: PLC0415
-        from rootstockd.worker.engines.mace.edges import EdgeBackend  # noqa: PLC0415
-
-        by_edges = EdgeBackend if spec.device == "cpu" else DeviceBackend
-        simple = by_edges(model, "mace-torch by edges")
-    except (ImportError, NotApplicableError) as error:  # mace-torch itself is left
-        return [], f"not accelerated: {error}"
-    try:
-        if spec.device == "cpu":
-            from rootstockd.worker.engines.mace.fused import FusedBackend  # noqa: PLC0415 - numba is slow to import
-
-            return [FusedBackend(model), simple], ""
-        from rootstockd.worker.engines.mace.cueq import converted  # noqa: PLC0415 - has an environment for GPUs
-
-        return [by_edges(converted(model, spec.device), "cuequivariance"), simple], ""
-    except (ImportError, NotApplicableError) as error:
-        return [simple], f"not accelerated further: {error}"
-    except Exception as error:
-        return [simple], f"not accelerated further: {type(error).__name__}: {error}"

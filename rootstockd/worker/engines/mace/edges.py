@@ -14,9 +14,9 @@ import torch
 
 from rootstockd.worker.engines import Array, Result, Task
 from rootstockd.worker.engines.mace.budget import Size
+from rootstockd.worker.engines.mace.candidates import NotApplicableError
 from rootstockd.worker.engines.mace.graph import Edges, Graph, Neighbours, union
 from rootstockd.worker.engines.mace.packing import Packing
-from rootstockd.worker.engines.mace.radial import NotApplicableError
 from rootstockd.worker.engines.mace.reference import System
 from rootstockd.worker.failures import out_of_memory
 

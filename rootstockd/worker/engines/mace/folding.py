@@ -17,8 +17,9 @@ from e3nn import o3
 
 from rootstockd.worker.engines import Array
 from rootstockd.worker.engines.mace import kernels
+from rootstockd.worker.engines.mace.candidates import NotApplicableError
 from rootstockd.worker.engines.mace.passes import NOTHING, Elements, Pass
-from rootstockd.worker.engines.mace.radial import NotApplicableError, RadialTables, numpy_type
+from rootstockd.worker.engines.mace.radial import RadialTables, numpy_type
 
 _DEGREES = 3
 

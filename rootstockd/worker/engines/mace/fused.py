@@ -23,6 +23,7 @@ import torch
 
 from rootstockd.worker.engines import Array, Task
 from rootstockd.worker.engines.mace import kernels
+from rootstockd.worker.engines.mace.candidates import NotApplicableError
 from rootstockd.worker.engines.mace.edges import EdgeBackend
 from rootstockd.worker.engines.mace.folding import (
     Contraction,
@@ -37,7 +38,7 @@ from rootstockd.worker.engines.mace.folding import (
 from rootstockd.worker.engines.mace.graph import Edges, Graph
 from rootstockd.worker.engines.mace.host_lists import HostLists
 from rootstockd.worker.engines.mace.passes import Elements, Harmonics, Pass
-from rootstockd.worker.engines.mace.radial import NotApplicableError, RadialTables, numpy_type
+from rootstockd.worker.engines.mace.radial import RadialTables, numpy_type
 
 _EDGES_OF_A_THREAD = 2_000
 """With fewer for each, waking threads takes longer than they save."""

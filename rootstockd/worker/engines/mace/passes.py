@@ -10,8 +10,9 @@ import torch
 
 from rootstockd.worker.engines import Array
 from rootstockd.worker.engines.mace import kernels
+from rootstockd.worker.engines.mace.candidates import NotApplicableError
 from rootstockd.worker.engines.mace.graph import Graph
-from rootstockd.worker.engines.mace.radial import PAIR, NotApplicableError
+from rootstockd.worker.engines.mace.radial import PAIR
 
 NOTHING = 1e-12
 """Coefficients below this are zeros that were computed."""

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from rootstockd.worker.engines import Array
+from rootstockd.worker.engines.mace.candidates import NotApplicableError
 from rootstockd.worker.engines.mace.kernels import DEGREE
 
 if TYPE_CHECKING:
@@ -42,10 +43,6 @@ _NONE = np.empty(0, np.int64)
 def numpy_type(dtype: torch.dtype) -> Any:
     """Numpy's name of a dtype."""
     return np.float64 if dtype == torch.float64 else np.float32
-
-
-class NotApplicableError(Exception):
-    """The model, or a structure, has something that is not folded here; it says what."""
 
 
 class RadialTables:
