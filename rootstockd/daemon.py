@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
 import time
@@ -78,7 +79,7 @@ class Daemon:
         self.accounts = Accounts(config)
         self.errors: Counter[str] = Counter()
         self.warnings: list[str] = []
-        """What the configuration and the catalogues have that can't be meant so."""
+        """What the configuration, the catalogues and the environment have that can't be meant so."""
         self._look_over()
         self.sessions = SessionRegistry()
         self.state = "starting"
@@ -222,7 +223,12 @@ class Daemon:
         return ReloadReport(restart_needed=restart_needed, models_kept=models_kept, warnings=self.warnings)
 
     def _look_over(self) -> None:
-        self.warnings = [*self.accounts.warnings, *self.catalogue.warnings(), *self._closed_folder()]
+        self.warnings = [
+            *self.accounts.warnings,
+            *self.catalogue.warnings(),
+            *self._closed_folder(),
+            *self._one_thread(),
+        ]
         for warning in self.warnings:
             log.warning("%s", warning)
 
@@ -234,6 +240,15 @@ class Daemon:
         return [
             f"nobody else can look into {folder}, where the sockets are: `chmod go+x {folder}` lets others use them"
         ]
+
+    def _one_thread(self) -> list[str]:
+        """That workers get a variable that was meant for jobs."""
+        processors = len(os.sched_getaffinity(0))
+        on_cpu = any(device.kind == "cpu" for device in self.config.devices)
+        if not on_cpu or processors == 1 or os.environ.get("OMP_NUM_THREADS") != "1":
+            return []
+        what = f"OMP_NUM_THREADS is 1, so that models on the CPU compute with 1 of {processors} processors"
+        return [f"{what}: it is meant for jobs. `unset OMP_NUM_THREADS`, and start the daemon anew"]
 
     def _on_end(self, number: signal.Signals) -> None:
         log.info("%s: stopping", number.name)

@@ -47,6 +47,16 @@ def test_start_says_how_to_use_it(start_daemon) -> None:
     assert str(daemon.socket) in done.stdout
 
 
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) == 1, reason="there is one processor")
+def test_start_says_that_a_variable_meant_for_jobs_holds_for_workers(start_daemon, monkeypatch) -> None:
+    words = "OMP_NUM_THREADS is 1"
+    daemon = start_daemon()
+    assert any(words in warning for warning in daemon.client().status()["warnings"])
+    done = daemon.run("restart", env={"OMP_NUM_THREADS": "2"})
+    assert done.returncode == 0 and words not in done.stdout, done.stdout + done.stderr
+    assert words in daemon.run("restart", env={"OMP_NUM_THREADS": "1"}).stdout
+
+
 def test_status_for_people_and_for_programs(own_daemon: RunningDaemon) -> None:
     atoms = copper()
     atoms.calc = own_daemon.client().calculator("emt")

@@ -6,9 +6,18 @@ import contextlib
 import errno
 import traceback
 
-_NO_MEMORY = ("allocate memory", "failed to allocate", "out of memory", "alloc_failed", "bad_alloc", "nvml_success == ")
-"""What libraries say that have one class of exception for whatever goes wrong: torch, cuBLAS, matscipy, C++. The last
-is torch's, too: while it words a lack of memory it asks NVML what others have, which is forbidden on MIG instances."""
+_NO_MEMORY = (
+    "allocate memory",
+    "failed to allocate",
+    "out of memory",
+    "alloc_failed",
+    "bad_alloc",
+    "cublas_status_not_initialized",
+    "nvml_success == ",
+)
+"""What libraries say that have one class of exception for whatever goes wrong: torch, matscipy, C++, cuBLAS, which says
+the one before the last where memory lacks for its handle. The last is torch's, too: while it words a lack of memory it
+asks NVML what others have, which is forbidden on MIG instances."""
 
 
 def text_of(error: BaseException) -> str:

@@ -120,7 +120,9 @@ class _Attached:
                 (atom, _), where = np.argwhere(~np.isfinite(positions))[0], f" of structure {frame}"
                 where = where if self.slot.frames > 1 else ""
                 raise EngineError(
-                    "invalid-structure", f"the position of atom {atom}{where} is {positions[atom].tolist()} Å."
+                    "invalid-structure",
+                    f"the position of atom {atom}{where} is {positions[atom].tolist()} Å.",
+                    "Look at the steps before: at the time step, and at how far from equilibrium the start was.",
                 )
             tasks.append(Task(self._system, self._cells[frame], positions, self.stress, self.energies))
 
