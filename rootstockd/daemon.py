@@ -86,9 +86,9 @@ class Daemon:
         self.since = time.time()
         self.metrics_url: str | None = None
         self._preload, missing = to_preload(config.models, self.catalogue)
-        for error in missing:
-            self.warnings.append(f"not loaded: {error}")
-            log.warning("not loaded: %s", error)
+        for warning in [*(f"not loaded: {error}" for error in missing), *self._one_thread()]:
+            self.warnings.append(warning)
+            log.warning("%s", warning)
         self._replaced = False
         self._stop = asyncio.Event()
         self._force = asyncio.Event()
@@ -223,12 +223,7 @@ class Daemon:
         return ReloadReport(restart_needed=restart_needed, models_kept=models_kept, warnings=self.warnings)
 
     def _look_over(self) -> None:
-        self.warnings = [
-            *self.accounts.warnings,
-            *self.catalogue.warnings(),
-            *self._closed_folder(),
-            *self._one_thread(),
-        ]
+        self.warnings = [*self.accounts.warnings, *self.catalogue.warnings(), *self._closed_folder()]
         for warning in self.warnings:
             log.warning("%s", warning)
 
