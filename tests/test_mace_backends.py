@@ -5,6 +5,7 @@ import importlib
 import itertools
 import logging
 import sys
+import types
 import warnings
 from functools import cache
 
@@ -25,14 +26,17 @@ from rootstockd.worker.engines.mace import MaceEngine, checks, radial  # noqa: E
 from rootstockd.worker.engines.mace.budget import Size  # noqa: E402
 from rootstockd.worker.engines.mace.candidates import NotApplicableError, backends_for  # noqa: E402
 from rootstockd.worker.engines.mace.edges import EdgeBackend  # noqa: E402
+from rootstockd.worker.engines.mace.folding import from_e3nn  # noqa: E402
 from rootstockd.worker.engines.mace.fused import FusedBackend  # noqa: E402
 from rootstockd.worker.engines.mace.graph import Graph, Neighbours, union  # noqa: E402
+from rootstockd.worker.engines.mace.interactions import Gate  # noqa: E402
 from rootstockd.worker.engines.mace.passes import Elements, Harmonics, Pass  # noqa: E402
 from rootstockd.worker.engines.mace.radial import SHORTEST  # noqa: E402
 from rootstockd.worker.engines.mace.reference import ReferenceBackend  # noqa: E402
 
 ELEMENTS = [1, 6, 8, 13, 29]
 
+GATED = "RealAgnosticResidualNonLinearInteractionBlock"
 ARCHITECTURES = {
     "as MACE-MP-0 medium": {},
     "as MACE-MP-0 small": {"hidden": "8x0e"},
@@ -48,6 +52,20 @@ ARCHITECTURES = {
     "two heads": {"heads": ["one", "other"], "energies": [[1.0, 2.0, 3.0, 4.0, 5.0], [0.5, 0.25, 0.0, -1.0, -2.0]]},
     "repulsion and Agnesi": {"pair_repulsion": True, "distance_transform": "Agnesi"},
     "without shift": {"plain": True},
+    "gated": {"first": GATED, "block": GATED, "edge_irreps": "8x0e + 8x1o"},
+    "gated, with all options": {
+        "first": GATED,
+        "block": GATED,
+        "edge_irreps": "4x0e + 4x1o + 4x2e",
+        "use_edge_irreps_first": True,
+        "use_agnostic_product": True,
+        "use_last_readout_only": True,
+        "use_reduced_cg": True,
+        "apply_cutoff": False,
+        "distance_transform": "Agnesi",
+        "heads": ["one", "other"],
+        "energies": [[1.0, 2.0, 3.0, 4.0, 5.0], [0.5, 0.25, 0.0, -1.0, -2.0]],
+    },
 }
 
 
@@ -84,13 +102,22 @@ def make_model(
         "radial_MLP": [8, 8],
         **options,
     }
+    if "edge_irreps" in fields:
+        fields["edge_irreps"] = o3.Irreps(fields["edge_irreps"])
     heads = len(fields.get("heads", ["Default"]))
     scale, shift = ([20.0, 15.0], [0.1, 0.3]) if heads > 1 else (20.0, 0.1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit, which e3nn uses
         if plain:
             return modules.MACE(**fields)
-        return modules.ScaleShiftMACE(atomic_inter_scale=scale, atomic_inter_shift=shift, **fields)
+        model = modules.ScaleShiftMACE(atomic_inter_scale=scale, atomic_inter_shift=shift, **fields)
+    for interaction in model.interactions if block == GATED else ():  # which begin as if they had no elements
+        with torch.no_grad():
+            interaction.alpha.fill_(3.0)
+            interaction.beta.fill_(0.7)
+            interaction.source_embedding.weight.normal_()
+            interaction.target_embedding.weight.normal_()
+    return model
 
 
 def engine(model, dtype="float64"):
@@ -248,6 +275,35 @@ def test_forces_and_virial_are_slopes_of_the_energy():
         assert result.virial[i, j] == pytest.approx(-slope, rel=1e-6, abs=1e-6)
 
 
+def test_gates_of_e3nn_are_understood_too():
+    # models that older versions of mace-torch wrote have them
+    o3, nn = importlib.import_module("e3nn.o3"), importlib.import_module("e3nn.nn")
+    irreps = o3.Irreps("4x0e + 4x1o + 4x2e")
+    torch.set_default_dtype(torch.float64)
+
+    def e3nns(*functions):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.jit, which e3nn uses
+            return nn.Gate("4x0e", [torch.nn.functional.silu], "4x0e + 4x0e", functions, "4x1o + 4x2e")
+
+    gated = e3nns(torch.sigmoid, torch.sigmoid)
+    mine = Gate(gated, irreps, 4, torch.float64)
+    x = torch.randn((5, gated.irreps_in.dim), dtype=torch.float64, requires_grad=True)
+    expected = gated(x)
+    wanted = torch.randn_like(expected)
+    (slope,) = torch.autograd.grad(expected, x, wanted)
+
+    def rows(y):  # the scalars are rows of their own
+        return torch.cat([y[:, :12].reshape(5, 3, 4), from_e3nn(y[:, 12:], irreps[1:])], 1).detach()
+
+    now = types.SimpleNamespace(kept={})
+    torch.testing.assert_close(mine.forward(rows(x), now), from_e3nn(expected, irreps), rtol=0, atol=1e-12)
+    torch.testing.assert_close(mine.backward(from_e3nn(wanted, irreps), now), rows(slope), rtol=0, atol=1e-12)
+    for functions in ([torch.tanh, torch.tanh], [torch.sigmoid, torch.tanh]):
+        with pytest.raises(NotApplicableError, match="a gate that differs"):
+            Gate(e3nns(*functions), irreps, 4, torch.float64)
+
+
 @pytest.mark.parametrize("change", [{"correlation": 4, "max_ell": 1, "hidden": "2x0e"}])
 def test_what_is_not_folded_is_evaluated_by_edges(change, monkeypatch):
     model = make_model(**change)
@@ -390,7 +446,7 @@ def test_tables_of_elements_that_are_not_used_any_more_make_room(monkeypatch):
     model = agnesi()
     fast, reference = FusedBackend(model), ReferenceBackend(model, "cpu")
     of = engine(model)
-    tables = fast._layers[0]._tables[0]
+    tables = fast._layers[0]._interaction._tables._made[0]
     pairs = list(itertools.combinations_with_replacement(ELEMENTS, 2))
     tasks = [task(of, dimer(*pair)) for pair in pairs]
     fast.evaluate([tasks[0]])
@@ -406,7 +462,7 @@ def test_tables_of_elements_that_are_not_used_any_more_make_room(monkeypatch):
 
 def test_pairs_whose_lengths_are_transformed_alike_share_a_table():
     model = agnesi()
-    tables = FusedBackend(model)._layers[0]._tables[0]
+    tables = FusedBackend(model)._layers[0]._interaction._tables._made[0]
     radii = model.radial_embedding.distance_transform.covalent_radii[list(ELEMENTS)]
     kinds = {tables._kind(radial.PAIR * a + b) for a in range(len(ELEMENTS)) for b in range(a, len(ELEMENTS))}
     sums = {round(float(radii[a] + radii[b]), 6) for a in range(len(ELEMENTS)) for b in range(a, len(ELEMENTS))}
@@ -700,7 +756,8 @@ def test_nan_is_never_within_a_tolerance(wrong):
 
 def test_structures_for_checking_span_all_elements_and_every_kind_of_periodicity():
     elements = list(range(1, 84))
-    made = list(checks.structures(elements, "Default", 0))
+    made = [of_first for of_first, _ in checks.structures(elements, ("first", "second"))]
+    assert all(len(set(one.system.numbers)) <= 2 for (one,) in checks.structures(elements, ("only",), 2))
     assert {int(z) for one in made for z in one.system.numbers} == set(elements)
     assert {one.system.pbc for one in made} == {(True, True, True), (True, True, False), (False, False, False)}
     for one in made:

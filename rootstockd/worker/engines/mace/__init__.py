@@ -238,26 +238,40 @@ class MaceEngine:
         return None, notes
 
     def _fault(self, backend: Backend) -> str:
-        """What is wrong with it on structures that span the model's elements, and once with forces as slopes."""
+        """What is wrong with it on structures that span the model's elements, fewer at once where many are too many."""
+        for together in (8, 4):
+            try:
+                return self._fault_among(backend, together)
+            except NotApplicableError as error:
+                why = f"{type(error).__name__}: {error}"
+        return why
+
+    def _fault_among(self, backend: Backend, together: int) -> str:
+        """What is wrong with it on structures of so many elements each, and once with forces as slopes.
+
+        Raises:
+            NotApplicableError: it can't, for so many.
+        """
         repeats = WARM_UP
-        for number, head in enumerate(self._heads):
-            for task in checks.structures(self._elements, head, number):
+        for tasks in checks.structures(self._elements, self._heads, together):
+            for _ in range(repeats):
+                references = self._reference.evaluate(tasks)
+            stages.begin(stages.CHECKS, backend.name)
+            try:
                 for _ in range(repeats):
-                    reference = self._reference.evaluate([task])[0]
-                stages.begin(stages.CHECKS, backend.name)
-                try:
-                    for _ in range(repeats):
-                        result = backend.evaluate([task])[0]
-                except Exception as error:  # whatever it is, others are still there
-                    if out_of_memory(error) or in_disorder(error):
-                        raise  # that is nothing that it does wrong; this, nothing that the process outlives
-                    return f"{type(error).__name__}: {error}"
-                stages.begin(stages.CHECKS)
-                repeats = 1
-                backend.forget()  # no session has all elements at once
+                    results = backend.evaluate(tasks)
+            except Exception as error:  # whatever it is, others are still there
+                if out_of_memory(error) or in_disorder(error) or isinstance(error, NotApplicableError):
+                    raise  # that is nothing that it does wrong; this, nothing that the process outlives
+                return f"{type(error).__name__}: {error}"
+            stages.begin(stages.CHECKS)
+            repeats = 1
+            backend.forget()  # no session has all elements at once
+            for result, reference in zip(results, references):
                 difference = compare(result, reference)
                 if not difference.within(TOLERANCE[self._dtype]):
                     return f"it differs by {difference}"
+        task = tasks[-1]
         moved = {"up": checks.moved(task, _STEP), "down": checks.moved(task, -_STEP), "here": task}
         slope = checks.slope_error({key: backend.evaluate([value])[0] for key, value in moved.items()}, _STEP)
         return "" if slope <= _SLOPE[self._dtype] else f"its forces are {slope:.1e} off its energies' slope"

@@ -21,19 +21,34 @@ _SPACING = 2.6
 _SEED = 20_261_124
 
 
-def structures(elements: Sequence[int], head: str, head_index: int) -> Iterator[Task]:
-    """Structures that span a model's elements: crystals, slabs and clusters of eight elements each."""
+def structures(elements: Sequence[int], heads: Sequence[str], together: int = 8) -> Iterator[list[Task]]:
+    """Structures that span a model's elements: crystals, slabs and clusters of eight atoms and `together` elements.
+
+    Each as tasks for all heads, so that what is made for its elements is made once.
+    """
     rng = np.random.default_rng(_SEED)
     kinds = itertools.cycle([(True, True, True), (True, True, False), (False, False, False)])
-    for begin in range(0, len(elements), 8):
-        numbers = np.array(([*elements[begin : begin + 8]] * 8)[:8])
+    for begin in range(0, len(elements), together):
+        numbers = np.array(([*elements[begin : begin + together]] * 8)[:8])
         grid = np.array(list(itertools.product(range(2), repeat=3)), float)
         cell = _SPACING * 2 * (np.eye(3) + rng.uniform(-0.05, 0.05, (3, 3)))
         positions = grid @ cell / 2 + rng.uniform(-0.2, 0.2, grid.shape)
         pbc = next(kinds)
-        check = ((*elements,), 0, pbc, head, 0.0)
-        system = System(numbers, pbc, head, head_index, NEUTRAL, exact=False, tolerance=0.0, session=0, check=check)
-        yield Task(system, cell, positions, stress=True, energies=True)
+        systems = [
+            System(
+                numbers,
+                pbc,
+                head,
+                number,
+                NEUTRAL,
+                exact=False,
+                tolerance=0.0,
+                session=0,
+                check=((), 0, pbc, head, 0.0),
+            )
+            for number, head in enumerate(heads)
+        ]
+        yield [Task(system, cell, positions, stress=True, energies=True) for system in systems]
 
 
 def piece(task: Task, cutoff: float, most: int = LARGEST) -> Task:

@@ -36,10 +36,10 @@ def channels(*irreps: Any) -> int:
     return int(found.pop())
 
 
-def row_slices(irreps: Any) -> list[slice]:
-    """The rows of each irrep."""
-    ends = np.cumsum([ir.dim for _, ir in irreps]).tolist()
-    return [slice(end - ir.dim, end) for end, (_, ir) in zip(ends, irreps)]
+def row_slices(irreps: Any, count: int = 0) -> list[slice]:
+    """The rows of each irrep; with `count` channels in each, where an irrep has several times as many."""
+    widths = [ir.dim * (mul // count if count else 1) for mul, ir in irreps]
+    return [slice(end - width, end) for end, width in zip(np.cumsum(widths).tolist(), widths)]
 
 
 def to_e3nn(x: torch.Tensor, irreps: Any) -> torch.Tensor:
@@ -65,13 +65,15 @@ class Map:
 
     Args:
         inputs: rows, component after component, and of each component one or several copies.
-        outputs: rows.
-        weight: (elements, copies x channels, channels); of one element if it is the same for all.
+        outputs: likewise.
+        weight: (elements, copies x channels, copies x channels); of one element if it is the same for all.
+        components: of the irrep.
     """
 
     inputs: slice
     outputs: slice
     weight: torch.Tensor
+    components: int
 
 
 class Linear:
@@ -85,9 +87,10 @@ class Linear:
 
     def __init__(self, maps: list[Map], inputs: int, outputs: int) -> None:
         self._maps, self._inputs, self._outputs = maps, inputs, outputs
-        self._out, filled = maps[0].weight.shape[2], sum(_width(one.inputs) for one in maps)
+        one, filled = maps[0], sum(_width(one.inputs) for one in maps)
         self._by_element = any(len(one.weight) > 1 for one in maps)
-        self._channels = maps[0].weight.shape[1] * _width(maps[0].outputs) // _width(maps[0].inputs)
+        self._channels = one.weight.shape[1] * one.components // _width(one.inputs)
+        self._out = one.weight.shape[2] * one.components // _width(one.outputs)
         self._fills = sum(_width(one.outputs) for one in maps) == outputs, filled == inputs
         # of each map, forwards and backwards, the weights of each element
         self._weights = [(list(one.weight), [weight.T for weight in one.weight]) for one in maps]
@@ -109,7 +112,7 @@ class Linear:
         out = make((len(x), rows, width))
         for one, both in zip(self._maps, self._weights):
             source, target = (one.outputs, one.inputs) if back else (one.inputs, one.outputs)
-            size = _width(one.outputs)
+            size = one.components
             flat = x[:, source].reshape(len(x) * size, -1)
             weights = [both[back][z] for z in elements.present] if self._by_element else both[back]
             parts = flat.split([count * size for count in elements.counts]) if several else [flat]
@@ -122,18 +125,19 @@ def _width(rows: slice) -> int:
     return int(rows.stop - rows.start)
 
 
-def linear(module: Any, scale: float = 1.0, mid: Sequence[slice] | None = None) -> Linear:
+def linear(module: Any, scale: float = 1.0, mid: Sequence[slice] | None = None, count: int = 0) -> Linear:
     """An e3nn linear map.
 
     Args:
         module: e3nn's.
         scale: what the result is to be multiplied by.
         mid: the rows of each output's inputs, if these are not one after another: see `Convolution`.
+        count: the channels of a row of outputs, if irreps have several times as many.
     """
     irreps_in, irreps_out = module.irreps_in, module.irreps_out
     if getattr(module, "bias", None) is not None and module.bias.numel():
         raise NotApplicableError("a linear map with biases")
-    inputs, outputs = row_slices(irreps_in), row_slices(irreps_out)
+    inputs, outputs = row_slices(irreps_in), row_slices(irreps_out, count)
     weights: dict[int, list[tuple[int, torch.Tensor]]] = {}
     for _, instruction, weight in module.weight_views(yield_instruction=True):
         folded = weight.detach().double() * (float(instruction.path_weight) * scale)
@@ -144,8 +148,8 @@ def linear(module: Any, scale: float = 1.0, mid: Sequence[slice] | None = None) 
             raise NotApplicableError("a linear map that mixes irreps")
         of = inputs[parts[0][0]] if mid is None else mid[out]
         joined = torch.cat([weight for _, weight in sorted(parts, key=lambda part: part[0])])
-        maps.append(Map(of, outputs[out], joined.to(module.weight.dtype)[None]))
-    return Linear(maps, sum(ir.dim for _, ir in irreps_in), sum(ir.dim for _, ir in irreps_out))
+        maps.append(Map(of, outputs[out], joined.to(module.weight.dtype)[None], irreps_out[out].ir.dim))
+    return Linear(maps, inputs[-1].stop, outputs[-1].stop)
 
 
 def by_element(product: Any) -> Linear:
@@ -164,12 +168,12 @@ def by_element(product: Any) -> Linear:
         shape = instruction.path_shape
         weight = product.weight[at : at + int(np.prod(shape))].view(shape).detach()
         at += weight.numel()
-        degree = product.irreps_in1[instruction.i_in1].ir.l
-        scale = float(instruction.path_weight) * float(o3.wigner_3j(degree, 0, degree)[0, 0, 0])
+        ir = product.irreps_in1[instruction.i_in1].ir
+        scale = float(instruction.path_weight) * float(o3.wigner_3j(ir.l, 0, ir.l)[0, 0, 0])
         # (elements, in, out), contiguous for each element
         folded = (weight.double() * scale).to(weight.dtype).transpose(0, 1).contiguous()
-        maps.append(Map(inputs[instruction.i_in1], outputs[instruction.i_out], folded))
-    return Linear(maps, sum(ir.dim for _, ir in product.irreps_in1), sum(ir.dim for _, ir in product.irreps_out))
+        maps.append(Map(inputs[instruction.i_in1], outputs[instruction.i_out], folded, ir.dim))
+    return Linear(maps, inputs[-1].stop, outputs[-1].stop)
 
 
 # --- convolution
@@ -280,20 +284,20 @@ def _plan(product: Any, starts: list[int], strides: list[int], dtype: torch.dtyp
 
 
 class Density:
-    """A block's division of messages by 1 + the density of neighbours.
+    """A block's division of messages by offset + scale x the density of neighbours.
 
     Args:
         radial: the density of one neighbour at each distance.
     """
 
-    def __init__(self, radial: RadialTables) -> None:
-        self._radial = radial
+    def __init__(self, radial: RadialTables, offset: float = 1.0, scale: float = 1.0) -> None:
+        self._radial, self._offset, self._scale = radial, offset, scale
 
     def forward(self, messages: torch.Tensor, now: Pass) -> torch.Tensor:
         """(N, rows, channels), as are the messages, which are changed."""
         tables, density = self._radial.look_up(now), np.empty(len(messages))
         kernels.add_up(now.graph.first, now.lengths, *tables, density)
-        inverse = torch.from_numpy(1.0 / (1.0 + density)).to(messages.dtype)[:, None, None]
+        inverse = torch.from_numpy(1.0 / (self._offset + self._scale * density)).to(messages.dtype)[:, None, None]
         messages *= inverse
         now.kept[self] = tables, inverse, messages
         return messages
@@ -302,7 +306,7 @@ class Density:
         """The derivative by the messages."""
         tables, inverse, messages = now.kept.pop(self)
         grad = grad * inverse
-        by_density = -(grad * messages).sum((1, 2)).double().numpy()
+        by_density = -self._scale * (grad * messages).sum((1, 2)).double().numpy()
         kernels.add_up_back(now.graph.first, now.lengths, *tables, by_density, now.by_length)
         return grad
 

@@ -14,39 +14,28 @@ believed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 
 from rootstockd.worker.engines import Array, Task
 from rootstockd.worker.engines.mace import kernels
 from rootstockd.worker.engines.mace.candidates import NotApplicableError
 from rootstockd.worker.engines.mace.edges import EdgeBackend
-from rootstockd.worker.engines.mace.folding import (
-    Contraction,
-    Convolution,
-    Density,
-    by_element,
-    channels,
-    from_e3nn,
-    linear,
-    to_e3nn,
-)
+from rootstockd.worker.engines.mace.folding import Contraction, channels, from_e3nn, linear, to_e3nn
 from rootstockd.worker.engines.mace.graph import Edges, Graph
 from rootstockd.worker.engines.mace.host_lists import HostLists
+from rootstockd.worker.engines.mace.interactions import interaction_of
 from rootstockd.worker.engines.mace.passes import Elements, Harmonics, Pass
-from rootstockd.worker.engines.mace.radial import RadialTables, numpy_type
+from rootstockd.worker.engines.mace.radial import numpy_type
 
 _EDGES_OF_A_THREAD = 2_000
 """With fewer for each, waking threads takes longer than they save."""
 
 _EDGES_FOR_TORCH = 50_000
 """With fewer, torch works with one: waking all for each of many small operations takes 30 to 100 µs each time."""
-
-_KNOWN = {f"RealAgnostic{kind}InteractionBlock" for kind in ("", "Residual", "Density", "DensityResidual")}
 
 
 class FusedBackend(EdgeBackend):
@@ -131,75 +120,26 @@ class _Layer:
     """
 
     def __init__(self, model: Any, interaction: Any, product: Any, dtype: torch.dtype, *, first: bool) -> None:
-        kind = type(interaction).__name__
-        if kind not in _KNOWN or type(product).__name__ != "EquivariantProductBasisBlock":
-            raise NotApplicableError(f"a layer of classes {kind} and {type(product).__name__}")
+        if type(product).__name__ != "EquivariantProductBasisBlock":
+            raise NotApplicableError(f"a product of class {type(product).__name__}")
         self.irreps = product.linear.irreps_out
-        conv = interaction.conv_tp
-        count = channels(conv.irreps_in1, conv.irreps_out, interaction.linear.irreps_out, self.irreps)
-
-        def tables(
-            network: Any, shape: tuple[int, int], finish: Callable[[torch.Tensor], torch.Tensor]
-        ) -> RadialTables:
-            cutoff = float(model.r_max)
-            self._tables.append(
-                RadialTables(model.radial_embedding, network, model.atomic_numbers, cutoff, dtype, shape, finish)
-            )
-            return self._tables[-1]
-
-        self._tables: list[RadialTables] = []
-        weights = tables(interaction.conv_tp_weights, (len(conv.instructions), count), lambda x: x)
-        self._convolution = Convolution(conv, interaction.linear, weights, constant=first)
-        self._density, scale = None, 1.0
-        if "Density" in kind:
-            # as in the blocks' own forward
-            self._density = Density(tables(interaction.density_fn, (1, 1), lambda x: torch.tanh(x**2)))
-        else:
-            scale = 1.0 / float(interaction.avg_num_neighbors)
-        self._mix = linear(interaction.linear, scale, self._convolution.mid)
-        self._skip = by_element(interaction.skip_tp)
-        self._up = linear(interaction.linear_up)
+        channels(interaction.irreps_out, self.irreps)
+        self._interaction = interaction_of(model, interaction, dtype, first=first, use_skip=product.use_sc)
         self._contraction = Contraction(product.symmetric_contractions)
         self._update = linear(product.linear)
-        self._residual = "Residual" in kind
-        self._uses_skip = self._residual and product.use_sc
-        self._of_elements: tuple[torch.Tensor, torch.Tensor] | None = None
-        if first:
-            every = Elements(np.arange(len(model.atomic_numbers)))
-            features = from_e3nn(model.node_embedding(torch.eye(every.count, dtype=dtype)), conv.irreps_in1)
-            skipped = self._skip.forward(features, every) if self._uses_skip else features
-            self._of_elements = self._up.forward(features, every), skipped
 
     def forget(self) -> None:
         """Keep nothing that was made for the elements of structures."""
-        for tables in self._tables:
-            tables.forget()
+        self._interaction.forget()
         self._contraction.forget()
 
     def forward(self, h: torch.Tensor, now: Pass) -> torch.Tensor:
         """From features of the layer before to its own; (N, rows, channels)."""
-        if self._of_elements is not None:
-            up, skipped = (table[now.elements.each] for table in self._of_elements)
-        else:
-            up = self._up.forward(h, now.elements)
-            skipped = self._skip.forward(h, now.elements) if self._uses_skip else h
-        messages = self._mix.forward(self._convolution.forward(up, now), now.elements)
-        if self._density is not None:
-            messages = self._density.forward(messages, now)
-        if not self._residual:
-            messages = self._skip.forward(messages, now.elements)
+        messages, skipped = self._interaction.forward(h, now)
         features = self._update.forward(self._contraction.forward(messages, now), now.elements)
-        return features.add_(skipped) if self._uses_skip else features
+        return features if skipped is None else features.add_(skipped)
 
     def backward(self, grad: torch.Tensor, now: Pass) -> torch.Tensor | None:
         """The derivative by the features of the layer before, if there is one."""
         by_messages = self._contraction.backward(self._update.backward(grad, now.elements), now)
-        if not self._residual:
-            by_messages = self._skip.backward(by_messages, now.elements)
-        if self._density is not None:
-            by_messages = self._density.backward(by_messages, now)
-        by_up = self._convolution.backward(self._mix.backward(by_messages, now.elements), now)
-        if by_up is None:
-            return None
-        by_h = self._up.backward(by_up, now.elements)
-        return by_h.add_(self._skip.backward(grad, now.elements)) if self._uses_skip else by_h
+        return self._interaction.backward(by_messages, grad, now)

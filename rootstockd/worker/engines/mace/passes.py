@@ -97,6 +97,14 @@ class Elements:
         return torch.argsort(self.order)
 
 
+def _places(pairs: Array) -> tuple[Array, Array]:
+    """Which of these numbers there are, and the place of each among them."""
+    there = np.flatnonzero(np.bincount(pairs, minlength=1))
+    places = np.empty(PAIR * PAIR, np.int64)
+    places[there] = np.arange(len(there))
+    return there, places[pairs]
+
+
 class Pass:
     """One evaluation under way.
 
@@ -125,12 +133,19 @@ class Pass:
     @cached_property
     def pairs(self) -> tuple[Array, Array]:
         """The pairs of elements there are, as numbers (see `radial.PAIR`), and (E,) each edge's place among them."""
-        sender, receiver = self.elements.each[self.graph.sender], self.elements.each[self.graph.receiver]
-        pairs = PAIR * np.minimum(sender, receiver) + np.maximum(sender, receiver)
-        there = np.flatnonzero(np.bincount(pairs, minlength=1))
-        places = np.empty(PAIR * PAIR, np.int64)
-        places[there] = np.arange(len(there))
-        return there, places[pairs]
+        sender, receiver = self._ends
+        return _places(PAIR * np.minimum(sender, receiver) + np.maximum(sender, receiver))
+
+    @cached_property
+    def ordered_pairs(self) -> tuple[Array, Array]:
+        """The same, where it matters which of the two is the sender: that one is the first."""
+        sender, receiver = self._ends
+        return _places(PAIR * sender + receiver)
+
+    @property
+    def _ends(self) -> tuple[Array, Array]:
+        """(E,) elements of senders and of receivers."""
+        return self.elements.each[self.graph.sender], self.elements.each[self.graph.receiver]
 
     @cached_property
     def shortest(self) -> float:

@@ -6,11 +6,14 @@ be as exact as the model's dtype.
 
 Models that transform lengths by the elements they join have a table for each kind of pair: pairs whose lengths are
 transformed alike, such as those with the same sum of covalent radii, share one. Such a transformation has no
-derivatives at zero, where atoms never are, so these tables begin at `SHORTEST`.
+derivatives at zero, where atoms never are, so these tables begin at `SHORTEST`. Networks that are told the elements of
+sender and receiver have a table for each ordered pair.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +36,8 @@ UNUSED = 100
 SHORTEST = 0.5
 """Å; no table that depends on the elements has shorter lengths."""
 PAIR = 128
-"""A pair of the model's elements has the number PAIR x the lesser + the greater: there are fewer elements."""
+"""A pair of the model's elements has the number PAIR x the first + the second: there are fewer elements. The first is
+the lesser, or the sender's where the order matters."""
 EXACT = {torch.float32: 2e-8, torch.float64: 3e-14}
 """How far a table may be from its network, as part of the largest weight."""
 
@@ -49,33 +53,31 @@ class RadialTables:
     """The weights of one layer.
 
     Args:
-        embedding: the model's radial embedding.
+        model: mace-torch's, whose radial embedding, elements and cutoff these are.
         network: the layer's radial network.
-        atomic_numbers: the model's elements.
-        cutoff: in Å.
-        dtype: the model's.
         shape: paths and channels; how many weights there are.
         finish: what is made of what the network gives.
+        ends: what the network is told beside the embedding, for each element as a sender, and as a receiver: two of
+            (elements, features). None if nothing.
     """
 
     def __init__(
         self,
-        embedding: Any,
+        model: Any,
         network: Any,
-        atomic_numbers: torch.Tensor,
-        cutoff: float,
-        dtype: torch.dtype,
         shape: tuple[int, int],
         finish: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
+        ends: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
-        self._layers = list(network)
-        if not all(hasattr(layer, name) for layer in self._layers for name in ("h_in", "var_in", "var_out", "weight")):
-            raise NotApplicableError("a radial network of an unknown kind")
-        self._embedding, self._atomic_numbers, self.dtype = embedding, atomic_numbers, dtype
+        self._layers = [_in_double(layer) for layer in getattr(network, "net", network)]
+        self._ends = ends
+        self._embedding, self._atomic_numbers = model.radial_embedding, model.atomic_numbers
+        self.dtype: torch.dtype = next(model.parameters()).dtype
         self._shape, self._finish = shape, finish
-        self._by_pair = hasattr(embedding, "distance_transform")
-        self._begin = SHORTEST if self._by_pair else 0.0
-        self._length = cutoff - self._begin
+        transforms = hasattr(self._embedding, "distance_transform")
+        self._by_pair = transforms or ends is not None
+        self._begin = SHORTEST if transforms else 0.0
+        self._length = float(model.r_max) - self._begin
         self._pieces = self._enough()
         self._kinds: dict[int, bytes] = {}
         """What each pair's transformed lengths are; the pair is one number, so that edges can be looked up at once."""
@@ -109,7 +111,7 @@ class RadialTables:
             raise NotApplicableError(
                 f"atoms that are {now.shortest:.2f} Å apart, where tables begin at {self._begin} Å"
             )
-        there, edges = now.pairs
+        there, edges = now.pairs if self._ends is None else now.ordered_pairs
         self._passes += 1
         kinds = [self._kind(pair) for pair in there.tolist()]
         missing: dict[bytes, tuple[int, int]] = {}
@@ -125,7 +127,9 @@ class RadialTables:
     def _kind(self, pair: int) -> bytes:
         """The same for pairs that have the same weights at all lengths."""
         kind = self._kinds.get(pair)
-        if kind is None:
+        if kind is None and self._ends is not None:
+            kind = self._kinds[pair] = pair.to_bytes(4, "little")
+        elif kind is None:
             lengths = torch.tensor([[1.0], [2.0], [3.0]], dtype=torch.float64)
             transformed = self._embedding.distance_transform(lengths, *self._joined(divmod(pair, PAIR), 3))
             kind = self._kinds[pair] = transformed.double().numpy().round(12).tobytes()
@@ -166,7 +170,7 @@ class RadialTables:
         nodes, coefficients = _chebyshev(DEGREE)
         lengths = self._lengths(pieces, nodes)
         values = self._weights(lengths.reshape(-1), pair).reshape(pieces, DEGREE + 1, -1)
-        return np.asarray(np.einsum("cn,pnw->pcw", coefficients, values))
+        return np.asarray(coefficients @ values)
 
     def _enough(self) -> int:
         """Pieces that make the table as exact as the dtype, judged by the pair of the model's first element."""
@@ -199,18 +203,31 @@ class RadialTables:
             r = torch.from_numpy(lengths)[:, None]
             x, cutoff = self._embedding(r, *self._joined(pair, len(lengths)))
             x = x.double()
+            if self._ends is not None:
+                told = torch.cat([of[element] for of, element in zip(self._ends, pair)])
+                x = torch.cat([x, told.double().expand(len(x), -1)], 1)
             for layer in self._layers:
-                # e3nn's layer, whose own forward would insist on the model's dtype
-                if layer.act is None:
-                    x = x @ (layer.weight.double() / (layer.h_in * layer.var_in / layer.var_out) ** 0.5)
-                else:
-                    x = layer.act(x @ (layer.weight.double() / (layer.h_in * layer.var_in) ** 0.5)) * layer.var_out**0.5
+                x = layer(x)
             x = self._finish(x)
             if cutoff is not None:
                 x = x * cutoff.double()
         return np.asarray(x.numpy())
 
 
+def _in_double(layer: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A layer of a network in double precision, whatever the model's dtype is."""
+    if isinstance(layer, (torch.nn.Linear, torch.nn.LayerNorm, torch.nn.SiLU)):
+        double: Callable[[torch.Tensor], torch.Tensor] = copy.deepcopy(layer).double()
+        return double
+    if not all(hasattr(layer, name) for name in ("h_in", "var_in", "var_out", "weight")):
+        raise NotApplicableError("a radial network of an unknown kind")
+    # e3nn's, whose own forward would insist on the model's dtype
+    weight = layer.weight.double() / (layer.h_in * layer.var_in) ** 0.5
+    scale = layer.var_out**0.5
+    return lambda x: (x @ weight if layer.act is None else layer.act(x @ weight)) * scale
+
+
+@functools.cache
 def _chebyshev(degree: int) -> tuple[Array, Array]:
     """The Chebyshev points, and the matrix from values there to a polynomial's coefficients, x^0 first."""
     count = degree + 1

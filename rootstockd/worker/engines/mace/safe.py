@@ -180,8 +180,8 @@ def _numbers(model: Any, spec: ModelSpec) -> List[Any]:
     backend = ReferenceBackend(model, spec.device)
     heads = list(getattr(model, "heads", None) or ["Default"])
     found = []
-    for number, head in enumerate(heads):
-        for task in checks.structures([int(z) for z in model.atomic_numbers], head, number):
+    for tasks in checks.structures([int(z) for z in model.atomic_numbers], heads):
+        for task in tasks:
             for _ in range(REPEATS):
                 (result,) = backend.evaluate([task])
             assert result.virial is not None  # it was asked for
