@@ -262,7 +262,7 @@ class MaceEngine:
                     results = backend.evaluate(tasks)
             except Exception as error:  # whatever it is, others are still there
                 if out_of_memory(error) or in_disorder(error) or isinstance(error, NotApplicableError):
-                    raise  # that is nothing that it does wrong; this, nothing that the process outlives
+                    raise  # no fault of its own; or the process is lost; or there are too many elements at once
                 return f"{type(error).__name__}: {error}"
             stages.begin(stages.CHECKS)
             repeats = 1

@@ -48,12 +48,11 @@ def backends_for(model: Any, spec: ModelSpec) -> tuple[list[Backend], str]:
         stages.begin(stages.CHECKS, name)
         try:
             found.insert(0, _made(name, model, spec.device))
-        except (ImportError, NotApplicableError) as error:
-            notes.append(f"not accelerated{' further' if found else ''}: {error}")
         except Exception as error:
             if in_disorder(error):
                 raise
-            notes.append(f"not accelerated{' further' if found else ''}: {describe(error)}")
+            why = str(error) if isinstance(error, (ImportError, NotApplicableError)) else describe(error)
+            notes.append(f"not accelerated{' further' if found else ''}: {why}")
         if not found:
             break
     return found, "; ".join(notes)
