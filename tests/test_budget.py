@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-import resource
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -246,18 +247,47 @@ def test_each_pass_is_measured_by_itself(measured):
         assert measured.taken() == pytest.approx(size * MIB, abs=4 * MIB)
 
 
-def test_what_is_free_is_what_the_least_limit_leaves(measured):
-    least = measured.free()
-    before = resource.getrlimit(resource.RLIMIT_DATA)
-    _, data = memory._statm()
-    resource.setrlimit(resource.RLIMIT_DATA, (data + GIB // 2, before[1]))
-    try:
-        limited = memory.CpuMemory().free()
-        assert measured.free() == least, "it is looked at once a second"
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, before)
-    assert 0.9 * GIB // 2 <= limited <= GIB // 2 + memory._free_heap() + MIB
-    assert limited < least
+def test_what_is_free_is_what_the_least_limit_leaves():
+    text = """
+import resource
+from rootstockd.worker import memory
+measured = memory.CpuMemory()
+least = measured.free()
+limit = memory._statm()[1] + 2**29
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+limited = memory.CpuMemory().free()
+assert measured.free() == least, "it is looked at once a second"
+assert 0.9 * 2**29 <= limited <= 2**29 + memory._free_heap() + 2**20, limited
+assert limited < least
+memory.Bound().renew()
+assert resource.getrlimit(resource.RLIMIT_DATA) == (limit, limit), "what the operator said is kept"
+"""
+    subprocess.run([sys.executable, "-c", text], check=True)
+
+
+def test_a_worker_is_kept_within_what_is_free_and_that_leaves_its_passes_all_of_it():
+    text = """
+import resource, time
+import numpy as np
+from rootstockd.worker import memory
+memory._FRESH = 0.1
+measured, bound = memory.CpuMemory(), memory.Bound()
+free = measured.free()
+for _ in range(5):  # its own bound is not what is free: else each would be a tenth less than the last
+    time.sleep(0.15)
+    bound.renew()
+soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+assert hard == resource.RLIM_INFINITY
+assert 0.8 * free < soft - memory._statm()[1] < free
+assert measured.free() > 0.8 * free
+try:
+    np.empty(free, np.int8)
+except MemoryError:
+    np.empty(free // 2, np.int8)
+else:
+    raise SystemExit("it got all that there is")
+"""
+    subprocess.run([sys.executable, "-c", text], check=True)
 
 
 def test_a_control_groups_memory_is_without_what_the_kernel_could_drop(tmp_path: Path):

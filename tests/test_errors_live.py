@@ -109,6 +109,27 @@ def test_cells_that_repeat_nothing(daemon: RunningDaemon, bystander, cell, pbc) 
         atoms.calc.get_property("energy", atoms)
 
 
+@pytest.mark.parametrize("pbc", [True, [True, True, False], False])
+def test_nanometres_taken_for_angstroms(daemon: RunningDaemon, bystander, pbc) -> None:
+    """Before anything is allocated: a thousand times as dense, each atom has tens of thousands of neighbours."""
+    atoms = copper() * (3, 3, 3)
+    atoms.pbc = pbc
+    right = atoms.copy()
+    atoms.set_cell(atoms.cell / 10, scale_atoms=True)
+    error = failing(atoms, daemon.client())
+    assert isinstance(error, InvalidStructureError)
+    assert "108 atoms have" in error.message and "at most 20" in error.message
+    right.calc = daemon.client().calculator("emt")
+    assert np.isfinite(right.get_potential_energy())
+
+
+def test_an_atom_beyond_the_end_of_the_world(daemon: RunningDaemon, bystander) -> None:
+    atoms = copper()
+    atoms.pbc = False
+    atoms.positions[1, 2] = -1.1e8
+    assert "the position of atom 1 is" in failing(atoms, daemon.client()).message
+
+
 def test_no_atoms(daemon: RunningDaemon, bystander) -> None:
     assert isinstance(failing(Atoms(), daemon.client()), InvalidStructureError)
 

@@ -418,6 +418,36 @@ def test_an_atom_at_the_end_of_the_world_kills_nobody(far, pbc):
     assert not np.isin(graph.sender[graph.receiver == 1], [0, 2]).any()
 
 
+@pytest.mark.parametrize("name", AWKWARD)
+def test_the_reference_takes_awkward_structures_too(name):
+    """The far-off ones used to take all memory: mace-torch has bins wherever an atom could be."""
+    model = medium()
+    of = task(engine(model), AWKWARD[name])
+    assert compare(FusedBackend(model).evaluate([of])[0], ReferenceBackend(model, "cpu").evaluate([of])[0]).within(1e-8)
+
+
+@pytest.mark.parametrize("far", [0.0, 40.0, 1e3, 1e6])
+@pytest.mark.parametrize("name", ["alloy", "molecule", "slab without a cell across"])
+def test_the_reference_loses_no_digits_far_from_the_origin(name, far):
+    model = medium("float32")
+    near = task(engine(model), STRUCTURES[name])
+    there = dataclasses.replace(near, positions=near.positions + np.array([far, -far, 0.5 * far]))
+    reference = ReferenceBackend(model, "cpu")
+    assert compare(reference.evaluate([there])[0], reference.evaluate([near])[0]).within(1e-5)
+
+
+def test_what_vesin_would_end_the_process_for_is_for_the_reference():
+    model = medium()
+    of = engine(model)
+    flat = task(of, Atoms("Cu2", [[0, 0, 0], [1, 1, 0.5]], cell=[3e3, 3e3, 2.0], pbc=True))
+    with pytest.raises(NotApplicableError, match="a cell with heights of"):
+        Neighbours(4.5).edges(flat, flat.system.pbc)
+    smaller = dataclasses.replace(flat, cell=np.diag([20.0, 20.0, 2.0]))
+    for _ in range(2):
+        assert compare(of.evaluate([flat])[0], of.evaluate([smaller])[0]).within(1e-10)
+    assert of.evaluate([flat])[0].backend == "mace-torch"
+
+
 def agnesi(**options):
     """A model whose tables depend on the elements."""
     return make_model(pair_repulsion=True, distance_transform="Agnesi", **options)

@@ -14,7 +14,8 @@ from test_mace_backends import AWKWARD, STRUCTURES, engine, medium, task  # noqa
 
 from rootstockd.worker.engines.mace import device_lists  # noqa: E402
 from rootstockd.worker.engines.mace.device_lists import DeviceNeighbours, Lists  # noqa: E402
-from rootstockd.worker.engines.mace.graph import Neighbours, manageable  # noqa: E402
+from rootstockd.worker.engines.mace.gathering import manageable  # noqa: E402
+from rootstockd.worker.engines.mace.graph import Neighbours  # noqa: E402
 
 CUTOFF = 4.5
 ON_GPU = [pytest.mark.gpu, pytest.mark.may_leak("CUDA keeps descriptors for the whole process")]

@@ -19,7 +19,7 @@ import pytest
 
 from rootstockd.worker import loop, memory
 from rootstockd.worker.engines import EngineError, EngineInfo, Result, System, Task
-from rootstockd.worker.loop import Loop, is_finite
+from rootstockd.worker.loop import Loop, is_finite, is_within
 from rootstockd.worker.slots import Slot
 from rootstockd.worker.units import BOHR, HARTREE
 
@@ -407,6 +407,16 @@ def test_one_number_that_is_not_finite_is_found(size, value):
     assert is_finite(numbers)
     numbers[-1, 1] = value
     assert not is_finite(numbers)
+
+
+@pytest.mark.parametrize("size", [3, 30_000])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 5.0, -5.0, 1e300])
+def test_one_number_that_is_too_far_is_found(size, value):
+    numbers = np.ones((size, 3))
+    assert is_within(numbers, 5.0)
+    numbers[-1, 1] = value
+    assert not is_within(numbers, 5.0)
+    assert is_within(np.full((3, 3), -4.9), 5.0), "though not the sum of their squares"
 
 
 def test_enormous_is_finite():

@@ -1,4 +1,4 @@
-"""Which cells can be evaluated."""
+"""Which structures can't be evaluated, by their cells and by how crowded they are."""
 
 from __future__ import annotations
 
@@ -12,30 +12,64 @@ from rootstock_client.units import BOHR
 
 SHORTEST = 0.02
 """Bohr; an atom's own images so close are no structure, and a sphere reaches more of them than there is memory for."""
+LONGEST = 1e8 / BOHR
+"""Bohr (1e8 Å); across such a cell a float64 has no digits left that matter to forces."""
+DENSEST = 20 * BOHR**3
+"""Atoms per cubic Bohr (20 per cubic Å), over a hundred times as dense as solids are, and more than hydrogen under
+terapascals: what is denser has another unit, and thousands of neighbours for each atom."""
+AROUND = 0.5 / BOHR
+"""Bohr (0.5 Å); so much room atoms have in all along a direction without pbc, be they in one plane."""
 
 
-def check_cells(cells: ipi.FloatArray, pbc: tuple[bool, bool, bool]) -> None:
-    """Refuse cells, (frames, 3, 3) with lattice vectors as rows, that can't be repeated along `pbc`.
+def check_cells(cells: ipi.FloatArray, pbc: tuple[bool, bool, bool], positions: ipi.FloatArray) -> None:
+    """Refuse structures whose cells can't be repeated along `pbc`, or that are too dense to be meant.
+
+    Args:
+        cells: (frames, 3, 3), Bohr, lattice vectors as rows.
+        pbc: which of them are periodic.
+        positions: (frames, natoms, 3), Bohr. That these are finite is for the worker to see.
 
     Raises:
-        InvalidStructureError: they are not finite, or the lattice vectors with pbc span nothing, or one
-            of them is next to nothing.
+        InvalidStructureError: cells are not finite, or the lattice vectors with pbc span nothing, or one of them is
+            next to nothing or enormous, or there is hardly any room for so many atoms.
     """
-    if not math.isfinite(cells.sum()):
+    if not np.isfinite(cells).all():
         raise InvalidStructureError("the cell has numbers that are not finite.")
-    if not any(pbc):
-        return
-    for cell in cells:
+    for cell, places in zip(cells, positions, strict=True):
         vectors = cell[list(pbc)]
+        room = _check_lattice(vectors, pbc) if any(pbc) else 1.0
+        if not all(pbc):
+            normals = np.linalg.svd(vectors)[2][len(vectors) :] if any(pbc) else np.eye(3)
+            with np.errstate(invalid="ignore", over="ignore"):
+                room *= np.prod(np.ptp(places @ normals.T, axis=0) + AROUND)
+        if (density := len(places) / room) > DENSEST:
+            raise InvalidStructureError(
+                f"{len(places)} atoms have {room * BOHR**3:.2g} Å³, which is {density / BOHR**3:.2g} atoms per Å³; "
+                f"at most {DENSEST / BOHR**3:.3g} are taken to be meant.",
+                "Look at the units of cell and positions: Å in ASE, Bohr in i-PI's messages.",
+            )
+
+
+def _check_lattice(vectors: ipi.FloatArray, pbc: tuple[bool, bool, bool]) -> float:
+    """What the lattice vectors with pbc span, in Bohr to the power of their number."""
+    with np.errstate(over="ignore"):
         lengths = np.linalg.norm(vectors, axis=1)
-        if not np.linalg.det(vectors @ vectors.T) > (1e-6 * lengths.prod()) ** 2:
-            raise InvalidStructureError(
-                f"the system is periodic (pbc {list(pbc)}), but its lattice vectors span no volume.",
-                "Set a cell, or switch pbc off.",
-            )
-        if (shortest := lengths.min()) < SHORTEST:
-            raise InvalidStructureError(
-                f"the system is periodic (pbc {list(pbc)}) with a lattice vector of only {shortest * BOHR:.2g} Å; "
-                f"at least {SHORTEST * BOHR:.2g} Å are wanted.",
-                "Look at the cell's units, or switch pbc off along that vector.",
-            )
+    if (longest := lengths.max()) > LONGEST:
+        raise InvalidStructureError(
+            f"the system is periodic (pbc {list(pbc)}) with a lattice vector of {longest * BOHR:.2g} Å; "
+            f"at most {LONGEST * BOHR:.2g} Å are taken.",
+            "Look at the cell's units, or switch pbc off along that vector.",
+        )
+    spanned = math.sqrt(max(np.linalg.det(vectors @ vectors.T), 0.0))
+    if not spanned > 1e-6 * lengths.prod():
+        raise InvalidStructureError(
+            f"the system is periodic (pbc {list(pbc)}), but its lattice vectors span no volume.",
+            "Set a cell, or switch pbc off.",
+        )
+    if (shortest := lengths.min()) < SHORTEST:
+        raise InvalidStructureError(
+            f"the system is periodic (pbc {list(pbc)}) with a lattice vector of only {shortest * BOHR:.2g} Å; "
+            f"at least {SHORTEST * BOHR:.2g} Å are wanted.",
+            "Look at the cell's units, or switch pbc off along that vector.",
+        )
+    return spanned

@@ -378,7 +378,7 @@ class Session(asyncio.BufferedProtocol):
             self._host.check_open()
             if cells != self._checked_cells:
                 arrays = ipi.read_cells(cells)
-                check_cells(arrays, self.request.pbc)
+                check_cells(arrays, self.request.pbc, self.slot.positions)
                 self.slot.cells[:] = arrays
                 self._checked_cells = cells
             account.enqueue()

@@ -55,7 +55,7 @@ from rootstockd.worker.engines import (
     load_engine,
 )
 from rootstockd.worker.failures import describe, out_of_memory, print_error, shortage
-from rootstockd.worker.memory import GpuCache, memory_limit, trim
+from rootstockd.worker.memory import Bound, GpuCache, memory_limit, trim
 from rootstockd.worker.slots import Slot
 from rootstockd.worker.units import BOHR, HARTREE
 from rootstockd.worker.version import DISORDER, MESSAGE_SIZE
@@ -70,6 +70,9 @@ _WINDOW = 10.0
 _BOHR, _PER_HARTREE, _FORCE = np.array(BOHR), np.array(1 / HARTREE), np.array(BOHR / HARTREE)
 """Arrays: numpy takes several times as long to look at a float."""
 
+
+_FARTHEST = 1e8
+"""Å from the origin: there a float64 has no digits left that matter to forces."""
 
 _UNPREPARED = object()
 
@@ -108,7 +111,7 @@ class _Attached:
         """One task a frame. What is in it belongs to the engine, so that it may keep it.
 
         Raises:
-            EngineError: the engine knows no such system, or positions are not finite.
+            EngineError: the engine knows no such system, or positions are not finite, or nowhere.
         """
         if self._system is _UNPREPARED:  # not when it comes: whatever is wrong with it fails one evaluation, no more
             self._system = self._engine.prepare(self._wanted)
@@ -116,8 +119,8 @@ class _Attached:
             self._seen, self._cells = cells, list(self.slot.cells * _BOHR)
         for frame, bohr in enumerate(self._positions):
             positions = bohr * _BOHR
-            if not is_finite(positions):
-                (atom, _), where = np.argwhere(~np.isfinite(positions))[0], f" of structure {frame}"
+            if not is_within(positions, _FARTHEST):
+                (atom, _), where = np.argwhere(~(np.abs(positions) < _FARTHEST))[0], f" of structure {frame}"
                 where = where if self.slot.frames > 1 else ""
                 raise EngineError(
                     "invalid-structure",
@@ -216,6 +219,13 @@ def is_finite(array: np.ndarray) -> bool:
     return math.isfinite(np.add.reduce(array, None)) or bool(np.isfinite(array).all())
 
 
+def is_within(array: np.ndarray, bound: float) -> bool:
+    """Whether all of a contiguous array's numbers are finite, and smaller than this."""
+    if array.size <= _FEW and np.vdot(array, array) < bound * bound:
+        return True
+    return bool(array.min() > -bound and array.max() < bound)
+
+
 class Loop:
     """Serves one loaded engine over one socket until the daemon hangs up.
 
@@ -223,10 +233,13 @@ class Loop:
         channel: the socket to the daemon.
         engine: the engine.
         fingerprint: the model's, which results say.
+        bound: keeps it within the machine's memory, where that is what it computes in.
     """
 
-    def __init__(self, channel: socket.socket, engine: Engine, fingerprint: str = "") -> None:
-        self._channel, self._engine, self._fingerprint = channel, engine, fingerprint
+    def __init__(
+        self, channel: socket.socket, engine: Engine, fingerprint: str = "", bound: Bound | None = None
+    ) -> None:
+        self._channel, self._engine, self._fingerprint, self._bound = channel, engine, fingerprint, bound
         self._info = engine.info
         self._slots: dict[int, _Attached] = {}
         self._held = engine.memory()
@@ -322,6 +335,8 @@ class Loop:
             self._evaluate(part, again=part is batch)
 
     def _pass(self, batch: list[_Attached]) -> None:
+        if self._bound is not None:
+            self._bound.renew()
         tasks: list[Task] = []
         for attached in batch:
             attached.add_tasks(tasks)
@@ -369,6 +384,9 @@ def send(channel: socket.socket, kind: bytes, fields: dict[str, Any]) -> None:
 
 def main(channel: socket.socket, spec: ModelSpec) -> int:
     """Load and serve; the process's exit status."""
+    bound = Bound() if spec.device == "cpu" else None  # CUDA has its own, and maps more of the host's than it uses
+    if bound is not None:
+        bound.renew()
     stages.tell(lambda stage, backend: send(channel, b"P", {"stage": stage, "backend": backend}))
     try:
         engine = load_engine(spec)
@@ -394,7 +412,7 @@ def main(channel: socket.socket, spec: ModelSpec) -> int:
     send(channel, b"R", dataclasses.asdict(engine.info))
     with contextlib.suppress(ConnectionResetError, BrokenPipeError):  # the daemon has died; so shall we, by PDEATHSIG
         try:
-            Loop(channel, engine, spec.fingerprint).run()
+            Loop(channel, engine, spec.fingerprint, bound).run()
         except EngineBrokenError as error:
             print_error(error)
             return DISORDER

@@ -10,7 +10,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Iterator, Sequence
 
 MEMORY_VARIABLE = "ROOTSTOCKD_WORKER_MEMORY"
 """Has a worker's limit in bytes, if it has one."""
@@ -20,6 +20,12 @@ _FRESH = 1.0
 
 _SURPLUS = 2**28
 """Bytes of a GPU that torch's allocator may keep for nobody: asking the driver for them anew takes a millisecond."""
+
+_SHARE = 0.9
+"""The part of what is free that a worker may take: the rest is for the daemon and for jobs."""
+
+_SCORE, _FIRST_TO_GO = Path("/proc/self/oom_score_adj"), 500
+"""Where the kernel is told whom to kill where memory lacks, from -1000 to 1000. A worker is replaced, a job is not."""
 
 _peak: int | None = None
 """The file with which the kernel forgets this process's peak; None where there is no such file."""
@@ -32,11 +38,31 @@ def memory_limit() -> int | None:
 
 
 def limit_memory() -> None:
-    """Have the kernel refuse more: then one structure fails, before the kernel kills whom it likes."""
+    """Have the kernel refuse more, so that one structure fails; and if it must kill, kill this process, not a job."""
     limit = memory_limit()
     if limit is not None:
         # not RLIMIT_AS: libraries reserve far more addresses than they use
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    with contextlib.suppress(OSError):
+        if int(_SCORE.read_text()) < _FIRST_TO_GO:
+            _SCORE.write_text(str(_FIRST_TO_GO))
+
+
+class Bound:
+    """Keeps a worker on a CPU within what the machine has, as far as that can be known a second before."""
+
+    def __init__(self) -> None:
+        self._groups = tuple(control_groups())
+        self._renew_at = float("-inf")
+
+    def renew(self) -> None:
+        """Have the kernel refuse what would take nearly all that is free now; looks once a second."""
+        if (now := time.monotonic()) < self._renew_at:
+            return
+        self._renew_at = now + _FRESH
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        soft = _statm()[1] + int(_SHARE * max(0, _unused(self._groups)))
+        resource.setrlimit(resource.RLIMIT_DATA, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
 
 
 def open_peak() -> None:
@@ -128,12 +154,11 @@ class CpuMemory(Memory):
         heap = _free_heap()
         kept = max(0, resident - self._before)
         kept = kept if heap is None else min(kept, heap)  # some of it is in use: tables, for instance
-        rest = [_available() + kept]
-        rest += [limit - used + kept for group in self._groups for limit, used in control_group_memory(group)]
-        limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
+        free = _unused(self._groups) + kept
+        _, limit = resource.getrlimit(resource.RLIMIT_DATA)  # the other one is `Bound`'s, and follows from what is free
         if limit != resource.RLIM_INFINITY:  # counts what the allocator has, be it resident or not
-            rest.append(limit - data + (kept if heap is None else heap))
-        return max(0, min(rest))
+            free = min(free, limit - data + (kept if heap is None else heap))
+        return max(0, free)
 
     def begin(self) -> None:
         trim()
@@ -189,6 +214,11 @@ def control_group_memory(group: Path) -> Iterator[tuple[int, int]]:
     except (OSError, ValueError):  # there is no such file in the root; max is no number
         return
     yield limit, used - sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+
+
+def _unused(groups: Sequence[Path]) -> int:
+    """Bytes that neither the machine nor these control groups have given to anybody."""
+    return min([_available(), *(limit - used for group in groups for limit, used in control_group_memory(group))])
 
 
 class _MallocInfo(ctypes.Structure):

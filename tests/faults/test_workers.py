@@ -468,6 +468,23 @@ def test_a_worker_whose_daemon_dies_while_it_starts_ends_too(start_hostile, monk
 # --- memory, for real
 
 
+def test_a_worker_goes_before_the_machine_does(start_daemon) -> None:
+    """It is kept within what is free, and is the first that the kernel kills."""
+    daemon = start_daemon("--model", "mace-emt-small")
+    with daemon.client().calculator("mace-emt-small") as calculator:
+        calculator.get_forces(bulk("Cu", cubic=True))
+    pid = daemon.model("mace-emt-small")["pid"]
+    soft, hard = psutil.Process(pid).rlimit(psutil.RLIMIT_DATA)
+    assert hard == psutil.RLIM_INFINITY
+    assert 0 < soft < psutil.virtual_memory().total + psutil.Process(pid).memory_info().vms
+    assert int(Path(f"/proc/{pid}/oom_score_adj").read_text()) >= 500
+    assert (
+        Path(f"/proc/{daemon.client().status()['pid']}/oom_score_adj").read_text()
+        == Path("/proc/self/oom_score_adj").read_text()
+    )
+    daemon.stop()
+
+
 def test_what_exhausts_the_memory_of_mace_is_told_so(start_daemon, tmp_path: Path) -> None:
     config = tmp_path / "config.toml"
     config.write_text("worker_memory = 2_000_000_000\n")

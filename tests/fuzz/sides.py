@@ -95,11 +95,12 @@ def judge(text: bytes, preset: InitRequest | None, limits: ipi.Limits) -> tuple[
 
 def check_structure(cells: bytes, positions: bytes | bytearray, request: InitRequest) -> RootstockError | None:
     """What daemon and worker say to a structure."""
+    arrays = np.frombuffer(positions, "<f8").reshape(request.batch_size, -1, 3)
     try:
-        check_cells(ipi.read_cells(cells), request.pbc)
+        check_cells(ipi.read_cells(cells), request.pbc, arrays)
     except InvalidStructureError as error:
         return error
-    if not np.isfinite(np.frombuffer(positions, "<f8")).all():
+    if not np.isfinite(arrays).all():
         return InvalidStructureError("not finite")
     return None
 

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from rootstockd.worker.engines import Array, Task
-from rootstockd.worker.engines.mace.graph import Neighbours, manageable
+from rootstockd.worker.engines.mace.gathering import manageable
+from rootstockd.worker.engines.mace.graph import Neighbours
 from rootstockd.worker.failures import describe, out_of_memory
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from rootstockd.worker.engines.mace.budget import Size
 from rootstockd.worker.engines.mace.candidates import NotApplicableError
 from rootstockd.worker.engines.mace.graph import Edges, Graph, Neighbours, union
 from rootstockd.worker.engines.mace.packing import Packing
-from rootstockd.worker.engines.mace.reference import System
+from rootstockd.worker.engines.mace.reference import LOCAL, System
 from rootstockd.worker.failures import out_of_memory
 
 
@@ -33,7 +33,7 @@ class EdgeBackend:
     """
 
     def __init__(self, model: Any, name: str) -> None:
-        if type(model).__name__ not in {"MACE", "ScaleShiftMACE"} or hasattr(model, "joint_embedding"):
+        if type(model).__name__ not in LOCAL or hasattr(model, "joint_embedding"):
             raise NotApplicableError(
                 f"a model of class {type(model).__name__} with inputs beside elements and positions"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -9,19 +10,14 @@ from typing import NamedTuple
 
 import numpy as np
 import vesin
-from ase.geometry.minkowski_reduction import minkowski_reduce
 
 from rootstockd.worker.engines import Array, EngineBrokenError, Task
+from rootstockd.worker.engines.mace.candidates import NotApplicableError
+from rootstockd.worker.engines.mace.gathering import manageable
 from rootstockd.worker.failures import out_of_memory
 
-_SKEWED = 0.1
-"""A cell whose volume is less than this part of the product of its lengths is reduced."""
-
-_FAR = 1e6
-"""Å; structures so far from the origin are brought there, or how many cells away they are would be no integer."""
-
-_NOWHERE = 1e15
-"""Å; so far away a position has no digits left to say where it is across."""
+_MOST_CELLS = 1e5
+"""vesin's MAX_NUMBER_OF_CELLS, into which it divides a structure at most."""
 
 
 class Edges(NamedTuple):
@@ -65,7 +61,11 @@ class Neighbours:
         self._list = vesin.NeighborList(cutoff=cutoff, full_list=True, sorted=True, n_threads=1)
 
     def edges(self, task: Task, pbc: tuple[bool, bool, bool]) -> Edges:
-        """A structure's edges."""
+        """A structure's edges.
+
+        Raises:
+            NotApplicableError: vesin can't do this cell; so does `lasting`.
+        """
         cell, positions = manageable(task.cell, task.positions, pbc, self._cutoff)
         i, j, d = self._compute(positions, cell, "ijD")
         return Edges(len(positions), i.astype(np.int64), j.astype(np.int64), -d)
@@ -81,6 +81,11 @@ class Neighbours:
         return np.stack([j, i], 1).astype(np.int64), -(shifts @ cell)
 
     def _compute(self, positions: Array, cell: Array, quantities: str) -> tuple[Array, Array, Array]:
+        heights = 1 / np.linalg.norm(np.linalg.inv(cell), axis=0)
+        cells = np.maximum(heights // self._cutoff, 1.0)
+        if (total := cells.prod()) > _MOST_CELLS and cells.min() * math.cbrt(_MOST_CELLS / total) < 2.0:  # noqa: PLR2004
+            # it makes as many fewer along each vector, and where that is none it divides by zero (SIGFPE)
+            raise NotApplicableError(f"a cell with heights of {heights.round(2).tolist()} Å")
         try:
             i, j, d = self._list.compute(points=positions, box=cell, periodic=True, quantities=quantities, copy=False)
         except RuntimeError as error:
@@ -102,44 +107,3 @@ def union(parts: Sequence[Edges]) -> Graph:
 
 def _joined(parts: list[Array]) -> Array:
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-def manageable(cell: Array, positions: Array, pbc: tuple[bool, bool, bool], cutoff: float) -> tuple[Array, Array]:
-    """A periodic cell and positions with the same neighbours at the same distances, such that no list explodes.
-
-    Lattice vectors without pbc become normals of the others, so long that nothing has neighbours along them: vesin
-    takes seconds where it is told that two are not periodic. Wide gaps along them are narrowed, so that an atom that
-    flew off costs nothing; a cell so skewed that a sphere reaches many of its images is reduced.
-    """
-    positions = np.ascontiguousarray(positions)
-    periodic = [axis for axis in range(3) if pbc[axis]]
-    normals = np.eye(3)
-    if periodic:
-        cell = _reduced(cell, pbc)
-        # the last rows of v span what the periodic vectors leave
-        normals = np.linalg.svd(cell[periodic])[2][len(periodic) :]
-    if len(normals) == 0:
-        return cell, positions
-    whole = cell.copy()
-    for axis, normal in zip((axis for axis in range(3) if not pbc[axis]), normals):
-        along = positions @ normal
-        order = np.argsort(along, kind="stable")
-        gaps = np.diff(along[order])
-        if (gaps > 2.0 * cutoff).any() or not abs(along[order[0]]) < _FAR:
-            moved = np.empty(len(order))
-            moved[order] = np.concatenate([[0.0], np.cumsum(np.minimum(gaps, 2.0 * cutoff))])
-            across = positions - along[:, None] * normal
-            across -= (across @ normal)[:, None] * normal  # what rounding left of a long way
-            across[np.abs(along) > _NOWHERE] = 0.0
-            positions, along = across + moved[:, None] * normal, moved
-        whole[axis] = normal * (np.ptp(along) + 3.0 * cutoff)
-    return whole, positions
-
-
-def _reduced(cell: Array, pbc: tuple[bool, bool, bool]) -> Array:
-    """A cell of the same lattice with short vectors, where this one is so skewed that a search would be long."""
-    vectors = cell[list(pbc)]
-    volume = np.sqrt(max(np.linalg.det(vectors @ vectors.T), 0.0))
-    if volume > _SKEWED * np.prod(np.linalg.norm(vectors, axis=1)):
-        return cell
-    return np.ascontiguousarray(minkowski_reduce(cell, pbc=pbc)[0])

@@ -9,7 +9,8 @@ import numba
 import numpy as np
 
 from rootstockd.worker.engines import Array, Task
-from rootstockd.worker.engines.mace.graph import Edges, Neighbours, manageable
+from rootstockd.worker.engines.mace.gathering import manageable
+from rootstockd.worker.engines.mace.graph import Edges, Neighbours
 from rootstockd.worker.engines.mace.kernels import KEEP
 from rootstockd.worker.engines.mace.lasting import Lasting
 from rootstockd.worker.engines.mace.reference import System

@@ -1,0 +1,68 @@
+"""The same structure in a form that neighbour lists take well: atoms near the origin, short cells, narrow gaps."""
+
+from __future__ import annotations
+
+import numpy as np
+from ase.geometry.minkowski_reduction import minkowski_reduce
+
+from rootstockd.worker.engines import Array
+
+_SKEWED = 0.1
+"""A cell whose volume is less than this part of the product of its lengths is reduced."""
+
+_FAR = 1e6
+"""Å; structures so far from the origin are brought there, or how many cells away they are would be no integer."""
+
+_NOWHERE = 1e15
+"""Å; so far away a position has no digits left to say where it is across."""
+
+
+def manageable(cell: Array, positions: Array, pbc: tuple[bool, bool, bool], cutoff: float) -> tuple[Array, Array]:
+    """A periodic cell and positions with the same neighbours at the same distances, such that no list explodes.
+
+    Lattice vectors without pbc become normals of the others, so long that nothing has neighbours along them: vesin
+    takes seconds where it is told that two are not periodic. Wide gaps along them are narrowed, so that an atom that
+    flew off costs nothing; a cell so skewed that a sphere reaches many of its images is reduced.
+    """
+    positions = np.ascontiguousarray(positions)
+    periodic = [axis for axis in range(3) if pbc[axis]]
+    normals = np.eye(3)
+    if periodic:
+        cell = _reduced(cell, pbc)
+        # the last rows of v span what the periodic vectors leave
+        normals = np.linalg.svd(cell[periodic])[2][len(periodic) :]
+    if len(normals) == 0:
+        return cell, positions
+    whole = cell.copy()
+    for axis, normal in zip((axis for axis in range(3) if not pbc[axis]), normals):
+        along = positions @ normal
+        order = np.argsort(along, kind="stable")
+        gaps = np.diff(along[order])
+        if (gaps > 2.0 * cutoff).any() or not abs(along[order[0]]) < _FAR:
+            moved = np.empty(len(order))
+            moved[order] = np.concatenate([[0.0], np.cumsum(np.minimum(gaps, 2.0 * cutoff))])
+            across = positions - along[:, None] * normal
+            across -= (across @ normal)[:, None] * normal  # what rounding left of a long way
+            across[np.abs(along) > _NOWHERE] = 0.0
+            positions, along = across + moved[:, None] * normal, moved
+        whole[axis] = normal * (np.ptp(along) + 3.0 * cutoff)
+    return whole, positions
+
+
+def _reduced(cell: Array, pbc: tuple[bool, bool, bool]) -> Array:
+    """A cell of the same lattice with short vectors, where this one is so skewed that a search would be long."""
+    vectors = cell[list(pbc)]
+    volume = np.sqrt(max(np.linalg.det(vectors @ vectors.T), 0.0))
+    if volume > _SKEWED * np.prod(np.linalg.norm(vectors, axis=1)):
+        return cell
+    return np.ascontiguousarray(minkowski_reduce(cell, pbc=pbc)[0])
+
+
+def gathered(cell: Array, positions: Array, pbc: tuple[bool, bool, bool], cutoff: float) -> tuple[Array, Array]:
+    """A `manageable` structure whose atoms are in its cell, which is periodic along all three of its vectors.
+
+    For lists that have bins wherever between the origin and an atom one could be, and for float32, which has the fewer
+    digits for where an atom is the further away that is.
+    """
+    cell, positions = manageable(cell, positions, pbc, cutoff)
+    return cell, positions - np.floor(positions @ np.linalg.inv(cell)) @ cell
