@@ -647,6 +647,20 @@ def test_a_backend_that_is_wrong_on_a_sessions_structure_is_not_used_for_that_se
     assert of.evaluate([task(of, STRUCTURES["alloy"], 2)])[0].backend == "wrong", "others are not concerned"
 
 
+def test_a_session_that_has_gone_does_without_nothing():
+    model = medium()
+    loading = Wrong(model)
+    watched(model, loading)
+    of = watched(model, Wrong(model, shift=0.1, after=loading.calls))
+    tasks = [task(of, STRUCTURES["alloy"], session) for session in (1, 2)]
+    of.evaluate(tasks)
+    assert of.info.note.startswith("2 sessions' systems are")
+    del tasks[0]
+    assert of.info.note.startswith("1 session's systems are")
+    tasks.clear()
+    assert not of.info.note
+
+
 def test_a_structure_without_finite_numbers_concerns_its_session_alone():
     model = medium()
     of = watched(model, FusedBackend(model))

@@ -232,7 +232,7 @@ class Fleet:
     def expected_seconds(self, supervisor: Supervisor) -> float | None:
         """How long loading took the last time."""
         known = self._devices.known(supervisor)
-        return supervisor.load_seconds or (known.load_seconds if known else None)
+        return supervisor.loading.seconds or (known.load_seconds if known else None)
 
     def keep_alive(self, supervisor: Supervisor) -> float:
         """Seconds that a supervisor may have nothing to do until its worker goes; infinite where that stays."""
@@ -319,7 +319,7 @@ class Fleet:
             loading = [supervisor for supervisor in there if supervisor.state is State.LOADING]
             growing = [supervisor for supervisor in loading if supervisor.memory.now > supervisor.memory.set_aside]
             if growing:
-                self._stop_loading(min(growing, key=lambda supervisor: supervisor.elapsed), room)
+                self._stop_loading(min(growing, key=lambda supervisor: supervisor.loading.elapsed), room)
                 return
             evicted = tuple(tenant for tenant in room.tenants if tenant.idle)
         numbers = [tenant.number for tenant in evicted]

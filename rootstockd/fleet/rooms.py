@@ -168,9 +168,9 @@ class Rooms:
 
     def remember(self, supervisor: Supervisor) -> None:
         """What a worker has taken until now, for the next that loads its model."""
-        if supervisor.device is None or supervisor.load_seconds is None or not supervisor.memory.loaded:
+        if supervisor.device is None or supervisor.loading.seconds is None or not supervisor.memory.loaded:
             return
-        seconds = round(supervisor.load_seconds, 2)
+        seconds = round(supervisor.loading.seconds, 2)
         measured = Measured(loaded=supervisor.memory.loaded, memory=supervisor.memory.peak, load_seconds=seconds)
         self._measurements.put(supervisor.spec, self._label(supervisor.device), measured)
 

@@ -16,6 +16,7 @@ from rootstockd.processes.worker_process import End, WorkerProcess
 from rootstockd.settings.config import Device
 from rootstockd.supervision.dispatcher import Dispatcher
 from rootstockd.supervision.failed_starts import FailedStarts
+from rootstockd.supervision.loading import Loading
 from rootstockd.supervision.memory_use import MemoryUse
 from rootstockd.supervision.meter import Meter
 from rootstockd.supervision.roles import Client, Landlord, State
@@ -78,12 +79,7 @@ class Supervisor:
         self.clients: set[Client] = set()
         """Whose systems are bound to this model."""
         self.memory = MemoryUse()
-        self.load_seconds: float | None = None
-        """How long the latest loading took."""
-        self.stage = ""
-        """How far loading has come, or when it begins anew."""
-        self.trying = ""
-        """Which backend is being tried: should the worker end now, it is that one's doing."""
+        self.loading = Loading()
         self.obstacle = ""
         """What is in the way of loading, while it waits."""
         self.refusal: LimitError | None = None
@@ -94,8 +90,6 @@ class Supervisor:
         """Of all that determines the numbers of its last worker, in that environment."""
         self._landlord = landlord
         self._ration = Ration()
-        self._without: dict[str, str] = {}
-        """Backends that ended a worker when they were tried, and how."""
         self._worker: WorkerProcess | None = None
         self._settled = asyncio.Event()
         self._stopping = asyncio.Event()
@@ -113,7 +107,6 @@ class Supervisor:
         self._load_timeout = load_timeout
         self._tick = min(TICK, hang_timeout / 10, load_timeout / 10)
         self._ended_at = 0.0
-        self._loading_since = time.perf_counter()
         self._task = asyncio.create_task(self._keep_warm(), name=f"supervisor {spec.name}")
 
     @property
@@ -199,11 +192,6 @@ class Supervisor:
         """How long it has had nothing to do."""
         return 0.0 if self.busy else time.perf_counter() - self._dispatcher.last_use
 
-    @property
-    def elapsed(self) -> float:
-        """Seconds since it began to load, or to wait for room."""
-        return time.perf_counter() - self._loading_since
-
     def load(self) -> None:
         """Come into memory, if it is not there."""
         self._dispatcher.last_use = time.perf_counter()
@@ -282,9 +270,9 @@ class Supervisor:
         where = f"{self.device} in {self.spec.dtype} ({info.backend})"
         if ready:
             self._dispatcher.last_use = time.perf_counter()
-            self.load_seconds = self._dispatcher.last_use - self._loading_since
-            self.meter.totals.loading.add(self.load_seconds)
-            log.info("model %s is ready on %s after %.1f s", self.spec.name, where, self.load_seconds)
+            seconds = self.loading.done()
+            self.meter.totals.loading.add(seconds)
+            log.info("model %s is ready on %s after %.1f s", self.spec.name, where, seconds)
             self._set_state(State.READY)
             self._dispatcher.dispatch()
         if info.note:
@@ -322,7 +310,8 @@ class Supervisor:
                 return
             self._leaving.clear()
             self._set_state(State.WAITING)
-            self._loading_since, self.refusal = time.perf_counter(), None
+            self.loading.begin()
+            self.refusal = None
             try:
                 variables = await self._landlord.admit(self)
             except LimitError as error:
@@ -343,7 +332,10 @@ class Supervisor:
         while not self._leaving.is_set():
             self._set_state(State.LOADING)
             end = await self._run_worker(variables)
-            if self.state is State.LOADING and self._drop_backend(end):
+            if self.state is State.LOADING and self.loading.drop_backend(end, self.error or self._shortage):
+                backend, how = self.loading.trying, self.loading.without[self.loading.trying]
+                log.warning("model %s does without %s, which ended a worker: %s", self.spec.name, backend, how)
+                self.error = None
                 self._replace(end)
                 continue
             failed_there = end.disorder or isinstance(self.error, DeviceFailedError)
@@ -374,22 +366,9 @@ class Supervisor:
                 self._set_state(State.FAILED)
                 return
             self._replace(end)
-            self.stage = f"to be started again in {failed.pause:.0f} s ({end.how})"
+            self.loading.stage = f"to be started again in {failed.pause:.0f} s ({end.how})"
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._leaving.wait(), failed.pause)
-
-    def _drop_backend(self, end: End) -> bool:
-        """Have the next worker do without the backend that was being tried when one ended, if one was."""
-        reported = self.error or self._shortage  # the worker lived on to say what was wrong
-        if not self.trying or not (isinstance(reported, DeviceFailedError) or (end.blamed and reported is None)):
-            return False
-        how = self.error.message if self.error else end.how
-        log.warning(
-            "model %s does without the backend %s: a worker that tried it ended: %s", self.spec.name, self.trying, how
-        )
-        self._without[self.trying] = how
-        self.error = None
-        return True
 
     def _replace(self, end: End) -> None:
         """The worker has ended, and there will be another."""
@@ -399,13 +378,13 @@ class Supervisor:
 
     async def _run_worker(self, variables: dict[str, str]) -> End:
         """One worker from its start to its end."""
-        self.stage, self.trying, self._loading_since = "starting", "", time.perf_counter()
+        self.loading.begin("starting")
         self.memory.begin()
         try:
             environment, spec = await asyncio.to_thread(_with_environment, self.spec)
             self.environment, self.fingerprint = environment, spec.fingerprint
             worker = self._worker = await WorkerProcess.start(
-                replace(spec, without=self._without), environment, variables, self._messages.hear, self._ration
+                replace(spec, without=self.loading.without), environment, variables, self._messages.hear, self._ration
             )
         except ModelLoadError as error:
             self.error = error
@@ -426,7 +405,7 @@ class Supervisor:
     def _occupation(self) -> Occupation | None:
         """What the worker is at."""
         if self.state is State.LOADING:
-            return Occupation("loading", self._loading_since, self._load_timeout)
+            return Occupation("loading", self.loading.since, self._load_timeout)
         if self.scheduler.running:
             return Occupation("an evaluation", self._dispatcher.sent, self._dispatcher.hang_limit)
         return None

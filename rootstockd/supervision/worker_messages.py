@@ -9,6 +9,7 @@ from typing import Protocol
 from rootstock_client.errors import ModelLoadError, RootstockError
 from rootstockd.processes.messages import Confined, Failure, Held, Said, Stage, Versions, parse
 from rootstockd.supervision.dispatcher import Dispatcher
+from rootstockd.supervision.loading import Loading
 from rootstockd.supervision.memory_use import MemoryUse
 from rootstockd.supervision.roles import State
 from rootstockd.worker.engines import EngineInfo
@@ -21,8 +22,7 @@ class Listener(Protocol):
 
     state: State
     unconfined: list[str]
-    stage: str
-    trying: str
+    loading: Loading
     memory: MemoryUse
 
     def computes(self, info: EngineInfo, *, ready: bool) -> None:
@@ -90,7 +90,7 @@ class WorkerMessages:
         elif isinstance(said, Failure):
             listener.not_loaded(said.error)
         elif isinstance(said, Stage):
-            listener.stage, listener.trying = said.stage, said.backend
+            listener.loading.stage, listener.loading.trying = said.stage, said.backend
         elif isinstance(said, Held):
             listener.memory.told = said.bytes
         else:

@@ -265,9 +265,7 @@ class Loop:
             if kind == b"E":
                 self._evaluate([slots[number] for number in array.array("i", body)])
                 channel.send(message)
-                if self._engine.info is not self._info:
-                    self._info = self._engine.info
-                    send(channel, b"I", dataclasses.asdict(self._info))
+                self._tell_info()
                 self._tell_memory()
             elif kind == b"A":
                 fields = json.loads(body)
@@ -279,6 +277,13 @@ class Loop:
                 del slot
             elif kind == b"D":
                 slots.pop(int.from_bytes(body, "little")).slot.close()
+                self._tell_info()
+
+    def _tell_info(self) -> None:
+        """What the engine says of itself, where it says something else than before."""
+        if (info := self._engine.info) is not self._info:
+            self._info = info
+            send(self._channel, b"I", dataclasses.asdict(info))
 
     def _tell_memory(self) -> None:
         """What it has of the GPU now: the driver may not tell the daemon, as in a container."""

@@ -82,18 +82,27 @@ class MaceEngine:
         self._versions = f"mace-torch {mace.__version__}, torch {torch.__version__}, {spec.device}"
         self._fast, notes = self._best(candidates)
         self._why = "; ".join(filter(None, [why, *notes]))
-        self.info = EngineInfo(
+        self._info = EngineInfo(
             properties=("energy", "free_energy", "forces", "stress", "energies"),
             elements=tuple(self._elements),
             heads=self._heads,
             backend=f"{(self._fast or reference).name} ({self._versions})",
             note=self._why,
         )
-        self._hear()
+
+    @property
+    def info(self) -> EngineInfo:
+        """What it says of itself; another object when the fast backend says something else, or others do without it."""
+        doubts = len({system.session for system in self._doubted}) if self._doubts or self._doubted else 0
+        heard = "" if self._fast is None else self._fast.note
+        if (doubts, heard) != (self._doubts, self._heard):
+            self._doubts, self._heard = doubts, heard
+            self._info = replace(self._info, note=self._note())
+        return self._info
 
     def prepare(self, system: Wanted) -> System:
         """What the backends need to know."""
-        check_system(self._name, self.info, system, self._understood)
+        check_system(self._name, self._info, system, self._understood)
         head = choose_head(self._name, self._heads, system.head)
         assert head is not None  # every MACE has heads
         elements = tuple(sorted(set(system.numbers.tolist())))
@@ -140,7 +149,6 @@ class MaceEngine:
                 together.append(index)
         if together:
             results.update(zip(together, self._together([tasks[index] for index in together])))
-        self._hear()
         return [results[index] for index in range(len(tasks))]
 
     def _together(self, tasks: list[Task]) -> list[Result]:
@@ -151,14 +159,6 @@ class MaceEngine:
             if len(tasks) == 1:
                 return self._reference.evaluate(tasks)
             return [result for task in tasks for result in self._together([task])]
-
-    def _hear(self) -> None:
-        """Pass on what the fast backend has to say, and who does without it, where that has changed."""
-        doubts = len({system.session for system in self._doubted}) if self._doubts or self._doubted else 0
-        heard = "" if self._fast is None else self._fast.note
-        if (doubts, heard) != (self._doubts, self._heard):
-            self._doubts, self._heard = doubts, heard
-            self._note()
 
     # --- checks
 
@@ -276,11 +276,11 @@ class MaceEngine:
         slope = checks.slope_error({key: backend.evaluate([value])[0] for key, value in moved.items()}, _STEP)
         return "" if slope <= _SLOPE[self._dtype] else f"its forces are {slope:.1e} off its energies' slope"
 
-    def _note(self) -> None:
-        """Say all that people should know."""
+    def _note(self) -> str:
+        """All that people should know."""
         whose = "1 session's systems" if self._doubts == 1 else f"{self._doubts} sessions' systems"
         doubt = f"{whose} are computed by {self._reference.name}; the last: {self._doubt_of}" if self._doubts else ""
-        self.info = replace(self.info, note="; ".join(filter(None, [self._why, doubt, self._heard])))
+        return "; ".join(filter(None, [self._why, doubt, self._heard]))
 
 
 def _finite(result: Result) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -83,7 +82,7 @@ class Neighbours:
     def _compute(self, positions: Array, cell: Array, quantities: str) -> tuple[Array, Array, Array]:
         heights = 1 / np.linalg.norm(np.linalg.inv(cell), axis=0)
         cells = np.maximum(heights // self._cutoff, 1.0)
-        if (total := cells.prod()) > _MOST_CELLS and cells.min() * math.cbrt(_MOST_CELLS / total) < 2.0:  # noqa: PLR2004
+        if (total := cells.prod()) > _MOST_CELLS and cells.min() * np.cbrt(_MOST_CELLS / total) < 2.0:  # noqa: PLR2004
             # it makes as many fewer along each vector, and where that is none it divides by zero (SIGFPE)
             raise NotApplicableError(f"a cell with heights of {heights.round(2).tolist()} Å")
         try:

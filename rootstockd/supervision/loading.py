@@ -1,0 +1,50 @@
+"""How a model's loading goes, and what the next worker does without as it ended one. Pure."""
+
+from __future__ import annotations
+
+import time
+
+from rootstock_client.errors import DeviceFailedError, RootstockError
+from rootstockd.processes.worker_process import End
+
+
+class Loading:
+    """Of one model, whichever worker loads it."""
+
+    def __init__(self) -> None:
+        self.stage = ""
+        """How far it has come, or when it begins anew."""
+        self.trying = ""
+        """Which backend is being tried: should the worker end now, it is that one's doing."""
+        self.seconds: float | None = None
+        """How long the latest took."""
+        self.without: dict[str, str] = {}
+        """Backends that ended a worker when they were tried, and how."""
+        self.since = time.perf_counter()
+        """When a worker was started, or when the model began to wait for room."""
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since then."""
+        return time.perf_counter() - self.since
+
+    def begin(self, stage: str = "") -> None:
+        """It begins to wait, or a worker is started."""
+        self.stage, self.trying, self.since = stage, "", time.perf_counter()
+
+    def done(self) -> float:
+        """The model is loaded; how long it took."""
+        self.seconds = self.elapsed
+        return self.seconds
+
+    def drop_backend(self, end: End, reported: RootstockError | None) -> bool:
+        """Have the next worker do without the backend that was being tried when one ended, if one was.
+
+        Args:
+            end: of the worker.
+            reported: what it lived on to say was wrong.
+        """
+        if not self.trying or not (isinstance(reported, DeviceFailedError) or (end.blamed and reported is None)):
+            return False
+        self.without[self.trying] = reported.message if reported else end.how
+        return True
