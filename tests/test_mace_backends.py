@@ -634,14 +634,15 @@ def test_a_backend_that_is_wrong_on_a_sessions_structure_is_not_used_for_that_se
     wrong = Wrong(model, shift=0.1, after=loading.calls)
     of = watched(model, wrong)
     assert of.info.backend.startswith("wrong")
-    before = of.info
+    before, kept = of.info, task(of, STRUCTURES["alloy"], 1)
     with caplog.at_level(logging.WARNING):
-        assert of.evaluate([task(of, STRUCTURES["alloy"], 1)])[0].backend == "mace-torch"
+        assert of.evaluate([kept])[0].backend == "mace-torch"
     assert of.info is not before, "whoever holds the old one sees that something changed"
     assert "1.0e-01" in of.info.note and "session 1" in of.info.note
     assert of.info.note.startswith("1 session's systems are")
     assert "first structure" in caplog.text
     assert of.evaluate([task(of, STRUCTURES["alloy"], 1)])[0].backend == "mace-torch", "a new INIT changes nothing"
+    del kept
     wrong._shift = 0.0
     assert of.evaluate([task(of, STRUCTURES["alloy"], 2)])[0].backend == "mace-torch"
     assert of.evaluate([task(of, STRUCTURES["alloy"], 2)])[0].backend == "wrong", "others are not concerned"
