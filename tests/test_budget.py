@@ -253,7 +253,7 @@ import resource
 from rootstockd.worker import memory
 measured = memory.CpuMemory()
 least = measured.free()
-limit = memory._statm()[1] + 2**29
+limit = memory._usage().data + 2**29
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 limited = memory.CpuMemory().free()
 assert measured.free() == least, "it is looked at once a second"
@@ -271,6 +271,7 @@ import resource, time
 import numpy as np
 from rootstockd.worker import memory
 memory._FRESH = 0.1
+memory._available, memory.control_groups = lambda: 2**33, lambda: iter([])  # others' come and go
 measured, bound = memory.CpuMemory(), memory.Bound()
 free = measured.free()
 for _ in range(5):  # its own bound is not what is free: else each would be a tenth less than the last
@@ -278,12 +279,13 @@ for _ in range(5):  # its own bound is not what is free: else each would be a te
     bound.renew()
 soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
 assert hard == resource.RLIM_INFINITY
-assert 0.8 * free < soft - memory._statm()[1] < free
-assert measured.free() > 0.8 * free
+usage = memory._usage()
+assert 0.85 * 2**33 < soft - usage.resident + usage.shared < 0.95 * 2**33
+assert free >= 2**33 and measured.free() >= 2**33
 try:
-    np.empty(free, np.int8)
+    np.empty(2**33, np.int8)
 except MemoryError:
-    np.empty(free // 2, np.int8)
+    np.empty(2**32, np.int8)
 else:
     raise SystemExit("it got all that there is")
 """
@@ -298,6 +300,30 @@ def test_a_control_groups_memory_is_without_what_the_kernel_could_drop(tmp_path:
     assert list(memory.control_group_memory(tmp_path)) == []
     (tmp_path / "memory.max").write_text("1000\n")
     assert list(memory.control_group_memory(tmp_path)) == [(1000, 550)]
+
+
+def test_the_first_version_of_control_groups_too(tmp_path: Path):
+    (tmp_path / "memory.usage_in_bytes").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("inactive_file 1\ntotal_rss 500\ntotal_inactive_file 150\n")
+    (tmp_path / "memory.limit_in_bytes").write_text(f"{2**63 - 4096}\n")
+    assert list(memory.control_group_memory(tmp_path)) == []
+    (tmp_path / "memory.limit_in_bytes").write_text("1000\n")
+    assert list(memory.control_group_memory(tmp_path)) == [(1000, 550)]
+
+
+def test_which_control_groups_a_process_is_in(monkeypatch):
+    lines = "4:cpuset,memory:/slurm/uid_0/job_1\n1:cpu:/elsewhere\n0::/system.slice/a:b.service\n"
+    monkeypatch.setattr(Path, "read_text", lambda path: lines)
+    root = Path("/sys/fs/cgroup")
+    assert list(memory.control_groups()) == [
+        root / "memory/slurm/uid_0/job_1",
+        root / "memory/slurm/uid_0",
+        root / "memory/slurm",
+        root / "memory",
+        root / "system.slice/a:b.service",
+        root / "system.slice",
+        root,
+    ]
 
 
 @pytest.mark.gpu

@@ -10,7 +10,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, Iterator, Sequence
+from typing import Any, Iterator, NamedTuple, Sequence
 
 MEMORY_VARIABLE = "ROOTSTOCKD_WORKER_MEMORY"
 """Has a worker's limit in bytes, if it has one."""
@@ -24,8 +24,20 @@ _SURPLUS = 2**28
 _SHARE = 0.9
 """The part of what is free that a worker may take: the rest is for the daemon and for jobs."""
 
+_ALWAYS = 2**26
+"""Bytes that it may have in any case: small allocations that fail end a process."""
+
 _SCORE, _FIRST_TO_GO = Path("/proc/self/oom_score_adj"), 500
 """Where the kernel is told whom to kill where memory lacks, from -1000 to 1000. A worker is replaced, a job is not."""
+
+_GROUPS = Path("/sys/fs/cgroup")
+_GROUP_FILES = (
+    ("memory.max", "memory.current", "inactive_file "),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file "),
+)
+"""Of version 2 and of version 1: a limit, what is used, and the line of memory.stat that the kernel could drop."""
+_UNLIMITED = 2**60
+"""Version 1 says 2**63, less a page."""
 
 _peak: int | None = None
 """The file with which the kernel forgets this process's peak; None where there is no such file."""
@@ -61,7 +73,10 @@ class Bound:
             return
         self._renew_at = now + _FRESH
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        soft = _statm()[1] + int(_SHARE * max(0, _unused(self._groups)))
+        usage = _usage()
+        # what the allocator has and gave back to the kernel is used again without asking, and is counted as taken
+        soft = usage.resident - usage.shared + int(_SHARE * max(0, _unused(self._groups)))
+        soft = max(soft, usage.data + _ALWAYS)
         resource.setrlimit(resource.RLIMIT_DATA, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
 
 
@@ -147,28 +162,28 @@ class CpuMemory(Memory):
     def __init__(self) -> None:
         super().__init__()
         self._groups = tuple(control_groups())
-        self._before, self._data = _statm()
+        self._before = _usage()
 
     def _look(self) -> int:
-        resident, data = _statm()
+        usage = _usage()
         heap = _free_heap()
-        kept = max(0, resident - self._before)
+        kept = max(0, usage.resident - self._before.resident)
         kept = kept if heap is None else min(kept, heap)  # some of it is in use: tables, for instance
         free = _unused(self._groups) + kept
         _, limit = resource.getrlimit(resource.RLIMIT_DATA)  # the other one is `Bound`'s, and follows from what is free
         if limit != resource.RLIM_INFINITY:  # counts what the allocator has, be it resident or not
-            free = min(free, limit - data + (kept if heap is None else heap))
+            free = min(free, limit - usage.data + (kept if heap is None else heap))
         return max(0, free)
 
     def begin(self) -> None:
         trim()
         if _peak is not None:
             os.write(_peak, b"5")
-        self._before, self._data = _statm()
+        self._before = _usage()
 
     def taken(self) -> int:
         """Bytes that it took at its worst; more than that where the kernel has only the peak since the start."""
-        return max(_peak_resident() - self._before, _statm()[1] - self._data)
+        return max(_peak_resident() - self._before.resident, _usage().data - self._before.data)
 
 
 class CudaMemory(Memory):
@@ -197,23 +212,29 @@ class CudaMemory(Memory):
 
 
 def control_groups() -> Iterator[Path]:
-    """The folders of this process's control group and those above it (version 2)."""
-    root = Path("/sys/fs/cgroup")
+    """The folders of this process's control groups and those above them: of version 2, and of version 1's memory."""
     for line in Path("/proc/self/cgroup").read_text().splitlines():
-        if line.startswith("0::"):
-            folder = root / line[3:].strip().lstrip("/")
-            yield from (path for path in (folder, *folder.parents) if path.is_relative_to(root))
+        _, controllers, path = line.split(":", 2)
+        root = _GROUPS
+        if controllers:
+            if "memory" not in controllers.split(","):
+                continue
+            root = _GROUPS / "memory"
+        folder = root / path.lstrip("/")
+        yield from (above for above in (folder, *folder.parents) if above.is_relative_to(root))
 
 
 def control_group_memory(group: Path) -> Iterator[tuple[int, int]]:
     """The limit of a control group and what it uses, but for files that the kernel could drop."""
-    try:
-        limit = int((group / "memory.max").read_text())
-        used = int((group / "memory.current").read_text())
-        lines = (group / "memory.stat").read_text().splitlines()
-    except (OSError, ValueError):  # there is no such file in the root; max is no number
-        return
-    yield limit, used - sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+    for limit_file, used_file, dropped in _GROUP_FILES:
+        try:
+            limit = int((group / limit_file).read_text())
+            used = int((group / used_file).read_text())
+            lines = (group / "memory.stat").read_text().splitlines()
+        except (OSError, ValueError):  # it is of the other version, or the root; "max" is no number
+            continue
+        if limit < _UNLIMITED:
+            yield limit, used - sum(int(line.split()[1]) for line in lines if line.startswith(dropped))
 
 
 def _unused(groups: Sequence[Path]) -> int:
@@ -236,11 +257,19 @@ def _free_heap() -> int | None:
     return int(mallinfo().numbers[8])
 
 
-def _statm() -> tuple[int, int]:
-    """Bytes of this process that are resident, and those that RLIMIT_DATA is about."""
+class _Usage(NamedTuple):
+    """What this process has, in bytes."""
+
+    resident: int
+    shared: int
+    """Resident, but a file's."""
+    data: int
+    """What RLIMIT_DATA is about, resident or not."""
+
+
+def _usage() -> _Usage:
     numbers = Path("/proc/self/statm").read_text().split()
-    page = resource.getpagesize()
-    return int(numbers[1]) * page, int(numbers[5]) * page
+    return _Usage(*(int(numbers[field]) * resource.getpagesize() for field in (1, 2, 5)))
 
 
 def _peak_resident() -> int:
