@@ -21,6 +21,7 @@ ONE = np.zeros((1, 3))
         (np.diag([4.0, 4.0, 1e-9]), SLAB),  # how long the third vector is means nothing
         (np.diag([4.0, 0.0, 0.0]), WIRE),
         (np.array([[3.0, 0, 0], [50, 3, 0], [-40, 60, 3]]), BULK),  # skewed, but its vectors are long
+        (np.array([[4.0, 0, 0], [0, 4, 0], [0, 3900, 4]]), BULK),  # sheared by a strain of 1,000
         (-np.diag([4.0, 4.0, 4.0]), BULK),
     ],
 )
@@ -32,6 +33,13 @@ def test_cells_that_can_be_evaluated(cell, pbc):
     ("cell", "pbc", "words"),
     [
         (np.diag([1.0, 1.0, 0.0]), BULK, "span no volume"),
+        (
+            np.array([[4.0, 0, 0], [0, 4, 0], [0, 4100, 4]]),
+            BULK,
+            "nearly parallel .* span 0.001 of the",
+        ),
+        (np.array([[4.0, 0, 0], [400, 4, 0], [4000, 400, 4]]), BULK, "nearly parallel .* span 1e-05 of the"),
+        (np.array([[4.0, 0, 0], [400, 0.2, 0], [0, 0, 0]]), SLAB, "nearly parallel"),
         (np.diag([1.0, np.nan, 1.0]), BULK, "not finite"),
         (np.diag([2.0, 2.0, 0.5 * SHORTEST]), BULK, f"of only {0.5 * SHORTEST * BOHR:.2g} Å"),
         (np.diag([2.0, 2.0, 1e-4 * SHORTEST]), BULK, "lattice vector of only"),

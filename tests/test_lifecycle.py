@@ -191,8 +191,13 @@ def test_the_log_is_its_owners_alone(runtime_folder: Path) -> None:
     (folder / "link").symlink_to(elsewhere)
     with pytest.raises(OSError, match="symbolic link"):
         open_log(folder / "link")
+    done = rootstockd("start", "--socket", runtime_folder / "a.sock", "--log-file", folder / "link")
+    assert done.returncode == 1 and "Too many levels of symbolic links" in done.stderr
     assert not elsewhere.exists()
     open_log(Path("/dev/null")).close()
+    os.mkfifo(folder / "fifo")
+    with pytest.raises(OSError, match="No such device"):  # nobody reads it, and nobody is waited for
+        open_log(folder / "fifo")
 
 
 def test_a_log_that_was_rotated_is_left_with_a_reload(runtime_folder: Path) -> None:

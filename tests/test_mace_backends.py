@@ -390,6 +390,10 @@ AWKWARD = {
     "spread across a wire": Atoms(
         "Cu40", np.random.default_rng(0).uniform(-90, 90, (40, 3)) * [0.02, 1, 1], cell=[4, 0, 0], pbc=(1, 0, 0)
     ),
+    "sheared by a lot": Atoms("Cu2", [[0, 0, 0], [2, 0, 0]], cell=[[4, 0, 0], [0, 4, 0], [0, 3000, 4]], pbc=True),
+    "where mace-torch's own cell spans nothing": Atoms(
+        "Cu2", [[0, 0, 0], [2, 1, 1]], cell=[[0, 4, 0], [5, 0, 0], [0, 0, 4]], pbc=(False, True, True)
+    ),
     "far outside": Atoms("Cu2", [[500, 0, 0], [1, 1, -900]], cell=[4, 4, 4], pbc=True),
 }
 
@@ -434,6 +438,29 @@ def test_the_reference_loses_no_digits_far_from_the_origin(name, far):
     there = dataclasses.replace(near, positions=near.positions + np.array([far, -far, 0.5 * far]))
     reference = ReferenceBackend(model, "cpu")
     assert compare(reference.evaluate([there])[0], reference.evaluate([near])[0]).within(1e-5)
+
+
+def test_of_a_crowded_structure_a_piece_is_compared():
+    """mace-torch would take all memory for it: each of these has 4,000 neighbours, and more."""
+    model = medium()
+    of, rng = watched(model, FusedBackend(model)), np.random.default_rng(1)
+    sizes, evaluate = [], of._reference.evaluate
+
+    def noted(tasks):
+        sizes.extend((len(one.positions), any(one.system.pbc)) for one in tasks)
+        return evaluate(tasks)
+
+    of._reference.evaluate = noted
+    ordinary = bulk("Cu", cubic=True) * (3, 3, 3)
+    for atoms, size in (
+        (ordinary, (108, True)),
+        (Atoms("Cu20", rng.uniform(0, 1.2, (20, 3)), cell=[1.2] * 3, pbc=True), (20, False)),
+        (Atoms("Cu400", rng.uniform(0, 4, (400, 3))), (250, False)),
+        (Atoms("Cu50", rng.uniform(0, 3, (50, 3))), (50, False)),
+    ):
+        sizes.clear()
+        of.evaluate([task(of, atoms)])
+        assert sizes == [size]
 
 
 def test_what_vesin_would_end_the_process_for_is_for_the_reference():

@@ -19,6 +19,12 @@ from rootstockd.settings.config_layers import FILE_VARIABLE, find_files, make_co
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+
+def _absolute(_context: click.Context, _option: click.Parameter, path: Path | None) -> Path | None:
+    """From wherever it is used; a link in it is still one, for whoever opens the file to see."""
+    return None if path is None else path.absolute()
+
+
 _OPTIONS = (
     click.option(
         "--gpu",
@@ -44,7 +50,7 @@ _OPTIONS = (
     ),
     catalogue_option,
     socket_option,
-    click.option("--log-file", type=click.Path(path_type=Path, resolve_path=True), help="Where the log goes."),
+    click.option("--log-file", type=click.Path(path_type=Path), callback=_absolute, help="Where the log goes."),
     click.option("--max-atoms", type=click.IntRange(min=1), help="The most atoms in one message of one session."),
     click.option("--batch-atoms", type=click.IntRange(min=1), help="The most atoms in one pass over several sessions."),
     click.option(

@@ -42,6 +42,8 @@ STATE_COLOUR = {
 }
 _SHOWN_SESSIONS = 20
 _SHOWN_NAMES = 3
+_LONG = 10.0
+"""Seconds after which a batch is worth a word."""
 _GAP = 2
 
 
@@ -111,7 +113,12 @@ def show_models(models: list[ModelStatus]) -> list[str]:
             Column("sessions", [count(model.sessions) for model in models], right=True),
             Column("queue", [count(model.waiting) for model in models], right=True, rank=1),
             Column("eval/s", [f"{model.rate:.1f}" if model.rate else "-" for model in models], right=True),
-            Column("busy", [f"{model.load:.0%}" if model.rate else "-" for model in models], right=True, rank=5),
+            Column(
+                "busy",
+                [f"{model.load:.0%}" if model.rate or model.load else "-" for model in models],
+                right=True,
+                rank=5,
+            ),
             Column("memory", [size(model.memory) for model in models], right=True, rank=4),
             Column("idle", [span(model.idle) for model in models], right=True, rank=6),
             Column("evaluations", [count(model.evaluations) for model in models], right=True, rank=8),
@@ -120,6 +127,11 @@ def show_models(models: list[ModelStatus]) -> list[str]:
         ]
     )
     for name, model in zip(names, models, strict=True):
+        if model.batch_seconds > _LONG:
+            text = (
+                f"{name} has been at a batch of {plural(model.batch_under_way, 'atom')} for {model.batch_seconds:.0f} s"
+            )
+            console.print(text, style="yellow", markup=False)
         if model.loading:
             console.print(f"{name} {model.loading.text}", style="yellow", markup=False)
         if model.error:

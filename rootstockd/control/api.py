@@ -215,6 +215,7 @@ def model_status(model: Supervisor, fleet: Fleet) -> ModelStatus:
     why = model.error or model.refusal
     keep_alive = fleet.keep_alive(model)
     latencies = model.meter.latencies(0.5, 0.99)
+    batch, seconds = model.under_way
     return ModelStatus(
         name=model.spec.name,
         device=str(model.device) if model.device else None,
@@ -234,6 +235,8 @@ def model_status(model: Supervisor, fleet: Fleet) -> ModelStatus:
         memory=model.memory.now or (process_memory(model.pid) if model.pid and model.spec.device == "cpu" else None),
         sessions=len(model.clients),
         waiting=model.scheduler.waiting,
+        batch_under_way=batch,
+        batch_seconds=seconds,
         evaluations=model.evaluations,
         batches=model.batches,
         restarts=model.restarts,

@@ -79,6 +79,10 @@ class ModelStatus(BaseModel):
     sessions: int
     waiting: int
     """Evaluations in the queue."""
+    batch_under_way: int = 0
+    """Atoms of the batch that the worker is at; 0 where it is at none."""
+    batch_seconds: float = 0.0
+    """Since that began."""
     evaluations: int
     batches: int
     restarts: int

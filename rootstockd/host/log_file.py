@@ -38,7 +38,10 @@ def check_log(path: Path) -> None:
 
 def _open(path: Path, flags: int = 0) -> int:
     # no link: in a folder like /tmp somebody may have put one there, to a file of ours
-    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o600)
+    # nor is a reader of a FIFO waited for
+    mode = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    fd = os.open(path, mode | flags, 0o600)
+    os.set_blocking(fd, True)
     info = os.fstat(fd)
     if stat.S_ISREG(info.st_mode) and info.st_uid != os.geteuid():
         os.close(fd)

@@ -12,6 +12,9 @@ from rootstock_client.units import BOHR
 
 SHORTEST = 0.02
 """Bohr; an atom's own images so close are no structure, and a sphere reaches more of them than there is memory for."""
+FLATTEST = 1e-3
+"""The least part of the product of their lengths that lattice vectors may span: one plane of a flatter cell has
+thousands of images within reach, and who lists neighbours looks at all."""
 LONGEST = 1e8 / BOHR
 """Bohr (1e8 Å); across such a cell a float64 has no digits left that matter to forces."""
 DENSEST = 20 * BOHR**3
@@ -65,6 +68,12 @@ def _check_lattice(vectors: ipi.FloatArray, pbc: tuple[bool, bool, bool]) -> flo
         raise InvalidStructureError(
             f"the system is periodic (pbc {list(pbc)}), but its lattice vectors span no volume.",
             "Set a cell, or switch pbc off.",
+        )
+    if (part := spanned / lengths.prod()) < FLATTEST:
+        raise InvalidStructureError(
+            f"the system is periodic (pbc {list(pbc)}) with nearly parallel lattice vectors, which span {part:.1g} of "
+            f"the product of their lengths; at least {FLATTEST:.1g} is wanted.",
+            "Choose shorter vectors of the same lattice, as ase.build.niggli_reduce does.",
         )
     if (shortest := lengths.min()) < SHORTEST:
         raise InvalidStructureError(

@@ -68,6 +68,12 @@ class Dispatcher:
         sizes = [evaluation.atoms for evaluation in self.scheduler.running]
         return self._hang_limit.seconds(sum(sizes), max(sizes))
 
+    @property
+    def abandoned(self) -> bool:
+        """Whoever wanted what is under way has gone, and others wait."""
+        scheduler = self.scheduler
+        return scheduler.waiting > 0 and all(evaluation.withdrawn for evaluation in scheduler.running)
+
     def sample(self) -> None:
         """Look at how fast it is."""
         self.meter.count()

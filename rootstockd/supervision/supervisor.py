@@ -31,6 +31,9 @@ TICK = 1.0
 """Seconds between looks at how long the worker has been at something, at most."""
 STOP_PATIENCE = 10.0
 """Seconds that a stopping daemon waits for a killed worker, which may be stuck in the kernel."""
+ABANDONED = 10.0
+"""Seconds, at least, that others wait for an evaluation whose session has gone, until a fresh worker does theirs: to
+load the model again takes some, too."""
 RETRY_AFTER = 10.0
 """Seconds until a broken model may be tried again."""
 
@@ -233,6 +236,14 @@ class Supervisor:
         return self._dispatcher.meter
 
     @property
+    def under_way(self) -> tuple[int, float]:
+        """The atoms of the batch that its worker is at, and seconds since it began; zeros where there is none."""
+        running = self.scheduler.running
+        if self.state is not State.READY or not running:
+            return 0, 0.0
+        return sum(evaluation.atoms for evaluation in running), time.perf_counter() - self._dispatcher.sent
+
+    @property
     def evaluations(self) -> int:
         """Done so far."""
         return self._dispatcher.evaluations
@@ -407,7 +418,11 @@ class Supervisor:
         if self.state is State.LOADING:
             return Occupation("loading", self.loading.since, self._load_timeout)
         if self.scheduler.running:
-            return Occupation("an evaluation", self._dispatcher.sent, self._dispatcher.hang_limit)
+            sent, limit = self._dispatcher.sent, self._dispatcher.hang_limit
+            if self._dispatcher.abandoned:
+                limit = min(limit, max(ABANDONED, self.loading.seconds or 0.0))
+                return Occupation("an evaluation that nobody waits for any more", sent, limit, wanted=False)
+            return Occupation("an evaluation", sent, limit)
         return None
 
     def _set_state(self, state: State) -> None:

@@ -22,6 +22,8 @@ class Occupation:
     """When it began, of any clock: it tells one thing from the next."""
     limit: float = field(compare=False)
     """Seconds that it may take."""
+    wanted: bool = True
+    """Somebody waits for it: then it hangs if it takes longer, and else it is not worth others' time."""
 
 
 async def watch(worker: WorkerProcess, name: str, occupation: Callable[[], Occupation | None], tick: float) -> None:
@@ -48,7 +50,8 @@ async def watch(worker: WorkerProcess, name: str, occupation: Callable[[], Occup
             continue
         worker.hear_out()  # its answer may have come while nobody looked
         if occupation() == now:
-            how = f"it hung: {now.what} took {waited:.3g} s where {now.limit:.3g} s is the limit"
+            hung = "it hung: " if now.wanted else ""
+            how = f"{hung}{now.what} took {waited:.3g} s where {now.limit:.3g} s is the limit"
             log.warning("model %s: worker %d is killed, %s", name, worker.pid, how)
-            worker.kill(End(how, blamed=True, hung=True))
+            worker.kill(End(how, blamed=now.wanted, hung=now.wanted))
             return

@@ -28,6 +28,7 @@ import hostile
 from conftest import RunningDaemon
 from hostile import behave
 from rootstock_client.errors import EvaluationError, LimitError, ModelLoadError, RootstockError
+from rootstockd.supervision.supervisor import ABANDONED
 
 HANG_TIMEOUT = 2.0
 LOAD_TIMEOUT = 3.0
@@ -42,7 +43,9 @@ def start_hostile(start_shared_daemon, tmp_path_factory) -> Iterator[Callable[..
         path = [str(Path(hostile.__file__).parent), os.environ.get("PYTHONPATH", "")]
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, path)))
 
-        def start(load: str = "hostile", **at_loading: tuple[str, int]) -> RunningDaemon:
+        def start(
+            load: str = "hostile", hang_timeout: float = HANG_TIMEOUT, **at_loading: tuple[str, int]
+        ) -> RunningDaemon:
             number = len(list(folder.iterdir()))
             entries = ['[hostile]\nfamily = "ase"\narguments = { calculator = "hostile:Hostile" }\n']
             for name, (what, times) in at_loading.items():
@@ -52,7 +55,7 @@ def start_hostile(start_shared_daemon, tmp_path_factory) -> Iterator[Callable[..
                 entries.append(f'[{name}]\nfamily = "ase"\nconfine = false\narguments = {arguments}\n')
             catalogue, config = folder / f"{number}-catalogue.toml", folder / f"{number}-config.toml"
             catalogue.write_text("\n".join(entries))
-            config.write_text(f"hang_timeout = {HANG_TIMEOUT}\nload_timeout = {LOAD_TIMEOUT}\n")
+            config.write_text(f"hang_timeout = {hang_timeout}\nload_timeout = {LOAD_TIMEOUT}\n")
             options = ["--model", load] if load else []
             return start_shared_daemon("--config", str(config), "--catalogue", str(catalogue), *options)
 
@@ -346,21 +349,40 @@ def test_a_daemon_that_was_stopped_kills_nobody(fresh: RunningDaemon, worker_too
     assert fresh.model("hostile")["pid"] == worker
 
 
-def test_the_client_of_an_evaluation_that_hangs_goes_away(fresh: RunningDaemon) -> None:
-    """Its worker is replaced all the same, but nobody repeats what nobody wants."""
+def leave_under_way(daemon: RunningDaemon, deed: int) -> None:
+    """Somebody has something done, and is killed."""
     code = (
         "import sys, hostile, test_workers; from rootstock_client import RootstockClient\n"
-        "atoms = hostile.behave(test_workers.slab(), hostile.SLEEP)\n"
+        "atoms = hostile.behave(test_workers.slab(), int(sys.argv[2]))\n"
         "atoms.calc = RootstockClient(sys.argv[1]).calculator('hostile')\n"
         "atoms.get_forces()"
     )
     path = os.pathsep.join(map(str, [Path(__file__).parent, Path(__file__).parent.parent, os.environ["PYTHONPATH"]]))
-    command = [sys.executable, "-c", code, str(fresh.socket)]
+    command = [sys.executable, "-c", code, str(daemon.socket), str(deed)]
     with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}) as process:
-        wait_for(lambda: busy(fresh))
+        wait_for(lambda: busy(daemon))
         process.kill()
+
+
+def test_the_client_of_an_evaluation_that_hangs_goes_away(fresh: RunningDaemon) -> None:
+    """Its worker is replaced all the same, but nobody repeats what nobody wants."""
+    leave_under_way(fresh, hostile.SLEEP)
     np.testing.assert_allclose(evaluate(fresh, slab()), expected(slab()), atol=1e-9)
     assert fresh.model("hostile")["restarts"] == 1
+
+
+def test_an_evaluation_whose_session_has_gone_holds_nobody_up_for_long(start_hostile) -> None:
+    """It may be right, and take long: others get a fresh worker all the same."""
+    patient = start_hostile(hang_timeout=300.0)
+    leave_under_way(patient, hostile.SLEEP)
+    begin = time.monotonic()
+    time.sleep(0.6 * ABANDONED)
+    assert patient.model("hostile")["restarts"] == 0, "as long as nobody waits there is no hurry"
+    np.testing.assert_allclose(evaluate(patient, slab()), expected(slab()), atol=1e-9)
+    assert 1.5 * ABANDONED < time.monotonic() - begin < 100
+    assert patient.model("hostile")["restarts"] == 1
+    assert "an evaluation that nobody waits for any more took" in patient.log.read_text()
+    patient.stop()
 
 
 # --- loading

@@ -14,6 +14,8 @@ from rootstockd.worker.engines.mace.reference import System
 
 LARGEST = 500
 """Atoms of a session's first structure up to which it is compared whole; of a larger one, a cluster is."""
+CROWDED = 150
+"""Neighbours, on average, up to which it is: mace-torch takes time and memory by the edge. Solids have 60 to 100."""
 FEW = 100
 """The same where memory lacks for that."""
 NEUTRAL = {"total_charge": 0.0, "total_spin": 1.0}
@@ -54,10 +56,10 @@ def structures(elements: Sequence[int], heads: Sequence[str], together: int = 8)
 def piece(task: Task, cutoff: float, most: int = LARGEST) -> Task:
     """The structure; or, of one with more than `most` atoms, the one in its middle and what surrounds it, as a cluster.
 
-    Distances are those of the structure wrapped into its cell, so a cluster at its edge has fewer neighbours; both
-    backends are given the same.
+    So of one with fewer that are crowded. Distances are those of the structure wrapped into its cell, so a cluster at
+    its edge has fewer neighbours; both backends are given the same.
     """
-    if len(task.positions) <= most:
+    if len(task.positions) * max(1.0, _neighbours(task, cutoff) / CROWDED) <= most:
         return task
     positions = wrap_positions(task.positions, task.cell, task.system.pbc) if any(task.system.pbc) else task.positions
     central = np.argmin(np.linalg.norm(positions - positions.mean(axis=0), axis=1))
@@ -66,6 +68,18 @@ def piece(task: Task, cutoff: float, most: int = LARGEST) -> Task:
     nearest = nearest[distances[nearest] <= 2 * cutoff]
     system = dataclasses.replace(task.system, numbers=task.system.numbers[nearest], pbc=(False, False, False))
     return Task(system, task.cell, positions[nearest], stress=task.stress, energies=False)
+
+
+def _neighbours(task: Task, cutoff: float) -> float:
+    """How many neighbours an atom has about, by the density of the structure as a whole."""
+    pbc: tuple[bool, bool, bool] = task.system.pbc
+    vectors, normals = task.cell[list(pbc)], np.eye(3)
+    volume = np.sqrt(max(np.linalg.det(vectors @ vectors.T), 0.0)) if any(pbc) else 1.0
+    if any(pbc):
+        normals = np.linalg.svd(vectors)[2][len(vectors) :]
+    volume *= np.prod(np.maximum(np.ptp(task.positions @ normals.T, axis=0), cutoff))
+    within = len(task.positions) * 4 / 3 * np.pi * cutoff**3 / max(volume, 1e-9)
+    return float(within if any(pbc) else min(within, len(task.positions)))
 
 
 def slope_error(results: dict[str, Result], step: float) -> float:

@@ -10,6 +10,10 @@ from rootstockd.worker.engines import Array
 _SKEWED = 0.1
 """A cell whose volume is less than this part of the product of its lengths is reduced."""
 
+NEAR = 30.0
+"""Å. Without pbc mace-torch takes 20 ms to list the neighbours of an atom that is so far from the origin, and 0.9 s at
+100 Å; float32 has a rounding of 1e-6 Å there."""
+
 _FAR = 1e6
 """Å; structures so far from the origin are brought there, or how many cells away they are would be no integer."""
 
@@ -58,11 +62,23 @@ def _reduced(cell: Array, pbc: tuple[bool, bool, bool]) -> Array:
     return np.ascontiguousarray(minkowski_reduce(cell, pbc=pbc)[0])
 
 
+def is_awkward(cell: Array, positions: Array, pbc: tuple[bool, bool, bool]) -> bool:
+    """Whether mace-torch's own neighbour lists take long over a structure, lose digits, or can't do it.
+
+    Lattice vectors without pbc it replaces by the axes.
+    """
+    if np.abs(positions).max(initial=0.0) > NEAR:
+        return True
+    vectors = np.where(np.array(pbc)[:, None], cell, np.eye(3))
+    return bool(abs(np.linalg.det(vectors)) < _SKEWED * np.prod(np.linalg.norm(vectors, axis=1)))
+
+
 def gathered(cell: Array, positions: Array, pbc: tuple[bool, bool, bool], cutoff: float) -> tuple[Array, Array]:
     """A `manageable` structure whose atoms are in its cell, which is periodic along all three of its vectors.
 
-    For lists that have bins wherever between the origin and an atom one could be, and for float32, which has the fewer
-    digits for where an atom is the further away that is.
+    For lists that have bins wherever between the origin and an atom one could be, that look for neighbours in as many
+    images as thin layers of a skewed cell have, and for float32, which has the fewer digits for where an atom is the
+    further away that is.
     """
     cell, positions = manageable(cell, positions, pbc, cutoff)
     return cell, positions - np.floor(positions @ np.linalg.inv(cell)) @ cell

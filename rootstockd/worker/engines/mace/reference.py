@@ -1,8 +1,8 @@
 """MACE through mace-torch, unchanged: the reference that everything else is checked against.
 
 The graph is built by mace-torch's own code, so that results equal its MACECalculator's; of a structure that reaches far
-from the origin, once it is brought there: what mace-torch makes of it takes time and memory by the cube of how far that
-is, or has lost digits. A batch is one forward pass over the union of its graphs.
+from the origin, or has a skewed cell, once it is in another form (`gathering`): what mace-torch makes of such takes all
+time and memory, or has lost digits. A batch is one forward pass over the union of its graphs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, Tuple
 import numpy as np
 
 from rootstockd.worker.engines import Array, Result, Task
-from rootstockd.worker.engines.mace.gathering import gathered
+from rootstockd.worker.engines.mace.gathering import gathered, is_awkward
 from rootstockd.worker.engines.mace.imports import without_training
 
 try:  # before `without_training`: without torch.compile it would go without its own kernels, and say nothing
@@ -35,9 +35,6 @@ with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), witho
 
 LOCAL = frozenset({"MACE", "ScaleShiftMACE"})
 """Classes of models in which nothing depends on where an atom is but for its neighbours."""
-FAR = 30.0
-"""Å. Without pbc mace-torch takes 20 ms to list the neighbours of an atom that is so far from the origin, and 0.9 s at
-100 Å; float32 has a rounding of 1e-6 Å there."""
 
 __all__ = ["ReferenceBackend", "System", "mace"]
 
@@ -85,7 +82,7 @@ class ReferenceBackend:
     def _graph(self, task: Task) -> Any:
         system: System = task.system
         cell, positions, pbc = task.cell, task.positions, system.pbc
-        if self._local and np.abs(positions).max(initial=0.0) > FAR:
+        if self._local and is_awkward(cell, positions, pbc):
             cell, positions = gathered(cell, positions, pbc, self._cutoff)
             pbc = (True, True, True)
         configuration = mace_data.Configuration(
