@@ -298,7 +298,7 @@ def wait_until_ready(process: subprocess.Popen[bytes], config: Config, log_posit
             except RootstockError:
                 status = None
             if status is not None and status.pid != process.pid:
-                text = DRAINING
+                text = DRAINING if status.state == "draining" else text
             elif status is not None:
                 if status.state == "ready":
                     return status

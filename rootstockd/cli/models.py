@@ -118,6 +118,7 @@ def show(name: str, catalogues: tuple[Path, ...], as_json: bool) -> None:
             said["weights"] = str(stored.weights)
         click.echo(json.dumps(said, indent=2))
         return
+    console.print(f"[bold]{'name':12}[/] {name}")
     for key, value in described(entry, stored).items():
         if value:
             console.print(f"[bold]{key:12}[/] {escape(value)}", soft_wrap=True)
@@ -131,7 +132,7 @@ def show(name: str, catalogues: tuple[Path, ...], as_json: bool) -> None:
 def described(entry: Entry, stored: Stored | None) -> dict[str, str]:
     """An entry for people, line by line."""
     lines = {
-        "": entry.description,
+        "description": entry.description,
         "aliases": ", ".join(entry.aliases),
         "family": entry.family,
         "environment": entry.place[0],

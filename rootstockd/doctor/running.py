@@ -85,7 +85,8 @@ def check_models(daemon: DaemonStatus) -> Iterator[Finding]:
     for model in daemon.models:
         name = f"model {model.name}"
         if model.state == "failed":
-            yield problem(
+            slip = _BRINGS.search(model.error or "")  # what somebody asked for was never there
+            yield (warning if slip else problem)(
                 name,
                 model.error or "failed",
                 "Sessions that ask for it get this error.",

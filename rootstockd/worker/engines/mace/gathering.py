@@ -74,11 +74,14 @@ def is_awkward(cell: Array, positions: Array, pbc: tuple[bool, bool, bool]) -> b
 
 
 def gathered(cell: Array, positions: Array, pbc: tuple[bool, bool, bool], cutoff: float) -> tuple[Array, Array]:
-    """A `manageable` structure whose atoms are in its cell, which is periodic along all three of its vectors.
+    """A `manageable` structure with its atoms about the origin; its cell is periodic along all three vectors.
 
     For lists that have bins wherever between the origin and an atom one could be, that look for neighbours in as many
     images as thin layers of a skewed cell have, and for float32, which has the fewer digits for where an atom is the
     further away that is.
     """
     cell, positions = manageable(cell, positions, pbc, cutoff)
-    return cell, positions - np.floor(positions @ np.linalg.inv(cell)) @ cell
+    fractions = positions @ np.linalg.inv(cell)
+    # atoms keep together along what is not periodic: across a boundary float32 has fewer digits for their distance
+    middle = (fractions.max(axis=0) + fractions.min(axis=0)) / 2
+    return cell, positions - np.where(pbc, np.round(fractions), middle) @ cell
