@@ -33,8 +33,8 @@ def check_cells(cells: ipi.FloatArray, pbc: tuple[bool, bool, bool], positions: 
         positions: (frames, natoms, 3), Bohr. That these are finite is for the worker to see.
 
     Raises:
-        InvalidStructureError: cells are not finite, or the lattice vectors with pbc span nothing, or one of them is
-            next to nothing or enormous, or there is hardly any room for so many atoms.
+        InvalidStructureError: cells are not finite; or lattice vectors with pbc span next to nothing, or one of them
+            is next to nothing or enormous; or there is hardly any room for so many atoms.
     """
     if not np.isfinite(cells).all():
         raise InvalidStructureError("the cell has numbers that are not finite.")
