@@ -59,10 +59,11 @@ if __name__ == "__main__":
     start_logging()
     settings = Config.model_validate_json(sys.argv[1])
     try:
-        for predecessor in map(int, sys.argv[2:]):
+        if len(sys.argv) > 2:  # noqa: PLR2004 - the pidfd of the one before it, and whether that one's socket was there
+            predecessor = int(sys.argv[2])
             select.select([predecessor], [], [])
             os.close(predecessor)
-            if not settings.socket.exists():
+            if sys.argv[3] == "named" and not settings.socket.exists():  # `stop` removes it
                 raise StartError("the daemon was stopped while it was being restarted, and stays so.")
         serve(settings, in_background=True)
     except StartError as error:

@@ -115,6 +115,19 @@ def test_restart_keeps_the_settings(start_daemon) -> None:
     np.testing.assert_array_equal(atoms.get_forces(), before)  # the calculator found the new daemon by itself
 
 
+def test_a_restart_where_somebody_removed_the_socket(start_daemon) -> None:
+    """New jobs don't find such a daemon: a restart is what mends it."""
+    daemon = start_daemon("--model", "emt")
+    old = daemon.client().status()["pid"]
+    daemon.socket.unlink()
+    done = daemon.run("restart")
+    assert done.returncode == 0, done.stderr
+    assert daemon.client().status()["pid"] != old
+    atoms = copper()
+    atoms.calc = daemon.client().calculator("emt")
+    assert np.isfinite(atoms.get_forces()).all()
+
+
 def test_logs(own_daemon: RunningDaemon) -> None:
     assert "model emt is ready" in own_daemon.run("logs").stdout
     assert len(own_daemon.run("logs", "-n", "1").stdout.splitlines()) == 1

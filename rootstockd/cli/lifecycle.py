@@ -117,10 +117,11 @@ def restart(socket: Path | None) -> None:
             check_own(address)
             check_startable(config)
         with daemon_process(address) as process:
+            named = address.exists()  # whoever removed it did not mean to stop the daemon
             with contextlib.suppress(ConnectionLostError):  # it was on its way down already
                 request(address, "POST", "/v1/stop", {"replaced": True})  # which refuses whoever may not
             assert config is not None
-            launch(config, after=process)
+            launch(config, after=process, named=named)
     except (RootstockError, ConfigError) as error:
         raise Refused(error) from error
 
@@ -218,12 +219,13 @@ def stay_with(config: Config) -> None:
             process.terminate()
 
 
-def launch(config: Config, *, after: int | None = None) -> subprocess.Popen[bytes]:
+def launch(config: Config, *, after: int | None = None, named: bool = True) -> subprocess.Popen[bytes]:
     """Start a daemon in the background and wait until it is ready; its process.
 
     Args:
         config: its settings.
         after: the pidfd of its predecessor. It gets ready while that one drains, and begins when it is gone.
+        named: the predecessor's socket was there. Then, if it is gone with it, `stop` has called the restart off.
 
     Raises:
         Refused: it can't start, or none of the models it was to load can be loaded.
@@ -231,10 +233,11 @@ def launch(config: Config, *, after: int | None = None) -> subprocess.Popen[byte
     assert config.log_file is not None
     log = prepare_log(config.log_file)
     predecessor = () if after is None else (after,)
+    arguments = [] if after is None else [str(after), "named" if named else "unnamed"]
     with log:
         position = log.tell()
         process = subprocess.Popen(
-            [sys.executable, "-m", "rootstockd.serve", config.model_dump_json(), *(str(fd) for fd in predecessor)],
+            [sys.executable, "-m", "rootstockd.serve", config.model_dump_json(), *arguments],
             pass_fds=predecessor,
             stdin=subprocess.DEVNULL,
             stdout=log,

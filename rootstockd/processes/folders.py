@@ -8,6 +8,7 @@ malicious can prepare nothing for another's workers.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -38,6 +39,8 @@ _CACHES = {
 
 
 _SCRATCH = "rootstockd-worker-"
+_ROOM = 65_536
+"""Bytes that must be free for scratch."""
 _SOCKETS = Path("/tmp"), "ipi_rootstockd-"  # noqa: S108 - programs that dial in look for sockets in /tmp/ipi_...
 """Where sockets lie, which is not for a TMPDIR to say, and how their folders' names begin."""
 _MPI_ALONE = {
@@ -62,6 +65,11 @@ class WorkerFolders:
     def __init__(self, spec: ModelSpec | None) -> None:
         self._held = [_make_folder(Path(tempfile.gettempdir()), _SCRATCH)]
         self.scratch = self._held[0][0]
+        try:
+            _try_room(self.scratch)
+        except OSError:
+            self.remove()
+            raise
         self.cache = (_cache(spec) if spec else None) or self.scratch
         self._confined = spec is None or spec.confine
         self.programs = spec is not None and spec.family == "ipi"
@@ -89,6 +97,16 @@ class WorkerFolders:
         for path, lock in self._held:
             _remove(path)
             os.close(lock)
+
+
+def _try_room(folder: str) -> None:
+    """Fail here where it lacks: Python says of a full disk that there is no folder for temporary files."""
+    try:
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            if file.write(bytes(_ROOM)) < _ROOM:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror} in {tempfile.gettempdir()}") from error
 
 
 def _make_folder(place: Path, prefix: str) -> tuple[str, int]:

@@ -49,7 +49,9 @@ class FailedStarts:
         if len(blamed) >= MAX_BLAMED or sum(end.hung for end in blamed) >= MAX_HUNG:
             hint = "`rootstockd logs` has what they printed."
         elif len(self._ends) - len(blamed) >= MAX_KILLED:
-            blamed, hint = self._ends, f"{FROM_OUTSIDE} The model is tried again when somebody next asks for it."
+            blamed, hint = self._ends, "The model is tried again when somebody next asks for it."
+            if any("signal" in end.how for end in blamed):
+                hint = f"{FROM_OUTSIDE} {hint}"
         else:
             return None
         count = Counter(end.how for end in blamed)

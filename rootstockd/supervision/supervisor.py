@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import time
 from dataclasses import replace
@@ -31,9 +32,9 @@ TICK = 1.0
 """Seconds between looks at how long the worker has been at something, at most."""
 STOP_PATIENCE = 10.0
 """Seconds that a stopping daemon waits for a killed worker, which may be stuck in the kernel."""
-ABANDONED = 10.0
-"""Seconds, at least, that others wait for an evaluation whose session has gone, until a fresh worker does theirs: to
-load the model again takes some, too."""
+ABANDONED, AT_MOST = 10.0, 30.0
+"""Seconds, at least and at most, that others wait for an evaluation whose session has gone, until a fresh worker does
+theirs: to load the model again takes some, too, though less than the first time, when it was compiled."""
 RETRY_AFTER = 10.0
 """Seconds until a broken model may be tried again."""
 
@@ -401,7 +402,8 @@ class Supervisor:
             self.error = error
             return End(error.message, blamed=True)
         except Exception as error:  # or the model would count as loading for ever
-            return End(f"it could not be started: {error}", blamed=True)
+            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)  # for a while
+            return End(f"it could not be started: {error}", blamed=not full)
         if self._leaving.is_set():
             worker.kill()
         name = self.spec.name
@@ -420,7 +422,7 @@ class Supervisor:
         if self.scheduler.running:
             sent, limit = self._dispatcher.sent, self._dispatcher.hang_limit
             if self._dispatcher.abandoned:
-                limit = min(limit, max(ABANDONED, self.loading.seconds or 0.0))
+                limit = min(limit, max(ABANDONED, self.loading.seconds or 0.0), AT_MOST)
                 return Occupation("an evaluation that nobody waits for any more", sent, limit, wanted=False)
             return Occupation("an evaluation", sent, limit)
         return None

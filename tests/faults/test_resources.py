@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -266,21 +267,34 @@ def test_a_log_that_takes_nothing(serve, tmp_path: Path) -> None:
     assert status["models"][0]["restarts"] == 3
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
-def test_a_disk_that_is_full_for_a_while(serve, tmp_path: Path) -> None:
-    mounted = tmp_path / "small"
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    if os.geteuid() != 0:
+        pytest.skip("only root may mount")
+    mounted = folder / "small"
     mounted.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(mounted)]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(mounted)]
     if subprocess.run(mount, check=False, capture_output=True).returncode:
         pytest.skip("mounting is not allowed here")
     try:
+        yield mounted
+    finally:
+        subprocess.run(["umount", "--lazy", str(mounted)], check=True)
+
+
+def fill(filler: Path) -> None:
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
+def test_a_disk_that_is_full_for_a_while(serve, tmp_path: Path) -> None:
+    with small_disk(tmp_path, "64k") as mounted:
         log = mounted / "log"
         served = serve(log)
         atoms = session(served)
         filler = mounted / "filler"
-        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
-            while True:
-                file.write(bytes(4096))
+        fill(filler)
         with contextlib.suppress(OSError), log.open("ab", buffering=0) as file:
             while True:
                 file.write(b"x")
@@ -294,5 +308,23 @@ def test_a_disk_that_is_full_for_a_while(serve, tmp_path: Path) -> None:
         wait_for(lambda: "is closed" in log.read_text()[size:])
         again(atoms)
         served.end()
-    finally:
-        subprocess.run(["umount", "--lazy", str(mounted)], check=True)
+
+
+def test_a_worker_that_dies_while_there_is_no_room_for_the_next(serve, tmp_path: Path, monkeypatch) -> None:
+    """Its job waits and is told why, until there is some again."""
+    with small_disk(tmp_path, "1m") as mounted:
+        monkeypatch.setenv("TMPDIR", str(mounted))
+        served = serve(tmp_path / "log")
+        atoms = session(served)
+        fill(filler := mounted / "filler")
+        again(atoms)
+        os.kill(served.client().status()["models"][0]["pid"], 9)
+        with ThreadPoolExecutor(1) as pool:
+            step = pool.submit(again, atoms)
+            wait_for(lambda: served.client().status()["models"][0]["restarts"] > 6)
+            said = served.client().status()["models"][0]
+            assert f"No space left on device in {mounted}" in said["loading"]["text"]
+            assert not step.done()
+            filler.unlink()
+            step.result(60)
+        served.end()
