@@ -1,6 +1,5 @@
 """The command `rootstockd`, also as `python -m rootstockd`."""
 
-import errno
 import os
 import sys
 from importlib.util import find_spec
@@ -20,11 +19,12 @@ def main() -> None:
             "Install the daemon with what it needs: pip install 'rootstockd[daemon]'"
         )
     from rootstockd.cli import main as command  # noqa: PLC0415
+    from rootstockd.worker.failures import disk_full  # noqa: PLC0415
 
     try:
         command(prog_name="rootstockd")
     except OSError as error:
-        if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+        if not disk_full(error):
             raise
         # what is left to be written can't be, and Python would try once more when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

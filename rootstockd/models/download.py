@@ -8,7 +8,6 @@ of it, and then the part is written anew. Nothing here says that the bytes are t
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import random
 import re
@@ -26,6 +25,7 @@ from pydantic import BaseModel, ValidationError
 import rootstockd
 from rootstockd.models.store import LARGEST
 from rootstockd.models.whole_files import no_room
+from rootstockd.worker.failures import disk_full
 
 BLOCK = 1 << 14
 """Bytes at a time: what came of a block that was cut off is lost."""
@@ -178,7 +178,7 @@ def download(
                 say(f"{error}; trying again in {wait:.1f} s")
                 time.sleep(wait * random.uniform(0.8, 1.2))  # noqa: S311 - not a secret
             except OSError as error:  # what requests raises was dealt with
-                if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+                if disk_full(error):
                     raise _no_room(path.parent) from error
                 raise DownloadError(f"{path} can't be written: {error.strerror}.") from error
 

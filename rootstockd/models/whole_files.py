@@ -7,12 +7,13 @@ fails: whoever finds a name finds the whole file, after a loss of power, too.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 import shutil
 from collections.abc import Callable, Generator
 from pathlib import Path
+
+from rootstockd.worker.failures import disk_full
 
 
 class StoreError(Exception):
@@ -84,7 +85,7 @@ def part_file(part: Path, what: str) -> Generator[None, None, None]:
 
 def cannot_be_kept(what: str, folder: Path, error: OSError) -> StoreError:
     """What is said of a file that can't be written."""
-    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+    if disk_full(error):
         return StoreError(f"{what} was not kept: {no_room(folder)} Make room and try again.")
     return StoreError(f"{what} can't be kept in {folder}: {error.strerror}.")
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from rootstock_client import ipi
 from rootstock_client.errors import InvalidStructureError
 from rootstock_client.units import BOHR
+from rootstockd.worker.lattice import normals, spanned
 
 SHORTEST = 0.02
 """Bohr; an atom's own images so close are no structure, and a sphere reaches more of them than there is memory for."""
@@ -42,9 +41,8 @@ def check_cells(cells: ipi.FloatArray, pbc: tuple[bool, bool, bool], positions: 
         vectors = cell[list(pbc)]
         room = _check_lattice(vectors, pbc) if any(pbc) else 1.0
         if not all(pbc):
-            normals = np.linalg.svd(vectors)[2][len(vectors) :] if any(pbc) else np.eye(3)
             with np.errstate(invalid="ignore", over="ignore"):
-                room *= np.prod(np.ptp(places @ normals.T, axis=0) + AROUND)
+                room *= np.prod(np.ptp(places @ normals(vectors).T, axis=0) + AROUND)
         if (density := len(places) / room) > DENSEST:
             raise InvalidStructureError(
                 f"{len(places)} atoms have {room * BOHR**3:.2g} Å³, which is {density / BOHR**3:.2g} atoms per Å³; "
@@ -63,13 +61,13 @@ def _check_lattice(vectors: ipi.FloatArray, pbc: tuple[bool, bool, bool]) -> flo
             f"at most {LONGEST * BOHR:.2g} Å are taken.",
             "Look at the cell's units, or switch pbc off along that vector.",
         )
-    spanned = math.sqrt(max(np.linalg.det(vectors @ vectors.T), 0.0))
-    if not spanned > 1e-6 * lengths.prod():
+    room = spanned(vectors)
+    if not room > 1e-6 * lengths.prod():
         raise InvalidStructureError(
             f"the system is periodic (pbc {list(pbc)}), but its lattice vectors span no volume.",
             "Set a cell, or switch pbc off.",
         )
-    if (part := spanned / lengths.prod()) < FLATTEST:
+    if (part := room / lengths.prod()) < FLATTEST:
         raise InvalidStructureError(
             f"the system is periodic (pbc {list(pbc)}) with nearly parallel lattice vectors, which span {part:.1g} of "
             f"the product of their lengths; at least {FLATTEST:.1g} is wanted.",
@@ -81,4 +79,4 @@ def _check_lattice(vectors: ipi.FloatArray, pbc: tuple[bool, bool, bool]) -> flo
             f"at least {SHORTEST * BOHR:.2g} Å are wanted.",
             "Look at the cell's units, or switch pbc off along that vector.",
         )
-    return spanned
+    return room

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
 import time
 from dataclasses import replace
@@ -25,6 +24,7 @@ from rootstockd.supervision.scheduler import Evaluation
 from rootstockd.supervision.watchdog import Occupation, watch
 from rootstockd.supervision.worker_messages import WorkerMessages
 from rootstockd.worker.engines import EngineInfo, ModelSpec
+from rootstockd.worker.failures import disk_full
 
 log = logging.getLogger(__name__)
 
@@ -402,8 +402,8 @@ class Supervisor:
             self.error = error
             return End(error.message, blamed=True)
         except Exception as error:  # or the model would count as loading for ever
-            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)  # for a while
-            return End(f"it could not be started: {error}", blamed=not full)
+            # a disk is full for a while
+            return End(f"it could not be started: {error}", blamed=not disk_full(error))
         if self._leaving.is_set():
             worker.kill()
         name = self.spec.name

@@ -47,6 +47,11 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in text_of(error).lower() for words in _NO_MEMORY)
 
 
+def disk_full(error: BaseException) -> bool:
+    """Whether it says that a disk, or somebody's part of one, is full."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 def in_disorder(error: BaseException) -> bool:
     """Whether CUDA says that it failed: from here on it answers everything in this process with that error."""
     return isinstance(error, RuntimeError) and "CUDA error" in text_of(error) and not out_of_memory(error)

@@ -11,6 +11,7 @@ from ase.geometry import wrap_positions
 
 from rootstockd.worker.engines import Array, Result, Task
 from rootstockd.worker.engines.mace.reference import System
+from rootstockd.worker.lattice import normals, spanned
 
 LARGEST = 500
 """Atoms of a session's first structure up to which it is compared whole; of a larger one, a cluster is."""
@@ -73,11 +74,9 @@ def piece(task: Task, cutoff: float, most: int = LARGEST) -> Task:
 def _neighbours(task: Task, cutoff: float) -> float:
     """How many neighbours an atom has about, by the density of the structure as a whole."""
     pbc: tuple[bool, bool, bool] = task.system.pbc
-    vectors, normals = task.cell[list(pbc)], np.eye(3)
-    volume = np.sqrt(max(np.linalg.det(vectors @ vectors.T), 0.0)) if any(pbc) else 1.0
-    if any(pbc):
-        normals = np.linalg.svd(vectors)[2][len(vectors) :]
-    volume *= np.prod(np.maximum(np.ptp(task.positions @ normals.T, axis=0), cutoff))
+    vectors = task.cell[list(pbc)]
+    extents = np.ptp(task.positions @ normals(vectors).T, axis=0)
+    volume = spanned(vectors) * np.prod(np.maximum(extents, cutoff))
     within = len(task.positions) * 4 / 3 * np.pi * cutoff**3 / max(volume, 1e-9)
     return float(within if any(pbc) else min(within, len(task.positions)))
 

@@ -6,6 +6,7 @@ import numpy as np
 from ase.geometry.minkowski_reduction import minkowski_reduce
 
 from rootstockd.worker.engines import Array
+from rootstockd.worker.lattice import normals, spanned
 
 _SKEWED = 0.1
 """A cell whose volume is less than this part of the product of its lengths is reduced."""
@@ -30,15 +31,12 @@ def manageable(cell: Array, positions: Array, pbc: tuple[bool, bool, bool], cuto
     """
     positions = np.ascontiguousarray(positions)
     periodic = [axis for axis in range(3) if pbc[axis]]
-    normals = np.eye(3)
     if periodic:
         cell = _reduced(cell, pbc)
-        # the last rows of v span what the periodic vectors leave
-        normals = np.linalg.svd(cell[periodic])[2][len(periodic) :]
-    if len(normals) == 0:
+    if len(periodic) == 3:  # noqa: PLR2004 - of three
         return cell, positions
     whole = cell.copy()
-    for axis, normal in zip((axis for axis in range(3) if not pbc[axis]), normals):
+    for axis, normal in zip((axis for axis in range(3) if not pbc[axis]), normals(cell[periodic])):
         along = positions @ normal
         order = np.argsort(along, kind="stable")
         gaps = np.diff(along[order])
@@ -56,8 +54,7 @@ def manageable(cell: Array, positions: Array, pbc: tuple[bool, bool, bool], cuto
 def _reduced(cell: Array, pbc: tuple[bool, bool, bool]) -> Array:
     """A cell of the same lattice with short vectors, where this one is so skewed that a search would be long."""
     vectors = cell[list(pbc)]
-    volume = np.sqrt(max(np.linalg.det(vectors @ vectors.T), 0.0))
-    if volume > _SKEWED * np.prod(np.linalg.norm(vectors, axis=1)):
+    if spanned(vectors) > _SKEWED * np.prod(np.linalg.norm(vectors, axis=1)):
         return cell
     return np.ascontiguousarray(minkowski_reduce(cell, pbc=pbc)[0])
 
