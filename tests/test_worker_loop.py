@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 
 from rootstockd.worker import loop, memory
+from rootstockd.worker.attached import is_finite, is_within
 from rootstockd.worker.engines import EngineError, EngineInfo, Result, System, Task
-from rootstockd.worker.loop import Loop, is_finite, is_within
+from rootstockd.worker.loop import Loop
 from rootstockd.worker.slots import Slot
 from rootstockd.worker.units import BOHR, HARTREE
 

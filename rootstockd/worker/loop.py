@@ -34,196 +34,31 @@ import array
 import contextlib
 import dataclasses
 import json
-import math
 import socket
 import struct
 import time
 from typing import Any
 
-import numpy as np
-
 from rootstockd.worker import stages
+from rootstockd.worker.attached import A_DEFECT, Attached
 from rootstockd.worker.engines import (
-    LEAVE_OUT,
     Engine,
     EngineBrokenError,
     EngineError,
     ModelSpec,
-    Result,
-    System,
     Task,
     load_engine,
 )
 from rootstockd.worker.failures import describe, out_of_memory, print_error, shortage
 from rootstockd.worker.memory import Bound, GpuCache, memory_limit, trim
 from rootstockd.worker.slots import Slot
-from rootstockd.worker.units import BOHR, HARTREE
 from rootstockd.worker.version import DISORDER, MESSAGE_SIZE
 
 _BETWEEN = 1.0
 """Seconds, at least, from one message about memory to the next; and without work, until it is looked what a GPU's
 allocator keeps."""
-_A_DEFECT = "This is a defect of the model's code; `rootstockd logs` may have more."
 _WINDOW = 10.0
 """Seconds of work, after which that is looked at, too."""
-
-_BOHR, _PER_HARTREE, _FORCE = np.array(BOHR), np.array(1 / HARTREE), np.array(BOHR / HARTREE)
-"""Arrays: numpy takes several times as long to look at a float."""
-
-
-_FARTHEST = 1e8
-"""Å from the origin: there a float64 has no digits left that matter to forces."""
-
-_UNPREPARED = object()
-
-
-class _Attached:
-    """A slot and what the engine keeps for its system."""
-
-    _system: Any
-
-    def __init__(self, slot: Slot, fields: dict[str, Any], engine: Engine, fingerprint: str) -> None:
-        self.slot = slot
-        self.number: int = fields["slot"]
-        self.stress: bool = fields["stress"]
-        self.energies: bool = fields["energies"]
-        self._fingerprint = fingerprint if fields.get("fingerprint") else ""  # not everybody has a use for it
-        self._positions, self._forces, self._virials = list(slot.positions), list(slot.forces), list(slot.virials)
-        self._cells: list[np.ndarray] = []
-        self._seen = b""
-        """The cells as they were at the last step."""
-        self._backend: str | None = None
-        """What the extras in the slot say, if that is all that they say."""
-        pbc = tuple(fields["pbc"])
-        self._wanted = System(
-            slot.numbers.copy(),
-            pbc,
-            fields["charge"],
-            fields["spin"],
-            fields["head"],
-            fields["exact"],
-            fields["tolerance"],
-            fields["session"],
-        )
-        self._engine, self._system = engine, _UNPREPARED
-
-    def add_tasks(self, tasks: list[Task]) -> None:
-        """One task a frame. What is in it belongs to the engine, so that it may keep it.
-
-        Raises:
-            EngineError: the engine knows no such system, or positions are not finite, or nowhere.
-        """
-        if self._system is _UNPREPARED:  # not when it comes: whatever is wrong with it fails one evaluation, no more
-            self._system = self._engine.prepare(self._wanted)
-        if (cells := self.slot.cells_bytes.tobytes()) != self._seen:
-            self._seen, self._cells = cells, list(self.slot.cells * _BOHR)
-        for frame, bohr in enumerate(self._positions):
-            positions = bohr * _BOHR
-            if not is_within(positions, _FARTHEST):
-                (atom, _), where = np.argwhere(~(np.abs(positions) < _FARTHEST))[0], f" of structure {frame}"
-                where = where if self.slot.frames > 1 else ""
-                raise EngineError(
-                    "invalid-structure",
-                    f"the position of atom {atom}{where} is {positions[atom].tolist()} Å.",
-                    "Look at the steps before: at the time step, and at how far from equilibrium the start was.",
-                )
-            tasks.append(Task(self._system, self._cells[frame], positions, self.stress, self.energies))
-
-    def store(self, results: list[Result]) -> None:
-        """Write what the engine gave into the reply, in atomic units, if it is fit to be seen."""
-        slot, told = self.slot, not self.energies
-        finite = True
-        for frame, result in enumerate(results):
-            forces = result.forces
-            out = self._forces[frame]
-            if forces.__class__ is not np.ndarray or forces.dtype is not _FLOAT or forces.shape != out.shape:
-                forces = real_numbers(forces, out.shape, "forces")
-            np.multiply(forces, _FORCE, out)
-            energy = result.energy
-            if energy.__class__ is not float:
-                energy = real_numbers(energy, (), "energy").item()
-            energy /= HARTREE
-            finite = finite and math.isfinite(energy)
-            slot.energies[frame] = energy
-            if self.stress:  # else they are zeros and stay so: the driver did not want it and knows it
-                if result.virial is None:
-                    raise EngineError("unsupported", "the engine computed no stress", LEAVE_OUT)
-                virial = result.virial
-                if virial.__class__ is not np.ndarray or virial.dtype is not _FLOAT or virial.shape != (3, 3):
-                    virial = real_numbers(virial, (3, 3), "virial")
-                np.multiply(virial, _PER_HARTREE, self._virials[frame])
-            told = told and result.backend == self._backend
-        if not (finite and is_finite(slot.results)):
-            raise not_finite()
-        if not told:
-            self._tell(results)
-
-    def _tell(self, results: list[Result]) -> None:
-        """Write the extras. Without per-atom energies they stay the same for thousands of steps."""
-        extras = []
-        for result in results:
-            extra: dict[str, Any] = {"backend": result.backend} if result.backend else {}
-            if self._fingerprint:
-                extra["fingerprint"] = self._fingerprint
-            if self.energies:
-                if result.energies is None:
-                    raise EngineError("unsupported", "the engine computed no per-atom energies", LEAVE_OUT)
-                energies = real_numbers(result.energies, (self.slot.natoms,), "per-atom energies") / HARTREE
-                if not is_finite(energies):
-                    raise not_finite()
-                extra["energies"] = energies.tolist()
-            extras.append(json.dumps(extra).encode() if extra else b"")
-        self.slot.set_extras(extras)
-        backends = {result.backend for result in results}
-        self._backend = backends.pop() if len(backends) == 1 else None
-
-
-_FLOAT = np.dtype(np.float64)
-
-
-def real_numbers(given: Any, shape: tuple[int, ...], what: str) -> np.ndarray:
-    """What an engine gave as float64, where it is what it should be: numpy would broadcast, parse and unmask.
-
-    Raises:
-        EngineError: it is something else.
-    """
-    numbers = np.ma.filled(given, np.nan) if np.ma.isMaskedArray(given) else np.array(given)
-    if numbers.dtype.kind not in "fiu" or numbers.shape != shape:
-        raise EngineError(
-            "evaluation",
-            f"the engine gave {what} of shape {numbers.shape} and type {numbers.dtype} where {shape} of real numbers "
-            "were due",
-            _A_DEFECT,
-        )
-    with np.errstate(over="ignore"):  # infinity is found with the rest
-        return numbers.astype(np.float64)
-
-
-def not_finite() -> EngineError:
-    """What is said of numbers that are none."""
-    return EngineError(
-        "evaluation",
-        "the model gave NaN or infinite numbers for this structure",
-        "Look for atoms that lie on top of each other or far outside what the model was trained on.",
-    )
-
-
-_FEW = 10_000
-"""So many numbers BLAS multiplies in one thread, and does not wake others up that would be in an engine's way."""
-
-
-def is_finite(array: np.ndarray) -> bool:
-    """Whether all of a contiguous array's numbers are finite: only then their sum is, or that of their squares."""
-    if array.size <= _FEW and math.isfinite(np.vdot(array, array)):  # the fastest of all; infinite for enormous ones
-        return True
-    return math.isfinite(np.add.reduce(array, None)) or bool(np.isfinite(array).all())
-
-
-def is_within(array: np.ndarray, bound: float) -> bool:
-    """Whether all of a contiguous array's numbers are finite, and smaller than this."""
-    if array.size <= _FEW and np.vdot(array, array) < bound * bound:
-        return True
-    return bool(array.min() > -bound and array.max() < bound)
 
 
 class Loop:
@@ -241,7 +76,7 @@ class Loop:
     ) -> None:
         self._channel, self._engine, self._fingerprint, self._bound = channel, engine, fingerprint, bound
         self._info = engine.info
-        self._slots: dict[int, _Attached] = {}
+        self._slots: dict[int, Attached] = {}
         self._held = engine.memory()
         """Bytes of a GPU's memory that the daemon knows of; None on a CPU."""
         self._tell_at = 0.0
@@ -273,7 +108,7 @@ class Loop:
                 if not descriptors:  # the kernel passes no more of them; the session is told so
                     continue
                 slot = Slot(descriptors[0], fields["natoms"], fields["frames"])
-                slots[fields["slot"]] = _Attached(slot, fields, self._engine, self._fingerprint)
+                slots[fields["slot"]] = Attached(slot, fields, self._engine, self._fingerprint)
                 del slot
             elif kind == b"D":
                 slots.pop(int.from_bytes(body, "little")).slot.close()
@@ -310,7 +145,7 @@ class Loop:
             with contextlib.suppress(BlockingIOError):
                 return list(socket.recv_fds(self._channel, 1, 1)[1])
 
-    def _evaluate(self, batch: list[_Attached], *, again: bool = False) -> None:
+    def _evaluate(self, batch: list[Attached], *, again: bool = False) -> None:
         """One pass for all; if that fails, one each, so that nobody suffers for a mate; halves if memory lacks.
 
         One alone for which it lacks is tried `again`, once: what engines keep for others is given back by then.
@@ -339,7 +174,7 @@ class Loop:
         for part in parts:
             self._evaluate(part, again=part is batch)
 
-    def _pass(self, batch: list[_Attached]) -> None:
+    def _pass(self, batch: list[Attached]) -> None:
         if self._bound is not None:
             self._bound.renew()
         tasks: list[Task] = []
@@ -348,14 +183,14 @@ class Loop:
         results = self._engine.evaluate(tasks)
         if len(results) != len(tasks):
             what = f"the engine gave {len(results)} results for {len(tasks)} structures"
-            raise EngineError("evaluation", what, _A_DEFECT)
+            raise EngineError("evaluation", what, A_DEFECT)
         start = 0
         for attached in batch:
             end = start + attached.slot.frames
             attached.store(results[start:end])
             start = end
 
-    def _report(self, attached: _Attached, error: BaseException) -> None:
+    def _report(self, attached: Attached, error: BaseException) -> None:
         if not isinstance(error, EngineError):
             print_error(error)
             what = f"the engine failed: {describe(error)}"
