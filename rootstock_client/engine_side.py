@@ -184,8 +184,8 @@ class EngineSide:
             self._state, self._error = _HAVEDATA, error
 
     def close(self) -> None:
-        """Nothing more is read, and nothing is kept: the reader holds on to its owner's memory."""
-        self._state = _CLOSED
+        """Nothing more is read, and nothing is kept: reader and errors' tracebacks hold on to their owner's memory."""
+        self._state, self._error = _CLOSED, None
         self._reader.close()
 
     def next_event(self) -> Event | None:

@@ -10,6 +10,7 @@ import struct
 import threading
 import tracemalloc
 import uuid
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -994,6 +995,24 @@ def test_close_reads_no_more():
     feed(side, STATUS)
     side.close()
     assert side.next_event() is None
+
+
+def test_close_lets_go_of_what_an_errors_traceback_holds():
+    """As the slot of a structure that was refused: at once, not when the garbage collector finds the session."""
+    side, slot = engine_in("busy"), np.zeros(3)
+    held = weakref.ref(slot)
+
+    def refuse(_structure: np.ndarray) -> None:
+        raise InvalidStructureError("no")
+
+    try:
+        refuse(slot)
+    except InvalidStructureError as error:
+        side.fail(error)
+    del slot
+    assert held() is not None
+    side.close()
+    assert held() is None
 
 
 class Conversation(RuleBasedStateMachine):

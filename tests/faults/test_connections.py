@@ -48,7 +48,11 @@ def good(daemon: RunningDaemon) -> Iterator[live.GoodSession]:
         wait_for(lambda: len(session.latencies) > steps + 5 or session.errors)
     assert not session.errors, session.errors
     live.settled(daemon.client())
-    wait_for(lambda: is_as_before(live.footprint(daemon.client()), before))
+    try:
+        wait_for(lambda: is_as_before(live.footprint(daemon.client()), before))
+    except AssertionError as error:
+        now, said = live.footprint(daemon.client()), daemon.log.read_text()[-3000:]
+        raise AssertionError(f"something stays:\n{before} before\n{now} now\n{said}") from error
     assert "Traceback" not in daemon.log.read_text()
 
 
