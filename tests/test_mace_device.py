@@ -21,7 +21,7 @@ from rootstockd.worker.engines.mace import device as on_device  # noqa: E402
 from rootstockd.worker.engines.mace.budget import Size  # noqa: E402
 from rootstockd.worker.engines.mace.device import DeviceBackend  # noqa: E402
 from rootstockd.worker.engines.mace.device_lists import Lists  # noqa: E402
-from rootstockd.worker.engines.mace.graph import Neighbours  # noqa: E402
+from rootstockd.worker.engines.mace.neighbours import Neighbours  # noqa: E402
 from rootstockd.worker.engines.mace.reference import ReferenceBackend  # noqa: E402
 from rootstockd.worker.engines.mace.skin import SMALL, STEADY, UNUSED, WIDTH  # noqa: E402
 

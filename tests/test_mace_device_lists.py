@@ -1,4 +1,4 @@
-"""Neighbour lists that are made on the device: those that vesin makes, and made there only where that is faster."""
+"""Neighbour lists that are made on the device: those that the host makes, and made there only where that is faster."""
 
 import time
 
@@ -15,7 +15,7 @@ from test_mace_backends import AWKWARD, STRUCTURES, engine, medium, task  # noqa
 from rootstockd.worker.engines.mace import device_lists  # noqa: E402
 from rootstockd.worker.engines.mace.device_lists import DeviceNeighbours, Lists  # noqa: E402
 from rootstockd.worker.engines.mace.gathering import manageable  # noqa: E402
-from rootstockd.worker.engines.mace.graph import Neighbours  # noqa: E402
+from rootstockd.worker.engines.mace.neighbours import Neighbours  # noqa: E402
 
 CUTOFF = 4.5
 ON_GPU = [pytest.mark.gpu, pytest.mark.may_leak("CUDA keeps descriptors for the whole process")]
@@ -36,15 +36,20 @@ def rows(edges, shifts, cell):
     return found[np.lexsort(found.T[::-1])]
 
 
+def of_the_host(cell, positions, cutoff=CUTOFF):
+    receiver, sender, shifts = Neighbours(cutoff).lasting(cell, positions)
+    return rows(np.stack([sender, receiver], 1), shifts, cell)
+
+
 def compare(device, cell, positions, pbc, cutoff=CUTOFF):
     cell, positions = manageable(cell, positions, pbc, cutoff)
-    right = Neighbours(cutoff).lasting(cell, positions)
     found = DeviceNeighbours(cutoff, device).lasting(cell, positions)
-    np.testing.assert_array_equal(rows(*(part.cpu() for part in found), cell), rows(*right, cell))
+    right = of_the_host(cell, positions, cutoff)
+    np.testing.assert_array_equal(rows(*(part.cpu() for part in found), cell), right)
 
 
 @pytest.mark.parametrize("name", [*STRUCTURES, *AWKWARD])
-def test_they_are_those_of_vesin(device, name):
+def test_they_are_those_of_the_host(device, name):
     one = task(engine(medium()), {**STRUCTURES, **AWKWARD}[name])
     compare(device, one.cell, one.positions, one.system.pbc)
 
@@ -57,7 +62,7 @@ def test_they_are_those_of_vesin(device, name):
     size=st.floats(1.0, 12.0),
     cutoff=st.floats(0.5, 6.0),
 )
-def test_they_are_those_of_vesin_whatever_the_cell(seed, atoms, pbc, size, cutoff):
+def test_they_are_those_of_the_host_whatever_the_cell(seed, atoms, pbc, size, cutoff):
     rng = np.random.default_rng(seed)
     cell = size * (np.eye(3) + 0.5 * rng.uniform(-1, 1, (3, 3)))
     if np.linalg.det(cell) < 0.05 * size**3:
@@ -93,18 +98,18 @@ def failing(_make):
 
 
 @pytest.mark.parametrize(("fault", "words"), [(wrongly, "are off by"), (failing, "no kernel image")])
-def test_one_that_is_wrong_is_noticed_and_vesin_makes_them(device, fault, words, monkeypatch, caplog):
+def test_one_that_is_wrong_is_noticed_and_the_host_makes_them(device, fault, words, monkeypatch, caplog):
     one = task(engine(medium()), STRUCTURES["alloy"])
     monkeypatch.setattr(DeviceNeighbours, "lasting", fault(DeviceNeighbours.lasting))
     lists = Lists(CUTOFF, device)
     cell, positions = manageable(one.cell, one.positions, one.system.pbc, CUTOFF)
-    right = rows(*Neighbours(CUTOFF).lasting(cell, positions), cell)
+    right = of_the_host(cell, positions)
     for _ in range(3):
         found = lists.edges(one)
         assert found[0].device.type == device.type
         np.testing.assert_array_equal(rows(*(part.cpu() for part in found), cell), right)
     (record,) = caplog.records
-    assert "made by vesin" in record.message and words in record.message
+    assert "made on the host" in record.message and words in record.message
 
 
 @pytest.mark.parametrize("slow", [DeviceNeighbours, Neighbours])
@@ -126,7 +131,7 @@ def test_the_faster_one_makes_them(device, slow, monkeypatch):
     assert made[4:] == [kind for kind in (DeviceNeighbours, Neighbours) if kind is not slow] * 3
 
 
-def test_where_memory_lacks_vesin_makes_those_of_that_size(device, monkeypatch, caplog):
+def test_where_memory_lacks_the_host_makes_those_of_that_size(device, monkeypatch, caplog):
     """Which needs none of the device's; nobody hears of it."""
 
     def exhausted(self, cell, positions):

@@ -14,8 +14,9 @@ from test_mace_backends import AWKWARD, STRUCTURES, cutoffs_of, engine, medium, 
 
 from rootstockd.worker.engines import Task
 from rootstockd.worker.engines.mace import host_lists
-from rootstockd.worker.engines.mace.graph import Edges, Neighbours
+from rootstockd.worker.engines.mace.graph import Edges
 from rootstockd.worker.engines.mace.host_lists import HostLists
+from rootstockd.worker.engines.mace.neighbours import Neighbours
 from rootstockd.worker.engines.mace.skin import UNUSED, WIDTH
 
 CUTOFF = 4.5

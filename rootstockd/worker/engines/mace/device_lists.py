@@ -1,8 +1,8 @@
 """Neighbour lists made on the device: by cells of about the cutoff's width, in plain torch. The same on a CPU.
 
-vesin lists on the host, and a list is most of what goes to a device: some 3 kB an atom, where positions are 24 bytes.
-Which of the two is faster depends on the device and on the structure's size, so it is measured, and what the device
-made is compared with what vesin made.
+A list that is made on the host is most of what goes to a device: some 3 kB an atom, where positions are 24 bytes. Which
+of the two is faster depends on the device and on the structure's size, so it is measured, and what the device made is
+compared with what the host made.
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ import itertools
 import logging
 import time
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from rootstockd.worker.engines import Array, Task
 from rootstockd.worker.engines.mace.gathering import manageable
-from rootstockd.worker.engines.mace.graph import Neighbours
+from rootstockd.worker.engines.mace.neighbours import Neighbours, grid
 from rootstockd.worker.failures import describe, out_of_memory
 
 log = logging.getLogger(__name__)
@@ -31,26 +30,6 @@ SAME = 1e-6
 Edges = tuple[torch.Tensor, torch.Tensor]
 """(E, 2) int64, sender and receiver, sorted by receiver; and (E, 3) float64, Å, the lattice vector to be added to
 receiver's less sender's position for the vector from sender to receiver."""
-
-
-class _Grid(NamedTuple):
-    """Bins along the three cell vectors, none thinner than the cutoff, but where a cell is thinner."""
-
-    inverse: Array
-    """(3, 3): a row vector of Å times this is one of cell vectors."""
-    bins: Array
-    """(3,) int64."""
-    reach: Array
-    """(3,) int64: how many bins further a neighbour may be."""
-
-
-def _grid(cell: Array, atoms: int, cutoff: float) -> _Grid:
-    inverse = np.linalg.inv(cell)
-    heights = 1.0 / np.linalg.norm(inverse, axis=0)  # between the faces of the cell
-    bins = np.clip(heights / cutoff, 1, 2**10).astype(np.int64)
-    while bins.prod() > 4 * atoms + 64:  # mostly empty: larger bins will do
-        bins[bins.argmax()] = (bins.max() + 1) // 2
-    return _Grid(inverse, bins, np.ceil(cutoff * bins / heights).astype(np.int64))
 
 
 class DeviceNeighbours:
@@ -71,16 +50,16 @@ class DeviceNeighbours:
             cell: (3, 3), Å, vectors in rows.
             positions: (N, 3), Å; N > 0.
         """
-        grid = _grid(cell, len(positions), self._cutoff)
+        bounds = grid(cell, len(positions), self._cutoff)
         there, vectors = self._tensor(positions), self._tensor(cell)
-        count = self._tensor(grid.bins)
-        offsets = self._tensor(np.array(list(itertools.product(*(range(-n, n + 1) for n in grid.reach)))))
+        count = self._tensor(bounds.bins)
+        offsets = self._tensor(np.array(list(itertools.product(*(range(-n, n + 1) for n in bounds.reach)))))
 
-        fractions = there @ self._tensor(grid.inverse)
+        fractions = there @ self._tensor(bounds.inverse)
         wraps = fractions.floor()
         bins = ((fractions - wraps) * count).long().clamp(min=torch.zeros_like(count), max=count - 1)
         in_order, order = self._flat(bins, count).sort()
-        limits = torch.searchsorted(in_order, torch.arange(int(grid.bins.prod()) + 1, device=self._device))
+        limits = torch.searchsorted(in_order, torch.arange(int(bounds.bins.prod()) + 1, device=self._device))
         first, population = limits[:-1], limits.diff()
 
         def near(begin: int, end: int) -> Edges:
@@ -117,9 +96,9 @@ class DeviceNeighbours:
 
 
 class Lists:
-    """Makes lists for a device, by vesin or on the device, whichever is faster for structures of that size.
+    """Makes lists for a device, on the host or there, whichever is faster for structures of that size.
 
-    The first list of each size is made by both and compared: where the device's is another, vesin makes them all.
+    The first list of each size is made by both and compared: where the device's is another, the host makes them all.
 
     Args:
         cutoff: in Å.
@@ -128,9 +107,9 @@ class Lists:
 
     def __init__(self, cutoff: float, device: torch.device) -> None:
         self._cutoff, self._device = cutoff, device
-        self._vesin = Neighbours(cutoff)
+        self._host = Neighbours(cutoff)
         self._own: DeviceNeighbours | None = DeviceNeighbours(cutoff, device)
-        """None once a list of its was another than vesin's."""
+        """None once a list of its was another than the host's."""
         self._faster: dict[int, bool] = {}
         """Whether the device is, by powers of two of the atoms."""
 
@@ -145,17 +124,18 @@ class Lists:
                 return self._own.lasting(cell, positions)
             except RuntimeError as error:
                 if not out_of_memory(error):
-                    raise  # vesin needs none of the device's
-        return self._by_vesin(cell, positions)
+                    raise  # the host needs none of the device's
+        return self._by_host(cell, positions)
 
-    def _by_vesin(self, cell: Array, positions: Array) -> Edges:
-        edges, shifts = self._vesin.lasting(cell, positions)
-        return torch.from_numpy(edges).to(self._device), torch.from_numpy(shifts).to(self._device)
+    def _by_host(self, cell: Array, positions: Array) -> Edges:
+        receiver, sender, shifts = self._host.lasting(cell, positions)
+        edges = torch.from_numpy(np.stack([sender, receiver], 1))
+        return edges.to(self._device), torch.from_numpy(shifts).to(self._device)
 
     def _race(self, own: DeviceNeighbours, size: int, cell: Array, positions: Array) -> Edges:
         """By both; the second time is what counts: at the first kernels are loaded, and memory is found."""
-        self._by_vesin(cell, positions)
-        usual, seconds = self._timed(lambda: self._by_vesin(cell, positions))
+        self._by_host(cell, positions)
+        usual, seconds = self._timed(lambda: self._by_host(cell, positions))
         why = ""
         try:
             own.lasting(cell, positions)
@@ -169,7 +149,7 @@ class Lists:
             why, self._faster[size] = describe(error), False
         if why:
             self._own = None
-            log.warning("neighbour lists are made by vesin, not on %s: %s", self._device, why)
+            log.warning("neighbour lists are made on the host, not on %s: %s", self._device, why)
         return usual
 
     def _timed(self, make: Callable[[], Edges]) -> tuple[Edges, float]:

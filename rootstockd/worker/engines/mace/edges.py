@@ -1,7 +1,7 @@
 """MACE by its edges: mace-torch's modules, on any device, given what a neighbour list says.
 
-mace-torch makes objects in Python of each structure, and a second graph for the derivative by strain. Here the edges,
-by vesin, are all that goes to the device. Forces and virial come from the derivative of the energy by the edges'
+mace-torch makes objects in Python of each structure, and a second graph for the derivative by strain. Here the edges
+are all that goes to the device. Forces and virial come from the derivative of the energy by the edges'
 vectors, so that a virial costs nothing; vectors are computed in float64 whatever the model's dtype.
 """
 
@@ -15,7 +15,8 @@ import torch
 from rootstockd.worker.engines import Array, Result, Task
 from rootstockd.worker.engines.mace.budget import Size
 from rootstockd.worker.engines.mace.candidates import NotApplicableError
-from rootstockd.worker.engines.mace.graph import Edges, Graph, Neighbours, union
+from rootstockd.worker.engines.mace.graph import Edges, Graph, union
+from rootstockd.worker.engines.mace.neighbours import Neighbours
 from rootstockd.worker.engines.mace.packing import Packing
 from rootstockd.worker.engines.mace.reference import LOCAL, System
 from rootstockd.worker.failures import out_of_memory
@@ -65,8 +66,7 @@ class EdgeBackend:
         return self._packing.evaluate(sizes, lambda pack: self._pass(tasks[pack], union(lists[pack])))
 
     def forget(self) -> None:
-        """Keep nothing; vesin keeps what it gave last."""
-        self._neighbours = Neighbours(float(self._model.r_max))
+        """Keep nothing."""
 
     def _held(self) -> int:
         """Bytes of what is free on the device that no pass can have."""

@@ -25,9 +25,9 @@ _NOWHERE = 1e15
 def manageable(cell: Array, positions: Array, pbc: tuple[bool, bool, bool], cutoff: float) -> tuple[Array, Array]:
     """A periodic cell and positions with the same neighbours at the same distances, such that no list explodes.
 
-    Lattice vectors without pbc become normals of the others, so long that nothing has neighbours along them: vesin
-    takes seconds where it is told that two are not periodic. Wide gaps along them are narrowed, so that an atom that
-    flew off costs nothing; a cell so skewed that a sphere reaches many of its images is reduced.
+    Lattice vectors without pbc become normals of the others, so long that nothing has neighbours along them. Wide gaps
+    along them are narrowed, so that an atom that flew off costs nothing; a cell so skewed that a sphere reaches many of
+    its images is reduced.
     """
     positions = np.ascontiguousarray(positions)
     periodic = [axis for axis in range(3) if pbc[axis]]

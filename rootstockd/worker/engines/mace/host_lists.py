@@ -10,9 +10,10 @@ import numpy as np
 
 from rootstockd.worker.engines import Array, Task
 from rootstockd.worker.engines.mace.gathering import manageable
-from rootstockd.worker.engines.mace.graph import Edges, Neighbours
+from rootstockd.worker.engines.mace.graph import Edges
 from rootstockd.worker.engines.mace.kernels import KEEP
 from rootstockd.worker.engines.mace.lasting import Lasting
+from rootstockd.worker.engines.mace.neighbours import Neighbours
 from rootstockd.worker.engines.mace.reference import System
 from rootstockd.worker.engines.mace.skin import WIDTH
 
@@ -49,7 +50,7 @@ class HostLists:
     def __init__(self, cutoff: float) -> None:
         self._cutoff = cutoff
         self._lasting = Lasting(self._make, MOST_EDGES)
-        self.forget()
+        self._neighbours = {skin: Neighbours(cutoff + skin) for skin in (0.0, WIDTH)}
 
     def edges(self, tasks: Sequence[Task]) -> list[Edges]:
         """Of each structure."""
@@ -58,16 +59,14 @@ class HostLists:
         return [self._near(made, task.positions) for made, task in zip(self._lasting.lists(tasks), tasks)]
 
     def forget(self) -> None:
-        """Keep nothing; vesin keeps what it gave last, too."""
+        """Keep nothing."""
         self._lasting.forget()
-        self._neighbours = {skin: Neighbours(self._cutoff + skin) for skin in (0.0, WIDTH)}
 
     def _make(self, task: Task, skin: float) -> _List:
         system: System = task.system
         cell, positions = manageable(task.cell, task.positions, system.pbc, self._cutoff + skin)
-        edges, shifts = self._neighbours[skin].lasting(cell, positions)
-        sender, receiver = np.ascontiguousarray(edges.T, np.int32)
-        return _List(receiver, sender, shifts, skin)
+        receiver, sender, shifts = self._neighbours[skin].lasting(cell, positions)
+        return _List(receiver.astype(np.int32), sender.astype(np.int32), shifts, skin)
 
     def _near(self, made: _List, positions: Array) -> Edges:
         room = len(made) + 1  # each is written where the next one goes, whether it is near or not
