@@ -55,7 +55,7 @@ class Dispatcher:
         self._resuming: asyncio.TimerHandle | None = None
         """Somebody is waited for until then."""
         self._new = False
-        """Something in the batch under way is in it for the first time."""
+        """There is a system's first structure in the batch under way."""
 
     @property
     def queue(self) -> int:
@@ -66,7 +66,7 @@ class Dispatcher:
     def hang_limit(self) -> float:
         """Seconds that the batch under way may take."""
         sizes = [evaluation.atoms for evaluation in self.scheduler.running]
-        return self._hang_limit.seconds(sum(sizes), max(sizes))
+        return self._hang_limit.seconds(sum(sizes), max(sizes), first=self._new)
 
     @property
     def abandoned(self) -> bool:
@@ -200,7 +200,7 @@ class Dispatcher:
             self._let_go()
         if new or seconds > self._hang_limit.ordinary:
             sizes = [evaluation.atoms for evaluation in batch if evaluation.owner.number not in failures]
-            self._hang_limit.learn(sum(sizes), max(sizes, default=0), seconds)
+            self._hang_limit.learn(sum(sizes), max(sizes, default=0), seconds, first=new)
 
     def give_up(self, error: RootstockError) -> None:
         """Tell all who wait for an evaluation that it won't be done."""

@@ -9,12 +9,15 @@ PRIOR = 0.05
 FEW = 100
 """A batch of fewer atoms counts as one of so many: what it costs to begin says nothing of what an atom costs."""
 FORGET = 0.999
-"""What is left of the slowest rate with each new system, or one hiccup would count for ever. Steps don't wear it off:
+"""What is left of the slowest rates with each new system, or one hiccup would count for ever. Steps don't wear it off:
 a session's first structure may cost fifty times its later ones, and so may the next session's."""
 
 
 class HangLimit:
     """The slowest seconds an atom, and what follows from them.
+
+    Batches in which somebody's first structure is have a rate of their own: what one of these took, which is compared
+    and may be compiled for, says nothing of how long others' steps may hang.
 
     Args:
         least: seconds that any batch may take.
@@ -22,25 +25,28 @@ class HangLimit:
 
     def __init__(self, least: float) -> None:
         self._least = least
-        self._slowest = 0.0
+        self._slowest = {False: 0.0, True: 0.0}
+        """By whether there was a first structure in the batch."""
         self.largest = 0
         """Atoms of the largest evaluation that was done."""
         self.ordinary = 0.0
-        """Seconds up to which a batch teaches nothing, whatever its size."""
+        """Seconds up to which a batch without one teaches nothing, whatever its size."""
 
-    def learn(self, atoms: int, largest: int, seconds: float) -> None:
+    def learn(self, atoms: int, largest: int, seconds: float, *, first: bool) -> None:
         """A batch of so many atoms, the largest of its evaluations so many, took so long."""
         self.largest = max(self.largest, largest)
-        rate = seconds / max(FEW, atoms)
-        self._slowest = max(self._slowest, rate)
-        self.ordinary = FEW * self._slowest
+        self._slowest[first] = max(self._slowest[first], seconds / max(FEW, atoms))
+        self.ordinary = FEW * self._slowest[False]
 
     def new_system(self) -> None:
         """A system comes whose first structure will say anew how slow it may be."""
-        self._slowest *= FORGET
-        self.ordinary = FEW * self._slowest
+        for first in self._slowest:
+            self._slowest[first] *= FORGET
+        self.ordinary = FEW * self._slowest[False]
 
-    def seconds(self, atoms: int, largest: int) -> float:
+    def seconds(self, atoms: int, largest: int, *, first: bool) -> float:
         """How long a batch of so many atoms, the largest of its evaluations so many, may take."""
-        rate = self._slowest if largest <= self.largest else max(self._slowest, PRIOR)
+        rate = max(self._slowest.values()) if first else self._slowest[False]
+        if largest > self.largest:
+            rate = max(rate, PRIOR)
         return max(self._least, MARGIN * rate * max(atoms, FEW))

@@ -207,7 +207,7 @@ def too_large(slot: Slot, error: BaseException) -> EngineError:
     return EngineError(
         "limit",
         f"{slot.natoms} atoms{structures} do not fit the device's memory{allowed}{reason}.",
-        "Use a smaller structure or float32, or wait until others leave more memory free.",
+        "Use a smaller structure, float32 where it is float64, or wait until others leave more memory free.",
     )
 
 
