@@ -8,6 +8,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import signal
 import socket
 import struct
@@ -34,9 +35,26 @@ LAST_WORDS = 1_000
 """Messages that are heard of a worker that has ended, or is about to be."""
 _NO_DESCRIPTORS = {errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM}
 Listener = Callable[[bytes, bytes], None]
+
+
+def mmap_threshold(libc: str | None) -> int:
+    """The highest MALLOC_MMAP_THRESHOLD_ that is of use.
+
+    glibc 2.31 refuses more than 32 MiB, and then stays at 128 KiB, as the other variables keep it from adapting: nearly
+    each array would be new pages at each step. 2.36 takes more; those between were not tried.
+
+    Args:
+        libc: what confstr says of it, such as "glibc 2.34".
+    """
+    name, _, version = (libc or "").partition(" ")
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    old = name != "glibc" or numbers is None or (int(numbers[1]), int(numbers[2])) <= (2, 35)
+    return 2**25 if old else 2**30
+
+
 TUNING = {
     # memory of one step is there for the next: giving it back and faulting it in anew cost up to two thirds of a step
-    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_MMAP_THRESHOLD_": str(mmap_threshold(os.confstr("CS_GNU_LIBC_VERSION"))),
     "MALLOC_TRIM_THRESHOLD_": str(2**32),
     "MALLOC_TOP_PAD_": str(2**26),
     "THP_MEM_ALLOC_ENABLE": "1",
