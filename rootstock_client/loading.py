@@ -1,4 +1,4 @@
-"""Why a step waits: its model may not be in memory yet."""
+"""Why a step waits: its model may not be in memory yet, or at a large structure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TIMEOUT = 2.0
 
 
 def say_why(path: Path, init: bytes) -> None:
-    """Log what a daemon says of the model that a session waits for; nothing where it is at work, or does not say.
+    """Log what a daemon says of the model that a session waits for; nothing where it has nothing to say.
 
     Args:
         path: the daemon's session socket.

@@ -31,7 +31,7 @@ from rootstockd.cli.common import (
 )
 from rootstockd.cli.quantities import count, duration, plural, size, span
 from rootstockd.cli.units import unit_at
-from rootstockd.control.schema import DaemonStatus, ModelStatus
+from rootstockd.control.schema import LONG, DaemonStatus, ModelStatus, at_a_batch
 from rootstockd.monitoring.rows import dtypes, settings_in_words
 
 STATE_COLOUR = {
@@ -42,8 +42,6 @@ STATE_COLOUR = {
 }
 _SHOWN_SESSIONS = 20
 _SHOWN_NAMES = 3
-_LONG = 10.0
-"""Seconds after which a batch is worth a word."""
 _GAP = 2
 
 
@@ -127,11 +125,9 @@ def show_models(models: list[ModelStatus]) -> list[str]:
         ]
     )
     for name, model in zip(names, models, strict=True):
-        if model.batch_seconds > _LONG:
-            text = (
-                f"{name} has been at a batch of {plural(model.batch_under_way, 'atom')} for {model.batch_seconds:.0f} s"
-            )
-            console.print(text, style="yellow", markup=False)
+        if model.batch_seconds >= LONG:
+            text = at_a_batch(model.batch_under_way, model.batch_seconds)
+            console.print(f"{name} {text}", style="yellow", markup=False)
         if model.loading:
             console.print(f"{name} {model.loading.text}", style="yellow", markup=False)
         if model.error:

@@ -19,6 +19,7 @@ from rootstock_client.errors import AccessDeniedError, RootstockError
 from rootstockd.control.limits import REFUSALS, invalid_request
 from rootstockd.control.metrics import exposition
 from rootstockd.control.schema import (
+    LONG,
     CatalogueEntry,
     DaemonStatus,
     DeviceStatus,
@@ -119,9 +120,10 @@ def make_app(daemon: Daemon) -> FastAPI:
 
     @app.get("/v1/loading")
     async def loading(model: str | None = None) -> list[Loading]:
-        """Models that are not there yet, or the one of that name or alias, for whoever waits for it."""
+        """Models that are not there yet or at a long batch, or the one of that name or alias, for whoever waits."""
         entry = None if model is None else daemon.catalogue.name_of(model)
-        states = [loading_status(supervisor, daemon.fleet) for supervisor in daemon.fleet.supervisors()]
+        supervisors = daemon.fleet.supervisors()
+        states = [long_batch(supervisor) or loading_status(supervisor, daemon.fleet) for supervisor in supervisors]
         return [state for state in states if state is not None and entry in (None, state.name)]
 
     _take_orders(app, daemon)
@@ -197,6 +199,14 @@ def loading_status(model: Supervisor, fleet: Fleet) -> Loading | None:
         obstacle=model.obstacle,
         held=max(0.0, model.held_until - time.monotonic()),
     )
+
+
+def long_batch(model: Supervisor) -> Loading | None:
+    """The batch that a model is at, where it has been for so long that whoever waits may wonder; else None."""
+    atoms, seconds = model.under_way
+    if seconds < LONG:
+        return None
+    return Loading(name=model.spec.name, dtype=model.spec.dtype, state="ready", elapsed=seconds, atoms=atoms)
 
 
 def device_status(device: Device, fleet: Fleet) -> DeviceStatus:

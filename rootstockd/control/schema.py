@@ -7,26 +7,38 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, computed_field
 
 from rootstockd.settings.config import Config
+from rootstockd.words import so_many
 
 SCHEMA_VERSION = 3
 """Raised when a field changes its meaning or goes; new fields alone don't."""
 
 
+LONG = 4.0
+"""Seconds after which a batch under way is worth a word: jobs ask when they have waited for 5."""
+
+
+def at_a_batch(atoms: int, seconds: float) -> str:
+    """What is said of a model that has been at a batch for so long."""
+    return f"has been at a batch of {so_many(atoms, 'atom')} for {seconds:.0f} s"
+
+
 class Loading(BaseModel):
-    """A model that is not there yet, and why."""
+    """What jobs wait for: a model that is not there yet, or one that is at a batch that takes long."""
 
     name: str
     dtype: str
     state: str
-    """waiting or loading."""
-    stage: str
-    """starting, imports, weights or checks, or that and why it is to be started again; empty while it waits."""
+    """waiting, loading or ready."""
+    stage: str = ""
+    """starting, imports, weights or checks, or that and why it is to be started again; empty unless it is loading."""
     elapsed: float
-    """Seconds since it began to load, or to wait."""
-    expected: float | None
+    """Seconds since it began to load, or to wait, or the batch."""
+    expected: float | None = None
     """Seconds that loading took the last time, where that is known."""
-    obstacle: str
+    obstacle: str = ""
     """What is in its way while it waits."""
+    atoms: int = 0
+    """Of the batch that it is at; 0 where it is not there."""
     held: float = 0.0
     """Seconds until it is loaded again that an administrator had leave memory in spite of its work."""
 
@@ -34,6 +46,8 @@ class Loading(BaseModel):
     @property
     def text(self) -> str:
         """The same in words."""
+        if self.atoms:
+            return at_a_batch(self.atoms, self.elapsed)
         if self.held:
             return f"was unloaded by an administrator, and is loaded again in {self.held:.0f} s"
         if self.obstacle:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -370,8 +371,8 @@ def test_the_client_of_an_evaluation_that_hangs_goes_away(fresh: RunningDaemon) 
     assert fresh.model("hostile")["restarts"] == 1
 
 
-def test_an_evaluation_whose_session_has_gone_holds_nobody_up_for_long(start_hostile) -> None:
-    """It may be right, and take long: others get a fresh worker all the same."""
+def test_an_evaluation_whose_session_has_gone_holds_nobody_up_for_long(start_hostile, caplog) -> None:
+    """It may be right, and take long: others are told what they wait for, and get a fresh worker all the same."""
     patient = start_hostile(hang_timeout=300.0)
     leave_under_way(patient, hostile.SLEEP)
     begin = time.monotonic()
@@ -381,6 +382,7 @@ def test_an_evaluation_whose_session_has_gone_holds_nobody_up_for_long(start_hos
     assert 1.5 * ABANDONED < time.monotonic() - begin < 100
     assert patient.model("hostile")["restarts"] == 1
     assert "an evaluation that nobody waits for any more took" in patient.log.read_text()
+    assert re.search(r"model 'hostile' has been at a batch of 8 atoms for \d+ s; this job waits", caplog.text)
     patient.stop()
 
 
