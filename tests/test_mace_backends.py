@@ -17,6 +17,7 @@ pytest.importorskip("mace")
 
 from ase import Atoms  # noqa: E402
 from ase.build import bulk, fcc111, molecule  # noqa: E402
+from ase.cluster import Octahedron  # noqa: E402
 from ase.neighborlist import neighbor_list  # noqa: E402
 
 from rootstockd.worker import stages  # noqa: E402
@@ -452,6 +453,27 @@ def test_atoms_at_the_edge_of_a_gathered_structure_stay_together():
     torch.set_default_dtype(torch.float64)
     right = ReferenceBackend(model.double(), "cpu").evaluate([one])[0]
     assert compare(found, right).force < 3e-5, "and not 6e-5, as with one of them in another image"
+
+
+@pytest.mark.parametrize("pbc", [(True, True, True), (True, True, False), (False, True, False)])
+@pytest.mark.parametrize("side", [200.0, 3e3, 1e6])
+def test_the_reference_takes_vast_boxes(side, pbc):
+    """mace-torch has bins for all that is empty in them, and then says that there is no memory for so many atoms."""
+    model = medium()
+    of = engine(model)
+    cluster = Octahedron("Cu", 3, 1)
+    cluster.rattle(0.1, seed=1)
+
+    def in_box(length):
+        cell = length * np.array([[1.0, 0.3, 0.0], [0.0, 1.0, 0.2], [0.1, 0.0, 1.0]])
+        places = np.array([[0.0, 0.0, 0.0], [0.6, 0.5, 0.1]]) @ cell  # one lies across the faces of the cell
+        positions = (cluster.positions + places[:, None]).reshape(-1, 3)
+        numbers = np.tile(cluster.numbers, 2)
+        return task(of, Atoms(numbers=numbers, positions=positions, cell=cell, pbc=pbc))
+
+    found, right = (ReferenceBackend(model, "cpu").evaluate([in_box(length)])[0] for length in (side, 60.0))
+    assert compare(found, right).within(1e-8)
+    assert compare(FusedBackend(model).evaluate([in_box(side)])[0], right).within(1e-8)
 
 
 def test_of_a_crowded_structure_a_piece_is_compared():

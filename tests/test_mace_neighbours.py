@@ -9,12 +9,13 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("mace")
 
+from ase.build import bulk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_mace_backends import AWKWARD, STRUCTURES, engine, medium, task
 
 from rootstockd.worker.engines.mace.gathering import manageable
-from rootstockd.worker.engines.mace.neighbours import Neighbours
+from rootstockd.worker.engines.mace.neighbours import Neighbours, bins
 
 vesin = pytest.importorskip("vesin")
 CUTOFF = 4.5
@@ -72,15 +73,17 @@ def test_they_are_those_of_vesin(name):
     size=st.floats(1.0, 25.0),
     flat=st.sampled_from([1.0, 0.2, 5.0, 100.0]),
     away=st.sampled_from([0.0, 1.0, 1e4]),
+    filled=st.tuples(*[st.sampled_from([1.0, 1.0, 0.3, 0.05])] * 3),
     cutoff=st.floats(0.5, 6.0),
 )
-def test_they_are_those_of_vesin_whatever_the_cell(seed, atoms, pbc, size, flat, away, cutoff):
+def test_they_are_those_of_vesin_whatever_the_cell(seed, atoms, pbc, size, flat, away, filled, cutoff):
     rng = np.random.default_rng(seed)
     cell = size * (np.eye(3) + 0.5 * rng.uniform(-1, 1, (3, 3)))
     if np.linalg.det(cell) < 0.05 * size**3:
         cell = size * np.eye(3)
     cell[0] *= flat
-    positions = rng.uniform(-2, 3, (atoms, 3)) @ cell + away * rng.integers(-5, 5, (atoms, 3))
+    fractions = rng.uniform(0, 1, 3) + rng.uniform(0, 1, (atoms, 3)) * filled + rng.integers(-2, 3, (atoms, 3))
+    positions = fractions @ cell + away * rng.integers(-5, 5, (atoms, 3))
     check(cell, positions, pbc, cutoff)
 
 
@@ -91,13 +94,37 @@ def test_atoms_on_the_faces_of_a_cell():
     check(cell, corners - 1e-17, (True, True, True), cutoff=5.0)
 
 
+@pytest.mark.parametrize(
+    ("side", "pbc"), [(1e3, (True, True, True)), (1e5, (True, True, True)), (1e5, (True, False, True))]
+)
+def test_clusters_in_a_vast_box_have_bins_of_their_own(side, pbc):
+    """Or all pairs of atoms would be looked at."""
+    cluster = bulk("Cu", cubic=True) * (8, 8, 8)
+
+    def in_box(side):
+        places = np.array([[0.0, 0.0, 0.0], [side / 2, 0.0, side / 2]])  # one lies across the faces of the cell
+        positions = (cluster.positions - 14.0 + places[:, None]).reshape(-1, 3)
+        return manageable(np.eye(3) * side, positions, pbc, CUTOFF)
+
+    check(*in_box(100.0), (True, True, True))  # vesin can't do them all
+    expected, edges = (
+        rows(*Neighbours(CUTOFF)._listed(*in_box(length), vectors=True), CUTOFF) for length in (100.0, side)
+    )
+    np.testing.assert_allclose(edges, expected, atol=1e-7)
+    cell, positions = in_box(side)
+    found = bins(cell, positions, CUTOFF)
+    assert found.counts.prod() <= 4 * len(positions) + 64
+    _, in_each = np.unique(found.places, axis=0, return_counts=True)
+    assert in_each.max() < 30
+
+
 TOO_LARGE = """
 import resource
 from pathlib import Path
 
 import numpy as np
 
-from rootstockd.worker.engines.mace.neighbours import Neighbours
+from rootstockd.worker.engines.mace.neighbours import Neighbours, bins
 
 def data():
     return int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()

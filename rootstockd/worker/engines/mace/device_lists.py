@@ -17,7 +17,7 @@ import torch
 
 from rootstockd.worker.engines import Array, Task
 from rootstockd.worker.engines.mace.gathering import manageable
-from rootstockd.worker.engines.mace.neighbours import Neighbours, grid
+from rootstockd.worker.engines.mace.neighbours import Neighbours, bins
 from rootstockd.worker.failures import describe, out_of_memory
 
 log = logging.getLogger(__name__)
@@ -50,21 +50,17 @@ class DeviceNeighbours:
             cell: (3, 3), Å, vectors in rows.
             positions: (N, 3), Å; N > 0.
         """
-        bounds = grid(cell, len(positions), self._cutoff)
+        found = bins(cell, positions, self._cutoff)
         there, vectors = self._tensor(positions), self._tensor(cell)
-        count = self._tensor(bounds.bins)
-        offsets = self._tensor(np.array(list(itertools.product(*(range(-n, n + 1) for n in bounds.reach)))))
-
-        fractions = there @ self._tensor(bounds.inverse)
-        wraps = fractions.floor()
-        bins = ((fractions - wraps) * count).long().clamp(min=torch.zeros_like(count), max=count - 1)
-        in_order, order = self._flat(bins, count).sort()
-        limits = torch.searchsorted(in_order, torch.arange(int(bounds.bins.prod()) + 1, device=self._device))
+        count, places, wraps = self._tensor(found.counts), self._tensor(found.places), self._tensor(found.wraps)
+        offsets = self._tensor(np.array(list(itertools.product(*(range(-n, n + 1) for n in found.reach)))))
+        in_order, order = self._flat(places, count).sort()
+        limits = torch.searchsorted(in_order, torch.arange(int(found.counts.prod()) + 1, device=self._device))
         first, population = limits[:-1], limits.diff()
 
         def near(begin: int, end: int) -> Edges:
             """Edges whose receivers are these."""
-            targets = bins[begin:end, None] + offsets
+            targets = places[begin:end, None] + offsets
             images = torch.div(targets, count, rounding_mode="floor")
             flat = self._flat(targets - images * count, count)
             numbers = population[flat].flatten()

@@ -15,6 +15,9 @@ NEAR = 30.0
 """Å. Without pbc mace-torch takes 20 ms to list the neighbours of an atom that is so far from the origin, and 0.9 s at
 100 Å; float32 has a rounding of 1e-6 Å there."""
 
+_ROOMY = 4e6
+"""Cubes of the cutoff's width into which mace-torch divides a cell in some 20 ms, and takes 20 MB for."""
+
 _FAR = 1e6
 """Å; structures so far from the origin are brought there, or how many cells away they are would be no integer."""
 
@@ -59,15 +62,17 @@ def _reduced(cell: Array, pbc: tuple[bool, bool, bool]) -> Array:
     return np.ascontiguousarray(minkowski_reduce(cell, pbc=pbc)[0])
 
 
-def is_awkward(cell: Array, positions: Array, pbc: tuple[bool, bool, bool]) -> bool:
-    """Whether mace-torch's own neighbour lists take long over a structure, lose digits, or can't do it.
+def is_awkward(cell: Array, positions: Array, pbc: tuple[bool, bool, bool], cutoff: float) -> bool:
+    """Whether mace-torch's own neighbour lists take long over a structure, or much memory, lose digits, or can't do it.
 
-    Lattice vectors without pbc it replaces by the axes.
+    Lattice vectors without pbc it replaces by long ones along the axes.
     """
-    if np.abs(positions).max(initial=0.0) > NEAR:
+    furthest = np.abs(positions).max(initial=0.0)
+    if furthest > NEAR:
         return True
-    vectors = np.where(np.array(pbc)[:, None], cell, np.eye(3))
-    return bool(abs(np.linalg.det(vectors)) < _SKEWED * np.prod(np.linalg.norm(vectors, axis=1)))
+    vectors = np.where(np.array(pbc)[:, None], cell, np.eye(3) * (furthest + 1.0) * 5.0 * cutoff)
+    volume = abs(np.linalg.det(vectors))
+    return bool(volume < _SKEWED * np.prod(np.linalg.norm(vectors, axis=1)) or volume > _ROOMY * cutoff**3)
 
 
 def gathered(cell: Array, positions: Array, pbc: tuple[bool, bool, bool], cutoff: float) -> tuple[Array, Array]:
@@ -78,7 +83,35 @@ def gathered(cell: Array, positions: Array, pbc: tuple[bool, bool, bool], cutoff
     further away that is.
     """
     cell, positions = manageable(cell, positions, pbc, cutoff)
+    cell, positions, whole = _closed_up(cell, positions, pbc, cutoff)
     fractions = positions @ np.linalg.inv(cell)
     # atoms keep together along what is not periodic: across a boundary float32 has fewer digits for their distance
     middle = (fractions.max(axis=0) + fractions.min(axis=0)) / 2
-    return cell, positions - np.where(pbc, np.round(fractions), middle) @ cell
+    return cell, positions - np.where(whole, middle, np.round(fractions)) @ cell
+
+
+def _closed_up(
+    cell: Array, positions: Array, pbc: tuple[bool, bool, bool], cutoff: float
+) -> tuple[Array, Array, tuple[bool, ...]]:
+    """The same neighbours in a cell whose wide gaps along vectors with pbc are narrowed, as in the others they are.
+
+    Returns:
+        The cell; positions; and along which vectors atoms are together, none the other side of a boundary.
+    """
+    inverse = np.linalg.inv(cell)
+    fractions = positions @ inverse
+    whole, lengths = [not periodic for periodic in pbc], np.ones(3)
+    for axis in range(3):
+        widest = 2.0 * cutoff * np.linalg.norm(inverse[:, axis])
+        inside = fractions[:, axis] % 1.0
+        order = np.argsort(inside, kind="stable")
+        behind = np.diff(inside[order], append=inside[order[0]] + 1.0)
+        if not pbc[axis] or behind.max() <= widest:
+            continue
+        first = int(behind.argmax()) + 1  # behind a gap
+        order, gaps = np.roll(order, -first), np.minimum(np.roll(behind, -first), widest)
+        fractions[order, axis] = gaps.cumsum() - gaps
+        lengths[axis], whole[axis] = gaps.sum(), True
+    if lengths.min() == 1.0:
+        return cell, positions, tuple(whole)
+    return cell * lengths[:, None], fractions @ cell, tuple(whole)

@@ -19,31 +19,57 @@ _MARGIN = 1e-6
 """Å; what rounding may do to distances of atoms that were brought into the cell from 1e8 Å away."""
 
 
-class Grid(NamedTuple):
-    """Bins along the three cell vectors, none thinner than the cutoff, but where a cell is thinner."""
+class Bins(NamedTuple):
+    """Where atoms are, in bins along the cell vectors: none is thinner than the cutoff, but where a cell is thinner."""
 
-    inverse: Array
-    """(3, 3): a row vector of Å times this is one of cell vectors."""
-    bins: Array
-    """(3,) int64."""
+    wraps: Array
+    """(N, 3) float64: how many cells away from the first each atom is."""
+    places: Array
+    """(N, 3) int64: each atom's bin."""
+    counts: Array
+    """(3,) int64: how many bins there are; of empty ones side by side, one."""
     reach: Array
     """(3,) int64: how many bins further a neighbour may be."""
 
 
-def grid(cell: Array, atoms: int, cutoff: float) -> Grid:
-    """The bins for so many atoms.
+def bins(cell: Array, positions: Array, cutoff: float) -> Bins:
+    """The bins of a structure.
 
     Args:
         cell: (3, 3), Å, vectors in rows.
-        atoms: how many.
+        positions: (N, 3), Å; N > 0.
         cutoff: in Å.
     """
     inverse = np.linalg.inv(cell)
     heights = 1.0 / np.linalg.norm(inverse, axis=0)  # between the faces of the cell
-    bins = np.clip(heights / cutoff, 1, 2**10).astype(np.int64)
-    while bins.prod() > 4 * atoms + 64:  # mostly empty: larger bins will do
-        bins[bins.argmax()] = (bins.max() + 1) // 2
-    return Grid(inverse, bins, np.ceil(cutoff * bins / heights).astype(np.int64))
+    fractions = positions @ inverse
+    wraps = np.floor(fractions)
+    inside = fractions - wraps
+    fine = np.clip(heights / cutoff, 1, 2**20).astype(np.int64)
+    most = 4 * len(positions) + 64
+    counts = fine.copy()
+    places = np.minimum((inside * fine).astype(np.int64), fine - 1)
+    if counts.prod() > most:  # most are empty
+        for axis in range(3):
+            places[:, axis], counts[axis] = _closed_up(places[:, axis], counts[axis])
+    while counts.prod() > most:  # larger ones will do
+        axis = counts.argmax()
+        fine[axis] = (fine[axis] + 1) // 2
+        there = np.minimum((inside[:, axis] * fine[axis]).astype(np.int64), fine[axis] - 1)
+        places[:, axis], counts[axis] = _closed_up(there, fine[axis])
+    return Bins(wraps, places, counts, np.ceil(cutoff * fine / heights).astype(np.int64))
+
+
+def _closed_up(places: Array, count: int) -> tuple[Array, int]:
+    """Bins along one vector, where some are empty side by side with only one of these, so that no others come together.
+
+    Args:
+        places: (N,) each atom's.
+        count: how many there are.
+    """
+    occupied, which = np.unique(places, return_inverse=True)
+    steps = np.minimum(np.diff(occupied, append=occupied[0] + count), 2)
+    return (steps.cumsum() - steps)[which], int(steps.sum())
 
 
 class Neighbours:
@@ -75,13 +101,11 @@ class Neighbours:
         return self._listed(cell, positions, vectors=False)
 
     def _listed(self, cell: Array, positions: Array, *, vectors: bool) -> tuple[Array, Array, Array]:
-        inverse, bins, reach = grid(cell, len(positions), self._cutoff)
-        fractions = positions @ inverse
-        wraps = np.floor(fractions)
-        first, order, home = _binned(fractions - wraps, bins)
+        wraps, places, counts, reach = bins(cell, positions, self._cutoff)
+        first, order, home = _in_order(places, counts)
         inside = positions - wraps @ cell
         atoms = positions, wraps, inside, order, home, inside[order]
-        cells = cell, bins, reach, first, self._cutoff
+        cells = cell, counts, reach, first, self._cutoff
         begins = np.zeros(len(positions) + 1, np.int64)
         nowhere, nothing = np.empty(0, np.int64), np.empty((0, 3))
         _walk(atoms, cells, begins, False, False, nowhere, nowhere, nothing)  # noqa: FBT003 - numba has no keywords here
@@ -92,25 +116,22 @@ class Neighbours:
 
 
 @numba.njit(cache=KEEP)
-def _binned(fractions, bins):
+def _in_order(places, counts):
     """Atoms by bins.
 
     Args:
-        fractions: (N, 3) from 0 to 1.
-        bins: (3,)
+        places: (N, 3)
+        counts: (3,)
 
     Returns:
         (bins + 1,) where each bin's atoms begin in (N,) atoms in order of their bins, and (N,) each atom's bin.
     """
-    atoms = fractions.shape[0]
+    atoms = places.shape[0]
     home = np.empty(atoms, np.int64)
-    first = np.zeros(bins[0] * bins[1] * bins[2] + 1, np.int64)
+    first = np.zeros(counts[0] * counts[1] * counts[2] + 1, np.int64)
     for i in range(atoms):
-        number = 0
-        for axis in range(3):
-            number = number * bins[axis] + min(int(fractions[i, axis] * bins[axis]), bins[axis] - 1)
-        home[i] = number
-        first[number + 1] += 1
+        home[i] = (places[i, 0] * counts[1] + places[i, 1]) * counts[2] + places[i, 2]
+        first[home[i] + 1] += 1
     for number in range(first.shape[0] - 1):
         first[number + 1] += first[number]
     at, order = first.copy(), np.empty(atoms, np.int64)
@@ -137,22 +158,22 @@ def _walk(atoms, cells, begins, fill, vectors, receiver, sender, third):
         third: (E, 3) overwritten.
     """
     positions, wraps, inside, order, home, binned = atoms
-    cell, bins, reach, first, cutoff = cells
+    cell, counts, reach, first, cutoff = cells
     images, lattice, way = np.empty(3, np.int64), np.empty(3), np.empty(3)
     near, square = (cutoff + _MARGIN) ** 2, cutoff**2
     for i in range(positions.shape[0]):
         found = begins[i] if fill else 0
-        z = home[i] % bins[2]
-        y = home[i] // bins[2] % bins[1]
-        x = home[i] // (bins[2] * bins[1])
+        z = home[i] % counts[2]
+        y = home[i] // counts[2] % counts[1]
+        x = home[i] // (counts[2] * counts[1])
         for x_there in range(x - reach[0], x + reach[0] + 1):
-            images[0] = x_there // bins[0]
+            images[0] = x_there // counts[0]
             for y_there in range(y - reach[1], y + reach[1] + 1):
-                images[1] = y_there // bins[1]
+                images[1] = y_there // counts[1]
                 for z_there in range(z - reach[2], z + reach[2] + 1):
-                    images[2] = z_there // bins[2]
-                    row = (x_there - images[0] * bins[0]) * bins[1] + y_there - images[1] * bins[1]
-                    number = row * bins[2] + z_there - images[2] * bins[2]
+                    images[2] = z_there // counts[2]
+                    row = (x_there - images[0] * counts[0]) * counts[1] + y_there - images[1] * counts[1]
+                    number = row * counts[2] + z_there - images[2] * counts[2]
                     for axis in range(3):
                         moved = images[0] * cell[0, axis] + images[1] * cell[1, axis] + images[2] * cell[2, axis]
                         way[axis] = inside[i, axis] - moved

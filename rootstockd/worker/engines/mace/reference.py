@@ -82,7 +82,7 @@ class ReferenceBackend:
     def _graph(self, task: Task) -> Any:
         system: System = task.system
         cell, positions, pbc = task.cell, task.positions, system.pbc
-        if self._local and is_awkward(cell, positions, pbc):
+        if self._local and is_awkward(cell, positions, pbc, self._cutoff):
             cell, positions = gathered(cell, positions, pbc, self._cutoff)
             pbc = (True, True, True)
         configuration = mace_data.Configuration(
