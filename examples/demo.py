@@ -288,6 +288,10 @@ def table(results: dict[str, dict[str, Any]], times: dict[str, Any], device: str
     picture.add_row("    forces", f"within {times['force_difference']:.0e} eV/Å", "in process", "")
     race("fresh job until its first force", times["first"], 1, "s")
     race("108 Cu, one step (median)", times["step"], 1000, "ms")
+    if device == "cpu":
+        threads = os.environ.get("OMP_NUM_THREADS")
+        words = "as many as torch takes by itself" if threads is None else f"OMP_NUM_THREADS={threads}"
+        picture.add_row("    threads of the process", "", words, "")
     picture.add_section()
     label = f"NVE of 108 Cu, {dynamics['steps']} steps: energy drift"
     picture.add_row(label, f"{dynamics['drift_mev_per_atom_per_ps']:+.4f} meV/atom/ps", "0", "")

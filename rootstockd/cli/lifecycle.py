@@ -305,8 +305,8 @@ def wait_until_ready(process: subprocess.Popen[bytes], config: Config, log_posit
             elif status is not None:
                 if status.state == "ready":
                     return status
-                loading = [model.name for model in status.models if model.state == "loading"]
-                text = f"loading {', '.join(loading)}"
+                loading = [f"{model.name} {model.loading.text}" for model in status.models if model.loading]
+                text = "; ".join(loading) or "starting"
             say(text)
             time.sleep(POLL)
     assert config.log_file is not None

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, computed_field
 
 from rootstockd.settings.config import Config
 from rootstockd.words import so_many
+from rootstockd.worker.stages import CHECKS
 
 SCHEMA_VERSION = 3
 """Raised when a field changes its meaning or goes; new fields alone don't."""
@@ -55,7 +56,8 @@ class Loading(BaseModel):
         if self.state == "waiting":
             return "is about to be loaded"
         last = f", the last time it took {self.expected:.0f} s" if self.expected else ""
-        return f"is loading: {self.stage}, for {self.elapsed:.0f} s{last}"
+        stage = f"{self.stage} (what computes it is compiled the first time)" if self.stage == CHECKS else self.stage
+        return f"is loading: {stage}, for {self.elapsed:.0f} s{last}"
 
 
 class ModelStatus(BaseModel):

@@ -287,8 +287,8 @@ class Supervisor:
             log.info("model %s is ready on %s after %.1f s", self.spec.name, where, seconds)
             self._set_state(State.READY)
             self._dispatcher.dispatch()
-        if info.note:
-            log.warning("model %s on %s: %s", self.spec.name, where, info.note)
+            if info.note:  # of what changes later the worker tells the log itself
+                log.warning("model %s on %s: %s", self.spec.name, where, info.note)
 
     def not_loaded(self, error: RootstockError) -> None:
         """Loading has failed: the model is broken, unless it only wants memory."""

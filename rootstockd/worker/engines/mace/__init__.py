@@ -221,9 +221,9 @@ class MaceEngine:
             self._agreed[others] = self._agreed.get(others, frozenset()).union(system.check[0])
             return
         allowed = "" if system.tolerance == TOLERANCE[self._dtype] else f" (its tolerance is {system.tolerance:.1e})"
-        self._doubt_of = f"{why}, on the first structure ({atoms} atoms) of session {system.session}{allowed}"
+        self._doubt_of = f"{why}, on a structure of {atoms} atoms of session {system.session}{allowed}"
         self._doubted.add(system)
-        log.warning("model %r: %s, which gets %s", self._name, self._doubt_of, self._reference.name)
+        log.warning("model %r: %s; it gets %s for its like", self._name, self._doubt_of, self._reference.name)
 
     def _best(self, candidates: Sequence[Backend]) -> tuple[Backend | None, list[str]]:
         """The first that gives the reference's numbers, if one does; and why those before it are not used."""
