@@ -699,7 +699,7 @@ def test_a_backend_that_is_wrong_on_a_sessions_structure_is_not_used_for_that_se
     assert of.info is not before, "whoever holds the old one sees that something changed"
     assert "1.0e-01" in of.info.note and "session 1" in of.info.note
     assert of.info.note.startswith("1 session's systems are")
-    assert "first structure" in caplog.text
+    assert "on a structure of 16 atoms of session 1; it gets mace-torch for its like" in caplog.text
     assert of.evaluate([task(of, STRUCTURES["alloy"], 1)])[0].backend == "mace-torch", "a new INIT changes nothing"
     del kept
     wrong._shift = 0.0
