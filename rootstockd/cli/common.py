@@ -35,7 +35,7 @@ if not console.is_terminal and not os.environ.get("COLUMNS", "").lstrip("0").isd
     console.width = 10_000  # a file or a pipe has room for whole lines
 
 QUIET = 2.0
-"""Seconds between lines about what a command waits for; one that takes no longer says nothing of it."""
+"""Seconds until the first line about what a command waits for; one that takes no longer says nothing of it."""
 
 socket_option = click.option(
     "--socket",
@@ -133,7 +133,7 @@ def print_warnings(warnings: list[str]) -> None:
 
 @contextlib.contextmanager
 def saying(text: str) -> Iterator[Callable[[str], None]]:
-    """What a command waits for: as a spinner, or without a terminal as lines of standard error, seconds apart.
+    """What a command waits for: as a spinner, or without a terminal as lines of standard error, more and more rarely.
 
     Args:
         text: what it waits for at first.
@@ -145,12 +145,12 @@ def saying(text: str) -> Iterator[Callable[[str], None]]:
         with console.status(text) as spinner:
             yield spinner.update
         return
-    said, then = "", time.monotonic()
+    said, then, quiet = "", time.monotonic(), QUIET
 
     def update(now: str) -> None:
-        nonlocal said, then
-        if now != said and time.monotonic() - then >= QUIET:
-            said, then = now, time.monotonic()
+        nonlocal said, then, quiet
+        if now != said and time.monotonic() - then >= quiet:
+            said, then, quiet = now, time.monotonic(), 2 * quiet
             click.echo(now, err=True)
 
     yield update
