@@ -124,7 +124,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rootstockd.worker.engines.mace.neighbours import Neighbours, bins
+from rootstockd.worker.engines.mace.neighbours import Neighbours
 
 def data():
     return int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()

@@ -279,16 +279,17 @@ class Supervisor:
     def computes(self, info: EngineInfo, *, ready: bool) -> None:
         """What the worker computes with; whether it has the model only now."""
         self.info = info
+        if not ready:  # of what has changed the worker tells the log itself
+            return
         where = f"{self.device} in {self.spec.dtype} ({info.backend})"
-        if ready:
-            self._dispatcher.last_use = time.perf_counter()
-            seconds = self.loading.done()
-            self.meter.totals.loading.add(seconds)
-            log.info("model %s is ready on %s after %.1f s", self.spec.name, where, seconds)
-            self._set_state(State.READY)
-            self._dispatcher.dispatch()
-            if info.note:  # of what changes later the worker tells the log itself
-                log.warning("model %s on %s: %s", self.spec.name, where, info.note)
+        self._dispatcher.last_use = time.perf_counter()
+        seconds = self.loading.done()
+        self.meter.totals.loading.add(seconds)
+        log.info("model %s is ready on %s after %.1f s", self.spec.name, where, seconds)
+        self._set_state(State.READY)
+        self._dispatcher.dispatch()
+        if info.note:
+            log.warning("model %s on %s: %s", self.spec.name, where, info.note)
 
     def not_loaded(self, error: RootstockError) -> None:
         """Loading has failed: the model is broken, unless it only wants memory."""
