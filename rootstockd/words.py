@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
+
 
 def noun(number: int, word: str) -> str:
     """A word in the form that goes with a number."""
@@ -11,3 +14,9 @@ def noun(number: int, word: str) -> str:
 def so_many(number: int, word: str) -> str:
     """A number, all of its digits, and what there are so many of."""
     return f"{number} {noun(number, word)}"
+
+
+def counted(events: Iterable[str]) -> str:
+    """What happened, each once, with how often where that is more."""
+    times = Counter(events).items()
+    return "; ".join(f"{event}, {count} times" if count > 1 else event for event, count in times)

@@ -8,7 +8,7 @@ from rootstockd.processes.worker_process import End
 from rootstockd.supervision.failed_starts import MAX_BLAMED, MAX_HUNG, MAX_KILLED, PAUSES, FailedStarts
 
 CRASH = End("signal 11 (SIGSEGV)", blamed=True)
-KILLED = End("signal 9 (SIGKILL)", blamed=False)
+KILLED = End("signal 9 (SIGKILL)", blamed=False, signalled=True)
 HUNG = End("it hung", blamed=True, hung=True)
 
 

@@ -38,6 +38,22 @@ def test_what_only_training_needs_is_not_imported_and_is_there_for_whoever_asks_
     assert run(program).splitlines() == ["[]", "mace.cli.visualise_train"]
 
 
+def test_exact_does_not_import_a_compiler():
+    program = f"""
+        {MACE}
+        import sys, torch
+        from rootstockd.worker.engines.deterministic import deterministic
+        with deterministic():
+            print(torch.are_deterministic_algorithms_enabled())
+        print(torch.are_deterministic_algorithms_enabled(), "torch._inductor.config" in sys.modules)
+        import torch._inductor.config as compiler
+        with deterministic():
+            print(compiler.deterministic)
+        print(compiler.deterministic)
+    """
+    assert run(program).splitlines() == ["True", "False False", "True", "False"]
+
+
 def test_what_is_left_out_fails_when_it_is_used():
     program = f"""
         {MACE}

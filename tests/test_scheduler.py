@@ -10,6 +10,7 @@ from rootstockd.supervision.scheduler import (
     MAX_ATTEMPTS,
     MAX_BLAMED,
     MAX_EVALUATIONS,
+    MAX_STARVED,
     Evaluation,
     Scheduler,
 )
@@ -100,15 +101,22 @@ def test_what_waited_under_a_worker_that_died_runs_alone_and_first():
     assert scheduler.next_batch() == [late]
 
 
-@pytest.mark.parametrize(("blame", "deaths"), [(True, MAX_BLAMED), (False, MAX_ATTEMPTS)])
-def test_what_killed_too_many_workers_is_given_up(blame, deaths):
+@pytest.mark.parametrize(
+    ("end", "deaths"),
+    [
+        ({"blame": True}, MAX_BLAMED),
+        ({"blame": False, "starved": True}, MAX_STARVED),
+        ({"blame": False}, MAX_ATTEMPTS),
+    ],
+)
+def test_what_killed_too_many_workers_is_given_up(end, deaths):
     scheduler, (bad, good) = queue(10, 10)
     assert scheduler.next_batch() == [bad, good]
     for death in range(1, deaths):
-        assert scheduler.worker_lost(f"end {death}", blame=blame) == []
+        assert scheduler.worker_lost(f"end {death}", **end) == []
         assert bad.attempts == death
         assert scheduler.next_batch() == [bad]
-    assert scheduler.worker_lost("the last", blame=blame) == [bad]
+    assert scheduler.worker_lost("the last", **end) == [bad]
     assert bad.ends == (*(f"end {death}" for death in range(1, deaths)), "the last")
     assert scheduler.next_batch() == [good]
     assert scheduler.finished() == [good]
@@ -278,11 +286,12 @@ class Story(RuleBasedStateMachine):
         self.running = []
         self.end(batch)
 
-    @rule(blame=st.booleans())
-    def worker_lost(self, blame):
-        given_up = self.scheduler.worker_lost("it ended", blame=blame)
+    @rule(blame=st.booleans(), starved=st.booleans())
+    def worker_lost(self, blame, starved):
+        given_up = self.scheduler.worker_lost("it ended", blame=blame, starved=starved)
         for evaluation in self.running:
-            if evaluation.attempts >= MAX_ATTEMPTS or evaluation.blamed >= MAX_BLAMED:
+            starved_too_often = evaluation.starved >= MAX_STARVED
+            if evaluation.attempts >= MAX_ATTEMPTS or evaluation.blamed >= MAX_BLAMED or starved_too_often:
                 assert self.running == [evaluation]  # what was suspect ran alone
                 assert evaluation in given_up or evaluation in self.unwanted
             elif evaluation in self.unwanted and evaluation not in given_up:
@@ -324,6 +333,7 @@ class Story(RuleBasedStateMachine):
         assert self.scheduler.waiting == len(self.live) - len(self.running)
         assert all(evaluation.attempts < MAX_ATTEMPTS for evaluation in self.live)
         assert all(evaluation.blamed < MAX_BLAMED for evaluation in self.live)
+        assert all(evaluation.starved < MAX_STARVED for evaluation in self.live)
 
 
 Story.TestCase.settings = settings(deadline=None, max_examples=80, stateful_step_count=40)

@@ -77,6 +77,10 @@ class End:
     hung: bool = False
     disorder: bool = False
     """Its device could not be used any more, or a library that it computes with."""
+    signalled: bool = False
+    """By a signal from somewhere else."""
+    starved: bool = False
+    """The kernel may have sent it for want of memory."""
 
 
 ROUNDING = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
@@ -117,6 +121,8 @@ class WorkerProcess:
         self._outbox: deque[tuple[bytes, int | None]] = deque()
         self._verdict: End | None = None
         """Why it was killed, if the daemon did it."""
+        self._memory_kills = memory_kills()
+        """When it was started."""
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(channel, self.look)
         output.follow(process.pid)
@@ -211,7 +217,9 @@ class WorkerProcess:
         self._output.finish()
         if self._folders is not None:
             await asyncio.to_thread(self._folders.remove)
-        return self._verdict if status == -signal.SIGKILL and self._verdict else ending(status)
+        if status == -signal.SIGKILL and self._verdict:
+            return self._verdict
+        return ending(status, self._memory_kills, memory_kills())
 
     def kill(self, verdict: End | None = None) -> None:
         """End it now.
@@ -315,8 +323,23 @@ def worker_command(environment: Environment) -> list[str]:
     return [str(environment.python), "-S", *(["-E", "-s", "-B"] if environment.built else []), "-u", str(ENTRY)]
 
 
-def ending(status: int) -> End:
-    """What an exit status, negative for a signal, says."""
+def memory_kills() -> int | None:
+    """How many processes the kernel has killed for want of memory, its own or a control group's; None: it won't say."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return None
+
+
+def ending(status: int, kills_before: int | None = None, kills_after: int | None = None) -> End:
+    """How a worker ended.
+
+    Args:
+        status: its exit status, negative for a signal.
+        kills_before: `memory_kills` when it was started.
+        kills_after: the same when it had ended.
+    """
     if status == DISORDER:
         return End("its device was in disorder", blamed=True, disorder=True)
     if status >= 0:
@@ -325,4 +348,9 @@ def ending(status: int) -> End:
         name = f" ({signal.Signals(-status).name})"
     except ValueError:
         name = ""
-    return End(f"signal {-status}{name}", blamed=-status not in FOREIGN)
+    if -status not in FOREIGN:
+        return End(f"signal {-status}{name}", blamed=True)
+    unknown = kills_before is None or kills_after is None
+    starved = status == -signal.SIGKILL and (unknown or kills_before != kills_after)
+    meanwhile = " when memory had run out" if starved and not unknown else ""
+    return End(f"signal {-status}{name}{meanwhile}", blamed=False, signalled=True, starved=starved)

@@ -16,7 +16,8 @@ from rootstockd.supervision.hang_limit import HangLimit
 from rootstockd.supervision.meter import Meter, Totals
 from rootstockd.supervision.pace import Pace
 from rootstockd.supervision.roles import Client
-from rootstockd.supervision.scheduler import MAX_BLAMED, Evaluation, Scheduler
+from rootstockd.supervision.scheduler import MAX_BLAMED, MAX_STARVED, Evaluation, Scheduler
+from rootstockd.words import counted
 
 if TYPE_CHECKING:
     from rootstockd.supervision.supervisor import Supervisor
@@ -219,13 +220,17 @@ class Dispatcher:
         for evaluation in [e for e in self.scheduler.running if e.owner.number in failures]:
             self.scheduler.withdraw(evaluation)  # what became of it was said before the end
             evaluation.owner.evaluated(failures[evaluation.owner.number])
-        for evaluation in self.scheduler.worker_lost(end.how, blame=end.blamed):
+        for evaluation in self.scheduler.worker_lost(end.how, blame=end.blamed, starved=end.starved):
+            if evaluation.blamed >= MAX_BLAMED:
+                hint = "The model itself is up again; look at the structure, and at `rootstockd logs`."
+            elif evaluation.starved >= MAX_STARVED:
+                hint = f"{FROM_OUTSIDE} Try again, or use a smaller structure."
+            else:
+                hint = "People or programs end this model's workers, again and again: find out who, then try again."
             error = EvaluationError(
                 f"model {self._name!r}: {evaluation.attempts} workers ended over this structure: "
-                f"{'; '.join(evaluation.ends)}.",
-                "The model itself is up again; look at the structure, and at `rootstockd logs`."
-                if evaluation.blamed >= MAX_BLAMED
-                else f"{FROM_OUTSIDE} Try again, or use a smaller structure.",
+                f"{counted(evaluation.ends)}.",
+                hint,
             )
             log.warning("%s", error.message)
             evaluation.owner.evaluated(error)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 from rootstock_client.errors import ModelLoadError
 from rootstockd.processes.worker_process import End
+from rootstockd.words import counted
 
 MAX_BLAMED = 5
 """Workers in a row that died of what they did before they were ready, until the model counts as broken."""
@@ -50,12 +49,11 @@ class FailedStarts:
             hint = "`rootstockd logs` has what they printed."
         elif len(self._ends) - len(blamed) >= MAX_KILLED:
             blamed, hint = self._ends, "The model is tried again when somebody next asks for it."
-            if any("signal" in end.how for end in blamed):
+            if any(end.signalled for end in self._ends):
                 hint = f"{FROM_OUTSIDE} {hint}"
         else:
             return None
-        count = Counter(end.how for end in blamed)
-        ends = "; ".join(f"{how}, {times} times" if times > 1 else how for how, times in count.items())
+        ends = counted(end.how for end in blamed)
         return ModelLoadError(
             f"model {self._name!r}: {len(blamed)} workers ended before they were ready: {ends}.", hint
         )

@@ -35,8 +35,10 @@ _ATOMS = attrgetter("atoms")
 
 MAX_BLAMED = 2
 """An evaluation that seems to have killed this many workers is given up."""
-MAX_ATTEMPTS = 5
-"""So is one under which this many workers ended for whatever reason: the kernel may kill them for want of memory."""
+MAX_STARVED = 5
+"""So is one under which this many workers ended when memory may have run out: it may be what takes it."""
+MAX_ATTEMPTS = 20
+"""So is one under which this many ended for whatever reason: whoever kills them is outlasted."""
 MAX_EVALUATIONS = 8_192
 """In one batch: their numbers go to the worker in one message."""
 GROW_AFTER = 300
@@ -79,6 +81,8 @@ class Evaluation(Generic[Owner]):
     """How many workers died under it."""
     blamed: int = 0
     """How many of them it may have killed itself."""
+    starved: int = 0
+    """How many of them may have been killed for want of memory."""
     ends: tuple[str, ...] = ()
     """How they ended, in words."""
     withdrawn: bool = False
@@ -336,19 +340,23 @@ class Scheduler(Generic[Owner]):
         self.batch_atoms = max(1, sum(evaluation.atoms for evaluation in self.running) // 2)
         self._good = 0
 
-    def worker_lost(self, how: str = "", *, blame: bool = True) -> list[Evaluation[Owner]]:
+    def worker_lost(self, how: str = "", *, blame: bool = True, starved: bool = False) -> list[Evaluation[Owner]]:
         """The worker died. What it was at goes back to the front; what killed too many is returned, given up.
 
         Args:
             how: how it ended, in words.
             blame: it may have died of what it was at.
+            starved: it may have been killed for want of memory.
         """
         batch = [evaluation for evaluation in self.finished() if not evaluation.withdrawn]
         for evaluation in batch:
             evaluation.attempts += 1
             evaluation.blamed += blame
+            evaluation.starved += starved
             evaluation.ends += (how,)
-        given_up = [e for e in batch if e.blamed >= MAX_BLAMED or e.attempts >= MAX_ATTEMPTS]
+        given_up = [
+            e for e in batch if e.blamed >= MAX_BLAMED or e.starved >= MAX_STARVED or e.attempts >= MAX_ATTEMPTS
+        ]
         again = [e for e in batch if e not in given_up]
         self._again.extendleft(reversed(again))
         self.waiting += len(again)

@@ -15,7 +15,7 @@ import numpy as np
 from ase.calculators.calculator import Calculator, all_changes
 from ase.calculators.emt import EMT
 
-QUIET, SEGFAULT, ABORT, EXIT, LEAVE, SLEEP, LOOP, MEMORY, NAN, SLOW, NO_TEXT, CHATTY, TALK_AND_DIE = range(13)
+QUIET, SEGFAULT, ABORT, EXIT, LEAVE, SLEEP, LOOP, MEMORY, NAN, SLOW, NO_TEXT, CHATTY, TALK_AND_DIE, FILL = range(14)
 """What an evaluation does; the height of the first atom in 100 Å says which (`behave`)."""
 SLOWLY = 1.0
 """Seconds that SLOW takes, with a right result."""
@@ -24,6 +24,8 @@ CHATTER = 20_000
 SLOW_TO_LOAD = 7.0
 GROWTH = 0.3
 """Seconds between 16 MB and the next."""
+FILLED = 400 * 10**6
+"""Bytes that FILL takes, after a while."""
 _HEIGHT = 100.0
 
 
@@ -40,6 +42,11 @@ def _chatter() -> None:
     print("\x1b[2J" + 10_000 * "x")
     for number in range(CHATTER):
         print(f"chatter {number}")
+
+
+def _fill() -> None:
+    time.sleep(SLOWLY)
+    np.ones(FILLED // 8)
 
 
 def _talk_and_die() -> None:
@@ -59,6 +66,7 @@ _DEEDS: dict[int, Callable[[], Any]] = {
     CHATTY: _chatter,
     TALK_AND_DIE: _talk_and_die,
     SLOW: lambda: time.sleep(SLOWLY),
+    FILL: _fill,
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 def fuse_nothing() -> None:
@@ -22,15 +23,23 @@ def deterministic() -> Iterator[None]:
 
     Else a GPU's threads add as they come. Torch warns of operations that have no such order. cuBLAS has its own by a
     variable (`worker_process.TUNING`).
+
+    `torch.use_deterministic_algorithms` does the same, and imports torch.compile's compiler: 0.7 s of a session's first
+    step.
     """
     torch = sys.modules.get("torch")
-    if torch is None:
+    if torch is None or torch.are_deterministic_algorithms_enabled():  # the model's own wish
         yield
         return
-    before = torch.are_deterministic_algorithms_enabled()
     torch.utils.deterministic.fill_uninitialized_memory = False  # is for finding mistakes, and takes time
-    torch.use_deterministic_algorithms(mode=True, warn_only=True)
+    _set(torch, on=True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(mode=before)
+        _set(torch, on=False)
+
+
+def _set(torch: Any, *, on: bool) -> None:
+    torch._C._set_deterministic_algorithms(on, warn_only=True)  # noqa: SLF001
+    if (compiler := sys.modules.get("torch._inductor.config")) is not None:
+        compiler.deterministic = on  # type: ignore[attr-defined]
