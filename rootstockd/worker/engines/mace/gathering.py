@@ -41,17 +41,23 @@ def manageable(cell: Array, positions: Array, pbc: tuple[bool, bool, bool], cuto
     whole = cell.copy()
     for axis, normal in zip((axis for axis in range(3) if not pbc[axis]), normals(cell[periodic])):
         along = positions @ normal
-        order = np.argsort(along, kind="stable")
-        gaps = np.diff(along[order])
-        if (gaps > 2.0 * cutoff).any() or not abs(along[order[0]]) < _FAR:
-            moved = np.empty(len(order))
-            moved[order] = np.concatenate([[0.0], np.cumsum(np.minimum(gaps, 2.0 * cutoff))])
+        ordered = np.sort(along)
+        if (np.diff(ordered) > 2.0 * cutoff).any() or not abs(ordered[0]) < _FAR:
+            moved = _narrowed(along, 2.0 * cutoff)
             across = positions - along[:, None] * normal
             across -= (across @ normal)[:, None] * normal  # what rounding left of a long way
             across[np.abs(along) > _NOWHERE] = 0.0
             positions, along = across + moved[:, None] * normal, moved
         whole[axis] = normal * (np.ptp(along) + 3.0 * cutoff)
     return whole, positions
+
+
+def _narrowed(along: Array, widest: float) -> Array:
+    """Places along one line, from 0 on, in the same order, with no gap that is wider than that."""
+    order = np.argsort(along, kind="stable")
+    moved = np.empty(len(order))
+    moved[order] = np.minimum(np.diff(along[order], prepend=along[order[0]]), widest).cumsum()
+    return moved
 
 
 def _reduced(cell: Array, pbc: tuple[bool, bool, bool]) -> Array:
@@ -104,14 +110,13 @@ def _closed_up(
     for axis in range(3):
         widest = 2.0 * cutoff * np.linalg.norm(inverse[:, axis])
         inside = fractions[:, axis] % 1.0
-        order = np.argsort(inside, kind="stable")
-        behind = np.diff(inside[order], append=inside[order[0]] + 1.0)
-        if not pbc[axis] or behind.max() <= widest:
+        ordered = np.sort(inside)
+        gaps = np.diff(ordered, append=ordered[0] + 1.0)
+        if not pbc[axis] or gaps.max() <= widest:
             continue
-        first = int(behind.argmax()) + 1  # behind a gap
-        order, gaps = np.roll(order, -first), np.minimum(np.roll(behind, -first), widest)
-        fractions[order, axis] = gaps.cumsum() - gaps
-        lengths[axis], whole[axis] = gaps.sum(), True
+        first = ordered[(gaps.argmax() + 1) % len(ordered)]  # behind the widest
+        fractions[:, axis] = _narrowed((inside - first) % 1.0, widest)
+        lengths[axis], whole[axis] = fractions[:, axis].max() + widest, True
     if lengths.min() == 1.0:
         return cell, positions, tuple(whole)
     return cell * lengths[:, None], fractions @ cell, tuple(whole)

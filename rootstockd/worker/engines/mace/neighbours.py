@@ -48,19 +48,23 @@ def bins(cell: Array, positions: Array, cutoff: float) -> Bins:
     fine = np.clip(heights / cutoff, 1, 2**20).astype(np.int64)
     most = 4 * len(positions) + 64
     counts = fine.copy()
-    places = np.minimum((inside * fine).astype(np.int64), fine - 1)
+    places = _places(inside, fine)
     if counts.prod() > most:  # most are empty
         for axis in range(3):
-            places[:, axis], counts[axis] = _closed_up(places[:, axis], counts[axis])
+            places[:, axis], counts[axis] = _without_empty(places[:, axis], counts[axis])
     while counts.prod() > most:  # larger ones will do
         axis = counts.argmax()
         fine[axis] = (fine[axis] + 1) // 2
-        there = np.minimum((inside[:, axis] * fine[axis]).astype(np.int64), fine[axis] - 1)
-        places[:, axis], counts[axis] = _closed_up(there, fine[axis])
+        places[:, axis], counts[axis] = _without_empty(_places(inside, fine)[:, axis], fine[axis])
     return Bins(wraps, places, counts, np.ceil(cutoff * fine / heights).astype(np.int64))
 
 
-def _closed_up(places: Array, count: int) -> tuple[Array, int]:
+def _places(inside: Array, fine: Array) -> Array:
+    """The bin of each atom by where in the cell it is, (N, 3), with so many along each vector."""
+    return np.minimum((inside * fine).astype(np.int64), fine - 1)
+
+
+def _without_empty(places: Array, count: int) -> tuple[Array, int]:
     """Bins along one vector, where some are empty side by side with only one of these, so that no others come together.
 
     Args:
