@@ -22,6 +22,39 @@ for _ in range(2):
         libc.free(block)
 """
 
+LACKS = """
+import ctypes, resource, threading
+from pathlib import Path
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+def data():
+    return int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+limit = data() + (1 << 30)
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+def fail():
+    assert libc.malloc(ctypes.c_size_t(1 << 31)) is None
+def fail_in_threads():
+    threads = [threading.Thread(target=fail) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+fail_in_threads()  # what threads themselves need is there
+before = data()
+for _ in range(20):
+    fail()
+    fail_in_threads()
+print(data() - before)
+"""
+
+
+def test_memory_that_lacks_leaves_nothing_behind():
+    """The C library tries heaps of other threads where memory lacks, and they stay: then less and less fits."""
+    done = subprocess.run(
+        [sys.executable, "-c", LACKS], env={**os.environ, **TUNING}, capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < 2**26
+
 
 def test_arrays_stay_in_the_heap():
     """Whatever this machine's C library takes for too much: a mapping for each would be new pages at each step."""

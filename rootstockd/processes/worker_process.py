@@ -57,6 +57,8 @@ TUNING = {
     "MALLOC_MMAP_THRESHOLD_": str(mmap_threshold(os.confstr("CS_GNU_LIBC_VERSION"))),
     "MALLOC_TRIM_THRESHOLD_": str(2**32),
     "MALLOC_TOP_PAD_": str(2**26),
+    # where memory lacks, each thread would get heaps of its own, of 64 MiB each, and what fitted before fits no more
+    "MALLOC_ARENA_MAX": "1",
     "THP_MEM_ALLOC_ENABLE": "1",
     # threads that spin while they wait take the cores from jobs and from the kernels' other pool of threads
     "OMP_WAIT_POLICY": "PASSIVE",
