@@ -108,7 +108,7 @@ def _closed_up(
     fractions = positions @ inverse
     whole, lengths = [not periodic for periodic in pbc], np.ones(3)
     for axis in range(3):
-        widest = 2.0 * cutoff * np.linalg.norm(inverse[:, axis])
+        widest = float(2.0 * cutoff * np.linalg.norm(inverse[:, axis]))
         inside = fractions[:, axis] % 1.0
         ordered = np.sort(inside)
         gaps = np.diff(ordered, append=ordered[0] + 1.0)

@@ -61,7 +61,8 @@ def bins(cell: Array, positions: Array, cutoff: float) -> Bins:
 
 def _places(inside: Array, fine: Array) -> Array:
     """The bin of each atom by where in the cell it is, (N, 3), with so many along each vector."""
-    return np.minimum((inside * fine).astype(np.int64), fine - 1)
+    places: Array = np.minimum((inside * fine).astype(np.int64), fine - 1)
+    return places
 
 
 def _without_empty(places: Array, count: int) -> tuple[Array, int]:
