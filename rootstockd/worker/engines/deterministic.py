@@ -41,5 +41,6 @@ def deterministic() -> Iterator[None]:
 
 def _set(torch: Any, *, on: bool) -> None:
     torch._C._set_deterministic_algorithms(on, warn_only=True)  # noqa: SLF001
-    if (compiler := sys.modules.get("torch._inductor.config")) is not None:
-        compiler.deterministic = on  # type: ignore[attr-defined]
+    compiler: Any = sys.modules.get("torch._inductor.config")
+    if hasattr(compiler, "deterministic"):  # older ones have no such thing
+        compiler.deterministic = on
