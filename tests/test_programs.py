@@ -317,6 +317,18 @@ def test_what_a_program_can_not_do(daemon, water):
     assert "could" not in caught.value.message
 
 
+def test_programs_get_memory_as_they_do_elsewhere(daemon, water):
+    """How workers that compute are tuned is nothing for them."""
+
+    def tuned(model):
+        return {name for name in psutil.Process(daemon.model(model)["pid"]).environ() if name.startswith("MALLOC_")}
+
+    evaluate(daemon, "right", water)
+    assert tuned("right") <= set(os.environ)
+    evaluate(daemon, "emt", molecule("CO"))
+    assert tuned("emt") >= {"MALLOC_ARENA_MAX", "MALLOC_TOP_PAD_"}
+
+
 def test_who_is_no_child_of_the_worker_is_not_let_in(daemon, water):
     """Somebody else of the same user dials the socket before the program does."""
     found, over = [], threading.Event()

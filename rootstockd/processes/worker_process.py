@@ -90,6 +90,11 @@ ROUNDING = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
 among them, which are then off by half an eV. Reference and backend would agree on it."""
 
 
+def _tuning(family: str) -> dict[str, str]:
+    """What is of `TUNING` for workers of a family: programs get memory as they do wherever else they run."""
+    return {name: value for name, value in TUNING.items() if family != "ipi" or not name.startswith("MALLOC_")}
+
+
 def _inherited() -> dict[str, str]:
     """The daemon's environment, but for what changes numbers."""
     return {name: value for name, value in os.environ.items() if name not in ROUNDING}
@@ -158,7 +163,7 @@ class WorkerProcess:
                 stdout=output.theirs,
                 stderr=output.theirs,
                 pass_fds=[theirs.fileno()],
-                env={**TUNING, **_inherited(), "PYTHONUNBUFFERED": "1", **variables},
+                env={**_tuning(spec.family), **_inherited(), "PYTHONUNBUFFERED": "1", **variables},
                 cwd="/",
             )
             return cls(process, ours, listener, folders, output)
