@@ -325,7 +325,7 @@ def test_programs_get_memory_as_they_do_elsewhere(daemon, water):
 
     evaluate(daemon, "right", water)
     assert tuned("right") <= set(os.environ)
-    evaluate(daemon, "emt", molecule("CO"))
+    evaluate(daemon, "emt", bulk("Cu"))
     assert tuned("emt") >= {"MALLOC_ARENA_MAX", "MALLOC_TOP_PAD_"}
 
 
