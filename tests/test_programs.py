@@ -325,8 +325,8 @@ def test_programs_get_memory_as_they_do_elsewhere(daemon, water):
 
     evaluate(daemon, "right", water)
     assert tuned("right") <= set(os.environ)
-    evaluate(daemon, "emt", bulk("Cu"))
-    assert tuned("emt") >= {"MALLOC_ARENA_MAX", "MALLOC_TOP_PAD_"}
+    evaluate(daemon, "lj", bulk("Cu"))
+    assert tuned("lj") >= {"MALLOC_ARENA_MAX", "MALLOC_TOP_PAD_"}
 
 
 def test_who_is_no_child_of_the_worker_is_not_let_in(daemon, water):
