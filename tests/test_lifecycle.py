@@ -35,8 +35,9 @@ def copper(size: int = 1):
 
 def test_start_says_how_to_use_it(start_daemon) -> None:
     daemon = start_daemon()
-    done = daemon.run("start", "--device", "cpu")
+    done = daemon.run("start", "--device", "cpu", "--log-file", daemon.log)
     assert done.returncode != 0
+    assert "already runs" not in daemon.log.read_text()
     assert f"a daemon already runs at {daemon.socket}" in done.stderr
     pid = daemon.client().status()["pid"]
     assert f"(pid {pid})" in done.stderr

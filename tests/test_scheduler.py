@@ -115,12 +115,13 @@ def test_what_killed_too_many_workers_is_given_up(end, deaths):
     for death in range(1, deaths):
         assert scheduler.worker_lost(f"end {death}", **end) == []
         assert bad.attempts == death
+        if death == 2:  # it has had its turn
+            assert scheduler.next_batch() == [good]
+            assert scheduler.finished() == [good]
         assert scheduler.next_batch() == [bad]
     assert scheduler.worker_lost("the last", **end) == [bad]
     assert bad.ends == (*(f"end {death}" for death in range(1, deaths)), "the last")
-    assert scheduler.next_batch() == [good]
-    assert scheduler.finished() == [good]
-    assert scheduler.next_batch() == []
+    assert scheduler.next_batch() == ([good] if deaths == 2 else [])
 
 
 def test_deaths_that_were_not_its_fault_do_not_hasten_the_end():
@@ -130,6 +131,29 @@ def test_deaths_that_were_not_its_fault_do_not_hasten_the_end():
         assert scheduler.worker_lost("", blame=blame) == []
     scheduler.next_batch()
     assert scheduler.worker_lost("", blame=True) == [one]
+
+
+def test_whoever_ends_workers_again_and_again_takes_turns_with_others():
+    scheduler, (bad, *good) = queue(60, 60, 60)
+    assert scheduler.next_batch() == [bad]
+    order = []
+    while True:
+        scheduler.worker_lost("it ended", blame=False, starved=True, seconds=3.0)
+        while (batch := scheduler.next_batch()) and batch != [bad]:
+            order += batch
+            scheduler.finished()
+        if not batch:
+            break
+        order.append("bad")
+    assert order == ["bad", good[0], "bad", good[1], "bad", "bad"]
+    assert bad.lost == MAX_STARVED * 3.0
+
+
+def test_kills_from_outside_are_nothing_to_make_amends_for():
+    scheduler, (one,) = queue(10)
+    scheduler.next_batch()
+    scheduler.worker_lost("somebody killed it", blame=False, seconds=3.0)
+    assert one.lost == 0.0
 
 
 def test_a_worker_that_dies_idle_costs_nobody_an_attempt():
@@ -267,8 +291,8 @@ class Story(RuleBasedStateMachine):
             assert not any(evaluation.alone for evaluation in batch)
             assert sum(evaluation.atoms for evaluation in batch) <= BUDGET
             assert not any(evaluation.attempts for evaluation in batch)
-        elif any(evaluation.attempts for evaluation in self.live):
-            assert batch[0].attempts or batch[0] in self.put_back  # what is suspect goes first
+        elif any(evaluation.attempts == 1 for evaluation in self.live):
+            assert batch[0].attempts == 1 or batch[0] in self.put_back  # what is suspect goes first
         self.running = list(batch)
 
     def end(self, evaluations):

@@ -43,6 +43,7 @@ from rootstockd.control.schema import DaemonStatus, ReloadReport
 from rootstockd.host.devices import DeviceError, found_devices
 from rootstockd.host.log_file import open_log
 from rootstockd.host.peers import peer_of
+from rootstockd.host.sockets import already_runs
 from rootstockd.settings.config import Config
 from rootstockd.settings.config_file import ConfigError
 from rootstockd.settings.config_layers import read_again, unknown_variables
@@ -77,6 +78,7 @@ def start(foreground: bool, wait: bool, **said: Any) -> None:
     elif wait:
         stay_with(config)
     else:
+        refuse_second(config.socket)
         launch(config)
 
 
@@ -148,6 +150,17 @@ def reload(socket: Path | None) -> None:
         console.print(
             f"changed, but take effect only with a restart: {', '.join(report.restart_needed)}", style="yellow"
         )
+
+
+def refuse_second(address: Path) -> None:
+    """Say that a daemon runs there already, and not in a log, which would pass for that daemon's.
+
+    Raises:
+        Refused: one does.
+    """
+    with contextlib.suppress(RootstockError):
+        running = fetch_status(address)
+        raise Refused(already_runs(address, str(running.pid)))
 
 
 def check_own(address: Path) -> None:

@@ -251,8 +251,9 @@ def logs(socket: Path | None, lines: int, follow: bool) -> None:
         raise Refused(f"the log {path} is for the daemon's own user to read.") from error
     except OSError as error:
         raise Refused(
-            f"no log at {path}: {error.strerror}. If a daemon was started with another --socket or --log-file, name "
-            "its --socket, or read that file; `rootstockd doctor` looks for what is wrong."
+            f"no log at {path}: {error.strerror}. One that was started with --log-file wrote there, and only while it "
+            "runs it says where that is; one with another socket is found by --socket. `rootstockd doctor` looks for "
+            "what is wrong."
         ) from error
     with file:
         for line in deque(file, maxlen=lines):

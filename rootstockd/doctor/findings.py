@@ -12,6 +12,9 @@ from pydantic import BaseModel, ConfigDict
 Level: TypeAlias = Literal["ok", "note", "warning", "problem"]
 Examination: TypeAlias = Callable[[], Iterable["Finding"]]
 
+IN_VAIN = "Jobs wait for it to come back, 5 s at their first connection and longer later."
+"""Why a daemon's socket without a daemon matters."""
+
 
 class Finding(BaseModel):
     """One thing that was looked at."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rootstock_client.runtime_dir import MAX_SOCKET_PATH, SOCKET_NAME, SOCKET_VARIABLE, SYSTEM_DIR
-from rootstockd.doctor.findings import Finding, note, ok, problem, warning
+from rootstockd.doctor.findings import IN_VAIN, Finding, note, ok, problem, warning
 from rootstockd.host.peers import peer_of
 from rootstockd.users import user_name
 
@@ -207,7 +207,7 @@ def check_address(address: Address, login: Login) -> Iterator[Finding]:
         yield warning(
             "socket",
             f"{path} was left by a daemon that has died; nobody listens",
-            "Jobs wait for it to come back, 5 s at their first connection and longer later.",
+            IN_VAIN,
             "rootstockd start" if address.owner == login.uid else "",
             "" if address.owner == login.uid else f"Have {owner} start it again.",
         )

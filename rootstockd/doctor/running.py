@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import rootstockd
 from rootstock_client.errors import AccessDeniedError, DaemonNotFoundError, RootstockError
 from rootstockd.control.schema import DaemonStatus, ModelStatus
-from rootstockd.doctor.findings import Finding, note, ok, problem, warning
+from rootstockd.doctor.findings import IN_VAIN, Finding, note, ok, problem, warning
 from rootstockd.doctor.gpus import Driver
 
 _BRINGS = re.compile(r"`(rootstockd (?:env create|models pull) [\w.+-]+(?: --spec FILE)?)`")
@@ -25,7 +25,7 @@ def check_absence(error: RootstockError, *, left: bool) -> Iterator[Finding]:
         left: one that has died has left its socket, of which is said what that means.
     """
     if left:
-        yield note("daemon", "none runs, and the socket of one is there still", "Jobs wait for it to come back.")
+        yield note("daemon", "none runs, and the socket of one is there still", IN_VAIN)
     elif isinstance(error, DaemonNotFoundError):
         yield note("daemon", "none runs", "Jobs here find none.", "rootstockd start")
     elif isinstance(error, AccessDeniedError):

@@ -57,6 +57,11 @@ def remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
+def already_runs(address: Path, pid: str) -> str:
+    """What is said where a second daemon is to start."""
+    return f"a daemon already runs at {address} (pid {pid}). See `rootstockd status`; end it with `rootstockd stop`."
+
+
 @contextlib.contextmanager
 def lock(path: Path) -> Iterator[None]:
     """Hold a lock on `path`, with our process id in it; the file goes with the lock.
@@ -74,10 +79,7 @@ def lock(path: Path) -> Iterator[None]:
         except OSError as error:
             holder = os.read(fd, 32).decode("ascii", "replace").strip() or "unknown"
             os.close(fd)
-            raise AddressError(
-                f"a daemon already runs at {path.with_suffix('.sock')} (pid {holder}). "
-                "See `rootstockd status`; end it with `rootstockd stop`."
-            ) from error
+            raise AddressError(already_runs(path.with_suffix(".sock"), holder)) from error
         if os.path.exists(path) and os.path.samestat(os.fstat(fd), os.stat(path)):
             break
         os.close(fd)  # its last holder removed it while we opened it

@@ -128,8 +128,8 @@ class WorkerProcess:
         self._outbox: deque[tuple[bytes, int | None]] = deque()
         self._verdict: End | None = None
         """Why it was killed, if the daemon did it."""
-        self._memory_kills = memory_kills()
-        """When it was started."""
+        self._memory_kills = (memory_kills(),) * 2
+        """When `at_something_else` was called the last time but one, and the last time."""
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(channel, self.look)
         output.follow(process.pid)
@@ -226,7 +226,11 @@ class WorkerProcess:
             await asyncio.to_thread(self._folders.remove)
         if status == -signal.SIGKILL and self._verdict:
             return self._verdict
-        return ending(status, self._memory_kills, memory_kills())
+        return ending(status, self._memory_kills[0], memory_kills())
+
+    def at_something_else(self) -> None:
+        """It has begun something since this was called the last time: what the kernel killed before is not for that."""
+        self._memory_kills = (self._memory_kills[1], memory_kills())
 
     def kill(self, verdict: End | None = None) -> None:
         """End it now.
@@ -344,7 +348,7 @@ def ending(status: int, kills_before: int | None = None, kills_after: int | None
 
     Args:
         status: its exit status, negative for a signal.
-        kills_before: `memory_kills` when it was started.
+        kills_before: `memory_kills` before it began what it was at.
         kills_after: the same when it had ended.
     """
     if status == DISORDER:
@@ -359,5 +363,5 @@ def ending(status: int, kills_before: int | None = None, kills_after: int | None
         return End(f"signal {-status}{name}", blamed=True)
     unknown = kills_before is None or kills_after is None
     starved = status == -signal.SIGKILL and (unknown or kills_before != kills_after)
-    meanwhile = " when memory had run out" if starved and not unknown else ""
+    meanwhile = ", as the kernel killed for want of memory" if starved and not unknown else ""
     return End(f"signal {-status}{name}{meanwhile}", blamed=False, signalled=True, starved=starved)

@@ -263,10 +263,12 @@ class Session(asyncio.BufferedProtocol):
         try:
             request = parse_init(text, self._preset)
             if len(request.numbers) * request.batch_size > self._host.limits.atoms:
+                several = request.batch_size > 1
+                what = f"{len(request.numbers)} atoms{f' x {request.batch_size} structures' if several else ''}"
                 raise LimitError(
-                    f"{len(request.numbers)} atoms x {request.batch_size} structures in one message; "
-                    f"this daemon takes {self._host.limits.atoms} atoms.",
-                    "Send fewer structures at once, or have whoever runs the daemon raise `max_atoms`.",
+                    f"{what} in one message; this daemon takes {self._host.limits.atoms} atoms.",
+                    f"{'Send fewer structures at once' if several else 'Use a smaller structure'}, or have whoever "
+                    "runs the daemon raise `max_atoms`.",
                 )
             assert self.account is not None
             model = self._host.open_model(request, self.account, self._key)

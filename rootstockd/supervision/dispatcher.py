@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+AMENDS = 60.0
+"""Seconds at most that a session waits for the news that workers ended over its structure."""
+
 
 class Dispatcher:
     """Has evaluations done by one worker after another.
@@ -214,13 +217,20 @@ class Dispatcher:
         self._failures.clear()
         self.scheduler.put_back()
 
-    def worker_lost(self, end: End) -> None:
-        """The worker has ended; what it was at goes back to the front of the queue."""
+    def worker_lost(self, end: End, loading: float) -> None:
+        """The worker has ended; what it was at goes back to the front of the queue.
+
+        Args:
+            end: how.
+            loading: how many seconds it takes until there is another, probably.
+        """
         failures, self._failures = self._failures, {}
         for evaluation in [e for e in self.scheduler.running if e.owner.number in failures]:
             self.scheduler.withdraw(evaluation)  # what became of it was said before the end
             evaluation.owner.evaluated(failures[evaluation.owner.number])
-        for evaluation in self.scheduler.worker_lost(end.how, blame=end.blamed, starved=end.starved):
+        away = time.perf_counter() - self.sent + loading
+        given_up = self.scheduler.worker_lost(end.how, blame=end.blamed, starved=end.starved, seconds=away)
+        for evaluation in given_up:
             if evaluation.blamed >= MAX_BLAMED:
                 hint = "The model itself is up again; look at the structure, and at `rootstockd logs`."
             elif evaluation.starved >= MAX_STARVED:
@@ -233,7 +243,9 @@ class Dispatcher:
                 hint,
             )
             log.warning("%s", error.message)
-            evaluation.owner.evaluated(error)
+            # others have the worker first, for as long as they had none: whoever tries the same again would keep it
+            amends = min(evaluation.lost + loading, AMENDS) if self.scheduler.waiting else 0.0
+            asyncio.get_running_loop().call_later(amends, evaluation.owner.evaluated, error)
 
     # --- to another worker
 

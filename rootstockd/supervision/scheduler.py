@@ -83,6 +83,8 @@ class Evaluation(Generic[Owner]):
     """How many of them it may have killed itself."""
     starved: int = 0
     """How many of them may have been killed for want of memory."""
+    lost: float = 0.0
+    """Seconds that these took from everybody else, where it may be to blame."""
     ends: tuple[str, ...] = ()
     """How they ended, in words."""
     withdrawn: bool = False
@@ -164,7 +166,9 @@ class Scheduler(Generic[Owner]):
         self.waiting = 0
         """How many evaluations."""
         self._again: deque[Evaluation[Owner]] = deque()
-        """Those under which a worker died: they go first, and alone."""
+        """Those under which a worker died: they go alone, and first when it is for the first time."""
+        self._was_again = False
+        """The latest batch was one of these."""
         self._users: dict[int, _User[Owner]] = {}
         self._now = 0.0
         """Virtual time: the start of the latest evaluation that was dispatched."""
@@ -204,7 +208,8 @@ class Scheduler(Generic[Owner]):
     def next_batch(self, now: float = math.inf) -> list[Evaluation[Owner]]:
         """What the worker shall do now; empty while it is busy, when nothing waits, or while somebody is `expected`.
 
-        An evaluation under which a worker died runs alone, so that it can't take others down with it.
+        An evaluation under which a worker died runs alone, so that it can't take others down with it; at once, or if
+        that was not the first, by turns with others.
 
         Args:
             now: by the clock of `finished`; infinite where nobody is waited for any more.
@@ -218,12 +223,19 @@ class Scheduler(Generic[Owner]):
                 return []
         self._left = {}
         self._batches += 1
-        if self._again:
-            self.running = [self._again.popleft()]
-        else:
-            self.running = self._fill()
+        suspect = self._suspect()
+        if suspect is not None:
+            self._again.remove(suspect)
+        self._was_again = suspect is not None
+        self.running = self._fill() if suspect is None else [suspect]
         self.waiting -= len(self.running)
         return self.running
+
+    def _suspect(self) -> Evaluation[Owner] | None:
+        """The evaluation under which a worker died that is next, if one is."""
+        first = next((evaluation for evaluation in self._again if evaluation.attempts <= 1), None)
+        others_turn = self._was_again and self.waiting > len(self._again)
+        return self._again[0] if first is None and self._again and not others_turn else first
 
     def _expect(self, now: float) -> float:
         """Until when it is worthwhile to wait for somebody who has just left; 0 if it is not."""
@@ -340,19 +352,23 @@ class Scheduler(Generic[Owner]):
         self.batch_atoms = max(1, sum(evaluation.atoms for evaluation in self.running) // 2)
         self._good = 0
 
-    def worker_lost(self, how: str = "", *, blame: bool = True, starved: bool = False) -> list[Evaluation[Owner]]:
+    def worker_lost(
+        self, how: str = "", *, blame: bool = True, starved: bool = False, seconds: float = 0.0
+    ) -> list[Evaluation[Owner]]:
         """The worker died. What it was at goes back to the front; what killed too many is returned, given up.
 
         Args:
             how: how it ended, in words.
             blame: it may have died of what it was at.
             starved: it may have been killed for want of memory.
+            seconds: how long nothing else was done or will be, until there is another worker.
         """
         batch = [evaluation for evaluation in self.finished() if not evaluation.withdrawn]
         for evaluation in batch:
             evaluation.attempts += 1
             evaluation.blamed += blame
             evaluation.starved += starved
+            evaluation.lost += seconds if blame or starved else 0.0
             evaluation.ends += (how,)
         given_up = [
             e for e in batch if e.blamed >= MAX_BLAMED or e.starved >= MAX_STARVED or e.attempts >= MAX_ATTEMPTS

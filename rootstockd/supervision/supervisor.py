@@ -385,7 +385,7 @@ class Supervisor:
 
     def _replace(self, end: End) -> None:
         """The worker has ended, and there will be another."""
-        self._dispatcher.worker_lost(end)
+        self._dispatcher.worker_lost(end, self.loading.seconds or 0.0)
         self.restarts += 1
         self.meter.totals.restarts += 1
 

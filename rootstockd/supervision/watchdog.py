@@ -43,6 +43,7 @@ async def watch(worker: WorkerProcess, name: str, occupation: Callable[[], Occup
         now = occupation()
         if now is None or now != last:
             last, looks = now, 0
+            worker.at_something_else()
             continue
         looks += 1
         waited = looks * tick

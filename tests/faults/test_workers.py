@@ -208,6 +208,14 @@ def test_a_structure_that_fails_costs_no_worker(daemon: RunningDaemon, deed: int
     assert daemon.model("hostile")["pid"] == before
 
 
+def test_whoever_ends_workers_hears_of_it_when_others_have_had_one_again(daemon: RunningDaemon) -> None:
+    """Else a job that tries the same again and again would have all of it."""
+    with mates(daemon):
+        for _ in range(3):
+            assert isinstance(evaluate(daemon, behave(slab(), hostile.SEGFAULT)), EvaluationError)
+            assert daemon.model("hostile")["state"] == "ready"
+
+
 def test_several_bad_ones_at_once(daemon: RunningDaemon) -> None:
     deeds = [hostile.SEGFAULT, hostile.EXIT, hostile.ABORT, hostile.NAN, hostile.MEMORY, hostile.LEAVE, hostile.NO_TEXT]
     with mates(daemon), ThreadPoolExecutor(len(deeds)) as pool:
@@ -273,7 +281,7 @@ def test_a_structure_for_which_the_kernel_ends_worker_after_worker_is_given_up(d
             group.write_text(str(pid))
         error = outcome.result()
     assert isinstance(error, EvaluationError)
-    how = "signal 9 (SIGKILL) when memory had run out"
+    how = "signal 9 (SIGKILL), as the kernel killed for want of memory"
     assert f"{MAX_STARVED} workers ended over this structure: {how}, {MAX_STARVED} times" in error.message
     assert "a smaller structure" in error.hint
     np.testing.assert_allclose(evaluate(daemon, slab()), expected(slab()), atol=1e-9)

@@ -40,7 +40,7 @@ def deterministic() -> Iterator[None]:
 
 
 def _set(torch: Any, *, on: bool) -> None:
-    torch._C._set_deterministic_algorithms(on, warn_only=True)  # noqa: SLF001
+    torch._C._set_deterministic_algorithms(on, warn_only=on)  # noqa: SLF001
     compiler: Any = sys.modules.get("torch._inductor.config")
     if hasattr(compiler, "deterministic"):  # older ones have no such thing
         compiler.deterministic = on
