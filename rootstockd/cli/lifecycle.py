@@ -78,7 +78,6 @@ def start(foreground: bool, wait: bool, **said: Any) -> None:
     elif wait:
         stay_with(config)
     else:
-        refuse_second(config.socket)
         launch(config)
 
 
@@ -244,6 +243,8 @@ def launch(config: Config, *, after: int | None = None, named: bool = True) -> s
         Refused: it can't start, or none of the models it was to load can be loaded.
     """
     assert config.log_file is not None
+    if after is None:
+        refuse_second(config.socket)
     log = prepare_log(config.log_file)
     predecessor = () if after is None else (after,)
     arguments = [] if after is None else [str(after), "named" if named else "unnamed"]
