@@ -291,7 +291,11 @@ class Daemon:
             session.leave()
         fetched_by = time.monotonic() + LINGER
         deadline = time.monotonic() + self.config.drain_timeout
-        while not self._force.is_set() and (now := time.monotonic()) < deadline:
+        while True:
+            self.fleet.tell_verdicts()
+            now = time.monotonic()
+            if self._force.is_set() or now > deadline:
+                break
             if any(session.under_way for session in self.sessions):
                 fetched_by = now + LINGER
             elif now > fetched_by or not any(session.unfetched for session in self.sessions):

@@ -94,6 +94,11 @@ class Fleet:
         await asyncio.gather(*(supervisor.stop(error) for supervisor in self.supervisors()))
         await self._devices.save()
 
+    def tell_verdicts(self) -> None:
+        """Whoever is to hear of workers that ended over their structure hears it now, however long others had none."""
+        for supervisor in self.supervisors():
+            supervisor.tell_verdicts()
+
     def supervisors(self) -> Iterator[Supervisor]:
         """All supervisors, with those that are on their way out."""
         return self._roster.supervisors()

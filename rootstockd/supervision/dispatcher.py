@@ -60,6 +60,8 @@ class Dispatcher:
         """Somebody is waited for until then."""
         self._new = False
         """There is a system's first structure in the batch under way."""
+        self._verdicts: dict[Evaluation[Client], tuple[RootstockError, asyncio.TimerHandle]] = {}
+        """What is yet to be told of evaluations that were given up, and when."""
 
     @property
     def queue(self) -> int:
@@ -209,8 +211,19 @@ class Dispatcher:
     def give_up(self, error: RootstockError) -> None:
         """Tell all who wait for an evaluation that it won't be done."""
         self._failures.clear()
+        self.tell_verdicts()
         for evaluation in self.scheduler.clear():
             evaluation.owner.evaluated(error)
+
+    def tell_verdicts(self) -> None:
+        """Tell at once all that was to be told later."""
+        for evaluation in list(self._verdicts):
+            self._tell_verdict(evaluation)
+
+    def _tell_verdict(self, evaluation: Evaluation[Client]) -> None:
+        error, timer = self._verdicts.pop(evaluation)
+        timer.cancel()
+        evaluation.owner.evaluated(error)
 
     def put_back(self) -> None:
         """The worker goes for no fault of anybody's: what it was at is at the front of the queue again."""
@@ -245,7 +258,8 @@ class Dispatcher:
             log.warning("%s", error.message)
             # others have the worker first, for as long as they had none: whoever tries the same again would keep it
             amends = min(evaluation.lost + loading, AMENDS) if self.scheduler.waiting else 0.0
-            asyncio.get_running_loop().call_later(amends, evaluation.owner.evaluated, error)
+            timer = asyncio.get_running_loop().call_later(amends, self._tell_verdict, evaluation)
+            self._verdicts[evaluation] = error, timer
 
     # --- to another worker
 

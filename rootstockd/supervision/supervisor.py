@@ -262,6 +262,10 @@ class Supervisor:
         """Tell all who wait for an evaluation that it won't be done."""
         self._dispatcher.give_up(error)
 
+    def tell_verdicts(self) -> None:
+        """Tell at once all that was to be told later: nobody else has anything of it any more."""
+        self._dispatcher.tell_verdicts()
+
     def submit(self, evaluation: Evaluation[Client]) -> None:
         """Have an evaluation done; its owner is told when it is over."""
         if self.error is not None:

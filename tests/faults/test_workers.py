@@ -33,6 +33,7 @@ from rootstockd.supervision.supervisor import ABANDONED
 
 HANG_TIMEOUT = 2.0
 LOAD_TIMEOUT = 3.0
+DRAIN_TIMEOUT = 60.0
 PATIENCE = 60.0
 
 
@@ -45,7 +46,10 @@ def start_hostile(start_shared_daemon, tmp_path_factory) -> Iterator[Callable[..
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, path)))
 
         def start(
-            load: str = "hostile", hang_timeout: float = HANG_TIMEOUT, **at_loading: tuple[str, int]
+            load: str = "hostile",
+            hang_timeout: float = HANG_TIMEOUT,
+            drain_timeout: float = DRAIN_TIMEOUT,
+            **at_loading: tuple[str, int],
         ) -> RunningDaemon:
             number = len(list(folder.iterdir()))
             entries = ['[hostile]\nfamily = "ase"\narguments = { calculator = "hostile:Hostile" }\n']
@@ -56,7 +60,9 @@ def start_hostile(start_shared_daemon, tmp_path_factory) -> Iterator[Callable[..
                 entries.append(f'[{name}]\nfamily = "ase"\nconfine = false\narguments = {arguments}\n')
             catalogue, config = folder / f"{number}-catalogue.toml", folder / f"{number}-config.toml"
             catalogue.write_text("\n".join(entries))
-            config.write_text(f"hang_timeout = {hang_timeout}\nload_timeout = {LOAD_TIMEOUT}\n")
+            config.write_text(
+                f"hang_timeout = {hang_timeout}\nload_timeout = {LOAD_TIMEOUT}\ndrain_timeout = {drain_timeout}\n"
+            )
             options = ["--model", load] if load else []
             return start_shared_daemon("--config", str(config), "--catalogue", str(catalogue), *options)
 
@@ -214,6 +220,27 @@ def test_whoever_ends_workers_hears_of_it_when_others_have_had_one_again(daemon:
         for _ in range(3):
             assert isinstance(evaluate(daemon, behave(slab(), hostile.SEGFAULT)), EvaluationError)
             assert daemon.model("hostile")["state"] == "ready"
+
+
+@pytest.mark.parametrize("how", [(), ("--force",)])
+def test_a_daemon_that_stops_lets_nobody_wait_for_that(start_hostile, how: tuple[str, ...]) -> None:
+    daemon = start_hostile(hang_timeout=5.0, drain_timeout=2.0)
+    evaluate(daemon, slab())  # all it has seen was quick
+
+    def step_on() -> Any:
+        while not isinstance(outcome := evaluate(daemon, slab()), RootstockError):
+            pass
+        return outcome
+
+    with ThreadPoolExecutor(2) as pool, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ROOTSTOCKD_PATIENCE", "0")
+        bad = pool.submit(evaluate, daemon, behave(slab(), hostile.SLEEP))
+        wait_for(lambda: busy(daemon))
+        mate = pool.submit(step_on)
+        wait_for(lambda: "2 workers ended over this structure" in daemon.log.read_text())
+        daemon.run("stop", *how)  # others had none for ten seconds, and would be granted as many
+        assert isinstance(bad.result(), EvaluationError)
+        assert isinstance(mate.result(), RootstockError)
 
 
 def test_several_bad_ones_at_once(daemon: RunningDaemon) -> None:
