@@ -206,7 +206,7 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         self._seen = snapshot
 
     def _evaluate(self, snapshot: Snapshot, box: Box, wanted: frozenset[str]) -> dict[str, Any]:
-        positions = np.frombuffer(snapshot.positions).reshape(-1, 3) / _BOHR
+        positions = snapshot.positions / _BOHR
         forces = np.empty_like(positions)
         per_atom = len(positions) if "energies" in wanted else 0
         answer, energies = self.exchange(self.describe(snapshot, box, wanted), box.head, positions, forces, per_atom)
@@ -277,7 +277,7 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         if system != self._system:
             fields = {
                 "rootstock": PROTOCOL_VERSION,
-                "numbers": np.frombuffer(snapshot.numbers, np.int64).tolist(),
+                "numbers": snapshot.atomic_numbers.tolist(),
                 "pbc": [bool(periodic) for periodic in snapshot.pbc],
                 "charge": snapshot.charge,
                 "spin": snapshot.spin,

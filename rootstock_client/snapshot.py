@@ -6,11 +6,47 @@ import math
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from ase import Atoms
 
 from rootstock_client import ipi
 from rootstock_client.errors import InvalidStructureError
 from rootstock_client.units import BOHR
+
+Array = npt.NDArray[Any]
+
+LARGE = 1 << 22
+"""Bytes of an array from which on numpy asks for huge pages. `bytes` come in small ones, which above 32 MiB are new
+from the kernel each time: that takes 13 ns an atom, the copy itself 2."""
+
+
+class LargeArray:
+    """What an array's `bytes` are, where there are many of them: a copy, and equal to others to the bit.
+
+    Args:
+        array: the array.
+    """
+
+    __slots__ = ("values",)
+    __hash__ = None  # type: ignore[assignment]  # as it is no dictionary's key
+
+    def __init__(self, array: Array) -> None:
+        self.values = np.array(array, order="C")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LargeArray) and np.array_equal(
+            self.values.view(np.uint64), other.values.view(np.uint64)
+        )
+
+
+def _kept(array: Array) -> bytes | LargeArray:
+    """The content of an array of 64-bit numbers, to be compared with another's."""
+    return array.tobytes() if array.nbytes < LARGE else LargeArray(array)
+
+
+def _numbers_in(kept: bytes | LargeArray, dtype: type) -> Array:
+    """What `_kept` was given, as one row."""
+    return kept.values.reshape(-1) if isinstance(kept, LargeArray) else np.frombuffer(kept, dtype)
 
 
 class Snapshot:
@@ -23,7 +59,7 @@ class Snapshot:
         InvalidStructureError: it has no atoms, or a charge or spin that is no number.
     """
 
-    __slots__ = ("cell", "charge", "natoms", "numbers", "pbc", "positions", "spin")
+    __slots__ = ("_positions", "cell", "charge", "natoms", "numbers", "pbc", "spin")
 
     def __init__(self, atoms: Atoms) -> None:
         arrays, info = atoms.arrays, atoms.info
@@ -31,8 +67,8 @@ class Snapshot:
         self.natoms = len(positions)
         if self.natoms == 0:
             raise InvalidStructureError("a structure of zero atoms.", "There is nothing to evaluate.")
-        self.positions: bytes = positions.tobytes()
-        self.numbers: bytes = np.asarray(arrays["numbers"], np.int64).tobytes()
+        self._positions = _kept(positions)
+        self.numbers = _kept(np.asarray(arrays["numbers"], np.int64))
         self.cell: bytes = atoms.cell.array.tobytes()
         self.pbc: bytes = atoms.pbc.tobytes()
         self.charge, self.spin = _number("charge", info), _number("spin", info)
@@ -40,7 +76,7 @@ class Snapshot:
     def changes(self, before: Snapshot) -> list[str]:
         """What is different from `before`, in ASE's words."""
         changes = []
-        if self.positions != before.positions:
+        if self._positions != before._positions:
             changes.append("positions")
         if self.numbers != before.numbers:
             changes.append("numbers")
@@ -52,12 +88,22 @@ class Snapshot:
             changes.append("info")
         return changes
 
+    @property
+    def positions(self) -> ipi.FloatArray:
+        """(natoms, 3), Å; not to be changed."""
+        return _numbers_in(self._positions, np.float64).reshape(-1, 3)
+
+    @property
+    def atomic_numbers(self) -> Array:
+        """(natoms,); not to be changed."""
+        return _numbers_in(self.numbers, np.int64)
+
     def atoms(self) -> Atoms:
         """The structure again."""
         info = {key: value for key, value in (("charge", self.charge), ("spin", self.spin)) if value is not None}
         return Atoms(
-            numbers=np.frombuffer(self.numbers, np.int64),
-            positions=np.frombuffer(self.positions).reshape(-1, 3),
+            numbers=self.atomic_numbers,
+            positions=self.positions,
             cell=np.frombuffer(self.cell).reshape(3, 3),
             pbc=np.frombuffer(self.pbc, dtype=bool),
             info=info,

@@ -25,6 +25,7 @@ from ase.optimize import BFGS
 
 from conftest import RunningDaemon, rootstockd
 from rootstock_client import RootstockClient
+from rootstock_client.snapshot import LARGE, Snapshot
 
 
 def copper(seed: int = 1) -> Atoms:
@@ -175,6 +176,26 @@ def test_the_calculator_remembers_its_atoms(daemon: RunningDaemon) -> None:
     assert calculator.check_state(atoms) == ["positions"]
     calculator.reset()
     same(atoms)
+
+
+@pytest.mark.parametrize("natoms", [4, LARGE // 8])
+def test_a_snapshot_tells_changes_to_the_last_bit(natoms: int) -> None:
+    """Whether it is kept as bytes or, where there are many, as arrays."""
+    atoms = Atoms(np.full(natoms, 29), positions=np.zeros((natoms, 3)), cell=[9, 9, 9])
+    atoms.positions = np.asfortranarray(atoms.positions)
+    before = Snapshot(atoms)
+    assert Snapshot(atoms).changes(before) == []
+    assert before.atoms() == atoms
+    for change in (-0.0, np.nextafter(0, 1)):
+        atoms.positions[-1, 2] = change
+        assert Snapshot(atoms).changes(before) == ["positions"]
+    np.testing.assert_array_equal(before.positions, 0)
+    atoms.positions[-1, 2] = 0
+    atoms.numbers[-1] = 47
+    assert Snapshot(atoms).changes(before) == ["numbers"]
+    np.testing.assert_array_equal(before.atomic_numbers, 29)
+    assert Snapshot(atoms[:-1]).changes(before) == ["positions", "numbers"]
+    assert Snapshot(atoms[:2]).changes(before) == ["positions", "numbers"]
 
 
 def test_pickled_and_copied(daemon: RunningDaemon) -> None:
