@@ -190,6 +190,8 @@ class Fleet:
     def unload(self, name: str, dtype: str | None = None, *, force: bool = False) -> int:
         """Have a model leave memory. Sessions keep it, and wait for it to come back when they next ask.
 
+        Backends that it did without, as they ended a worker, are tried again then.
+
         Args:
             name: the catalogue's name.
             dtype: of which workers; of all if None.
@@ -229,6 +231,7 @@ class Fleet:
         for supervisor in supervisors:
             supervisor.held_until = time.monotonic() + HOLD if force else 0.0
             self._admission.unload(supervisor, "an administrator said so")
+            supervisor.loading.without = {}  # what ended a worker may be mended, or was none of its doing
         for model in self._models.values():
             if model.first in supervisors:
                 self._roster.drop(model, model.replicas)

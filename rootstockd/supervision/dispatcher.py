@@ -179,7 +179,7 @@ class Dispatcher:
         if isinstance(error, LimitError):
             if largest := self._hang_limit.largest:
                 error.message += f" The largest that this model has evaluated had {largest} atoms."
-            log.warning("model %s: %s", self._name, error.message)
+            log.warning("%s", error.message)
         self._failures[failure.slot] = error
 
     def _done(self) -> None:

@@ -507,7 +507,8 @@ def test_workers_killed_while_they_load(daemon: RunningDaemon) -> None:
 
 def test_a_backend_that_ends_the_worker_is_done_without(start_daemon, tmp_path: Path, monkeypatch) -> None:
     # such as a library built for another CPU
-    (tmp_path / "numba.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGILL)\n")
+    library = tmp_path / "numba.py"
+    library.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGILL)\n")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]).rstrip(":"))
     daemon = start_daemon("--model", "mace-emt-small")
     atoms = bulk("Cu", cubic=True)
@@ -517,11 +518,18 @@ def test_a_backend_that_ends_the_worker_is_done_without(start_daemon, tmp_path: 
             atoms.get_forces()
             assert atoms.calc.backend == "mace-torch"
             atoms.rattle(0.01)
-    model = daemon.model("mace-emt-small")
-    assert model["restarts"] == 2
-    for name in ("mace-torch by edges", "fused"):
-        assert f"{name} is switched off: a worker that tried it ended (signal 4 (SIGILL))" in model["note"]
-        assert f"does without {name}, which ended a worker" in daemon.log.read_text()
+        model = daemon.model("mace-emt-small")
+        assert model["restarts"] == 2
+        for name in ("mace-torch by edges", "fused"):
+            assert f"{name} is switched off: a worker that tried it ended (signal 4 (SIGILL))" in model["note"]
+            assert f"does without {name}, which ended a worker" in daemon.log.read_text()
+        library.unlink()
+        daemon.run("unload", "mace-emt-small")
+        for backend in ("mace-torch", "fused"):  # of a structure that is compared the answer is mace-torch's
+            atoms.get_forces()
+            assert atoms.calc.backend == backend
+            atoms.rattle(0.01)
+        assert "switched off" not in str(daemon.model("mace-emt-small")["note"])
 
 
 @pytest.mark.parametrize("at", ["an evaluation", "loading"])
