@@ -521,7 +521,10 @@ def test_a_backend_that_ends_the_worker_is_done_without(start_daemon, tmp_path: 
         model = daemon.model("mace-emt-small")
         assert model["restarts"] == 2
         for name in ("mace-torch by edges", "fused"):
-            assert f"{name} is switched off: a worker that tried it ended (signal 4 (SIGILL))" in model["note"]
+            assert (
+                f"{name} is switched off until the model is unloaded: a worker that tried it ended (signal 4 (SIGILL))"
+                in model["note"]
+            )
             assert f"does without {name}, which ended a worker" in daemon.log.read_text()
         library.unlink()
         daemon.run("unload", "mace-emt-small")

@@ -43,7 +43,8 @@ def backends_for(model: Any, spec: ModelSpec) -> tuple[list[Backend], str]:
     notes = []
     for name in (BY_EDGES, FUSED if spec.device == "cpu" else CUEQUIVARIANCE):  # each asks more of the model
         if name in spec.without:
-            notes.append(f"{name} is switched off: a worker that tried it ended ({spec.without[name]}), until the model is unloaded")
+            how = spec.without[name]
+            notes.append(f"{name} is switched off until the model is unloaded: a worker that tried it ended ({how})")
             continue
         stages.begin(stages.CHECKS, name)
         try:
