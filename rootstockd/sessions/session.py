@@ -7,36 +7,32 @@ import itertools
 import logging
 import socket
 import time
-from typing import Any, cast
+from typing import cast
 
 from rootstock_client import engine_side, ipi
 from rootstock_client.errors import (
     ConnectionLostError,
     DrainingError,
-    InvalidStructureError,
     LimitError,
     RootstockError,
     error_from_code,
     model_changed,
 )
-from rootstockd.fleet.warm_model import WorkerKey
 from rootstockd.host.peers import Peer
 from rootstockd.sessions.accounts import Account
 from rootstockd.sessions.attachments import DriverTransport, Line
-from rootstockd.sessions.cells import check_cells
 from rootstockd.sessions.init_request import InitRequest, is_announced, parse_init
 from rootstockd.sessions.log_rate import LogRate
 from rootstockd.sessions.roles import Host
+from rootstockd.sessions.system import System
 from rootstockd.supervision.roles import Client, State
 from rootstockd.supervision.scheduler import Evaluation
 from rootstockd.supervision.supervisor import Supervisor
 from rootstockd.users import user_name
-from rootstockd.worker.slots import Slot
 
 log = logging.getLogger(__name__)
 log.addFilter(LogRate(log))
 
-_slot_numbers = itertools.count(1)
 _session_numbers = itertools.count(1)
 _CUT_OFF = ConnectionLostError("the daemon stopped in the middle of a step.", "Repeat the step with the next one.")
 """What is said of a stream that ends though its driver did nothing wrong."""
@@ -62,9 +58,7 @@ class Session(asyncio.BufferedProtocol):
         self.since = time.time()
         self.evaluations = 0
         self.request: InitRequest | None = None
-        self.number = 0
-        self.slot: Slot
-        self.settings: dict[str, Any] = {}
+        self.system: System
         self._host = host
         self._ipi = engine_side.EngineSide(self._place, host.limits, self._stage)
         self.get_buffer = self._ipi.get_buffer  # type: ignore[method-assign]  # one call less for each read
@@ -75,13 +69,10 @@ class Session(asyncio.BufferedProtocol):
         """The fingerprint of what has computed for a driver that can't compare it."""
         self._leaving = False
         self._model: Supervisor | None = None
-        self._key: WorkerKey | None = None
-        """What makes this model, and its replicas, one for the user's account."""
         self._evaluation: Evaluation[Client] | None = None
         self._answered = 0.0
         """When the last evaluation was over, if there was one."""
         self._reading_paused = self._writing_paused = self._closing = False
-        self._checked_cells = b""
         self._staged = 0
         self._refusal: RootstockError | None = None
         try:
@@ -206,7 +197,7 @@ class Session(asyncio.BufferedProtocol):
                 if isinstance(event, engine_side.Evaluate):  # not `match`: it takes its time, and this is a step's way
                     self._evaluate(event.cells)
                 elif isinstance(event, engine_side.SendResult):
-                    self._transport.write(self.slot.reply)
+                    self._transport.write(self.system.slot.reply)
                     if self._leaving:
                         self._leave_at_rest()
                 else:
@@ -271,7 +262,7 @@ class Session(asyncio.BufferedProtocol):
                     "runs the daemon raise `max_atoms`.",
                 )
             assert self.account is not None
-            model = self._host.open_model(request, self.account, self._key)
+            model = self._host.open_model(request, self.account, self.system.key if self._model else None)
             self._release()
             try:
                 self._bind(request, model)
@@ -296,32 +287,10 @@ class Session(asyncio.BufferedProtocol):
         self._ipi.accept(request.batch_size, announced=not stock, await_init=json and stock)
 
     def _bind(self, request: InitRequest, model: Supervisor) -> None:
-        """Make a slot for the system; it is filled as its cell and positions come."""
+        """Have a system, to be filled as its cell and positions come."""
         assert self.account is not None
-        atoms = len(request.numbers) * request.batch_size
-        self._host.accounts.take(self.account, atoms)
-        try:
-            self.slot = Slot.create(len(request.numbers), request.batch_size)
-        except (OSError, MemoryError):
-            self._host.accounts.give_back(self.account, atoms)
-            raise
-        self.slot.numbers[:] = request.numbers
-        self.number = next(_slot_numbers)
-        self.settings = {
-            "pbc": request.pbc,
-            "charge": request.charge,
-            "spin": request.spin,
-            "head": request.head,
-            "exact": request.exact,
-            "tolerance": request.tolerance,
-            "session": self.id,
-            "stress": request.stress,
-            "energies": request.energies,
-            "fingerprint": not request.stock,
-        }
-        self.request, self._model, self._checked_cells = request, model, b""
-        self._key = WorkerKey(model.spec.name, model.spec.dtype, request.options)
-        self.account.join(self._key)
+        self.system = System(request, model.spec, self.account, self._host.accounts, self.id)
+        self.request, self._model = request, model
         model.join(self)
 
     def _release(self) -> None:
@@ -333,13 +302,10 @@ class Session(asyncio.BufferedProtocol):
             self._model.scheduler.withdraw(self._evaluation)
             self._evaluation = None
             self.account.queued -= 1
-        self._host.accounts.give_back(self.account, self.slot.natoms * self.slot.frames)
-        self._model.release(self.number)
+        self._model.release(self.system.number)
         self._model.leave(self)
-        self.account.leave(self._key)
-        self._model = self._key = None
-        self.slot.close()
-        del self.slot  # its memory goes now, not when the garbage collector next runs
+        self._model = None
+        self.system.close()
 
     @property
     def queued(self) -> bool:
@@ -355,7 +321,7 @@ class Session(asyncio.BufferedProtocol):
                 return False
             old.scheduler.withdraw(evaluation)
             evaluation.withdrawn = False
-        old.release(self.number)
+        old.release(self.system.number)
         model.join(self)
         self._model = model
         old.leave(self)
@@ -364,34 +330,23 @@ class Session(asyncio.BufferedProtocol):
         return True
 
     def _place(self, natoms: int) -> memoryview:
-        if natoms != self.slot.natoms:
-            raise InvalidStructureError(
-                f"POSDATA has {natoms} atoms, INIT announced {self.slot.natoms}.",
-                "Send a new INIT when atoms come or go."
-                if self._line is None
-                else "The structure, or the species, given to `attach` has to have the driver's atoms.",
-            )
-        return self.slot.positions_bytes
+        attached = "The structure, or the species, given to `attach` has to have the driver's atoms."
+        return self.system.place(natoms, attached if self._line else "Send a new INIT when atoms come or go.")
 
     def _evaluate(self, cells: bytes) -> None:
-        account = self.account
-        assert self.request is not None and self._model is not None and account is not None
+        account, system = self.account, self.system
+        assert self._model is not None and account is not None
         try:
             self._host.check_open()
-            if cells != self._checked_cells:
-                arrays = ipi.read_cells(cells)
-                check_cells(arrays, self.request.pbc, self.slot.positions)
-                self.slot.cells[:] = arrays
-                self._checked_cells = cells
+            system.take_cells(cells)
             account.enqueue()
         except RootstockError as error:
             self._ipi.fail(error)
             return
-        atoms = self.slot.natoms * self.slot.frames
         now = time.perf_counter()
         away = now - self._answered if self._answered else 0.0
-        exact = self.request.exact
-        self._evaluation = Evaluation(self, atoms, account.uid, account.quota.share, now, away, exact)
+        exact = system.request.exact
+        self._evaluation = Evaluation(self, system.atoms, account.uid, account.quota.share, now, away, exact)
         self._model.submit(self._evaluation)
 
     def evaluated(self, error: RootstockError | None) -> None:

@@ -107,10 +107,10 @@ class Dispatcher:
         numbers: list[int] = []
         refused: list[tuple[Evaluation[Client], LimitError]] = []
         for evaluation in batch:
-            owner = evaluation.owner
+            system = evaluation.owner.system
             try:
-                if owner.number not in worker.attached:
-                    worker.attach(owner.number, owner.slot, owner.settings)
+                if system.number not in worker.attached:
+                    worker.attach(system.number, system.slot, system.settings)
                     self._hang_limit.new_system()
                     self._new = True
             except OSError as error:
@@ -120,7 +120,7 @@ class Dispatcher:
                 )
                 refused.append((evaluation, refusal))
             else:
-                numbers.append(owner.number)
+                numbers.append(system.number)
         if numbers:
             self.sent = time.perf_counter()
             self._asked, self._shortages = worker.evaluate(numbers), 0
@@ -156,9 +156,10 @@ class Dispatcher:
             return True
         if kind == b"O" and self._shortages < len(self.scheduler.running):
             self._shortages += 1  # each splits a batch
+            before = self.scheduler.batch_atoms
             self.scheduler.back_off()
-            atoms = self.scheduler.batch_atoms
-            log.warning("model %s: no memory for a batch; they have %d atoms at most now", self._name, atoms)
+            if (atoms := self.scheduler.batch_atoms) != before:
+                log.warning("model %s: no memory for a batch; they have %d atoms at most now", self._name, atoms)
             return True
         return False
 
@@ -168,7 +169,7 @@ class Dispatcher:
         Raises:
             ValueError: it is not.
         """
-        if all(evaluation.owner.number != slot for evaluation in self.scheduler.running):
+        if all(evaluation.owner.system.number != slot for evaluation in self.scheduler.running):
             raise ValueError(f"a failure of slot {slot}, which is not under way")
 
     def failed(self, failure: Failure) -> None:
@@ -200,12 +201,12 @@ class Dispatcher:
         self.last_use = sent + seconds
         for evaluation in batch:
             owner = evaluation.owner
-            owner.evaluated(failures.get(owner.number) if failures else None)
+            owner.evaluated(failures.get(owner.system.number) if failures else None)
         self.meter.done(batch, sent, seconds)
         if self._going:
             self._let_go()
         if new or seconds > self._hang_limit.ordinary:
-            sizes = [evaluation.atoms for evaluation in batch if evaluation.owner.number not in failures]
+            sizes = [evaluation.atoms for evaluation in batch if evaluation.owner.system.number not in failures]
             self._hang_limit.learn(sum(sizes), max(sizes, default=0), seconds, first=new)
 
     def give_up(self, error: RootstockError) -> None:
@@ -238,9 +239,9 @@ class Dispatcher:
             loading: how many seconds it takes until there is another, probably.
         """
         failures, self._failures = self._failures, {}
-        for evaluation in [e for e in self.scheduler.running if e.owner.number in failures]:
+        for evaluation in [e for e in self.scheduler.running if e.owner.system.number in failures]:
             self.scheduler.withdraw(evaluation)  # what became of it was said before the end
-            evaluation.owner.evaluated(failures[evaluation.owner.number])
+            evaluation.owner.evaluated(failures[evaluation.owner.system.number])
         away = time.perf_counter() - self.sent + loading
         given_up = self.scheduler.worker_lost(end.how, blame=end.blamed, starved=end.starved, seconds=away)
         for evaluation in given_up:
@@ -266,7 +267,7 @@ class Dispatcher:
     def hand_over(self, clients: Iterable[Client], target: Supervisor, count: int) -> None:
         """Have so many of these clients, of those that have work, go over to another worker, the newest first."""
         running = {evaluation.owner for evaluation in self.scheduler.running}
-        for client in sorted(set(clients) - self._going.keys(), key=lambda client: -client.number):
+        for client in sorted(set(clients) - self._going.keys(), key=lambda client: -client.system.number):
             if count == 0:
                 return
             if client in running:

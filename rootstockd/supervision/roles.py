@@ -25,14 +25,21 @@ class State(enum.Enum):
     FAILED = "failed"
 
 
+class System(Protocol):
+    """What a worker is told of, and what it answers in."""
+
+    number: int
+    """Unique for each that ever was."""
+    slot: Slot
+    settings: dict[str, Any]
+
+
 class Client(Protocol):
     """What a supervisor needs of whoever has evaluations done: a session."""
 
-    number: int
-    """Unique for each slot that ever was."""
-    slot: Slot
-    settings: dict[str, Any]
-    """What the worker is told of the slot's system."""
+    @property
+    def system(self) -> System:
+        """The one that it has now, with evaluations under way."""
 
     def evaluated(self, error: RootstockError | None) -> None:
         """The evaluation is over."""

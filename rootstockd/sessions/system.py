@@ -1,0 +1,98 @@
+"""What a session's structures have in common, and the slot by which they reach a worker."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from rootstock_client import ipi
+from rootstock_client.errors import InvalidStructureError
+from rootstockd.fleet.warm_model import WorkerKey
+from rootstockd.sessions.accounts import Account, Accounts
+from rootstockd.sessions.cells import check_cells
+from rootstockd.sessions.init_request import InitRequest
+from rootstockd.worker.engines import ModelSpec
+from rootstockd.worker.slots import Slot
+
+_numbers = itertools.count(1)
+
+
+class System:
+    """The system that a session's latest INIT has described, counted in its user's account until it is closed.
+
+    Its slot is filled as cells and positions come.
+
+    Args:
+        request: what INIT asks for.
+        spec: of its model.
+        account: its user's.
+        accounts: all users'.
+        session: the session's number, for the log.
+
+    Raises:
+        LimitError: it has too many atoms.
+        OSError, MemoryError: there is no room for a slot.
+    """
+
+    def __init__(
+        self, request: InitRequest, spec: ModelSpec, account: Account, accounts: Accounts, session: int
+    ) -> None:
+        self.request = request
+        self.atoms = len(request.numbers) * request.batch_size
+        """In all structures of a message."""
+        self._account, self._accounts = account, accounts
+        accounts.take(account, self.atoms)
+        try:
+            self.slot = Slot.create(len(request.numbers), request.batch_size)
+        except (OSError, MemoryError):
+            accounts.give_back(account, self.atoms)
+            raise
+        self.slot.numbers[:] = request.numbers
+        self.number = next(_numbers)
+        """Unique for each that ever was."""
+        self.settings: dict[str, Any] = {
+            "pbc": request.pbc,
+            "charge": request.charge,
+            "spin": request.spin,
+            "head": request.head,
+            "exact": request.exact,
+            "tolerance": request.tolerance,
+            "session": session,
+            "stress": request.stress,
+            "energies": request.energies,
+            "fingerprint": not request.stock,
+        }
+        """What a worker is told of it."""
+        self.key = WorkerKey(spec.name, spec.dtype, request.options)
+        """What makes its model, with all replicas, one for the account."""
+        account.join(self.key)
+        self._checked_cells = b""
+
+    def place(self, natoms: int, hint: str) -> memoryview:
+        """Where the positions of so many atoms go.
+
+        Raises:
+            InvalidStructureError: it has another number of atoms, and what to do is in `hint`.
+        """
+        if natoms != self.slot.natoms:
+            raise InvalidStructureError(f"POSDATA has {natoms} atoms, INIT announced {self.slot.natoms}.", hint)
+        return self.slot.positions_bytes
+
+    def take_cells(self, cells: bytes) -> None:
+        """Take over the cells of the structures whose positions are in the slot.
+
+        Raises:
+            InvalidStructureError: they can't be evaluated.
+        """
+        if cells != self._checked_cells:
+            arrays = ipi.read_cells(cells)
+            check_cells(arrays, self.request.pbc, self.slot.positions)
+            self.slot.cells[:] = arrays
+            self._checked_cells = cells
+
+    def close(self) -> None:
+        """It is not used any more."""
+        self._accounts.give_back(self._account, self.atoms)
+        self._account.leave(self.key)
+        self.slot.close()
+        del self.slot  # its memory goes now, not when the garbage collector next runs
