@@ -53,7 +53,7 @@ def bins(cell: Array, positions: Array, cutoff: float) -> Bins:
         for axis in range(3):
             places[:, axis], counts[axis] = _without_empty(places[:, axis], counts[axis])
     while counts.prod() > most:  # larger ones will do
-        axis = counts.argmax()
+        axis = int(counts.argmax())
         fine[axis] = (fine[axis] + 1) // 2
         places[:, axis], counts[axis] = _without_empty(_places(inside, fine)[:, axis], fine[axis])
     return Bins(wraps, places, counts, np.ceil(cutoff * fine / heights).astype(np.int64))
