@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from urllib.parse import quote
 
 from rootstock_client.errors import RootstockError
 
@@ -22,7 +21,9 @@ def say_why(path: Path, init: bytes) -> None:
         path: the daemon's session socket.
         init: what the session was opened with.
     """
-    from rootstock_client.control import request  # noqa: PLC0415 - few jobs ask, and HTTP takes 7 ms to import
+    from urllib.parse import quote  # noqa: PLC0415 - few jobs ask, and HTTP takes 7 ms to import
+
+    from rootstock_client.control import request  # noqa: PLC0415
 
     try:
         model = json.loads(init)["model"]

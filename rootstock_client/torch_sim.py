@@ -4,7 +4,7 @@
 >>> from rootstock_client import RootstockClient
 >>> from rootstock_client.torch_sim import RootstockModel
 >>> model = RootstockModel(RootstockClient().calculator("mace-mp-medium"))  # doctest: +SKIP
->>> relaxed = ts.optimize(many, model, optimizer=ts.optimizers.fire)  # doctest: +SKIP
+>>> relaxed = ts.optimize(many, model, optimizer=ts.Optimizer.fire)  # doctest: +SKIP
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ except ModuleNotFoundError as error:
 if TYPE_CHECKING:
     from rootstock_client.calculator import RootstockCalculator
 
+_NO_STRESS = np.full(6, np.nan)
+
 
 class RootstockModel(ModelInterface):  # type: ignore[misc]  # torch-sim is not typed
     """A model for torch-sim: each system of a state is a session's structure, and the daemon batches them.
@@ -43,7 +45,7 @@ class RootstockModel(ModelInterface):  # type: ignore[misc]  # torch-sim is not 
         device: where the results shall be, and the state is; the CPU by default.
         dtype: of the results; what the potential computes in is the calculator's `dtype`.
         compute_forces: give forces.
-        compute_stress: give stress, which takes systems that are periodic.
+        compute_stress: give stress, which is NaN for systems that have none: it takes something periodic and a volume.
         sessions: how many systems may be under way at a time.
     """
 
@@ -69,7 +71,6 @@ class RootstockModel(ModelInterface):  # type: ignore[misc]  # torch-sim is not 
         """Evaluate all systems of a state; see the class.
 
         Raises:
-            PropertyNotImplementedError: a system has no stress.
             RootstockError: an evaluation failed; the message says why.
         """
         systems = list(_systems(state))
@@ -84,13 +85,15 @@ class RootstockModel(ModelInterface):  # type: ignore[misc]  # torch-sim is not 
         if self._compute_forces:
             found["forces"] = self._tensor(np.concatenate([one["forces"] for one in results]))
         if self._compute_stress:
-            found["stress"] = self._tensor([voigt_6_to_full_3x3_stress(one["stress"]) for one in results])
+            stress = [voigt_6_to_full_3x3_stress(one.get("stress", _NO_STRESS)) for one in results]
+            found["stress"] = self._tensor(stress)
         return found
 
     def _evaluate(self, calculator: RootstockCalculator, systems: list[Atoms]) -> list[dict[str, Any]]:
         results = []
         for atoms in systems:
-            calculator.calculate(atoms, ["stress"] if self._compute_stress else [])
+            has_stress = atoms.pbc.any() and atoms.cell.volume > 0
+            calculator.calculate(atoms, ["stress"] if self._compute_stress and has_stress else [])
             results.append(calculator.results)
         return results
 

@@ -241,10 +241,16 @@ def test_torch_sim(daemon: RunningDaemon, compatible) -> None:
     potential = torch.load(EMBEDDED_MODEL, weights_only=False, map_location="cpu").double()
     calculator = daemon.client().calculator("mace-emt-small", dtype="float64")
 
+    if hasattr(ts, "Integrator"):
+        nve = ts.Integrator.nve
+        cell_fire = {"optimizer": ts.Optimizer.fire, "init_kwargs": {"cell_filter": ts.CellFilter.unit}}
+    else:  # up to torch-sim 0.3, the last for Python 3.11
+        nve, cell_fire = ts.integrators.nve, {"optimizer": ts.optimizers.unit_cell_fire}
+
     def run(model: Any) -> tuple[Any, Any, Any]:
         state = ts.io.atoms_to_state(systems, options["device"], options["dtype"])
-        moved = ts.integrate(state, model, integrator=ts.integrators.nve, n_steps=5, temperature=300.0, timestep=0.002)
-        relaxed = ts.optimize(state, model, optimizer=ts.optimizers.unit_cell_fire, max_steps=5, steps_between_swaps=5)
+        moved = ts.integrate(state, model, integrator=nve, n_steps=5, temperature=300.0, timestep=0.002)
+        relaxed = ts.optimize(state, model, max_steps=5, steps_between_swaps=5, **cell_fire)
         return model(state), moved, relaxed
 
     torch.manual_seed(0)
@@ -282,6 +288,9 @@ def test_torch_sims_own_check_of_models(daemon: RunningDaemon) -> None:
     state.charge = torch.tensor([0.0, 1.0])
     with pytest.raises(NotImplementedError, match="has no notion of charge"):
         model(state)
+    molecule = Atoms("Ar2", [[0, 0, 0], [0, 0, 3.8]])
+    found = model(ts.io.atoms_to_state([molecule], model.device, model.dtype))
+    assert found["energy"].isfinite().all() and found["stress"].shape == (1, 3, 3) and found["stress"].isnan().all()
     model.close()
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import stat
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,11 @@ def find_python(request: str, state: Path, *, offline: bool) -> Python:
     if "/" in request:
         return _ask(Path(request))
     shared = readable_by_all(state)
+    # that of this process, which may be in no PATH, as in a service's
+    ours = {"PATH": os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.base_prefix) / "bin")])}
     own = {"UV_PYTHON_INSTALL_DIR": str(state / "pythons")}
     unreadable = []
-    for variables in ({}, own):
+    for variables in ({}, ours, own):
         for path in _installed(request, state, variables):
             try:
                 python = _ask(path)

@@ -11,6 +11,7 @@ folder of the build that it runs in.
 from __future__ import annotations
 
 import contextlib
+import csv
 import fcntl
 import json
 import os
@@ -185,13 +186,18 @@ def problems_of(build: Build) -> list[str]:
             found.append(f"{name} {version} is missing")
         elif dist.version != version:
             found.append(f"{name} is {dist.version} where {version} was built")
-        elif lost := [file for file in dist.files or () if not _is_there(dist, file)]:
+        elif lost := [file for file in recorded_files(dist) if not _is_there(dist, file)]:
             found.append(f"{name} {version} lacks {len(lost)} of its files, such as {lost[0]}")
     return found
 
 
-def _is_there(dist: metadata.Distribution, file: metadata.PackagePath) -> bool:
-    return file.suffix == ".pyc" or os.path.lexists(str(dist.locate_file(file)))
+def recorded_files(dist: metadata.Distribution) -> list[str]:
+    """What was installed; `dist.files` tells, from Python 3.12 on, only what is there still."""
+    return [row[0] for row in csv.reader((dist.read_text("RECORD") or "").splitlines()) if row]
+
+
+def _is_there(dist: metadata.Distribution, file: str) -> bool:
+    return file.endswith(".pyc") or os.path.lexists(str(dist.locate_file(file)))
 
 
 def _home(build: Build) -> str:

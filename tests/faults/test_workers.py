@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import torch
 from ase import Atoms, units
 from ase.build import bulk, fcc111
 from ase.calculators.emt import EMT
@@ -34,6 +35,8 @@ from rootstockd.supervision.supervisor import ABANDONED
 HANG_TIMEOUT = 2.0
 LOAD_TIMEOUT = 3.0
 DRAIN_TIMEOUT = 60.0
+CUDA = 530_000_000 if torch.version.cuda else 0
+"""Bytes that a torch takes which was built for it, also where there is no GPU."""
 PATIENCE = 60.0
 
 
@@ -655,7 +658,7 @@ def test_a_batch_that_does_not_fit_memory_is_done_in_parts(start_daemon, tmp_pat
     (tmp_path / "numba.py").write_text("raise ImportError('there is none here')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     config = tmp_path / "config.toml"
-    config.write_text("worker_memory = 1_000_000_000\nbatch_atoms = 1_000_000\n")
+    config.write_text(f"worker_memory = {1_000_000_000 + CUDA}\nbatch_atoms = 1_000_000\n")
     daemon = start_daemon("--config", str(config), "--model", "mace-emt-small")
     with in_batches(daemon, [bulk("Cu", cubic=True) * (3, 3, 3) for _ in range(16)], rounds=1) as (before, after):
         assert "no memory for a batch" in daemon.log.read_text()
@@ -665,7 +668,7 @@ def test_a_batch_that_does_not_fit_memory_is_done_in_parts(start_daemon, tmp_pat
 def test_a_batch_that_would_not_fit_memory_is_done_in_several_passes(start_daemon, tmp_path: Path) -> None:
     """Which is known before one is tried: memory never lacks, though the structures are denser than usual."""
     config = tmp_path / "config.toml"
-    config.write_text("worker_memory = 900_000_000\nbatch_atoms = 1_000_000\n")
+    config.write_text(f"worker_memory = {900_000_000 + CUDA}\nbatch_atoms = 1_000_000\n")
     daemon = start_daemon("--config", str(config), "--model", "mace-emt-small")
     dense = bulk("Cu", a=3.2, cubic=True) * (9, 9, 9)
     with in_batches(daemon, [dense.copy() for _ in range(8)], rounds=2) as (before, after):
