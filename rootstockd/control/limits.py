@@ -7,6 +7,7 @@ import json
 import time
 from typing import TypeAlias
 
+import h11
 import uvicorn
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
@@ -21,6 +22,8 @@ from rootstockd.sessions.accounts import Accounts
 
 MAX_BODY = 64 * 1024
 """Bytes of a request's body."""
+MAX_PIECES = 256
+"""In which it may come at once: each takes 20 µs, and steps wait for all of them."""
 MAX_CONNECTIONS = 16
 """Connections at a time; each takes a file descriptor from the sessions' reserve. Half are for those who administer the
 daemon; any other user has a quarter at most."""
@@ -44,14 +47,45 @@ REFUSALS: dict[int | str, dict[str, object]] = {
     503: {"description": "Too many connections are open."},
 }
 """What any request may be told, for the API's description."""
+IN_PIECES = f"a request's body may come in {MAX_PIECES} chunks at once"
 TOO_MANY = "too many connections are open already; try again"
 
 
+class _TooManyPiecesError(Exception):
+    """A body comes in more than MAX_PIECES at once."""
+
+
+class _Connection(h11.Connection):
+    """What an HTTP client says, unless it says it in very many pieces."""
+
+    _pieces = 0
+
+    def receive_data(self, data: bytes) -> None:
+        self._pieces = 0
+        super().receive_data(data)
+
+    def next_event(self) -> type[h11.NEED_DATA | h11.PAUSED] | h11.Event:
+        event = super().next_event()
+        if isinstance(event, h11.Data):
+            self._pieces += 1
+            if self._pieces > MAX_PIECES:
+                raise _TooManyPiecesError
+        return event
+
+
 class BoundedProtocol(H11Protocol):
-    """uvicorn's HTTP, with an end to connections that are too many or too slow."""
+    """uvicorn's HTTP, with an end to connections that are too many or too slow.
+
+    Args:
+        config, state, app_state: uvicorn's.
+    """
 
     _deadline: asyncio.TimerHandle | None = None
     _refused = False
+
+    def __init__(self, config: uvicorn.Config, state: ServerState, app_state: dict[str, object]) -> None:
+        super().__init__(config, state, app_state)
+        self.conn = _Connection(h11.SERVER, MAX_HEAD)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -74,8 +108,12 @@ class BoundedProtocol(H11Protocol):
         self._deadline = self.loop.call_later(1.0, self.transport.abort)
 
     def data_received(self, data: bytes) -> None:
-        if not self._refused:
+        if self._refused:
+            return
+        try:
             super().data_received(data)
+        except _TooManyPiecesError:
+            self._refuse("413 Content Too Large", json.dumps({"detail": IN_PIECES}).encode())
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._deadline is not None:

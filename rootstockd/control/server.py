@@ -12,7 +12,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from rootstockd.control.api import make_app
-from rootstockd.control.limits import MAX_HEAD, BoundedBody, BoundedProtocol, ControlProtocol, Paced
+from rootstockd.control.limits import BoundedBody, BoundedProtocol, ControlProtocol, Paced
 from rootstockd.control.metrics import make_metrics_app
 from rootstockd.sessions.door import Door
 
@@ -34,7 +34,6 @@ class Server(uvicorn.Server):
             app,
             proxy_headers=False,  # they would change who asks
             ws="none",
-            h11_max_incomplete_event_size=MAX_HEAD,
             log_config=None,
             access_log=False,
             lifespan="off",

@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 from conftest import RunningDaemon, open_descriptors
 from rootstock_client.runtime_dir import control_socket
 from rootstockd.control.api import make_app
-from rootstockd.control.limits import DEADLINE, MAX_BODY, MAX_CONNECTIONS, MAX_HEAD, BoundedBody
+from rootstockd.control.limits import DEADLINE, MAX_BODY, MAX_CONNECTIONS, MAX_HEAD, MAX_PIECES, BoundedBody
 from rootstockd.daemon import Daemon
 from rootstockd.settings.config import Config, Device
 
@@ -106,6 +106,7 @@ def chunked(size: int) -> bytes:
         (post(b"", "Content-Length: -1"), 400),
         (chunked(MAX_BODY + 1), 413),
         (chunked(10), 422),
+        (post(b"1\r\n \r\n" * 4 * MAX_PIECES, "Transfer-Encoding: chunked"), 413),
         (post(b"zz\r\n", "Transfer-Encoding: chunked"), 400),
         (b"GET /v1/status HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 64 * MAX_HEAD + b"\r\n\r\n", 400),
         (b"GET /" + b"x" * 2 * MAX_HEAD, 400),
