@@ -5,8 +5,8 @@ import sys
 from importlib.util import find_spec
 
 NEEDS = (
-    *("click", "fastapi", "platformdirs", "prometheus_client", "psutil", "pydantic", "pynvml", "requests", "rich"),
-    *("tomlkit", "uv", "uvicorn", "uvloop"),
+    *("click", "fastapi", "h11", "platformdirs", "prometheus_client", "psutil", "pydantic", "pynvml", "requests"),
+    *("rich", "tomlkit", "uv", "uvicorn", "uvloop"),
 )
 """Modules of the extra `daemon`: some of them may be there for another reason."""
 

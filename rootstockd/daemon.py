@@ -382,7 +382,7 @@ class Daemon:
             UnknownModelError, UnsupportedError, DrainingError, ModelLoadError: what its name says.
         """
         key, entry = self._resolve(name, dtype)
-        model = self.fleet.open(key, entry)
+        model = self.fleet.open(key, entry, anew=True)
         model.held_until = 0.0
         if model.error is not None:
             raise model.error

@@ -619,7 +619,13 @@ def test_builds_in_use_are_kept_and_the_next_worker_takes_the_new(
     assert "is in use by a worker" in env("remove", "own", fails=True)
     os.kill(worker, signal.SIGKILL)
     wait_for(lambda: running.model("mine")["pid"] not in (None, worker) and running.model("mine")["state"] == "ready")
-    assert Path(psutil.Process(running.model("mine")["pid"]).cmdline()[0]) == find_build("own").python
+    build = find_build("own")
+    assert Path(psutil.Process(running.model("mine")["pid"]).cmdline()[0]) == build.python
+    (init,) = build.path.glob("lib/python3*/site-packages/numpy/__init__.py")
+    init.unlink()
+    os.kill(running.model("mine")["pid"], signal.SIGKILL)
+    with pytest.raises(ModelLoadError, match=r"'own' is damaged: numpy .* lacks 1 of its files.*env create own"):
+        energy_of(running, "mine")
     running.stop()
     env("remove", "own")
     assert not first.exists()

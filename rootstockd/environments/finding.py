@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rootstock_client.errors import ModelLoadError
-from rootstockd.environments.builds import Build, EnvironmentBuildError, find_build, site_packages
+from rootstockd.environments.builds import Build, EnvironmentBuildError, find_build, problems_of, site_packages
 from rootstockd.environments.specification import SpecificationError, find_specification, is_builtin
 from rootstockd.settings.state_dir import StateError
 
@@ -77,6 +77,19 @@ def has_environment(name: str, family: str) -> bool:
     except ModelLoadError:
         return False
     return True
+
+
+def damage_of(environment: Environment) -> str:
+    """What can be seen to be missing of an environment, and what to do about it; empty where nothing is."""
+    try:
+        build = find_build(environment.name) if environment.built else None
+        problems = problems_of(build) if build else []
+    except (EnvironmentBuildError, StateError, OSError):
+        return ""
+    if not problems:
+        return ""
+    name = environment.name
+    return f"environment {name!r} is damaged: {'; '.join(problems[:3])}. `rootstockd env create {name}` builds it again."
 
 
 def _built(build: Build) -> Environment:

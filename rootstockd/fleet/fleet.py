@@ -124,13 +124,14 @@ class Fleet:
 
     # --- models come and go
 
-    def open(self, key: WorkerKey, entry: Entry, *, keep: bool = False) -> Supervisor:
+    def open(self, key: WorkerKey, entry: Entry, *, keep: bool = False, anew: bool = False) -> Supervisor:
         """The supervisor of a model for one more session; the model is loaded if it is not yet.
 
         Args:
             key: which model.
             entry: what the catalogue has under its name, with its weights.
             keep: it is to stay.
+            anew: if it was found broken, however lately, try again.
 
         Raises:
             LimitError: sessions have as many workers of it with options of their own as there may be.
@@ -144,7 +145,7 @@ class Fleet:
             self._make_way(key)
         if model is None:
             model = self._models[key] = WarmModel(spec, entry.keep_alive, keep, self._supervisor(spec))
-        elif model.first.worth_replacing:
+        elif model.first.worth_replacing or (anew and model.first.state is State.FAILED):
             model.first = self._supervisor(spec)
         model.keep_alive = entry.keep_alive
         supervisor = model.choose()

@@ -84,7 +84,8 @@ def lock(path: Path) -> Iterator[None]:
             break
         os.close(fd)  # its last holder removed it while we opened it
     os.truncate(fd, 0)
-    os.write(fd, f"{os.getpid()}\n".encode())
+    with contextlib.suppress(OSError):  # of a full disk: who holds it is for others to read, and no more
+        os.write(fd, f"{os.getpid()}\n".encode())
     try:
         yield
     finally:

@@ -356,14 +356,19 @@ class Session(asyncio.BufferedProtocol):
         self._evaluation = None
         self._answered = time.perf_counter()
         self.account.queued -= 1
-        if error is None and self._line is not None:
-            error = self._changed()
-        if error is None:
-            self.evaluations += 1
-            self._ipi.finish()
-        else:
-            self._ipi.fail(error)
-        self._advance()
+        try:
+            if error is None and self._line is not None:
+                error = self._changed()
+            if error is None:
+                self.evaluations += 1
+                self._ipi.finish()
+            else:
+                self._ipi.fail(error)
+            self._advance()
+        except Exception:  # of the daemon's own: others in the batch are yet to be told
+            log.exception("session %d of %s (pid %d) is cut off", self.id, self.user, self.pid)
+            self._closing = True
+            self._transport.close()
 
     def _changed(self) -> RootstockError | None:
         """That a driver whose stream was handed over would get the result of another potential than before."""

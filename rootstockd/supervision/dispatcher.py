@@ -60,6 +60,8 @@ class Dispatcher:
         """Somebody is waited for until then."""
         self._new = False
         """There is a system's first structure in the batch under way."""
+        self._largest = {False: 0, True: 0}
+        """Atoms of the largest evaluation so far, by whether it was `alone`: those may take far more."""
         self._verdicts: dict[Evaluation[Client], tuple[RootstockError, asyncio.TimerHandle]] = {}
         """What is yet to be told of evaluations that were given up, and when."""
 
@@ -124,11 +126,12 @@ class Dispatcher:
         if numbers:
             self.sent = time.perf_counter()
             self._asked, self._shortages = worker.evaluate(numbers), 0
-        for evaluation, refusal in refused:
+        loop = asyncio.get_running_loop()
+        for evaluation, refusal in refused:  # not at once: their next may be here already
             batch.remove(evaluation)
-            evaluation.owner.evaluated(refusal)
+            loop.call_soon(evaluation.owner.evaluated, refusal)
         if refused and not batch:
-            self.dispatch()
+            loop.call_soon(self.dispatch)
 
     def _next_batch(self) -> list[Evaluation[Client]]:
         """What the scheduler says, which is asked again when somebody who is waited for is late."""
@@ -178,8 +181,10 @@ class Dispatcher:
         if f"model {self._name!r}" not in error.message:  # an engine need not know what it is called here
             error.message = f"model {self._name!r}: {error.message}"
         if isinstance(error, LimitError):
-            if largest := self._hang_limit.largest:
-                error.message += f" The largest that this model has evaluated had {largest} atoms."
+            alone = any(e.alone for e in self.scheduler.running if e.owner.system.number == failure.slot)
+            if largest := self._largest[alone]:
+                how = " with `exact`" if alone else ""
+                error.message += f" The largest that this model has evaluated{how} had {largest} atoms."
             log.warning("%s", error.message)
         self._failures[failure.slot] = error
 
@@ -206,8 +211,11 @@ class Dispatcher:
         if self._going:
             self._let_go()
         if new or seconds > self._hang_limit.ordinary:
-            sizes = [evaluation.atoms for evaluation in batch if evaluation.owner.system.number not in failures]
+            done = [evaluation for evaluation in batch if evaluation.owner.system.number not in failures]
+            sizes = [evaluation.atoms for evaluation in done]
             self._hang_limit.learn(sum(sizes), max(sizes, default=0), seconds, first=new)
+            for evaluation in done:
+                self._largest[evaluation.alone] = max(self._largest[evaluation.alone], evaluation.atoms)
 
     def give_up(self, error: RootstockError) -> None:
         """Tell all who wait for an evaluation that it won't be done."""

@@ -9,7 +9,7 @@ import time
 from dataclasses import replace
 
 from rootstock_client.errors import DeviceFailedError, LimitError, ModelLoadError, RootstockError
-from rootstockd.environments.finding import Environment, find_environment
+from rootstockd.environments.finding import Environment, damage_of, find_environment
 from rootstockd.models.spec import in_environment
 from rootstockd.processes.output import Ration
 from rootstockd.processes.worker_process import End, WorkerProcess
@@ -268,8 +268,8 @@ class Supervisor:
 
     def submit(self, evaluation: Evaluation[Client]) -> None:
         """Have an evaluation done; its owner is told when it is over."""
-        if self.error is not None:
-            evaluation.owner.evaluated(self.error)
+        if self.error is not None:  # not at once: its next may be here already, and the next, and the next
+            asyncio.get_running_loop().call_soon(evaluation.owner.evaluated, self.error)
         else:
             self._dispatcher.submit(evaluation)
 
@@ -319,6 +319,17 @@ class Supervisor:
 
     async def _keep_warm(self) -> None:
         """Have a worker whenever it is wanted, until the model is broken or no longer wanted for good."""
+        try:
+            await self._come_and_go()
+        except Exception as error:  # of the daemon's own: or it would count as loading for ever
+            log.exception("model %s: keeping it warm failed", self.spec.name)
+            what = f"model {self.spec.name!r}: the daemon itself failed: {type(error).__name__}: {error}."
+            self._kill_worker()
+            self._fail(ModelLoadError(what, "Try again; `rootstockd logs` has more, for whoever maintains rootstockd."))
+        finally:
+            self._vacant.set()
+
+    async def _come_and_go(self) -> None:
         while self.state is not State.FAILED:
             self.device = self.error = self._shortage = None  # whatever was wrong where it was
             self._vacant.set()
@@ -341,7 +352,6 @@ class Supervisor:
                 self._dispatcher.meter = Meter(self._landlord.totals(self))
                 await self._stay(variables)
                 self.meter.count()
-        self._vacant.set()
 
     async def _stay(self, variables: dict[str, str]) -> None:
         """Start workers, one after another as they die."""
@@ -376,16 +386,23 @@ class Supervisor:
                 if not await self._landlord.make_room(self):
                     self.error = shortage
             self.error = self.error or failed.verdict()
-            if self.error is not None:
-                self.give_up(self.error)
-                log.error("%s", self.error)
-                self._ended_at = time.monotonic()
-                self._set_state(State.FAILED)
+            if (error := self.error) is not None:
+                if self.environment and (damage := await asyncio.to_thread(damage_of, self.environment)):
+                    error.hint = f"{damage} {error.hint}".strip()
+                log.error("%s", error)
+                self._fail(error)
                 return
             self._replace(end)
             self.loading.stage = f"to be started again in {failed.pause:.0f} s ({end.how})"
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._leaving.wait(), failed.pause)
+
+    def _fail(self, error: RootstockError) -> None:
+        """The model is broken; what waits is told so."""
+        self.error = error
+        self._ended_at = time.monotonic()
+        self._set_state(State.FAILED)
+        self.give_up(error)
 
     def _replace(self, end: End) -> None:
         """The worker has ended, and there will be another."""

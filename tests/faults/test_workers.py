@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -28,6 +30,7 @@ from ase.md.verlet import VelocityVerlet
 import hostile
 from conftest import RunningDaemon
 from hostile import behave
+from rootstock_client import ipi
 from rootstock_client.errors import EvaluationError, LimitError, ModelLoadError, RootstockError
 from rootstockd.supervision.scheduler import MAX_ATTEMPTS, MAX_STARVED
 from rootstockd.supervision.supervisor import ABANDONED
@@ -489,6 +492,40 @@ def test_a_model_that_loads_at_last_is_as_good_as_any(troubled: RunningDaemon, n
     """The fifth time where it may be its own doing; where it is not, as it is killed from outside, also later."""
     np.testing.assert_allclose(evaluate(troubled, slab(), name), expected(slab()), atol=1e-9)
     assert troubled.model(name)["restarts"] == times
+
+
+def test_a_broken_model_is_tried_again_at_once_where_somebody_loads_it(start_hostile) -> None:
+    daemon = start_hostile(load="", mended=("raise", 1))
+    for _ in range(2):  # for whoever asks it is not, or a worker would be started for each
+        assert isinstance(evaluate(daemon, slab(), "mended"), ModelLoadError)
+    assert daemon.run("load", "mended").returncode == 0
+    np.testing.assert_allclose(evaluate(daemon, slab(), "mended"), expected(slab()), atol=1e-9)
+
+
+@pytest.mark.parametrize("how", ["while it loads", "when it has failed"])
+@pytest.mark.parametrize("fetched", [True, False])
+def test_whoever_runs_far_ahead_of_a_model_that_fails(start_hostile, how: str, fetched: bool) -> None:
+    """All steps that a driver has sent in advance fail, and that is no trouble to anybody else."""
+    daemon = start_hostile(load="", broken=("raise", 1_000_000))
+    if how == "when it has failed":
+        assert isinstance(evaluate(daemon, slab(), "broken"), ModelLoadError)
+    init = {"rootstock": ipi.PROTOCOL_VERSION, "model": "broken", "numbers": [29], "pbc": [False] * 3}
+    step = ipi.posdata_head(np.eye(3), np.eye(3), 1) + bytes(24) + (ipi.GETFORCE if fetched else b"")
+    with ThreadPoolExecutor(3) as pool, socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(str(daemon.socket))
+        sock.settimeout(PATIENCE)
+        sock.sendall(ipi.init_frame(json.dumps(init).encode()) + 330 * step)
+        others = [pool.submit(evaluate, daemon, slab(), "broken") for _ in range(3)]
+        said = b""
+        awaited = (330 if how == "while it loads" else 1) if fetched else 0
+        while (frames := said.count(ipi.ERROR)) < awaited:
+            said += (data := sock.recv(1 << 20))
+            assert data, f"it was cut off after {frames} answers"
+        assert [type(other.result()) for other in others] == [ModelLoadError] * 3
+    assert daemon.model("broken")["state"] == "failed"
+    assert "RecursionError" not in daemon.log.read_text()
+    daemon.run("load", "hostile")  # the daemon is well
+    np.testing.assert_allclose(evaluate(daemon, slab()), expected(slab()), atol=1e-9)
 
 
 def test_workers_killed_while_they_load(daemon: RunningDaemon) -> None:
