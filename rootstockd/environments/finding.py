@@ -88,8 +88,8 @@ def damage_of(environment: Environment) -> str:
         return ""
     if not problems:
         return ""
-    name = environment.name
-    return f"environment {name!r} is damaged: {'; '.join(problems[:3])}. `rootstockd env create {name}` builds it again."
+    name, what = environment.name, "; ".join(problems[:3])
+    return f"environment {name!r} is damaged: {what}. `rootstockd env create {name}` builds it again."
 
 
 def _built(build: Build) -> Environment:
