@@ -27,6 +27,7 @@ from conftest import open_descriptors
 from rootstock_client import RootstockClient, ipi
 from rootstock_client.errors import LimitError, RootstockError
 from rootstockd.host.descriptors import share_descriptors
+from rootstockd.host.sockets import AddressError, listen, lock
 from rootstockd.settings.config import Config, Device
 
 
@@ -308,6 +309,16 @@ def test_a_disk_that_is_full_for_a_while(serve, tmp_path: Path) -> None:
         wait_for(lambda: "is closed" in log.read_text()[size:])
         again(atoms)
         served.end()
+
+
+def test_an_address_on_a_full_disk(tmp_path: Path) -> None:
+    """Or a restart would end the daemon that there is, and bring none."""
+    with small_disk(tmp_path, "64k") as mounted:
+        fill(mounted / "filler")
+        with lock(path := mounted / "r.lock"), listen(mounted / "r.sock", 0o600):
+            assert path.read_bytes() == b""
+            with pytest.raises(AddressError, match=r"already runs .*\(pid unknown\)"), lock(path):
+                pass
 
 
 def test_a_worker_that_dies_while_there_is_no_room_for_the_next(serve, tmp_path: Path, monkeypatch) -> None:
