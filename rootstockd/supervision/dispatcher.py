@@ -28,6 +28,12 @@ AMENDS = 60.0
 """Seconds at most that a session waits for the news that workers ended over its structure."""
 
 
+def tell_soon(evaluation: Evaluation[Client], error: RootstockError) -> None:
+    """Tell its owner, though not at once, that it won't be done: their next may be here already, and the next."""
+    evaluation.withdrawn = True
+    asyncio.get_running_loop().call_soon(evaluation.owner.evaluated, error)
+
+
 class Dispatcher:
     """Has evaluations done by one worker after another.
 
@@ -126,12 +132,11 @@ class Dispatcher:
         if numbers:
             self.sent = time.perf_counter()
             self._asked, self._shortages = worker.evaluate(numbers), 0
-        loop = asyncio.get_running_loop()
-        for evaluation, refusal in refused:  # not at once: their next may be here already
+        for evaluation, refusal in refused:
             batch.remove(evaluation)
-            loop.call_soon(evaluation.owner.evaluated, refusal)
+            tell_soon(evaluation, refusal)
         if refused and not batch:
-            loop.call_soon(self.dispatch)
+            asyncio.get_running_loop().call_soon(self.dispatch)
 
     def _next_batch(self) -> list[Evaluation[Client]]:
         """What the scheduler says, which is asked again when somebody who is waited for is late."""
