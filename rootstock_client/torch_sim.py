@@ -25,6 +25,8 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"{error.msg}; pip install 'rootstockd[torch-sim]'", name=error.name) from error
 
+from rootstock_client.snapshot import Box, Snapshot
+
 if TYPE_CHECKING:
     from rootstock_client.calculator import RootstockCalculator
 
@@ -92,8 +94,8 @@ class RootstockModel(ModelInterface):  # type: ignore[misc]  # torch-sim is not 
     def _evaluate(self, calculator: RootstockCalculator, systems: list[Atoms]) -> list[dict[str, Any]]:
         results = []
         for atoms in systems:
-            has_stress = atoms.pbc.any() and atoms.cell.volume > 0
-            calculator.calculate(atoms, ["stress"] if self._compute_stress and has_stress else [])
+            wants_stress = self._compute_stress and Box(Snapshot(atoms)).has_stress
+            calculator.calculate(atoms, ["stress"] if wants_stress else [])
             results.append(calculator.results)
         return results
 

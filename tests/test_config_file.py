@@ -12,6 +12,7 @@ from rootstockd.models.catalogue import CatalogueError, read_catalogue
 from rootstockd.settings.config import Config, SettingsFile
 from rootstockd.settings.config_file import ConfigError
 from rootstockd.settings.config_layers import make_config
+from rootstockd.settings.toml_file import read_toml
 
 DEFAULTS = {"socket": "/run/x/rootstockd.sock", "devices": ["cpu"]}
 
@@ -121,7 +122,12 @@ def test_nesting_without_end_is_an_error_like_others(write, text):
     with pytest.raises(SpecificationError, match=r"config\.toml: "):
         read_specification(path)
     path.write_text("[m]\nfamily = 'mace'\narguments.a" + 3000 * ".a" + " = 1")
-    with pytest.raises(CatalogueError, match="model 'm': arguments|nested too deeply"):
+    try:
+        read_toml(path)
+        words = "model 'm': arguments"
+    except ValueError:  # newer Pythons bound such a key themselves
+        words = "nested too deeply"
+    with pytest.raises(CatalogueError, match=words):
         read_catalogue(path)
 
 

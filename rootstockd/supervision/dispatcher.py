@@ -28,12 +28,6 @@ AMENDS = 60.0
 """Seconds at most that a session waits for the news that workers ended over its structure."""
 
 
-def tell_soon(evaluation: Evaluation[Client], error: RootstockError) -> None:
-    """Tell its owner, though not at once, that it won't be done: their next may be here already, and the next."""
-    evaluation.withdrawn = True
-    asyncio.get_running_loop().call_soon(evaluation.owner.evaluated, error)
-
-
 class Dispatcher:
     """Has evaluations done by one worker after another.
 
@@ -69,7 +63,7 @@ class Dispatcher:
         self._largest = {False: 0, True: 0}
         """Atoms of the largest evaluation so far, by whether it was `alone`: those may take far more."""
         self._verdicts: dict[Evaluation[Client], tuple[RootstockError, asyncio.TimerHandle]] = {}
-        """What is yet to be told of evaluations that were given up, and when."""
+        """What is yet to be told of evaluations that won't be done, and when."""
 
     @property
     def queue(self) -> int:
@@ -134,7 +128,7 @@ class Dispatcher:
             self._asked, self._shortages = worker.evaluate(numbers), 0
         for evaluation, refusal in refused:
             batch.remove(evaluation)
-            tell_soon(evaluation, refusal)
+            self.tell_later(evaluation, refusal)
         if refused and not batch:
             asyncio.get_running_loop().call_soon(self.dispatch)
 
@@ -229,6 +223,12 @@ class Dispatcher:
         for evaluation in self.scheduler.clear():
             evaluation.owner.evaluated(error)
 
+    def tell_later(self, evaluation: Evaluation[Client], error: RootstockError, seconds: float = 0.0) -> None:
+        """Tell its owner that it won't be done; never at once: their next may be here already, and the next."""
+        evaluation.withdrawn = True
+        timer = asyncio.get_running_loop().call_later(seconds, self._tell_verdict, evaluation)
+        self._verdicts[evaluation] = error, timer
+
     def tell_verdicts(self) -> None:
         """Tell at once all that was to be told later."""
         for evaluation in list(self._verdicts):
@@ -272,8 +272,7 @@ class Dispatcher:
             log.warning("%s", error.message)
             # others have the worker first, for as long as they had none: whoever tries the same again would keep it
             amends = min(evaluation.lost + loading, AMENDS) if self.scheduler.waiting else 0.0
-            timer = asyncio.get_running_loop().call_later(amends, self._tell_verdict, evaluation)
-            self._verdicts[evaluation] = error, timer
+            self.tell_later(evaluation, error, amends)
 
     # --- to another worker
 

@@ -14,7 +14,7 @@ from rootstockd.models.spec import in_environment
 from rootstockd.processes.output import Ration
 from rootstockd.processes.worker_process import End, WorkerProcess
 from rootstockd.settings.config import Device
-from rootstockd.supervision.dispatcher import Dispatcher, tell_soon
+from rootstockd.supervision.dispatcher import Dispatcher
 from rootstockd.supervision.failed_starts import FailedStarts
 from rootstockd.supervision.loading import Loading
 from rootstockd.supervision.memory_use import MemoryUse
@@ -269,7 +269,7 @@ class Supervisor:
     def submit(self, evaluation: Evaluation[Client]) -> None:
         """Have an evaluation done; its owner is told when it is over."""
         if self.error is not None:
-            tell_soon(evaluation, self.error)
+            self._dispatcher.tell_later(evaluation, self.error)
         else:
             self._dispatcher.submit(evaluation)
 
