@@ -114,7 +114,4 @@ def find_socket(socket: str | os.PathLike[str] | None = None) -> Path:
     )
 
 
-START_HINT = (
-    "Start one with `rootstockd start --gpu 0` (or `--device cpu`); "
-    f"if it runs elsewhere, set {SOCKET_VARIABLE} to its socket."
-)
+START_HINT = f"Start one with `rootstockd start`; if it runs elsewhere, set {SOCKET_VARIABLE} to its socket."

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rootstockd.supervision.cost_curve import ENOUGH, PATIENCE, WORSE, CostCurve
+from rootstockd.supervision.cost_curve import ENOUGH, PATIENCE, STALE, WORSE, CostCurve
 from rootstockd.supervision.scheduler import Evaluation, Scheduler
 
 
@@ -49,6 +49,23 @@ def test_a_size_is_not_found_slow_before_it_was_tried_some_times():
         assert curve.limit is None
     curve.learn(100, 30.0)
     assert curve.limit == 63
+
+
+def test_what_gains_by_a_batch():
+    assert CostCurve().gains(32, 32), "as far as is known"
+    assert not learnt({32: 1.0, 64: 2.0}).gains(32, 32)
+    assert learnt({32: 1.0, 64: 1.7}).gains(32, 32)
+    assert learnt({32: 1.0}).gains(32, 32), "nobody has tried"
+
+
+def test_what_gained_nothing_is_tried_again_after_a_while():
+    curve = learnt({32: 1.0, 64: 2.0})
+    for _ in range(STALE + 1):
+        assert not curve.gains(32, 32) and not curve.stale(64)
+        curve.learn(32, 1.0)
+    assert curve.stale(64) and curve.gains(32, 32)
+    curve.learn(64, 2.0)
+    assert not curve.stale(64) and not curve.gains(32, 32)
 
 
 def test_one_timing_that_is_far_too_short_does_not_end_batching_for_good():

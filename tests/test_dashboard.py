@@ -126,6 +126,7 @@ def test_the_page_has_the_figures_of_the_daemon(daemon: RunningDaemon, dashboard
         assert shown["batch"] == "1.0" and shown["p50"].endswith(("µs", "ms"))
         shown = row(browser, "sessions")
         assert (shown["session"], shown["user"], shown["pid"]) == (str(session.id), session.user, str(os.getpid()))
+        assert (shown["model"], shown["dtype"]) == ("emt", "float64")
         assert (shown["atoms"], shown["evaluations"]) == ("4", str(session.evaluations))
         assert (row(browser, "users")["user"], row(browser, "users")["sessions"]) == (session.user, "1")
         assert f"of {status.device_states[0].memory_total / 1e9:.1f} GB" in browser.text("#devices")

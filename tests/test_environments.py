@@ -111,7 +111,8 @@ def make_wheel(folder: Path, name: str, version: str, more: dict[str, str] | Non
     with zipfile.ZipFile(path, "w") as wheel:
         for file, text in files.items():
             wheel.writestr(file, text)
-        wheel.writestr(f"{info}/RECORD", "".join(f"{file},,\n" for file in (*files, f"{info}/RECORD")))
+        record = [f"{file},,{len(text.encode())}\n" for file, text in files.items()]
+        wheel.writestr(f"{info}/RECORD", "".join((*record, f"{info}/RECORD,,\n")))
     return path
 
 
@@ -423,7 +424,8 @@ def test_verify_refuses_an_environment_with_other_numbers_and_one_that_fails(
     monkeypatch.setenv("ROOTSTOCKD_STATE", str(tmp_path))
     assert "computes other numbers than it should" in " ".join(env("verify", "tiny", fails=True).split())
     emt = site_packages(folder) / "ase/calculators/emt.py"
-    emt.write_text("print('the last words', flush=True)\nimport os\nos._exit(3)\n")
+    # as long as it was, or it counts as broken before it is tried
+    emt.write_text("print('the last words', flush=True)\nimport os\nos._exit(3)\n".ljust(emt.stat().st_size, "#"))
     words = " ".join(env("verify", "tiny", fails=True).split())
     assert "environment 'tiny' can't be verified: model 'emt' can't be used: its worker ended: exit status 3" in words
     assert "the last words" in words
@@ -556,6 +558,8 @@ def test_a_build_that_is_interrupted_cleans_up_itself(state: Path, tmp_path: Pat
         process.send_signal(signal.SIGINT)
         assert process.wait(30) != 0
     assert not unfinished(state / "environments/own")
+    assert "own was never built to the end" in env("remove", "own")
+    assert "there is none" in env("remove", "own", fails=True)
 
 
 def test_what_is_broken_says_so_and_is_built_again(state: Path, tmp_path: Path, wheels: Path) -> None:
@@ -566,14 +570,24 @@ def test_what_is_broken_says_so_and_is_built_again(state: Path, tmp_path: Path, 
     assert "lacks 1 of its files, such as numpy/__init__.py" in " ".join(env("show", "own", fails=True).split())
     assert "broken" in env("list")
     env("create", "own")
+    build = found("own")
+    (init,) = build.path.glob("lib/python3*/site-packages/numpy/__init__.py")
+    size = init.stat().st_size
+    init.unlink()  # it has hard links
+    init.touch()
+    assert problems_of(build) == [
+        f"numpy 1.1 has 1 file that changed, such as numpy/__init__.py (0 bytes where {size} were installed)"
+    ]
+    env("create", "own")
     mended = found("own")
     assert mended != build and problems_of(mended) == []
     (info,) = mended.path.glob("lib/python3*/site-packages/numpy-1.1.dist-info")
     shutil.rmtree(info)
     assert problems_of(mended) == ["numpy 1.1 is missing"]
     mended.python.unlink()
-    mended.python.symlink_to(tmp_path / "gone")
-    assert "its Python" in problems_of(mended)[0]
+    assert problems_of(mended)[0] == f"{mended.python} is gone, or can't be run"
+    mended.python.symlink_to(tmp_path / "gone/python3")
+    assert problems_of(mended)[0] == f"its Python {mended.manifest.python} is gone from {tmp_path / 'gone'}"
     with pytest.raises(ModelLoadError, match="rootstockd env create own"):
         find_environment("own", "own")
     env("create", "own")

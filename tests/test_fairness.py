@@ -41,6 +41,10 @@ def gpu(atoms: int) -> float:
     return 0.02 + 5e-6 * atoms
 
 
+def one_by_one(atoms: int) -> float:
+    return 2e-4 + 2e-4 * atoms
+
+
 def run(
     jobs: list[Job], cost: Callable[[int], float], until: float, begins: dict[int, float] | None = None
 ) -> tuple[dict[int, list[float]], Counter[int]]:
@@ -98,6 +102,29 @@ def test_one_job_beside_fifty_of_another_user(cost, thinks, atoms, share):
     steps, _ = run(jobs, cost, 60)
     # a batch that is under way can't be taken back, nor can one evaluation be cut into pieces
     assert statistics.median(steps[50][5:]) <= 2 * fair_step(one, jobs, cost) + cost(atoms)
+
+
+@pytest.mark.parametrize("atoms", [32, 256])
+def test_where_batches_gain_nothing_one_job_beside_fifty_has_half_of_the_device(atoms):
+    one = Job(2, atoms)
+    jobs = [*(Job(1, atoms) for _ in range(50)), one]
+    steps, used = run(jobs, one_by_one, 60)
+    assert used[2] > 0.45 * sum(used.values())
+    assert statistics.median(steps[50][5:]) < 1.1 * fair_step(one, jobs, one_by_one)
+    assert sum(map(len, steps.values())) > 0.97 * 60 / one_by_one(atoms), "nor does that cost anything"
+
+
+def test_it_is_noticed_when_batches_gain_something_and_turns_are_longer():
+    """Nothing of what was learnt is true any more, and no batch is as large as those by which that would be noticed."""
+    jobs = [*(Job(1, 32) for _ in range(50)), Job(2, 32)]
+    batches = itertools.count()
+
+    def cost(atoms: int) -> float:
+        return one_by_one(atoms) if next(batches) < 2_000 else gpu(atoms)
+
+    steps, _ = run(jobs, cost, 2_000 * one_by_one(32) + 120)
+    always, _ = run(jobs, gpu, 120)
+    assert len(steps[0]) > 0.75 * len(always[0])
 
 
 @pytest.mark.parametrize("cost", [cpu, gpu])

@@ -92,6 +92,13 @@ def test_models_of_one_name_are_told_apart(shown) -> None:
     assert "mace float32: its worker was replaced 2 times" in text
 
 
+def test_a_session_says_what_it_asked_for(shown) -> None:
+    asked = {"model": "mace", "dtype": "float32", "dispersion": True, "exact": True, "natoms": 4, "state": "idle"}
+    session = SessionStatus(id=7, user="alice", pid=4000, evaluations=0, since=0, **asked)
+    text = shown(daemon([model("mace")], sessions=[session]), 160)
+    assert "float32 +D3 exact" in text.splitlines()[-2]
+
+
 def test_settings_of_dispersion_are_told_apart(shown) -> None:
     common = {"xc": "pbe", "cutoff": 21.167088422}
     models = [model("mace", dispersion={"damping": damping, **common}) for damping in ("bj", "zero")]

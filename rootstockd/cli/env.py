@@ -164,14 +164,17 @@ def show(name: str) -> None:
     """Show what is in an environment, and what it lacks."""
     there = find_build(name)
     if there is None:
-        specification, _ = _named(name, None)
+        specification = find_specification(name)
+        if specification is None:
+            known = sorted({*specification_files(), *built_environments()})
+            raise EnvironmentBuildError(f"there is no environment {name!r}, built or specified.\n{_among(name, known)}")
         console.print(f"{name} was not built: `rootstockd env create {name}`", markup=False)
         console.print(f"python {specification.python}; {', '.join(specification.requirements)}", markup=False)
         return
     manifest = there.manifest
     console.print(
         f"{name}: {manifest.specification.description}\n"
-        f"built     {there.day} by rootstockd {manifest.rootstockd}, specification: {manifest.origin}\n"
+        f"built     {there.day} by rootstockd {manifest.rootstockd}, specification: {_origin(there)}\n"
         f"python    {manifest.python} on {manifest.platform}, torch: {manifest.torch}\n"
         f"path      {there.path}\n"
         f"size      {size_of(there.path) / 1e6:.0f} MB\n"
@@ -211,8 +214,9 @@ def verify(name: str, device: str, catalogues: tuple[Path, ...]) -> None:
 @click.argument("name", shell_complete=environments)
 def remove(name: str) -> None:
     """Remove an environment with all its builds."""
-    remove_environment(name)
-    console.print(f"removed {name}", markup=False)
+    finished = remove_environment(name)
+    words = f"removed {name}" if finished else f"{name} was never built to the end; what was left of that is removed"
+    console.print(words, markup=False)
 
 
 @env.command()
@@ -343,14 +347,21 @@ def _named(name: str, spec: Path | None) -> tuple[Specification, str]:
         return read_specification(spec), str(spec)
     specification = find_specification(name)
     if specification is None:
-        known = sorted(specification_files())
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"Did you mean {near[0]}? " if near else ""
         raise SpecificationError(
-            f"there is no specification for an environment {name!r}.\n{hint}There are: {', '.join(known)}. "
+            f"there is no specification for an environment {name!r}.\n{_among(name, sorted(specification_files()))} "
             "`--spec FILE` names a file that is one."
         )
     return specification, "named"
+
+
+def _origin(there: Build) -> str:
+    return "the one of its name" if there.manifest.origin == "named" else there.manifest.origin
+
+
+def _among(name: str, known: list[str]) -> str:
+    """Which there are, and which of them may have been meant."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"{f'Did you mean {near[0]}? ' if near else ''}There are: {', '.join(known)}."
 
 
 def _specification_for(there: Build) -> tuple[Specification, str]:

@@ -63,11 +63,12 @@ SESSIONS = (
     Column("USER", cell("user"), 2, right=False),
     Column("PID", cell("pid"), 6),
     Column("MODEL", cell("model"), 3, right=False),
+    Column("DTYPE", cell("dtype"), 7, right=False),
     Column("ATOMS", cell("atoms"), 5),
     Column("STATE", cell("state"), 4, right=False),
     Column("EVAL/S", cell("rate", per_second), 1, "rate"),
-    Column("EVALUATIONS", cell("evaluations"), 7, "evaluations"),
-    Column("AGE", cell("age", duration), 8),
+    Column("EVALUATIONS", cell("evaluations"), 8, "evaluations"),
+    Column("AGE", cell("age", duration), 9),
 )
 
 

@@ -44,6 +44,7 @@ from rootstockd.host.devices import DeviceError, found_devices
 from rootstockd.host.log_file import open_log
 from rootstockd.host.peers import peer_of
 from rootstockd.host.sockets import already_runs
+from rootstockd.monitoring.rows import told_apart
 from rootstockd.settings.config import Config
 from rootstockd.settings.config_file import ConfigError
 from rootstockd.settings.config_layers import read_again, unknown_variables
@@ -269,14 +270,15 @@ def launch(config: Config, *, after: int | None = None, named: bool = True) -> s
             console.print("the restart goes on without this command; `rootstockd stop` calls it off")
         raise
     broken = [model for model in status.models if model.error]
-    for model in broken:
-        console.print(f"{model.name}: {model.error}", style="red", markup=False)
+    for name, model in zip(told_apart(status.models), status.models, strict=True):
+        if model.error:
+            console.print(f"{name}: {model.error}", style="red", markup=False)
     if broken and len(broken) == len(status.models):
         end(config.socket, force=True)
         process.wait()
         raise Refused("no model could be loaded, so the daemon was stopped again.")
     print_warnings(status.warnings)
-    loaded = [model.name for model in status.models if model.state == "ready"]
+    loaded = list(dict.fromkeys(model.name for model in status.models if model.state == "ready"))
     name = loaded[0] if loaded else "mace-emt-small"
     console.print(
         f"ready on {', '.join(map(str, config.devices))}, models loaded: {', '.join(loaded) or 'none yet'}\n\n"
@@ -319,7 +321,8 @@ def wait_until_ready(process: subprocess.Popen[bytes], config: Config, log_posit
             elif status is not None:
                 if status.state == "ready":
                     return status
-                loading = [f"{model.name} {model.loading.text}" for model in status.models if model.loading]
+                models = zip(told_apart(status.models), status.models, strict=True)
+                loading = [f"{name} {model.loading.text}" for name, model in models if model.loading]
                 text = "; ".join(loading) or "starting"
             say(text)
             time.sleep(POLL)

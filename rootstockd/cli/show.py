@@ -6,7 +6,7 @@ import contextlib
 import os
 import subprocess
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ from rootstockd.cli.common import (
 from rootstockd.cli.quantities import count, duration, plural, size, span
 from rootstockd.cli.units import unit_at
 from rootstockd.control.schema import LONG, DaemonStatus, ModelStatus, at_a_batch
-from rootstockd.monitoring.rows import dtypes, settings_in_words
+from rootstockd.monitoring.rows import dtypes, session_dtype, settings_in_words, told_apart
 
 STATE_COLOUR = {
     "ready": "green",
@@ -95,7 +95,7 @@ def show(daemon: DaemonStatus) -> None:
 
 def show_models(models: list[ModelStatus]) -> list[str]:
     """Print the models, what is wrong with some, and what computes; the columns for which there was no room."""
-    names = _told_apart(models)
+    names = told_apart(models)
     precisions = dtypes(models)
     alike = len({(model.name, dtype) for model, dtype in zip(models, precisions, strict=True)}) < len(models)
     hidden = print_fitting(
@@ -144,22 +144,13 @@ def show_models(models: list[ModelStatus]) -> list[str]:
 def say_for_all(models: list[ModelStatus], words: Callable[[ModelStatus], list[str]], style: str) -> None:
     """Print what there is to say of models, once for those of which the same is to be said."""
     of: dict[str, list[str]] = {}
-    for name, model in zip(_told_apart(models), models, strict=True):
+    for name, model in zip(told_apart(models), models, strict=True):
         for text in words(model):
             if name not in of.setdefault(text, []):
                 of[text].append(name)
     for text, names in of.items():
         shown = names if len(names) <= _SHOWN_NAMES else [*names[:_SHOWN_NAMES], f"{len(names) - _SHOWN_NAMES} more"]
         console.print(f"{', '.join(shown)}: {text}", style=style, markup=False)
-
-
-def _told_apart(models: list[ModelStatus]) -> list[str]:
-    """Names, with the dtype where it takes that to tell models apart."""
-    seen = Counter(model.name for model in models)
-    return [
-        model.name if seen[model.name] == 1 else f"{model.name} {dtype}"
-        for model, dtype in zip(models, dtypes(models), strict=True)
-    ]
 
 
 def _state(model: ModelStatus) -> str:
@@ -185,9 +176,10 @@ def show_sessions(daemon: DaemonStatus) -> list[str]:
             Column("user", [escape(session.user) for session in shown]),
             Column("pid", [str(session.pid) for session in shown], rank=1),
             Column("model", [escape(session.model or "-") for session in shown]),
+            Column("dtype", [session_dtype(session) for session in shown], rank=3),
             Column("state", [session.state for session in shown], rank=2),
             Column("atoms", [str(session.natoms or "-") for session in shown], right=True),
-            Column("evaluations", [count(session.evaluations) for session in shown], right=True, rank=3),
+            Column("evaluations", [count(session.evaluations) for session in shown], right=True, rank=4),
         ]
     )
     if len(daemon.sessions) > len(shown):

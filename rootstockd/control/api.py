@@ -226,20 +226,21 @@ def model_status(model: Supervisor, fleet: Fleet) -> ModelStatus:
     keep_alive = fleet.keep_alive(model)
     latencies = model.meter.latencies(0.5, 0.99)
     batch, seconds = model.under_way
+    workers, info = model.workers, model.workers.info
     return ModelStatus(
         name=model.spec.name,
         device=str(model.device) if model.device else None,
         dtype=model.spec.dtype,
         dispersion=model.spec.dispersion,
-        fingerprint=model.fingerprint,
+        fingerprint=workers.fingerprint,
         state=model.state.value,
         error=str(why) if why else None,
         loading=loading_status(model, fleet),
-        backend=model.info.backend if model.info else None,
+        backend=info.backend if info else None,
         retired=model.retired,
-        environment=model.environment.description if model.environment else None,
-        note=(model.info.note or None) if model.info else None,
-        unconfined=model.unconfined,
+        environment=workers.environment.description if workers.environment else None,
+        note=(info.note or None) if info else None,
+        unconfined=workers.unconfined,
         batch_atoms=model.scheduler.budget,
         pid=model.pid,
         memory=model.memory.now or (process_memory(model.pid) if model.pid and model.spec.device == "cpu" else None),
@@ -268,6 +269,9 @@ def session_status(session: Session) -> SessionStatus:
         user=session.user,
         pid=session.pid,
         model=request.model if request else None,
+        dtype=session.system.key.dtype if request else None,
+        dispersion=bool(request and request.options),
+        exact=bool(request and request.exact),
         natoms=len(request.numbers) if request else None,
         state=session.state,
         evaluations=session.evaluations,

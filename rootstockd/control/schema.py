@@ -56,7 +56,7 @@ class Loading(BaseModel):
         if self.state == "waiting":
             return "is about to be loaded"
         last = f", the last time it took {self.expected:.0f} s" if self.expected else ""
-        stage = f"{self.stage} (what computes it is compiled the first time)" if self.stage == CHECKS else self.stage
+        stage = f"{self.stage} (what computes it is compiled if it never was)" if self.stage == CHECKS else self.stage
         return f"is loading: {stage}, for {self.elapsed:.0f} s{last}"
 
 
@@ -125,6 +125,12 @@ class SessionStatus(BaseModel):
     user: str
     pid: int
     model: str | None
+    dtype: str | None = None
+    """What is computed in; None, as the others, until it has asked for a model."""
+    dispersion: bool = False
+    """D3 is added."""
+    exact: bool = False
+    """Nothing is done that could change bits between runs."""
     natoms: int | None
     state: str
     """new, idle or busy."""

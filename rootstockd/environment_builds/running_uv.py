@@ -105,21 +105,35 @@ def run_uv(
 
 
 def _follow(process: subprocess.Popen[str], stdin: str, *, loud: bool) -> list[str]:
-    """Give it what it reads; the last of what it says until it ends."""
+    """Give it what it reads; the last of what it says until it ends. An error is not passed on: it is raised."""
     last: deque[str] = deque(maxlen=_LAST_LINES)
+    held: list[str] = []
     assert process.stdin is not None and process.stderr is not None
     process.stdin.write(stdin)  # a few lines, which a pipe holds
     process.stdin.close()
     for line in process.stderr:
         last.append(line.rstrip())
-        if loud:
-            print(f"  {line.rstrip()}", file=sys.stderr, flush=True)  # noqa: T201
+        if held or _begins_error(line):
+            held.append(line)
+        elif loud:
+            _pass_on(line)
+    if process.wait() == 0 and loud:  # it got on in spite of it
+        for line in held:
+            _pass_on(line)
     return list(last)
+
+
+def _pass_on(line: str) -> None:
+    print(f"  {line.rstrip()}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _begins_error(line: str) -> bool:
+    return line.strip().startswith(("error:", "×"))
 
 
 def failure(doing: str, status: int, lines: list[str]) -> str:
     """What went wrong, from what uv said, and what to do."""
-    begin = next((number for number, line in enumerate(lines) if line.strip().startswith(("error:", "×"))), 0)
+    begin = next((number for number, line in enumerate(lines) if _begins_error(line)), 0)
     said = (
         "\n  ".join(line for line in lines[begin:] if line.strip())
         or f"it ended with status {status} without a message"

@@ -28,6 +28,7 @@ from pydantic import BaseModel, ValidationError
 
 from rootstockd.environments.specification import Specification, check_name
 from rootstockd.settings.state_dir import check_trusted, own_state, state_dirs
+from rootstockd.words import so_many
 from rootstockd.worker.files import digest_of
 
 SCHEMA_VERSION = 1
@@ -170,8 +171,10 @@ def problems_of(build: Build) -> list[str]:
     manifest = build.manifest
     found = []
     if not os.access(build.python, os.X_OK):
-        home = _home(build)
-        found.append(f"its Python {manifest.python} is gone from {home}" if home else "its Python is gone")
+        if build.python.is_symlink():
+            found.append(f"its Python {manifest.python} is gone from {build.python.readlink().parent}")
+        else:
+            found.append(f"{build.python} is gone, or can't be run")
     if manifest.platform != sysconfig.get_platform():
         found.append(f"it is for {manifest.platform}, and this machine is {sysconfig.get_platform()}")
     try:
@@ -186,27 +189,37 @@ def problems_of(build: Build) -> list[str]:
             found.append(f"{name} {version} is missing")
         elif dist.version != version:
             found.append(f"{name} is {dist.version} where {version} was built")
-        elif lost := [file for file in recorded_files(dist) if not _is_there(dist, file)]:
-            found.append(f"{name} {version} lacks {len(lost)} of its files, such as {lost[0]}")
+        else:
+            found += _changes_in(dist, f"{name} {version}")
     return found
 
 
-def recorded_files(dist: metadata.Distribution) -> list[str]:
-    """What was installed; `dist.files` tells, from Python 3.12 on, only what is there still."""
-    return [row[0] for row in csv.reader((dist.read_text("RECORD") or "").splitlines()) if row]
+def recorded_files(dist: metadata.Distribution) -> dict[str, int | None]:
+    """What was installed, and how many bytes each file had if that was noted down.
+
+    `dist.files` tells, from Python 3.12 on, only what is there still.
+    """
+    rows = [row for row in csv.reader((dist.read_text("RECORD") or "").splitlines()) if row]
+    return {row[0]: int(row[2]) if len(row) > 2 and row[2].isdecimal() else None for row in rows}  # noqa: PLR2004
 
 
-def _is_there(dist: metadata.Distribution, file: str) -> bool:
-    return file.endswith(".pyc") or os.path.lexists(str(dist.locate_file(file)))
-
-
-def _home(build: Build) -> str:
-    with contextlib.suppress(OSError):
-        for line in (build.path / "pyvenv.cfg").read_text().splitlines():
-            key, _, value = line.partition("=")
-            if key.strip() == "home":
-                return value.strip()
-    return ""
+def _changes_in(dist: metadata.Distribution, what: str) -> list[str]:
+    """What is not as it was installed, in words."""
+    lost, changed = [], []
+    for file, size in recorded_files(dist).items():
+        if file.endswith(".pyc"):
+            continue
+        try:
+            now = Path(str(dist.locate_file(file))).stat().st_size
+        except OSError:
+            lost.append(file)
+        else:
+            if size not in (None, now):
+                changed.append(f"{file} ({now} bytes where {size} were installed)")
+    found = [f"{what} lacks {len(lost)} of its files, such as {lost[0]}"] if lost else []
+    if changed:
+        found.append(f"{what} has {so_many(len(changed), 'file')} that changed, such as {changed[0]}")
+    return found
 
 
 def site_packages(path: Path) -> Path:
@@ -323,8 +336,8 @@ def remove_build(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
-def remove_environment(name: str) -> None:
-    """Remove all builds of an environment.
+def remove_environment(name: str) -> bool:
+    """Remove all builds of an environment; whether any was ever finished.
 
     Raises:
         EnvironmentBuildError: it is not there to remove, or in use.
@@ -340,7 +353,9 @@ def remove_environment(name: str) -> None:
                 f"environment {name!r} is in use by a worker, in {used[0]}. Stop the daemon, or unload its models, "
                 "first."
             )
+        finished = (folder / "current").is_symlink() or bool(finished_builds(folder))
         (folder / "current").unlink(missing_ok=True)
         for path in (folder / "builds").iterdir():
             remove_build(path)
         shutil.rmtree(folder, ignore_errors=True)
+    return finished

@@ -119,7 +119,7 @@ class Fleet:
     def elements(self, key: WorkerKey, entry: Entry) -> set[int]:
         """Atomic numbers that a model knows, as it says or else as its entry does; none where neither does."""
         spec, model = self._spec(key, entry), self._models.get(key)
-        info = model.first.info if model is not None and model.spec == spec else None
+        info = model.first.workers.info if model is not None and model.spec == spec else None
         return set((info.elements if info is not None else ()) or spec.elements)
 
     # --- models come and go

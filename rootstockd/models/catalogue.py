@@ -284,8 +284,9 @@ class Catalogue(Mapping[str, Entry]):
 
 def _nearest(name: str, names: list[str]) -> list[str]:
     """The names that were most likely meant, first those that begin like it."""
-    longer = sorted(known for known in names if len(name) > 1 and known.lower().startswith(name.lower()))
-    alike = difflib.get_close_matches(name, names, n=_SUGGESTED, cutoff=0.4)
+    name = name.lower()
+    longer = sorted(known for known in names if len(name) > 1 and known.lower().startswith(name))
+    alike = difflib.get_close_matches(name, names, n=_SUGGESTED, cutoff=0.5)
     return list(dict.fromkeys([*longer, *alike]))[:_SUGGESTED]
 
 

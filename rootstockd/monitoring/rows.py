@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,6 +40,7 @@ def session_row(session: SessionStatus, history: History, now: float) -> dict[st
         "user": session.user,
         "pid": session.pid,
         "model": session.model or "-",
+        "dtype": session_dtype(session),
         "atoms": session.natoms or "-",
         "state": session.state,
         "rate": history.rate(session),
@@ -80,6 +82,20 @@ def dtypes(models: Sequence[ModelStatus]) -> list[str]:
         which = f" ({settings_in_words(settings)})" if settings else ""
         found.append(f"{model.dtype} +D3{which}" if model.dispersion else model.dtype)
     return found
+
+
+def session_dtype(session: SessionStatus) -> str:
+    """What a session's evaluations are computed in, and what it asked for beside."""
+    if session.dtype is None:
+        return "-"
+    return session.dtype + " +D3" * session.dispersion + " exact" * session.exact
+
+
+def told_apart(models: Sequence[ModelStatus]) -> list[str]:
+    """Names, with the dtype where it takes that to tell models apart."""
+    seen = Counter(model.name for model in models)
+    found = zip(models, dtypes(models), strict=True)
+    return [model.name if seen[model.name] == 1 else f"{model.name} {dtype}" for model, dtype in found]
 
 
 def settings_in_words(dispersion: dict[str, JsonValue]) -> str:

@@ -302,7 +302,7 @@ class Session(asyncio.BufferedProtocol):
             self._model.scheduler.withdraw(self._evaluation)
             self._evaluation = None
             self.account.queued -= 1
-        self._model.release(self.system.number)
+        self._model.workers.release(self.system.number)
         self._model.leave(self)
         self._model = None
         self.system.close()
@@ -321,7 +321,7 @@ class Session(asyncio.BufferedProtocol):
                 return False
             old.scheduler.withdraw(evaluation)
             evaluation.withdrawn = False
-        old.release(self.system.number)
+        old.workers.release(self.system.number)
         model.join(self)
         self._model = model
         old.leave(self)
@@ -373,7 +373,7 @@ class Session(asyncio.BufferedProtocol):
     def _changed(self) -> RootstockError | None:
         """That a driver whose stream was handed over would get the result of another potential than before."""
         assert self._line is not None and self._model is not None
-        now = self._model.fingerprint
+        now = self._model.workers.fingerprint
         if not self._potential:
             self._potential = now
             self._line.tell_model(now)

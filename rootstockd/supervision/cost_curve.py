@@ -11,6 +11,10 @@ ENOUGH = 3
 PATIENCE = 300
 """Batches after which all is learnt anew: whatever else used the device may be gone, and structures may be others."""
 
+GAIN = 0.85
+"""The part of what it takes by itself that something may cost in a batch with others to gain by it: more is noise."""
+STALE = 100
+"""Batches without one of a size, after which what was known of that size may be true no more."""
 UNKNOWN = 1e-4
 """Seconds an atom until the first batch is done."""
 
@@ -21,6 +25,8 @@ class CostCurve:
     def __init__(self) -> None:
         self._rates: dict[int, float] = {}
         self._counts: dict[int, int] = {}
+        self._latest: dict[int, int] = {}
+        """Which was the latest batch of a size."""
         self._learnt = 0
         self.limit: int | None = None
         """The most atoms that a batch of several evaluations should have; None while no size is known to be slow."""
@@ -33,10 +39,12 @@ class CostCurve:
         if self.limit is not None and self._learnt % PATIENCE == 0:
             self._rates.clear()
             self._counts.clear()
+            self._latest.clear()
         size, rate = atoms.bit_length(), seconds / atoms
         known = self._rates.get(size, rate)
         self._rates[size] = known + (FASTER if rate < known else SLOWER) * (rate - known)
         self._counts[size] = self._counts.get(size, 0) + 1
+        self._latest[size] = self._learnt
         self.cheapest = min(self._rates.values())
         self._find_limit()
 
@@ -47,6 +55,16 @@ class CostCurve:
             below = [known for known in rates if known < size]
             rate = rates[max(below) if below else min(rates)] if rates else UNKNOWN
         return rate * atoms
+
+    def stale(self, atoms: int) -> bool:
+        """Whether what is known of batches of so many atoms is old."""
+        return self._learnt - self._latest.get(atoms.bit_length(), self._learnt) > STALE
+
+    def gains(self, atoms: int, more: int) -> bool:
+        """Whether so many atoms more cost less with so many than by themselves; true where that is not known."""
+        if self._counts.get((atoms + more).bit_length(), 0) < ENOUGH or self.stale(atoms + more):
+            return True
+        return self.seconds(atoms + more) - self.seconds(atoms) < GAIN * self.seconds(more)
 
     def _find_limit(self) -> None:
         cheapest = float("inf")

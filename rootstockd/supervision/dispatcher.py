@@ -74,7 +74,8 @@ class Dispatcher:
     def hang_limit(self) -> float:
         """Seconds that the batch under way may take."""
         sizes = [evaluation.atoms for evaluation in self.scheduler.running]
-        return self._hang_limit.seconds(sum(sizes), max(sizes), first=self._new)
+        larger = max(sizes) > max(self._largest.values())
+        return self._hang_limit.seconds(sum(sizes), first=self._new, larger=larger)
 
     @property
     def abandoned(self) -> bool:
@@ -211,8 +212,7 @@ class Dispatcher:
             self._let_go()
         if new or seconds > self._hang_limit.ordinary:
             done = [evaluation for evaluation in batch if evaluation.owner.system.number not in failures]
-            sizes = [evaluation.atoms for evaluation in done]
-            self._hang_limit.learn(sum(sizes), max(sizes, default=0), seconds, first=new)
+            self._hang_limit.learn(sum(evaluation.atoms for evaluation in done), seconds, first=new)
             for evaluation in done:
                 self._largest[evaluation.alone] = max(self._largest[evaluation.alone], evaluation.atoms)
 

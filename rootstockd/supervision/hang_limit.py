@@ -27,14 +27,11 @@ class HangLimit:
         self._least = least
         self._slowest = {False: 0.0, True: 0.0}
         """By whether there was a first structure in the batch."""
-        self.largest = 0
-        """Atoms of the largest evaluation that was done."""
         self.ordinary = 0.0
         """Seconds up to which a batch without one teaches nothing, whatever its size."""
 
-    def learn(self, atoms: int, largest: int, seconds: float, *, first: bool) -> None:
-        """A batch of so many atoms, the largest of its evaluations so many, took so long."""
-        self.largest = max(self.largest, largest)
+    def learn(self, atoms: int, seconds: float, *, first: bool) -> None:
+        """A batch of so many atoms took so long."""
         self._slowest[first] = max(self._slowest[first], seconds / max(FEW, atoms))
         self.ordinary = FEW * self._slowest[False]
 
@@ -44,9 +41,9 @@ class HangLimit:
             self._slowest[first] *= FORGET
         self.ordinary = FEW * self._slowest[False]
 
-    def seconds(self, atoms: int, largest: int, *, first: bool) -> float:
-        """How long a batch of so many atoms, the largest of its evaluations so many, may take."""
+    def seconds(self, atoms: int, *, first: bool, larger: bool = False) -> float:
+        """How long a batch of so many atoms may take; `larger` with an evaluation that is larger than any before."""
         rate = max(self._slowest.values()) if first else self._slowest[False]
-        if largest > self.largest:
+        if larger:
             rate = max(rate, PRIOR)
         return max(self._least, MARGIN * rate * max(atoms, FEW))

@@ -10,7 +10,8 @@ the seconds that their evaluations cost over their shares; between one user's se
 evaluation at a time, the self-clocked kind (Golestani, INFOCOM 1994) by what they probably cost. Where several users
 want the worker, a batch takes no longer than the turn of anybody who waits for others in it: the time of their own
 evaluation times the sum of all shares over theirs. So a step takes at most twice as long as on a device of their
-share's speed: once for the batch under way, once for its own.
+share's speed: once for the batch under way, once for its own. Nor are there several evaluations in it that gain nothing
+by it: whoever has one at a time would be back only after it, and get half of their share.
 
 One thing is waited for: a driver computes between two evaluations, and a much longer one of somebody else's that begins
 in that moment would keep it from its share. So where it was back soon the last time, and it is its turn, the worker
@@ -124,22 +125,30 @@ class _User(Generic[Owner]):
 
 
 class _Turns:
-    """How long a batch may take, by whose evaluations are in it.
+    """What may be in a batch where there are several users, by whose evaluations are in it.
 
     Args:
         turns: the turn of each user who wants the worker, in seconds, by uid.
+        costs: what batches cost.
     """
 
-    def __init__(self, turns: dict[int, float]) -> None:
+    def __init__(self, turns: dict[int, float], costs: CostCurve) -> None:
+        self._costs, self._several = costs, len(turns) > 1
         self._all, self._shortest = min((seconds, uid) for uid, seconds in turns.items())
         self._others = min((seconds for uid, seconds in turns.items() if uid != self._shortest), default=math.inf)
         self._in_it: set[int] = set()
 
-    def allow(self, uid: int, seconds: float) -> bool:
-        """Whether the batch may take so long with this user's evaluation in it. Nobody waits for themselves."""
+    def allow(self, uid: int, atoms: int, more: int) -> bool:
+        """Whether a batch of so many atoms may have so many more in an evaluation of this user.
+
+        Nobody waits for themselves. Others may be back before the next batch, so what gains nothing by this one is left
+        to that. One of a size of which nothing was heard for long is done, as turns are as long as that takes.
+        """
         self._in_it.add(uid)
         alone = len(self._in_it) == 1 and uid == self._shortest
-        return seconds <= (self._others if alone else self._all)
+        if self._costs.seconds(atoms + more) > (self._others if alone else self._all):
+            return False
+        return not self._several or (self._costs.gains(atoms, more) and not self._costs.stale(atoms))
 
 
 class Scheduler(Generic[Owner]):
@@ -279,8 +288,8 @@ class Scheduler(Generic[Owner]):
 
     def _fill(self) -> list[Evaluation[Owner]]:
         """A batch, in fair order; what does not fit is not overtaken."""
-        budget, costs, users = self.budget, self.costs, self._users
-        turns = _Turns(self._turns()) if len(users) > 1 else None
+        budget = self.budget
+        turns = _Turns(self._turns(), self.costs) if len(self._users) > 1 else None
         user = self._next_user()
         batch: list[Evaluation[Owner]] = []
         atoms = 0
@@ -288,16 +297,16 @@ class Scheduler(Generic[Owner]):
             self._now = max(self._now, user.start)
         while user.queue:
             following = user.queue[0][2]
-            atoms += following.atoms
-            if batch and (following.alone or atoms > budget or len(batch) == MAX_EVALUATIONS):
+            more = following.atoms
+            if batch and (following.alone or atoms + more > budget or len(batch) == MAX_EVALUATIONS):
                 break
             if turns is not None:
-                seconds = self._seconds(following)
-                fits = turns.allow(user.uid, costs.seconds(atoms))
-                if batch and not fits:
+                allowed = turns.allow(user.uid, atoms, more)
+                if batch and not allowed:
                     break
                 self._now = user.start
-                user.start += seconds / user.share
+                user.start += self._seconds(following) / user.share
+            atoms += more
             user.last = self._batches
             batch.append(user.pop())
             if following.alone:

@@ -1,4 +1,4 @@
-"""One warm model: its worker, and whatever has to happen for there always to be one."""
+"""One warm model: whether it is in memory, and what follows when a worker of it has ended."""
 
 from __future__ import annotations
 
@@ -9,44 +9,23 @@ import time
 from dataclasses import replace
 
 from rootstock_client.errors import DeviceFailedError, LimitError, ModelLoadError, RootstockError
-from rootstockd.environments.finding import Environment, damage_of, find_environment
-from rootstockd.models.spec import in_environment
-from rootstockd.processes.output import Ration
-from rootstockd.processes.worker_process import End, WorkerProcess
+from rootstockd.environments.finding import damage_of
+from rootstockd.processes.worker_process import End
 from rootstockd.settings.config import Device
 from rootstockd.supervision.dispatcher import Dispatcher
 from rootstockd.supervision.failed_starts import FailedStarts
-from rootstockd.supervision.loading import Loading
-from rootstockd.supervision.memory_use import MemoryUse
 from rootstockd.supervision.meter import Meter
 from rootstockd.supervision.roles import Client, Landlord, State
 from rootstockd.supervision.scheduler import Evaluation
-from rootstockd.supervision.watchdog import Occupation, watch
-from rootstockd.supervision.worker_messages import WorkerMessages
+from rootstockd.supervision.workers import TICK, Workers
 from rootstockd.worker.engines import EngineInfo, ModelSpec
-from rootstockd.worker.failures import disk_full
 
 log = logging.getLogger(__name__)
 
-TICK = 1.0
-"""Seconds between looks at how long the worker has been at something, at most."""
 STOP_PATIENCE = 10.0
 """Seconds that a stopping daemon waits for a killed worker, which may be stuck in the kernel."""
-ABANDONED, AT_MOST = 10.0, 30.0
-"""Seconds, at least and at most, that others wait for an evaluation whose session has gone, until a fresh worker does
-theirs: to load the model again takes some, too, though less than the first time, when it was compiled."""
 RETRY_AFTER = 10.0
 """Seconds until a broken model may be tried again."""
-
-
-def _with_environment(spec: ModelSpec) -> tuple[Environment, ModelSpec]:
-    """Where a worker is to be started now, and what it is to load there.
-
-    Raises:
-        ModelLoadError: there is no such place.
-    """
-    environment = find_environment(spec.environment, spec.family)
-    return environment, in_environment(spec, environment)
 
 
 class Supervisor:
@@ -76,47 +55,35 @@ class Supervisor:
         self.device: Device | None = None
         """Where its worker is, or is about to be."""
         self.error: RootstockError | None = None
-        self.info: EngineInfo | None = None
-        self.unconfined: list[str] = [] if spec.confine else ["the configuration or the catalogue says confine = false"]
-        """Why its workers have more rights than they need."""
+        """Why it is broken, if it is."""
         self.restarts = 0
         self.clients: set[Client] = set()
         """Whose systems are bound to this model."""
-        self.memory = MemoryUse()
-        self.loading = Loading()
         self.obstacle = ""
         """What is in the way of loading, while it waits."""
         self.refusal: LimitError | None = None
         """Why it is not in memory, where there was no room for it."""
-        self.environment: Environment | None = None
-        """Where its last worker was started; looked for anew for each, as another may have been built."""
-        self.fingerprint = ""
-        """Of all that determines the numbers of its last worker, in that environment."""
         self._landlord = landlord
-        self._ration = Ration()
-        self._worker: WorkerProcess | None = None
         self._settled = asyncio.Event()
         self._stopping = asyncio.Event()
         self._wanted = asyncio.Event()
         self._wanted.set()
         self._dispatcher = Dispatcher(spec.name, batch_atoms, hang_timeout, self._wanted.set)
-        self._messages = WorkerMessages(spec.name, self._dispatcher, self)
+        tick = min(TICK, hang_timeout / 10, load_timeout / 10)
+        self.workers = Workers(spec, self._dispatcher, tick, load_timeout, self._loaded)
+        self.loading, self.memory = self.workers.loading, self.workers.memory
         self.scheduler, self.pace = self._dispatcher.scheduler, self._dispatcher.pace
         self._vacant = asyncio.Event()
         self._leaving = asyncio.Event()
         """Its worker is to end, for good or so that others may have its memory."""
-        self._shortage: LimitError | None = None
-        """The device had no memory for it."""
         self.retired = False
-        self._load_timeout = load_timeout
-        self._tick = min(TICK, hang_timeout / 10, load_timeout / 10)
         self._ended_at = 0.0
         self._task = asyncio.create_task(self._keep_warm(), name=f"supervisor {spec.name}")
 
     @property
     def pid(self) -> int | None:
         """Process id of the worker, while there is one."""
-        return self._worker.pid if self._worker else None
+        return self.workers.now.pid if self.workers.now else None
 
     async def settled(self) -> None:
         """Until the model is ready, or known to be broken, or to have no room."""
@@ -157,12 +124,7 @@ class Supervisor:
         self._stopping.set()
         self._leaving.set()
         self._wanted.set()
-        self._kill_worker()
-
-    def _kill_worker(self) -> None:
-        if self._worker is not None:
-            self._worker.hang_up()
-            self._worker.kill()
+        self.workers.end()
 
     # --- whether it is in memory
 
@@ -208,9 +170,8 @@ class Supervisor:
             self._wanted.clear()
         if not self._vacant.is_set():
             self._leaving.set()
-            self._kill_worker()
+            self.workers.end()
         if self.state is not State.FAILED:
-            self.error = self._shortage = None
             self._set_state(State.WAITING if self.scheduler.waiting else State.COLD)
 
     def refuse(self, error: LimitError) -> None:
@@ -273,49 +234,19 @@ class Supervisor:
         else:
             self._dispatcher.submit(evaluation)
 
-    def release(self, number: int) -> None:
-        """A slot will not be used again."""
-        if self._worker is not None:
-            self._worker.detach(number)
-
-    # --- what its worker says of itself (WorkerMessages)
-
-    def computes(self, info: EngineInfo, *, ready: bool) -> None:
-        """What the worker computes with; whether it has the model only now."""
-        self.info = info
-        if not ready:  # of what has changed the worker tells the log itself
-            return
+    def _loaded(self, info: EngineInfo) -> None:
+        """A worker has the model."""
+        seconds = self.loading.seconds or 0.0
         where = f"{self.device} in {self.spec.dtype} ({info.backend})"
-        self._dispatcher.last_use = time.perf_counter()
-        seconds = self.loading.done()
-        self.meter.totals.loading.add(seconds)
         log.info("model %s is ready on %s after %.1f s", self.spec.name, where, seconds)
-        self._set_state(State.READY)
-        self._dispatcher.dispatch()
         if info.note:
             log.warning("model %s on %s: %s", self.spec.name, where, info.note)
+        self._dispatcher.last_use = time.perf_counter()
+        self.meter.totals.loading.add(seconds)
+        self._set_state(State.READY)
+        self._dispatcher.dispatch()
 
-    def not_loaded(self, error: RootstockError) -> None:
-        """Loading has failed: the model is broken, unless it only wants memory."""
-        if isinstance(error, LimitError):
-            log.warning("model %s: %s", self.spec.name, error.message)
-            self._shortage = error
-        else:
-            self.error = error
-
-    def incompatible(self, error: ModelLoadError) -> None:
-        """This daemon can't talk to the worker, which is ended."""
-        self.error = error
-        if self._worker is not None:
-            self._worker.kill(End(error.message, blamed=False))
-            self._worker.hang_up()
-
-    def distrust(self) -> None:
-        """The worker said what makes no sense, and is ended: what it computes can't be trusted either."""
-        if self._worker is not None:
-            self._worker.distrust("what is no message")
-
-    # --- the worker's life
+    # --- one worker after another
 
     async def _keep_warm(self) -> None:
         """Have a worker whenever it is wanted, until the model is broken or no longer wanted for good."""
@@ -324,14 +255,14 @@ class Supervisor:
         except Exception as error:  # of the daemon's own: or it would count as loading for ever
             log.exception("model %s: keeping it warm failed", self.spec.name)
             what = f"model {self.spec.name!r}: the daemon itself failed: {type(error).__name__}: {error}."
-            self._kill_worker()
+            self.workers.end()
             self._fail(ModelLoadError(what, "Try again; `rootstockd logs` has more, for whoever maintains rootstockd."))
         finally:
             self._vacant.set()
 
     async def _come_and_go(self) -> None:
         while self.state is not State.FAILED:
-            self.device = self.error = self._shortage = None  # whatever was wrong where it was
+            self.device = None
             self._vacant.set()
             await self._wanted.wait()
             if self._stopping.is_set():
@@ -358,14 +289,13 @@ class Supervisor:
         failed = FailedStarts(self.spec.name)
         while not self._leaving.is_set():
             self._set_state(State.LOADING)
-            end = await self._run_worker(variables)
-            if self.state is State.LOADING and self.loading.drop_backend(end, self.error or self._shortage):
+            end, error = await self.workers.run(variables)
+            if self.state is State.LOADING and self.loading.drop_backend(end, error):
                 backend, how = self.loading.trying, self.loading.without[self.loading.trying]
                 log.warning("model %s does without %s, which ended a worker: %s", self.spec.name, backend, how)
-                self.error = None
                 self._replace(end)
                 continue
-            failed_there = end.disorder or isinstance(self.error, DeviceFailedError)
+            failed_there = end.disorder or isinstance(error, DeviceFailedError)
             lost = not self._leaving.is_set() and await self._landlord.has_lost(self, failed=failed_there)
             if self._leaving.is_set():
                 return
@@ -375,19 +305,19 @@ class Supervisor:
                 failed.forget()
             log.warning("the worker of %s ended: %s", self.spec.name, end.how)
             if lost:
-                why = f": {self.error.message}" if self.error else ""
+                why = f": {error.message}" if error else ""
                 log.warning("model %s: %s can't be used, and it goes to another%s", self.spec.name, self.device, why)
-                self.error = self._shortage = None
                 self._replace(replace(end, blamed=end.disorder))  # it may be what it was at that its GPU did not bear
                 return
-            if (shortage := self._shortage) is not None:
-                self._shortage = None
+            if isinstance(error, LimitError):  # it only wants memory
+                log.warning("model %s: %s", self.spec.name, error.message)
                 failed.forget()
-                if not await self._landlord.make_room(self):
-                    self.error = shortage
-            self.error = self.error or failed.verdict()
-            if (error := self.error) is not None:
-                if self.environment and (damage := await asyncio.to_thread(damage_of, self.environment)):
+                if await self._landlord.make_room(self):
+                    error = None
+            error = error or failed.verdict()
+            if error is not None:
+                environment = self.workers.environment
+                if environment and (damage := await asyncio.to_thread(damage_of, environment)):
                     error.hint = f"{damage} {error.hint}".strip()
                 log.error("%s", error)
                 self._fail(error)
@@ -410,48 +340,9 @@ class Supervisor:
         self.restarts += 1
         self.meter.totals.restarts += 1
 
-    async def _run_worker(self, variables: dict[str, str]) -> End:
-        """One worker from its start to its end."""
-        self.loading.begin("starting")
-        self.memory.begin()
-        try:
-            environment, spec = await asyncio.to_thread(_with_environment, self.spec)
-            self.environment, self.fingerprint = environment, spec.fingerprint
-            worker = self._worker = await WorkerProcess.start(
-                replace(spec, without=self.loading.without), environment, variables, self._messages.hear, self._ration
-            )
-        except ModelLoadError as error:
-            self.error = error
-            return End(error.message, blamed=True)
-        except Exception as error:  # or the model would count as loading for ever
-            # a disk is full for a while
-            return End(f"it could not be started: {error}", blamed=not disk_full(error))
-        if self._leaving.is_set():
-            worker.kill()
-        name = self.spec.name
-        watching = asyncio.create_task(watch(worker, name, self._occupation, self._tick), name=f"watch {name}")
-        try:
-            return await worker.wait()
-        finally:
-            watching.cancel()
-            self._worker = None
-            self.memory.end()
-
-    def _occupation(self) -> Occupation | None:
-        """What the worker is at."""
-        if self.state is State.LOADING:
-            return Occupation("loading", self.loading.since, self._load_timeout)
-        if self.scheduler.running:
-            sent, limit = self._dispatcher.sent, self._dispatcher.hang_limit
-            if self._dispatcher.abandoned:
-                limit = min(limit, max(ABANDONED, self.loading.seconds or 0.0), AT_MOST)
-                return Occupation("an evaluation that nobody waits for any more", sent, limit, wanted=False)
-            return Occupation("an evaluation", sent, limit)
-        return None
-
     def _set_state(self, state: State) -> None:
         self.state = state
-        self._dispatcher.worker = self._worker if state is State.READY else None
+        self._dispatcher.worker = self.workers.now if state is State.READY else None
         if state in (State.READY, State.FAILED, State.COLD):
             self._settled.set()
 

@@ -11,16 +11,15 @@ from rootstockd.processes.messages import Confined, Failure, Held, Said, Stage, 
 from rootstockd.supervision.dispatcher import Dispatcher
 from rootstockd.supervision.loading import Loading
 from rootstockd.supervision.memory_use import MemoryUse
-from rootstockd.supervision.roles import State
 from rootstockd.worker.engines import EngineInfo
 
 log = logging.getLogger(__name__)
 
 
 class Listener(Protocol):
-    """What is to be told of a worker: its supervisor."""
+    """What is to be told of what a worker says of itself."""
 
-    state: State
+    ready: bool
     unconfined: list[str]
     loading: Loading
     memory: MemoryUse
@@ -70,11 +69,10 @@ class WorkerMessages:
         Raises:
             ValueError: it may not.
         """
-        state = self._listener.state
         if isinstance(said, Failure) and kind == b"F":
             self._dispatcher.check_under_way(said.slot)
-        elif (state is State.LOADING) == (kind in (b"I", b"G")):
-            raise ValueError(f"{kind!r} while the model is {state.value}")
+        elif self._listener.ready != (kind in (b"I", b"G")):
+            raise ValueError(f"{kind!r} while the model is {'ready' if self._listener.ready else 'loading'}")
 
     def _take(self, kind: bytes, said: Said) -> None:
         """Have done what follows from it."""

@@ -33,7 +33,7 @@ from hostile import behave
 from rootstock_client import ipi
 from rootstock_client.errors import EvaluationError, LimitError, ModelLoadError, RootstockError
 from rootstockd.supervision.scheduler import MAX_ATTEMPTS, MAX_STARVED
-from rootstockd.supervision.supervisor import ABANDONED
+from rootstockd.supervision.workers import ABANDONED
 
 HANG_TIMEOUT = 2.0
 LOAD_TIMEOUT = 3.0

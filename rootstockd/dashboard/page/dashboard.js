@@ -302,6 +302,7 @@ const tables = {
     { key: "user", name: "user", words: true, long: true },
     { key: "pid", name: "pid", rank: 2 },
     { key: "model", name: "model", words: true, long: true },
+    { key: "dtype", name: "dtype", words: true, rank: 2 },
     { key: "atoms", name: "atoms", rank: 1 },
     { key: "state", name: "state", words: true, rank: 1 },
     { key: "rate", name: "eval/s", text: q.rate },

@@ -1,0 +1,164 @@
+"""The workers of one model, one after another: started, heard, watched, and ended."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+
+from rootstock_client.errors import ModelLoadError, RootstockError
+from rootstockd.environments.finding import Environment, find_environment
+from rootstockd.models.spec import in_environment
+from rootstockd.processes.output import Ration
+from rootstockd.processes.worker_process import End, WorkerProcess
+from rootstockd.supervision.dispatcher import Dispatcher
+from rootstockd.supervision.loading import Loading
+from rootstockd.supervision.memory_use import MemoryUse
+from rootstockd.supervision.watchdog import Occupation, watch
+from rootstockd.supervision.worker_messages import WorkerMessages
+from rootstockd.worker.engines import EngineInfo, ModelSpec
+from rootstockd.worker.failures import disk_full
+
+TICK = 1.0
+"""Seconds between looks at how long a worker has been at something, at most."""
+ABANDONED, AT_MOST = 10.0, 30.0
+"""Seconds, at least and at most, that others wait for an evaluation whose session has gone, until a fresh worker does
+theirs: to load the model again takes some, too, though less than the first time, when it was compiled."""
+
+
+def _with_environment(spec: ModelSpec) -> tuple[Environment, ModelSpec]:
+    """Where a worker is to be started now, and what it is to load there.
+
+    Raises:
+        ModelLoadError: there is no such place.
+    """
+    environment = find_environment(spec.environment, spec.family)
+    return environment, in_environment(spec, environment)
+
+
+class Workers:
+    """One worker at a time: the worker of now, or the latest, and what it has said of itself.
+
+    Args:
+        spec: the model.
+        dispatcher: has its evaluations.
+        tick: seconds between looks at how long a worker has been at something.
+        load_timeout: seconds that loading may take.
+        loaded: called when a worker has the model.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        dispatcher: Dispatcher,
+        tick: float,
+        load_timeout: float,
+        loaded: Callable[[EngineInfo], object],
+    ) -> None:
+        self.now: WorkerProcess | None = None
+        self.ready = False
+        """It has the model."""
+        self.info: EngineInfo | None = None
+        """What it computes with."""
+        self.environment: Environment | None = None
+        """Where it was started; looked for anew for each, as another may have been built."""
+        self.fingerprint = ""
+        """Of all that determines its numbers, in that environment."""
+        self.unconfined: list[str] = [] if spec.confine else ["the configuration or the catalogue says confine = false"]
+        """Why it has more rights than it needs."""
+        self.loading = Loading()
+        self.memory = MemoryUse()
+        self._spec, self._dispatcher = spec, dispatcher
+        self._tick, self._load_timeout, self._loaded = tick, load_timeout, loaded
+        self._messages = WorkerMessages(spec.name, dispatcher, self)
+        self._ration = Ration()
+        self._error: RootstockError | None = None
+        self._unwanted = False
+
+    async def run(self, variables: dict[str, str]) -> tuple[End, RootstockError | None]:
+        """One worker from its start to its end.
+
+        Args:
+            variables: of its environment, for the device it is on.
+
+        Returns:
+            How it ended, and what was said to be wrong; a `LimitError` where only memory was.
+        """
+        self.ready = self._unwanted = False
+        self._error = None
+        self.loading.begin("starting")
+        self.memory.begin()
+        try:
+            environment, spec = await asyncio.to_thread(_with_environment, self._spec)
+            self.environment, self.fingerprint = environment, spec.fingerprint
+            spec = replace(spec, without=self.loading.without)
+            hear = self._messages.hear
+            worker = self.now = await WorkerProcess.start(spec, environment, variables, hear, self._ration)
+        except ModelLoadError as error:
+            return End(error.message, blamed=True), error
+        except Exception as error:  # or the model would count as loading for ever
+            # a disk is full for a while
+            return End(f"it could not be started: {error}", blamed=not disk_full(error)), None
+        if self._unwanted:
+            worker.kill()
+        watching = watch(worker, spec.name, self._occupation, self._tick)
+        task = asyncio.create_task(watching, name=f"watch {spec.name}")
+        try:
+            return await worker.wait(), self._error
+        finally:
+            task.cancel()
+            self.now = None
+            self.memory.end()
+
+    def end(self) -> None:
+        """It is not wanted any more, be it there or about to be."""
+        self._unwanted = True
+        if self.now is not None:
+            self.now.hang_up()
+            self.now.kill()
+
+    def release(self, number: int) -> None:
+        """A slot will not be used again."""
+        if self.now is not None:
+            self.now.detach(number)
+
+    def _occupation(self) -> Occupation | None:
+        """What it is at."""
+        dispatcher = self._dispatcher
+        if self._unwanted:
+            return None
+        if not self.ready:
+            return Occupation("loading", self.loading.since, self._load_timeout)
+        if not dispatcher.scheduler.running:
+            return None
+        sent, limit = dispatcher.sent, dispatcher.hang_limit
+        if dispatcher.abandoned:
+            limit = min(limit, max(ABANDONED, self.loading.seconds or 0.0), AT_MOST)
+            return Occupation("an evaluation that nobody waits for any more", sent, limit, wanted=False)
+        return Occupation("an evaluation", sent, limit)
+
+    # --- what it says of itself (WorkerMessages)
+
+    def computes(self, info: EngineInfo, *, ready: bool) -> None:
+        """What it computes with; whether it has the model only now."""
+        self.info = info
+        if ready:
+            self.ready = True
+            self.loading.done()
+            self._loaded(info)
+
+    def not_loaded(self, error: RootstockError) -> None:
+        """Loading has failed: the model is broken, unless it only wants memory."""
+        self._error = error
+
+    def incompatible(self, error: ModelLoadError) -> None:
+        """This daemon can't talk to it, and ends it."""
+        self._error = error
+        if self.now is not None:
+            self.now.kill(End(error.message, blamed=False))
+            self.now.hang_up()
+
+    def distrust(self) -> None:
+        """It said what makes no sense, and is ended: what it computes can't be trusted either."""
+        if self.now is not None:
+            self.now.distrust("what is no message")
