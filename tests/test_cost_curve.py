@@ -61,11 +61,11 @@ def test_what_gains_by_a_batch():
 def test_what_gained_nothing_is_tried_again_after_a_while():
     curve = learnt({32: 1.0, 64: 2.0})
     for _ in range(STALE + 1):
-        assert not curve.gains(32, 32) and not curve.stale(64)
+        assert not curve.gains(32, 32)
         curve.learn(32, 1.0)
-    assert curve.stale(64) and curve.gains(32, 32)
+    assert curve.gains(32, 32)
     curve.learn(64, 2.0)
-    assert not curve.stale(64) and not curve.gains(32, 32)
+    assert not curve.gains(32, 32)
 
 
 def test_one_timing_that_is_far_too_short_does_not_end_batching_for_good():

@@ -39,9 +39,9 @@ from rootstockd.environments.builds import (
     built_environments,
     find_build,
     problems_of,
-    site_packages,
 )
 from rootstockd.environments.finding import find_environment
+from rootstockd.environments.packages import site_packages
 from rootstockd.environments.specification import (
     Specification,
     SpecificationError,
@@ -562,6 +562,56 @@ def test_a_build_that_is_interrupted_cleans_up_itself(state: Path, tmp_path: Pat
     assert "there is none" in env("remove", "own", fails=True)
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_changed_files_are_noticed_and_built_again(state: Path, tmp_path: Path, wheels: Path, in_place: bool) -> None:
+    """In place, they are changed in uv's cache as well."""
+    env("create", "own", "--spec", specify(tmp_path / "own.toml", "numpy<2"))
+    build = found("own")
+    (init,) = build.path.glob("lib/python3*/site-packages/numpy/__init__.py")
+    size = init.stat().st_size
+    if not in_place:
+        init.unlink()
+    init.write_bytes(b"")
+    assert problems_of(build) == [
+        f"numpy 1.1 has 1 file that changed, such as numpy/__init__.py (0 bytes where {size} were installed)"
+    ]
+    words = env("create", "own")
+    assert ("uv's cache is damaged, and is to have these anew: numpy" in words) == in_place
+    assert found("own") != build and problems_of(found("own")) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "problem"),
+    [
+        ("METADATA", b"", "numpy 1.1 is missing"),
+        ("RECORD", b"", "numpy 1.1 has no record of its files"),
+        ("RECORD", b"\0" * 300, "numpy 1.1 has no record of its files"),
+        ("RECORD", b"numpy/\xff.py,,3\n", "numpy 1.1 lacks 1 of its files, such as numpy/\ufffd.py"),
+    ],
+)
+def test_whatever_is_damaged_is_told(
+    state: Path, tmp_path: Path, wheels: Path, file: str, text: bytes, problem: str
+) -> None:
+    env("create", "own", "--spec", specify(tmp_path / "own.toml", "numpy<2"))
+    (path,) = found("own").path.glob(f"lib/python3*/site-packages/numpy-1.1.dist-info/{file}")
+    path.unlink()
+    path.write_bytes(text)
+    assert problem in problems_of(found("own"))
+    assert "broken" in env("list")
+    assert problem in " ".join(env("show", "own", fails=True).split())
+    env("create", "own")
+    assert problems_of(found("own")) == []
+
+
+def test_a_file_that_two_packages_have_may_be_of_either(state: Path, tmp_path: Path, wheels: Path) -> None:
+    for name, text in (("one", "# some words\n"), ("two", "")):
+        (wheels / name).mkdir()
+        wheel = make_wheel(wheels / name, name, "1.0", {"tests/__init__.py": text})
+        (wheels / name / "index.html").write_text(f'<a href="{wheel.name}">{wheel.name}</a>')
+    env("create", "own", "--spec", specify(tmp_path / "own.toml", "numpy<2", "one", "two"))
+    assert problems_of(found("own")) == []
+
+
 def test_what_is_broken_says_so_and_is_built_again(state: Path, tmp_path: Path, wheels: Path) -> None:
     env("create", "own", "--spec", specify(tmp_path / "own.toml", "numpy<2"))
     build = found("own")
@@ -569,15 +619,6 @@ def test_what_is_broken_says_so_and_is_built_again(state: Path, tmp_path: Path, 
     init.unlink()
     assert "lacks 1 of its files, such as numpy/__init__.py" in " ".join(env("show", "own", fails=True).split())
     assert "broken" in env("list")
-    env("create", "own")
-    build = found("own")
-    (init,) = build.path.glob("lib/python3*/site-packages/numpy/__init__.py")
-    size = init.stat().st_size
-    init.unlink()  # it has hard links
-    init.touch()
-    assert problems_of(build) == [
-        f"numpy 1.1 has 1 file that changed, such as numpy/__init__.py (0 bytes where {size} were installed)"
-    ]
     env("create", "own")
     mended = found("own")
     assert mended != build and problems_of(mended) == []
@@ -638,7 +679,7 @@ def test_builds_in_use_are_kept_and_the_next_worker_takes_the_new(
     (init,) = build.path.glob("lib/python3*/site-packages/numpy/__init__.py")
     init.unlink()
     os.kill(running.model("mine")["pid"], signal.SIGKILL)
-    with pytest.raises(ModelLoadError, match=r"'own' is damaged: numpy .* lacks 1 of its files.*env create own"):
+    with pytest.raises(ModelLoadError, match=r"'own' is broken: numpy .* lacks 1 of its files.*env create own"):
         energy_of(running, "mine")
     running.stop()
     env("remove", "own")

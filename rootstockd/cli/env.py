@@ -20,6 +20,7 @@ from rootstockd.environment_builds.building import Plan, build, without_torchs_b
 from rootstockd.environments.builds import (
     Build,
     EnvironmentBuildError,
+    broken,
     built_environments,
     find_build,
     finished_builds,
@@ -188,7 +189,7 @@ def show(name: str) -> None:
                 f"kept      {path}{', in use by a worker' if in_use(path) else ''}", markup=False, soft_wrap=True
             )
     if wrong := problems_of(there):
-        raise EnvironmentBuildError(_broken(name, wrong))
+        raise EnvironmentBuildError(broken(name, wrong))
 
 
 @env.command()
@@ -202,7 +203,7 @@ def verify(name: str, device: str, catalogues: tuple[Path, ...]) -> None:
 
     there = _must_exist(name)
     if wrong := problems_of(there):
-        raise EnvironmentBuildError(_broken(name, wrong))
+        raise EnvironmentBuildError(broken(name, wrong))
     if there.manifest.specification.verify is None:
         console.print(f"{name}: all its packages are there; its specification has no numbers to compare", markup=False)
         return
@@ -387,8 +388,3 @@ def _must_exist(name: str) -> Build:
     if there is None:
         raise EnvironmentBuildError(f"environment {name!r} was not built: `rootstockd env create {name}`.")
     return there
-
-
-def _broken(name: str, wrong: list[str]) -> str:
-    mend = f"`rootstockd env create {name}` builds it again from its lock."
-    return f"environment {name!r} is broken: {'; '.join(wrong)}. {mend}"

@@ -22,9 +22,9 @@ from rootstockd.environments.builds import (
     built_environments,
     find_build,
     problems_of,
-    site_packages,
 )
 from rootstockd.environments.finding import find_environment
+from rootstockd.environments.packages import site_packages
 from rootstockd.environments.specification import is_builtin, specification_files
 from rootstockd.models.catalogue import Catalogue, CatalogueError
 from rootstockd.settings.state_dir import StateError

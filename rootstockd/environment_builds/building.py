@@ -25,12 +25,11 @@ from rootstockd.environments.builds import (
     EnvironmentBuildError,
     Manifest,
     building,
-    installed_versions,
     new_build,
-    site_packages,
     take_into_use,
 )
 from rootstockd.environments.finding import Environment
+from rootstockd.environments.packages import damage, installed, site_packages
 from rootstockd.environments.specification import Specification
 from rootstockd.processes.folders import WorkerFolders
 from rootstockd.processes.worker_process import worker_command
@@ -121,16 +120,7 @@ def _build(plan: Plan, path: Path, say: Say) -> Build:
     count = len(re.findall(r"^[\w.-]+\[?.*==", lock.read_text(), re.MULTILINE))
     say(f"{what}: installing {count} packages into {path}")
     before = own_parts(path)
-    run_uv(
-        [
-            *("pip", "sync", "--require-hashes", "--python", path / "bin/python"),
-            *sources,
-            *torch_backend(flavour),
-            lock,
-        ],
-        f"{what}: installing",
-        path,
-    )
+    install(what, path, [*sources, *torch_backend(flavour), lock], say)
     check_own_parts(what, path, before)
     say(f"{what}: compiling byte code")
     compile_bytecode(path)
@@ -146,7 +136,7 @@ def _build(plan: Plan, path: Path, say: Say) -> Build:
         platform=sysconfig.get_platform(),
         torch=flavour,
         lock_sha256=digest_of(lock),
-        versions=installed_versions(path),
+        versions={package.name: package.version for package in installed(path)},
         rootstockd=rootstockd.__version__,
         built=time.time(),
     )
@@ -171,6 +161,36 @@ def resolve(plan: Plan, path: Path, lock: Path, sources: list[str]) -> None:
         path,
         stdin="".join(f"{requirement}\n" for requirement in plan.specification.requirements),
     )
+
+
+def install(what: str, path: Path, arguments: list[str | Path], say: Say) -> None:
+    """Install what a lock has.
+
+    Files are links to those in uv's cache. Where somebody has changed these, the cache forgets such packages, and they
+    are installed once more.
+
+    Args:
+        what: the environment, for words.
+        path: the virtual environment.
+        arguments: uv's: the lock, and where packages come from.
+        say: told of each step.
+
+    Raises:
+        EnvironmentBuildError: it can't be done, or what is there then is not what the packages have.
+    """
+    command = ["pip", "sync", "--require-hashes", "--python", path / "bin/python", *arguments]
+    run_uv(command, f"{what}: installing", path)
+    if not (wrong := damage(installed(path))):
+        return
+    names = sorted({package.distribution for package in wrong})
+    say(f"{what}: uv's cache is damaged, and is to have these anew: {', '.join(names)}")
+    run_uv(["cache", "clean", *names], f"{what}: cleaning uv's cache", path)
+    run_uv([*command, *(f"--reinstall-package={name}" for name in names)], f"{what}: installing again", path)
+    if wrong := damage(installed(path)):
+        raise EnvironmentBuildError(
+            f"{what}: what was installed is not what its packages say: {'; '.join(wrong.values())}. Find out where "
+            "they came from, or leave them out."
+        )
 
 
 def _sources(plan: Plan) -> list[str]:

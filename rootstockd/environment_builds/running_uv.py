@@ -39,6 +39,10 @@ _HINTS = {
     (
         "Hash mismatch",
     ): "A package is not what the lock says: it was changed since. `rootstockd env update` makes a new lock.",
+    (
+        "The wheel is invalid",
+    ): "A package in uv's cache is damaged, or was built wrongly: `uv cache clean` empties the cache (`python -m uv "
+    "cache clean` where uv is in no PATH).",
     ("No solution found", "was not found", "no versions", "has no wheels", "no wheels with a matching"): "Change the "
     "requirements in the specification, or the Python (--python), so that they are compatible.",
 }

@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 
-from rootstockd.environments.builds import EnvironmentBuildError, recorded_files, site_packages
+from rootstockd.environments.builds import EnvironmentBuildError
+from rootstockd.environments.packages import installed, site_packages
 from rootstockd.worker.files import digest_of
 
 _READ_AT_START = ("._pth", "pyvenv.cfg", "pybuilddir.txt")
@@ -86,10 +86,9 @@ def _content(part: Path) -> str:
 def _owner(path: Path, part: str) -> str:
     """The package that a file came with, as uv recorded it."""
     wanted = os.path.normpath(path / part)
-    for dist in metadata.distributions(path=[str(site_packages(path))]):
-        files = [os.path.normpath(str(dist.locate_file(file))) for file in recorded_files(dist)]
-        if any(file == wanted or file.startswith(f"{wanted}{os.sep}") for file in files):
-            return f"the package {dist.name} {dist.version}"
+    for package in installed(path):
+        if any(file == wanted or file.startswith(f"{wanted}{os.sep}") for file in package.files()):
+            return f"the package {package.label}"
     return "a package"
 
 

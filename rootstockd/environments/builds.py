@@ -11,7 +11,6 @@ folder of the build that it runs in.
 from __future__ import annotations
 
 import contextlib
-import csv
 import fcntl
 import json
 import os
@@ -20,19 +19,20 @@ import sysconfig
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from rootstockd.environments.packages import damage, installed
 from rootstockd.environments.specification import Specification, check_name
 from rootstockd.settings.state_dir import check_trusted, own_state, state_dirs
-from rootstockd.words import so_many
 from rootstockd.worker.files import digest_of
 
 SCHEMA_VERSION = 1
 """Of the manifest; raised when what an older version wrote can't be used as it is."""
+_SHOWN = 3
+"""Problems of an environment that are told at once."""
 
 
 class EnvironmentBuildError(Exception):
@@ -182,59 +182,21 @@ def problems_of(build: Build) -> list[str]:
             found.append("its lock was changed after it was built")
     except OSError:
         found.append("its lock is missing")
-    there = {_normal(dist.name): dist for dist in metadata.distributions(path=[str(site_packages(build.path))])}
+    there = installed(build.path)
+    versions = {package.name: package.version for package in there}
     for name, version in manifest.versions.items():
-        dist = there.get(name)
-        if dist is None:
+        if name not in versions:
             found.append(f"{name} {version} is missing")
-        elif dist.version != version:
-            found.append(f"{name} is {dist.version} where {version} was built")
-        else:
-            found += _changes_in(dist, f"{name} {version}")
-    return found
+        elif versions[name] != version:
+            found.append(f"{name} is {versions[name]} where {version} was built")
+    return [*found, *damage(there).values()]
 
 
-def recorded_files(dist: metadata.Distribution) -> dict[str, int | None]:
-    """What was installed, and how many bytes each file had if that was noted down.
-
-    `dist.files` tells, from Python 3.12 on, only what is there still.
-    """
-    rows = [row for row in csv.reader((dist.read_text("RECORD") or "").splitlines()) if row]
-    return {row[0]: int(row[2]) if len(row) > 2 and row[2].isdecimal() else None for row in rows}  # noqa: PLR2004
-
-
-def _changes_in(dist: metadata.Distribution, what: str) -> list[str]:
-    """What is not as it was installed, in words."""
-    lost, changed = [], []
-    for file, size in recorded_files(dist).items():
-        if file.endswith(".pyc"):
-            continue
-        try:
-            now = Path(str(dist.locate_file(file))).stat().st_size
-        except OSError:
-            lost.append(file)
-        else:
-            if size not in (None, now):
-                changed.append(f"{file} ({now} bytes where {size} were installed)")
-    found = [f"{what} lacks {len(lost)} of its files, such as {lost[0]}"] if lost else []
-    if changed:
-        found.append(f"{what} has {so_many(len(changed), 'file')} that changed, such as {changed[0]}")
-    return found
-
-
-def site_packages(path: Path) -> Path:
-    """Where a virtual environment has its packages."""
-    return next(path.glob("lib/python3*/site-packages"), path / "lib/python3/site-packages")
-
-
-def installed_versions(path: Path) -> dict[str, str]:
-    """What is installed in a virtual environment, by normalized name."""
-    found = metadata.distributions(path=[str(site_packages(path))])
-    return dict(sorted((_normal(dist.name), dist.version) for dist in found))
-
-
-def _normal(name: str) -> str:
-    return name.lower().replace("_", "-").replace(".", "-")
+def broken(name: str, problems: list[str]) -> str:
+    """What to say of an environment with such problems, and what to do."""
+    more = [f"and {len(problems) - _SHOWN} more"] * (len(problems) > _SHOWN)
+    what = "; ".join([*problems[:_SHOWN], *more])
+    return f"environment {name!r} is broken: {what}. `rootstockd env create {name}` builds it again from its lock."
 
 
 def size_of(path: Path) -> int:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rootstock_client.errors import ModelLoadError
-from rootstockd.environments.builds import Build, EnvironmentBuildError, find_build, problems_of, site_packages
+from rootstockd.environments.builds import Build, EnvironmentBuildError, broken, find_build, problems_of
+from rootstockd.environments.packages import site_packages
 from rootstockd.environments.specification import SpecificationError, find_specification, is_builtin
 from rootstockd.settings.state_dir import StateError
 
@@ -80,16 +81,13 @@ def has_environment(name: str, family: str) -> bool:
 
 
 def damage_of(environment: Environment) -> str:
-    """What can be seen to be missing of an environment, and what to do about it; empty where nothing is."""
+    """What can be seen to be wrong with an environment, and what to do about it; empty where nothing is."""
     try:
         build = find_build(environment.name) if environment.built else None
         problems = problems_of(build) if build else []
     except (EnvironmentBuildError, StateError, OSError):
         return ""
-    if not problems:
-        return ""
-    name, what = environment.name, "; ".join(problems[:3])
-    return f"environment {name!r} is damaged: {what}. `rootstockd env create {name}` builds it again."
+    return broken(environment.name, problems) if problems else ""
 
 
 def _built(build: Build) -> Environment:

@@ -56,13 +56,10 @@ class CostCurve:
             rate = rates[max(below) if below else min(rates)] if rates else UNKNOWN
         return rate * atoms
 
-    def stale(self, atoms: int) -> bool:
-        """Whether what is known of batches of so many atoms is old."""
-        return self._learnt - self._latest.get(atoms.bit_length(), self._learnt) > STALE
-
     def gains(self, atoms: int, more: int) -> bool:
         """Whether so many atoms more cost less with so many than by themselves; true where that is not known."""
-        if self._counts.get((atoms + more).bit_length(), 0) < ENOUGH or self.stale(atoms + more):
+        size = (atoms + more).bit_length()
+        if self._counts.get(size, 0) < ENOUGH or self._learnt - self._latest[size] > STALE:
             return True
         return self.seconds(atoms + more) - self.seconds(atoms) < GAIN * self.seconds(more)
 

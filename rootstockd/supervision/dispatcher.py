@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from rootstock_client.errors import EvaluationError, LimitError, RootstockError
 from rootstockd.processes.messages import Failure
 from rootstockd.processes.worker_process import End, WorkerProcess
+from rootstockd.supervision.amends import Amends
 from rootstockd.supervision.failed_starts import FROM_OUTSIDE
 from rootstockd.supervision.hang_limit import HangLimit
 from rootstockd.supervision.meter import Meter, Totals
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 AMENDS = 60.0
-"""Seconds at most that a session waits for the news that workers ended over its structure."""
+"""Seconds at most by which the news that workers ended over a structure is late."""
+RECENT = 1.0
+"""Seconds after an evaluation in which somebody is still expected to want more."""
 
 
 class Dispatcher:
@@ -40,8 +43,7 @@ class Dispatcher:
 
     def __init__(self, name: str, batch_atoms: int, hang_timeout: float, want: Callable[[], object]) -> None:
         self.scheduler: Scheduler[Client] = Scheduler(batch_atoms)
-        self.worker: WorkerProcess | None = None
-        """The worker, while it is ready."""
+        self._worker: WorkerProcess | None = None
         self.evaluations = self.batches = 0
         """Done so far."""
         self.pace, self.meter = Pace(), Meter(Totals())
@@ -62,8 +64,9 @@ class Dispatcher:
         """There is a system's first structure in the batch under way."""
         self._largest = {False: 0, True: 0}
         """Atoms of the largest evaluation so far, by whether it was `alone`: those may take far more."""
-        self._verdicts: dict[Evaluation[Client], tuple[RootstockError, asyncio.TimerHandle]] = {}
-        """What is yet to be told of evaluations that won't be done, and when."""
+        self._verdicts: dict[Evaluation[Client], tuple[RootstockError, asyncio.Handle]] = {}
+        """What is yet to be told of evaluations that won't be done."""
+        self._amends = Amends(lambda evaluation, error: evaluation.owner.evaluated(error), self._in_use)
 
     @property
     def queue(self) -> int:
@@ -83,6 +86,17 @@ class Dispatcher:
         scheduler = self.scheduler
         return scheduler.waiting > 0 and all(evaluation.withdrawn for evaluation in scheduler.running)
 
+    def have(self, worker: WorkerProcess | None) -> None:
+        """There is a worker that is ready, or none."""
+        self._worker = worker
+        if worker is None:
+            self._amends.pause()
+        else:
+            self._amends.go_on()
+
+    def _in_use(self) -> bool:
+        return self.queue > 0 or time.perf_counter() - self.last_use < RECENT
+
     def sample(self) -> None:
         """Look at how fast it is."""
         self.meter.count()
@@ -100,7 +114,7 @@ class Dispatcher:
 
     def dispatch(self) -> None:
         """Send the next batch, if there is one and a worker for it."""
-        worker = self.worker
+        worker = self._worker
         if worker is None or not worker.usable:
             self._want()
             return
@@ -223,20 +237,21 @@ class Dispatcher:
         for evaluation in self.scheduler.clear():
             evaluation.owner.evaluated(error)
 
-    def tell_later(self, evaluation: Evaluation[Client], error: RootstockError, seconds: float = 0.0) -> None:
+    def tell_later(self, evaluation: Evaluation[Client], error: RootstockError) -> None:
         """Tell its owner that it won't be done; never at once: their next may be here already, and the next."""
         evaluation.withdrawn = True
-        timer = asyncio.get_running_loop().call_later(seconds, self._tell_verdict, evaluation)
-        self._verdicts[evaluation] = error, timer
+        handle = asyncio.get_running_loop().call_soon(self._tell_verdict, evaluation)
+        self._verdicts[evaluation] = error, handle
 
     def tell_verdicts(self) -> None:
         """Tell at once all that was to be told later."""
         for evaluation in list(self._verdicts):
             self._tell_verdict(evaluation)
+        self._amends.settle()
 
     def _tell_verdict(self, evaluation: Evaluation[Client]) -> None:
-        error, timer = self._verdicts.pop(evaluation)
-        timer.cancel()
+        error, handle = self._verdicts.pop(evaluation)
+        handle.cancel()
         evaluation.owner.evaluated(error)
 
     def put_back(self) -> None:
@@ -271,8 +286,11 @@ class Dispatcher:
             )
             log.warning("%s", error.message)
             # others have the worker first, for as long as they had none: whoever tries the same again would keep it
-            amends = min(evaluation.lost + loading, AMENDS) if self.scheduler.waiting else 0.0
-            self.tell_later(evaluation, error, amends)
+            if self.scheduler.waiting:
+                evaluation.withdrawn = True
+                self._amends.owe(evaluation, error, min(evaluation.lost + loading, AMENDS))
+            else:
+                self.tell_later(evaluation, error)
 
     # --- to another worker
 

@@ -142,13 +142,13 @@ class _Turns:
         """Whether a batch of so many atoms may have so many more in an evaluation of this user.
 
         Nobody waits for themselves. Others may be back before the next batch, so what gains nothing by this one is left
-        to that. One of a size of which nothing was heard for long is done, as turns are as long as that takes.
+        to that.
         """
         self._in_it.add(uid)
         alone = len(self._in_it) == 1 and uid == self._shortest
         if self._costs.seconds(atoms + more) > (self._others if alone else self._all):
             return False
-        return not self._several or (self._costs.gains(atoms, more) and not self._costs.stale(atoms))
+        return not self._several or self._costs.gains(atoms, more)
 
 
 class Scheduler(Generic[Owner]):

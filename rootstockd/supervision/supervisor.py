@@ -171,6 +171,8 @@ class Supervisor:
         if not self._vacant.is_set():
             self._leaving.set()
             self.workers.end()
+        if not self.scheduler.waiting:  # nobody else wants a worker
+            self.tell_verdicts()
         if self.state is not State.FAILED:
             self._set_state(State.WAITING if self.scheduler.waiting else State.COLD)
 
@@ -309,23 +311,35 @@ class Supervisor:
                 log.warning("model %s: %s can't be used, and it goes to another%s", self.spec.name, self.device, why)
                 self._replace(replace(end, blamed=end.disorder))  # it may be what it was at that its GPU did not bear
                 return
-            if isinstance(error, LimitError):  # it only wants memory
-                log.warning("model %s: %s", self.spec.name, error.message)
-                failed.forget()
-                if await self._landlord.make_room(self):
-                    error = None
-            error = error or failed.verdict()
-            if error is not None:
-                environment = self.workers.environment
-                if environment and (damage := await asyncio.to_thread(damage_of, environment)):
-                    error.hint = f"{damage} {error.hint}".strip()
-                log.error("%s", error)
-                self._fail(error)
+            broken = await self._verdict(error, failed)
+            if self._leaving.is_set():
+                return
+            if broken is not None:
+                log.error("%s", broken)
+                self._fail(broken)
                 return
             self._replace(end)
             self.loading.stage = f"to be started again in {failed.pause:.0f} s ({end.how})"
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._leaving.wait(), failed.pause)
+
+    async def _verdict(self, error: RootstockError | None, failed: FailedStarts) -> RootstockError | None:
+        """Why the model is broken, if it is.
+
+        Args:
+            error: what its worker said before it ended.
+            failed: how workers ended before they were ready.
+        """
+        if isinstance(error, LimitError):  # it only wants memory
+            log.warning("model %s: %s", self.spec.name, error.message)
+            failed.forget()
+            if await self._landlord.make_room(self):
+                error = None
+        error = error or failed.verdict()
+        environment = self.workers.environment
+        if error and environment and (damage := await asyncio.to_thread(damage_of, environment)):
+            error.hint = f"{damage} {error.hint}".strip()
+        return error
 
     def _fail(self, error: RootstockError) -> None:
         """The model is broken; what waits is told so."""
@@ -342,7 +356,7 @@ class Supervisor:
 
     def _set_state(self, state: State) -> None:
         self.state = state
-        self._dispatcher.worker = self.workers.now if state is State.READY else None
+        self._dispatcher.have(self.workers.now if state is State.READY else None)
         if state in (State.READY, State.FAILED, State.COLD):
             self._settled.set()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -17,13 +18,15 @@ from rootstockd.supervision.memory_use import MemoryUse
 from rootstockd.supervision.watchdog import Occupation, watch
 from rootstockd.supervision.worker_messages import WorkerMessages
 from rootstockd.worker.engines import EngineInfo, ModelSpec
-from rootstockd.worker.failures import disk_full
 
 TICK = 1.0
 """Seconds between looks at how long a worker has been at something, at most."""
 ABANDONED, AT_MOST = 10.0, 30.0
 """Seconds, at least and at most, that others wait for an evaluation whose session has gone, until a fresh worker does
 theirs: to load the model again takes some, too, though less than the first time, when it was compiled."""
+
+_SHORT = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EMFILE", "ENFILE", "ENOMEM", "EAGAIN", "ENOBUFS")}
+"""What the machine lacks for a while: no doing of the model's."""
 
 
 def _with_environment(spec: ModelSpec) -> tuple[Environment, ModelSpec]:
@@ -97,8 +100,8 @@ class Workers:
         except ModelLoadError as error:
             return End(error.message, blamed=True), error
         except Exception as error:  # or the model would count as loading for ever
-            # a disk is full for a while
-            return End(f"it could not be started: {error}", blamed=not disk_full(error)), None
+            short = isinstance(error, OSError) and error.errno in _SHORT
+            return End(f"it could not be started: {error}", blamed=not short), None
         if self._unwanted:
             worker.kill()
         watching = watch(worker, spec.name, self._occupation, self._tick)
