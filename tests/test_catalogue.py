@@ -126,6 +126,11 @@ def test_the_nearest_names_are_suggested(write, name, suggested):
         catalogue[name]
 
 
+def test_a_name_in_other_letters_is_meant():
+    with pytest.raises(UnknownModelError, match=r"Did you mean mace-emt-small\? "):
+        Catalogue.load().resolve("MACE-EMT-Small")
+
+
 def test_names_that_begin_so_are_suggested_first():
     with pytest.raises(UnknownModelError) as caught:
         Catalogue.load().resolve("mace-mp")

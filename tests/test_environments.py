@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import io
@@ -99,6 +100,10 @@ def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+def digest_in_record(text: str) -> str:
+    return f"sha256={base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b'=').decode()}"
+
+
 def make_wheel(folder: Path, name: str, version: str, more: dict[str, str] | None = None) -> Path:
     info = f"{name}-{version}.dist-info"
     path = folder / f"{name}-{version}-py3-none-any.whl"
@@ -111,7 +116,7 @@ def make_wheel(folder: Path, name: str, version: str, more: dict[str, str] | Non
     with zipfile.ZipFile(path, "w") as wheel:
         for file, text in files.items():
             wheel.writestr(file, text)
-        record = [f"{file},,{len(text.encode())}\n" for file, text in files.items()]
+        record = [f"{file},{digest_in_record(text)},{len(text.encode())}\n" for file, text in files.items()]
         wheel.writestr(f"{info}/RECORD", "".join((*record, f"{info}/RECORD,,\n")))
     return path
 
@@ -419,13 +424,16 @@ def test_verify_refuses_an_environment_with_other_numbers_and_one_that_fails(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = copy_of(found("tiny"), tmp_path, "tiny")
-    manifest = (folder / "manifest.json").read_text()
-    (folder / "manifest.json").write_text(manifest.replace("0.097283", "0.098283"))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["origin"] = str(tmp_path / "gone.toml")  # what it was built from is asked then
+    manifest["specification"]["verify"]["energy"] += 0.001
+    (folder / "manifest.json").write_text(json.dumps(manifest))
     monkeypatch.setenv("ROOTSTOCKD_STATE", str(tmp_path))
     assert "computes other numbers than it should" in " ".join(env("verify", "tiny", fails=True).split())
     emt = site_packages(folder) / "ase/calculators/emt.py"
-    # as long as it was, or it counts as broken before it is tried
-    emt.write_text("print('the last words', flush=True)\nimport os\nos._exit(3)\n".ljust(emt.stat().st_size, "#"))
+    emt.write_text("print('the last words', flush=True)\nimport os\nos._exit(3)\n")
+    (record,) = site_packages(folder).glob("ase-*.dist-info/RECORD")  # or it counts as broken before it is tried
+    record.write_text(re.sub(r"^(ase/calculators/emt\.py),.*$", r"\1,,", record.read_text(), flags=re.MULTILINE))
     words = " ".join(env("verify", "tiny", fails=True).split())
     assert "environment 'tiny' can't be verified: model 'emt' can't be used: its worker ended: exit status 3" in words
     assert "the last words" in words
@@ -578,6 +586,18 @@ def test_changed_files_are_noticed_and_built_again(state: Path, tmp_path: Path, 
     words = env("create", "own")
     assert ("uv's cache is damaged, and is to have these anew: numpy" in words) == in_place
     assert found("own") != build and problems_of(found("own")) == []
+
+
+def test_verify_finds_what_kept_its_size(state: Path, tmp_path: Path, wheels: Path) -> None:
+    env("create", "own", "--spec", specify(tmp_path / "own.toml", "numpy<2"))
+    assert "all files are as they were installed" in env("verify", "own")
+    (init,) = found("own").path.glob("lib/python3*/site-packages/numpy/__init__.py")
+    text = init.read_text()
+    init.unlink()
+    init.write_text(text.replace("1.1", "1.2"))
+    assert problems_of(found("own")) == []
+    words = " ".join(env("verify", "own", fails=True).split())
+    assert "numpy 1.1 has 1 file that changed, such as numpy/__init__.py." in words
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,23 @@ def test_versions_of_what_computes_tell_models_apart(tmp_path: Path, entry: dict
     assert same == [first, first]
     assert fingerprint("1.1") != first != spec.fingerprint
     shutil.rmtree(packages)
-    assert in_environment(spec, environment) == spec, "what lies in no package has no version"
+    assert in_environment(spec, environment) == spec, "what is nowhere has no version"
+
+
+def test_a_module_of_ones_own_is_told_by_what_is_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = Environment("e", tmp_path / "bin/python", True, "")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    def fingerprint(name: str, file: str, text: str) -> str:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(text)
+        spec = spec_of("m", Entry.model_validate({**ENTRY, "arguments": {"calculator": f"{name}:Y"}}))
+        return in_environment(spec, environment).fingerprint
+
+    for name, file in (("module", "module.py"), ("folder", "folder/__init__.py"), ("folder", "folder/potential.py")):
+        first = fingerprint(name, file, "a = 0.5\n")
+        assert first != fingerprint(name, file, "a = 0.7\n")
+        assert first == fingerprint(name, file, "a = 0.5\n")
 
 
 def test_a_checksum_that_is_none() -> None:

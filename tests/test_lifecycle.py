@@ -23,7 +23,7 @@ from ase.calculators.emt import EMT
 
 from conftest import RunningDaemon, open_descriptors, rootstockd, wait_for
 from rootstock_client import RootstockClient, ipi
-from rootstock_client.errors import ConnectionLostError, DaemonNotFoundError, DrainingError
+from rootstock_client.errors import ConnectionLostError, DaemonNotFoundError, DrainingError, ModelChangedError
 from rootstockd.host.log_file import open_log
 
 
@@ -53,9 +53,12 @@ def test_start_says_that_a_variable_meant_for_jobs_holds_for_workers(start_daemo
     words = "OMP_NUM_THREADS is 1"
     daemon = start_daemon()
     assert any(words in warning for warning in daemon.client().status()["warnings"])
-    done = daemon.run("restart", env={"OMP_NUM_THREADS": "2"})
+    done = daemon.run("restart", env={"OMP_NUM_THREADS": "2"})  # which is of no account: it goes on as it was
+    assert done.returncode == 0 and words in done.stdout, done.stdout + done.stderr
+    daemon.run("stop")
+    done = daemon.run("start", "--device", "cpu", "--log-file", daemon.log, env={"OMP_NUM_THREADS": "2"})
     assert done.returncode == 0 and words not in done.stdout, done.stdout + done.stderr
-    assert words in daemon.run("restart", env={"OMP_NUM_THREADS": "1"}).stdout
+    assert words not in daemon.run("restart", env={"OMP_NUM_THREADS": "1"}).stdout
 
 
 def test_status_for_people_and_for_programs(own_daemon: RunningDaemon) -> None:
@@ -114,6 +117,35 @@ def test_restart_keeps_the_settings(start_daemon) -> None:
     assert new["config"] == old["config"]
     atoms.calc.results.clear()
     np.testing.assert_array_equal(atoms.get_forces(), before)  # the calculator found the new daemon by itself
+
+
+def test_a_successor_finds_the_modules_that_the_daemon_before_it_found(
+    start_daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the shell has in which somebody types `restart`; and a job is told when such a module has changed."""
+    folder, other = tmp_path / "modules", tmp_path / "other"
+    folder.mkdir()
+    (folder / "of_my_own.py").write_text("from ase.calculators.emt import EMT as Own\n")
+    catalogue = tmp_path / "models.toml"
+    catalogue.write_text('[own]\nfamily = "ase"\narguments = { calculator = "of_my_own:Own" }\n')
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    daemon = start_daemon("--catalogue", str(catalogue), "--model", "own")
+    atoms = copper()
+    atoms.calc = daemon.client().calculator("own")
+    before = atoms.get_forces()
+    monkeypatch.setenv("PYTHONPATH", str(other))
+    for _ in range(2):
+        done = daemon.run("restart")
+        assert done.returncode == 0, done.stderr
+    atoms.calc.results.clear()
+    np.testing.assert_array_equal(atoms.get_forces(), before)
+    environment = Path(f"/proc/{daemon.client().status()['pid']}/environ").read_bytes().split(b"\0")
+    assert f"PYTHONPATH={other}:{folder}".encode() in environment
+    (folder / "of_my_own.py").write_text("from ase.calculators.lj import LennardJones as Own\n")
+    daemon.run("restart")
+    atoms.calc.results.clear()
+    with pytest.raises(ModelChangedError):
+        atoms.get_forces()
 
 
 def test_a_restart_where_somebody_removed_the_socket(start_daemon) -> None:

@@ -252,7 +252,7 @@ def test_rates_and_shares_are_of_the_last_seconds() -> None:
     assert "22%" in text and "78%" in text
     assert "1 session of others" not in text
     text = "\n".join(drawn(shown.model_copy(update={"other_sessions": 1}), history, View(120)))
-    assert "%" not in text.partition("SHARE")[2], "of what others had nobody is told"
+    assert "%" not in text.partition("PART")[2], "of what others had nobody is told"
     assert "1 session of others" in text
     assert SPAN < 18
     again = status([model(evaluations=7)], [session(1, "alice", 7)], since=19.5)  # a new daemon counts from the start

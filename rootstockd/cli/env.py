@@ -202,13 +202,18 @@ def verify(name: str, device: str, catalogues: tuple[Path, ...]) -> None:
     from rootstockd.host.devices import choose_devices  # noqa: PLC0415
 
     there = _must_exist(name)
-    if wrong := problems_of(there):
+    if wrong := problems_of(there, digests=True):
         raise EnvironmentBuildError(broken(name, wrong))
-    if there.manifest.specification.verify is None:
-        console.print(f"{name}: all its packages are there; its specification has no numbers to compare", markup=False)
+    try:
+        check = _specification_for(there)[0].verify
+    except SpecificationError:  # it has gone, or is being written
+        check = there.manifest.specification.verify
+    if check is None:
+        words = f"{name}: all files are as they were installed; its specification has no numbers to compare"
+        console.print(words, markup=False)
         return
     chosen, *_ = choose_devices(names=("cpu",) if device == "cpu" else ())
-    console.print(f"{name}: {verified(there, catalogues, chosen)}", markup=False, soft_wrap=True)
+    console.print(f"{name}: {verified(there, check, catalogues, chosen)}", markup=False, soft_wrap=True)
 
 
 @env.command()

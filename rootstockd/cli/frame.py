@@ -29,7 +29,7 @@ HELP = (
     "the median, 99 of 100 take no longer than p99. Batch is how many",
     "structures a model evaluates in one pass, on average. Trends show one",
     "look a column. A model's queue is what waits for its worker; a user's",
-    "busy sessions wait or are computed. Share is of the atoms that were",
+    "busy sessions wait or are computed. Part is of the atoms that were",
     "evaluated, where all sessions are shown: administrators see all.",
 )
 
@@ -56,7 +56,7 @@ USERS = (
     Column("SESS", cell("sessions"), 2, "sessions"),
     Column("BUSY", cell("busy"), 4),
     Column("EVAL/S", cell("rate", per_second), 1, "rate"),
-    Column("SHARE", cell("share", lambda share: "-" if share is None else f"{share:.0%}"), 3),
+    Column("PART", cell("share", lambda share: "-" if share is None else f"{share:.0%}"), 3),
 )
 SESSIONS = (
     Column("SESSION", cell("name"), 0, "name"),

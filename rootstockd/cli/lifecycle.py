@@ -38,6 +38,7 @@ from rootstockd.cli.common import (
     socket_option,
 )
 from rootstockd.cli.options import settings_options, settings_said
+from rootstockd.cli.successor import successors_environment
 from rootstockd.cli.units import is_systemd, unit_at
 from rootstockd.control.schema import DaemonStatus, ReloadReport
 from rootstockd.host.devices import DeviceError, found_devices
@@ -258,6 +259,7 @@ def launch(config: Config, *, after: int | None = None, named: bool = True) -> s
             stdout=log,
             stderr=log,
             cwd="/",
+            env=None if after is None else successors_environment(after),
             start_new_session=True,
         )
     try:

@@ -23,11 +23,12 @@ from rootstockd.settings.config import Device
 from rootstockd.worker.engines import ModelSpec
 
 
-def verify(build: Build, catalogues: Iterable[Path], device: Device) -> str:
-    """Load the model of the specification's check in a worker, evaluate, and compare.
+def verify(build: Build, check: Check, catalogues: Iterable[Path], device: Device) -> str:
+    """Load the model of a specification's check in a worker, evaluate, and compare.
 
     Args:
         build: the environment.
+        check: which model, and its numbers.
         catalogues: files of further models.
         device: where to compute.
 
@@ -38,8 +39,7 @@ def verify(build: Build, catalogues: Iterable[Path], device: Device) -> str:
         EnvironmentBuildError: it can't be loaded or evaluated, or the numbers are others.
         CatalogueError, UnknownModelError: there is no such model.
     """
-    check, name = build.manifest.specification.verify, build.manifest.name
-    assert check is not None
+    name = build.manifest.name
     model, entry = Catalogue.load(catalogues).resolve(check.model)
     spec = dataclasses.replace(spec_of(model, located(model, entry), device=device.kind), environment=name)
     environment = Environment(name, build.python, True, "")  # noqa: FBT003

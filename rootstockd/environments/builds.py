@@ -166,8 +166,8 @@ def finished_builds(folder: Path) -> list[Path]:
 # --- looking closer
 
 
-def problems_of(build: Build) -> list[str]:
-    """What is missing of a build, in words; empty where nothing is."""
+def problems_of(build: Build, *, digests: bool = False) -> list[str]:
+    """What is missing of a build, in words; empty where nothing is. `digests` finds as well what kept its size."""
     manifest = build.manifest
     found = []
     if not os.access(build.python, os.X_OK):
@@ -189,7 +189,7 @@ def problems_of(build: Build) -> list[str]:
             found.append(f"{name} {version} is missing")
         elif versions[name] != version:
             found.append(f"{name} is {versions[name]} where {version} was built")
-    return [*found, *damage(there).values()]
+    return [*found, *damage(there, digests=digests).values()]
 
 
 def broken(name: str, problems: list[str]) -> str:

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import hashlib
 import os
 from collections import defaultdict
 from dataclasses import dataclass
 from email.parser import HeaderParser
 from pathlib import Path
+from typing import NamedTuple
 
 from rootstockd.words import so_many
+
+
+class Recorded(NamedTuple):
+    """How a file was installed, as far as that was noted down."""
+
+    size: int | None
+    digest: str
+    """Such as `sha256=` and that in URL-safe base64 without padding; may be empty."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +42,8 @@ class Package:
         """Its name as its folder has it, for where METADATA is damaged."""
         return self.label.partition(" ")[0]
 
-    def files(self) -> dict[str, int | None]:
-        """The paths of what was installed, and how many bytes each had, if that was recorded; empty without a record.
+    def files(self) -> dict[str, Recorded]:
+        """What was installed, by its path; empty without a record.
 
         (importlib.metadata leaves out, from Python 3.12 on, what is not there any more.)
         """
@@ -40,11 +51,10 @@ class Package:
             rows = list(csv.reader(_text(self.info / "RECORD").splitlines()))
         except csv.Error:
             return {}
-        sizes = {row[0]: row[2] if len(row) > 2 else "" for row in rows if row}  # noqa: PLR2004
         here = self.info.parent
         return {
-            os.path.normpath(here / file): int(size) if size.isdecimal() else None
-            for file, size in sizes.items()
+            os.path.normpath(here / file): Recorded(int(size) if size.isdecimal() else None, digest)
+            for file, digest, size, *_ in ([*row, "", ""] for row in rows if row)
             if "\0" not in file
         }
 
@@ -64,23 +74,33 @@ def installed(path: Path) -> list[Package]:
     return found
 
 
-def damage(packages: list[Package]) -> dict[Package, str]:
-    """What is not as it was installed, in words, by package. A file that several have may be as any of them has it."""
+def damage(packages: list[Package], *, digests: bool = False) -> dict[Package, str]:
+    """What is not as it was installed, in words, by package. A file that several have may be as any of them has it.
+
+    Args:
+        packages: all of an environment.
+        digests: compare what is in files of the right size as well.
+    """
     recorded = {package: package.files() for package in packages}
-    sizes: defaultdict[str, set[int | None]] = defaultdict(set)
+    every: defaultdict[str, set[Recorded]] = defaultdict(set)
     for files in recorded.values():
-        for file, size in files.items():
-            sizes[file].add(size)
+        for file, how in files.items():
+            every[file].add(how)
     found = {}
     for package, files in recorded.items():
-        if words := _damage(package, files, sizes) if files else f"{package.label} has no record of its files":
+        if words := _damage(package, files, every, digests) if files else f"{package.label} has no record of its files":
             found[package] = words
     return found
 
 
-def _damage(package: Package, files: dict[str, int | None], sizes: dict[str, set[int | None]]) -> str:
+def _damage(
+    package: Package,
+    files: dict[str, Recorded],
+    every: dict[str, set[Recorded]],
+    digests: bool,  # noqa: FBT001
+) -> str:
     lost, changed = [], []
-    for file, size in files.items():
+    for file, how in files.items():
         if file.endswith(".pyc"):
             continue
         name = os.path.relpath(file, package.info.parent)
@@ -89,12 +109,21 @@ def _damage(package: Package, files: dict[str, int | None], sizes: dict[str, set
         except OSError:
             lost.append(name)
         else:
-            if not sizes[file] & {None, now}:
-                changed.append(f"{name} ({now} bytes where {size} were installed)")
+            alike = [one for one in every[file] if one.size in (None, now)]
+            if not alike:
+                changed.append(f"{name} ({now} bytes where {how.size} were installed)")
+            elif digests and all(one.digest for one in alike) and _digest(file) not in {one.digest for one in alike}:
+                changed.append(name)
     words = [f"lacks {len(lost)} of its files, such as {lost[0]}"] if lost else []
     if changed:
         words.append(f"has {so_many(len(changed), 'file')} that changed, such as {changed[0]}")
     return f"{package.label} {' and '.join(words)}" if words else ""
+
+
+def _digest(file: str) -> str:
+    with open(file, "rb") as content:  # noqa: PTH123
+        digest = hashlib.sha256(content.read()).digest()
+    return f"sha256={base64.urlsafe_b64encode(digest).rstrip(b'=').decode()}"
 
 
 def _text(file: Path) -> str:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterable
 from importlib import metadata
+from importlib.machinery import PathFinder
+from pathlib import Path
 
 from rootstockd.environments.finding import Environment
 
 
 def versions_of_modules(environment: Environment, modules: Iterable[str]) -> dict[str, str]:
-    """Versions of the packages that top-level modules come from; none for a module that lies in no package."""
-    return _versions(found for module in modules for found in _providers(environment, module))
+    """Versions of the packages that top-level modules come from; of a module that lies in none, what its files are."""
+    versions: dict[str, str] = {}
+    for module in modules:
+        if providers := _providers(environment, module):
+            versions.update(_versions(providers))
+        elif digest := _digest_of_module(environment, module):
+            versions[module] = digest
+    return versions
 
 
 def versions_of_entry_point(environment: Environment, group: str, name: str) -> dict[str, str]:
@@ -27,6 +37,21 @@ def _versions(distributions: Iterable[metadata.Distribution]) -> dict[str, str]:
     for found in distributions:  # the first of a name is the one that Python imports
         versions.setdefault(found.name, found.version)
     return versions
+
+
+def _digest_of_module(environment: Environment, module: str) -> str:
+    """SHA-256 of a module's file, or of all modules in its folder; empty where it is not found."""
+    folders = [*environment.packages, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    spec = PathFinder.find_spec(module, folders)
+    if spec is None:
+        return ""
+    digest = hashlib.sha256()
+    for folder in sorted(spec.submodule_search_locations or ()):
+        for file in sorted(Path(folder).rglob("*.py")):
+            digest.update(f"{file.relative_to(folder)}\0".encode("utf-8", "replace") + file.read_bytes())
+    if not spec.submodule_search_locations and spec.has_location and spec.origin:
+        digest.update(Path(spec.origin).read_bytes())
+    return digest.hexdigest()
 
 
 def _providers(environment: Environment, module: str) -> list[metadata.Distribution]:

@@ -285,6 +285,8 @@ class Catalogue(Mapping[str, Entry]):
 def _nearest(name: str, names: list[str]) -> list[str]:
     """The names that were most likely meant, first those that begin like it."""
     name = name.lower()
+    if same := [known for known in names if known.lower() == name]:
+        return same
     longer = sorted(known for known in names if len(name) > 1 and known.lower().startswith(name))
     alike = difflib.get_close_matches(name, names, n=_SUGGESTED, cutoff=0.5)
     return list(dict.fromkeys([*longer, *alike]))[:_SUGGESTED]

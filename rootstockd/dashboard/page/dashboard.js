@@ -295,7 +295,7 @@ const tables = {
     { key: "sessions", name: "sessions", text: q.count },
     { key: "busy", name: "busy", text: q.count, rank: 1 },
     { key: "rate", name: "eval/s", text: q.rate },
-    { key: "share", name: "share", text: q.percent },
+    { key: "share", name: "part", text: q.percent },
   ]),
   sessions: new SortedTable("sessions", "rate", [
     { key: "name", name: "session", words: true },

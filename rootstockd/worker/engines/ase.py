@@ -241,7 +241,16 @@ def make(spec: ModelSpec, head: str | None) -> Any:
         except Exception as error:
             text = f"model {spec.name!r}: can't make {target}: {describe(error)}"
             raise_if_gpus(spec, error, text)
-            raise EngineError("model-load", text) from error
+            raise EngineError("model-load", text, _hint(spec, error)) from error
+
+
+def _hint(spec: ModelSpec, error: Exception) -> str:
+    if not isinstance(error, ModuleNotFoundError):
+        return ""
+    return (
+        f"Install it in the environment {spec.environment!r}; or, for a module of your own, start the daemon anew with "
+        "its folder in PYTHONPATH."
+    )
 
 
 def _call(target: str, options: dict[str, Any], words: dict[str, str]) -> Any:

@@ -90,7 +90,9 @@ class DispersionEngine:
         """The engine's results, and the correction on top."""
         if any(task.energies for task in tasks):
             raise EngineError(
-                "unsupported", f"model {self._name!r} computes no per-atom energies with D3, which has none to give"
+                "unsupported",
+                f"model {self._name!r} computes no per-atom energies with D3, which has none to give",
+                "Ask for them without `dispersion`.",
             )
         results = self._engine.evaluate([replace(task, system=task.system.inner) for task in tasks])
         return [self._corrected(task, result) for task, result in zip(tasks, results)]
