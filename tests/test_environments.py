@@ -623,6 +623,22 @@ def test_whatever_is_damaged_is_told(
     assert problems_of(found("own")) == []
 
 
+def test_a_package_that_is_not_what_it_says_is_refused(state: Path, tmp_path: Path, wheels: Path) -> None:
+    """And nothing of it has run, though it was installed twice."""
+    (wheels / "lying").mkdir()
+    ran = tmp_path / "ran"
+    wheel = make_wheel(wheels / "lying", "lying", "1.0", {"lying.pth": f"import os; open({str(ran)!r}, 'w')\n"})
+    with zipfile.ZipFile(wheel) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, re.sub(rb"(lying\.pth,.*),\d+", rb"\1,1", content))
+    (wheels / "lying/index.html").write_text(f'<a href="{wheel.name}">{wheel.name}</a>')
+    words = " ".join(env("create", "own", "--spec", specify(tmp_path / "own.toml", "lying"), fails=True).split())
+    assert "what was installed is not what its packages say: lying 1.0 has 1 file that changed" in words
+    assert not ran.exists() and find_build("own") is None
+
+
 def test_a_file_that_two_packages_have_may_be_of_either(state: Path, tmp_path: Path, wheels: Path) -> None:
     for name, text in (("one", "# some words\n"), ("two", "")):
         (wheels / name).mkdir()

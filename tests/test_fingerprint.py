@@ -159,8 +159,10 @@ def test_a_module_of_ones_own_is_told_by_what_is_in_it(tmp_path: Path, monkeypat
 
     for name, file in (("module", "module.py"), ("folder", "folder/__init__.py"), ("folder", "folder/potential.py")):
         first = fingerprint(name, file, "a = 0.5\n")
+        (tmp_path / file).with_name(".#being_edited.py").symlink_to("nowhere")
         assert first != fingerprint(name, file, "a = 0.7\n")
         assert first == fingerprint(name, file, "a = 0.5\n")
+        (tmp_path / file).with_name(".#being_edited.py").unlink()
 
 
 def test_a_checksum_that_is_none() -> None:

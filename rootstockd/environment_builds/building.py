@@ -29,7 +29,7 @@ from rootstockd.environments.builds import (
     take_into_use,
 )
 from rootstockd.environments.finding import Environment
-from rootstockd.environments.packages import damage, installed, site_packages
+from rootstockd.environments.packages import Package, damage, installed, site_packages
 from rootstockd.environments.specification import Specification
 from rootstockd.processes.folders import WorkerFolders
 from rootstockd.processes.worker_process import worker_command
@@ -92,20 +92,7 @@ def _build(plan: Plan, path: Path, say: Say) -> Build:
     python = find_python(plan.python, own_state(), offline=plan.offline)
     version = ".".join(map(str, python.version))
     say(f"{what}: Python {version} from {python.path}")
-    run_uv(
-        [
-            "venv",
-            "--quiet",
-            "--relocatable",
-            "--no-python-downloads",
-            "--allow-existing",
-            "--python",
-            python.path,
-            path,
-        ],
-        f"{what}: making a virtual environment",
-        path,
-    )
+    make_virtual_environment(what, path, python.path)
     sources = _sources(plan)
     lock = path / "lock.txt"
     if plan.lock:
@@ -119,9 +106,22 @@ def _build(plan: Plan, path: Path, say: Say) -> Build:
         flavour = torch_flavour(plan.torch, lock.read_text())
     count = len(re.findall(r"^[\w.-]+\[?.*==", lock.read_text(), re.MULTILINE))
     say(f"{what}: installing {count} packages into {path}")
-    before = own_parts(path)
-    install(what, path, [*sources, *torch_backend(flavour), lock], say)
-    check_own_parts(what, path, before)
+    arguments: list[str | Path] = [*sources, *torch_backend(flavour), lock]
+    if wrong := install(what, path, arguments):
+        names = sorted({package.distribution for package in wrong})
+        say(f"{what}: uv's cache is damaged, and is to have these anew: {', '.join(names)}")
+        run_uv(["cache", "clean", *names], f"{what}: cleaning uv's cache", path)
+        text = lock.read_text()
+        shutil.rmtree(path)  # from the start, as uv runs an environment's Python, and packages can run code with it
+        path.mkdir()
+        path.chmod(0o755)
+        make_virtual_environment(what, path, python.path)
+        lock.write_text(text)
+        if wrong := install(what, path, arguments):
+            raise EnvironmentBuildError(
+                f"{what}: what was installed is not what its packages say: {'; '.join(wrong.values())}. Find out where "
+                "they came from, or leave them out."
+            )
     say(f"{what}: compiling byte code")
     compile_bytecode(path)
     say(f"{what}: importing {', '.join(plan.specification.imports) or 'numpy'}")
@@ -163,34 +163,32 @@ def resolve(plan: Plan, path: Path, lock: Path, sources: list[str]) -> None:
     )
 
 
-def install(what: str, path: Path, arguments: list[str | Path], say: Say) -> None:
-    """Install what a lock has.
+def make_virtual_environment(what: str, path: Path, python: Path) -> None:
+    """Make one, without packages."""
+    options = ("--quiet", "--relocatable", "--no-python-downloads", "--allow-existing")
+    run_uv(["venv", *options, "--python", python, path], f"{what}: making a virtual environment", path)
 
-    Files are links to those in uv's cache. Where somebody has changed these, the cache forgets such packages, and they
-    are installed once more.
+
+def install(what: str, path: Path, arguments: list[str | Path]) -> dict[Package, str]:
+    """Install what a lock has into an environment without packages.
 
     Args:
         what: the environment, for words.
         path: the virtual environment.
         arguments: uv's: the lock, and where packages come from.
-        say: told of each step.
+
+    Returns:
+        What is not as its package has it, as `damage` does: files are links to those in uv's cache, where somebody may
+        have changed them.
 
     Raises:
-        EnvironmentBuildError: it can't be done, or what is there then is not what the packages have.
+        EnvironmentBuildError: it can't be done, or a package wrote what is not its to write.
     """
+    before = own_parts(path)
     command = ["pip", "sync", "--require-hashes", "--python", path / "bin/python", *arguments]
     run_uv(command, f"{what}: installing", path)
-    if not (wrong := damage(installed(path))):
-        return
-    names = sorted({package.distribution for package in wrong})
-    say(f"{what}: uv's cache is damaged, and is to have these anew: {', '.join(names)}")
-    run_uv(["cache", "clean", *names], f"{what}: cleaning uv's cache", path)
-    run_uv([*command, *(f"--reinstall-package={name}" for name in names)], f"{what}: installing again", path)
-    if wrong := damage(installed(path)):
-        raise EnvironmentBuildError(
-            f"{what}: what was installed is not what its packages say: {'; '.join(wrong.values())}. Find out where "
-            "they came from, or leave them out."
-        )
+    check_own_parts(what, path, before)
+    return damage(installed(path))
 
 
 def _sources(plan: Plan) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterable
@@ -45,12 +46,13 @@ def _digest_of_module(environment: Environment, module: str) -> str:
     spec = PathFinder.find_spec(module, folders)
     if spec is None:
         return ""
+    files = [file for folder in spec.submodule_search_locations or () for file in sorted(Path(folder).rglob("*.py"))]
+    if not files and spec.has_location and spec.origin:
+        files = [Path(spec.origin)]
     digest = hashlib.sha256()
-    for folder in sorted(spec.submodule_search_locations or ()):
-        for file in sorted(Path(folder).rglob("*.py")):
-            digest.update(f"{file.relative_to(folder)}\0".encode("utf-8", "replace") + file.read_bytes())
-    if not spec.submodule_search_locations and spec.has_location and spec.origin:
-        digest.update(Path(spec.origin).read_bytes())
+    for file in files:
+        with contextlib.suppress(OSError):  # a link to nowhere, as editors make them
+            digest.update(f"{file.name}\0".encode("utf-8", "replace") + file.read_bytes())
     return digest.hexdigest()
 
 
