@@ -1,0 +1,123 @@
+"""Who hears late that workers ended over their structure: when, by a clock that nobody waits for."""
+
+from __future__ import annotations
+
+import asyncio
+import selectors
+from collections.abc import Awaitable, Callable, Iterator
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from rootstock_client.errors import EvaluationError
+from rootstockd.supervision.amends import Amends
+from rootstockd.supervision.roles import Client
+from rootstockd.supervision.scheduler import Evaluation
+
+ERROR = EvaluationError("2 workers ended over this structure")
+
+
+class _Hurried(selectors.SelectSelector):
+    """Time goes to wherever somebody waits for it."""
+
+    now = 0.0
+
+    def select(self, timeout: float | None = None) -> list[Any]:
+        self.now += timeout or 0.0
+        return super().select(0)
+
+
+class _Loop(asyncio.SelectorEventLoop):
+    def __init__(self) -> None:
+        self._hurried = _Hurried()
+        super().__init__(self._hurried)
+
+    def time(self) -> float:
+        return self._hurried.now
+
+
+@pytest.fixture
+def run() -> Iterator[Callable[[Awaitable[None]], None]]:
+    loop = _Loop()
+    yield loop.run_until_complete
+    loop.close()
+
+
+def evaluation(name: str, user: int = 1) -> Evaluation[Client]:
+    return cast("Evaluation[Client]", SimpleNamespace(name=name, user=user))
+
+
+class Told:
+    """Who was told, and when."""
+
+    def __init__(self, others: bool = True) -> None:
+        self.when: dict[str, float] = {}
+        self.amends = Amends(self._tell, lambda: others)
+
+    def _tell(self, evaluation: Any, error: object) -> None:
+        assert error is ERROR
+        self.when[evaluation.name] = asyncio.get_running_loop().time()
+
+
+def test_of_a_user_one_after_another(run: Callable[[Awaitable[None]], None]) -> None:
+    async def there_is_a_worker() -> None:
+        told = Told()
+        told.amends.go_on()
+        for name, user, seconds in [("a", 1, 3.0), ("b", 1, 2.0), ("c", 2, 4.0), ("d", 1, 1.0)]:
+            told.amends.owe(evaluation(name, user), ERROR, seconds)
+        await asyncio.sleep(100)
+        assert told.when == pytest.approx({"a": 3.0, "c": 4.0, "b": 5.0, "d": 6.0})
+
+    run(there_is_a_worker())
+
+
+def test_only_time_with_a_worker_counts(run: Callable[[Awaitable[None]], None]) -> None:
+    async def it_comes_and_goes() -> None:
+        told = Told()
+        told.amends.owe(evaluation("a"), ERROR, 3.0)
+        told.amends.owe(evaluation("b"), ERROR, 3.0)
+        await asyncio.sleep(10)
+        told.amends.go_on()
+        await asyncio.sleep(2)
+        told.amends.pause()
+        await asyncio.sleep(10)
+        assert not told.when
+        told.amends.go_on()
+        await asyncio.sleep(2)
+        assert told.when == pytest.approx({"a": 23.0})
+        told.amends.pause()
+        told.amends.owe(evaluation("c"), ERROR, 1.0)
+        await asyncio.sleep(10)
+        told.amends.go_on()
+        await asyncio.sleep(100)
+        assert told.when == pytest.approx({"a": 23.0, "b": 36.0, "c": 37.0})
+
+    run(it_comes_and_goes())
+
+
+def test_nobody_is_kept_waiting_for_no_one(run: Callable[[Awaitable[None]], None]) -> None:
+    async def alone() -> None:
+        told = Told(others=False)
+        for name in "abc":
+            told.amends.owe(evaluation(name), ERROR, 3.0)
+        told.amends.go_on()
+        await asyncio.sleep(1)
+        assert told.when == pytest.approx({"a": 0.0, "b": 0.0, "c": 0.0})
+
+    run(alone())
+
+
+def test_all_at_once_at_the_end(run: Callable[[Awaitable[None]], None]) -> None:
+    async def stopped() -> None:
+        told = Told()
+        told.amends.go_on()
+        for name, user in [("a", 1), ("b", 1), ("c", 2)]:
+            told.amends.owe(evaluation(name, user), ERROR, 3.0)
+        await asyncio.sleep(1)
+        told.amends.settle()
+        assert set(told.when) == {"a", "b", "c"}
+        await asyncio.sleep(100)
+        assert told.when == pytest.approx(dict.fromkeys("abc", 1.0))
+
+    run(stopped())
