@@ -322,6 +322,18 @@ def test_limits_are_a_users_own(start):
         assert all(isinstance(answer, float) for answer in answers)
 
 
+def test_shares_are_shown_to_administrators_where_they_differ(start):
+    daemon = start(f'[access]\ngroups = ["{GROUP}"]\n[users.rsd-bob]\nshare = 2.5\n')
+    with job("rsd-bob", daemon):
+        assert "shares" not in daemon.run("status").stdout
+        with job("rsd-alice", daemon):
+            assert "several want it: rsd-alice 1, rsd-bob 2.5\n" in daemon.run("status").stdout
+            assert "shares" not in command_for("rsd-bob", daemon, "status")[1]
+            (daemon.folder.parent / "config.toml").write_text(f'[access]\ngroups = ["{GROUP}"]\n')
+            assert daemon.run("reload").returncode == 0
+            assert "shares" not in daemon.run("status").stdout
+
+
 def test_new_rules_hold_for_what_comes_and_leave_what_is_there(start):
     daemon = start(f'[access]\ngroups = ["{GROUP}"]\n')
     file = daemon.folder.parent / "config.toml"

@@ -33,6 +33,7 @@ from rootstockd.cli.quantities import count, duration, plural, size, span
 from rootstockd.cli.units import unit_at
 from rootstockd.control.schema import LONG, DaemonStatus, ModelStatus, at_a_batch
 from rootstockd.monitoring.rows import dtypes, session_dtype, settings_in_words, told_apart
+from rootstockd.settings.config import Config
 
 STATE_COLOUR = {
     "ready": "green",
@@ -89,8 +90,18 @@ def show(daemon: DaemonStatus) -> None:
         hidden += show_sessions(daemon)
     if daemon.other_sessions:
         console.print(f"{plural(daemon.other_sessions, 'session')} of others", style="dim")
+    if daemon.config and (shares := _shares(daemon.config, {session.user for session in daemon.sessions})):
+        console.print(f"shares of a model's time, where several want it: {shares}", style="dim", markup=False)
     if hidden:
         console.print(f"no room for {', '.join(dict.fromkeys(hidden))}; --json has all", style="dim")
+
+
+def _shares(config: Config, users: set[str]) -> str:
+    """What users have by the configuration; empty where it is the same for all."""
+    shares = {user: config.quota(user).share for user in sorted(users)}
+    if len(set(shares.values())) <= 1:
+        return ""
+    return ", ".join(f"{user} {share:g}" for user, share in shares.items())
 
 
 def show_models(models: list[ModelStatus]) -> list[str]:

@@ -25,6 +25,7 @@ from rootstockd.environments.builds import (
     EnvironmentBuildError,
     Manifest,
     building,
+    make_folder,
     new_build,
     take_into_use,
 )
@@ -108,20 +109,13 @@ def _build(plan: Plan, path: Path, say: Say) -> Build:
     say(f"{what}: installing {count} packages into {path}")
     arguments: list[str | Path] = [*sources, *torch_backend(flavour), lock]
     if wrong := install(what, path, arguments):
-        names = sorted({package.distribution for package in wrong})
-        say(f"{what}: uv's cache is damaged, and is to have these anew: {', '.join(names)}")
-        run_uv(["cache", "clean", *names], f"{what}: cleaning uv's cache", path)
-        text = lock.read_text()
-        shutil.rmtree(path)  # from the start, as uv runs an environment's Python, and packages can run code with it
-        path.mkdir()
-        path.chmod(0o755)
-        make_virtual_environment(what, path, python.path)
-        lock.write_text(text)
-        if wrong := install(what, path, arguments):
-            raise EnvironmentBuildError(
-                f"{what}: what was installed is not what its packages say: {'; '.join(wrong.values())}. Find out where "
-                "they came from, or leave them out."
-            )
+        say(f"{what}: uv's cache is damaged, and is to have these anew: {', '.join(_names(wrong))}")
+        wrong = _install_anew(what, path, python.path, lock.read_text(), arguments, wrong)
+    if wrong:
+        raise EnvironmentBuildError(
+            f"{what}: what was installed is not what its packages say: {'; '.join(wrong.values())}. Find out where "
+            "they came from, or leave them out."
+        )
     say(f"{what}: compiling byte code")
     compile_bytecode(path)
     say(f"{what}: importing {', '.join(plan.specification.imports) or 'numpy'}")
@@ -189,6 +183,25 @@ def install(what: str, path: Path, arguments: list[str | Path]) -> dict[Package,
     run_uv(command, f"{what}: installing", path)
     check_own_parts(what, path, before)
     return damage(installed(path))
+
+
+def _install_anew(
+    what: str, path: Path, python: Path, lock: str, arguments: list[str | Path], wrong: dict[Package, str]
+) -> dict[Package, str]:
+    """Install after uv's cache has forgotten what was wrong in it, as `install` does.
+
+    From the start, as uv runs an environment's Python, and packages that are there can run code with it.
+    """
+    run_uv(["cache", "clean", *_names(wrong)], f"{what}: cleaning uv's cache", path)
+    shutil.rmtree(path)
+    make_folder(path)
+    make_virtual_environment(what, path, python)
+    (path / "lock.txt").write_text(lock)
+    return install(what, path, arguments)
+
+
+def _names(wrong: dict[Package, str]) -> list[str]:
+    return sorted({package.distribution for package in wrong})
 
 
 def _sources(plan: Plan) -> list[str]:

@@ -262,9 +262,14 @@ def remove_unfinished(folder: Path) -> None:
 def new_build(folder: Path) -> Path:
     """A folder for a build. Names sort by when they were made."""
     path = folder / "builds" / f"{time.time_ns():x}"
+    make_folder(path)
+    return path
+
+
+def make_folder(path: Path) -> None:
+    """One that all may read, whatever the umask."""
     path.mkdir()
     path.chmod(0o755)
-    return path
 
 
 def take_into_use(folder: Path, path: Path) -> None:
