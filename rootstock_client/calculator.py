@@ -82,17 +82,24 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         self.results: dict[str, Any]
         super().__init__(model=model, dtype=dtype, head=head, dispersion=dispersion, exact=exact, tolerance=tolerance)
         self._potential = self._chosen(self._settings())
-        self.fingerprint = fingerprint or None
+        self.fingerprint = fingerprint
 
     backend: str | None
     """What computed the last result, such as `mace-torch`, `fused`, or the name of an ASE calculator."""
-    fingerprint: str | None
-    """What the potential is, in 16 hexadecimal digits: weights, settings, versions of what computes, dtype and
-    dispersion; not device or backend.
 
-    None until a daemon has said it with a result, if it was not given. From then on results with another fingerprint
-    are not given out, but ModelChangedError is raised. Setting `model`, `dtype` or `dispersion` makes it None again.
-    """
+    @property
+    def fingerprint(self) -> str | None:
+        """What the potential is, as 16 hexadecimal digits: weights, settings, versions, dtype and dispersion.
+
+        Device and backend are not in it. None until a daemon has said it with a result, if it was not given. From then
+        on results with another fingerprint are not given out, but ModelChangedError is raised. Setting `model`, `dtype`
+        or `dispersion` makes it None again.
+        """
+        return self._fingerprint
+
+    @fingerprint.setter
+    def fingerprint(self, fingerprint: str | None) -> None:
+        self._fingerprint, self._extras = fingerprint or None, b""  # with the next result it is compared again
 
     def __repr__(self) -> str:
         settings = "".join(f"{key}={value!r}, " for key, value in self.todict().items() if key != "fingerprint")
@@ -157,9 +164,7 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         """
         if name not in self.implemented_properties:
             raise PropertyNotImplementedError(f"{name} is not among what rootstockd computes")
-        if self._pid != os.getpid():  # after a fork: the session is the parent's, and a lock may be held for ever
-            lost = self._connection
-            self._connect(Connection(lost.path, lost.patience, met=lost.met))
+        self._leave_to_parent()
         with self._lock:
             snapshot = self._seen if atoms is None else Snapshot(atoms)
             if snapshot is not None and (self._seen is None or snapshot.changes(self._seen)):
@@ -185,7 +190,18 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
     ) -> None:
         """Evaluate `atoms` and fill `results`."""
         del system_changes
-        self._calculate(self._seen if atoms is None else Snapshot(atoms), frozenset(properties or ()))
+        self._leave_to_parent()
+        with self._lock:
+            self._calculate(self._seen if atoms is None else Snapshot(atoms), frozenset(properties or ()))
+
+    def _leave_to_parent(self) -> None:
+        """After a fork the session is the parent's, and locks may be held for ever by threads that are not there."""
+        if self._pid == os.getpid():
+            return
+        with _forked.lock:
+            if self._pid != os.getpid():
+                lost = self._connection
+                self._connect(Connection(lost.path, lost.patience, met=lost.met))
 
     # --- the exchange
 
@@ -242,7 +258,7 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         if answer.extras[0] == self._extras and not energies:  # the same bytes at nearly every step
             return answer, _NO_ENERGIES
         backend, fingerprint, per_atom = _read_extras(answer.extras[0], energies)
-        self._check_potential(fingerprint)
+        self.check_potential(fingerprint)
         self.backend, self._extras = backend, answer.extras[0]
         return answer, per_atom
 
@@ -257,14 +273,17 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
     def _chosen(settings: dict[str, Any]) -> tuple[Any, ...]:
         return tuple(settings[name] for name in _POTENTIAL)
 
-    def _check_potential(self, fingerprint: str | None) -> None:
+    def check_potential(self, fingerprint: str | None) -> None:
         """Whether what has answered is what has answered before; a daemon that is older does not say.
+
+        Args:
+            fingerprint: of what has answered.
 
         Raises:
             ModelChangedError: it is not.
         """
         if fingerprint is None or self.fingerprint in (None, fingerprint):
-            self.fingerprint = fingerprint or self.fingerprint
+            self._fingerprint = fingerprint or self._fingerprint
             return
         self._connection.close()  # a session keeps its model, and the next shall find what has been put back meanwhile
         raise model_changed(self.parameters["model"], self.fingerprint, fingerprint, "make a new calculator")
@@ -287,13 +306,14 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
             self._init = json.dumps(fields).encode()
             self._system = system
             if (chosen := self._chosen(settings)) != self._potential:
-                self._potential, self.fingerprint, self._extras = chosen, None, b""
+                self._potential, self.fingerprint = chosen, None
         return self._init
 
     # --- its life
 
     def close(self) -> None:
         """Close the session. The next evaluation opens a new one."""
+        self._leave_to_parent()
         self._connection.close()
 
     def __enter__(self) -> RootstockCalculator:
@@ -326,6 +346,20 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         address = state.pop("_address")
         self.__dict__.update(state)
         self._connect(Connection(*address))
+
+
+class _Forked:
+    """A lock that nobody holds in a process that was just forked."""
+
+    def __init__(self) -> None:
+        self.renew()
+        os.register_at_fork(after_in_child=self.renew)
+
+    def renew(self) -> None:
+        self.lock = threading.Lock()
+
+
+_forked = _Forked()
 
 
 def _dispersion(value: Any) -> bool | dict[str, Any]:

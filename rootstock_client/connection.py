@@ -160,13 +160,15 @@ class Connection:
         while True:
             try:
                 size = sock.recv_into(side.get_buffer())
-            except BlockingIOError:  # SILENCE has gone by
-                silences += 1
+            except OSError as error:
+                if error.errno is None:  # not the kernel's: a signal's handler has raised it, for a limit of the job's
+                    raise
+                if not isinstance(error, BlockingIOError):
+                    raise self._lost() from error
+                silences += 1  # SILENCE has gone by
                 if silences & (silences - 1) == 0:  # more and more rarely, as there may be a thousand who ask
                     say_why(self.path, self._init)
                 continue
-            except OSError as error:
-                raise self._lost() from error
             if size == 0:
                 raise self._lost()
             side.received(size)
@@ -200,4 +202,6 @@ def send_all(sock: socket.socket, buffers: list[bytes | ipi.FloatArray], size: i
         if (sent := sock.sendmsg(buffers)) < size:
             sock.sendall(memoryview(b"".join(buffers))[sent:])
     except OSError as error:
+        if error.errno is None:  # a signal's handler has raised it
+            raise
         raise ConnectionLostError("rootstockd closed the connection.") from error

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rootstock_client.client import RootstockClient
-from rootstock_client.errors import DaemonNotFoundError, RootstockError
+from rootstock_client.errors import DaemonNotFoundError
 from rootstock_client.node_daemon import NodeDaemon
 from rootstock_client.patience import patience_in_seconds
 from rootstock_client.runtime_dir import SOCKET_NAME, find_socket, job_runtime_dir, user_runtime_dir
@@ -139,8 +139,8 @@ class RootstockPlugin(WorkerPlugin):  # type: ignore[misc]  # Dask is not typed
                 try:
                     await daemon.join()
                     break
-                except RootstockError as error:
-                    reason = str(error)
+                except Exception as error:  # whatever it is, the node is without a daemon, and the worker is to know
+                    reason = str(error) or type(error).__name__
                     log.warning("%s", reason)
             else:
                 _leave(worker, reason)
@@ -151,7 +151,8 @@ def calculator(model: str, **options: Any) -> RootstockCalculator:
     """An ASE calculator for a task: that of the node's daemon.
 
     A thread of a worker has one for each model and options, and keeps it from task to task, so that a thousand tasks do
-    not open a thousand sessions. For several calculators at a time in one task (NEB) use RootstockClient.
+    not open a thousand sessions; but each task takes the potential as it finds it, and no task has what another has
+    `set`. For several calculators at a time in one task (NEB) use RootstockClient.
     Outside of tasks it is `RootstockClient().calculator(model, **options)`.
 
     Args:
@@ -167,16 +168,21 @@ def calculator(model: str, **options: Any) -> RootstockCalculator:
         return RootstockClient().calculator(model, **options)
     client = (plugin and plugin.client) or RootstockClient()
     key = (client.socket, client.patience, model, repr(sorted(options.items())))
-    if key not in _kept.calculators:
-        _kept.calculators[key] = client.calculator(model, **options)
-    return _kept.calculators[key]
+    calculator, made_as = _kept.calculators.get(key, (None, None))
+    if calculator is not None:
+        calculator.fingerprint = options.get("fingerprint")
+    if calculator is None or calculator.todict() != made_as:
+        calculator = client.calculator(model, **options)
+        _kept.calculators[key] = calculator, calculator.todict()
+    return calculator
 
 
 class _Kept(threading.local):
     """The calculators of a thread; they go with it."""
 
     def __init__(self) -> None:
-        self.calculators: dict[tuple[Any, ...], RootstockCalculator] = {}
+        self.calculators: dict[tuple[Any, ...], tuple[RootstockCalculator, dict[str, Any]]] = {}
+        """With what each was made as."""
 
 
 _kept = _Kept()

@@ -48,6 +48,8 @@ def connect(path: Path, timeout: float | None = None) -> socket.socket:
         ) from error
     except OSError as error:
         sock.close()
+        if error.errno is None and timeout is None:  # a signal's handler has raised it
+            raise
         if isinstance(error, (TimeoutError, BlockingIOError)):  # with a timeout a full queue is EAGAIN, at once
             raise TimeoutError(f"{path} accepts no connections") from error
         raise DaemonNotFoundError(

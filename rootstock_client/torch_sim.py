@@ -10,8 +10,10 @@
 from __future__ import annotations
 
 import copy
+import os
+import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -65,24 +67,27 @@ class RootstockModel(ModelInterface):  # type: ignore[misc]  # torch-sim is not 
         self._device, self._dtype = torch.device(device), dtype
         self._compute_forces, self._compute_stress = compute_forces, compute_stress
         self._memory_scales_with = "n_atoms"
-        self._calculator, self._sessions = calculator, sessions
+        self._calculator, self._sessions = copy.copy(calculator), sessions
         self._calculators: list[RootstockCalculator] = []
-        self._threads = ThreadPoolExecutor(sessions, thread_name_prefix="rootstock")
+        self._begin()
+
+    def _begin(self) -> None:
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._threads = ThreadPoolExecutor(self._sessions, thread_name_prefix="rootstock")
 
     def forward(self, state: ts.SimState, **_: Any) -> dict[str, torch.Tensor]:
         """Evaluate all systems of a state; see the class.
 
         Raises:
+            ModelChangedError: not all of it, and of what was evaluated before, is of one potential.
             RootstockError: an evaluation failed; the message says why.
         """
+        if self._pid != os.getpid():  # after a fork: there are no threads
+            self._begin()
         systems = list(_systems(state))
-        while len(self._calculators) < min(len(systems), self._sessions):
-            self._calculators.append(copy.copy(self._calculator))
-        count = min(len(systems), len(self._calculators))
-        parts = self._threads.map(self._evaluate, self._calculators[:count], [systems[i::count] for i in range(count)])
-        results: list[dict[str, Any]] = [{}] * len(systems)
-        for first, part in enumerate(parts):
-            results[first::count] = part
+        with self._lock:
+            results = self._evaluate_all(systems)
         found = {"energy": self._tensor([one["energy"] for one in results])}
         if self._compute_forces:
             found["forces"] = self._tensor(np.concatenate([one["forces"] for one in results]))
@@ -90,6 +95,22 @@ class RootstockModel(ModelInterface):  # type: ignore[misc]  # torch-sim is not 
             stress = [voigt_6_to_full_3x3_stress(one.get("stress", _NO_STRESS)) for one in results]
             found["stress"] = self._tensor(stress)
         return found
+
+    def _evaluate_all(self, systems: list[Atoms]) -> list[dict[str, Any]]:
+        while len(self._calculators) < min(len(systems), self._sessions):
+            self._calculators.append(copy.copy(self._calculator))
+        count = min(len(systems), len(self._calculators))
+        parts = [
+            self._threads.submit(self._evaluate, calculator, systems[first::count])
+            for first, calculator in enumerate(self._calculators[:count])
+        ]
+        wait(parts)  # all of them, also if one fails: none may be at it still when the next state comes
+        results: list[dict[str, Any]] = [{}] * len(systems)
+        for first, part in enumerate(parts):
+            results[first::count] = part.result()
+        for calculator in self._calculators[:count]:
+            self._calculator.check_potential(calculator.fingerprint)
+        return results
 
     def _evaluate(self, calculator: RootstockCalculator, systems: list[Atoms]) -> list[dict[str, Any]]:
         results = []

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ase import Atoms
 from ase.build import bulk
 from ase.calculators.calculator import Calculator
 from ase.optimize import BFGS
 
 from rootstock_client.dask import calculator
+from rootstock_client.errors import ModelChangedError
+
+
+def rattled(seed: int) -> Atoms:
+    atoms = bulk("Cu", cubic=True)
+    atoms.rattle(0.1, seed=seed)
+    return atoms
 
 
 def relaxed(seed: int, calculator: Calculator) -> tuple[float, int]:
     """The energy (eV) of a cell that was rattled and relaxed, and the evaluations that it took."""
-    atoms = bulk("Cu", cubic=True)
-    atoms.rattle(0.1, seed=seed)
+    atoms = rattled(seed)
     atoms.calc = calculator
     optimizer = BFGS(atoms, logfile=None)
     optimizer.run(fmax=0.02)
@@ -27,3 +34,24 @@ def task(seed: int, diary: Path | None = None) -> tuple[int, float, int]:
         with diary.open("a") as file:
             file.write(f"{seed}\n")
     return seed, *relaxed(seed, calculator("emt"))
+
+
+def stubborn(seed: int) -> str:
+    """A task that spoils the calculator which its thread keeps."""
+    atoms = rattled(seed)
+    atoms.calc = calculator("emt")
+    atoms.calc.set(exact=True)
+    atoms.calc.fingerprint = "0" * 16
+    try:
+        atoms.get_forces()
+    except ModelChangedError as error:
+        return error.code
+    return ""
+
+
+def decent(seed: int) -> tuple[str, str | None]:
+    """One that leaves it as it is: which calculator, and its potential."""
+    atoms = rattled(seed)
+    atoms.calc = calculator("emt")
+    atoms.get_forces()
+    return repr(atoms.calc), atoms.calc.fingerprint

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,9 @@ from ase.optimize import BFGS
 
 from conftest import RunningDaemon, rootstockd
 from rootstock_client import RootstockClient
-from rootstock_client.snapshot import LARGE, Snapshot
+from rootstock_client.connection import Connection
+from rootstock_client.snapshot import LARGE, Box, Snapshot
+from rootstock_client.units import BOHR
 
 
 def copper(seed: int = 1) -> Atoms:
@@ -265,7 +268,7 @@ atoms.get_forces()
 with calculator._lock, calculator._connection._lock:  # as another thread in the middle of its step has them
     child = os.fork()
     if child == 0:
-        thread = threading.Thread(target=lambda: (atoms.rattle(0.1), atoms.get_forces()), daemon=True)
+        thread = threading.Thread(target=lambda: (atoms.rattle(0.1), eval(sys.argv[2])), daemon=True)
         thread.start()
         thread.join(20)
         os._exit(thread.is_alive())
@@ -274,8 +277,36 @@ sys.exit(os.waitstatus_to_exitcode(status))
 """
 
 
-def test_fork_while_another_thread_is_in_a_step(daemon: RunningDaemon) -> None:
-    subprocess.run([sys.executable, "-c", FORKING_IN_A_STEP, str(daemon.socket)], check=True, timeout=60)
+@pytest.mark.parametrize("what", ["atoms.get_forces()", "calculator.calculate(atoms)", "calculator.close()"])
+def test_fork_while_another_thread_is_in_a_step(daemon: RunningDaemon, what: str) -> None:
+    subprocess.run([sys.executable, "-c", FORKING_IN_A_STEP, str(daemon.socket), what], check=True, timeout=60)
+
+
+def test_threads_that_share_a_calculator_in_calculate(daemon: RunningDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another begins in the middle of a step, and each structure goes off with its own cell all the same."""
+    sent, evaluate, fits = [], Connection.evaluate, Box.fits
+    shared = daemon.client().calculator("emt")
+
+    def pair(edge: float) -> Atoms:
+        return Atoms("Cu2", [[0, 0, 0], [edge / 2, 0, 0]], cell=[edge] * 3, pbc=True)
+
+    def look(self: Connection, init: bytes, head: bytes, positions: Any, forces: Any) -> Any:
+        sent.append((np.frombuffer(head, "<f8", 1, 12)[0] * BOHR, positions[1, 0] * BOHR))
+        return evaluate(self, init, head, positions, forces)
+
+    def give_way(self: Box, snapshot: Any) -> bool:
+        if not other.ident:
+            other.start()
+            other.join(0.5)
+        return fits(self, snapshot)
+
+    monkeypatch.setattr(Connection, "evaluate", look)
+    other = threading.Thread(target=shared.calculate, args=(pair(9.0),))
+    shared.calculate(pair(5.0))
+    monkeypatch.setattr(Box, "fits", give_way)
+    shared.calculate(pair(5.0))
+    other.join()
+    assert [(round(edge, 6), round(x, 6)) for edge, x in sent] == [(5.0, 2.5), (5.0, 2.5), (9.0, 4.5)]
 
 
 def test_the_backend_is_that_of_the_last_result(daemon: RunningDaemon) -> None:

@@ -18,7 +18,7 @@ from ase.calculators.emt import EMT
 from distributed import Client, as_completed
 
 from conftest import MARK, RunningDaemon, wait_for
-from relaxing import relaxed, task
+from relaxing import decent, relaxed, stubborn, task
 from rootstock_client import RootstockError
 from rootstock_client.calculator import RootstockCalculator
 from rootstock_client.dask import RootstockPlugin, calculator
@@ -148,6 +148,13 @@ def test_many_tasks_over_few_sessions(
         ran=f"{len(SEEDS)} relaxations on a LocalCluster, by RootstockPlugin",
         against="energies of the same with ASE's EMT, to 1e-9 eV",
     )
+
+
+def test_tasks_leave_nothing_to_those_that_come_after(cluster: Cluster) -> None:
+    (before,) = {cluster.client.submit(decent, seed, pure=False).result() for seed in range(8)}
+    futures = [cluster.client.submit(stubborn, seed, pure=False) for seed in range(8)]
+    assert {future.result() for future in futures} == {"model-changed"}
+    assert {cluster.client.submit(decent, seed, pure=False).result() for seed in range(8)} == {before}
 
 
 def test_a_daemon_has_the_threads_that_it_would_have_without_dask(cluster: Cluster, node: RunningDaemon) -> None:

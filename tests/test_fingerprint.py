@@ -384,6 +384,39 @@ def test_a_job_that_goes_on_where_another_ended(site: Site) -> None:
         calculated(site, fingerprint=before)
 
 
+def test_a_fingerprint_that_is_set_later(site: Site) -> None:
+    atoms = calculated(site)
+    known = atoms.calc.fingerprint
+    atoms.calc.fingerprint = "0" * 16
+    assert refused(atoms).message.count(known) == 1
+    atoms.calc.fingerprint = known
+    atoms.get_stress()
+
+
+@pytest.mark.filterwarnings("default")  # torch-sim's own
+def test_a_state_of_torch_sim_is_of_one_potential(site: Site) -> None:
+    """Sessions keep the model that they have; those that come later, for larger states, find another."""
+    import torch
+    import torch_sim as ts
+
+    from rootstock_client.torch_sim import RootstockModel
+
+    def state(count: int) -> Any:
+        return ts.io.atoms_to_state([copper()] * count, "cpu", torch.float64)
+
+    calculator = site.daemon.client().calculator("mine")
+    model = RootstockModel(calculator)
+    before = model(state(2))["energy"]
+    site.say(0.5)
+    assert torch.equal(model(state(2))["energy"], before)
+    for _ in range(2):
+        with pytest.raises(ModelChangedError, match="model 'mine' is another than before"):
+            model(state(4))
+    new = RootstockModel(calculator)
+    assert torch.allclose(new(state(4))["energy"], before[:1] / 2)
+    model.close(), new.close()
+
+
 def test_a_daemon_that_says_no_fingerprint(tmp_path: Path) -> None:
     """It is older: nothing is compared, and what is remembered stays so."""
     with socket.socket(socket.AF_UNIX) as listener:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 import signal
 import socket
@@ -69,6 +70,34 @@ def test_it_says_so_when_the_daemon_is_away_and_when_it_is_back(
     away, back = (record.message for record in caplog.records)
     assert "is away" in away
     assert "is back" in back
+
+
+def test_a_limit_of_the_jobs_own_ends_the_step(own_daemon: RunningDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many a job has a handler of SIGALRM that raises TimeoutError, which is what a socket might raise, too."""
+
+    def too_long(_number: int, _frame: object) -> None:
+        raise TimeoutError("this step takes too long")
+
+    atoms = copper()
+    atoms.calc = own_daemon.client().calculator("emt")
+    before = atoms.get_forces()
+    worker = own_daemon.model("emt")["pid"]
+    handler = signal.signal(signal.SIGALRM, too_long)
+    os.kill(worker, signal.SIGSTOP)
+    try:
+        for reset in (atoms.calc.reset, atoms.calc.close):  # with a session that is there, and with a new one
+            reset()
+            atoms.rattle(0.01)
+            signal.setitimer(signal.ITIMER_REAL, 0.3)
+            with pytest.raises(TimeoutError, match="this step takes too long"):
+                atoms.get_forces()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        os.kill(worker, signal.SIGCONT)
+    atoms = copper()
+    atoms.calc = own_daemon.client().calculator("emt")
+    np.testing.assert_array_equal(atoms.get_forces(), before)
 
 
 def test_a_first_connection_to_nothing_fails_at_once(runtime_folder: Path) -> None:
