@@ -489,6 +489,26 @@ def test_a_hot_model_gets_a_replica_that_goes_again(hot: RunningDaemon) -> None:
     ask_again(with_model(hot, "emt"))
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_who_was_with_a_worker_that_fails_goes_on_with_the_other(
+    start: Callable[..., RunningDaemon], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: int
+) -> None:
+    """The first or the replica: it ends at a batch, and can't be started again."""
+    module = tmp_path / "copper.py"
+    module.write_text("from ase.calculators.emt import EMT\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]]))
+    entry = '[copper]\nfamily = "ase"\narguments = { calculator = "copper:EMT" }\n'
+    daemon = start("keep_alive = 60\n", "--model", "copper", devices=2, catalogue=entry)
+    with Jobs(daemon, "copper", 8, 3) as jobs:
+        wait_for(lambda: [worker["sessions"] >= 2 for worker in workers(daemon, "copper")] == [True, True], timeout=60)
+        module.write_text("raise OSError('it can not be imported')\n")
+        os.kill(workers(daemon, "copper")[which]["pid"], signal.SIGKILL)
+        wait_for(lambda: "it can not be imported" in daemon.log.read_text())
+        done = list(jobs.steps)
+        wait_for(lambda: all(now > then for now, then in zip(jobs.steps, done, strict=True)), timeout=60)
+
+
 def test_sessions_of_a_replica_that_goes_are_those_of_the_first_again(hot: RunningDaemon) -> None:
     client = hot.client()
     with Jobs(hot, "emt", 7, 3):

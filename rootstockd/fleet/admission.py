@@ -115,6 +115,10 @@ class Admission:
         await self._rooms.measure(self._roster.supervisors())
         return self._room_of(model) is None
 
+    def stand_in(self, model: Supervisor) -> Supervisor | None:
+        owner = self._roster.owner(model)
+        return next((other for other in owner.ready if other is not model), None) if owner else None
+
     async def make_room(self, model: Supervisor) -> bool:
         assert model.device is not None
         if self._config.worker_memory is not None and model.device.kind == "cpu":

@@ -317,7 +317,7 @@ class Session(asyncio.BufferedProtocol):
         old, evaluation = self._model, self._evaluation
         assert old is not None
         if evaluation is not None:
-            if evaluation in old.scheduler.running or evaluation.attempts or evaluation.withdrawn:
+            if evaluation in old.scheduler.running or evaluation.withdrawn:
                 return False
             old.scheduler.withdraw(evaluation)
             evaluation.withdrawn = False

@@ -314,5 +314,5 @@ class Dispatcher:
         """An evaluation is over after which sessions were to go over to another worker."""
         going, self._going = self._going, {}
         for client, target in going.items():
-            if not target.retired:  # nor has it ended
+            if not target.retired and target.error is None:  # nor has it ended, or failed
                 client.move(target)

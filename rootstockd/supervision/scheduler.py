@@ -191,8 +191,11 @@ class Scheduler(Generic[Owner]):
         return self.batch_atoms if limit is None else min(self.batch_atoms, limit)
 
     def submit(self, evaluation: Evaluation[Owner]) -> None:
-        """Queue an evaluation."""
+        """Queue an evaluation; one under which workers have ended elsewhere is suspected here, too."""
         self.waiting += 1
+        if evaluation.attempts:
+            self._again.append(evaluation)
+            return
         user = self._users.get(evaluation.user)
         if user is None:
             user = self._users[evaluation.user] = _User(evaluation.user, self._now)

@@ -342,10 +342,14 @@ class Supervisor:
         return error
 
     def _fail(self, error: RootstockError) -> None:
-        """The model is broken; what waits is told so."""
+        """The model is broken; what waits goes to another worker of it, or is told so."""
         self.error = error
         self._ended_at = time.monotonic()
         self._set_state(State.FAILED)
+        if (other := self._landlord.stand_in(self)) is not None:
+            self.tell_verdicts()  # or whom they are for would have to stay
+            for client in list(self.clients):
+                client.move(other)
         self.give_up(error)
 
     def _replace(self, end: End) -> None:
