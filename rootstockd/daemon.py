@@ -16,7 +16,7 @@ from pathlib import Path
 from ase.data import chemical_symbols
 
 from rootstock_client import ipi
-from rootstock_client.errors import DrainingError, UnknownElementError
+from rootstock_client.errors import DrainingError, ModelLoadError, UnknownElementError, UnknownModelError
 from rootstock_client.runtime_dir import job_runtime_dir, share_file
 from rootstockd.control.limits import MAX_SCRAPERS
 from rootstockd.control.schema import ReloadReport
@@ -218,9 +218,18 @@ class Daemon:
             log.warning("%s has changed and takes effect with the next restart", name)
         log.info("reloaded")
         models_kept = self.fleet.retire_changed(catalogue)
+        self._load_again()
         for name, sessions in models_kept.items():
             log.info("model %s has changed; sessions that keep the old one: %d", name, sessions)
         return ReloadReport(restart_needed=restart_needed, models_kept=models_kept, warnings=self.warnings)
+
+    def _load_again(self) -> None:
+        """What is to be loaded at the start, and was not in the catalogue for a while, or lacked its weights."""
+        for wanted in self.config.models:
+            with contextlib.suppress(UnknownModelError, ModelLoadError):
+                name, entry = self.catalogue.resolve(wanted)
+                if not self.fleet.keeps(name):
+                    self.fleet.open(WorkerKey(name, entry.dtype), located(name, entry), keep=True)
 
     def _look_over(self) -> None:
         self.warnings = [*self.accounts.warnings, *self.catalogue.warnings(), *self._closed_folder()]
@@ -264,14 +273,15 @@ class Daemon:
     async def _start(self, sessions_socket: socket.socket) -> Door:
         """Load what is to be preloaded, and open the door. Sessions that come early wait for their model."""
         door = Door(sessions_socket, lambda connection: Session(self, peer_of(connection)))
-        models = [self.fleet.open(WorkerKey(name, entry.dtype), entry, keep=True) for name, entry in self._preload]
-        loaded = asyncio.create_task(_settled(models))
+        for name, entry in self._preload:
+            self.fleet.open(WorkerKey(name, entry.dtype), entry, keep=True)
+        loaded = asyncio.create_task(_settled(self.fleet))
         stopped = asyncio.create_task(self._stop.wait())
         await asyncio.wait([loaded, stopped], return_when=asyncio.FIRST_COMPLETED)
         loaded.cancel()
         stopped.cancel()
-        errors = [model.error for model in models if model.error is not None]
-        if self._manager.watches and errors and len(errors) == len(models):
+        errors = [model.error for model in self.fleet.kept if model.error is not None]
+        if self._manager.watches and errors and len(errors) == len(self.fleet.kept):
             raise errors[0]  # systemd tries again
         if not self._stop.is_set():
             self.state = "ready"
@@ -397,9 +407,13 @@ class Daemon:
         return self.fleet.unload(self.catalogue.name_of(name), dtype, force=force)  # it may be in no catalogue any more
 
 
-async def _settled(models: Iterable[Supervisor]) -> None:
-    for model in models:
-        await model.settled()
+async def _settled(fleet: Fleet) -> None:
+    """Until all models that are to stay have settled, with those that a reload puts in their place meanwhile."""
+    seen: set[Supervisor] = set()
+    while waiting := set(fleet.kept) - seen:
+        for model in waiting:
+            await model.settled()
+        seen |= waiting
 
 
 def _symbols(numbers: Iterable[int]) -> str:

@@ -103,6 +103,15 @@ class Fleet:
         """All supervisors, with those that are on their way out."""
         return self._roster.supervisors()
 
+    @property
+    def kept(self) -> list[Supervisor]:
+        """Supervisors of the models that are to stay."""
+        return self._roster.kept
+
+    def keeps(self, name: str) -> bool:
+        """Whether a model is among those that are to stay."""
+        return any(key.name == name and model.kept for key, model in self._models.items())
+
     def counted(self) -> dict[tuple[str, str, str], Totals]:
         """What was done since the daemon began, by model, dtype and device, to the last evaluation."""
         return self._admission.counted()

@@ -86,7 +86,7 @@ class Supervisor:
         return self.workers.now.pid if self.workers.now else None
 
     async def settled(self) -> None:
-        """Until the model is ready, or known to be broken, or to have no room."""
+        """Until the model is ready, or known to be broken, or to have no room, or ends."""
         await self._settled.wait()
 
     @property
@@ -122,6 +122,7 @@ class Supervisor:
     def _end_worker(self) -> None:
         """For good: it holds nothing that wants saving."""
         self._stopping.set()
+        self._settled.set()  # this is how it is now
         self._leaving.set()
         self._wanted.set()
         self.workers.end()

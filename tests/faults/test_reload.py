@@ -133,6 +133,49 @@ def test_no_evaluation_is_dropped(configured, folder):
     assert "reloaded" in words and "there is no setting 'max_session'; did you mean 'max_sessions'?" in words
 
 
+HOLDING = """
+import os, time
+from ase.calculators.emt import EMT
+while os.path.exists({hold!r}):
+    time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize("what", ["changed", "removed"])
+def test_a_model_of_the_start_while_it_is_loading(
+    folder: Path, runtime_folder: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """The daemon gets ready with what there is instead; and what is there again is there to stay."""
+    hold, models = folder / "hold", folder / "models.toml"
+    hold.touch()
+    (folder / "holding.py").write_text(HOLDING.format(hold=str(hold)))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
+    before = '[mine]\nfamily = "ase"\nconfine = false\narguments = { calculator = "holding:EMT" }\n'
+    models.write_text(before)
+    (folder / "config.toml").write_text('catalogues = ["models.toml"]\nmodels = ["mine"]\nkeep_alive = 0.1\n')
+    daemon = RunningDaemon(runtime_folder / what, ("--config", str(folder / "config.toml")))
+    starting = threading.Thread(target=daemon.start)
+    starting.start()
+    try:
+        wait_for(lambda: daemon.socket.exists() and daemon.model("mine")["pid"])
+        models.write_text(entry("another", asap_cutoff=False) if what == "changed" else "")
+        assert daemon.run("reload").returncode == 0
+        starting.join(60)
+        assert not starting.is_alive()
+        status = daemon.client().status()
+        assert status["state"] == "ready"
+        assert [model["state"] for model in status["models"]] == ["ready"] * (what == "changed")
+        hold.unlink()
+        models.write_text(before)
+        assert daemon.run("reload").returncode == 0
+        wait_for(lambda: [model["state"] for model in daemon.client().status()["models"]] == ["ready"])
+        time.sleep(2)  # twenty times its keep_alive, and two looks
+        assert daemon.model("mine")["state"] == "ready"
+    finally:
+        daemon.stop()
+        starting.join()
+
+
 def test_a_wrong_file_changes_nothing_and_says_why(configured, folder):
     good = (folder / "config.toml").read_text()
     for text, words in (
