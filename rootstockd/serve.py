@@ -36,7 +36,7 @@ def start_logging() -> None:
     if in_journal():
         logging.getLogger().handlers[0].setFormatter(JournalFormatter("%(name)s: %(message)s"))
     faulthandler.enable()  # what a daemon was at whose watchdog ended it
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)  # it warns of each request that is none
 
 
 def serve(config: Config, *, in_background: bool = False) -> None:

@@ -3,8 +3,8 @@
 import asyncio
 import logging
 
-from rootstockd.sessions import log_rate
-from rootstockd.sessions.log_rate import MOST, LogRate
+from rootstockd.host import log_rate
+from rootstockd.host.log_rate import MOST, LogRate
 
 
 def test_the_first_are_logged_and_the_rest_counted(monkeypatch, caplog):

@@ -23,7 +23,7 @@ from conftest import ALL_OF_RICH, RunningDaemon
 from rootstock_client import ipi
 from rootstock_client.runtime_dir import control_socket
 from rootstockd.control.limits import PACE
-from rootstockd.sessions.log_rate import MOST
+from rootstockd.host.log_rate import MOST
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be several users")
 

@@ -35,9 +35,9 @@ from rootstockd.control.schema import (
 )
 from rootstockd.fleet.fleet import HOLD
 from rootstockd.host.devices import process_memory
+from rootstockd.host.log_rate import LogRate
 from rootstockd.models.availability import lack
 from rootstockd.models.catalogue import CatalogueError
-from rootstockd.sessions.log_rate import LogRate
 from rootstockd.settings.config import Device
 from rootstockd.settings.config_file import ConfigError
 from rootstockd.supervision.roles import State

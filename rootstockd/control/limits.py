@@ -81,7 +81,8 @@ class BoundedProtocol(H11Protocol):
     """
 
     _deadline: asyncio.TimerHandle | None = None
-    _refused = False
+    refused = False
+    """It was told so, and is about to be closed."""
 
     def __init__(self, config: uvicorn.Config, state: ServerState, app_state: dict[str, object]) -> None:
         super().__init__(config, state, app_state)
@@ -102,13 +103,13 @@ class BoundedProtocol(H11Protocol):
         """Say so, and listen to nothing: a socket closed on what the client says would lose it the answer."""
         head = f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\nconnection: close\r\n"
         self.transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
-        self._refused = True
+        self.refused = True
         if self._deadline is not None:
             self._deadline.cancel()
         self._deadline = self.loop.call_later(1.0, self.transport.abort)
 
     def data_received(self, data: bytes) -> None:
-        if self._refused:
+        if self.refused:
             return
         try:
             super().data_received(data)
@@ -148,7 +149,7 @@ class ControlProtocol(BoundedProtocol):
         self.uid = peer.uid
         super().connection_made(transport)
         self.client = str(peer.uid), peer.pid
-        if self._refused:
+        if self.refused:
             return
         try:
             self._accounts.check_may_use(peer)
@@ -157,10 +158,11 @@ class ControlProtocol(BoundedProtocol):
 
     def _too_many(self) -> bool:
         """Whether there are; those who administer the daemon always have half of them, whatever others do."""
-        if len(self.connections) > MAX_CONNECTIONS:
+        there = [one for one in self.connections if isinstance(one, ControlProtocol) and not one.refused]
+        if len(there) > MAX_CONNECTIONS:
             return True
         is_admin = self._accounts.is_admin
-        others = [uid for uid in (getattr(c, "uid", -1) for c in self.connections) if not is_admin(uid)]
+        others = [one.uid for one in there if not is_admin(one.uid)]
         return not is_admin(self.uid) and (
             len(others) > MAX_CONNECTIONS // 2 or others.count(self.uid) > MAX_CONNECTIONS // 4
         )

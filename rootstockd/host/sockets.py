@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rootstock_client.runtime_dir import MAX_SOCKET_PATH, SYSTEM_DIR, is_private
+from rootstockd.host import passed
 from rootstockd.host.peers import peer_of
 from rootstockd.users import user_name
 
@@ -121,6 +122,7 @@ def listen(
             if group is not None:
                 _give_to(unseen, group)
             unseen.chmod(mode)
+            passed.refuse(sock)
             sock.listen(1024)
             unseen.rename(path)
             yield sock
@@ -202,6 +204,7 @@ def adopt(sock: socket.socket, path: Path) -> Iterator[socket.socket]:
                 "ListenStream= of the .socket and --socket of the .service must be the same."
             )
         sock.setblocking(False)  # noqa: FBT003 - the socket module has no other way
+        passed.refuse(sock)
         sock.listen(1024)  # again: whom the kernel names as who listens is whoever did this last
         yield sock
 

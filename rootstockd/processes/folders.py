@@ -65,17 +65,17 @@ class WorkerFolders:
     def __init__(self, spec: ModelSpec | None) -> None:
         self._held = [_make_folder(Path(tempfile.gettempdir()), _SCRATCH)]
         self.scratch = self._held[0][0]
-        try:
-            _try_room(self.scratch)
-        except OSError:
-            self.remove()
-            raise
-        self.cache = (_cache(spec) if spec else None) or self.scratch
         self._confined = spec is None or spec.confine
         self.programs = spec is not None and spec.family == "ipi"
         """Its programs dial in."""
-        if self.programs:
-            self._held.append(_make_folder(*_SOCKETS))
+        try:
+            _try_room(self.scratch)
+            self.cache = (_cache(spec) if spec else None) or self.scratch
+            if self.programs:
+                self._held.append(_make_folder(*_SOCKETS))
+        except OSError:
+            self.remove()
+            raise
 
     @property
     def environment(self) -> dict[str, str]:

@@ -19,6 +19,7 @@ from typing import Any
 
 from rootstockd import worker
 from rootstockd.environments.finding import Environment
+from rootstockd.host import passed
 from rootstockd.processes.folders import WorkerFolders
 from rootstockd.processes.output import Ration, WorkerOutput
 from rootstockd.worker.engines import ModelSpec
@@ -144,13 +145,16 @@ class WorkerProcess:
         ration: Ration,
     ) -> WorkerProcess:
         """Start a worker that loads `spec` in an environment; it says R when it is ready."""
-        folders = WorkerFolders(spec) if spec.confine or spec.family == "ipi" else None
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        folders: WorkerFolders | None = None
         process: asyncio.subprocess.Process | None = None
         output: WorkerOutput | None = None
         try:
+            if spec.confine or spec.family == "ipi":
+                folders = WorkerFolders(spec)
             output = WorkerOutput(spec.name, ration)
             ours.setblocking(False)  # noqa: FBT003 - the socket module has no other way
+            passed.refuse(ours)  # it sends none
             arguments = [str(theirs.fileno()), json.dumps(dataclasses.asdict(spec))]
             if folders is not None:
                 variables = variables | folders.environment

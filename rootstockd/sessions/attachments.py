@@ -11,16 +11,13 @@ import asyncio
 import contextlib
 import os
 import socket
-import threading
-from collections.abc import Callable
 from typing import Protocol
 
 from rootstock_client import ipi
 from rootstock_client.errors import LimitError, ProtocolError, RootstockError
+from rootstockd.host import passed
 from rootstockd.host.peers import peer_of
 
-_ONE_DESCRIPTOR = socket.CMSG_LEN(4)
-"""Not CMSG_SPACE, whose padding has room for a second one."""
 _FAMILIES = {socket.AF_UNIX, socket.AF_INET, socket.AF_INET6}
 
 
@@ -57,50 +54,77 @@ class Line(asyncio.Protocol):
             self._socket = socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno()))
         except OSError as error:
             raise _no_descriptor() from error
+        passed.refuse(self._socket, allow=True)
         self._loop.add_reader(self._socket, self._receive)
         transport.write(ipi.READY)
 
     def _receive(self) -> None:
-        how = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
         try:
-            data, ancillary, flags, _ = self._socket.recvmsg(ipi.HEADER_SIZE, _ONE_DESCRIPTOR, how)
+            data, descriptors, cut = self._read()
         except BlockingIOError:
             return
-        except OSError:
-            data, ancillary, flags = b"", [], 0
-        self.stop_waiting()
-        if ancillary:
-            self._judge(int.from_bytes(ancillary[0][2], "little"), data)
+        more = self.stop_waiting()
+        if len(descriptors) == 1 and not more:
+            self._judge(descriptors[0], data)
+        elif descriptors:
+            error = ProtocolError("more came with the descriptor than ATTACH")
+            passed.close_aside(descriptors, lambda: self._session.not_attached(error))
         elif not data:
             self._transport.close()
-        elif flags & socket.MSG_CTRUNC:
+        elif cut:
             self._session.not_attached(_no_descriptor())
         else:
             self._session.not_attached(ProtocolError("ATTACH came without a descriptor"))
 
+    def _read(self) -> tuple[bytes, list[int], bool]:
+        """What is next, the descriptors with it, and whether there was no room for some.
+
+        Raises:
+            BlockingIOError: nothing is.
+        """
+        try:
+            data, ancillary, flags, _ = self._socket.recvmsg(
+                ipi.HEADER_SIZE, passed.MOST, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+            )
+        except BlockingIOError:
+            raise
+        except OSError:
+            return b"", [], False
+        return data, passed.descriptors_in(ancillary), bool(flags & socket.MSG_CTRUNC)
+
     def _judge(self, descriptor: int, data: bytes) -> None:
+        unfit: int | socket.socket
         try:
             stream = socket.socket(fileno=descriptor)
         except OSError:
-            refuse, close = "it is no socket", lambda: os.close(descriptor)
+            refuse, unfit = "it is no socket", descriptor
         else:
-            refuse, close = _unfit(stream), stream.close
+            refuse, unfit = _unfit(stream), stream
         if data != ipi.ATTACH:
             refuse = f"it came with {data!r}"
         if refuse:
             error = ProtocolError(f"what was handed over can't be a driver's stream: {refuse}")
-            _close_aside(close, lambda: self._session.not_attached(error))
+            passed.close_aside([unfit], lambda: self._session.not_attached(error))
             return
         self._open = True
         self._transport.set_protocol(self)
         self._transport.resume_reading()
         self._session.attached(stream)
 
-    def stop_waiting(self) -> None:
-        """No descriptor is waited for any more."""
-        if self._socket.fileno() != -1:
-            self._loop.remove_reader(self._socket)
-            self._socket.close()
+    def stop_waiting(self) -> bool:
+        """No descriptor is waited for any more; whether more had come already, which is nobody's."""
+        if self._socket.fileno() == -1:
+            return False
+        self._loop.remove_reader(self._socket)
+        passed.refuse(self._socket)
+        surplus: list[int] = []
+        more = False
+        with contextlib.suppress(BlockingIOError):
+            while (found := self._read())[0]:
+                more = True
+                surplus += found[1]
+        passed.close_aside([*surplus, self._socket])
+        return more
 
     def tell_model(self, fingerprint: str) -> None:
         """Say what has computed the first result."""
@@ -140,101 +164,3 @@ def _unfit(stream: socket.socket) -> str:
     if stream.family == socket.AF_UNIX and peer_of(stream).pid == os.getpid():
         return "it leads to this daemon, which would wait for itself for ever"
     return ""
-
-
-def _close_aside(close: Callable[[], None], then: Callable[[], None]) -> None:
-    """Close what may take its time to close: a file of a FUSE, TCP with SO_LINGER."""
-    loop = asyncio.get_running_loop()
-
-    def run() -> None:
-        with contextlib.suppress(OSError):
-            close()
-        with contextlib.suppress(RuntimeError):  # the daemon has ended meanwhile
-            loop.call_soon_threadsafe(then)
-
-    threading.Thread(target=run, name="close", daemon=True).start()
-
-
-class DriverTransport(asyncio.Transport):
-    """A stream that others have, too: no call on it may block, whatever they make of its O_NONBLOCK.
-
-    Args:
-        stream: a connected stream socket; closed with the transport.
-        protocol: who reads from it. It is told of each write that was not taken at once.
-    """
-
-    def __init__(self, stream: socket.socket, protocol: asyncio.BufferedProtocol) -> None:
-        super().__init__()
-        self._stream, self._protocol = stream, protocol
-        self._loop = asyncio.get_running_loop()
-        self._unsent = b""
-        self._eof = self._closed = False
-        self._loop.add_reader(stream, self._read)
-
-    def pause_reading(self) -> None:
-        self._loop.remove_reader(self._stream)
-
-    def resume_reading(self) -> None:
-        if not self._closed:
-            self._loop.add_reader(self._stream, self._read)
-
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        if self._closed or self._eof:
-            return
-        if not self._unsent:
-            if (sent := self._send(data)) == len(data):
-                return
-            self._loop.add_writer(self._stream, self._write_on)
-            self._protocol.pause_writing()
-            data = memoryview(data)[sent:]
-        self._unsent += bytes(data)  # a copy: the slot may change
-
-    def write_eof(self) -> None:
-        self._eof = True
-        if not self._unsent and not self._closed:
-            with contextlib.suppress(OSError):
-                self._stream.shutdown(socket.SHUT_WR)
-
-    def close(self) -> None:
-        """Close it; what was not taken yet is lost. The stream ends with it only if nobody else has it."""
-        self._lose(None)
-
-    def _read(self) -> None:
-        try:
-            size = self._stream.recv_into(self._protocol.get_buffer(-1), 0, socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return
-        except OSError as error:
-            self._lose(error)
-            return
-        if size:
-            self._protocol.buffer_updated(size)
-        else:
-            self._lose(None)
-
-    def _send(self, data: bytes | bytearray | memoryview) -> int:
-        try:
-            return self._stream.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-        except BlockingIOError:
-            return 0
-        except OSError as error:
-            self._lose(error)
-            return len(data)
-
-    def _write_on(self) -> None:
-        self._unsent = self._unsent[self._send(self._unsent) :]
-        if self._unsent or self._closed:
-            return
-        self._loop.remove_writer(self._stream)
-        if self._eof:
-            self.write_eof()
-        self._protocol.resume_writing()
-
-    def _lose(self, error: Exception | None) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        self._loop.remove_reader(self._stream)
-        self._loop.remove_writer(self._stream)
-        # the session is counted until it is closed
-        _close_aside(self._stream.close, lambda: self._protocol.connection_lost(error))

@@ -14,7 +14,9 @@ from collections.abc import Callable
 
 from rootstock_client import ipi
 from rootstock_client.errors import LimitError, RootstockError
-from rootstockd.sessions.log_rate import LogRate
+from rootstockd.host import passed
+from rootstockd.host.log_rate import LogRate
+from rootstockd.sessions.transport import GuardedTransport
 
 log = logging.getLogger(__name__)
 log.addFilter(LogRate(log))
@@ -79,7 +81,11 @@ class Door:
 
     async def _let_in(self, protocol: asyncio.BaseProtocol, connection: socket.socket) -> None:
         try:
-            await self._loop.connect_accepted_socket(lambda: protocol, connection)
+            if passed.are_refused(connection):
+                await self._loop.connect_accepted_socket(lambda: protocol, connection)
+            else:
+                connection.setblocking(False)  # noqa: FBT003 - the socket module has no other way
+                protocol.connection_made(GuardedTransport(connection, protocol))
         except Exception as error:
             protocol.connection_lost(error)
             self._fail(connection, error)
@@ -95,4 +101,7 @@ def turn_away(connection: socket.socket, error: RootstockError) -> None:
     with contextlib.suppress(OSError):
         connection.setblocking(False)  # noqa: FBT003 - the socket module has no other way
         connection.send(ipi.error_frame(error))
-    connection.close()
+    if passed.are_refused(connection):
+        connection.close()
+    else:
+        passed.close_aside([connection])

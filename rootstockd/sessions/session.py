@@ -13,18 +13,20 @@ from rootstock_client import engine_side, ipi
 from rootstock_client.errors import (
     ConnectionLostError,
     DrainingError,
+    InvalidInitError,
     LimitError,
     RootstockError,
     error_from_code,
     model_changed,
 )
+from rootstockd.host.log_rate import LogRate
 from rootstockd.host.peers import Peer
 from rootstockd.sessions.accounts import Account
-from rootstockd.sessions.attachments import DriverTransport, Line
+from rootstockd.sessions.attachments import Line
 from rootstockd.sessions.init_request import InitRequest, is_announced, parse_init
-from rootstockd.sessions.log_rate import LogRate
 from rootstockd.sessions.roles import Host
 from rootstockd.sessions.system import System
+from rootstockd.sessions.transport import GuardedTransport
 from rootstockd.supervision.roles import Client, State
 from rootstockd.supervision.scheduler import Evaluation
 from rootstockd.supervision.supervisor import Supervisor
@@ -162,7 +164,7 @@ class Session(asyncio.BufferedProtocol):
 
     def attached(self, stream: socket.socket) -> None:
         """The stream is there: from now on the session is with its driver."""
-        self._transport = DriverTransport(stream, self)
+        self._transport = GuardedTransport(stream, self)
         try:
             self._ipi.taken_over()
         except RootstockError as error:
@@ -253,6 +255,8 @@ class Session(asyncio.BufferedProtocol):
         request = None
         try:
             request = parse_init(text, self._preset)
+            if request.attach and self._line is not None:
+                raise InvalidInitError("a stream that was handed over can't bring another.")
             if len(request.numbers) * request.batch_size > self._host.limits.atoms:
                 several = request.batch_size > 1
                 what = f"{len(request.numbers)} atoms{f' x {request.batch_size} structures' if several else ''}"
@@ -404,7 +408,8 @@ class Session(asyncio.BufferedProtocol):
         self._transport.write_eof()
         # a driver of ours repeats the step that it may just be sending; others would choke on a socket closed at once
         linger = 0.0 if self._ipi.announced and isinstance(error, DrainingError) else LINGER
-        asyncio.get_running_loop().call_later(linger, self._transport.close)
+        close = self._transport.close if self._line is None else self._transport.abort  # that one may never read
+        asyncio.get_running_loop().call_later(linger, close)
 
 
 def stopping_error() -> DrainingError:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from rootstock_client.errors import EvaluationError, LimitError, RootstockError
+from rootstockd.host.log_rate import LogRate
 from rootstockd.processes.messages import Failure
 from rootstockd.processes.worker_process import End, WorkerProcess
 from rootstockd.supervision.amends import Amends
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from rootstockd.supervision.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
+log.addFilter(LogRate(log))
 
 AMENDS = 60.0
 """Seconds at most by which the news that workers ended over a structure is late."""
@@ -199,7 +201,7 @@ class Dispatcher:
             if largest := self._largest[alone]:
                 how = " with `exact`" if alone else ""
                 error.message += f" The largest that this model has evaluated{how} had {largest} atoms."
-            log.warning("%s", error.message)
+            log.warning("%s", error.message, extra={"about": f"model {self._name}, structures that are too large"})
         self._failures[failure.slot] = error
 
     def _done(self) -> None:

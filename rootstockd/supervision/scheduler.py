@@ -199,7 +199,9 @@ class Scheduler(Generic[Owner]):
         user = self._users.get(evaluation.user)
         if user is None:
             user = self._users[evaluation.user] = _User(evaluation.user, self._now)
-        elif not user.queue and user.start < self._now:
+        elif user.share != evaluation.share:  # what was charged was by the old one
+            user.start = self._now + (user.start - self._now) * user.share / evaluation.share
+        if not user.queue and user.start < self._now:
             user.start = self._now  # nobody saves up time by not using it
         if self._left and self._left.pop(evaluation.owner, None) is not None and self.expected:
             user.start += (evaluation.submitted - self._ended) / evaluation.share

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from rootstock_client.errors import DeviceFailedError, LimitError, ModelLoadError, RootstockError
 from rootstockd.environments.finding import damage_of
+from rootstockd.host.log_rate import LogRate
 from rootstockd.processes.worker_process import End
 from rootstockd.settings.config import Device
 from rootstockd.supervision.dispatcher import Dispatcher
@@ -21,6 +22,7 @@ from rootstockd.supervision.workers import TICK, Workers
 from rootstockd.worker.engines import EngineInfo, ModelSpec
 
 log = logging.getLogger(__name__)
+log.addFilter(LogRate(log))
 
 STOP_PATIENCE = 10.0
 """Seconds that a stopping daemon waits for a killed worker, which may be stuck in the kernel."""
@@ -179,7 +181,7 @@ class Supervisor:
 
     def refuse(self, error: LimitError) -> None:
         """Leave memory, or do not come there: there is no room. What waits is told so."""
-        log.warning("%s", error.message)
+        log.warning("%s", error.message, extra={"about": f"model {self.spec.name}, which has no room"})
         self.refusal, self._dispatcher.last_use = error, time.perf_counter()
         self.give_up(error)
         self.unload()

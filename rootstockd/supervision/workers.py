@@ -28,6 +28,9 @@ theirs: to load the model again takes some, too, though less than the first time
 _SHORT = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EMFILE", "ENFILE", "ENOMEM", "EAGAIN", "ENOBUFS")}
 """What the machine lacks for a while: no doing of the model's."""
 
+_NO_THREAD = "can't start new thread"
+"""What Python says in a RuntimeError where the kernel says EAGAIN."""
+
 
 def _with_environment(spec: ModelSpec) -> tuple[Environment, ModelSpec]:
     """Where a worker is to be started now, and what it is to load there.
@@ -100,7 +103,8 @@ class Workers:
         except ModelLoadError as error:
             return End(error.message, blamed=True), error
         except Exception as error:  # or the model would count as loading for ever
-            short = isinstance(error, OSError) and error.errno in _SHORT
+            short = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _SHORT)
+            short = short or str(error) == _NO_THREAD
             return End(f"it could not be started: {error}", blamed=not short), None
         if self._unwanted:
             worker.kill()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import array
 import contextlib
 import fcntl
 import json
@@ -317,24 +316,6 @@ def test_the_slot_of_a_driver_that_went_is_freed(daemon: RunningDaemon, queued: 
     for pid, (descriptors, slots) in zip(pids, before, strict=True):
         wait_for(lambda: slots_of(pid) == slots and open_descriptors(pid) <= descriptors)  # noqa: B023
     assert daemon.model("emt")["restarts"] == 0
-
-
-def test_descriptors_that_are_sent_along_do_not_stay(daemon: RunningDaemon, good) -> None:
-    """Whatever a driver passes over the socket beside its bytes."""
-    pid = daemon.client().status()["pid"]
-    before = open_descriptors(pid)
-    read, write = os.pipe()
-    with connect(daemon) as sock:
-        message = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [write] * 50))]
-        for piece in (ipi.STATUS, system(5), posdata(5), ipi.GETFORCE, ipi.STATUS):
-            for start in range(0, len(piece), 100):
-                sock.sendmsg([piece[start : start + 100]], message)
-        assert sock.recv(12) == ipi.NEEDINIT
-        assert sock.recv(12, socket.MSG_WAITALL) == ipi.FORCEREADY
-        os.close(write)
-        assert open_descriptors(pid) < before + 10  # a control connection may be among them, 250 pipes not
-        assert os.read(read, 1) == b""  # nobody holds the pipe's other end any more
-        os.close(read)
 
 
 def test_urgent_bytes(daemon: RunningDaemon, good) -> None:

@@ -1,0 +1,69 @@
+"""Descriptors that whoever connects may send along (SCM_RIGHTS).
+
+Who lets one go that was sent to it and is the last to have it closes a file of somebody else's, and that may take as
+long as they like: TCP with SO_LINGER, a file of a FUSE. Linux does so within whatever system call let it go, be it a
+plain `recv`. Since Linux 6.16 a socket can refuse them, and whoever sends one is told so (EPERM).
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import contextlib
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterable
+
+_SO_PASSRIGHTS = 83
+MOST = socket.CMSG_SPACE(253 * 4)
+"""Room for all that a message can bring, SCM_MAX_FD of them: the kernel lets those go for which there is none."""
+_RETRY = 1.0
+"""Seconds until the next try where no thread could be started."""
+
+
+def refuse(sock: socket.socket, *, allow: bool = False) -> None:
+    """Have a Unix socket, and those who connect to it from now on, take no descriptors; or take them again."""
+    with contextlib.suppress(OSError):  # an older kernel, or no Unix socket
+        sock.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, int(allow))
+
+
+def are_refused(sock: socket.socket) -> bool:
+    """Whether none can come."""
+    if sock.family != socket.AF_UNIX:
+        return True
+    try:
+        return not sock.getsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS)
+    except OSError:
+        return False
+
+
+def descriptors_in(ancillary: Iterable[tuple[int, int, bytes]]) -> list[int]:
+    """Those that a message brought, which are the caller's to close."""
+    found = array.array("i")
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            found.frombytes(data[: len(data) - len(data) % found.itemsize])
+    return found.tolist()
+
+
+def close_aside(what: Iterable[int | socket.socket], then: Callable[[], object] = lambda: None) -> None:
+    """Close what may take its time to close, in a thread.
+
+    Args:
+        what: descriptors and sockets.
+        then: called by the loop when that is done.
+    """
+    loop = asyncio.get_running_loop()
+
+    def run() -> None:
+        for one in what:
+            with contextlib.suppress(OSError):
+                os.close(one) if isinstance(one, int) else one.close()
+        with contextlib.suppress(RuntimeError):  # the daemon has ended meanwhile
+            loop.call_soon_threadsafe(then)
+
+    try:
+        threading.Thread(target=run, name="close", daemon=True).start()
+    except RuntimeError:  # there are as many as there may be
+        loop.call_later(_RETRY, close_aside, what, then)
