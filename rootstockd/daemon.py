@@ -217,6 +217,9 @@ class Daemon:
         for name in restart_needed:
             log.warning("%s has changed and takes effect with the next restart", name)
         log.info("reloaded")
+        shares = {account.uid: account.quota.share for account in self.accounts.active}
+        for supervisor in self.fleet.supervisors():
+            supervisor.scheduler.reshare(shares)
         models_kept = self.fleet.retire_changed(catalogue)
         self._load_again()
         for name, sessions in models_kept.items():

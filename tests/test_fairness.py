@@ -234,6 +234,30 @@ def test_time_goes_by_shares():
     assert [used[user] / everything for user in (1, 2, 3)] == pytest.approx([1 / 7, 2 / 7, 4 / 7], rel=0.1)
 
 
+@pytest.mark.parametrize("before", [1e-6, 1e-3, 1e3])
+def test_a_share_that_is_changed_holds_from_then_on(before):
+    """What was charged by the old one is not held against whoever had it."""
+    scheduler = Scheduler[int](2_048)
+    scheduler.costs.learn(64, 0.01)
+    shares, used = {1: before, 2: 1.0}, Counter()
+
+    def go(batches: int) -> None:
+        used.clear()
+        for _ in range(batches):
+            for evaluation in scheduler.finished():
+                used[evaluation.user] += 1
+                scheduler.submit(Evaluation(evaluation.owner, 64, evaluation.user, shares[evaluation.user]))
+            scheduler.next_batch()
+
+    for session in range(8):
+        scheduler.submit(Evaluation(session, 64, 1 + session % 2, shares[1 + session % 2]))
+    go(200)
+    shares[1] = 1.0
+    scheduler.reshare(shares)
+    go(200)
+    assert used[1] == pytest.approx(used[2], rel=0.1)
+
+
 def test_fifty_jobs_on_their_own_are_batched_as_ever():
     jobs = [Job(1, 64) for _ in range(50)]
     steps, _ = run(jobs, gpu, 20)

@@ -25,6 +25,7 @@ import heapq
 import itertools
 import math
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Generic, TypeVar
@@ -199,13 +200,18 @@ class Scheduler(Generic[Owner]):
         user = self._users.get(evaluation.user)
         if user is None:
             user = self._users[evaluation.user] = _User(evaluation.user, self._now)
-        elif user.share != evaluation.share:  # what was charged was by the old one
-            user.start = self._now + (user.start - self._now) * user.share / evaluation.share
-        if not user.queue and user.start < self._now:
+        elif not user.queue and user.start < self._now:
             user.start = self._now  # nobody saves up time by not using it
         if self._left and self._left.pop(evaluation.owner, None) is not None and self.expected:
             user.start += (evaluation.submitted - self._ended) / evaluation.share
         user.push(evaluation, next(self._numbers), self._weight(evaluation))
+
+    def reshare(self, shares: Mapping[int, float]) -> None:
+        """Users have other shares from now on, and what they had by the old ones is not held against them."""
+        for user in self._users.values():
+            share = shares.get(user.uid, user.share)
+            user.start = self._now + (user.start - self._now) * user.share / share
+            user.share = share
 
     def withdraw(self, evaluation: Evaluation[Owner]) -> None:
         """Forget an evaluation. One that runs can't be stopped, but it is not repeated."""

@@ -124,6 +124,16 @@ def test_what_can_not_be_read_is_refused(daemon: RunningDaemon, request_: bytes,
     assert "Traceback" not in daemon.log.read_text()
 
 
+def test_what_can_not_be_read_fills_no_log(daemon: RunningDaemon) -> None:
+    before = daemon.log.stat().st_size
+    for _ in range(100):
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(str(control_socket(daemon.socket)))
+            sock.sendall(b"\0\r\n\r\n")
+            assert sock.recv(100).startswith(b"HTTP/1.1 400")
+    assert daemon.log.stat().st_size < before + 2_000
+
+
 def test_a_body_is_not_taken_beyond_its_limit(daemon: RunningDaemon) -> None:
     """However much is sent, no more than the limit lies in memory."""
     pid = daemon.client().status()["pid"]
