@@ -399,6 +399,20 @@ def test_only_a_connected_stream_is_taken(daemon: RunningDaemon, folder: Path) -
         line.sendall(ipi.POSDATA)
 
 
+def test_a_stream_that_was_handed_over_brings_no_other(daemon: RunningDaemon) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs, offer(daemon.socket, INIT) as line:
+        socket.send_fds(line, [ipi.ATTACH], [theirs.fileno()])
+        theirs.close()
+        ours.sendall(ipi.init_frame(INIT) + ipi.STATUS)
+        assert ours.recv(12) == ipi.NEEDINIT
+        line.settimeout(10)
+        ours.sendall(ipi.POSDATA + bytes(144) + ipi.INT.pack(4) + bytes(96) + ipi.GETFORCE)
+        assert b"can't bring another" in ours.recv(4096)
+    wait_for(lambda: not daemon.client().status()["sessions"])
+    assert "Traceback" not in daemon.log.read_text()
+
+
 def last_words(line: socket.socket) -> RootstockError:
     line.settimeout(30)
     data = b""

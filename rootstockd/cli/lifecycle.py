@@ -55,6 +55,8 @@ POLL = 0.05
 PEEK = socketlib.MSG_PEEK | socketlib.MSG_DONTWAIT
 FORCE_TIMEOUT = 5.0
 """Seconds that a daemon has to answer `stop --force`, and then to end, before it is killed."""
+SUCCESSION = 3.0
+"""Seconds that `stop` waits for somebody to listen where there is a socket: the second daemon of a restart may."""
 DRAINING = "waiting for evaluations under way"
 
 
@@ -93,10 +95,17 @@ def stop(socket: Path | None, force: bool) -> None:
         unit.stop(force=force)
         console.print(f"stopped; `{' '.join(unit.systemctl)} start {unit.socket}` starts it again")
         return
-    try:
-        end(address, force=force)
-    except RootstockError as error:
-        raise Refused(error) from error
+    deadline = time.monotonic() + SUCCESSION
+    while True:
+        try:
+            end(address, force=force)
+            break
+        except DaemonNotFoundError as error:
+            if not address.exists() or time.monotonic() > deadline:
+                raise Refused(error) from error
+            time.sleep(POLL)
+        except RootstockError as error:
+            raise Refused(error) from error
     if address.exists():
         raise Refused("it has ended, but it was being restarted: stop its successor, too.")
     console.print("stopped")

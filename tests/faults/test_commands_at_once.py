@@ -95,6 +95,25 @@ def test_a_stop_during_a_restart_calls_it_off(own_daemon: RunningDaemon) -> None
     assert not own_daemon.socket.exists()
 
 
+@pytest.mark.parametrize("how", [(), ("--force",)])
+def test_a_stop_between_the_two_daemons_of_a_restart(own_daemon: RunningDaemon, how: tuple[str, ...]) -> None:
+    old = own_daemon.pid
+    with long_step(own_daemon) as (step, forces), restarting(own_daemon) as restart, ThreadPoolExecutor(1) as pool:
+        wait_for(lambda: len(daemons(own_daemon)) == 2)
+        (new,) = set(daemons(own_daemon)) - {old}
+        os.kill(new, signal.SIGSTOP)
+        step.go_on()
+        wait_for(lambda: old not in daemons(own_daemon))
+        stop = pool.submit(own_daemon.run, "stop", *how)
+        time.sleep(1)  # it finds nobody
+        os.kill(new, signal.SIGCONT)
+        assert stop.result().returncode == 0, stop.result().stderr
+        assert restart.result().returncode == 1
+        own_daemon.start()  # for the step
+        forces.result()
+    own_daemon.stop()
+
+
 def test_a_forced_stop_during_a_restart_of_a_daemon_that_hangs(own_daemon: RunningDaemon) -> None:
     pid = own_daemon.pid
     worker = own_daemon.model("emt")["pid"]
