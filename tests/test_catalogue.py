@@ -320,6 +320,16 @@ def test_what_an_access_control_list_lets_others_do_is_not_the_groups(write):
         Catalogue.load([path])
 
 
+def test_who_is_found_by_an_alias_no_more_is_warned_of(write):
+    first = write(f'[a]\n{EMT}aliases = ["best", "only-a"]\n', "1.toml")
+    second = write(f'[b]\n{EMT}aliases = ["best", "emt"]\n', "2.toml")
+    assert Catalogue.load([first]).warnings() == []
+    assert Catalogue.load([first, second]).warnings() == [
+        "model 'a': its alias 'best' leads to model 'b'",
+        "model 'b': its alias 'emt' leads to model 'emt'",
+    ]
+
+
 def test_an_alias_of_a_later_file_goes_first(write):
     first = write(f'[a]\n{EMT}aliases = ["best"]\n', "1.toml")
     second = write(f'[b]\n{EMT}aliases = ["best"]\n', "2.toml")

@@ -20,7 +20,7 @@ from conftest import rootstockd, wait_for
 from rootstock_client.control import fetch
 from rootstockd.cli.doctor import _show
 from rootstockd.control.schema import DaemonStatus
-from rootstockd.doctor import gpus, machine
+from rootstockd.doctor import gpus, machine, places
 from rootstockd.doctor.findings import examine, note, ok
 from rootstockd.doctor.gpus import Driver, GpuState, check_driver, check_flavour, check_gpus
 from rootstockd.doctor.machine import Machine
@@ -214,9 +214,16 @@ def test_environments(states, expected) -> None:
     ],
 )
 def test_runtime_folders(folder, login, expected, mend) -> None:
-    found = [finding for finding in check_runtime_folder(folder, login) if finding.level != "ok"]
+    nobody = Address(folder.path / "rootstockd.sock")
+    found = [finding for finding in check_runtime_folder(folder, login, nobody) if finding.level != "ok"]
     assert [finding.level for finding in found] == ([expected] if expected else [])
     assert all(mend in finding.advice + finding.mend for finding in found)
+
+
+def test_a_runtime_folder_of_somebody_elses_daemon() -> None:
+    folder = changed(MINE, owner=0, writable=False)
+    (found,) = check_runtime_folder(folder, ALICE, Address(folder.path / "rootstockd.sock", "live", 0))
+    assert found.level == "ok" and "for the daemon of root" in found.what
 
 
 @pytest.mark.parametrize(
@@ -239,6 +246,14 @@ def test_addresses(address, login, expected, mend) -> None:
     found = bad(check_address(address, login))
     assert list(found) == ([expected] if expected else [])
     assert all(mend in finding.advice + finding.mend for finding in found.values())
+
+
+def test_a_file_where_a_folder_should_be(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file/rootstockd", tmp_path / "file/a/b"):
+        (found,) = check_storage("cache", places.look_at_folder(path), "")
+        assert (found.level, found.what) == ("problem", f"{tmp_path / 'file'} is no folder")
+    assert places.look_at_folder(tmp_path / "new/rootstockd").writable
 
 
 def test_storage() -> None:
@@ -390,7 +405,8 @@ def test_as_another_user(surroundings, tmp_path: Path) -> None:
         "from rootstock_client.runtime_dir import user_runtime_dir\n"
         "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
         "login = places.look_at_login(os.environ, None)\n"
-        "found = [*places.check_runtime_folder(places.look_at_folder(user_runtime_dir()), login),\n"
+        "found = [*places.check_runtime_folder(places.look_at_folder(user_runtime_dir()), login,\n"
+        "  places.Address(user_runtime_dir() / 'rootstockd.sock')),\n"
         "  *places.check_storage('cache', places.look_at_folder(places.Path('/proc/cache')), 'elsewhere')]\n"
         "print(json.dumps([(f.level, f.mend) for f in found]))"
     )

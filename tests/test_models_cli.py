@@ -242,6 +242,9 @@ def test_add(models, state, tmp_path, start_daemon, server):
     (state / "models.toml").write_text("# by hand\n" + (state / "models.toml").read_text())
     again = tmp_path / "again.model"
     again.write_bytes(EMBEDDED_MODEL.read_bytes())
+    for alias, there in (("t", "'t'"), ("emt", "'emt'"), ("mace-mp-0-medium", "'mace-mp-0-medium'")):
+        said = models("add", "second", again, "--family", "noop", "--alias", "s", "--alias", alias, fails=True)
+        assert f"there is a model {there} already" in said
     models("add", "second", again, "--family", "noop", "--elements", "Cu, Au")
     assert json.loads(models("show", "second", "--json"))["elements"] == ["Cu", "Au"]
     with pytest.raises(UnknownModelError, match="rootstockd reload"):

@@ -96,19 +96,22 @@ def _software(named: Path | None) -> Iterator[Finding]:
 
 
 def _is_own(named: Path | None) -> bool:
-    """Whether jobs here use a daemon that this user administers, or none."""
+    """Whether jobs here use a daemon that has this user's environments, or none."""
     try:
-        return fetch_status(find_socket(named), timeout=_SOON).config is not None
+        address = find_socket(named)
+        told = fetch_status(address, timeout=_SOON).config is not None
+        return told and address.stat().st_uid == os.getuid()  # others may administer it
     except AccessDeniedError:
         return False
-    except RootstockError:
+    except (RootstockError, OSError):
         return True
 
 
 def _places(named: Path | None) -> Iterator[Finding]:
     login = places.look_at_login(os.environ, named)
     address = Path(login.named).absolute() if login.named else default_socket()
-    yield from places.check_runtime_folder(places.look_at_folder(address.parent), login)
+    there = places.look_at_address(address)
+    yield from places.check_runtime_folder(places.look_at_folder(address.parent), login, there)
     for path in [address] if login.named else dict.fromkeys([address, SYSTEM_DIR / address.name]):
         yield from places.check_address(places.look_at_address(path), login)
     yield from places.check_trust(places.look_at_folder(SYSTEM_STATE))

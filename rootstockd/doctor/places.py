@@ -45,12 +45,14 @@ class Folder:
 
 
 def look_at_folder(path: Path) -> Folder:
-    """As it is, without following a link."""
+    """As it is, without following a link; or what is no folder, and in its way."""
     try:
         info = path.lstat()
     except OSError:
         above = path.parent
         while not os.path.isdir(above):  # noqa: PTH112 - no where one may not look
+            if os.path.lexists(above):
+                return Folder(above, is_folder=False, writable=False)
             above = above.parent
         return Folder(path, exists=False, writable=os.access(above, os.W_OK | os.X_OK), free=_free(above), above=above)
     return Folder(
@@ -145,8 +147,14 @@ def look_at_login(variables: Mapping[str, str], named: Path | None) -> Login:
 # --- judging
 
 
-def check_runtime_folder(folder: Folder, login: Login) -> Iterator[Finding]:
-    """Where a daemon puts its sockets, and clients look for them."""
+def check_runtime_folder(folder: Folder, login: Login, address: Address) -> Iterator[Finding]:
+    """Where a daemon puts its sockets, and clients look for them.
+
+    Args:
+        folder: it.
+        login: who looks.
+        address: the socket that would be in it.
+    """
     where = "runtime folder"
     believe = "Clients do not believe a socket there, and no daemon starts: others could impersonate it."
     if folder.exists and not folder.is_folder:
@@ -156,6 +164,8 @@ def check_runtime_folder(folder: Folder, login: Login) -> Iterator[Finding]:
         yield problem(where, whose, believe, f"export {SOCKET_VARIABLE}={_elsewhere(login)}")
     elif folder.exists and folder.open_to_others:
         yield problem(where, f"others may write to {folder.path}", believe, f"chmod go-w {folder.path}")
+    elif not folder.writable and address.state == "live":
+        yield ok(where, f"{folder.path}, for the daemon of {user_name(address.owner)}")
     elif not folder.writable:
         what = folder.path if folder.exists else f"{folder.path}, for which {folder.above} would have to be written"
         xdg = bool(login.runtime) and folder.path.is_relative_to(login.runtime)

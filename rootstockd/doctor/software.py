@@ -146,7 +146,7 @@ def check_environments(states: list[EnvironmentState], driver: Driver, *, own: b
         yield note(
             "environments",
             f"not built for daemons of yours: {', '.join(absent)}",
-            "The daemon here is somebody else's, and has its own: `rootstockd models list` has what it can load.",
+            "The daemon here is somebody else's, and has its own: RootstockClient().models() says what it can load.",
         )
     elif absent and usable:
         yield note(

@@ -41,12 +41,13 @@ def add(name: str, file: Path, fields: dict[str, Any], sha256: str, say: Say) ->
 
     Raises:
         CatalogueError: it can't be told which names are taken.
-        StoreError: it can't be, or there is a model of this name.
+        StoreError: it can't be, or there is a model of this name, or of an alias.
         RootstockError: it can't be loaded.
     """
     if not NAME.fullmatch(name):
         raise StoreError(f"{name!r} can't be a model's name: letters, digits and . _ + - make one.")
-    _check_free(name)
+    for taken in (name, *fields.get("aliases", ())):
+        _check_free(taken)
     _check_family(fields["family"], fields.get("environment", ""))
     folder = store.own_folder()
     with lock(folder, name, say):
@@ -71,7 +72,7 @@ def add(name: str, file: Path, fields: dict[str, Any], sha256: str, say: Say) ->
 
 
 def _check_free(name: str) -> None:
-    """Whether no model has this name.
+    """Whether no model has this name, or alias.
 
     Raises:
         CatalogueError: it can't be told.

@@ -211,12 +211,17 @@ class Catalogue(Mapping[str, Entry]):
         return catalogue
 
     def warnings(self) -> list[str]:
-        """Weights that can't be those that are meant, and programs that are not there.
+        """Weights that can't be those that are meant, programs that are not there, and aliases that others have.
 
         Whether files are what they should be is seen when they are loaded: it takes long.
         """
         found = []
         for name, entry in self._entries.items():
+            found += [
+                f"model {name!r}: its alias {alias!r} leads to model {other!r}"
+                for alias in entry.aliases
+                if (other := alias if alias in self._entries else self._aliases[alias]) != name
+            ]
             if entry.family == "ipi":
                 program = read_recipe(entry.arguments, entry.elements).program
                 if shutil.which(program) is None:
