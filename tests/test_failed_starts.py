@@ -2,14 +2,39 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import resource
+import threading
+
 import pytest
 
 from rootstockd.processes.worker_process import End
 from rootstockd.supervision.failed_starts import MAX_BLAMED, MAX_HUNG, MAX_KILLED, PAUSES, FailedStarts
+from rootstockd.supervision.workers import is_shortage
 
 CRASH = End("signal 11 (SIGSEGV)", blamed=True)
 KILLED = End("signal 9 (SIGKILL)", blamed=False, signalled=True)
 HUNG = End("it hung", blamed=True, hung=True)
+
+
+def test_what_the_machine_lacks_is_no_doing_of_the_models() -> None:
+    def no_thread() -> None:
+        _, most = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (2**20, most))  # less than the process has: there is no room for a stack
+        try:
+            threading.Thread(target=print).start()
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+    with pytest.raises(RuntimeError) as caught:
+        no_thread()
+    assert is_shortage(caught.value)
+    for number in (errno.EMFILE, errno.EAGAIN, errno.ENOMEM, errno.ENOSPC):
+        assert is_shortage(OSError(number, os.strerror(number)))
+    assert is_shortage(MemoryError())
+    assert not is_shortage(FileNotFoundError(errno.ENOENT, "No such file"))
+    assert not is_shortage(RuntimeError("its own fault"))
 
 
 @pytest.mark.parametrize(

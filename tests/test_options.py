@@ -175,20 +175,20 @@ def test_workers_with_settings_of_their_own_are_not_without_number(start_daemon,
             models = client.status()["models"]
             return [model["sessions"] for model in models if (model["dispersion"] or {}).get("cutoff") == cutoff]
 
-        calculators = [client.calculator("noop", dispersion={"cutoff": 10.0 + number}) for number in range(9)]
-        for calculator in calculators[:8]:
+        calculators = [client.calculator("noop", dispersion={"cutoff": 10.0 + number}) for number in range(17)]
+        for calculator in calculators[:16]:
             atoms.calc = calculator
             atoms.get_forces()
-        atoms.calc = calculators[8]
-        with pytest.raises(LimitError, match="in use with 8 different settings"):
+        atoms.calc = calculators[16]
+        with pytest.raises(LimitError, match="in use with 16 different settings"):
             atoms.get_forces()
         atoms.calc = client.calculator("noop", dispersion={"cutoff": 10.0})  # which is there
         atoms.get_forces()
         calculators[3].close()
-        atoms.calc = calculators[8]
+        atoms.calc = calculators[16]
         wait_for(lambda: sessions_with(13.0) == [0])
         atoms.get_forces()
-        assert sum(model["name"] == "noop" for model in client.status()["models"]) <= 9
+        assert sum(model["name"] == "noop" for model in client.status()["models"]) <= 17
 
 
 @pytest.mark.parametrize("options", [{"dispersion": "zero"}, {"exact": "no"}, {"exact": 0}])

@@ -42,8 +42,9 @@ REFUSED = 10.0
 """Seconds that status shows a model without sessions that had no room."""
 BROKEN = 600.0
 """Seconds that it shows one that failed, unless it was to be kept; less where `keep_alive` says so."""
-MAX_VARIANTS = 8
-"""Workers of one model with options of their own, such as D3's settings, at a time."""
+MAX_VARIANTS = 16
+"""Workers of one model with options of their own, such as D3's settings, at a time: twice as many as one user may have
+by default."""
 REPLICA_IDLE = 60.0
 """Seconds that a replica stays without work; less where `keep_alive` says so."""
 

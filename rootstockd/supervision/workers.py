@@ -26,10 +26,15 @@ ABANDONED, AT_MOST = 10.0, 30.0
 theirs: to load the model again takes some, too, though less than the first time, when it was compiled."""
 
 _SHORT = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EMFILE", "ENFILE", "ENOMEM", "EAGAIN", "ENOBUFS")}
-"""What the machine lacks for a while: no doing of the model's."""
-
 _NO_THREAD = "can't start new thread"
 """What Python says in a RuntimeError where the kernel says EAGAIN."""
+
+
+def is_shortage(error: Exception) -> bool:
+    """Whether a worker could not be started for what the machine lacks for a while: no doing of the model's."""
+    if isinstance(error, OSError):
+        return error.errno in _SHORT
+    return isinstance(error, MemoryError) or str(error) == _NO_THREAD
 
 
 def _with_environment(spec: ModelSpec) -> tuple[Environment, ModelSpec]:
@@ -103,9 +108,7 @@ class Workers:
         except ModelLoadError as error:
             return End(error.message, blamed=True), error
         except Exception as error:  # or the model would count as loading for ever
-            short = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _SHORT)
-            short = short or str(error) == _NO_THREAD
-            return End(f"it could not be started: {error}", blamed=not short), None
+            return End(f"it could not be started: {error}", blamed=not is_shortage(error)), None
         if self._unwanted:
             worker.kill()
         watching = watch(worker, spec.name, self._occupation, self._tick)
