@@ -2,7 +2,9 @@
 
 import os
 import sys
+import sysconfig
 from importlib.util import find_spec
+from pathlib import Path
 
 NEEDS = (
     *("click", "fastapi", "h11", "platformdirs", "prometheus_client", "psutil", "pydantic", "pynvml", "requests"),
@@ -12,8 +14,10 @@ NEEDS = (
 
 
 def main() -> None:
-    """Run the command, or say what it takes to have it: a client's installation holds no daemon."""
+    """Run the command; that of another installation, or say what it takes to have it, if this one is a client's."""
     if missing := [name for name in NEEDS if find_spec(name) is None]:
+        if other := _next_in_path():
+            os.execv(other, [other, *sys.argv[1:]])  # noqa: S606 - whatever the user would have called
         sys.exit(
             f"rootstockd: this installation is for clients only, without {', '.join(missing)}.\n"
             "Install the daemon with what it needs: pip install 'rootstockd[daemon]'"
@@ -30,6 +34,16 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         at = f"{error.filename}: " if error.filename else ""
         sys.exit(f"Error: {at}{error.strerror}. Make room and try again.")
+
+
+def _next_in_path() -> str:
+    """The command that this one hides from whoever has both in their PATH; empty if there is none."""
+    folders = os.environ.get("PATH", "").split(os.pathsep)
+    here = os.path.dirname(sys.argv[0])  # noqa: PTH120 - as PATH spells it
+    behind = folders[folders.index(here) + 1 :] if here in folders else folders
+    own = Path(sysconfig.get_path("scripts")).resolve()
+    found = (Path(folder, "rootstockd") for folder in behind)
+    return next((str(path) for path in found if path.resolve().parent != own and os.access(path, os.X_OK)), "")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,39 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(python: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([python, "-I", *arguments], check=False, capture_output=True, text=True, timeout=60, cwd="/")
+    return subprocess.run(
+        [python, "-I", *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd="/",
+        env={"PATH": "/nowhere"},  # where no other command is that it could lead to
+    )
+
+
+def test_the_command_leads_to_the_next_in_the_path(python: Path, tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("link", "client", "site")]
+    for folder in folders:
+        folder.mkdir()
+    link, client, site = (folder / "rootstockd" for folder in folders)
+    client.write_text(f"#!{python} -I\nfrom rootstockd.__main__ import main\nmain()\n")
+    client.chmod(0o755)
+    link.symlink_to(client)
+
+    def says(first: Path) -> subprocess.CompletedProcess[str]:
+        path = ":".join(map(str, folders))
+        return subprocess.run(
+            [first, "status", "--json"], check=False, capture_output=True, text=True, timeout=60, env={"PATH": path}
+        )
+
+    for first in (link, client):
+        assert "for clients only" in says(first).stderr  # and does not go round in circles
+    site.write_text('#!/bin/sh\necho "$0 $*"; exit 3\n')
+    site.chmod(0o755)
+    for first in (link, client):
+        done = says(first)
+        assert (done.returncode, done.stdout) == (3, f"{site} status --json\n"), done.stderr
 
 
 def test_the_command_says_what_it_takes(python: Path) -> None:
