@@ -220,6 +220,14 @@ def test_remove(models, state):
     assert "there is no model '../models'" in models("remove", "../models", fails=True)
 
 
+def test_no_fingerprint_is_made_up(models, tmp_path):
+    file = tmp_path / "models.toml"
+    entry = '[{0}]\nfamily = "ase"\narguments = {{ calculator = "{1}" }}\n'
+    file.write_text(entry.format("there", "ase.calculators.emt:EMT") + entry.format("nowhere", "no_such_module:Foo"))
+    for name, has in (("there", True), ("nowhere", False)):
+        assert bool(json.loads(models("show", name, "--json", "--catalogue", file))["fingerprint"]) is has
+
+
 def test_add(models, state, tmp_path, start_daemon, server):
     file = tmp_path / "fine-tune.model"
     file.write_bytes(EMBEDDED_MODEL.read_bytes())

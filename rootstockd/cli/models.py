@@ -274,10 +274,12 @@ def fingerprint_of(name: str, entry: Entry) -> str:
         entry = located(name, entry)
     if entry.url and not entry.sha256:  # they may be any
         return ""
+    spec = spec_of(name, entry)
     try:
-        return in_environment(spec_of(name, entry), find_environment(*entry.place)).fingerprint
+        found = in_environment(spec, find_environment(*entry.place))
     except ModelLoadError:
         return ""
+    return "" if entry.family == "ase" and found is spec else found.fingerprint  # its module is not here
 
 
 def size_of(name: str, entry: Entry) -> int | None:
