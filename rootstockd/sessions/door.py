@@ -85,7 +85,8 @@ class Door:
                 await self._loop.connect_accepted_socket(lambda: protocol, connection)
             else:
                 connection.setblocking(False)  # noqa: FBT003 - the socket module has no other way
-                protocol.connection_made(GuardedTransport(connection, protocol))
+                protocol.connection_made(transport := GuardedTransport(connection, protocol))
+                transport.resume_reading()
         except Exception as error:
             protocol.connection_lost(error)
             self._fail(connection, error)

@@ -165,6 +165,7 @@ class Session(asyncio.BufferedProtocol):
     def attached(self, stream: socket.socket) -> None:
         """The stream is there: from now on the session is with its driver."""
         self._transport = GuardedTransport(stream, self)
+        self._transport.resume_reading()
         try:
             self._ipi.taken_over()
         except RootstockError as error:

@@ -21,7 +21,8 @@ class GuardedTransport(asyncio.Transport):
 
     Args:
         stream: a connected stream socket; closed with the transport.
-        protocol: who reads from it. It is told of each write that was not taken at once.
+        protocol: who reads from it, as soon as `resume_reading` is called. It is told of each write that was not taken
+            at once.
     """
 
     def __init__(self, stream: socket.socket, protocol: asyncio.BaseProtocol) -> None:
@@ -32,7 +33,6 @@ class GuardedTransport(asyncio.Transport):
         self._unsent = b""
         self._eof = self._closing = self._closed = False
         self._room = MOST if stream.family == socket.AF_UNIX else 0
-        self._loop.add_reader(stream, self._read)
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         """Another reads from it from now on."""
