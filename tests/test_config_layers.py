@@ -284,7 +284,9 @@ def test_check_says_what_would_keep_it_from_starting(folder: Path) -> None:
     done = command("config", "check", folder / "good.toml")
     assert done.returncode == 0, done.stderr
     assert "access.users: there is no user 'nobody-of-that-name' on this machine" in done.stdout
-    assert f"nothing is wrong with {folder}/good.toml" in done.stdout
+    assert f"a daemon can start with {folder}/good.toml" in done.stdout
+    write(folder / "fine.toml", 'models = ["emt"]\n')
+    assert f"nothing is wrong with {folder}/fine.toml" in command("config", "check", folder / "fine.toml").stdout
     done = command("config", "check", "--instance", "99", folder / "good.toml")
     assert (done.returncode, "devices: this machine has no GPU 99" in done.stderr) == (1, True)
     write(folder / "bad.toml", 'models = ["emtt"]\n[access]\nsocket_group = "no-such-group"\n')

@@ -80,7 +80,7 @@ def check(file: Path | None, instance: str | None) -> None:
     are catalogues, models, devices, users and groups that the settings name, and where the log and the metrics go.
     """
     devices, problems = (None, []) if instance is None else _devices_for(instance)
-    print_warnings(unknown_variables(os.environ))
+    warnings = list(unknown_variables(os.environ))
     files = files_to_read(file, instance)
     defaults = {"socket": default_socket(), "devices": [Device(name="cpu")]}
     try:
@@ -88,13 +88,17 @@ def check(file: Path | None, instance: str | None) -> None:
     except ConfigError as error:
         problems += str(error).splitlines()
         if error.rest is None:
+            print_warnings(warnings)
             raise Refused("\n".join(problems)) from error
         settings = error.rest
-    print_warnings(Accounts(settings).warnings)
-    if problems := problems + problems_of(settings):
+    found, doubts = look_over(settings)
+    warnings += [*Accounts(settings).warnings, *doubts]
+    print_warnings(warnings)
+    if problems := problems + found:
         raise Refused("\n".join(problems))
     there = [place["path"] for place in _files(settings) if place["there"]]
-    console.print(f"nothing is wrong with {', '.join(there)}" if there else "there is no file, and none is needed")
+    good = "a daemon can start with" if warnings else "nothing is wrong with"
+    console.print(f"{good} {', '.join(there)}" if there else "there is no file, and none is needed")
 
 
 def _devices_for(instance: str) -> tuple[tuple[Device, ...] | None, list[str]]:
@@ -123,8 +127,8 @@ def settings_of(socket: Path) -> Config:
     return settings
 
 
-def problems_of(settings: Config) -> list[str]:
-    """What would keep a daemon from starting, though its settings are right as such.
+def look_over(settings: Config) -> tuple[list[str], list[str]]:
+    """What would keep a daemon from starting, though its settings are right as such, and what it would warn of.
 
     But for what changes from moment to moment: whether somebody has its socket, its port or its GPU.
     """
@@ -143,8 +147,7 @@ def problems_of(settings: Config) -> list[str]:
     try:
         catalogue = Catalogue.load(settings.catalogues, settings.where("catalogues"))
     except CatalogueError as error:
-        return [*problems, str(error)]
-    print_warnings(catalogue.warnings())
+        return [*problems, str(error)], []
     missing, there = [], 0
     for name in settings.models:
         try:
@@ -155,9 +158,8 @@ def problems_of(settings: Config) -> list[str]:
         except RootstockError as error:
             problems.append(f"models: {error}")
     if there:  # a daemon starts with those
-        print_warnings(missing)
-        return problems
-    return problems + missing
+        return problems, [*catalogue.warnings(), *missing]
+    return problems + missing, catalogue.warnings()
 
 
 def _problems_of_places(settings: Config) -> Iterator[str]:
