@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
-import threading
+import subprocess
+import sys
 
 import pytest
 
@@ -18,18 +18,21 @@ KILLED = End("signal 9 (SIGKILL)", blamed=False, signalled=True)
 HUNG = End("it hung", blamed=True, hung=True)
 
 
-def test_what_the_machine_lacks_is_no_doing_of_the_models() -> None:
-    def no_thread() -> None:
-        _, most = resource.getrlimit(resource.RLIMIT_AS)
-        resource.setrlimit(resource.RLIMIT_AS, (2**20, most))  # less than the process has: there is no room for a stack
-        try:
-            threading.Thread(target=print).start()
-        finally:
-            resource.setrlimit(resource.RLIMIT_AS, (most, most))
+NO_THREAD = """
+import resource, threading
+threading.stack_size(2**30)
+resource.setrlimit(resource.RLIMIT_AS, (2**29, 2**29))
+try:
+    threading.Thread(target=print).start()
+except Exception as error:
+    print(type(error).__name__, error, sep=":", end="")
+"""
 
-    with pytest.raises(RuntimeError) as caught:
-        no_thread()
-    assert is_shortage(caught.value)
+
+def test_what_the_machine_lacks_is_no_doing_of_the_models() -> None:
+    done = subprocess.run([sys.executable, "-c", NO_THREAD], capture_output=True, text=True, check=True, timeout=60)
+    kind, _, words = done.stdout.partition(":")
+    assert kind == "RuntimeError" and is_shortage(RuntimeError(words))
     for number in (errno.EMFILE, errno.EAGAIN, errno.ENOMEM, errno.ENOSPC):
         assert is_shortage(OSError(number, os.strerror(number)))
     assert is_shortage(MemoryError())
