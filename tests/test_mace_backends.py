@@ -18,12 +18,14 @@ pytest.importorskip("mace")
 from ase import Atoms  # noqa: E402
 from ase.build import bulk, fcc111, molecule  # noqa: E402
 from ase.cluster import Octahedron  # noqa: E402
+from ase.geometry import wrap_positions  # noqa: E402
 from ase.neighborlist import neighbor_list  # noqa: E402
 
 from rootstockd.worker import stages  # noqa: E402
 from rootstockd.worker.engines import EngineError, ModelSpec, Result, System, Task  # noqa: E402
+from rootstockd.worker.engines import mace as mace_engine  # noqa: E402
 from rootstockd.worker.engines.differences import Difference, compare  # noqa: E402
-from rootstockd.worker.engines.mace import MaceEngine, checks, radial  # noqa: E402
+from rootstockd.worker.engines.mace import TRIES, MaceEngine, checks, radial  # noqa: E402
 from rootstockd.worker.engines.mace.budget import Size  # noqa: E402
 from rootstockd.worker.engines.mace.candidates import NotApplicableError, backends_for  # noqa: E402
 from rootstockd.worker.engines.mace.edges import EdgeBackend  # noqa: E402
@@ -621,6 +623,35 @@ def test_one_comparison_does_for_a_sessions_systems_of_the_same_elements():
     assert backend("alloy", 1) == "fused"
 
 
+def test_elements_without_neighbours_are_not_taken_for_compared():
+    """As for formation energies: atoms by themselves, then what they make."""
+    model = medium()
+    of = watched(model, FusedBackend(model))
+
+    def backend(atoms, session):
+        return of.evaluate([task(of, atoms, session)])[0].backend
+
+    alone = [Atoms(symbol, [[0, 0, 0]]) for symbol in ("Cu", "Al")]
+    together = Atoms("CuAl", [[0, 0, 0], [2.4, 0, 0]])
+    apart = Atoms("CuAl", [[0, 0, 0], [24, 0, 0]])
+    for atoms in (*alone, *alone, apart, apart):
+        assert backend(atoms, 1) == "mace-torch"
+    assert [backend(together, 1) for _ in range(2)] == ["mace-torch", "fused"]
+    assert [backend(atoms, 1) for atoms in (*alone, apart)] == ["fused"] * 3
+    assert [backend(alone[0], 2) for _ in range(TRIES + 2)] == ["mace-torch"] * TRIES + ["fused"] * 2
+
+
+def test_what_is_known_of_sessions_is_bounded(monkeypatch):
+    monkeypatch.setattr(mace_engine, "REMEMBERED", 5)
+    model = medium()
+    of = watched(model, FusedBackend(model))
+    for session in range(20):
+        for name in ("dense", "alloy"):
+            of.evaluate([task(of, STRUCTURES[name], session)])
+            of.evaluate([task(of, STRUCTURES[name], session)])
+        assert len(of._trusted) + len(of._lonely) <= 5 and len(of._agreed) <= 5
+
+
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_a_backend_that_is_wrong_is_switched_off_at_loading(dtype, caplog):
     model = medium(dtype)
@@ -838,6 +869,12 @@ def test_of_a_large_structure_a_piece_is_compared():
     assert 100 < len(sample.positions) <= checks.LARGEST // 2
     assert len(sample.system.numbers) == len(sample.positions)
     assert [len(of.evaluate([one])[0].forces) for _ in range(2)] == [len(atoms)] * 2
+    atoms.numbers[[0, 30, -1]] = [13, 13, 8]  # far from the middle
+    sample = checks.piece(task(of, atoms), 4.5)
+    assert set(sample.system.numbers) == {8, 13, 29} and len(sample.positions) <= checks.LARGEST // 2
+    assert checks.joined(sample, 4.5) == {8, 13, 29}
+    inside = {tuple(row) for row in np.round(wrap_positions(atoms.positions, atoms.cell, atoms.pbc), 9)}
+    assert {tuple(row) for row in np.round(sample.positions, 9)} <= inside
 
 
 def test_a_large_structure_may_have_an_empty_middle():

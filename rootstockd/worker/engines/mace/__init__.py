@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -47,6 +48,8 @@ WARM_UP = 3
 """Evaluations until torch has compiled what it compiles, so that no job waits for it."""
 REMEMBERED = 100_000
 """Sessions' systems whose first structure was compared; past that all are forgotten, and compared again."""
+TRIES = 10
+"""Structures that are compared of systems with elements that have no neighbours in them: these say nothing of those."""
 _STEP = 1e-3
 _SLOPE = {"float32": 2e-2, "float64": 1e-4}
 """How far a force may be from a finite difference of the energy: the sanity check of forces, not of rounding."""
@@ -69,7 +72,10 @@ class MaceEngine:
         self._name, self._dtype = spec.name, spec.dtype
         self._trusted: dict[Check, bool] = {}
         self._agreed: dict[tuple[object, ...], frozenset[int]] = {}
-        """Elements of a session's structures in which the fast backend agreed, by the rest of their `Check`."""
+        """Elements that had neighbours in a session's structures in which the fast backend agreed, by the rest of
+        their `Check`."""
+        self._lonely: Counter[Check] = Counter()
+        """How many structures of a system were compared, while it has elements that are not among those."""
         self._doubted: WeakSet[System] = WeakSet()
         """Systems that do without the fast backend, as long as they are there."""
         self._doubts, self._doubt_of, self._heard = 0, "", ""
@@ -168,12 +174,10 @@ class MaceEngine:
         That is not needed where all of its elements were in others of the session that agreed.
         """
         trusted = self._trusted.get(check)
-        if trusted is None and self._agreed.get(check[1:], frozenset()).issuperset(check[0]):
-            trusted = self._trusted[check] = True
-        return trusted
+        return True if trusted is None and self._agreed.get(check[1:], frozenset()).issuperset(check[0]) else trusted
 
     def _first(self, task: Task, fast: Backend) -> Result:
-        """A session's first structure, or one with elements that are new to it."""
+        """A session's first structure, or one with elements that are new to it, or had no neighbours so far."""
         system: System = task.system
         task = replace(task, stress=True, energies=True)  # so that whatever may be asked for later is compared
         sample, reference = self._sampled(task)
@@ -193,7 +197,7 @@ class MaceEngine:
             if isinstance(error, NotApplicableError) or out_of_memory(error):  # says nothing of its numbers
                 return whole or self._reference.evaluate([task])[0]  # and they are compared next time
             trusted, why = False, f"{fast.name}: {type(error).__name__}: {error}"
-        self._remember(system, len(sample.positions), "" if trusted else why)
+        self._remember(system, sample, "" if trusted else why)
         if whole is None or (sample is not task and not trusted):
             whole = self._reference.evaluate([task])[0]
         return whole
@@ -210,16 +214,22 @@ class MaceEngine:
         sample = checks.piece(task, self._cutoff, checks.FEW)
         return sample, self._reference.evaluate([sample])[0]
 
-    def _remember(self, system: System, atoms: int, why: str) -> None:
-        """A structure of so many atoms was compared; `why` it differs, if it does."""
-        if len(self._trusted) >= REMEMBERED:
-            self._trusted.clear()
-            self._agreed.clear()
-        self._trusted[system.check] = not why
+    def _remember(self, system: System, sample: Task, why: str) -> None:
+        """A structure was compared, or a part of it; `why` it differs, if it does."""
+        if len(self._trusted) + len(self._lonely) >= REMEMBERED:
+            for kept in (self._trusted, self._agreed, self._lonely):
+                kept.clear()
         if not why:
-            others = system.check[1:]
-            self._agreed[others] = self._agreed.get(others, frozenset()).union(system.check[0])
+            elements, *others = system.check
+            agreed = self._agreed.get(key := tuple(others), frozenset()) | checks.joined(sample, self._cutoff)
+            self._agreed[key] = agreed
+            self._lonely[system.check] += 1
+            if agreed.issuperset(elements) or self._lonely[system.check] == TRIES:
+                self._trusted[system.check] = True
+                del self._lonely[system.check]
             return
+        self._trusted[system.check] = False
+        atoms = len(sample.positions)
         allowed = "" if system.tolerance == TOLERANCE[self._dtype] else f" (its tolerance is {system.tolerance:.1e})"
         self._doubt_of = f"{why}, on a structure of {atoms} atoms of session {system.session}{allowed}"
         self._doubted.add(system)

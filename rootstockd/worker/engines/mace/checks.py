@@ -10,6 +10,7 @@ import numpy as np
 from ase.geometry import wrap_positions
 
 from rootstockd.worker.engines import Array, Result, Task
+from rootstockd.worker.engines.mace.neighbours import Neighbours
 from rootstockd.worker.engines.mace.reference import System
 from rootstockd.worker.lattice import normals, spanned
 
@@ -55,20 +56,42 @@ def structures(elements: Sequence[int], heads: Sequence[str], together: int = 8)
 
 
 def piece(task: Task, cutoff: float, most: int = LARGEST) -> Task:
-    """The structure; or, of one with more than `most` atoms, the one in its middle and what surrounds it, as a cluster.
+    """The structure; or, of one with more than `most` atoms, a part with all of its elements, as a cluster.
 
-    So of one with fewer that are crowded. Distances are those of the structure wrapped into its cell, so a cluster at
-    its edge has fewer neighbours; both backends are given the same.
+    So of one with fewer that are crowded. The part is the atom in the middle and what surrounds it, and one atom of
+    each element that is not there, with its surroundings. Distances are those of the structure wrapped into its cell,
+    so a cluster at its edge has fewer neighbours; both backends are given the same.
     """
     if len(task.positions) * max(1.0, _neighbours(task, cutoff) / CROWDED) <= most:
         return task
-    positions = wrap_positions(task.positions, task.cell, task.system.pbc) if any(task.system.pbc) else task.positions
-    central = np.argmin(np.linalg.norm(positions - positions.mean(axis=0), axis=1))
-    distances = np.linalg.norm(positions - positions[central], axis=1)
-    nearest = np.argsort(distances)[: most // 2]
-    nearest = nearest[distances[nearest] <= 2 * cutoff]
-    system = dataclasses.replace(task.system, numbers=task.system.numbers[nearest], pbc=(False, False, False))
-    return Task(system, task.cell, positions[nearest], stress=task.stress, energies=False)
+    numbers, positions = task.system.numbers, task.positions
+    if any(task.system.pbc):
+        positions = wrap_positions(positions, task.cell, task.system.pbc)
+    from_middle = np.linalg.norm(positions - positions.mean(axis=0), axis=1)
+    centres = [int(np.argmin(from_middle))]
+    chosen = _around(positions, centres, cutoff, most // 2)
+    while len(missing := np.setdiff1d(numbers, numbers[chosen])):  # each time another
+        (there,) = np.nonzero(numbers == missing[0])
+        centres.append(int(there[np.argmin(from_middle[there])]))
+        chosen = _around(positions, centres, cutoff, most // 2)
+    system = dataclasses.replace(task.system, numbers=numbers[chosen], pbc=(False, False, False))
+    return Task(system, task.cell, positions[chosen], stress=task.stress, energies=False)
+
+
+def _around(positions: Array, centres: Sequence[int], cutoff: float, most: int) -> Array:
+    """About so many atoms, those nearest to some: for each as many."""
+    chosen = []
+    for centre in centres:
+        distances = np.linalg.norm(positions - positions[centre], axis=1)
+        nearest = np.argsort(distances)[: max(2, most // len(centres))]
+        chosen.append(nearest[distances[nearest] <= 2 * cutoff])
+    return np.unique(np.concatenate(chosen))
+
+
+def joined(task: Task, cutoff: float) -> frozenset[int]:
+    """Elements of atoms that have neighbours."""
+    edges = Neighbours(cutoff).edges(task, task.system.pbc)
+    return frozenset(task.system.numbers[edges.receiver].tolist())
 
 
 def _neighbours(task: Task, cutoff: float) -> float:
