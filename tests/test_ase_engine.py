@@ -60,6 +60,7 @@ class Odd(EMT):  # type: ignore[misc]
     def set_atoms(self, atoms: Atoms) -> None:
         if 80 in atoms.numbers:
             raise ValueError("no mercury")
+        self.given = len(atoms)
 
 
 def odd(*ways: str, options: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
@@ -95,6 +96,17 @@ def agrees(result: Result, atoms: Atoms, tolerance: float = 1e-12) -> None:
     if result.virial is not None:
         stress = reference.get_stress(voigt=False)
         np.testing.assert_allclose(result.virial, -stress * reference.get_volume(), rtol=0, atol=tolerance)
+
+
+def test_a_calculator_always_knows_which_structure_it_has(atoms: Atoms) -> None:
+    of = engine(odd())
+    (calculator,) = of._calculators.values()
+    both = [atoms, atoms * (2, 1, 1)]
+    prepared = [of.prepare(System(one.numbers, (True, True, True))) for one in both]
+    for which in (0, 1, 1, 0, 0):
+        one = both[which]
+        of.evaluate([Task(prepared[which], one.cell.array.copy(), one.positions.copy(), False, False)])
+        assert calculator.given == len(one)
 
 
 @pytest.mark.parametrize("way", ["", "3x3", "numbers of one's own", "changes atoms"])

@@ -120,6 +120,14 @@ def test_a_server_that_ignores_ranges(server, fetch):
     assert fetch() == DATA
 
 
+def test_a_server_that_ignores_ranges_and_never_gets_further(server, fetch):
+    server.always.add("ignore-range")
+    server.faults += ["cut 98304", "cut 49152"] * ATTEMPTS
+    with pytest.raises(DownloadError):
+        fetch()
+    assert len(server.requests) == ATTEMPTS
+
+
 def test_another_range_than_was_asked_for(server, fetch):
     server.faults += ["cut 98304", "wrong-range"]
     assert fetch() == DATA
@@ -460,6 +468,11 @@ def test_one_file_of_two_models(server, state, entry):
     folder = state / "weights"
     assert store.remove(folder, "mine") == 0
     assert located("yours", entry).weights.is_file()
+    (folder / "damaged.json").write_text("no record")
+    with pytest.raises(StoreError, match="damaged"):  # which may have the same file
+        store.remove(folder, "yours")
+    assert located("yours", entry).weights.is_file()
+    (folder / "damaged.json").unlink()
     assert store.remove(folder, "yours") == len(DATA)
     assert not list(folder.glob("*.model"))
 

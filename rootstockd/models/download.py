@@ -168,7 +168,7 @@ def download(
                 return
             except _Again as error:
                 failures = 1 if part.size > before else failures + 1
-                before = part.size
+                before = max(before, part.size)  # a server without ranges begins anew each time
                 if failures >= ATTEMPTS:
                     kept = f"{part.size} bytes are kept, and the next attempt goes on from there. Try again later."
                     raise DownloadError(

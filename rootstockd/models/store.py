@@ -213,7 +213,8 @@ def write_record(folder: Path, name: str, record: Record) -> None:
                 part.write_text(record.model_dump_json(indent=2))
                 replace(part, folder / f"{name}.json")
         except StoreError:
-            _discard(folder, record.files)
+            with contextlib.suppress(StoreError):  # of another's record, which is damaged: then they stay
+                _discard(folder, _unneeded(folder, record.files))
             raise
 
 
@@ -223,8 +224,9 @@ def remove(folder: Path, name: str) -> int:
         record = read_record(folder, name)
         if record is None:
             return 0
+        files = _unneeded(folder, record.files, but=name)  # before anything is changed
         (folder / f"{name}.json").unlink()
-        return _discard(folder, record.files)
+        return _discard(folder, files)
 
 
 def _records(folder: Path) -> contextlib.AbstractContextManager[None]:
@@ -232,16 +234,24 @@ def _records(folder: Path) -> contextlib.AbstractContextManager[None]:
     return lock(folder, ".records", lambda _: None)
 
 
-def _discard(folder: Path, files: list[StoredFile]) -> int:
-    """Remove those of these files that no model has, for whoever holds `_records`; how many bytes were freed."""
-    others = (read_record(folder, path.stem) for path in folder.glob("*.json"))
+def _unneeded(folder: Path, files: list[StoredFile], but: str = "") -> list[StoredFile]:
+    """Those of these files that no model has, `but` for one, for whoever holds `_records`.
+
+    Raises:
+        StoreError: a model's record can't be read.
+    """
+    others = (read_record(folder, path.stem) for path in folder.glob("*.json") if path.stem != but)
     kept = {file.name for other in others if other for file in other.files}
+    return [file for file in files if file.name not in kept]
+
+
+def _discard(folder: Path, files: list[StoredFile]) -> int:
+    """Remove files; how many bytes were freed."""
     freed = 0
     for file in files:
-        if file.name not in kept:
-            with contextlib.suppress(FileNotFoundError):
-                (folder / file.name).unlink()
-                freed += file.size
+        with contextlib.suppress(FileNotFoundError):
+            (folder / file.name).unlink()
+            freed += file.size
     return freed
 
 

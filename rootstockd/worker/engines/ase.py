@@ -89,6 +89,8 @@ class AseEngine:
         self._energy: str | None = arguments.get("energy")
         self._heads = tuple(spec.heads) if _mentions(spec, "{head}") else ()
         self._calculators: dict[str | None, Any] = {}
+        self._given: dict[int, _Prepared] = {}
+        """By calculator, by its id: what it was told last that it has."""
         calculator = self._calculator(self._heads[0] if self._heads else None)
         self._backend = type(calculator).__name__
         self.info = EngineInfo(
@@ -111,9 +113,15 @@ class AseEngine:
         calculator = self._calculator(choose_head(self._name, self._heads, system.head))
         given = {"charge": system.charge, "spin": system.spin}
         info = {key: value for word, key in self._info_keys.items() if (value := given[word]) is not None}
-        if hasattr(calculator, "set_atoms"):  # as ASE does when a structure gets its calculator
-            calculator.set_atoms(Atoms(system.numbers, pbc=system.pbc, info=info))
-        return _Prepared(calculator, system.numbers, system.pbc, info, system.exact)
+        prepared = _Prepared(calculator, system.numbers, system.pbc, info, system.exact)
+        self._give(prepared)
+        return prepared
+
+    def _give(self, system: _Prepared) -> None:
+        """Tell a calculator which structure it has now, as ASE does when a structure gets its calculator."""
+        if hasattr(system.calculator, "set_atoms") and self._given.get(id(system.calculator)) is not system:
+            system.calculator.set_atoms(Atoms(system.numbers, pbc=system.pbc, info=dict(system.info)))
+            self._given[id(system.calculator)] = system
 
     def evaluate(self, tasks: list[Task]) -> list[Result]:
         """Each task in its turn."""
@@ -134,6 +142,7 @@ class AseEngine:
         # made anew: calculators change what they are given
         atoms = Atoms(system.numbers, task.positions, cell=cell, pbc=pbc, info=dict(system.info))
         reset(system.calculator)
+        self._give(system)
         try:
             # not get_property, for which a structure that differs in `info` alone is the same
             with deterministic() if system.exact else nullcontext():

@@ -27,8 +27,10 @@ class Frame:
     def __init__(self, cell: Array, pbc: Tuple[bool, bool, bool], *, triangular: bool) -> None:
         self._within = triangular
         self._open, cell = _complete(cell, pbc)
-        if np.linalg.det(cell) < 0:  # the same lattice; many programs want no left-handed one
-            cell = cell[[1, 0, 2]]
+        if np.linalg.det(cell) < 0:  # many programs want no left-handed one; inputs know directions by their places
+            over = [0, 1, 2] if all(pbc) else [pbc.index(False)]  # the same lattice
+            cell = cell.copy()
+            cell[over] *= -1
         self._axes = np.eye(3)
         """(3, 3): what a row vector is multiplied by."""
         if triangular and (np.triu(cell, 1).any() or (np.diagonal(cell) < 0).any()):

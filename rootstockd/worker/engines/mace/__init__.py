@@ -1,9 +1,9 @@
 """MACE: mace-torch as the reference, and beside it whatever is faster and was found to give the same numbers.
 
 A backend is compared with the reference when the model loads (`checks.structures`), and on the first structure of every
-session, whose answer is the reference's own. One that differs at loading is switched off, and the next best is
-compared; one that differs on a session's structure is not used for that session: others' structures, which may be ill-
-conditioned, are no reason to take it from all.
+session, whose answer is the reference's own unless it is large and a part was compared. One that differs at loading is
+switched off, and the next best is compared; one that differs on a session's structure is not used for that session:
+others' structures, which may be ill-conditioned, are no reason to take it from all.
 """
 
 from __future__ import annotations
