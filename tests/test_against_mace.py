@@ -18,6 +18,8 @@ from rootstock_client import RootstockClient
 
 LARGEST = 500
 """Atoms up to which a session's first structure is evaluated by mace-torch."""
+TRIES = 10
+"""How many structures without neighbours are."""
 
 
 @cache
@@ -90,6 +92,9 @@ STRUCTURES: dict[str, Callable[[], Atoms]] = {
     "1,000 atoms": lambda: rattled(bulk("Cu", cubic=True) * (5, 5, 10)),
 }
 
+LONELY = ("one atom", "two atoms out of reach")
+"""Compared several times, as without neighbours they say nothing of those with."""
+
 
 def close(ours: object, theirs: object, dtype: str, atoms: int = 1) -> None:
     """float64: within 1e-9 (eV, eV/Å, eV/Å³). float32: mace-torch's own rounding; it subtracts positions and sums the
@@ -108,8 +113,9 @@ def test_equals_mace_calculator(daemon: RunningDaemon, name: str, dtype: str) ->
     theirs.calc = reference(dtype)
     close(ours.get_potential_energy(), theirs.get_potential_energy(), dtype, len(ours))
     assert ours.calc.backend == ("mace-torch" if len(ours) <= LARGEST else "fused"), "what a first structure gets"
-    ours.positions += 0.01
-    ours.get_potential_energy()
+    for _ in range(TRIES - 1 if name in LONELY else 1):
+        ours.positions += 0.01
+        ours.get_potential_energy()
     ours.positions[:] = theirs.positions
     close(ours.get_potential_energy(), theirs.get_potential_energy(), dtype, len(ours))
     assert ours.calc.backend == "fused"

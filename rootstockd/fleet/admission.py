@@ -13,6 +13,7 @@ from rootstockd.fleet.rooms import Rooms
 from rootstockd.fleet.roster import Roster
 from rootstockd.settings.config import Config
 from rootstockd.supervision.meter import Totals
+from rootstockd.supervision.roles import State
 from rootstockd.supervision.supervisor import STOP_PATIENCE, Supervisor
 
 log = logging.getLogger(__name__)
@@ -117,7 +118,9 @@ class Admission:
 
     def stand_in(self, model: Supervisor) -> Supervisor | None:
         owner = self._roster.owner(model)
-        return next((other for other in owner.ready if other is not model), None) if owner else None
+        others = [other for other in owner.supervisors if other is not model] if owner else []
+        there = [other for state in (State.READY, State.LOADING) for other in others if other.state is state]
+        return there[0] if there else None
 
     async def make_room(self, model: Supervisor) -> bool:
         assert model.device is not None

@@ -10,14 +10,18 @@ from __future__ import annotations
 import array
 import asyncio
 import contextlib
+import functools
 import os
 import socket
+import struct
 import threading
 from collections.abc import Callable, Iterable
+from typing import cast
 
 _SO_PASSRIGHTS = 83
 MOST = socket.CMSG_SPACE(253 * 4)
 """Room for all that a message can bring, SCM_MAX_FD of them: the kernel lets those go for which there is none."""
+_AT_ONCE, _PIECE = struct.pack("ii", 0, 0), 65_536
 _RETRY = 1.0
 """Seconds until the next try where no thread could be started."""
 
@@ -47,23 +51,47 @@ def descriptors_in(ancillary: Iterable[tuple[int, int, bytes]]) -> list[int]:
     return found.tolist()
 
 
-def close_aside(what: Iterable[int | socket.socket], then: Callable[[], object] = lambda: None) -> None:
-    """Close what may take its time to close, in a thread.
+def close_aside(
+    what: Iterable[int | socket.socket], then: Callable[[], object] = lambda: None, *, unread: bool = False
+) -> None:
+    """Close what may take its time to close, in a thread; not for long, but for files of a FUSE.
 
     Args:
         what: descriptors and sockets.
         then: called by the loop when that is done.
+        unread: the sockets are connections of our own, and nobody reads any more what has come over them.
     """
     loop = asyncio.get_running_loop()
 
     def run() -> None:
         for one in what:
-            with contextlib.suppress(OSError):
-                os.close(one) if isinstance(one, int) else one.close()
+            _close(one, unread=unread)
         with contextlib.suppress(RuntimeError):  # the daemon has ended meanwhile
             loop.call_soon_threadsafe(then)
 
     try:
         threading.Thread(target=run, name="close", daemon=True).start()
     except RuntimeError:  # there are as many as there may be
-        loop.call_later(_RETRY, close_aside, what, then)
+        loop.call_later(_RETRY, functools.partial(close_aside, what, then, unread=unread))
+
+
+def _close(one: int | socket.socket, *, unread: bool = False) -> None:
+    """Close one that does not linger, and all that came over it and was not read."""
+    try:
+        sock = socket.socket(fileno=one) if isinstance(one, int) else one
+    except OSError:  # it is none
+        with contextlib.suppress(OSError):
+            os.close(cast(int, one))
+        return
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _AT_ONCE)
+    with contextlib.suppress(OSError):
+        if unread:
+            sock.shutdown(socket.SHUT_RD)  # no more comes
+        while unread:
+            data, ancillary, _, _ = sock.recvmsg(_PIECE, MOST, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
+            for descriptor in descriptors_in(ancillary):
+                _close(descriptor)
+            unread = bool(data)
+    with contextlib.suppress(OSError):
+        sock.close()

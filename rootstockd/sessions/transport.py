@@ -23,11 +23,12 @@ class GuardedTransport(asyncio.Transport):
         stream: a connected stream socket; closed with the transport.
         protocol: who reads from it, as soon as `resume_reading` is called. It is told of each write that was not taken
             at once.
+        own: nobody else has it.
     """
 
-    def __init__(self, stream: socket.socket, protocol: asyncio.BaseProtocol) -> None:
+    def __init__(self, stream: socket.socket, protocol: asyncio.BaseProtocol, *, own: bool = False) -> None:
         super().__init__({"socket": stream})
-        self._stream = stream
+        self._stream, self._own = stream, own
         self.set_protocol(protocol)
         self._loop = asyncio.get_running_loop()
         self._unsent = b""
@@ -128,7 +129,8 @@ class GuardedTransport(asyncio.Transport):
         self._loop.remove_reader(self._stream)
         self._loop.remove_writer(self._stream)
         # aside, as what came and was not read may have descriptors, too
-        close_aside([self._stream, *(descriptors or ())], lambda: self._protocol.connection_lost(error))
+        what = [self._stream, *(descriptors or ())]
+        close_aside(what, lambda: self._protocol.connection_lost(error), unread=self._own)
 
 
 class _Whole(asyncio.BufferedProtocol):

@@ -77,7 +77,7 @@ class Landlord(Protocol):
         """What was ever done of a model on the device that it has."""
 
     def stand_in(self, model: Supervisor) -> Supervisor | None:
-        """Another worker of the same model that computes."""
+        """Another worker of the same model that computes, or is about to."""
 
     async def make_room(self, model: Supervisor) -> bool:
         """A model's device turned out to have no memory for it: whether another model has gone for it."""
