@@ -81,6 +81,8 @@ class System:
     def take_cells(self, cells: bytes) -> None:
         """Take over the cells of the structures whose positions are in the slot.
 
+        If they are the same as before nothing is looked at, so of a cluster the density of the first structure alone.
+
         Raises:
             InvalidStructureError: they can't be evaluated.
         """
