@@ -80,7 +80,7 @@ def check(file: Path | None, instance: str | None) -> None:
     are catalogues, models, devices, users and groups that the settings name, and where the log and the metrics go.
     """
     devices, problems = (None, []) if instance is None else _devices_for(instance)
-    warnings = list(unknown_variables(os.environ))
+    print_warnings(unknown_variables(os.environ))
     files = files_to_read(file, instance)
     defaults = {"socket": default_socket(), "devices": [Device(name="cpu")]}
     try:
@@ -88,11 +88,10 @@ def check(file: Path | None, instance: str | None) -> None:
     except ConfigError as error:
         problems += str(error).splitlines()
         if error.rest is None:
-            print_warnings(warnings)
             raise Refused("\n".join(problems)) from error
         settings = error.rest
     found, doubts = look_over(settings)
-    warnings += [*Accounts(settings).warnings, *doubts]
+    warnings = [*Accounts(settings).warnings, *doubts]
     print_warnings(warnings)
     if problems := problems + found:
         raise Refused("\n".join(problems))

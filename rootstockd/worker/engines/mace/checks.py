@@ -10,7 +10,6 @@ import numpy as np
 from ase.geometry import wrap_positions
 
 from rootstockd.worker.engines import Array, Result, Task
-from rootstockd.worker.engines.mace.neighbours import Neighbours
 from rootstockd.worker.engines.mace.reference import System
 from rootstockd.worker.lattice import normals, spanned
 
@@ -90,6 +89,9 @@ def _around(positions: Array, centres: Sequence[int], cutoff: float, most: int) 
 
 def joined(task: Task, cutoff: float) -> frozenset[int]:
     """Elements of atoms that have neighbours."""
+    # numba, which may end a worker when it is imported, and is not needed where there is nothing to be compared
+    from rootstockd.worker.engines.mace.neighbours import Neighbours  # noqa: PLC0415
+
     edges = Neighbours(cutoff).edges(task, task.system.pbc)
     return frozenset(task.system.numbers[edges.receiver].tolist())
 
