@@ -47,7 +47,7 @@ class Line(asyncio.Protocol):
 
     def __init__(self, transport: asyncio.Transport, session: Attaching) -> None:
         self._transport, self._session = transport, session
-        self._open = False
+        self._open, self._waits = False, True
         self._loop = asyncio.get_running_loop()
         transport.pause_reading()  # the loop's reads would lose the descriptor
         try:
@@ -113,8 +113,9 @@ class Line(asyncio.Protocol):
 
     def stop_waiting(self) -> bool:
         """No descriptor is waited for any more; whether more had come already, which is nobody's."""
-        if self._socket.fileno() == -1:
+        if not self._waits:
             return False
+        self._waits = False
         self._loop.remove_reader(self._socket)
         passed.refuse(self._socket)
         surplus: list[int] = []

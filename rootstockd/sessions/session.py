@@ -342,7 +342,8 @@ class Session(asyncio.BufferedProtocol):
         account, system = self.account, self.system
         assert self._model is not None and account is not None
         try:
-            self._host.check_open()
+            if not self._leaving:  # a driver that was in the middle of a message is let come to rest
+                self._host.check_open()
             system.take_cells(cells)
             account.enqueue()
         except RootstockError as error:
