@@ -38,7 +38,7 @@ from rootstockd.host.sockets import (
     remove_if_empty,
     url_of,
 )
-from rootstockd.models.availability import located, to_preload
+from rootstockd.models.availability import located, not_to_preload
 from rootstockd.models.catalogue import Catalogue, CatalogueError, Entry
 from rootstockd.processes.folders import remove_left_behind
 from rootstockd.sessions.accounts import Account, Accounts
@@ -85,7 +85,7 @@ class Daemon:
         self.state = "starting"
         self.since = time.time()
         self.metrics_url: str | None = None
-        self._preload, missing = to_preload(config.models, self.catalogue)
+        missing = not_to_preload(config.models, self.catalogue)
         for warning in [*(f"not loaded: {error}" for error in missing), *self._one_thread()]:
             self.warnings.append(warning)
             log.warning("%s", warning)
@@ -221,13 +221,13 @@ class Daemon:
         for supervisor in self.fleet.supervisors():
             supervisor.scheduler.reshare(shares)
         models_kept = self.fleet.retire_changed(catalogue)
-        self._load_again()
+        self._load_kept()
         for name, sessions in models_kept.items():
             log.info("model %s has changed; sessions that keep the old one: %d", name, sessions)
         return ReloadReport(restart_needed=restart_needed, models_kept=models_kept, warnings=self.warnings)
 
-    def _load_again(self) -> None:
-        """What is to be loaded at the start, and was not in the catalogue for a while, or lacked its weights."""
+    def _load_kept(self) -> None:
+        """What is to be loaded at the start; later, what was not in the catalogue for a while, or had no weights."""
         for wanted in self.config.models:
             with contextlib.suppress(UnknownModelError, ModelLoadError):
                 name, entry = self.catalogue.resolve(wanted)
@@ -276,8 +276,7 @@ class Daemon:
     async def _start(self, sessions_socket: socket.socket) -> Door:
         """Load what is to be preloaded, and open the door. Sessions that come early wait for their model."""
         door = Door(sessions_socket, lambda connection: Session(self, peer_of(connection)))
-        for name, entry in self._preload:
-            self.fleet.open(WorkerKey(name, entry.dtype), entry, keep=True)
+        self._load_kept()
         loaded = asyncio.create_task(_settled(self.fleet))
         stopped = asyncio.create_task(self._stop.wait())
         await asyncio.wait([loaded, stopped], return_when=asyncio.FIRST_COMPLETED)

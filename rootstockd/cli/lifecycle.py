@@ -197,14 +197,14 @@ def check_startable(config: Config) -> None:
         UnknownModelError, ModelLoadError, Refused: it could not start.
     """
     # imports what only `restart` needs
-    from rootstockd.models.availability import to_preload  # noqa: PLC0415
+    from rootstockd.models.availability import not_to_preload  # noqa: PLC0415
     from rootstockd.models.catalogue import Catalogue, CatalogueError  # noqa: PLC0415
 
     try:
         catalogue = Catalogue.load(config.catalogues, config.where("catalogues"))
     except CatalogueError as error:
         raise Refused(error) from error
-    to_preload(config.models, catalogue)
+    not_to_preload(config.models, catalogue)
     if config.log_file is not None:
         prepare_log(config.log_file).close()
 

@@ -36,22 +36,23 @@ def located(name: str, entry: Entry) -> Entry:
     return entry.model_copy(update={"weights": stored.weights, **sums})
 
 
-def to_preload(names: Iterable[str], catalogue: Catalogue) -> tuple[list[tuple[str, Entry]], list[ModelLoadError]]:
-    """The models that a daemon loads at its start, and why it can't load the others: the weights are not here.
+def not_to_preload(names: Iterable[str], catalogue: Catalogue) -> list[ModelLoadError]:
+    """Why a daemon can't load some of the models that it is to load at its start: the weights are not here.
 
     Raises:
         UnknownModelError: there is no such model.
         ModelLoadError: no weights of any are here.
     """
-    found, missing = [], []
+    found, missing = 0, []
     for name, entry in map(catalogue.resolve, names):
         try:
-            found.append((name, located(name, entry)))
+            located(name, entry)
+            found += 1
         except ModelLoadError as error:
             missing.append(error)
     if missing and not found:
         raise missing[0]
-    return found, missing
+    return missing
 
 
 def lack(name: str, entry: Entry) -> str:
