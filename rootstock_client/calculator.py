@@ -78,7 +78,9 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         fingerprint: str | None = None,
         patience: float | None = None,
     ) -> None:
-        self._connect(Connection(Path(socket), patience_in_seconds(patience)))
+        self._begin(Connection(Path(socket), patience_in_seconds(patience)))
+        self._seen: Snapshot | None = None
+        """What `results` belong to. None before they change, so that whoever sees one twice has those in between."""
         self.results: dict[str, Any]
         super().__init__(model=model, dtype=dtype, head=head, dispersion=dispersion, exact=exact, tolerance=tolerance)
         self._potential = self._chosen(self._settings())
@@ -105,11 +107,11 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         settings = "".join(f"{key}={value!r}, " for key, value in self.todict().items() if key != "fingerprint")
         return f"{type(self).__name__}({settings}socket={str(self._connection.path)!r})"
 
-    def _connect(self, connection: Connection) -> None:
+    def _begin(self, connection: Connection) -> None:
+        """Have a session that knows nothing of what went before."""
         self._connection = connection
         self._pid = os.getpid()
         self._lock = threading.RLock()
-        self._seen: Snapshot | None = None
         self._box: Box | None = None
         self._asked: set[str] = set()
         self._asked_before: set[str] = set()
@@ -174,7 +176,8 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
                 if not allow_calculation:
                     return None
                 self._calculate(snapshot, frozenset({name}))
-            self._asked.add(name)
+            if allow_calculation:  # else it is taken if it is there, as by what writes trajectories
+                self._asked.add(name)
             result = self.results[name]
             return result.copy() if isinstance(result, np.ndarray) else result
 
@@ -201,7 +204,7 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         with _forked.lock:
             if self._pid != os.getpid():
                 lost = self._connection
-                self._connect(Connection(lost.path, lost.patience, met=lost.met))
+                self._begin(Connection(lost.path, lost.patience, met=lost.met))
 
     # --- the exchange
 
@@ -216,9 +219,11 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         if not self._box.has_stress:
             wanted -= {"stress"}
         try:
-            self.results = self._evaluate(snapshot, self._box, wanted)
+            results = self._evaluate(snapshot, self._box, wanted)
         except UnsupportedError as error:
             raise PropertyNotImplementedError(str(error)) from error
+        self._seen = None
+        self.results = results
         self._seen = snapshot
 
     def _evaluate(self, snapshot: Snapshot, box: Box, wanted: frozenset[str]) -> dict[str, Any]:
@@ -311,6 +316,15 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
 
     # --- its life
 
+    def share_session(self, other: RootstockCalculator) -> None:
+        """Go on in another calculator's session, in turns with it; each has parameters and results of its own.
+
+        Args:
+            other: a calculator of the same daemon.
+        """
+        other._leave_to_parent()
+        self._begin(other._connection)
+
     def close(self) -> None:
         """Close the session. The next evaluation opens a new one."""
         self._leave_to_parent()
@@ -325,27 +339,24 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        hidden = (
-            "_connection",
-            "_pid",
-            "_lock",
-            "_seen",
-            "_box",
-            "_asked",
-            "_asked_before",
-            "_system",
-            "_init",
-            "_extras",
-        )
+        hidden = ("_connection", "_pid", "_lock", "_box", "_asked", "_asked_before", "_system", "_init", "_extras")
         state = {key: value for key, value in self.__dict__.items() if key not in hidden}
-        # copies have settings of their own, and copy.copy makes none
-        state["parameters"] = copy.deepcopy(self.parameters)
-        return {**state, "_address": (self._connection.path, self._connection.patience)}
+        # another thread may be at work
+        seen, results = self._seen, self.results
+        kept = seen is not None and seen is self._seen
+        # copies have settings and results of their own, and copy.copy makes none
+        return {
+            **state,
+            "parameters": copy.deepcopy(self.parameters),
+            "results": dict(results) if kept else {},
+            "_seen": seen if kept else None,
+            "_address": (self._connection.path, self._connection.patience),
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         address = state.pop("_address")
         self.__dict__.update(state)
-        self._connect(Connection(*address))
+        self._begin(Connection(*address))
 
 
 class _Forked:

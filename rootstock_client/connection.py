@@ -74,7 +74,7 @@ class Connection:
         """One step: send a structure, wait for its result.
 
         Args:
-            init: the INIT text that describes its system; sent only when it is not the object that was sent last.
+            init: the INIT text that describes its system; sent only when it is not what was sent last.
             head: POSDATA up to the positions.
             positions: (natoms, 3), Bohr, contiguous.
             forces: (natoms, 3), contiguous; filled with the forces in Hartree/Bohr.
@@ -131,7 +131,7 @@ class Connection:
     def _exchange(self, sock: socket.socket, init: bytes, head: bytes, positions: ipi.FloatArray) -> ipi.ForceReady:
         buffers: list[bytes | ipi.FloatArray] = [head, positions, ipi.GETFORCE]
         size = len(head) + positions.nbytes + len(ipi.GETFORCE)
-        if init is not self._init:
+        if init is not self._init and init != self._init:
             buffers.insert(0, frame := ipi.init_frame(init))
             size += len(frame)
         try:

@@ -150,9 +150,9 @@ class RootstockPlugin(WorkerPlugin):  # type: ignore[misc]  # Dask is not typed
 def calculator(model: str, **options: Any) -> RootstockCalculator:
     """An ASE calculator for a task: that of the node's daemon.
 
-    A thread of a worker has one for each model and options, and keeps it from task to task, so that a thousand tasks do
-    not open a thousand sessions; but each task takes the potential as it finds it, and no task has what another has
-    `set`. For several calculators at a time in one task (NEB) use RootstockClient.
+    A thread of a worker keeps a session for each model and options, so that a thousand tasks do not open a thousand;
+    each task has a calculator of its own in it, and takes the potential as it finds it. For several calculators at
+    work at a time in one task (NEB) use RootstockClient.
     Outside of tasks it is `RootstockClient().calculator(model, **options)`.
 
     Args:
@@ -168,21 +168,16 @@ def calculator(model: str, **options: Any) -> RootstockCalculator:
         return RootstockClient().calculator(model, **options)
     client = (plugin and plugin.client) or RootstockClient()
     key = (client.socket, client.patience, model, repr(sorted(options.items())))
-    calculator, made_as = _kept.calculators.get(key, (None, None))
-    if calculator is not None:
-        calculator.fingerprint = options.get("fingerprint")
-    if calculator is None or calculator.todict() != made_as:
-        calculator = client.calculator(model, **options)
-        _kept.calculators[key] = calculator, calculator.todict()
+    calculator = client.calculator(model, **options)
+    calculator.share_session(_kept.calculators.setdefault(key, calculator))
     return calculator
 
 
 class _Kept(threading.local):
-    """The calculators of a thread; they go with it."""
+    """A calculator for each session of a thread; the sessions go with it."""
 
     def __init__(self) -> None:
-        self.calculators: dict[tuple[Any, ...], tuple[RootstockCalculator, dict[str, Any]]] = {}
-        """With what each was made as."""
+        self.calculators: dict[tuple[Any, ...], RootstockCalculator] = {}
 
 
 _kept = _Kept()

@@ -150,7 +150,7 @@ def _number(key: str, info: dict[str, Any]) -> float | None:
     if (value := info.get(key)) is None:
         return None
     try:
-        number = float(value)
+        number = float(value.item() if isinstance(value, np.ndarray) else value)
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import time
 from pathlib import Path
 
-from rootstock_client.errors import AccessDeniedError, DaemonNotFoundError
+from rootstock_client.errors import AccessDeniedError, DaemonNotFoundError, LimitError
 from rootstock_client.runtime_dir import START_HINT
 
 LINGER = 2.0
@@ -35,8 +36,17 @@ def connect(path: Path, timeout: float | None = None) -> socket.socket:
         DaemonNotFoundError: nobody answers there.
         TimeoutError: somebody is there and accepts no connections.
         AccessDeniedError: the socket is not open to this user.
+        LimitError: this process may have no more files open.
     """
-    sock = _Socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock = _Socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        raise LimitError(
+            "this process has as many files open as it may (`ulimit -n`), so there can be no further session.",
+            "Have structures share a calculator, or close() those that are done with.",
+        ) from error
     try:
         sock.settimeout(timeout)
         sock.connect(os.fspath(path))

@@ -68,11 +68,11 @@ class RootstockModel(ModelInterface):  # type: ignore[misc]  # torch-sim is not 
         self._compute_forces, self._compute_stress = compute_forces, compute_stress
         self._memory_scales_with = "n_atoms"
         self._calculator, self._sessions = copy.copy(calculator), sessions
-        self._calculators: list[RootstockCalculator] = []
         self._begin()
 
     def _begin(self) -> None:
         self._pid = os.getpid()
+        self._calculators: list[RootstockCalculator] = []
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(self._sessions, thread_name_prefix="rootstock")
 
@@ -122,6 +122,14 @@ class RootstockModel(ModelInterface):  # type: ignore[misc]  # torch-sim is not 
 
     def _tensor(self, values: Any) -> torch.Tensor:
         return torch.as_tensor(np.asarray(values), dtype=self._dtype, device=self._device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        ours = ("_pid", "_calculators", "_lock", "_threads")
+        return {key: value for key, value in self.__dict__.items() if key not in ours}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._begin()
 
     def close(self) -> None:
         """Close all sessions; the next evaluation opens new ones."""

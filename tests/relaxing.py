@@ -37,7 +37,7 @@ def task(seed: int, diary: Path | None = None) -> tuple[int, float, int]:
 
 
 def stubborn(seed: int) -> str:
-    """A task that spoils the calculator which its thread keeps."""
+    """A task that spoils the calculator which it is given."""
     atoms = rattled(seed)
     atoms.calc = calculator("emt")
     atoms.calc.set(exact=True)
@@ -55,3 +55,11 @@ def decent(seed: int) -> tuple[str, str | None]:
     atoms.calc = calculator("emt")
     atoms.get_forces()
     return repr(atoms.calc), atoms.calc.fingerprint
+
+
+def evaluated(seed: int) -> Atoms:
+    """A task that returns atoms with their calculator."""
+    atoms = rattled(seed)
+    atoms.calc = calculator("emt")
+    atoms.get_forces()
+    return atoms

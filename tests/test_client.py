@@ -7,6 +7,7 @@ import gc
 import multiprocessing
 import os
 import pickle
+import resource
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.build import bulk, fcc111
+from ase.calculators.calculator import Calculator
 from ase.calculators.emt import EMT
 from ase.calculators.test import gradient_test
 from ase.filters import FrechetCellFilter
@@ -27,6 +29,7 @@ from ase.optimize import BFGS
 from conftest import RunningDaemon, rootstockd
 from rootstock_client import RootstockClient
 from rootstock_client.connection import Connection
+from rootstock_client.errors import LimitError
 from rootstock_client.snapshot import LARGE, Box, Snapshot
 from rootstock_client.units import BOHR
 
@@ -96,6 +99,24 @@ def test_stress_is_computed_only_when_it_is_asked_for(daemon: RunningDaemon) -> 
     assert "stress" not in atoms.calc.results
 
 
+def test_what_is_only_written_is_not_asked_for(daemon: RunningDaemon, tmp_path: Path) -> None:
+    """ASE's writers take what is there; that must not keep it coming."""
+    atoms = copper()
+    atoms.calc = daemon.client().calculator("emt")
+    atoms.get_stress()
+    with Trajectory(tmp_path / "md.traj", "w", atoms) as trajectory:
+        for step in range(4):
+            trajectory.write()
+            atoms.rattle(0.01, seed=step)
+            atoms.get_forces()
+    assert "stress" not in atoms.calc.results
+    with Trajectory(tmp_path / "md.traj") as trajectory:
+        first, *_, last = trajectory
+    assert "stress" in first.calc.results
+    assert {"energy", "forces"} <= last.calc.results.keys()
+    assert "stress" not in last.calc.results
+
+
 def test_results_belong_to_the_caller(daemon: RunningDaemon) -> None:
     atoms = copper()
     atoms.calc = daemon.client().calculator("emt")
@@ -160,8 +181,9 @@ def test_a_charge_that_is_none(daemon: RunningDaemon, charge: object) -> None:
     atoms.info["charge"] = charge
     with pytest.raises(ValueError, match="atoms.info\\['charge'\\] is"):
         atoms.get_forces()
-    atoms.info["charge"] = np.float32(0)
-    same(atoms)
+    for none in (np.float32(0), np.zeros(1)):
+        atoms.info["charge"] = none
+        same(atoms)
 
 
 def test_the_calculator_remembers_its_atoms(daemon: RunningDaemon) -> None:
@@ -212,6 +234,15 @@ def test_pickled_and_copied(daemon: RunningDaemon) -> None:
         other.calc = calculator
         same(other)
     same(atoms)
+    before = evaluations(daemon)
+    shallow = atoms.copy()
+    shallow.calc = copy.copy(atoms.calc)
+    for other in (pickle.loads(pickle.dumps(atoms)), copy.deepcopy(atoms), shallow):
+        assert not other.calc.calculation_required(other, ["energy", "forces"])
+        np.testing.assert_array_equal(other.get_forces(), atoms.get_forces())
+        other.calc.results.clear()
+    assert evaluations(daemon) == before
+    assert atoms.calc.results
     client = pickle.loads(pickle.dumps(daemon.client()))
     assert client.status()["state"] == "ready"
 
@@ -235,6 +266,7 @@ FORKING = """
 import os, sys
 import numpy as np
 from ase.build import bulk
+from ase.calculators.calculator import Calculator
 from ase.calculators.emt import EMT
 from rootstock_client import RootstockClient
 
@@ -351,6 +383,23 @@ def test_what_is_set_is_what_counts(daemon: RunningDaemon) -> None:
     for wrong, words in (({"pbc": True}, "no parameter pbc"), ({"exact": "no"}, "exact is True or False")):
         with pytest.raises(TypeError, match=words):
             calculator.set(**wrong)
+
+
+def energy(calculator: Calculator) -> float:
+    return float(calculator.get_property("energy", copper()))
+
+
+def test_too_many_files(daemon: RunningDaemon) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    calculators = [daemon.client().calculator("emt") for _ in range(40)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, hard))
+    try:
+        with pytest.raises(LimitError, match="(?s)as many files open as it may.*share a calculator"):
+            list(map(energy, calculators))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for calculator in calculators:
+            calculator.close()
 
 
 def test_threads_share_a_client_and_a_calculator(daemon: RunningDaemon) -> None:

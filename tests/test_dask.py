@@ -1,4 +1,4 @@
-"""Dask clusters on this machine: the plugin's daemon, kept calculators, and workers and daemons that are killed."""
+"""Dask clusters on this machine: the plugin's daemon, kept sessions, and workers and daemons that are killed."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 from ase.calculators.emt import EMT
-from distributed import Client, as_completed
+from distributed import Client, as_completed, wait
 
 from conftest import MARK, RunningDaemon, wait_for
-from relaxing import decent, relaxed, stubborn, task
+from relaxing import decent, evaluated, rattled, relaxed, stubborn, task
 from rootstock_client import RootstockError
 from rootstock_client.calculator import RootstockCalculator
 from rootstock_client.dask import RootstockPlugin, calculator
@@ -155,6 +155,17 @@ def test_tasks_leave_nothing_to_those_that_come_after(cluster: Cluster) -> None:
     futures = [cluster.client.submit(stubborn, seed, pure=False) for seed in range(8)]
     assert {future.result() for future in futures} == {"model-changed"}
     assert {cluster.client.submit(decent, seed, pure=False).result() for seed in range(8)} == {before}
+
+
+def test_what_tasks_return_keeps_its_results(cluster: Cluster) -> None:
+    """Dask pickles it when it is fetched, and its thread is at another structure by then."""
+    futures = [cluster.client.submit(evaluated, seed, pure=False) for seed in range(12)]
+    wait(futures)
+    for seed, atoms in enumerate(cluster.client.gather(futures)):
+        right = rattled(seed)
+        right.calc = EMT()
+        assert atoms.calc.results["energy"] == pytest.approx(right.get_potential_energy(), abs=1e-9)
+        assert not atoms.calc.calculation_required(atoms, ["energy", "forces"])
 
 
 def test_a_daemon_has_the_threads_that_it_would_have_without_dask(cluster: Cluster, node: RunningDaemon) -> None:

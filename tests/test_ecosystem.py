@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -258,6 +260,10 @@ def test_torch_sim(daemon: RunningDaemon, compatible) -> None:
     model = RootstockModel(calculator, sessions=2, **options)  # fewer sessions than systems
     torch.manual_seed(0)
     ours = run(model)
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        state = ts.io.atoms_to_state(systems, options["device"], options["dtype"])
+        torch.testing.assert_close(again(state)["forces"], ours[0]["forces"], rtol=0, atol=1e-9)
+        again.close()
     model.close()
     for name in ("energy", "forces", "stress"):
         torch.testing.assert_close(ours[0][name], theirs[0][name], rtol=0, atol=1e-9)
