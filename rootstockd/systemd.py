@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rootstock_client import ipi
+from rootstockd.host.log_file import LogFormatter
 from rootstockd.words import so_many
 
 if TYPE_CHECKING:
@@ -144,14 +145,14 @@ async def _answers(questions: list[tuple[Path, bytes]]) -> None:
             writer.close()
 
 
-class JournalFormatter(logging.Formatter):
+class JournalFormatter(LogFormatter):
     """Lines for the journal, which knows the time itself and takes `<N>` for a line's importance."""
 
     _LEVELS = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
 
     def format(self, record: logging.LogRecord) -> str:
         priority = next((number for level, number in self._LEVELS if record.levelno >= level), 7)
-        return "\n".join(f"<{priority}>{line}" for line in super().format(record).splitlines())
+        return "\n".join(f"<{priority}>{line}" for line in super().format(record).split("\n"))
 
 
 def in_journal() -> bool:

@@ -31,6 +31,7 @@ from ase.calculators.emt import EMT
 
 from conftest import RunningDaemon, rootstockd, wait_for
 from rootstock_client.errors import EvaluationError, ModelLoadError
+from rootstockd.environment_builds import archive
 from rootstockd.environment_builds.archive import Description, unpacked
 from rootstockd.environment_builds.building import Plan, build, torch_backend, torch_flavour, without_torchs_builds
 from rootstockd.environment_builds.pythons import readable_by_all
@@ -888,9 +889,14 @@ def test_export_and_import_without_a_network(state: Path, tmp_path: Path, monkey
     spec = specify(tmp_path / "own.toml", "python-hostlist==2.3.0", "numpy==1.0")
     make_wheel(tmp_path, "numpy", "1.0")
     monkeypatch.setenv("UV_FIND_LINKS", str(tmp_path))
+    # settings of uv's that somebody else may have put into a folder above are none of ours
+    (state.parent / "uv.toml").write_text("[pip]\nno-index = true\nno-build = true\n")
     env("create", "own", "--spec", spec)
     file = tmp_path / "own.tar"
+    (precious := tmp_path / "precious").write_text("precious")
+    (tmp_path / ".own.tar.part").symlink_to(precious)
     said = env("export", "own", file)
+    assert precious.read_text() == "precious" and not file.is_symlink()
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     assert digest in said
     files = members(file)
@@ -962,12 +968,40 @@ def test_an_archive_that_was_tampered_with(archive_of_one: dict[str, bytes], tmp
         ({"environment.json": b" " * (2**24 + 1)}, "its environment.json is far too large"),
     ):
         assert words in refused(pack(file, {**files, **changed}))
+    for line in (
+        "evil @ file:///evil-1.tar.gz",
+        "-e /evil",
+        "--find-links /evil",
+        "numpy==1.0 \r-e /evil",
+        "# \x0b-e /evil",
+    ):
+        changed = files["lock.txt"] + f"{line} --hash=sha256:{64 * '0'}\n".encode()
+        said = json.loads(files["environment.json"]) | {"lock_sha256": hashlib.sha256(changed).hexdigest()}
+        archive = pack(file, {**files, "lock.txt": changed, "environment.json": json.dumps(said).encode()})
+        assert "which is none of its wheels" in refused(archive)
     assert "it is incomplete" in refused(pack(file, {name: files[name] for name in files if name != "lock.txt"}))
     link = tarfile.TarInfo("lock.txt")
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
     with tarfile.open(file, "w") as tar:
         tar.addfile(link)
     assert "does not belong there" in refused(file)
+
+
+def test_an_archive_that_is_changed_while_it_is_read(
+    archive_of_one: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is built is what had the checksum, whoever may write to the file."""
+    file, other = pack(tmp_path / "own.tar", archive_of_one), tmp_path / "other.tar"
+    pack(other, {**archive_of_one, "lock.txt": archive_of_one["lock.txt"] + b"# other\n"})
+    digest, members_of = hashlib.sha256(file.read_bytes()).hexdigest(), archive._members
+
+    def change_first(*arguments: Any) -> Any:
+        file.write_bytes(other.read_bytes())
+        return members_of(*arguments)
+
+    monkeypatch.setattr(archive, "_members", change_first)
+    with unpacked(file, digest) as (_, lock, _):
+        assert lock.encode() == archive_of_one["lock.txt"]
 
 
 def test_an_archive_that_would_fill_the_disk(archive_of_one: dict[str, bytes], tmp_path: Path) -> None:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -258,11 +262,31 @@ def test_a_pace_is_that_of_the_last_seconds() -> None:
 
 
 def test_memory_of_a_process_that_is_there_and_one_that_is_not() -> None:
-    import os
-
     mine = process_memory(os.getpid())
     assert mine is not None and 2**22 < mine < 2**40
     assert process_memory(2**22 + 1) is None
+
+
+def test_the_memory_of_processes_with_any_name_however_deep() -> None:
+    """What a model calls its process, and what it starts, is its own affair."""
+    script = (
+        "import ctypes, os, signal\n"
+        "ctypes.CDLL(None).prctl(15, b'RssAnon:\\x0c\\xff\\xfe')\n"
+        "for _ in range(700):\n"
+        "    if os.fork():\n"
+        "        os.wait()\n"
+        "        os._exit(0)\n"
+        "print('deep', flush=True)\n"
+        "signal.pause()\n"
+    )
+    command = [sys.executable, "-I", "-S", "-c", script]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as process:
+        try:
+            assert process.stdout is not None and process.stdout.readline() == b"deep\n"
+            found = process_memory(process.pid)
+            assert found is not None and found > 700 * 10**6
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 SPEC = ModelSpec("m", "ase", "cpu", "float64", arguments={"calculator": "x:Y"})

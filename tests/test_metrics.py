@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import socket
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -29,7 +30,7 @@ from pydantic import ValidationError
 from conftest import RunningDaemon, rootstockd, wait_for
 from rootstock_client.control import fetch
 from rootstock_client.errors import UnknownModelError
-from rootstockd.control.limits import MAX_SCRAPERS
+from rootstockd.control.limits import MAX_SCRAPERS, PACE
 from rootstockd.settings.config import Config, Device
 from rootstockd.supervision.meter import MOST_NOTES, SECONDS, Histogram, Meter, Totals
 from rootstockd.supervision.scheduler import Evaluation
@@ -227,6 +228,18 @@ def test_nobody_takes_the_daemons_descriptors_through_the_port(daemon: RunningDa
             assert refused.recv(100).startswith(b"HTTP/1.1 503 ")
         step(copper(daemon))
     wait_for(lambda: "rootstockd_ready" in look_at_port_if_let_in(daemon))
+
+
+def test_requests_to_the_port_are_let_in_one_after_another(daemon: RunningDaemon) -> None:
+    """Whatever they ask for: each keeps the daemon from steps."""
+    host, _, number = port(daemon).removeprefix("http://").removesuffix("/metrics").rpartition(":")
+    many, answers = 40, b""
+    with socket.create_connection((host, int(number)), timeout=30) as sock:
+        begin = time.monotonic()
+        sock.sendall(many * b"GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n")
+        while answers.count(b"HTTP/1.1 404") < many:
+            answers += sock.recv(65536)
+    assert time.monotonic() - begin >= (many - 1) * PACE
 
 
 def look_at_port_if_let_in(daemon: RunningDaemon) -> set[str]:

@@ -7,6 +7,7 @@ import pwd
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -253,6 +254,19 @@ def test_the_lock_of_a_process_that_was_killed_is_free(short):
     path.write_text("4194304 and much more than a pid\n")
     with lock(path):
         assert path.read_text() == f"{os.getpid()}\n"
+
+
+def test_a_lock_that_no_daemon_holds_is_called_so(short):
+    """A process that may only read the file can have a lock for reading, and hold it when the daemon has died."""
+    path = short / "a.lock"
+    path.write_text("1\n")
+    with path.open("rb") as file:
+        reading = struct.pack("hhqqi", fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
+        fcntl.fcntl(file, fcntl.F_OFD_SETLK, reading)
+        with pytest.raises(AddressError, match=r"no daemon runs, but something that is none.*or remove the file"):
+            lock(path).__enter__()
+    with lock(path):
+        pass
 
 
 def test_a_lock_file_removed_under_its_holder_guards_nothing(short):

@@ -75,6 +75,6 @@ def unit_at(socket: Path) -> Unit | None:
 def is_systemd(pid: int) -> bool:
     """Whether a process is systemd itself, which listens before a daemon does and must never be taken for one."""
     try:
-        return Path(f"/proc/{pid}/comm").read_text() == "systemd\n"
+        return Path(f"/proc/{pid}/comm").read_bytes() == b"systemd\n"
     except OSError:
         return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Callable
 from typing import TypeAlias
 
 import h11
@@ -35,7 +36,8 @@ DEADLINE = 10.0
 MAX_SCRAPERS = 8
 """Connections at a time to the port for metrics, likewise."""
 PACE = 0.02
-"""Seconds between two requests of a user who does not administer the daemon: each keeps the loop from steps."""
+"""Seconds between two requests of a user who does not administer the daemon, and between any two to the port for
+metrics: each keeps the loop from steps."""
 
 Reason: TypeAlias = tuple[int, str]
 TOO_LARGE: Reason = (413, f"a request's body may have {MAX_BODY} bytes")
@@ -169,22 +171,22 @@ class ControlProtocol(BoundedProtocol):
 
 
 class Paced:
-    """Lets a user's requests in one after another, and not too fast; those who administer the daemon at once.
+    """Lets requests in one after another, and not too fast.
 
     Args:
         app: the app.
-        accounts: who administers the daemon.
+        whose: among whose requests one takes its turn; those of None go in at once.
     """
 
-    def __init__(self, app: ASGIApp, accounts: Accounts) -> None:
-        self._app, self._accounts = app, accounts
+    def __init__(self, app: ASGIApp, whose: Callable[[Scope], int | None]) -> None:
+        self._app, self._whose = app, whose
         self._next: dict[int, float] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not self._accounts.is_admin(uid := int(scope["client"][0])):
+        if scope["type"] == "http" and (who := self._whose(scope)) is not None:
             now = time.monotonic()
-            turn = max(now, self._next.get(uid, now))
-            self._next[uid] = turn + PACE
+            turn = max(now, self._next.get(who, now))
+            self._next[who] = turn + PACE
             await asyncio.sleep(turn - now)
         await self._app(scope, receive, send)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING
 
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Scope
 
 from rootstockd.control.api import make_app
 from rootstockd.control.limits import BoundedBody, BoundedProtocol, ControlProtocol, Paced
@@ -66,10 +66,15 @@ class Server(uvicorn.Server):
 
 def control_server(daemon: Daemon, sock: socket.socket) -> Server:
     """The server on a daemon's control socket."""
-    app = Paced(BoundedBody(make_app(daemon)), daemon.accounts)
+
+    def whose(scope: Scope) -> int | None:
+        uid = int(scope["client"][0])
+        return None if daemon.accounts.is_admin(uid) else uid
+
+    app = Paced(BoundedBody(make_app(daemon)), whose)
     return Server(app, sock, functools.partial(ControlProtocol, daemon.accounts))
 
 
 def metrics_server(daemon: Daemon, sock: socket.socket) -> Server:
     """The server on the port where a daemon has its metrics."""
-    return Server(make_metrics_app(daemon), sock, BoundedProtocol)  # which reads no bodies
+    return Server(Paced(make_metrics_app(daemon), lambda _: 0), sock, BoundedProtocol)  # the app reads no bodies

@@ -132,7 +132,7 @@ def look_at_login(variables: Mapping[str, str], named: Path | None) -> Login:
     uid = os.getuid()
     name = user_name(uid)
     systemd = Path("/run/systemd/system").is_dir()
-    mounts = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    mounts = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text(errors="replace").split("\n")[:-1]]
     return Login(
         uid,
         name,

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
 import sys
@@ -30,7 +31,7 @@ from rootstockd.environment_builds.running_uv import run_uv
 from rootstockd.environments.builds import Build, EnvironmentBuildError
 from rootstockd.environments.specification import Specification
 from rootstockd.settings.state_dir import own_state
-from rootstockd.worker.files import digest_of, digest_of_rest
+from rootstockd.worker.files import digest_of
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -44,6 +45,10 @@ _SMALL = 16 * 2**20
 _MOST = 64 * 2**30
 """Bytes that an environment may have; those with torch for CUDA have a tenth."""
 _HASH = re.compile(r"--hash=sha256:([0-9a-f]{64})")
+_LOCKED = re.compile(
+    r"(?:\w[\w.-]*(?:\[[\w.,-]*\])?==[\w.!+]+(?: *;[^\\#]*?)?)?(?: *--hash=sha256:[0-9a-f]{64})*(?: *\\)?|[ ]*#.*"
+)
+"""A line of a lock whose packages are all in the archive: no options of uv's, and no addresses of elsewhere."""
 TIMEOUT = 60.0
 """Seconds that a server may be silent."""
 
@@ -72,10 +77,11 @@ def export(source: Build, file: Path, say: Say) -> str:
         EnvironmentBuildError: a wheel can't be had, or the file can't be written.
     """
     name = source.manifest.name
-    partial = file.with_name(f".{file.name}.part")
+    file = file.absolute()
     try:
         with tempfile.TemporaryDirectory(prefix="rootstockd-export-", dir=file.parent) as folder:
-            wheels = Path(folder) / "wheels"
+            # in there nobody else can have put anything by that name
+            whole, wheels = Path(folder) / "whole", Path(folder) / "wheels"
             wheels.mkdir()
             lock = _gather(source, wheels, say)
             manifest = source.manifest
@@ -88,18 +94,16 @@ def export(source: Build, file: Path, say: Say) -> str:
                 lock_sha256=hashlib.sha256(lock.encode()).hexdigest(),
                 rootstockd=manifest.rootstockd,
             )
-            with tarfile.open(partial, "w", format=tarfile.PAX_FORMAT) as tar:
+            with tarfile.open(whole, "w", format=tarfile.PAX_FORMAT) as tar:
                 _add(tar, "environment.json", description.model_dump_json(indent=1).encode())
                 _add(tar, "lock.txt", lock.encode())
                 for wheel in sorted(wheels.iterdir()):
                     with wheel.open("rb") as content:
                         _add_file(tar, f"wheels/{wheel.name}", content, wheel.stat().st_size)
-        digest = digest_of(partial)
-        partial.replace(file)
+            digest = digest_of(whole)
+            whole.replace(file)
     except OSError as error:
         raise EnvironmentBuildError(f"environment {name!r} can't be exported to {file}: {error}.") from error
-    finally:
-        partial.unlink(missing_ok=True)
     return digest
 
 
@@ -120,7 +124,6 @@ def _gather(source: Build, wheels: Path, say: Say) -> str:
             source.lock,
         ],
         f"environment {source.manifest.name!r}: finding its packages",
-        wheels.parent,
     )
     for package in tomllib.loads(plan.read_text())["packages"]:
         name, version = package["name"], package["version"]
@@ -178,7 +181,6 @@ def _make_wheel(python: Path, archive: Path, wheels: Path) -> Path:
     run_uv(
         ["build", "--quiet", "--wheel", "--python", python, "--out-dir", wheels, archive],
         f"making a wheel of {archive.name}",
-        wheels.parent,
     )
     archive.unlink()
     (wheels / ".gitignore").unlink(missing_ok=True)
@@ -232,21 +234,29 @@ def unpacked(file: Path, sha256: str) -> Iterator[tuple[Description, str, Path]]
     """
     with contextlib.ExitStack() as stack:
         try:
-            archive = stack.enter_context(file.open("rb"))
-            if sha256 and (digest := digest_of_rest(archive)) != sha256.lower():
-                raise EnvironmentBuildError(
-                    f"{file} is not the file you mean: its SHA-256 is {digest}. Nothing was done."
-                )
+            archive: IO[bytes] = stack.enter_context(file.open("rb"))
+            size = os.fstat(archive.fileno()).st_size
+            if sha256:  # what is read is what was hashed, whoever may write to the file
+                _check_room(Path(tempfile.gettempdir()), size)
+                copy = stack.enter_context(tempfile.TemporaryFile())
+                if (digest := _copy(archive, copy.write)) != sha256.lower():
+                    raise EnvironmentBuildError(
+                        f"{file} is not the file you mean: its SHA-256 is {digest}. Nothing was done."
+                    )
+                archive = copy
             archive.seek(0)
             with _understood("it"):
                 tar = stack.enter_context(tarfile.open(fileobj=archive, mode="r:"))
-            wheels = _members(tar, file.stat().st_size)
+            wheels = _members(tar, size)
             if not {"environment.json", "lock.txt"} <= wheels.keys():
                 raise _refused("it is incomplete")
             description = _describe(_text(tar, wheels.pop("environment.json")))
             lock = _text(tar, wheels.pop("lock.txt"))
             if hashlib.sha256(lock.encode()).hexdigest() != description.lock_sha256:
                 raise _refused("its lock was changed")
+            for line in lock.split("\n"):
+                if not (_LOCKED.fullmatch(line) and line.isprintable()):
+                    raise _refused(f"its lock has {line[:200]!r}, which is none of its wheels")
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rootstockd-import-")))
             _check_room(folder, sum(wheel.size for wheel in wheels.values()))
             _check_room(own_state(), sum(_installed_size(tar, wheel) for wheel in wheels.values()))

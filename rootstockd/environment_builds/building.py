@@ -152,7 +152,6 @@ def resolve(plan: Plan, path: Path, lock: Path, sources: list[str]) -> None:
             "-",
         ],
         f"environment {plan.name!r}: choosing versions",
-        path,
         stdin="".join(f"{requirement}\n" for requirement in plan.specification.requirements),
     )
 
@@ -160,7 +159,7 @@ def resolve(plan: Plan, path: Path, lock: Path, sources: list[str]) -> None:
 def make_virtual_environment(what: str, path: Path, python: Path) -> None:
     """Make one, without packages."""
     options = ("--quiet", "--relocatable", "--no-python-downloads", "--allow-existing")
-    run_uv(["venv", *options, "--python", python, path], f"{what}: making a virtual environment", path)
+    run_uv(["venv", *options, "--python", python, path], f"{what}: making a virtual environment")
 
 
 def install(what: str, path: Path, arguments: list[str | Path]) -> dict[Package, str]:
@@ -180,7 +179,7 @@ def install(what: str, path: Path, arguments: list[str | Path]) -> dict[Package,
     """
     before = own_parts(path)
     command = ["pip", "sync", "--require-hashes", "--python", path / "bin/python", *arguments]
-    run_uv(command, f"{what}: installing", path)
+    run_uv(command, f"{what}: installing")
     check_own_parts(what, path, before)
     return damage(installed(path))
 
@@ -192,7 +191,7 @@ def _install_anew(
 
     From the start, as uv runs an environment's Python, and packages that are there can run code with it.
     """
-    run_uv(["cache", "clean", *_names(wrong)], f"{what}: cleaning uv's cache", path)
+    run_uv(["cache", "clean", *_names(wrong)], f"{what}: cleaning uv's cache")
     shutil.rmtree(path)
     make_folder(path)
     make_virtual_environment(what, path, python)
@@ -206,7 +205,7 @@ def _names(wrong: dict[Package, str]) -> list[str]:
 
 def _sources(plan: Plan) -> list[str]:
     if plan.wheels is not None:
-        return ["--offline", "--no-index", "--find-links", str(plan.wheels)]
+        return ["--offline", "--no-index", "--no-build", "--find-links", str(plan.wheels)]
     return ["--offline"] if plan.offline else []
 
 

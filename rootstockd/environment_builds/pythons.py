@@ -48,7 +48,7 @@ def find_python(request: str, state: Path, *, offline: bool) -> Python:
     own = {"UV_PYTHON_INSTALL_DIR": str(state / "pythons")}
     unreadable = []
     for variables in ({}, ours, own):
-        for path in _installed(request, state, variables):
+        for path in _installed(request, variables):
             try:
                 python = _ask(path)
             except EnvironmentBuildError:
@@ -59,8 +59,8 @@ def find_python(request: str, state: Path, *, offline: bool) -> Python:
     try:
         if offline:
             raise EnvironmentBuildError("none can be downloaded without a network.")
-        run_uv(["python", "install", request], f"downloading a Python {request}", state, variables=own)
-        return _ask(_installed(request, state, own)[0])
+        run_uv(["python", "install", request], f"downloading a Python {request}", variables=own)
+        return _ask(_installed(request, own)[0])
     except (EnvironmentBuildError, IndexError) as error:
         reason = f" that all users can read (not: {', '.join(unreadable)})" if unreadable else ""
         raise EnvironmentBuildError(
@@ -68,11 +68,9 @@ def find_python(request: str, state: Path, *, offline: bool) -> Python:
         ) from error
 
 
-def _installed(request: str, state: Path, variables: dict[str, str]) -> list[Path]:
+def _installed(request: str, variables: dict[str, str]) -> list[Path]:
     arguments = ["python", "list", "--only-installed", "--no-python-downloads", "--output-format", "json", request]
-    found: Any = json.loads(
-        run_uv(arguments, f"looking for a Python {request}", state, variables=variables, loud=False)
-    )
+    found: Any = json.loads(run_uv(arguments, f"looking for a Python {request}", variables=variables, loud=False))
     return [Path(python["path"]) for python in found if python["implementation"] == "cpython"]
 
 

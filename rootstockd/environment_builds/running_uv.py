@@ -58,7 +58,6 @@ def uv_command() -> str:
 def run_uv(
     arguments: Sequence[str | Path],
     doing: str,
-    folder: Path,
     *,
     stdin: str = "",
     variables: dict[str, str] | None = None,
@@ -67,9 +66,8 @@ def run_uv(
     """Run uv and give what it prints.
 
     Args:
-        arguments: its arguments.
+        arguments: its arguments; paths are absolute.
         doing: what it does, for the error.
-        folder: where to run it: no project's folder, whose settings uv would take.
         stdin: what it reads.
         variables: more for its environment.
         loud: pass on what it says meanwhile.
@@ -89,7 +87,7 @@ def run_uv(
                 stderr=subprocess.PIPE,
                 text=True,
                 errors="replace",
-                cwd=folder,
+                cwd="/",  # uv takes settings from its folder and those above, which may be anybody's
                 env={**environment, "UV_NO_PROGRESS": "1", **(variables or {})},
                 umask=0o022,  # others shall read what is built
                 preexec_fn=_end_with_parent,  # noqa: PLW1509 - there are no threads here, and it calls nothing of Python's

@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,13 +115,24 @@ def process_memory(pid: int) -> int | None:
 
     Pages of files that several of them have count for each.
     """
+    total = _resident(pid)
+    if total is None:
+        return None
+    started = deque(_children(pid))
+    while started:
+        child = started.popleft()
+        total += _resident(child) or 0
+        started += _children(child)
+    return total
+
+
+def _resident(pid: int) -> int | None:
+    """Of one process. Its name, which is whatever it likes, is among the lines."""
     try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        lines = Path(f"/proc/{pid}/status").read_bytes().split(b"\n")
     except OSError:
         return None
-    fields = dict(line.split(":", 1) for line in lines)
-    kibibytes = {name: int(fields.get(name, "0").split()[0]) for name in ("RssAnon", "RssFile")}
-    return 1024 * sum(kibibytes.values()) + sum(process_memory(child) or 0 for child in _children(pid))
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith((b"RssAnon:", b"RssFile:")))
 
 
 def _children(pid: int) -> list[int]:

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import stat
 import sys
 from pathlib import Path
 from typing import BinaryIO
+
+
+class LogFormatter(logging.Formatter):
+    """Has further lines of what is logged begin with spaces: none that a model or a user wrote looks like our own."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return super().format(record).replace("\n", "\n  ")
 
 
 def open_log(path: Path) -> BinaryIO:
@@ -43,6 +51,9 @@ def _open(path: Path, flags: int = 0) -> int:
     fd = os.open(path, mode | flags, 0o600)
     os.set_blocking(fd, True)
     info = os.fstat(fd)
+    if not (stat.S_ISREG(info.st_mode) or stat.S_ISCHR(info.st_mode)):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "it is neither a file nor a device")
     if stat.S_ISREG(info.st_mode) and info.st_uid != os.geteuid():
         os.close(fd)
         raise PermissionError(errno.EPERM, f"it belongs to uid {info.st_uid}")

@@ -6,7 +6,7 @@ import socket
 import struct
 from typing import NamedTuple
 
-_UCRED = struct.Struct("3i")
+_UCRED = struct.Struct("iII")
 _SO_PEERGROUPS = 59
 _MOST_GROUPS = 65_536
 """NGROUPS_MAX of Linux."""
@@ -27,4 +27,4 @@ def peer_of(sock: socket.socket) -> Peer:
         groups = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 4 * 64)
     except OSError:  # more of them than that
         groups = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 4 * _MOST_GROUPS)
-    return Peer(pid, uid, frozenset(struct.unpack(f"{len(groups) // 4}i", groups)) | {gid})
+    return Peer(pid, uid, frozenset(struct.unpack(f"{len(groups) // 4}I", groups)) | {gid})

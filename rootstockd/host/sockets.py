@@ -18,8 +18,10 @@ from rootstockd.host import passed
 from rootstockd.host.peers import peer_of
 from rootstockd.users import user_name
 
-_WHOLE_FILE = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-"""A lock that only somebody who may write to the file can have, unlike flock's: a worker may not."""
+_FLOCK = "hhqqi"
+_WHOLE_FILE = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+"""A lock that only somebody who may write to the file can have, unlike flock's: a worker may not. It can have one for
+reading, and keep it when its daemon has died."""
 
 
 class AddressError(Exception):
@@ -79,8 +81,14 @@ def lock(path: Path) -> Iterator[None]:
             fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _WHOLE_FILE)
         except OSError as error:
             holder = os.read(fd, 32).decode("ascii", "replace").strip() or "unknown"
+            is_daemon = struct.unpack(_FLOCK, fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _WHOLE_FILE))[0] != fcntl.F_RDLCK
             os.close(fd)
-            raise AddressError(already_runs(path.with_suffix(".sock"), holder)) from error
+            if is_daemon:
+                raise AddressError(already_runs(path.with_suffix(".sock"), holder)) from error
+            raise AddressError(
+                f"no daemon runs, but something that is none holds a lock on {path}, such as what a worker started: "
+                f"find it with `fuser {path}` and end it, or remove the file."
+            ) from error
         if os.path.exists(path) and os.path.samestat(os.fstat(fd), os.stat(path)):
             break
         os.close(fd)  # its last holder removed it while we opened it

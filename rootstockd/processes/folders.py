@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 import tempfile
 from pathlib import Path
 
@@ -146,9 +147,32 @@ def remove_left_behind() -> None:
 
 def _remove(path: str | Path) -> None:
     try:
-        shutil.rmtree(path)
+        try:
+            shutil.rmtree(path)
+        except PermissionError:
+            _open_folders(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW))
+            shutil.rmtree(path)
     except (OSError, RecursionError) as error:  # a model may have made whatever it liked there
         log.warning("could not remove %s: %s", path, error)
+
+
+def _open_folders(folder: int) -> None:
+    """Have folders in an open one be ours to empty; a model can make some that are not. Closes it.
+
+    By descriptors, as what a worker has started may live on and put links in their places.
+    """
+    try:
+        for entry in os.scandir(folder):
+            if entry.is_dir(follow_symlinks=False):
+                inner = os.open(entry.name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
+                try:
+                    Path(f"/proc/self/fd/{inner}").chmod(stat.S_IRWXU)
+                    opened = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=inner)
+                finally:
+                    os.close(inner)
+                _open_folders(opened)
+    finally:
+        os.close(folder)
 
 
 def _cache(spec: ModelSpec) -> str | None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import replace
+from typing import Annotated, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter
 
 from rootstock_client.errors import ModelLoadError, RootstockError, error_from_code
 from rootstockd.worker.engines import EngineInfo
@@ -19,6 +20,14 @@ def _printable(text: str) -> str:
     return "".join(
         char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in text[:LONGEST]
     )
+
+
+def _line(text: str) -> str:
+    """The same in one line."""
+    return " ".join(_printable(text).split("\n"))
+
+
+Line: TypeAlias = Annotated[str, AfterValidator(_line)]
 
 
 class Failure(BaseModel):
@@ -42,7 +51,7 @@ class Confined(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    missing: Annotated[list[Annotated[str, Field(max_length=LONGEST)]], Field(max_length=20)]
+    missing: Annotated[list[Annotated[Line, Field(max_length=500)]], Field(max_length=20)]
     """All but what these say."""
 
 
@@ -59,8 +68,8 @@ class Stage(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
-    stage: Annotated[str, Field(max_length=100)]
-    backend: Annotated[str, Field(max_length=100)] = ""
+    stage: Annotated[Line, Field(max_length=100)]
+    backend: Annotated[Line, Field(max_length=100)] = ""
     """Which of several ways to compute is being tried."""
 
 
@@ -107,4 +116,8 @@ def parse(kind: bytes, body: bytes) -> Said:
     """
     if kind not in _KINDS:
         raise ValueError(f"there is no message {kind!r}")
-    return _KINDS[kind].validate_json(body)
+    said = _KINDS[kind].validate_json(body)
+    if isinstance(said, EngineInfo):
+        heads, properties = (tuple(map(_line, texts)) for texts in (said.heads, said.properties))
+        said = replace(said, properties=properties, heads=heads, backend=_line(said.backend), note=_line(said.note))
+    return said

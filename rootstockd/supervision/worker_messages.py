@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from typing import Protocol
 
@@ -101,7 +100,13 @@ class WorkerMessages:
             self._listener.incompatible(error)
 
 
-@functools.cache
 def warn_once(text: str) -> None:
     """Log what is true of the machine and would be said again by every worker."""
-    log.warning("%s", text)
+    if text not in _warned and len(_warned) < MOST_WARNINGS:
+        _warned.add(text)
+        log.warning("%s", text)
+
+
+_warned: set[str] = set()
+MOST_WARNINGS = 30
+"""There are ten; a worker may say what it likes."""

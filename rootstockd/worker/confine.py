@@ -16,6 +16,7 @@ import os
 import resource
 import signal
 import socket
+import stat
 import struct
 import threading
 from pathlib import Path
@@ -56,22 +57,35 @@ def confine(folders: Sequence[str], *, gpu: bool, programs: bool = False) -> Lis
     if gpu:
         writable += [str(path) for pattern in _GPU_DEVICES for path in Path("/dev").glob(pattern)]
         writable += [_own_threads()]
-        # the pipes of MPS
-        writable += [os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")]  # noqa: S108 - NVIDIA's
+        writable += _pipes_of_mps()
     if gpu or programs:  # shared memory between processes, for CUDA and for MPI
         writable.append("/dev/shm")  # noqa: S108 - the kernel's
     missing = []
     if threading.active_count() > 1 or len(os.listdir("/proc/self/task")) > 1:
         missing.append("there were other threads already, which keep the rights to write")
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _leave_no_core()
     if _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
         return [*missing, "nothing was taken: PR_SET_NO_NEW_PRIVS is unknown to this kernel"]
-    missing.append(landlock.restrict(writable))
+    # libraries of MPI look at devices of many kinds
+    missing.append(landlock.restrict(writable, None if programs else _all_but_devices()))
     missing.append(_drop_capabilities())
     missing.append(seccomp.install(gpu=gpu, programs=programs))
     if programs and landlock.abi() < landlock.SCOPES_SINCE:
         missing.append("this kernel does not keep programs that dial in from signals to others of the daemon's user")
     return [text for text in missing if text]
+
+
+def _all_but_devices() -> List[str]:
+    """What may be read: not terminals, whose keys a reader takes away from the shell, nor disks."""
+    folders = [entry.path for entry in os.scandir("/") if entry.name != "dev"]
+    return [*folders, *(f"/dev/{name}" for name in ("zero", "full", "random", "urandom"))]
+
+
+def _leave_no_core() -> None:
+    """One byte is too little for a file, and has none sent to a program (core_pattern), which 0 would not."""
+    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    limit = 1 if hard == resource.RLIM_INFINITY else min(1, hard)
+    resource.setrlimit(resource.RLIMIT_CORE, (limit, limit))
 
 
 def _own_threads() -> str:
@@ -82,6 +96,16 @@ def _own_threads() -> str:
     """
     os.open("/proc/self/task", os.O_PATH | os.O_CLOEXEC)
     return "/proc/self/task"
+
+
+def _pipes_of_mps() -> List[str]:
+    """The folder of MPS, if it is what a control daemon of root or of ours made: anybody can make one of that name."""
+    folder = os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")  # noqa: S108 - NVIDIA's
+    try:
+        info = os.lstat(folder)
+    except OSError:
+        return []
+    return [folder] if stat.S_ISDIR(info.st_mode) and info.st_uid in (0, os.getuid()) else []
 
 
 def _drop_capabilities() -> str:

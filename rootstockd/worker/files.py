@@ -29,13 +29,8 @@ def open_regular(path: str | os.PathLike[str], flags: int = 0) -> BinaryIO:
 
 def digest_of(path: str | os.PathLike[str]) -> str:
     """A file's SHA-256, in hexadecimal digits."""
-    with Path(path).open("rb") as file:
-        return digest_of_rest(file)
-
-
-def digest_of_rest(file: BinaryIO) -> str:
-    """The same of what is yet to be read of an open file: its name may be another's by now."""
     digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()

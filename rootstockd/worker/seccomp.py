@@ -150,7 +150,9 @@ class _Check:
 
 _NAMESPACES = 0x7E020000
 """All CLONE_NEW... flags that `clone` takes."""
-_F_SETSIG, _F_SETOWN_EX = 10, 15
+_F_SETSIG, _F_SETOWN_EX, _F_SETLEASE, _F_NOTIFY = 10, 15, 1024, 1026
+_FS_IOC_SETFLAGS, _FS_IOC32_SETFLAGS, _FS_IOC_FSSETXATTR = 0x40086602, 0x40046602, 0x401C5820
+_FS_IOC_ENABLE_VERITY, _FS_IOC_SET_ENCRYPTION_POLICY = 0x40806685, 0x800C6613
 _TIOCSTI, _TIOCLINUX, _FIOSETOWN, _SIOCSPGRP = 0x5412, 0x541C, 0x8901, 0x8902
 _PR_SET_PDEATHSIG = 1
 _IOPRIO_WHO_PROCESS = 1
@@ -181,10 +183,19 @@ def _checks(*, programs: bool) -> List[_Check]:
         _Check((251, 30), 0, (_IOPRIO_WHO_PROCESS,)),  # ioprio_set...
         _Check((251, 30), 1, (0, me)),  # ...its own
         _Check((56, 220), 0, (0,), mask=_NAMESPACES),  # clone
-        # signals to whoever one calls the owner of a descriptor
-        _Check((72, 25), 1, (fcntl.F_SETOWN, _F_SETSIG, _F_SETOWN_EX), refused=True),  # fcntl
-        # the same, and typing into the terminal that a daemon in the foreground was started from
-        _Check((16, 29), 1, (_TIOCSTI, _TIOCLINUX, _FIOSETOWN, _SIOCSPGRP), refused=True),  # ioctl
+        # signals to whoever one calls the owner of a descriptor; leases, which hold up whoever opens the file
+        _Check((72, 25), 1, (fcntl.F_SETOWN, _F_SETSIG, _F_SETOWN_EX, _F_SETLEASE, _F_NOTIFY), refused=True),  # fcntl
+        # signals again; typing into the terminal that a daemon in the foreground was started from; flags of files
+        _Check(
+            (16, 29),  # ioctl
+            1,
+            (
+                *(_TIOCSTI, _TIOCLINUX, _FIOSETOWN, _SIOCSPGRP),
+                *(_FS_IOC_SETFLAGS, _FS_IOC32_SETFLAGS, _FS_IOC_FSSETXATTR),
+                *(_FS_IOC_ENABLE_VERITY, _FS_IOC_SET_ENCRYPTION_POLICY),
+            ),
+            refused=True,
+        ),
     ]
 
 

@@ -9,6 +9,7 @@ import os
 import platform
 import resource
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ from ase.calculators.calculator import Calculator
 libc = ctypes.CDLL(None, use_errno=True)
 DAEMON = os.getppid()
 PTRACE_ATTACH, PTRACE_DETACH, CLONE_NEWUSER, SIGCHLD, TIOCSTI = 16, 17, 0x10000000, 17, 0x5412
+FS_IOC_SETFLAGS = 0x40086602
 CLONE, TRUNCATE, X32_GETPID = {"x86_64": (56, 76, 0x40000027), "aarch64": (220, 45, 0)}[platform.machine()]
 
 
@@ -56,6 +58,19 @@ def new_user_namespace() -> None:
 def own_signals() -> None:
     with socket.socketpair()[0] as end:
         fcntl.fcntl(end, fcntl.F_SETOWN, DAEMON)
+
+
+def change_flags(path: Path) -> None:
+    with path.open("rb") as file:
+        fcntl.ioctl(file, FS_IOC_SETFLAGS, struct.pack("l", 0))
+
+
+def on(path: Path, command: int, argument: int) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.fcntl(file, command, argument)
+    finally:
+        os.close(file)
 
 
 def type_into_terminal() -> None:
@@ -117,6 +132,9 @@ def attempts(victim: Path, theirs: str) -> dict[str, Callable[[], object]]:
         "file: a folder": lambda: ((beside / "folder").mkdir(), (beside / "folder").rmdir()),
         "file: emptied": lambda: call(TRUNCATE, os.fsencode(victim), ctypes.c_long(0)),
         "file: its mode": lambda: victim.chmod(0o666),
+        "file: a lease": lambda: on(victim, fcntl.F_SETLEASE, fcntl.F_WRLCK),
+        "file: word of changes": lambda: on(victim.parent, fcntl.F_NOTIFY, fcntl.DN_MODIFY),
+        "file: its flags": lambda: change_flags(victim),
         "file: opened by a child": lambda: in_a_child(f"open({os.fspath(victim)!r}, 'a')"),
         "daemon: ptrace": attach,
         "daemon: memory": lambda: Path(f"/proc/{DAEMON}/mem").open("rb").close(),
@@ -130,12 +148,14 @@ def attempts(victim: Path, theirs: str) -> dict[str, Callable[[], object]]:
         "daemon: scheduling": lambda: os.sched_setscheduler(DAEMON, os.SCHED_OTHER, os.sched_param(0)),
         "daemon: outlive it": lambda: checked(libc.prctl(1, 9, 0, 0, 0)),
         "terminal: typing": type_into_terminal,
+        "terminal: reading": lambda: os.close(os.open("/dev/ptmx", os.O_RDONLY | os.O_NOCTTY)),
         "namespace: user": new_user_namespace,
         "right: the x32 ABI": lambda: call(X32_GETPID) if X32_GETPID else call(101),
         "allowed: scratch": lambda: write(Path(os.environ.get("TMPDIR", "/tmp")) / "rootstockd-probe"),
         "allowed: cache": lambda: not cache.exists() or write(cache / "x"),
         "allowed: /dev/null": lambda: Path("/dev/null").write_text("x"),
         "allowed: reading": victim.read_text,
+        "allowed: chance": lambda: Path("/dev/urandom").read_bytes and os.close(os.open("/dev/urandom", os.O_RDONLY)),
         "allowed: a pair of sockets": pair,
         "allowed: a signal to itself": lambda: os.kill(os.getpid(), 0),
         "allowed: its own priority": lambda: os.setpriority(os.PRIO_PROCESS, 0, 0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -15,8 +16,11 @@ from ase.calculators.emt import EMT
 
 import hostile
 from conftest import RunningDaemon, wait_for
-from rootstock_client.errors import EvaluationError
+from rootstock_client.errors import EvaluationError, ModelLoadError
+from rootstockd.processes.messages import Stage, parse
 from rootstockd.processes.output import BURST, LONGEST
+from rootstockd.supervision import worker_messages
+from rootstockd.worker.engines import EngineInfo
 
 LINE = r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO worker "
 
@@ -35,6 +39,40 @@ def copper() -> Atoms:
     atoms = bulk("Cu", cubic=True)
     atoms.pbc[2] = False
     return atoms
+
+
+FORGED = "2026-01-01 00:00:00,000 INFO rootstockd.control.api: asked to stop by root (pid 1)"
+
+
+def test_what_a_worker_says_of_itself_does_not_look_like_the_daemons_words() -> None:
+    said = {"properties": ["energy"], "backend": f"fast\n{FORGED}", "note": "\x1b[2J", "heads": ["one\x07"]}
+    info = parse(b"R", json.dumps(said).encode())
+    assert isinstance(info, EngineInfo)
+    assert (info.backend, info.note, info.heads) == (f"fast {FORGED}", "\ufffd[2J", ("one\ufffd",))
+    stage = parse(b"P", json.dumps({"stage": "\x1bc\n"}).encode())
+    assert isinstance(stage, Stage) and stage.stage == "\ufffdc "
+
+
+def test_an_error_of_a_model_is_no_line_of_the_daemons(
+    start_daemon: Callable[..., RunningDaemon], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "forger.py").write_text(f"def forge():\n    raise ValueError('no\\n{FORGED}')\n")
+    catalogue = tmp_path / "more.toml"
+    catalogue.write_text('[forger]\nfamily = "ase"\narguments = { calculator = "forger:forge" }\n')
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    daemon = start_daemon("--catalogue", str(catalogue))
+    with pytest.raises(ModelLoadError), daemon.client().calculator("forger") as calculator:
+        calculator.get_property("energy", copper())
+    lines = daemon.log.read_text().splitlines()
+    assert f"  {FORGED}" in [line.rstrip(".") for line in lines]
+    assert not any(line.startswith(FORGED) for line in lines)
+
+
+def test_warnings_about_the_machine_have_an_end(caplog: pytest.LogCaptureFixture, monkeypatch) -> None:
+    monkeypatch.setattr(worker_messages, "_warned", set())
+    for number in range(2 * worker_messages.MOST_WARNINGS):
+        worker_messages.warn_once(f"no {number}")
+    assert len(caplog.records) == worker_messages.MOST_WARNINGS
 
 
 def do(daemon: RunningDaemon, deed: int) -> None:
