@@ -27,7 +27,8 @@ from rootstock_client.errors import (
     UserLimitError,
     model_changed,
 )
-from rootstock_client.patience import Outage
+from rootstock_client.patience import Outage, patience_with
+from rootstock_client.runtime_dir import MET
 from rootstock_client.shared_memory import Translation
 from rootstock_client.sockets import connect, dismiss, receive
 
@@ -188,25 +189,25 @@ class Attachment:
             RootstockError: the daemon refused, or failed at a step; or it is gone, and patience is at its end.
         """
         met = False
-        outage = Outage(self._daemon)
         while True:
+            if self._stream is None and not self._dial(first=not met):
+                return
+            assert self._stream is not None
+            line = offer_when_there(self._daemon, lambda: self._potential.in_init(self._init), self._patience, met=met)
+            if not is_connected(self._stream):  # the driver has gone meanwhile
+                line.close()
+                return
+            met = self.attached = True
             try:
-                if self._stream is None and not self._dial(first=not met):
-                    return
-                assert self._stream is not None
-                with offer(self._daemon, self._potential.in_init(self._init)) as line:
-                    met = self.attached = True
-                    outage.over()
-                    outage = Outage(self._daemon)
+                with line:
                     hand_over(line, self._stream, self._potential.computed)
-                    if self._translation is not None and self._translation.error is not None:
-                        raise self._translation.error
-                    return
-            except (DrainingError, ConnectionLostError, DaemonNotFoundError, DaemonFullError, UserLimitError) as error:
-                if isinstance(error, ConnectionLostError) and self.attached:
+                if self._translation is not None and self._translation.error is not None:
+                    raise self._translation.error
+                return
+            except AWAY as error:
+                if isinstance(error, ConnectionLostError):
                     self.leave()  # nobody knows what the daemon had read of it; i-PI asks another connection again
-                self.attached = False
-                outage.wait(error, self._patience if met else 0.0)
+                Outage(self._daemon).wait(error, self._patience)
             finally:
                 self.attached = False
 
@@ -232,6 +233,44 @@ class Attachment:
         stream, self._stream = self._stream, None
         if stream is not None:
             dismiss(stream)
+
+
+AWAY = (DrainingError, ConnectionLostError, DaemonNotFoundError, DaemonFullError, UserLimitError)
+"""What a daemon that is restarted may answer, or the next one before it has room."""
+
+
+def offer_when_there(daemon: Path, init: Callable[[], bytes], patience: float, *, met: bool = False) -> socket.socket:
+    """The same as `offer`, also while the daemon is restarted.
+
+    Args:
+        daemon: its session socket.
+        init: gives the INIT of each try.
+        patience: seconds to wait for it.
+        met: it has served this driver before.
+
+    Raises:
+        RootstockError: it refuses, or is not there and patience is at its end.
+    """
+    outage, answered = Outage(daemon), daemon in MET
+    while True:
+        try:
+            line = offer(daemon, init())
+        except AWAY as error:
+            answered = answered or not isinstance(error, DaemonNotFoundError)
+            outage.wait(error, patience_with(error, patience, met=met, answered=answered))
+        else:
+            outage.over()
+            MET.add(daemon)
+            return line
+
+
+def is_connected(stream: socket.socket) -> bool:
+    """Whether a stream still leads to somebody: TCP knows it when the other end was reset."""
+    try:
+        stream.getpeername()
+    except OSError:
+        return False
+    return True
 
 
 def offer(daemon: Path, init: bytes) -> socket.socket:

@@ -22,13 +22,10 @@ from rootstock_client.errors import (
     UserLimitError,
 )
 from rootstock_client.loading import say_why
-from rootstock_client.patience import Outage
+from rootstock_client.patience import Outage, patience_with
 from rootstock_client.runtime_dir import MET
 from rootstock_client.sockets import connect
 
-STALE = 5.0
-"""Seconds that a job's first connection waits where a socket lies but nobody listens: a daemon that died and may be on
-its way up again."""
 SILENCE = struct.pack("ll", 5, 0)
 """Seconds and microseconds without a word from the daemon after which a job asks why; the kernel counts them."""
 _AS_SENT = ipi.Limits(atoms=2**31 - 1)
@@ -109,13 +106,8 @@ class Connection:
                 answer = self._exchange(self._sock, init, head, positions)
             except (DaemonNotFoundError, ConnectionLostError, DrainingError, DaemonFullError, UserLimitError) as error:
                 self._close()
-                if isinstance(error, (DaemonFullError, UserLimitError)):
-                    patience = self.patience if met else 0.0  # others may have come while it was away
-                elif met or connected or self.path in MET:
-                    patience = self.patience
-                else:
-                    patience = min(self.patience, STALE if isinstance(error.__cause__, ConnectionRefusedError) else 0.0)
-                outage.wait(error, patience)
+                answered = connected or self.path in MET
+                outage.wait(error, patience_with(error, self.patience, met=met, answered=answered))
             except RootstockError:
                 outage.over()
                 if connected:

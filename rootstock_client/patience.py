@@ -16,6 +16,9 @@ log = logging.getLogger("rootstock_client")
 PATIENCE_VARIABLE = "ROOTSTOCKD_PATIENCE"
 DEFAULT_PATIENCE = 300.0
 """Seconds: a restart with large models, or somebody who notices and starts a daemon by hand."""
+STALE = 5.0
+"""Seconds that a job's first connection waits where a socket lies but nobody listens: a daemon that died and may be on
+its way up again."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.01, 1.0
 """Seconds between tries."""
 _random = random.SystemRandom()
@@ -37,6 +40,22 @@ def patience_in_seconds(patience: float | None) -> float:
         name = PATIENCE_VARIABLE if patience is None else "patience"
         raise ValueError(f"{name} is {given!r}; it is a number of seconds, 0 or more.")
     return seconds
+
+
+def patience_with(error: RootstockError, patience: float, *, met: bool, answered: bool) -> float:
+    """How many of its seconds a job waits after an error that a restart of the daemon may mend.
+
+    Args:
+        error: the error.
+        patience: the job's.
+        met: a daemon has served it before: others may have taken its place while that was away.
+        answered: somebody has answered at this address, if only to say that it is stopping.
+    """
+    if isinstance(error, (DaemonFullError, UserLimitError)):
+        return patience if met else 0.0
+    if met or answered:
+        return patience
+    return min(patience, STALE) if isinstance(error.__cause__, ConnectionRefusedError) else 0.0
 
 
 class Outage:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import os
 import signal
@@ -80,13 +81,13 @@ class Daemon:
         self.errors: Counter[str] = Counter()
         self.warnings: list[str] = []
         """What the configuration, the catalogues and the environment have that can't be meant so."""
+        not_to_preload(config.models, self.catalogue)  # it can't begin with none
         self._look_over()
         self.sessions = SessionRegistry()
         self.state = "starting"
         self.since = time.time()
         self.metrics_url: str | None = None
-        missing = not_to_preload(config.models, self.catalogue)
-        for warning in [*(f"not loaded: {error}" for error in missing), *self._one_thread()]:
+        for warning in self._one_thread():
             self.warnings.append(warning)
             log.warning("%s", warning)
         self._replaced = False
@@ -227,17 +228,30 @@ class Daemon:
         return ReloadReport(restart_needed=restart_needed, models_kept=models_kept, warnings=self.warnings)
 
     def _load_kept(self) -> None:
-        """What is to be loaded at the start; later, what was not in the catalogue for a while, or had no weights."""
+        """Have the models stay that are to be loaded at the start, as the catalogue has them now, and no others."""
+        kept: set[WorkerKey] = set()
         for wanted in self.config.models:
             with contextlib.suppress(UnknownModelError, ModelLoadError):
                 name, entry = self.catalogue.resolve(wanted)
-                if not self.fleet.keeps(name):
-                    self.fleet.open(WorkerKey(name, entry.dtype), located(name, entry), keep=True)
+                kept.add(key := WorkerKey(name, entry.dtype))
+                self.fleet.keep(key, located(name, entry))
+        self.fleet.keep_only(kept)
 
     def _look_over(self) -> None:
-        self.warnings = [*self.accounts.warnings, *self.catalogue.warnings(), *self._closed_folder()]
+        warnings = (self.accounts.warnings, self.catalogue.warnings(), self._closed_folder(), self._not_to_preload())
+        self.warnings = [*itertools.chain(*warnings)]
         for warning in self.warnings:
             log.warning("%s", warning)
+
+    def _not_to_preload(self) -> list[str]:
+        """That models are not there which are to be loaded at the start: the next one would fail, or go without."""
+        missing = []
+        for wanted in self.config.models:
+            try:
+                located(*self.catalogue.resolve(wanted))
+            except (UnknownModelError, ModelLoadError) as error:
+                missing.append(f"to be loaded at the start, and can't be: {error}")
+        return missing
 
     def _closed_folder(self) -> list[str]:
         """That those who may use the daemon don't find its sockets."""
@@ -298,6 +312,8 @@ class Daemon:
         self.state = "draining"
         if self._manager.sockets:
             door.close()
+        for supervisor in self.fleet.supervisors():
+            supervisor.held_until = 0.0  # what waits for it would keep all others waiting
         log.info("draining%s: %d sessions", " for a restart" * self._replaced, len(self.sessions))
         for session in self.sessions:
             session.leave()
@@ -395,7 +411,9 @@ class Daemon:
         """
         key, entry = self._resolve(name, dtype)
         model = self.fleet.open(key, entry, anew=True)
-        model.held_until = 0.0
+        for supervisor in self.fleet.supervisors():  # with those that sessions keep as they were
+            if (supervisor.spec.name, supervisor.spec.dtype) == (key.name, key.dtype):
+                supervisor.held_until = 0.0
         if model.error is not None:
             raise model.error
         return key.name, key.dtype

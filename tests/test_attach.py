@@ -7,25 +7,31 @@ import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
-from ase import Atoms
+from ase import Atoms, units
 from ase.build import bulk
 from ase.calculators.emt import EMT
 from ase.calculators.socketio import SocketIOCalculator
 
 from conftest import RunningDaemon, open_descriptors, wait_for
+from plain_driver import PlainDriver
 from rootstock_client import ipi
 from rootstock_client.attachment import offer, parse_address
+from rootstock_client.control import fetch
 from rootstock_client.errors import InvalidInitError, ProtocolError, RootstockError
 from rootstock_client.shared_memory import Translation
 from rootstockd.cli.system import System, read_parameters, read_structure
@@ -289,11 +295,18 @@ def test_ase(daemon: RunningDaemon, folder: Path, compatible) -> None:
     )
 
 
-def test_ase_does_not_notice_that_its_daemon_is_restarted(own_daemon: RunningDaemon, folder: Path) -> None:
-    """The stream is left at rest, in the middle of a run, and the next daemon goes on with it."""
-    atoms = structure()
-    with attached(own_daemon, folder.name, "--model", "emt", "--structure", folder / "init.xyz") as command:
-        with socket_calculator(folder, atoms):
+@pytest.mark.parametrize("transport", ["unix", "inet"])
+def test_ase_does_not_notice_that_its_daemon_is_restarted(
+    own_daemon: RunningDaemon, folder: Path, transport: str
+) -> None:
+    """The stream is left at rest, in the middle of a run, and the next daemon goes on with it.
+
+    Over TCP ASE's messages come in parts: most of the time it is in the middle of one.
+    """
+    atoms, port = structure(), free_port()
+    address = folder.name if transport == "unix" else f":{port}"
+    with attached(own_daemon, address, "--model", "emt", "--structure", folder / "init.xyz") as command:
+        with SocketIOCalculator(**({"unixsocket": address} if transport == "unix" else {"port": port})) as atoms.calc:
             check(atoms)
             arguments = [sys.executable, "-m", "rootstockd", "restart", "--socket", own_daemon.socket]
             with subprocess.Popen(arguments) as restart:
@@ -304,6 +317,120 @@ def test_ase_does_not_notice_that_its_daemon_is_restarted(own_daemon: RunningDae
             check(atoms)
         status, said = end_of(command)
         assert status == 0, said
+
+
+class Listening(PlainDriver):
+    """A driver that listens, and has said its INIT to whoever came."""
+
+    def __init__(self, folder: Path, atoms: Atoms, *command: Any) -> None:
+        self.atoms = atoms
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(str(folder / "driver"))
+            listening.listen()
+            self.attach = contextlib.ExitStack()
+            self.command = self.attach.enter_context(attached(command[0], folder / "driver", *command[1:]))
+            self.sock, _ = listening.accept()
+        self.sock.settimeout(60)
+        assert self.status() == "NEEDINIT"
+        self.init(b" ")
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        self.attach.close()
+
+    def step(self) -> float:
+        self.positions()
+        return self.forces()[0]
+
+
+def restarting(daemon: RunningDaemon) -> subprocess.Popen[bytes]:
+    """A restart, in whose beginning the daemon drains by now."""
+    command = [sys.executable, "-m", "rootstockd", "restart", "--socket", str(daemon.socket)]
+    process = subprocess.Popen(command)
+    wait_for(lambda: "draining for a restart" in daemon.log.read_text())
+    return process
+
+
+def test_a_driver_in_the_middle_of_a_message_is_waited_for(own_daemon: RunningDaemon, folder: Path) -> None:
+    atoms = structure()
+    with Listening(folder, atoms, own_daemon, "--model", "emt", "--structure", folder / "init.xyz") as driver:
+        right = driver.step()
+        cell = atoms.cell.array / units.Bohr
+        driver.send(b"POSDATA     ", cell.T.tobytes())
+        wait_for(lambda: own_daemon.client().status()["evaluations"] == 1)
+        with restarting(own_daemon) as restart:
+            driver.send(np.linalg.inv(cell).T.tobytes(), struct.pack("<i", len(atoms)))
+            driver.send((atoms.positions / units.Bohr).tobytes())
+            assert driver.forces()[0] == right
+            assert driver.step() == right
+        assert restart.returncode == 0
+        driver.send(b"EXIT        ")
+        assert end_of(driver.command)[0] == 0
+
+
+def test_a_driver_that_runs_ahead_keeps_nobody_waiting(
+    start_daemon: Callable[..., RunningDaemon], folder: Path
+) -> None:
+    """It is never at rest: once the daemon drains it is cut off, long before its `drain_timeout`."""
+    daemon = start_daemon("--model", "emt", "--drain-timeout", "1000")
+    with Listening(folder, structure(), daemon, "--model", "emt", "--structure", folder / "init.xyz") as driver:
+        driver.step()
+        ahead = threading.Thread(target=run_ahead, args=(driver,))
+        ahead.start()
+        wait_for(lambda: daemon.client().status()["evaluations"] > 10)
+        assert daemon.run("restart").returncode == 0
+        driver.sock.shutdown(socket.SHUT_RDWR)
+        ahead.join()
+
+
+def run_ahead(driver: PlainDriver) -> None:
+    with contextlib.suppress(OSError, AssertionError):  # until it is cut off
+        for _ in range(3):
+            driver.positions()
+            driver.send(b"GETFORCE    ")
+        while True:
+            driver.positions()
+            driver.send(b"GETFORCE    ")
+            driver.result()
+
+
+def test_an_attach_that_begins_while_the_daemon_is_restarted_waits(
+    start_daemon: Callable[..., RunningDaemon], folder: Path
+) -> None:
+    daemon = start_daemon("--model", "lj", "--model", "emt")
+    slow = structure()
+    slow.calc = daemon.client().calculator("lj")
+    slow.get_forces()
+    slow.rattle(0.01)
+    os.kill(worker := daemon.model("lj")["pid"], signal.SIGSTOP)
+    job = threading.Thread(target=slow.get_forces)
+    job.start()  # what the daemon drains for
+    wait_for(lambda: [session["state"] for session in daemon.client().status()["sessions"]] == ["busy"])
+    with restarting(daemon) as restart, ThreadPoolExecutor(1) as pool:
+        options = ("--model", "emt", "--structure", folder / "init.xyz")
+        there = pool.submit(Listening, folder, structure(), daemon, *options)
+        wait_for(lambda: b'code="draining"' in fetch(daemon.socket, "GET", "/metrics"))
+        os.kill(worker, signal.SIGCONT)
+        with there.result() as driver:
+            driver.step()
+            driver.send(b"EXIT        ")
+            assert end_of(driver.command)[0] == 0
+    job.join()
+    assert restart.returncode == 0
+
+
+def test_a_driver_that_was_reset_while_the_daemon_was_away_has_ended(own_daemon: RunningDaemon, folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        options = ("--model", "emt", "--structure", folder / "init.xyz")
+        with attached(own_daemon, f":{listening.getsockname()[1]}", *options) as command:
+            stream, _ = listening.accept()
+            stream.sendall(b"INIT        " + struct.pack("<ii", 0, 1) + b" " + b"STATUS      ")
+            assert stream.recv(12) == b"READY       "
+            with restarting(own_daemon) as restart:
+                stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                stream.close()
+            assert restart.returncode == 0
+            assert end_of(command)[0] == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])

@@ -217,7 +217,7 @@ def test_a_model_whose_weights_are_not_here_keeps_no_daemon_off(runtime_folder: 
     done = rootstockd("start", *options, "--model", "emt")
     try:
         assert done.returncode == 0
-        assert "not loaded: the weights of model 'mace-mp-small' are not on this machine" in done.stdout
+        assert "can't be: the weights of model 'mace-mp-small' are not on this machine" in done.stdout
         assert rootstockd("restart", "--socket", address).returncode == 0
         assert "models pull mace-mp-small" in rootstockd("status", "--socket", address).stdout.replace("\n", " ")
     finally:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import struct
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,59 +14,7 @@ from ase.build import bulk
 from ase.calculators.emt import EMT
 
 from conftest import RunningDaemon
-
-
-class PlainDriver:
-    """A driver as the i-PI manual describes one, on a connection whose model and species were given beforehand."""
-
-    def __init__(self, daemon: RunningDaemon, atoms, **more) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(30)
-        self.sock.connect(str(daemon.socket))
-        self.atoms = atoms
-        system = {"rootstock": 1, "model": "emt", "numbers": atoms.numbers.tolist(), "pbc": atoms.pbc.tolist()}
-        self.init(json.dumps({**system, "preset": True} | more).encode())
-
-    def __enter__(self) -> PlainDriver:
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.sock.close()
-
-    def send(self, *parts: bytes) -> None:
-        self.sock.sendall(b"".join(parts))
-
-    def receive(self, size: int) -> bytes:
-        data = b""
-        while len(data) < size:
-            part = self.sock.recv(size - len(data))
-            assert part, "the daemon closed the connection"
-            data += part
-        return data
-
-    def init(self, text: bytes) -> None:
-        self.send(b"INIT        ", struct.pack("<ii", 0, len(text)), text)
-
-    def status(self) -> str:
-        self.send(b"STATUS      ")
-        return self.receive(12).decode().strip()
-
-    def positions(self) -> None:
-        cell = self.atoms.cell.array / units.Bohr
-        self.send(b"POSDATA     ", cell.T.tobytes(), np.linalg.inv(cell).T.tobytes())
-        self.send(struct.pack("<i", len(self.atoms)), (self.atoms.positions / units.Bohr).tobytes())
-
-    def forces(self) -> tuple[float, np.ndarray, np.ndarray, bytes]:
-        self.send(b"GETFORCE    ")
-        return self.result()
-
-    def result(self) -> tuple[float, np.ndarray, np.ndarray, bytes]:
-        assert self.receive(12) == b"FORCEREADY  "
-        energy, natoms = struct.unpack("<di", self.receive(12))
-        forces = np.frombuffer(self.receive(24 * natoms)).reshape(-1, 3)
-        virial = np.frombuffer(self.receive(72)).reshape(3, 3).T
-        (size,) = struct.unpack("<i", self.receive(4))
-        return energy * units.Hartree, forces * units.Hartree / units.Bohr, virial * units.Hartree, self.receive(size)
+from plain_driver import PlainDriver
 
 
 @pytest.fixture
@@ -180,3 +129,31 @@ def test_an_init_that_says_nothing_where_nothing_was_said_before(daemon: Running
         assert sock.recv(100) == b"NEEDINIT    "
         sock.sendall(b"INIT        " + struct.pack("<ii", 0, 1) + b" " + b"STATUS      ")
         assert sock.recv(100) == b""
+
+
+def test_another_potential_is_not_passed_off_as_the_one_before(
+    start_daemon: Callable[..., RunningDaemon], tmp_path: Path, atoms
+) -> None:
+    """A driver that says INIT again, after its model was changed: it can't tell, and so its connection ends."""
+    entry = '[mine]\nfamily = "ase"\narguments = {{ calculator = "ase.calculators.lj:LennardJones", options = {} }}\n'
+    catalogue = tmp_path / "more.toml"
+    catalogue.write_text(entry.format("{ epsilon = 0.5 }"))
+    daemon = start_daemon("--catalogue", str(catalogue))
+    with PlainDriver(daemon, atoms, model="mine") as driver:
+        driver.init(b" ")
+        driver.positions()
+        before = driver.forces()[0]
+        driver.init(b" ")
+        driver.positions()
+        assert driver.forces()[0] == before
+        catalogue.write_text(entry.format("{ epsilon = 1.0 }"))
+        assert daemon.run("reload").returncode == 0
+        driver.init(b" ")
+        driver.positions()
+        with pytest.raises((AssertionError, ConnectionError)):
+            driver.forces()
+    assert "model 'mine' is another than before" in daemon.log.read_text()
+    with PlainDriver(daemon, atoms, model="mine") as driver:
+        driver.init(b" ")
+        driver.positions()
+        assert driver.forces()[0] == pytest.approx(2 * before)

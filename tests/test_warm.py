@@ -22,6 +22,7 @@ from ase.build import bulk, fcc111
 from ase.calculators.emt import EMT
 
 from conftest import RunningDaemon, wait_for
+from plain_driver import PlainDriver
 from rootstock_client import RootstockClient, ipi
 from rootstock_client.control import request
 from rootstock_client.errors import LimitError, UserLimitError
@@ -414,6 +415,74 @@ def test_a_model_that_grows_while_it_loads(start: Callable[..., RunningDaemon], 
     shown = daemon.model("grow")
     assert shown["state"] == "cold" and shown["memory"] is None and shown["sessions"] == 1
     ask_again(with_model(daemon, "lj"))
+
+
+def write_catalogue(folder: Path, text: str) -> None:
+    """Anew, as `start` wrote it, with other entries."""
+    (folder / "models.toml").write_text(text)
+
+
+LENNARD_JONES = '[v{}]\nfamily = "ase"\n{}arguments = {{ calculator = "ase.calculators.lj:LennardJones" }}\n'
+
+
+def kept(daemon: RunningDaemon) -> set[tuple[str, str]]:
+    """Names and dtypes of models that stay for ever."""
+    models = daemon.client().status()["models"]
+    return {(model["name"], model["dtype"]) for model in models if model["keep_alive"] is None and not model["retired"]}
+
+
+def test_what_is_to_stay_is_what_the_catalogue_says_now(start: Callable[..., RunningDaemon], tmp_path: Path) -> None:
+    """An alias moves, a dtype changes: with the next reload the other one stays, and this one does no longer."""
+
+    def entries(alias_of: int, dtype: str = "") -> str:
+        lines = ["".join(['aliases = ["prod"]\n'] * (number == alias_of) + [dtype]) for number in (1, 2)]
+        return "".join(LENNARD_JONES.format(number, line) for number, line in zip((1, 2), lines, strict=True))
+
+    daemon = start('models = ["prod"]\nkeep_alive = 1000\n', catalogue=entries(1))
+    assert kept(daemon) == {("v1", "float64")}
+    for catalogue, right in (
+        (entries(2), {("v2", "float64")}),
+        (entries(1), {("v1", "float64")}),
+    ):
+        write_catalogue(tmp_path, CATALOGUE + catalogue)
+        assert daemon.run("reload").returncode == 0
+        assert kept(daemon) == right
+        wait_for(lambda right=right: {name for name, _ in right} <= in_memory(daemon))
+    write_catalogue(tmp_path, CATALOGUE)
+    done = daemon.run("reload")
+    assert done.returncode == 0 and "to be loaded at the start, and can't be: there is no model 'prod'" in done.stdout
+    assert kept(daemon) == set()
+
+
+def test_what_is_to_stay_and_has_failed_is_tried_again_by_a_reload(
+    start: Callable[..., RunningDaemon], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    entry = '[mine]\nfamily = "ase"\narguments = { calculator = "mine:Mine" }\n'
+    daemon = start('models = ["mine", "lj"]\n', catalogue=entry)
+    assert daemon.model("mine")["state"] == "failed"
+    (tmp_path / "mine.py").write_text("from ase.calculators.emt import EMT as Mine\n")
+    assert daemon.run("reload").returncode == 0
+    wait_for(lambda: daemon.model("mine")["state"] == "ready")
+
+
+def test_a_forced_unload_is_no_reason_to_wait_for_a_stop(start: Callable[..., RunningDaemon]) -> None:
+    """What waits for the model is done first."""
+    daemon = start("drain_timeout = 1000\n", "--model", "lj")
+    with PlainDriver(daemon, copper(), model="lj") as job:  # one that does not wait for another daemon
+        assert job.status() == "NEEDINIT"
+        job.init(b" ")
+        os.kill(daemon.model("lj")["pid"], signal.SIGSTOP)
+        job.positions()
+        job.send(b"GETFORCE    ")
+        wait_for(lambda: [session["state"] for session in daemon.client().status()["sessions"]] == ["busy"])
+        assert daemon.run("unload", "lj", "--force").returncode == 0
+        with ThreadPoolExecutor(1) as pool:
+            stop = pool.submit(daemon.run, "stop")
+            wait_for(lambda: "draining" in daemon.log.read_text())
+            assert not (daemon.model("lj")["loading"] or {}).get("held")
+            job.result()
+        assert stop.result().returncode == 0
 
 
 def test_unloading_while_a_job_runs(start: Callable[..., RunningDaemon]) -> None:

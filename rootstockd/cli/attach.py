@@ -16,9 +16,10 @@ from typing import Any
 
 import click
 
-from rootstock_client.attachment import Address, Attachment, Potential, offer, parse_address
+from rootstock_client.attachment import Address, Attachment, Potential, offer_when_there, parse_address
 from rootstock_client.errors import RootstockError
 from rootstock_client.patience import patience_in_seconds
+from rootstock_client.sockets import dismiss
 from rootstockd.cli.common import Refused, console, fetch_status, socket_in_use, socket_option
 from rootstockd.cli.completion import catalogue_models
 from rootstockd.cli.fleet import dtype_option
@@ -104,7 +105,7 @@ def attach(
     with _ended_by_signals():
         try:
             if system.complete:  # what the daemon refuses no driver needs to hear of
-                offer(daemon, system.init(b"")).close()
+                dismiss(offer_when_there(daemon, lambda: system.init(b""), patience))  # it counts until it has ended
                 announce(system, where)
             _run(attachments, daemon)
         except RootstockError as error:

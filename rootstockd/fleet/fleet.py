@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from rootstock_client.errors import LimitError, ModelLoadError, RootstockError
 from rootstockd.fleet import placement
@@ -109,9 +109,16 @@ class Fleet:
         """Supervisors of the models that are to stay."""
         return self._roster.kept
 
-    def keeps(self, name: str) -> bool:
-        """Whether a model is among those that are to stay."""
-        return any(key.name == name and model.kept for key, model in self._models.items())
+    def keep(self, key: WorkerKey, entry: Entry) -> None:
+        """Have a model stay, and loaded if it is not, or could not be."""
+        model = self._models.get(key)
+        if model is None or not model.kept or model.first.state is State.FAILED:
+            self.open(key, entry, keep=True, anew=True)
+
+    def keep_only(self, keys: Collection[WorkerKey]) -> None:
+        """Have all other models stay no longer than any that somebody has asked for."""
+        for key, model in self._models.items():
+            model.kept = model.kept and key in keys
 
     def counted(self) -> dict[tuple[str, str, str], Totals]:
         """What was done since the daemon began, by model, dtype and device, to the last evaluation."""
@@ -157,7 +164,7 @@ class Fleet:
             model = self._models[key] = WarmModel(spec, entry.keep_alive, keep, self._supervisor(spec))
         elif model.first.worth_replacing or (anew and model.first.state is State.FAILED):
             model.first = self._supervisor(spec)
-        model.keep_alive = entry.keep_alive
+        model.keep_alive, model.kept = entry.keep_alive, keep or model.kept
         supervisor = model.choose()
         supervisor.load()
         return supervisor

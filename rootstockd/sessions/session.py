@@ -69,7 +69,8 @@ class Session(asyncio.BufferedProtocol):
         self._line: Line | None = None
         self._potential = ""
         """The fingerprint of what has computed for a driver that can't compare it."""
-        self._leaving = False
+        self._leaving = self._finishing = False
+        """Its stream is to be left to the next daemon; a message had begun when that was said."""
         self._model: Supervisor | None = None
         self._evaluation: Evaluation[Client] | None = None
         self._answered = 0.0
@@ -113,8 +114,9 @@ class Session(asyncio.BufferedProtocol):
 
     @property
     def unfetched(self) -> bool:
-        """Its driver has yet to fetch a result, or the rest of it."""
-        return not self._closing and (self._ipi.unfetched or self._writing_paused)
+        """Its driver has yet to fetch a result, or the rest of it, or to come to rest where its stream is left."""
+        begun = self._ipi.unfetched or self._writing_paused or (self._leaving and not self._ipi.at_rest)
+        return begun and not self._closing
 
     # --- the transport's side
 
@@ -174,6 +176,7 @@ class Session(asyncio.BufferedProtocol):
     def leave(self) -> None:
         """As soon as a stream that was handed over is at rest, leave it to the next daemon; others stay."""
         self._leaving = self._line is not None
+        self._finishing = self._leaving and not self._ipi.at_rest
         self._leave_at_rest()
 
     def _leave_at_rest(self) -> None:
@@ -284,8 +287,9 @@ class Session(asyncio.BufferedProtocol):
             return
         if json:
             self._preset = request if request.stock else None
-        if json and request.attach:
+        if json:
             self._potential = request.fingerprint or ""
+        if json and request.attach:
             self._ipi.accept(request.batch_size, announced=True, offered=True)
             return
         stock = self._preset is not None
@@ -342,8 +346,9 @@ class Session(asyncio.BufferedProtocol):
         account, system = self.account, self.system
         assert self._model is not None and account is not None
         try:
-            if not self._leaving:  # a driver that was in the middle of a message is let come to rest
+            if not self._finishing:  # a driver that was in the middle of a message is let come to rest
                 self._host.check_open()
+            self._finishing = False
             system.take_cells(cells)
             account.enqueue()
         except RootstockError as error:
@@ -363,7 +368,7 @@ class Session(asyncio.BufferedProtocol):
         self._answered = time.perf_counter()
         self.account.queued -= 1
         try:
-            if error is None and self._line is not None:
+            if error is None and (self._line is not None or self._preset is not None):
                 error = self._changed()
             if error is None:
                 self.evaluations += 1
@@ -377,15 +382,18 @@ class Session(asyncio.BufferedProtocol):
             self._transport.close()
 
     def _changed(self) -> RootstockError | None:
-        """That a driver whose stream was handed over would get the result of another potential than before."""
-        assert self._line is not None and self._model is not None
+        """That a stock driver, which has no notion of it, would get the result of another potential than before."""
+        assert self._model is not None
         now = self._model.workers.fingerprint
         if not self._potential:
             self._potential = now
-            self._line.tell_model(now)
+            if self._line is not None:
+                self._line.tell_model(now)
         if now == self._potential:
             return None
-        return model_changed(self._model.spec.name, self._potential, now, "attach anew")
+        return model_changed(
+            self._model.spec.name, self._potential, now, "attach anew" if self._line else "open another connection"
+        )
 
     def end(self, error: RootstockError | None) -> None:
         """Say no more; let the driver read what was said, and read what it still says, before closing."""

@@ -34,6 +34,7 @@ class GuardedTransport(asyncio.Transport):
         self._unsent = b""
         self._eof = self._closing = self._closed = False
         self._room = MOST if stream.family == socket.AF_UNIX else 0
+        self._tcp = stream.family != socket.AF_UNIX
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         """Another reads from it from now on."""
@@ -94,6 +95,11 @@ class GuardedTransport(asyncio.Transport):
         except OSError as error:
             self._lose(error)
             return
+        if self._tcp:
+            # drivers that send a message in parts and leave TCP_NODELAY off, as ASE's does, wait for our
+            # acknowledgement, 40 ms; the kernel forgets that it was told to hurry
+            with contextlib.suppress(OSError):
+                self._stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
         if ancillary:
             self._lose(None, descriptors_in(ancillary))
         elif size:

@@ -21,7 +21,7 @@ from ase.build import bulk
 from ase.calculators.emt import EMT
 
 from conftest import RunningDaemon, wait_for
-from rootstock_client import RootstockClient, connection, ipi
+from rootstock_client import RootstockClient, ipi, patience
 from rootstock_client.errors import (
     ConnectionLostError,
     DaemonFullError,
@@ -110,7 +110,7 @@ def test_a_first_connection_to_nothing_fails_at_once(runtime_folder: Path) -> No
 
 
 def test_a_first_connection_where_a_daemon_died_waits_a_little(own_daemon: RunningDaemon, monkeypatch) -> None:
-    monkeypatch.setattr(connection, "STALE", 60.0)  # however long a start takes here
+    monkeypatch.setattr(patience, "STALE", 60.0)  # however long a start takes here
     process = psutil.Process(own_daemon.pid)
     process.kill()
     wait_for(lambda: not process.is_running())
