@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import struct
@@ -409,7 +410,7 @@ def test_an_attach_that_begins_while_the_daemon_is_restarted_waits(
     with restarting(daemon) as restart, ThreadPoolExecutor(1) as pool:
         options = ("--model", "emt", "--structure", folder / "init.xyz")
         there = pool.submit(Listening, folder, structure(), daemon, *options)
-        wait_for(lambda: b'code="draining"' in fetch(daemon.socket, "GET", "/metrics"))
+        wait_for(lambda: re.search(rb'_errors_total.code="draining". [1-9]', fetch(daemon.socket, "GET", "/metrics")))
         os.kill(worker, signal.SIGCONT)
         with there.result() as driver:
             driver.step()
