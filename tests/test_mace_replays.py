@@ -1,8 +1,11 @@
 """What decides how MACE is evaluated on a device, without a model: lists' skins, and which passes are replayed."""
 
+import contextlib
 import gc
 import itertools
+import re
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -204,10 +207,128 @@ def test_many_ghosts_where_many_edges_pad():
 
 def test_memory_that_lacks_while_recording_is_no_failure(monkeypatch):
     monkeypatch.setattr(captured, "WORTHWHILE", FAR)
-    passes, lacking = Passes(), RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
-    for fail in (raising(lacking), raising_at_the_end(lacking, RuntimeError("CUDA error: previous error"))) * 2:
+    lacking = RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
+    for fail in (raising(lacking), raising_at_the_end(lacking, RuntimeError("CUDA error: previous error"))):
+        passes = Passes()
         passes.fail = fail
-        assert not any(passes.replayed(10) for _ in range(7))
+        while not passes.recorded:
+            assert not passes.replayed(10)
         assert not passes.captures.note
+        passes.fail = lambda: None
+        assert any(passes.replayed(10) for _ in range(20)), "it is tried again"
+
+
+# --- recordings that were broken off
+
+
+class Cuda:
+    """What a recorder asks of torch: a recording takes 1,000 bytes, and can be broken off."""
+
+    def __init__(self, monkeypatch):
+        self.reserved, self.by_hand = 0, []
+        self.error = None
+        """What torch says at the end of a recording."""
+        self.ended = False
+        """It has told its allocator of the end nevertheless."""
+        usual = SimpleNamespace(wait_stream=lambda _: None)
+        for name, function in {
+            "Stream": lambda _: usual,
+            "current_stream": lambda _: usual,
+            "set_stream": lambda _: None,
+            "stream": lambda _: contextlib.nullcontext(),
+            "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
+            "graph_pool_handle": lambda: (0, 1),
+            "graph": self.graph,
+            "memory_reserved": lambda _: self.reserved,
+            "current_device": lambda: 0,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, function)
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", self.end, raising=False)
+        monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda *_: self.by_hand.append("released"), raising=False)
+
+    @contextlib.contextmanager
+    def graph(self, *_, **__):
+        try:
+            yield
+        finally:
+            self.reserved += 1_000
+            if self.error is not None:
+                raise self.error
+
+    def end(self, *_):
+        if self.ended:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.by_hand.append("ended")
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    return Cuda(monkeypatch)
+
+
+def on_cuda():
+    """Passes whose recorder believes to be on a GPU."""
+    passes = Passes()
+    passes.captures._recorder = captured.Recorder(torch.device("cuda", 0))
+    return passes
+
+
+def test_a_pool_that_torch_left_open_is_released(recording, cuda):
+    passes = on_cuda()
+    cuda.error = RuntimeError("CUDA error: operation failed due to a previous error during capture")
+    assert not passes.replayed(10)
+    assert cuda.by_hand == ["ended", "released"]
+    assert passes.captures.held == 0
+    cuda.error = None
+    passes.rows(100)
+    assert passes.replayed(100) and passes.captures.held == 1_000
+
+
+@pytest.mark.parametrize("first", ["CUDA out of memory. Tried to allocate 20.00 MiB", "no such kernel"])
+def test_a_pool_that_may_have_leaked_counts_and_nothing_more_is_recorded(recording, cuda, first):
+    passes = on_cuda()
+    passes.rows(100)
+    assert passes.replayed(100)
+    cuda.error, cuda.ended = RuntimeError("CUDA error: operation failed due to a previous error during capture"), True
+    fail = raising(RuntimeError(first))
+    passes.fail = lambda: fail() if passes.recorded % 4 == 0 else None  # not when it is evaluated before
+    assert not passes.replayed(10)
+    assert not cuda.by_hand, "to release it once too often would end the process"
+    assert passes.captures.note == f"no pass is replayed as a CUDA graph: RuntimeError: {first}"
+    cuda.error, recorded = None, passes.recorded
+    assert not any(passes.replayed(natoms) for natoms in (10, 100, 300))
+    assert passes.recorded == recorded
+    passes.captures.forget()
+    assert passes.captures.held == 2_000
+
+
+def test_what_torch_could_end_is_left_to_it(recording, cuda):
+    passes = on_cuda()
+    fail = raising(RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB"))
+    passes.fail = lambda: fail() if passes.recorded == 4 else None
+    cuda.ended = True
+    passes.rows(10)
+    assert passes.recorded == 4 and not cuda.by_hand
+    passes.rows(100)
+    assert passes.replayed(100) and not passes.captures.note
+
+
+def test_what_lacks_memory_again_and_again_is_not_recorded_and_others_stay_replayed(monkeypatch, cuda):
+    monkeypatch.setattr(captured, "WORTHWHILE", FAR)
+    passes = on_cuda()
+    assert any(passes.replayed(10) for _ in range(20))
+    passes.fail = raising(RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB"))
+    for _ in range(100):
+        assert not passes.replayed(100)
+        assert passes.replayed(10)
+    assert passes.recorded == 4 + captured.LACKS and passes.captures.held
+    text = (
+        r"passes of about 1\d\d atoms and 32 edges and larger ones are not replayed .*: memory lacks for recording them"
+    )
+    assert re.fullmatch(text, passes.captures.note)
     passes.fail = lambda: None
-    assert any(passes.replayed(10) for _ in range(20)), "it is tried again"
+    assert not any(passes.replayed(natoms) for natoms in (100, 300) for _ in range(20))
+    assert any(passes.replayed(40) for _ in range(20)), "smaller ones are"
+    passes.captures.forget()
+    assert not passes.captures.note
+    assert any(passes.replayed(300) for _ in range(20)), "there may be enough now"

@@ -6,7 +6,6 @@ from one to the next, and what lacks to a bucket's shape is filled up with ghost
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import statistics
@@ -34,6 +33,8 @@ WORTHWHILE = 0.95
 """Replaying must take less than this part of evaluating."""
 FAILURES = 2
 """After as many failures nothing more is recorded."""
+LACKS = 2
+"""After memory lacked as often for recording a shape, neither it nor a larger one is recorded."""
 GHOSTS, CROWD = 8, 800
 """A bucket's first atoms are ghosts: 8 at least, and one for 800 of its edges. Up to a third of these end at ghosts,
 and what torch makes of an atom's edges it adds up one by one."""
@@ -81,13 +82,17 @@ class Recorder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.leaks = False
+        """A pool may stay for as long as the process: nothing should be recorded any more."""
+        self.held = 0
+        """Bytes of the pool: what is evaluated otherwise can't have them."""
         self.renew()
 
     def renew(self) -> None:
         """Leave the pool to what was recorded so far. The stream stays: cuBLAS keeps memory for each, for good."""
         self._pool = None if self._stream is None else torch.cuda.graph_pool_handle()
-        self.held = 0
-        """Bytes of the pool: what is evaluated otherwise can't have them."""
+        if not self.leaks:
+            self.held = 0
 
     def record(self, function: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
         """What does the same again and again; on a CPU the function itself.
@@ -105,25 +110,42 @@ class Recorder:
                     function()
         finally:
             usual.wait_stream(self._stream)
+        before, failed = torch.cuda.memory_reserved(self._device), 0
         try:
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-                before = torch.cuda.memory_reserved(self._device)
-                result = function()
-        except BaseException:
-            # where torch could not end it, the allocator is left as it is while something is recorded
-            with contextlib.suppress(RuntimeError):
-                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)  # noqa: SLF001
-                torch._C._cuda_releasePool(torch.cuda.current_device(), self._pool)  # noqa: SLF001
+                before = torch.cuda.memory_reserved(self._device)  # less than that: torch has given back what it can
+                try:
+                    result = function()
+                except BaseException as error:
+                    failed = id(error)
+                    raise
+        except BaseException as error:
+            if id(error) != failed:  # it is another one's: torch could not end it
+                self._end()
             raise
         finally:
             torch.cuda.set_stream(usual)  # torch leaves it at the other one where recording was broken off
-        self.held += max(0, torch.cuda.memory_reserved(self._device) - before)
+            self.held += max(0, torch.cuda.memory_reserved(self._device) - before)
 
         def replay() -> torch.Tensor:
             graph.replay()
             return result
 
         return replay
+
+    def _end(self) -> None:
+        """End by hand what torch could not end: to its allocator something is still being recorded.
+
+        Newer versions of torch have told it (pytorch/pytorch#180395). Of these some release the pool, too (#190348),
+        and others don't; to release it once too often would end the process.
+        """
+        device = torch.cuda.current_device()
+        try:
+            torch._C._cuda_endAllocateToPool(device, self._pool)  # noqa: SLF001
+        except RuntimeError:
+            self.leaks = True
+        else:
+            torch._C._cuda_releasePool(device, self._pool)  # noqa: SLF001
 
 
 class Bucket:
@@ -189,8 +211,8 @@ class Captures:
     """Decides which passes are recorded and replayed, and has all others evaluated.
 
     A shape is recorded when it has come before; it is replayed from then on if a replay gave what an evaluation gave,
-    of other positions than were recorded, and was faster. What fails otherwise than for want of memory is not tried
-    again.
+    of other positions than were recorded, and was faster. What fails is not tried again; for want of memory not after
+    the second time, nor is anything larger, until all memory is given back.
 
     Args:
         evaluate: the pass that is recorded: without a word to the host.
@@ -202,10 +224,11 @@ class Captures:
         self._buckets: OrderedDict[tuple[int, int], Bucket] = OrderedDict()  # the least recently used first
         self._seen: Counter[tuple[int, int]] = Counter()
         self._refused: set[tuple[int, int]] = set()
+        self._lacked: Counter[tuple[int, int]] = Counter()
+        """How often memory lacked for recording a shape."""
         self._recorded = self._failures = 0
         self._recorder: Recorder | None = None
-        self.note = ""
-        """What people should know of it."""
+        self._failure = self._lack = ""
 
     def rows(self, graph: Graph, positions: torch.Tensor, eagerly: Eagerly) -> Array:
         """The rows of a pass.
@@ -224,10 +247,15 @@ class Captures:
             return bucket.rows(graph, positions)
         rows = eagerly(positions)
         self._seen[shape] += 1
-        due = self._seen[shape] >= SEEN + self._recorded and shape not in self._refused
+        due = self._seen[shape] >= SEEN + self._recorded and not (shape in self._refused or self._too_large(shape))
         if due and np.isfinite(rows).all():
             self._record(shape, graph, positions, eagerly)
         return rows
+
+    @property
+    def note(self) -> str:
+        """What people should know of it."""
+        return "; ".join(filter(None, [self._failure, self._lack]))
 
     @property
     def held(self) -> int:
@@ -238,6 +266,8 @@ class Captures:
         """Give all memory back; what comes again may be recorded again, if not soon."""
         self._buckets.clear()
         self._seen.clear()
+        self._lacked.clear()
+        self._lack = ""
         if self._recorder is not None:
             self._recorder.renew()
 
@@ -248,8 +278,9 @@ class Captures:
             self._recorder = Recorder(graph.edges.device)
         elif not self._buckets:  # a pool without graphs in it is none any more
             self._recorder.renew()
-        bucket, why, memory_lacked, broken = Bucket(*shape, graph), "", False, False
+        why, broken, memory_lacked = "", False, False
         try:
+            bucket = Bucket(*shape, graph)
             bucket.put(graph, positions)
             bucket.record(self._recorder, self._evaluate)
             moved = positions + _MOVED * torch.arange(positions.numel()).reshape(-1, 3).sin()
@@ -262,26 +293,44 @@ class Captures:
                 return
         except Exception as error:  # the pass itself has been answered
             broken, (why, memory_lacked) = True, _reason(error)
-        if broken:  # not before here, where what the recording had in its hands is free
-            self.forget()
-        if memory_lacked:
-            return
-        if why:
-            self._fail(shape, why)
+        if memory_lacked and not self._recorder.leaks:
+            self._lacks(shape)
+        elif why:
+            if broken:  # not before here, where what the recording had in its hands is free
+                self.forget()
+            self._fail(shape, why, FAILURES if self._recorder.leaks else 1)
         else:
             self._buckets[shape] = bucket
             if len(self._buckets) > MOST:
                 self._buckets.popitem(last=False)
 
-    def _fail(self, shape: tuple[int, int], why: str) -> None:
+    def _lacks(self, shape: tuple[int, int]) -> None:
+        """Memory lacks for recording a shape; all others stay, whose memory is a pool that it would have shared."""
+        del self._seen[shape]
+        self._lacked[shape] += 1
+        if self._too_large(shape):
+            which = f"passes of about {_described(shape)} and larger ones"
+            self._lack = f"{which} are not replayed as CUDA graphs: memory lacks for recording them"
+            log.warning("%s", self._lack)
+
+    def _too_large(self, shape: tuple[int, int]) -> bool:
+        return any(
+            times >= LACKS and shape[0] >= atoms and shape[1] >= edges for (atoms, edges), times in self._lacked.items()
+        )
+
+    def _fail(self, shape: tuple[int, int], why: str, failures: int) -> None:
         self._refused.add(shape)
-        self._failures += 1
-        which = f"passes of up to {shape[0] - ghosts_of(shape[1])} atoms and {shape[1]} edges are not"
+        self._failures += failures
+        which = f"passes of up to {_described(shape)} are not"
         if self._failures >= FAILURES:
             which = "no pass is"
             self.forget()
-        self.note = f"{which} replayed as a CUDA graph: {why}"
-        log.warning("%s", self.note)
+        self._failure = f"{which} replayed as a CUDA graph: {why}"
+        log.warning("%s", self._failure)
+
+
+def _described(shape: tuple[int, int]) -> str:
+    return f"{shape[0] - ghosts_of(shape[1])} atoms and {shape[1]} edges"
 
 
 def _reason(error: BaseException) -> tuple[str, bool]:
