@@ -1,9 +1,10 @@
 /* NVML for tests: a machine has the GPUs that the folder $TEST_GPUS has folders for, "0" and so on.
  *
  * Files in there, each with a number or a word: `uuid`, `name`, `total` and `used` (bytes), `processes` (lines of a
- * process id and its bytes). A GPU with a file `lost` answers as one that has fallen off the bus; with a file `slow`
- * beside the GPUs, the driver takes two seconds to begin. Nothing computes on them: what a daemon does with what a
- * driver says is tested with this, a driver and CUDA are not.
+ * process id and its bytes). A GPU with a file `lost` answers as one that has fallen off the bus, one with a file `mute`
+ * does not tell of its memory. With a file `strict` beside the GPUs none is found by its UUID while one is lost, as
+ * NVML's documentation has it; with a file `slow` the driver takes two seconds to begin. Nothing computes on them: what
+ * a daemon does with what a driver says is tested with this, a driver and CUDA are not.
  *
  * Structures as in pynvml.py of nvidia-ml-py 13.
  */
@@ -70,12 +71,17 @@ static unsigned long long bytes(int gpu, const char *name)
     return strtoull(text, NULL, 10);
 }
 
-int nvmlInitWithFlags(unsigned int flags)
+static int beside(const char *name)
 {
     const char *folder = getenv("TEST_GPUS");
     char path[4096];
-    snprintf(path, sizeof path, "%s/slow", folder ? folder : "");
-    if (!access(path, F_OK))
+    snprintf(path, sizeof path, "%s/%s", folder ? folder : "", name);
+    return !access(path, F_OK);
+}
+
+int nvmlInitWithFlags(unsigned int flags)
+{
+    if (beside("slow"))
         sleep(2);
     return (void)flags, SUCCESS;
 }
@@ -103,6 +109,9 @@ int nvmlDeviceGetHandleByIndex_v2(unsigned int index, char **device)
 int nvmlDeviceGetHandleByUUID(const char *uuid, char **device)
 {
     char text[96];
+    for (int gpu = 0; beside("strict") && gpu < MOST; ++gpu)
+        if (has(gpu, "lost"))
+            return GPU_IS_LOST;
     for (int gpu = 0; gpu < MOST && word(gpu, "uuid", text, sizeof text) == SUCCESS; ++gpu)
         if (!strcmp(text, uuid)) {
             *device = handles + gpu;
@@ -132,7 +141,7 @@ int nvmlDeviceGetMaxMigDeviceCount(char *device, unsigned int *count) { return (
 
 int nvmlDeviceGetMemoryInfo(char *device, memory_t *memory)
 {
-    if (has(number(device), "lost"))
+    if (has(number(device), "lost") || has(number(device), "mute"))
         return GPU_IS_LOST;
     memory->total = bytes(number(device), "total");
     memory->used = bytes(number(device), "used");

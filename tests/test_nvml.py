@@ -262,6 +262,28 @@ def test_a_lost_gpu_can_be_had_by_nobody_and_leaves_others_their_numbers(driver:
     assert "problem  driver          GPU 0 does not answer: GPU is lost" in found
 
 
+def test_a_lost_gpu_takes_no_other_with_it(driver: Driver, start) -> None:
+    """NVML may find none by its UUID while another is lost."""
+    (driver.folder / "strict").touch()
+    daemon = start("1")
+    driver.lose(0)
+    driver.say(1, processes=f"{daemon.model('emt')['pid']} {GB}", used=GB)
+    wait_for(lambda: daemon.model("emt")["memory"] == GB)
+    up = b'rootstockd_device_up{device="cuda:1"} 1.0'
+    assert up in fetch(daemon.socket, "GET", "/metrics")
+    assert where(daemon) == ("cuda:1", "ready")
+    found = rootstockd("doctor").stdout
+    assert "problem  driver          GPU 0 does not answer: GPU is lost" in found
+    assert "GPU 1           Test GPU" in found
+
+
+def test_a_gpu_that_does_not_tell_of_its_memory_is_told_of_alone(driver: Driver) -> None:
+    driver.say(1, mute="")
+    found = rootstockd("doctor").stdout
+    assert "problem  driver          GPU 1 does not answer: GPU is lost" in found
+    assert "GPU 0           Test GPU" in found
+
+
 def test_a_gpu_has_one_daemon_whatever_it_is_called(driver: Driver, start, monkeypatch: pytest.MonkeyPatch) -> None:
     first = start("0")
     second = RunningDaemon(first.folder.with_name("second"))

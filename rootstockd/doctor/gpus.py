@@ -13,7 +13,7 @@ import pynvml
 
 from rootstockd.doctor.findings import Finding, note, ok, problem, warning
 from rootstockd.doctor.machine import gigabytes
-from rootstockd.host.devices import VISIBLE, Gpu, find_gpus, visible_gpus
+from rootstockd.host.devices import VISIBLE, Gpu, find_gpus, nvml_handle, visible_gpus
 
 WORKER_MEMORY = 2 * 10**9
 """Bytes below which hardly a model fits."""
@@ -76,15 +76,22 @@ def look_at_driver() -> Driver:
         try:
             number = pynvml.nvmlSystemGetCudaDriverVersion_v2()
             found = find_gpus()
-            states = tuple(_state(i, gpu) for i, gpu in enumerate(found) if gpu.uuid)
-            silent = tuple(f"GPU {i} {gpu.name}" for i, gpu in enumerate(found) if not gpu.uuid)
             version = str(pynvml.nvmlSystemGetDriverVersion())
         except pynvml.NVMLError as error:
             return Driver(hardware, failure=str(error), closed=closed)
+        states, silent = [], []
+        for i, gpu in enumerate(found):
+            if not gpu.uuid:
+                silent.append(f"GPU {i} {gpu.name}")
+                continue
+            try:
+                states.append(_state(i, gpu))
+            except pynvml.NVMLError as error:  # of this one alone
+                silent.append(f"GPU {i} does not answer: {error}")
     seen = visible_gpus(found, os.environ.get(VISIBLE))
     cuda = (number // 1000, number % 1000 // 10)
     value = os.environ.get(VISIBLE)
-    return Driver(hardware, version, cuda, states, silent, "", closed, _mps_answers(), (value, len(seen)))
+    return Driver(hardware, version, cuda, tuple(states), tuple(silent), "", closed, _mps_answers(), (value, len(seen)))
 
 
 def _mps_answers() -> bool:
@@ -110,7 +117,7 @@ def _device_files() -> list[Path]:
 
 
 def _state(index: int, gpu: Gpu) -> GpuState:
-    handle = pynvml.nvmlDeviceGetHandleByUUID(gpu.uuid)  # some of the driver's numbers may be others', or lost
+    handle = nvml_handle(gpu.uuid)
     memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
     mode = "default"
     persistent, mig = True, False

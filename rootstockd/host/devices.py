@@ -83,18 +83,48 @@ def _gpus() -> Iterator[Gpu]:
 
 def _gpu(handle: object) -> Gpu:
     instances = []
+    for instance in _instances(handle):
+        with contextlib.suppress(pynvml.NVMLError):  # it does not answer
+            instances.append(_gpu(instance))
+    return Gpu(str(pynvml.nvmlDeviceGetUUID(handle)), str(pynvml.nvmlDeviceGetName(handle)), tuple(instances))
+
+
+def _instances(handle: object) -> list[object]:
+    """NVML's handles of a GPU's MIG instances."""
+    found: list[object] = []
     with contextlib.suppress(pynvml.NVMLError):  # it can't be split
         for i in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
             with contextlib.suppress(pynvml.NVMLError):  # there is none of this number
-                instances.append(_gpu(pynvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, i)))
-    return Gpu(str(pynvml.nvmlDeviceGetUUID(handle)), str(pynvml.nvmlDeviceGetName(handle)), tuple(instances))
+                found.append(pynvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, i))
+    return found
+
+
+def nvml_handle(uuid: str) -> object:
+    """NVML's handle of a GPU or a MIG instance; some of the driver's numbers may be others', or lost.
+
+    Raises:
+        pynvml.NVMLError: there is none of this UUID, or it does not answer.
+    """
+    try:
+        return pynvml.nvmlDeviceGetHandleByUUID(uuid)
+    except pynvml.NVMLError as error:
+        if error.value == pynvml.NVML_ERROR_NOT_FOUND:
+            raise
+        # any GPU of the machine that is lost makes it fail, whichever was asked for
+        for i in range(pynvml.nvmlDeviceGetCount()):
+            with contextlib.suppress(pynvml.NVMLError):
+                whole = pynvml.nvmlDeviceGetHandleByIndex(i)
+                for handle in (whole, *_instances(whole)):
+                    if pynvml.nvmlDeviceGetUUID(handle) == uuid:
+                        return handle
+        raise
 
 
 def gpu_memory(uuid: str) -> Memory | None:
     """What is in the memory of a GPU or a MIG instance; None where the driver does not say."""
     try:
         with _nvml():
-            handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+            handle = nvml_handle(uuid)
             info = pynvml.nvmlDeviceGetMemoryInfo(handle)
             processes = []
             with contextlib.suppress(pynvml.NVMLError):  # some virtual machines' drivers do not say
