@@ -694,6 +694,29 @@ def test_a_backend_that_breaks_cuda_is_told_of_at_once(monkeypatch):
     assert told == ["wrong"]
 
 
+@pytest.mark.parametrize("what", ["an atom alone", "a structure for the slope of energies"])
+def test_whatever_is_evaluated_at_loading_a_backend_that_breaks_cuda_is_told_of(monkeypatch, what):
+    told = []
+    monkeypatch.setattr(stages, "_tell", [lambda stage, backend: told.append(backend)])
+    model = medium()
+
+    class Breaking(Wrong):
+        name, seen = "breaking", 0
+
+        def evaluate(self, tasks):
+            self.seen += any(len(one.positions) == 1 for one in tasks)
+            if self.seen and (what == "an atom alone" or len(tasks[0].positions) > 1):
+                raise RuntimeError("CUDA error: invalid configuration argument")
+            return super().evaluate(tasks)
+
+    with pytest.raises(RuntimeError, match="invalid configuration argument"):
+        watched(model, Breaking(model))
+    assert told[-1] == "breaking"
+    told.clear()
+    watched(model, FusedBackend(model))
+    assert "fused" in told and not told[-1], "what comes later is not its doing"
+
+
 def test_where_the_fastest_is_switched_off_the_next_is_used():
     model = medium()
     candidates, why = backends_for(model, ModelSpec("test", "mace", "cpu", "float64"))

@@ -262,8 +262,9 @@ class MaceEngine:
         Raises:
             NotApplicableError: it can't, for so many.
         """
+        *structures, alone = checks.structures(self._elements, self._heads, together)
         repeats = WARM_UP
-        for tasks in checks.structures(self._elements, self._heads, together):
+        for tasks in (*structures, alone):
             for _ in range(repeats):
                 references = self._reference.evaluate(tasks)
             stages.begin(stages.CHECKS, backend.name)
@@ -281,9 +282,11 @@ class MaceEngine:
                 difference = compare(result, reference)
                 if not difference.within(TOLERANCE[self._dtype]):
                     return f"it differs by {difference}"
-        task = tasks[-1]
+        task = structures[-1][-1]
         moved = {"up": checks.moved(task, _STEP), "down": checks.moved(task, -_STEP), "here": task}
+        stages.begin(stages.CHECKS, backend.name)
         slope = checks.slope_error({key: backend.evaluate([value])[0] for key, value in moved.items()}, _STEP)
+        stages.begin(stages.CHECKS)
         return "" if slope <= _SLOPE[self._dtype] else f"its forces are {slope:.1e} off its energies' slope"
 
     def _note(self) -> str:

@@ -27,7 +27,8 @@ _SEED = 20_261_124
 def structures(elements: Sequence[int], heads: Sequence[str], together: int = 8) -> Iterator[list[Task]]:
     """Structures that span a model's elements: crystals, slabs and clusters of eight atoms and `together` elements.
 
-    Each as tasks for all heads, so that what is made for its elements is made once.
+    The last is an atom alone: without edges, some kernels for GPUs may end the process. Each as tasks for all heads, so
+    that what is made for its elements is made once.
     """
     rng = np.random.default_rng(_SEED)
     kinds = itertools.cycle([(True, True, True), (True, True, False), (False, False, False)])
@@ -36,22 +37,29 @@ def structures(elements: Sequence[int], heads: Sequence[str], together: int = 8)
         grid = np.array(list(itertools.product(range(2), repeat=3)), float)
         cell = _SPACING * 2 * (np.eye(3) + rng.uniform(-0.05, 0.05, (3, 3)))
         positions = grid @ cell / 2 + rng.uniform(-0.2, 0.2, grid.shape)
-        pbc = next(kinds)
-        systems = [
-            System(
-                numbers,
-                pbc,
-                head,
-                number,
-                NEUTRAL,
-                exact=False,
-                tolerance=0.0,
-                session=0,
-                check=((), 0, pbc, head, 0.0),
-            )
-            for number, head in enumerate(heads)
-        ]
-        yield [Task(system, cell, positions, stress=True, energies=True) for system in systems]
+        yield _tasks(numbers, next(kinds), cell, positions, heads)
+    yield _tasks(np.array(elements[:1]), (False, False, False), np.zeros((3, 3)), np.zeros((1, 3)), heads)
+
+
+def _tasks(
+    numbers: Array, pbc: tuple[bool, bool, bool], cell: Array, positions: Array, heads: Sequence[str]
+) -> list[Task]:
+    """A structure, for each head."""
+    systems = [
+        System(
+            numbers,
+            pbc,
+            head,
+            number,
+            NEUTRAL,
+            exact=False,
+            tolerance=0.0,
+            session=0,
+            check=((), 0, pbc, head, 0.0),
+        )
+        for number, head in enumerate(heads)
+    ]
+    return [Task(system, cell, positions, stress=True, energies=True) for system in systems]
 
 
 def piece(task: Task, cutoff: float, most: int = LARGEST) -> Task:
