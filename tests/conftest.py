@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from importlib import resources
@@ -26,7 +27,7 @@ from rootstock_client import RootstockClient, RootstockError, ipi
 from rootstock_client.driver_side import DriverSide
 from rootstock_client.ipi import FloatArray
 from rootstockd.cli.lifecycle import end
-from rootstockd.host.devices import gpu_names
+from rootstockd.host.devices import seen_gpus
 
 # Test processes and their workers share few cores: threads that wait for each other would take most of the time.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -101,7 +102,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not needing:
         return
     why = ""
-    if not gpu_names():
+    if not seen_gpus():
         why = "there is no NVIDIA GPU here"
     elif "PYTEST_XDIST_WORKER" in os.environ:
         why = "it needs the GPU for itself: `python -m benchmarks.run_local --gpu-checks`, or `pytest -m gpu`"
@@ -112,8 +113,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def cuda_has_begun() -> None:
     """What CUDA keeps for the whole process is no test's leak; on a machine with a GPU torch begins it some time."""
-    if gpu_names():
-        with contextlib.suppress(ImportError, RuntimeError):  # no torch, or none for this GPU
+    if seen_gpus():
+        with warnings.catch_warnings(), contextlib.suppress(Exception):  # no torch, or none for this GPU or its driver
+            warnings.simplefilter("ignore")
             import torch
 
             torch.zeros(1, device="cuda")

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -28,8 +29,9 @@ from rootstock_client.control import fetch
 from rootstock_client.errors import EvaluationError, LimitError
 
 GB = 10**9
-FAULTS = Path(__file__).parent / "faults"
-SOURCE = Path(__file__).parent / "nvml.c"
+TESTS = Path(__file__).parent
+FAULTS = TESTS / "faults"
+SOURCE = TESTS / "nvml.c"
 GPUS = 2
 
 
@@ -387,3 +389,23 @@ def energy(daemon: RunningDaemon) -> float:
     with daemon.client().calculator("emt") as calculator:
         atoms.calc = calculator
         return float(atoms.get_potential_energy())
+
+
+@pytest.mark.parametrize(("visible", "said"), [(None, "1 passed"), ("", "1 skipped")])
+def test_tests_on_a_machine_whose_gpu_torch_can_not_use(
+    driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, said: str
+) -> None:
+    """They run; those that need a GPU are skipped where none is visible."""
+    (tmp_path / "torch.py").write_text(
+        "import warnings\nwarnings.warn('the NVIDIA driver on your system is too old')\n"
+    )
+    (tmp_path / "test_it.py").write_text("from pytest import mark\n\n\n@mark.gpu\ndef test_it():\n    pass\n")
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    for name in [name for name in os.environ if name.startswith("PYTEST_")]:  # of the process that this one runs in
+        monkeypatch.delenv(name)
+    settings = ("-c", TESTS.parent / "pyproject.toml", "--rootdir", TESTS, "-p", "conftest", "-p", "no:cacheprovider")
+    command = [sys.executable, "-m", "pytest", *settings, tmp_path / "test_it.py"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120, cwd=TESTS)
+    assert said in done.stdout, done.stdout + done.stderr
