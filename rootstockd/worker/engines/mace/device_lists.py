@@ -22,8 +22,8 @@ from rootstockd.worker.failures import describe, out_of_memory
 
 log = logging.getLogger(__name__)
 
-CANDIDATES = 2**21
-"""Pairs that are looked at together, of some 100 bytes each."""
+CANDIDATES = 2**20
+"""Pairs that are looked at together, of some 190 bytes each at the worst."""
 SAME = 1e-6
 """Å²; what pairs of two lists may differ by: one that is missing so close to the cutoff contributes nothing."""
 
