@@ -27,7 +27,10 @@ WITHOUT_MODELS = ("ipc", "scale", "fairness", "bad_company", "size")
 SCHEMA = 1
 CPUS = 2
 """How many CPUs all contestants together have, where they compute on CPUs."""
-GPU_TESTS = ("test_budget.py", "test_gpu.py", "test_mace_device.py", "test_mace_device_lists.py")
+GPU_TESTS = (
+    *("test_budget.py", "test_gpu.py", "test_mace_cuequivariance.py", "test_mace_device.py"),
+    "test_mace_device_lists.py",
+)
 """Where the tests that need a GPU are; others need more packages."""
 
 

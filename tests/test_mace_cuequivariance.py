@@ -1,7 +1,8 @@
-"""MACE through cuEquivariance, whose place is on GPUs: what is not its kernels' business, on a CPU."""
+"""MACE through cuEquivariance, whose place is on GPUs: on a CPU what is not its kernels' business."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -16,6 +17,13 @@ pytest.importorskip("mace")
 PACKAGES = ("cuequivariance==0.13.0", "cuequivariance-torch==0.13.0")
 ROOT = Path(__file__).parent.parent
 SCRIPT = Path(__file__).parent / "by_cuequivariance.py"
+ON_GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        importlib.util.find_spec("cuequivariance_ops_torch") is None,
+        reason="cuEquivariance's kernels are not installed: cuequivariance-ops-torch-cu13, or -cu12",
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +35,10 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_it_computes_what_mace_torch_does(packages: Path) -> None:
+@pytest.mark.parametrize(("device", "forms"), [("cpu", 2), pytest.param("cuda", 1, marks=ON_GPU)])
+def test_it_computes_what_mace_torch_does(packages: Path, device: str, forms: int) -> None:
     done = subprocess.run(
-        [sys.executable, SCRIPT, packages],
+        [sys.executable, SCRIPT, packages, device],
         check=False,
         capture_output=True,
         text=True,
@@ -38,7 +47,7 @@ def test_it_computes_what_mace_torch_does(packages: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(found) == 4 * 2 * 4 * 2
+    assert len(found) == 4 * forms * 5 * 2
     assert not [each for each in found if not each["within"]]
     assert all(each["recorded"] for each in found)
 
