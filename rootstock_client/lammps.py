@@ -40,10 +40,16 @@ _COMMANDS = ("command", "commands_list", "commands_string", "file")
 _VIRIAL = [0, 4, 8, 1, 2, 5]
 """Where LAMMPS's xx yy zz xy xz yz lie in a matrix."""
 _BOHR = np.array(BOHR)
-_OVERRULED = frozenset(
-    ("aveforce", "freeze", "lineforce", "neb", "planeforce", "rattle", "setforce", "shake", "store/force")
+_OVERRULED = re.compile(
+    "(alchemy|append/atoms|atc|ave|aveforce|damping/cundall|filter/corotate|flow/gauss|freeze|grem|langevin|lb/rigid"
+    "|lineforce|manifoldforce|msst|neb|nphug|pafi|pimd|planeforce|plumed|poems|press/langevin|qbmsst|qmmm|rattle|rigid"
+    "|setforce|shake|smd/setvel|store/force|symmetry|ti/spring|vector)(/|$)"
 )
-"""Styles of fixes that change or read the forces as the fixes before them left them; there is setforce/kk, too."""
+"""Styles of fixes, or with what they begin (`setforce/kk`, `rigid/small`), that take forces, energy or
+virial as the fixes before them left them: at each step, or (`rigid`, `msst`, `ave` and others) at the first one of a
+run. `langevin` is one with `gjf`, which can't be seen."""
+_CLEAR = re.compile(r"^[ \t]*clear\b", re.MULTILINE)
+_RUNS = re.compile(r"^[ \t]*(run|rerun|minimize|dynamical_matrix|third_order)\b", re.MULTILINE)
 
 
 class Potential:
@@ -56,7 +62,8 @@ class Potential:
     none is made with those of another, LAMMPS stops at once, and the command that ran raises the error: commands of
     `lmp` are replaced for that. Unless it was the first step of a run, velocities and thermostats are worthless then;
     begin from the last restart file. Ctrl-C is another matter: the run ends with the step that it is at, whole, and
-    KeyboardInterrupt is raised; a second one does not wait for the step.
+    KeyboardInterrupt is raised; a second one does not wait for the step. After LAMMPS's `clear` there is no model any
+    more: a command that would run without one raises UnsupportedError.
 
     Args:
         lmp: a `lammps.lammps` object of one process, with its atoms; `units metal` or `real`. It has to have a pair
@@ -107,11 +114,20 @@ class Potential:
         self._error: BaseException | None = None
         self._interrupted = False
         self._tags, self._types, self._order, self._box = b"", b"", np.arange(0), None
-        self._closed = False
+        self._closed = self._gone = False
+        methods = {command: self._own(getattr(lmp, command)) for command in _COMMANDS}
         self._define()
-        for command in _COMMANDS:
-            method = getattr(lmp, command)
+        for command, method in methods.items():
             setattr(lmp, command, functools.wraps(method)(functools.partial(self._run, method)))
+
+    @staticmethod
+    def _own(method: Any) -> Any:
+        """A method of LAMMPS's, without those Potentials that a `clear` has taken away."""
+        while isinstance(owner := getattr(getattr(method, "func", None), "__self__", None), Potential):
+            if owner._is_there():  # noqa: SLF001 - another of this class
+                break
+            method = method.__wrapped__
+        return method
 
     def _define(self) -> None:
         lmp, name = self._lmp, self._name
@@ -125,12 +141,23 @@ class Potential:
         lmp.command(f"fix {name}_halt all halt 1 v_{name}_failed > 0 error hard")
 
     def close(self) -> None:
-        """Take the model out of LAMMPS, and close the session."""
-        self._closed = True
-        self._lmp.commands_list(
-            [f"unfix {self._name}_halt", f"variable {self._name}_failed delete", f"unfix {self._name}"]
-        )
-        self.calculator.close()
+        """Take the model out of LAMMPS, where it still is, and close the session."""
+        there, self._closed = self._is_there(), True
+        try:
+            for kind, name, command in (
+                ("fix", f"{self._name}_halt", "unfix {}"),
+                ("variable", f"{self._name}_failed", "variable {} delete"),
+                ("fix", self._name, "unfix {}"),
+            ):
+                if there and self._lmp.has_id(kind, name):
+                    self._lmp.command(command.format(name))
+        finally:
+            self.calculator.close()
+
+    def _is_there(self) -> bool:
+        """Whether LAMMPS still has the model. What has its name after `clear` is of another Potential."""
+        self._gone = self._gone or not self._lmp.lmp or not self._lmp.has_id("fix", self._name)
+        return not self._gone
 
     # --- errors
 
@@ -138,6 +165,7 @@ class Potential:
         """A command of LAMMPS's that raises what has failed meanwhile."""
         if self._closed:
             return command(*arguments, **options)
+        self._expect_a_model(command.__name__, *arguments, *options.values())
         self._tags, self._interrupted = b"", False  # the calculator may have other settings by now
         result = cause = None
         with self._watched():
@@ -154,6 +182,20 @@ class Potential:
         if self._lmp.has_id("fix", self._name):
             self._lmp.fix_external_set_vector(self._name, 1, 0.0)
         raise error or KeyboardInterrupt from cause
+
+    def _expect_a_model(self, command: str, given: Any) -> None:
+        """Nothing runs without one.
+
+        Raises:
+            UnsupportedError: it would.
+        """
+        parts = _CLEAR.split(_script(command, given))
+        if any(map(_RUNS.search, parts[1:] if self._is_there() else parts)):
+            raise UnsupportedError(
+                f"LAMMPS would run without a model: after `clear` or `unfix` it has no fix {self._name} any more.",
+                "Make a new Potential after the new setup, and leave runs out of scripts that clear; or close() this "
+                "one, and LAMMPS runs without.",
+            )
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:
@@ -282,11 +324,22 @@ def _check(lmp: Any) -> None:
             "For a layer take `dimension 3` and `boundary p p f`; `fix setforce NULL NULL 0` keeps it flat.",
         )
     for name, style in _fixes(lmp):
-        if {style, style.split("/")[0]} & _OVERRULED:
+        if _OVERRULED.match(style):
             raise UnsupportedError(
                 f"fix {name} ({style}) would not know of the model's forces, which come after it.",
                 f"Make the Potential first, then fix {name}.",
             )
+
+
+def _script(command: str, given: Any) -> str:
+    """What LAMMPS is about to do: the text of one of `_COMMANDS`."""
+    if command == "file":
+        with contextlib.suppress(OSError):  # LAMMPS says so
+            return Path(given).read_text(errors="replace")
+        return ""
+    if isinstance(given, bytes):
+        return given.decode(errors="replace")
+    return given if isinstance(given, str) else "\n".join(given or ())
 
 
 def _fixes(lmp: Any) -> list[tuple[str, str]]:

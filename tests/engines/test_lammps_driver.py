@@ -183,12 +183,30 @@ def test_what_is_of_single_atoms(daemon: RunningDaemon, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_is_said_at_the_beginning(daemon: RunningDaemon, tmp_path: Path) -> None:
-    units_, number, unknown, option, flat, still, stored, element = ran(daemon, "refused", tmp_path)
+    units_, number, unknown, option, flat, element = ran(daemon, "refused", tmp_path)
     assert "units lj" in units_ and "metal and real" in units_
     assert "for 1 atom types" in number and "'Xx' is no element" in unknown
     assert "two dimensions" in flat
-    assert "fix before (setforce)" in still and "fix before (store/force)" in stored
     assert "colour" in option and "does not know Fe" in element
+
+
+def test_fixes_that_would_not_know_of_the_model_come_after_it(daemon: RunningDaemon, tmp_path: Path) -> None:
+    done = ran(daemon, "overruled", tmp_path)
+    said = done["said"]
+    assert list(said) == done["expected"]
+    for fix, words in said.items():
+        assert f"fix before ({fix.split()[0]})" in words and "Make the Potential first" in words
+
+
+def test_lammps_runs_with_a_model_or_not_at_all_after_clear(daemon: RunningDaemon, tmp_path: Path) -> None:
+    done = ran(daemon, "cleared", tmp_path)
+    assert len(done["said"]) == 4 and all("would run without a model" in words for words in done["said"])
+    for when in ("begin", "end"):
+        atoms = atoms_of(done[when], METAL)
+        atoms.calc = EMT()
+        np.testing.assert_allclose(done[when]["f"], atoms.get_forces(), rtol=0, atol=1e-9)
+    assert not done["kept"], "each structure of a loop would leave a Potential behind"
+    assert done["sessions"] == 0
 
 
 @pytest.mark.parametrize("where", ["example", "document"])
