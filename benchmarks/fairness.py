@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import Child, Daemon, Results, Settings, contestants, ratio
-from benchmarks.scale import LOAD, jain
+from benchmarks.scale import LOAD, jain, rate
 
 NATOMS = 32
 MANY, LARGE = 50, 1_000
@@ -56,12 +56,12 @@ def run(settings: Settings, results: Results) -> None:
         large.ask(do="connect", idle=0, active=1, natoms=LARGE)
         for _ in range(rounds):
             steps["alone"] += one.ask(do="run", seconds=seconds)["latencies"]
-            rates["alone"].append(len(many.ask(do="run", seconds=seconds)["latencies"]) / seconds)
+            rates["alone"].append(rate(many.ask(do="run", seconds=seconds)))
             many.tell(do="run", seconds=seconds)
             one.tell(do="run", seconds=seconds)
             steps["beside the others"] += one.answer()["latencies"]
             answer = many.answer()
-            rates["beside the others"].append(len(answer["latencies"]) / seconds)
+            rates["beside the others"].append(rate(answer))
             counts = [a + b for a, b in zip(counts, answer["counts"], strict=True)]
             for child, when, pace in _paces(one, large, 3 * seconds):
                 paces[child.arm, when].append(pace)
@@ -89,7 +89,7 @@ def _paces(one: Child, large: Child, seconds: float) -> Iterator[tuple[Child, st
         for child in pair:
             child.tell(do="run", seconds=seconds)
         for child in pair:
-            yield child, when, len(child.answer()["latencies"]) / seconds
+            yield child, when, rate(child.answer())
 
 
 def plot(results: dict[str, Any], path: Path) -> None:

@@ -6,7 +6,8 @@ It obeys commands like child.py:
 command                                                answer
 ====================================================== ===========================================================
 {"do": "connect", "idle": M, "active": K, "natoms": N} {"reply": bytes}: all connected, each has had one evaluation
-{"do": "run", "seconds": T}                            {"latencies": [...], "counts": [...]}: the active ones at it
+{"do": "run", "seconds": T}                            {"latencies": [...], "counts": [...], "elapsed": t}: the active
+                                                       ones at it, t until the last has its answer
 {"do": "quit"}                                         {}
 ====================================================== ===========================================================
 """
@@ -128,12 +129,14 @@ class Load:
         if command["do"] == "connect":
             return await self._connect(command["idle"], command["active"], command["natoms"])
         if command["do"] == "run":
-            until = time.perf_counter() + command["seconds"]
+            start = time.perf_counter()
             for job in self._active:
-                job.ask(until)
+                job.ask(start + command["seconds"])
             await asyncio.gather(*(job.done for job in self._active))
+            elapsed = time.perf_counter() - start
             latencies = [value for job in self._active for value in job.latencies]
-            return {"latencies": latencies, "counts": [len(job.latencies) for job in self._active]}
+            counts = [len(job.latencies) for job in self._active]
+            return {"latencies": latencies, "counts": counts, "elapsed": elapsed}
         return {}
 
     async def _connect(self, idle: int, active: int, natoms: int) -> dict[str, Any]:

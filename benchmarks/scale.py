@@ -21,6 +21,11 @@ def jain(counts: list[int]) -> float:
     return sum(counts) ** 2 / (len(counts) * sum(count**2 for count in counts))
 
 
+def rate(answer: dict[str, Any]) -> float:
+    """Steps a second of a run: all that were answered, over the time until the last of them was."""
+    return len(answer["latencies"]) / float(answer["elapsed"])
+
+
 def run(settings: Settings, results: Results) -> None:
     """The benchmark."""
     idle, active = (200, 50) if settings.quick else (1_000, 200)
@@ -53,10 +58,9 @@ def run(settings: Settings, results: Results) -> None:
         counts: dict[str, list[int]] = {arm: [0] * active for arm in children}
         for _ in range(rounds):
             for arm, child in children.items():
-                start = time.perf_counter()
                 answer = child.ask(do="run", seconds=seconds)
                 latencies[arm] += answer["latencies"]
-                rates[arm].append(len(answer["latencies"]) / seconds)
+                rates[arm].append(rate(answer))
                 counts[arm] = [a + b for a, b in zip(counts[arm], answer["counts"], strict=True)]
         after = memory([pid]), memory([worker])
     tails = {}

@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 if not (REPOSITORY / "benchmarks").is_dir():
     pytest.skip("the benchmarks are not here: this is no checkout", allow_module_level=True)
 
-from benchmarks import child, common, machine, models, report, run_local  # noqa: E402
+from benchmarks import child, common, machine, models, report, run_local, scale  # noqa: E402
 
 SHORT = ["--only", "ipc", "--quick", "--sizes", "10,100", "--no-install"]
 
@@ -170,6 +170,18 @@ class TestContestants:
         forces = [[value for row in found["forces"] for value in row] for found in results]
         assert forces[0] == pytest.approx(forces[1], abs=1e-9)
         assert max(forces[0]) > 0.01
+
+    def test_a_rate_is_over_the_time_of_all_that_it_counts(self, tmp_path: Path) -> None:
+        """What is in flight when the time is over is waited for, and counts."""
+        settings = common.Settings(quick=True, device="cpu", folder=tmp_path, rootstock=None)
+        with common.Daemon(settings, "--model", "noop") as daemon:
+            load = common.Child(settings, "load", script=scale.LOAD, socket=daemon.socket, model="noop")
+            with common.contestants([load]):
+                load.ask(do="connect", idle=0, active=8, natoms=64)
+                answer = load.ask(do="run", seconds=0.0)
+        assert answer["counts"] == [1] * 8
+        assert answer["elapsed"] >= max(answer["latencies"])
+        assert scale.rate(answer) * answer["elapsed"] == pytest.approx(8)
 
 
 class TestRunLocal:
