@@ -31,6 +31,10 @@ from typing import Any
 HEADER = 12
 CELLS = 144  # the cell and its inverse
 STARTUP = 60.0
+AMPLITUDE = 0.12  # Å
+PERIODS = 100, 200  # steps
+"""How atoms move: with these one has gone 0.25 Å, and a list with a skin of 0.5 Å is at its end, every 25 to 40 steps,
+as in MD of copper at 300 K with 1 to 2 fs."""
 
 
 def receive(sock: socket.socket, view: memoryview) -> None:
@@ -87,7 +91,8 @@ class Arm:
     """A contestant that is an ASE calculator; others override `system` and `step`.
 
     Args:
-        options: what the command line said.
+        options: what the command line said. With `stress` a step has energy, forces and stress, which is what
+            MACECalculator always computes, and without it forces and energy.
     """
 
     def __init__(self, options: dict[str, Any]) -> None:
@@ -105,15 +110,22 @@ class Arm:
         """Take up a system of so many atoms."""
         self.atoms = copper(natoms)
         self._lattice = self.atoms.positions.copy()
+        self._phases, self._periods = self._motion()
         self._step = 0
         self.atoms.calc = self.calculator()
+
+    def _motion(self) -> Any:
+        """Phase and period of each atom's oscillation in each direction."""
+        import numpy as np  # noqa: PLC0415
+
+        rng = np.random.default_rng(self.options.get("seed", 1))
+        return rng.uniform(0, 2 * np.pi, self._lattice.shape), rng.uniform(*PERIODS, self._lattice.shape)
 
     def place(self, step: int) -> Any:
         """The positions of a step: the same for all contestants, and never the same twice for one."""
         import numpy as np  # noqa: PLC0415
 
-        rng = np.random.default_rng([self.options.get("seed", 1), step])
-        return self._lattice + rng.uniform(-0.03, 0.03, self._lattice.shape)
+        return self._lattice + AMPLITUDE * np.sin(2 * np.pi * step / self._periods + self._phases)
 
     def move(self) -> None:
         """New positions."""
@@ -124,6 +136,8 @@ class Arm:
         """One step; its seconds."""
         self.move()
         start = time.perf_counter()
+        if self.options.get("stress"):
+            self.atoms.get_stress()  # and with it, in one evaluation, the forces
         self.atoms.get_forces()
         return time.perf_counter() - start
 
@@ -379,7 +393,13 @@ class SameBackend(Arm):
     def _task(self, step: int) -> Any:
         from rootstockd.worker.engines import Task  # noqa: PLC0415
 
-        return Task(self._system, self.atoms.cell.array, self.place(step), stress=False, energies=False)
+        return Task(
+            self._system,
+            self.atoms.cell.array,
+            self.place(step),
+            stress=self.options.get("stress", False),
+            energies=False,
+        )
 
     def step(self) -> float:
         self._step += 1

@@ -35,8 +35,8 @@ for _ in range(int(sys.argv[2])):
     later.append(time.perf_counter() - start)
 print("answer", json.dumps({{"to the first force": first - begin, "first call": first - ready, "later": later}}))
 """
-CLIENT = "from rootstock_client import RootstockClient"
-THROUGH_DAEMON = "begin = time.perf_counter()\natoms.calc = RootstockClient({socket!r}).calculator({model!r})"
+THROUGH_DAEMON = """from rootstock_client import RootstockClient
+atoms.calc = RootstockClient({socket!r}).calculator({model!r})"""
 IN_PROCESS = """import mace
 from mace.calculators import MACECalculator
 atoms.calc = MACECalculator(model_paths={weights!r}, device={device!r}, default_dtype={dtype!r})"""
@@ -78,7 +78,7 @@ def run(settings: Settings, results: Results) -> None:
 
 def _measure(results: Results, settings: Settings, model: models.Model, repeats: int) -> None:
     with Daemon(settings, "--model", model.name, *model.options) as daemon:
-        here = f"{CLIENT}\n" + THROUGH_DAEMON.format(socket=str(daemon.socket), model=model.name)
+        here = THROUGH_DAEMON.format(socket=str(daemon.socket), model=model.name)
         own = IN_PROCESS.format(weights=str(model.weights), device=settings.device, dtype=model.dtype)
         scripts = {"rootstockd": JOB.format(calculator=here), "MACECalculator": JOB.format(calculator=own)}
         for script in scripts.values():
@@ -102,20 +102,22 @@ def _measure(results: Results, settings: Settings, model: models.Model, repeats:
 
 def _noop(results: Results, settings: Settings, repeats: int) -> None:
     with Daemon(settings, "--model", "noop") as daemon:
-        script = JOB.format(calculator=f"{CLIENT}\n" + THROUGH_DAEMON.format(socket=str(daemon.socket), model="noop"))
+        script = JOB.format(calculator=THROUGH_DAEMON.format(socket=str(daemon.socket), model="noop"))
         job(script)
         answers = [job(script)[1] for _ in range(repeats)]
     first = [1_000 * answer["first call"] for answer in answers]
     results.add("rootstockd", "connect, INIT and first force", "ms", first, model="noop")
     whole = [1_000 * answer["to the first force"] for answer in answers]
-    results.add("rootstockd", "from RootstockClient() to the first force", "ms", whole, model="noop")
+    results.add("rootstockd", "from import rootstock_client to the first force", "ms", whole, model="noop")
 
 
 def _goals(results: Results, names: list[str]) -> None:
     for name in names:
         wanted = [("whole process", "whole process, MACECalculator's over rootstockd's", 6)]
         if name == models.EMBEDDED:  # with larger models the evaluation itself is most of it
-            wanted += [("to the first force", "from import mace over from RootstockClient() to the first force", 40)]
+            wanted += [
+                ("to the first force", "from import mace over from import rootstock_client to the first force", 40)
+            ]
         for quantity, what, goal in wanted:
             ours = results.find("rootstockd", quantity, model=name)
             theirs = results.find("MACECalculator", quantity, model=name)
@@ -134,5 +136,5 @@ def plot(results: dict[str, Any], path: Path) -> None:
     plots.bars(left, results, "whole process", "model")
     plots.label(left, "whole process / s", "")
     plots.bars(right, results, "to the first force", "model")
-    plots.label(right, "from RootstockClient() or import mace to forces / s", "", log="x")
+    plots.label(right, "from import rootstock_client or import mace to forces / s", "", log="x")
     plots.save(figure, path)

@@ -55,11 +55,11 @@ def run(settings: Settings, results: Results) -> None:
 
 def _arms(settings: Settings, daemon: Daemon, model: models.Model) -> list[Child]:
     spec, environment = daemon.worker_arguments(model.name)
-    own: dict[str, Any] = {"weights": model.weights, "device": settings.device}
+    own: dict[str, Any] = {"weights": model.weights, "device": settings.device, "stress": True}
     arms = [
-        Child(settings, OURS, socket=daemon.socket, model=model.name),
+        Child(settings, OURS, socket=daemon.socket, model=model.name, stress=True),
         Child(settings, OWN, dtype=model.dtype, **own),
-        Child(settings, SAME, environment=environment, spec=spec),
+        Child(settings, SAME, environment=environment, spec=spec, stress=True),
     ]
     if model.dtype != "float64":
         arms.append(Child(settings, EXACT, dtype="float64", **own))

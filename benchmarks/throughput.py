@@ -126,7 +126,7 @@ def _start(  # noqa: PLR0913 - what a group of jobs is
     start = time.perf_counter()
     group = Group([], shared)
     for number in range(count):
-        started = Child(settings, child, environment=environment, seed=number, **options)
+        started = Child(settings, child, environment=environment, seed=number, stress=True, **options)
         stack.enter_context(contestants([started]))
         group.jobs.append(started)
     of = {"model": model.name, "jobs": count}

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 if not (REPOSITORY / "benchmarks").is_dir():
     pytest.skip("the benchmarks are not here: this is no checkout", allow_module_level=True)
 
-from benchmarks import child, common, machine, models, report, run_local, scale  # noqa: E402
+from benchmarks import child, common, first_force, machine, models, overhead, report, run_local, scale  # noqa: E402
 
 SHORT = ["--only", "ipc", "--quick", "--sizes", "10,100", "--no-install"]
 
@@ -109,6 +109,24 @@ class TestNumbers:
         assert (one.place(5) == other.place(5)).all()
         assert (one.place(5) != one.place(6)).any()
 
+    @pytest.mark.parametrize("natoms", [4, 32, 1372])
+    def test_lists_come_to_their_end_as_often_as_in_md(self, natoms: int) -> None:
+        arm = child.NoopInProcess({})
+        arm.system(natoms)
+        begin, lists = arm.place(0), 0
+        for step in range(1, 1001):
+            if (((now := arm.place(step)) - begin) ** 2).sum(axis=1).max() > 0.25**2:
+                begin, lists = now, lists + 1
+        assert 1000 / 50 < lists < 1000 / 20
+
+    def test_both_ways_to_a_first_force_begin_before_their_import(self) -> None:
+        for calculator, package in (
+            (first_force.THROUGH_DAEMON, "rootstock_client"),
+            (first_force.IN_PROCESS, "mace"),
+        ):
+            before, after = first_force.JOB.replace("{calculator}", calculator).split("begin = ")
+            assert package not in before and package in after
+
     def test_the_cache_of_a_random_model_depends_on_the_recipe(self, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.importorskip("mace", reason="names hold mace-torch's version, which is not installed")
         before = models.cached("mp0-small-random")
@@ -170,6 +188,38 @@ class TestContestants:
         forces = [[value for row in found["forces"] for value in row] for found in results]
         assert forces[0] == pytest.approx(forces[1], abs=1e-9)
         assert max(forces[0]) > 0.01
+
+    def test_a_step_with_stress_is_one_evaluation(self, tmp_path: Path) -> None:
+        settings = common.Settings(quick=True, device="cpu", folder=tmp_path, rootstock=None)
+        with common.Daemon(settings, "--model", "emt") as daemon:
+            arm = child.Rootstockd({"socket": daemon.socket, "model": "emt", "stress": True})
+            arm.system(32)
+            for _ in range(3):
+                arm.step()
+            results = arm.atoms.calc.results
+            (session,) = daemon.status["sessions"]
+            arm.atoms.calc.close()
+        assert {"energy", "forces", "stress"} <= results.keys()
+        assert session["evaluations"] == 3
+
+    def test_all_are_asked_for_stress_where_mace_torch_computes_it(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked: dict[str, Any] = {}
+
+        def arm(_settings: Any, name: str, **options: Any) -> None:
+            asked[name] = options.get("stress")
+
+        class Daemon:
+            socket = tmp_path
+
+            def worker_arguments(self, _model: str) -> tuple[dict[str, Any], dict[str, str]]:
+                return {}, {}
+
+        monkeypatch.setattr(overhead, "Child", arm)
+        model = models.Model("any", tmp_path, "float32", ())
+        overhead._arms(common.Settings(True, "cpu", tmp_path, None), cast("common.Daemon", Daemon()), model)
+        assert asked == dict.fromkeys((*overhead.TIMED, overhead.EXACT), True)
 
     def test_a_rate_is_over_the_time_of_all_that_it_counts(self, tmp_path: Path) -> None:
         """What is in flight when the time is over is waited for, and counts."""
