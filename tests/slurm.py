@@ -97,20 +97,20 @@ class Job:
             self.cancel("--signal=KILL", "--full")
             wait_for(lambda: self.over)
 
-    def _said(self, field: str) -> str:
+    def _said(self, field: str) -> list[str]:
+        """Of an array, what each of its elements says."""
         shown = self._slurm.machine.do("scontrol", "--oneliner", "show", "job", self.id)
-        return re.search(rf"\b{field}=(\S+)", shown)[1]
+        return re.findall(rf"\b{field}=(\S+)", shown)
 
     @property
     def over(self) -> bool:
         """Whether it has ended, its Epilog too."""
-        return self._said("JobState") not in {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING"}
+        return not {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING"} & {*self._said("JobState")}
 
     def wait(self) -> int:
         """Until it has ended; its exit status."""
         wait_for(lambda: self.over, timeout=100)
-        status, _, number = self._said("ExitCode").partition(":")
-        return int(status) or int(number)
+        return max(int(number) for said in self._said("ExitCode") for number in said.split(":"))
 
     @property
     def output(self) -> str:

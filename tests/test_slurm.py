@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -163,6 +165,56 @@ rootstockd slurm run --model emt --device cpu:$CUDA_VISIBLE_DEVICES -- sh -c "py
     assert first["socket"] != second["socket"]
     assert first["pid"] != second["pid"]
     assert first["sessions"] == second["sessions"] == 1
+
+
+def test_elements_of_an_array_end_their_own_daemons_only(slurm: Slurm) -> None:
+    """The first to end is the one whose job has the number of the whole array."""
+    script = """#!/bin/bash
+go_on=$([ $SLURM_JOB_ID = $SLURM_ARRAY_JOB_ID ] && echo first || echo others)
+rootstockd slurm run --model emt -- sh -c "python ask.py; until [ -e $go_on ]; do sleep 0.1; done; python ask.py"
+touch ended
+"""
+    options = ("--array=1-2", "--output=slurm-%A.out", "--open-mode=append")
+    with slurm.submit(script, *options, ask=ASK) as job:
+        wait_for(lambda: len(answers(job.output)) == 2 or job.over, timeout=100)
+        (job.folder / "first").touch()
+        wait_for(lambda: (job.folder / "ended").exists() or job.over, timeout=60)
+        (job.folder / "others").touch()
+        assert job.wait() == 0, job.output
+        times = Counter((answer["node"], answer["pid"]) for answer in answers(job.output))
+    assert [*times.values()] == [2, 2]
+    wait_for(lambda: nothing_left(slurm))
+
+
+SQUEUE = '#!/bin/sh\n[ -e answer ] && exec /usr/bin/squeue "$@"\ntouch failed\n{after}exit 1\n'
+"""One that fails until there is a file `answer`; to go before Slurm's own in PATH."""
+
+
+@pytest.mark.parametrize("after", ["touch answer\n", ""], ids=["once", "always"])
+def test_where_squeue_fails(slurm: Slurm, after: str) -> None:
+    """Daemons that can't be signalled are killed some time."""
+    script = """#!/bin/bash
+install -D --mode=755 squeue.py bin/squeue; PATH=$PWD/bin:$PATH
+rootstockd slurm run --model emt --drain-timeout 0 -- sh -c 'exit 7'; echo status $?
+"""
+    with slurm.submit(script, squeue=SQUEUE.format(after=after)) as job:
+        assert job.wait() == 0, job.output
+        assert (job.folder / "failed").exists()
+        assert "status 7\n" in job.output
+        assert ("so they are killed" in job.output) is (not after), job.output
+        assert job.log().endswith("stopped\n") is bool(after)
+
+
+def test_sigterm_while_slurm_run_waits_for_the_daemons_end(slurm: Slurm) -> None:
+    script = """#!/bin/bash
+install -D --mode=755 squeue.py bin/squeue; PATH=$PWD/bin:$PATH
+exec rootstockd slurm run --model emt --drain-timeout 3600 -- true
+"""
+    with slurm.submit(script, squeue=SQUEUE.format(after="")) as job:
+        wait_for(lambda: (job.folder / "failed").exists() or job.over, timeout=100)
+        job.cancel("--batch", "--signal=TERM")
+        assert job.wait() == 128 + signal.SIGTERM, job.output
+    wait_for(lambda: nothing_left(slurm))
 
 
 def test_exit_status_and_what_is_refused(slurm: Slurm) -> None:

@@ -15,7 +15,8 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import click
 
@@ -38,14 +39,16 @@ from rootstockd.host.sockets import AddressError, make_runtime_dir
 from rootstockd.settings.config_file import ConfigError
 
 COMMAND = (sys.executable, "-m", "rootstockd")
-STEP = "rootstockd"
-"""What the daemons' step is called."""
 READY = "ready on "
 """How `start` says that it is."""
 KILL_WAIT = 30.0
 """Seconds between SIGTERM and SIGKILL, unless the cluster's configuration says otherwise."""
 AFTER_DRAIN = 5.0
 """Seconds of these that a daemon may need for the rest of its end."""
+ASK_TIMEOUT = 10.0
+"""Seconds that one of Slurm's commands has to answer."""
+ASK_AGAIN = 1.0
+"""Seconds between two tries to signal the daemons."""
 PASSED_ON = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _WHICH_JOB = ("SLURM_JOB", "SLURM_CONF", "SLURM_CLUSTER", "SLURM_WORKING_CLUSTER", "SLURM_JWT")
 """What begins the names of the variables that srun needs to find its job. Others are options in disguise."""
@@ -110,24 +113,32 @@ def run(obj: tuple[list[str], list[str]], /, **said: Any) -> None:
         config = settings_said(socket=folder / SOCKET_NAME, instance=None, **said)
     except ConfigError as error:
         raise Refused(error) from error
+    drain_timeout = config.drain_timeout
     if "drain_timeout" not in config.origins:
-        options = ["--drain-timeout", f"{time_to_drain():g}", *options]
+        drain_timeout = time_to_drain()
+        options = ["--drain-timeout", f"{drain_timeout:g}", *options]
     socket = folder / SOCKET_NAME
-    with daemons(socket, options):
+    with daemons(socket, options, drain_timeout):
         status = run_command(command, {**os.environ, SOCKET_VARIABLE: str(socket)})
     sys.exit(status)
 
 
 @contextlib.contextmanager
-def daemons(socket: Path, options: list[str]) -> Iterator[None]:
+def daemons(socket: Path, options: list[str], drain_timeout: float) -> Iterator[None]:
     """A daemon on each node of the job, ready; at the end they drain and are gone.
+
+    Args:
+        socket: the session socket of each.
+        options: of `start`.
+        drain_timeout: seconds that evaluations under way have at the end.
 
     Raises:
         Refused: one of them can't start, and has said why.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # until the command runs
+    signal.signal(signal.SIGTERM, leave)
+    name = f"rootstockd-{os.environ[JOB_VARIABLE]}"
     step = subprocess.Popen(
-        [*srun(), *COMMAND, "start", "--wait", "--socket", socket, *options],
+        [*srun(name), *COMMAND, "start", "--wait", "--socket", socket, *options],
         env=job_environment(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -138,13 +149,19 @@ def daemons(socket: Path, options: list[str]) -> Iterator[None]:
         wait_until_ready(step)
         yield
     finally:
-        if step.poll() is None:
-            end_step()
-        step.wait()
+        end_step(step, name, drain_timeout + KILL_WAIT)
 
 
-def srun() -> list[str]:
+def leave(number: int, _frame: FrameType | None) -> NoReturn:
+    """A handler of signals: end this command."""
+    sys.exit(128 + number)
+
+
+def srun(name: str) -> list[str]:
     """The command that runs another once on each node of the job, beside the job's own tasks.
+
+    Args:
+        name: of the step.
 
     Raises:
         Refused: there is none.
@@ -164,7 +181,7 @@ def srun() -> list[str]:
         "--mpi=none",
         "--export=ALL",
         "--kill-on-bad-exit=1",
-        f"--job-name={STEP}",
+        f"--job-name={name}",
         *[f"--gpus-per-node={gpus}"] * bool(gpus and per_task),  # not those of one task
     ]
 
@@ -197,14 +214,39 @@ def wait_until_ready(step: subprocess.Popen[str]) -> None:
     raise Refused("not every node of the job has a daemon, so the command was not run. The reason is above.")
 
 
-def end_step() -> None:
-    """Have the daemons drain. (A signal to srun would have them killed.)"""
-    steps = ["squeue", "--noheader", f"--jobs={os.environ[JOB_VARIABLE]}", "--steps", "--format=%i %j"]
-    listed = subprocess.run(steps, check=False, stdout=subprocess.PIPE, text=True).stdout
-    for number, _, name in (line.partition(" ") for line in listed.splitlines()):
-        if name.strip() == STEP:
-            signal_step = ["scancel", "--signal=TERM", number]
-            subprocess.run(signal_step, check=False, capture_output=True)  # Slurm may have ended it itself
+def end_step(step: subprocess.Popen[str], name: str, limit: float) -> None:
+    """Have the daemons drain, and wait until they are gone. (A signal to srun has them killed.)
+
+    Args:
+        step: its srun.
+        name: what it is called.
+        limit: seconds until they are killed: Slurm may not answer, or one of them may hang.
+    """
+    signalled, deadline = False, time.monotonic() + limit
+    while step.poll() is None and time.monotonic() < deadline:
+        signalled = signalled or signal_step(name)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            step.wait(ASK_AGAIN)
+    if step.poll() is None:
+        why = "a daemon did not end" if signalled else "Slurm did not signal the daemons"
+        click.echo(f"rootstockd: {why} within {limit:g} s, so they are killed.", err=True)
+        step.terminate()
+    step.wait()
+
+
+def signal_step(name: str) -> bool:
+    """Whether Slurm has sent SIGTERM to the job's step of this name."""
+    # of a job array, one job's number stands for all of them
+    listed = ask("squeue", "--noheader", f"--jobs={os.environ[JOB_VARIABLE]}", "--steps", "--format=%i %j")
+    steps = [line.split()[0] for line in (listed or "").splitlines() if line.split()[1:] == [name]]
+    return bool(steps) and ask("scancel", "--signal=TERM", *steps) is not None
+
+
+def ask(*command: str) -> str | None:
+    """What one of Slurm's commands says; None if it fails, or does not answer."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=ASK_TIMEOUT).stdout
+    return None
 
 
 def run_command(command: list[str], environment: dict[str, str]) -> int:
@@ -214,17 +256,14 @@ def run_command(command: list[str], environment: dict[str, str]) -> int:
     for number in PASSED_ON:
         signal.signal(number, lambda number, _: process.send_signal(number))
     status = process.wait()
+    signal.signal(signal.SIGTERM, leave)  # it need not wait for the daemons
     return status if status >= 0 else 128 - status
 
 
 def time_to_drain() -> float:
     """Seconds for evaluations under way that fit between SIGTERM and SIGKILL, as this cluster has them."""
-    kill_wait = KILL_WAIT
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        command = ["scontrol", "show", "config"]
-        shown = subprocess.run(command, check=False, capture_output=True, text=True, timeout=10).stdout
-        if found := re.search(r"^KillWait\s*=\s*(\d+)", shown, re.MULTILINE):
-            kill_wait = float(found[1])
+    found = re.search(r"^KillWait\s*=\s*(\d+)", ask("scontrol", "show", "config") or "", re.MULTILINE)
+    kill_wait = float(found[1]) if found else KILL_WAIT
     return max(kill_wait - AFTER_DRAIN, kill_wait / 2)
 
 
