@@ -48,6 +48,17 @@ def test_start_says_how_to_use_it(start_daemon) -> None:
     assert str(daemon.socket) in done.stdout
 
 
+def test_colours_where_there_is_no_terminal_come_without_a_spinner(start_daemon) -> None:
+    """Programs wait for the line: `slurm run` does."""
+    daemon = start_daemon()
+    daemon.stop()
+    # no variable to be warned of on a line before it
+    variables = {"FORCE_COLOR": "1", "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
+    done = daemon.run("start", "--device", "cpu", "--log-file", daemon.log, env=variables)
+    assert done.returncode == 0, done.stderr
+    assert any(line.startswith("ready on cpu") for line in done.stdout.splitlines()), repr(done.stdout)
+
+
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) == 1, reason="there is one processor")
 def test_start_says_that_a_variable_meant_for_jobs_holds_for_workers(start_daemon, monkeypatch) -> None:
     words = "OMP_NUM_THREADS is 1"

@@ -219,7 +219,7 @@ exec rootstockd slurm run --model emt --drain-timeout 3600 -- true
 
 def test_exit_status_and_what_is_refused(slurm: Slurm) -> None:
     script = """#!/bin/bash
-rootstockd slurm run --model emt -- bash -c 'exit 7'; echo status $?
+env --unset=OMP_NUM_THREADS FORCE_COLOR=1 rootstockd slurm run --model emt -- bash -c 'exit 7'; echo status $?
 rootstockd slurm run --model nothing -- touch it-ran; echo status $?
 rootstockd slurm run --model emt -- no-such-command; echo status $?
 rootstockd slurm run --model emt; echo status $?

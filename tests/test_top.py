@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Callable, Iterator
 
@@ -116,6 +117,19 @@ def test_without_a_terminal_it_is_one_frame(daemon: RunningDaemon, monkeypatch: 
     monkeypatch.setenv("COLUMNS", "60")
     done = daemon.run("top", "--delay", "0.2")
     assert max(map(len, done.stdout.splitlines())) <= 60
+
+
+def test_colours_are_no_terminal(daemon: RunningDaemon) -> None:
+    """As in `FORCE_COLOR=1 rootstockd top | less -R`, where keys come from a terminal."""
+    master, slave = os.openpty()
+    try:
+        done = daemon.run("top", "--delay", "0.2", stdin=slave, env={"FORCE_COLOR": "1"})
+    finally:
+        os.close(master)
+        os.close(slave)
+    assert done.returncode == 0, done.stderr
+    assert "\x1b[1m" in done.stdout
+    assert "q quit" not in done.stdout
 
 
 # --- what it shows

@@ -20,7 +20,7 @@ from rootstock_client.attachment import Address, Attachment, Potential, offer_wh
 from rootstock_client.errors import RootstockError
 from rootstock_client.patience import patience_in_seconds
 from rootstock_client.sockets import dismiss
-from rootstockd.cli.common import Refused, console, fetch_status, socket_in_use, socket_option
+from rootstockd.cli.common import Refused, console, fetch_status, socket_in_use, socket_option, watched
 from rootstockd.cli.completion import catalogue_models
 from rootstockd.cli.fleet import dtype_option
 from rootstockd.cli.quantities import plural
@@ -138,7 +138,7 @@ def _run(attachments: list[Attachment], daemon: Path) -> None:
 
     for attachment in attachments:
         threading.Thread(target=serve, args=(attachment,), daemon=True).start()
-    with console.status("waiting for the driver") if console.is_terminal else contextlib.nullcontext() as spinner:
+    with console.status("waiting for the driver") if watched() else contextlib.nullcontext() as spinner:
         before, then = 0, time.monotonic()
         for _ in attachments:
             while True:

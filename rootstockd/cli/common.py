@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,7 +32,14 @@ from rootstockd.control.schema import DaemonStatus
 from rootstockd.settings.config import Config
 
 console = Console(highlight=False)
-if not console.is_terminal and not os.environ.get("COLUMNS", "").lstrip("0").isdecimal():
+
+
+def watched() -> bool:
+    """Whether what is printed may change again: FORCE_COLOR has rich take a file or a pipe for a terminal, too."""
+    return console.is_terminal and sys.stdout.isatty()
+
+
+if not watched() and not os.environ.get("COLUMNS", "").lstrip("0").isdecimal():
     console.width = 10_000  # a file or a pipe has room for whole lines
 
 QUIET = 2.0
@@ -141,7 +149,7 @@ def saying(text: str) -> Iterator[Callable[[str], None]]:
     Yields:
         What to call, again and again, with what it waits for now.
     """
-    if console.is_terminal:
+    if watched():
         with console.status(text) as spinner:
             yield spinner.update
         return

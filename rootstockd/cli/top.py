@@ -19,7 +19,7 @@ import click
 from rich.live import Live
 
 from rootstock_client.errors import RootstockError
-from rootstockd.cli.common import Refused, console, fetch_status, socket_in_use, socket_option
+from rootstockd.cli.common import Refused, console, fetch_status, socket_in_use, socket_option, watched
 from rootstockd.cli.frame import frame
 from rootstockd.cli.tables import SORTS, View
 from rootstockd.control.schema import DaemonStatus
@@ -52,7 +52,7 @@ def top(socket: Path | None, delay: float) -> None:
     try:
         status = fetch_status(address)
         history.add(status, time.time())
-        if console.is_terminal and not console.is_dumb_terminal and sys.stdin.isatty():
+        if watched() and not console.is_dumb_terminal and sys.stdin.isatty():
             Screen(address, delay, status, history).run()
             return
         time.sleep(delay)
