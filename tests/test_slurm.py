@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -219,17 +220,22 @@ exec rootstockd slurm run --model emt --drain-timeout 3600 -- true
 
 def test_exit_status_and_what_is_refused(slurm: Slurm) -> None:
     script = """#!/bin/bash
+for name in bare broken; do install --mode=755 $name.py $name; done
 env --unset=OMP_NUM_THREADS FORCE_COLOR=1 rootstockd slurm run --model emt -- bash -c 'exit 7'; echo status $?
+rootstockd slurm run --model emt -- ./bare 3; echo status $?
+rootstockd slurm run --model emt -- ./broken; echo status $?
 rootstockd slurm run --model nothing -- touch it-ran; echo status $?
 rootstockd slurm run --model emt -- no-such-command; echo status $?
 rootstockd slurm run --model emt; echo status $?
 srun --ntasks=2 rootstockd slurm run --model emt -- true; echo status $?
 """
-    with slurm.submit(script, "--ntasks=2", "--nodes=1") as job:
+    scripts = {"bare": "exit $1\n", "broken": "#!/no/such/interpreter\n"}
+    with slurm.submit(script, "--ntasks=2", "--nodes=1", **scripts) as job:
         assert job.wait() == 0
         said = job.output
-        assert re.findall(r"status (\d+)", said) == ["7", "1", "1", "2", "1"], said
+        assert re.findall(r"status (\d+)", said) == ["7", "3", "1", "1", "1", "2", "1"], said
         assert not (job.folder / "it-ran").exists()
+    assert "can't run './broken'" in said
     assert "there is no model 'nothing'" in said
     assert "not every node of the job has a daemon, so the command was not run" in said
     assert "there is no command 'no-such-command'" in said
@@ -317,6 +323,32 @@ def test_a_daemon_for_all_jobs_of_a_node(slurm: Slurm) -> None:
     finally:
         for name in ("prolog", "epilog"):
             slurm.hook(name, "#!/bin/sh\nexit 0\n")
+
+
+SLOW_START = """
+import sys, time
+from pathlib import Path
+while "rootstockd.serve" in sys.orig_argv and not Path("/srv/gates/open").exists():
+    time.sleep(0.02)
+"""
+"""What has a daemon wait for the gate before it does anything."""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["ended", "killed"])
+def test_a_prolog_that_takes_too_long(slurm: Slurm, gate: None, number: signal.Signals) -> None:
+    """Ended by `timeout` it ends its daemon; killed, it leaves that to the last job's Epilog."""
+    machine = slurm.machine
+    machine.write("/srv/slow/sitecustomize.py", SLOW_START)
+    ours = ("env", "SLURM_JOB_ID=1", f"PYTHONPATH=/srv/slow:{REPOSITORY}", PYTHON, "-m", "rootstockd", "slurm")
+    with subprocess.Popen(machine.command(*ours, "prolog", "--device", "cpu")):
+        wait_for(lambda: machine.run("pgrep", "--full", "rootstockd.serve").stdout)
+        machine.do("kill", f"-{number.name[3:]}", machine.do("pgrep", "--full", "slurm prolog").strip())
+    if number == signal.SIGKILL:
+        open_gate(slurm)
+        wait_for(lambda: machine.rootstockd("status").returncode == 0)
+    machine.do(*ours, "epilog")
+    assert not machine.run("pgrep", "--full", "rootstockd.serve").stdout
+    assert machine.do("ls", "/run/rootstockd/jobs") == ""
 
 
 def test_dask_workers_in_jobs(slurm: Slurm) -> None:

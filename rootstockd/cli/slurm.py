@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -250,8 +251,18 @@ def ask(*command: str) -> str | None:
 
 
 def run_command(command: list[str], environment: dict[str, str]) -> int:
-    """Run it, pass signals on to it, and give its exit status as a shell does."""
-    process = subprocess.Popen(command, env=environment)
+    """Run it, pass signals on to it, and give its exit status as a shell does.
+
+    Raises:
+        Refused: it can't be run.
+    """
+    try:
+        process = subprocess.Popen(command, env=environment)
+    except OSError as error:
+        if error.errno != errno.ENOEXEC:
+            raise Refused(f"can't run {command[0]!r}: {error.strerror}. Is what its first line names there?") from error
+        # a script without such a line is the shell's, as in a shell
+        process = subprocess.Popen(["/bin/sh", shutil.which(command[0]) or command[0], *command[1:]], env=environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it has it from the terminal, too
     for number in PASSED_ON:
         signal.signal(number, lambda number, _: process.send_signal(number))
@@ -277,13 +288,19 @@ def prolog(options: list[str], /, **_: Any) -> None:
 
     Returns when sessions are taken; models load meanwhile. Where systemd has the daemon, nothing is done.
     """
+    for number in (signal.SIGINT, signal.SIGTERM):  # of a `timeout` around it; `start` shall not ignore SIGINT, either
+        signal.signal(number, leave)
     with jobs() as job:
         if job is None:
             return
         job.touch()
         if not answers():
-            start_for_node(options)
-            STARTED.touch()
+            STARTED.touch()  # before there is one: this command may be killed
+            try:
+                start_for_node(options)
+            except BaseException:
+                STARTED.unlink()
+                raise
 
 
 @slurm.command()
@@ -343,7 +360,7 @@ def answers() -> bool:
 
 
 def start_for_node(options: list[str]) -> None:
-    """Start the node's daemon, and wait until it takes sessions.
+    """Start the node's daemon, and wait until it takes sessions. It ends if the waiting is ended.
 
     Raises:
         Refused: it can't start.
@@ -363,9 +380,14 @@ def start_for_node(options: list[str]) -> None:
             stderr=words,
             start_new_session=True,
         )
-        while not answers():
-            if process.poll() is not None:
-                words.seek(0)
-                reason = words.read().decode(errors="replace").strip().removeprefix("Error: ")
-                raise Refused(f"the node's daemon can't start: {reason}")
-            time.sleep(POLL)
+        try:
+            while not answers():
+                if process.poll() is not None:
+                    words.seek(0)
+                    reason = words.read().decode(errors="replace").strip().removeprefix("Error: ")
+                    raise Refused(f"the node's daemon can't start: {reason}")
+                time.sleep(POLL)
+        except SystemExit:
+            process.send_signal(signal.SIGINT)  # which has `start` end the daemon
+            process.wait()
+            raise
