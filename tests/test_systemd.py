@@ -317,6 +317,31 @@ def test_a_users_own(machine: Machine) -> None:
     ).returncode
 
 
+def test_clients_are_led_to_one_instance(machine: Machine) -> None:
+    """Whichever was the first that `install` was told last; without being told it leaves that as it is."""
+    link = "/run/rootstockd/rootstockd.sock"
+
+    def installed(*options: str) -> list[str]:
+        done = machine.rootstockd("systemd", "install", *options)
+        assert done.returncode == 0, done.stderr
+        return [unit for unit in (SOCKET, OTHER_SOCKET) if link in machine.property(unit, "Symlinks")]
+
+    machine.do("systemctl", "start", SOCKET)
+    shown = machine.rootstockd("systemd", "install", "--gpu", "auto", "--dry-run").stdout
+    assert f"rm /etc/systemd/system/{SOCKET}.d/rootstockd-default.conf\n" in shown
+    assert installed() == [SOCKET]
+    assert installed("--gpu", "auto") == [OTHER_SOCKET]
+    assert installed() == [OTHER_SOCKET]
+    machine.do("systemctl", "start", OTHER_SOCKET)
+    machine.do("systemctl", "restart", SOCKET)
+    assert machine.do("readlink", link) == "/run/rootstockd/auto.sock\n"
+    machine.do("systemctl", "stop", OTHER_SOCKET)
+    assert installed("--gpu", "cpu", "--gpu", "auto") == [SOCKET]
+    machine.do("systemctl", "restart", SOCKET)
+    assert machine.do("readlink", link) == "/run/rootstockd/cpu.sock\n"
+    assert not (machine.root / f"etc/systemd/system/{OTHER_SOCKET}.d").exists()
+
+
 def test_uninstall(machine: Machine) -> None:
     done = machine.rootstockd("systemd", "uninstall", "--dry-run")
     assert SOCKET in done.stdout.splitlines()[0] and "rm /etc/systemd/system/rootstockd@.service\n" in done.stdout

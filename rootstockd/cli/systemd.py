@@ -22,6 +22,7 @@ _SHIPPED_COMMAND = "/usr/bin/rootstockd"
 _SHIPPED_MANUAL = "man:rootstockd(1)"
 _HIDDEN = tuple(map(Path, ("/home", "/root", "/run/user", "/tmp", "/var/tmp")))  # noqa: S108 - they are looked at
 """What ProtectHome= and PrivateTmp= keep from a service."""
+_DROP_INS = "rootstockd*@*.d/rootstockd-{}.conf"
 _HEAD = "# Made by `rootstockd systemd install`, and again by the next one.\n"
 
 
@@ -63,7 +64,7 @@ def systemd() -> None:
     multiple=True,
     metavar="NAME",
     help="A GPU to have a daemon for, several with colons between them, or cpu; may be given repeatedly. Clients find "
-    "the first by themselves. All GPUs by default.",
+    "the first by themselves. By default all GPUs, and clients go where they went before.",
 )
 @click.option("--dry-run", is_flag=True, help="Only show what would be written and done.")
 def install(user: bool, instances: tuple[str, ...], dry_run: bool) -> None:
@@ -74,7 +75,8 @@ def install(user: bool, instances: tuple[str, ...], dry_run: bool) -> None:
     place = Place.of(user=user)
     names = instances_of(instances)
     check_place(place)
-    files = {**units(place), **defaults(place, names[0])}
+    leading, stale = defaults(place, names[0], insist=bool(instances))
+    files = {**units(place), **leading}
     settings = place.settings / "rootstockd" / FILE_NAME
     if not settings.exists():
         text = (shipped() / FILE_NAME).read_text()
@@ -86,7 +88,8 @@ def install(user: bool, instances: tuple[str, ...], dry_run: bool) -> None:
     if dry_run:
         for path, text in files.items():
             click.echo(f"--- {path}\n{text}")
-        click.echo("--- then\n" + "\n".join(map(shlex.join, commands)))
+        removals = [["rm", str(path)] for path in stale]
+        click.echo("--- then\n" + "\n".join(map(shlex.join, [*removals, *commands])))
         tell_next(place, names, settings)
         return
     try:
@@ -94,6 +97,8 @@ def install(user: bool, instances: tuple[str, ...], dry_run: bool) -> None:
             if not path.exists() or path.read_text() != text:
                 write(path, text)
                 click.echo(f"wrote {path}")
+        for path in stale:
+            remove(path)
     except OSError as error:
         hint = "" if user else " Be root, or say --user."
         raise Refused(f"can't write {error.filename}: {error.strerror}.{hint}") from error
@@ -113,7 +118,7 @@ def install(user: bool, instances: tuple[str, ...], dry_run: bool) -> None:
 def uninstall(user: bool, dry_run: bool) -> None:
     """Stop the daemons that systemd runs, and remove the units. Settings, weights and drop-ins of yours stay."""
     place = Place.of(user=user)
-    ours = {*units(place), *place.units.glob("rootstockd*@*.d/rootstockd-*.conf")}
+    ours = {*units(place), *place.units.glob(_DROP_INS.format("*"))}
     there = sorted(path for path in ours if path.exists())
     if not there:
         raise Refused(f"nothing is installed in {place.units}.")
@@ -135,10 +140,7 @@ def uninstall(user: bool, dry_run: bool) -> None:
     if names:
         run(disable)
     for path in there:
-        path.unlink()
-        click.echo(f"removed {path}")
-        if path.parent.suffix == ".d" and path.parent.parent == place.units and not any(path.parent.iterdir()):
-            path.parent.rmdir()
+        remove(path)
     run(reload)
 
 
@@ -217,14 +219,27 @@ def manual() -> str:
     return pages[0].as_uri().replace("%", "%%") if pages else _SHIPPED_MANUAL
 
 
-def defaults(place: Place, instance: str) -> dict[Path, str]:
-    """What makes clients find an instance without being told its address."""
-    return {
+def defaults(place: Place, instance: str, *, insist: bool) -> tuple[dict[Path, str], list[Path]]:
+    """What makes clients find an instance without being told its address.
+
+    Args:
+        place: where.
+        instance: which.
+        insist: also if they find another one by now.
+
+    Returns:
+        Files to write with what is in them, and files to remove.
+    """
+    before = sorted(place.units.glob(_DROP_INS.format("default")))
+    if before and not insist:
+        return {}, []
+    files = {
         place.units / f"{name}@{instance}.socket.d/rootstockd-default.conf": (
             f"{_HEAD}# clients look here\n[Socket]\nSymlinks=%t/rootstockd/rootstockd.{kind}\n"
         )
         for name, kind in (("rootstockd", "sock"), ("rootstockd-control", "control"))
     }
+    return files, [path for path in before if path not in files]
 
 
 def write(path: Path, text: str) -> None:
@@ -235,6 +250,14 @@ def write(path: Path, text: str) -> None:
             folder.chmod(0o755)
     path.write_text(text)
     path.chmod(0o644)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, and if it is a unit's last drop-in, their folder."""
+    path.unlink()
+    click.echo(f"removed {path}")
+    if path.parent.match("rootstockd*.d") and not any(path.parent.iterdir()):
+        path.parent.rmdir()
 
 
 def hidden() -> list[Path]:
