@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -315,6 +317,21 @@ def test_a_users_own(machine: Machine) -> None:
     assert machine.rootstockd(
         "status", "--socket", f"/run/user/{USERS[user]}/rootstockd/cpu.sock", user=user
     ).returncode
+
+
+def test_all_of_the_installation_is_roots(machine: Machine) -> None:
+    """The Python and the code as well as the environment that has them."""
+    code = "/srv/checkout"
+    machine.do("mkdir", code)
+    machine.do("cp", "-r", *(REPOSITORY / name for name in ("rootstockd", "rootstock_client", "systemd")), code)
+    install = ("env", f"PYTHONPATH={code}", PYTHON, "-m", "rootstockd", "systemd", "install", "--dry-run")
+    machine.do(*install)
+    for part in (sys.prefix, Path(sys.base_prefix).resolve(), code):
+        machine.do("chown", "in-alice", part)
+        done = machine.run(*install)
+        machine.do("chown", "root", part)
+        assert done.returncode == 1, f"{part}: {done.stdout}"
+        assert f"{part} belongs to uid {USERS['in-alice']}" in done.stderr
 
 
 def test_clients_are_led_to_one_instance(machine: Machine) -> None:

@@ -260,26 +260,31 @@ def remove(path: Path) -> None:
         path.parent.rmdir()
 
 
+def parts() -> list[Path]:
+    """The folders of this installation: its environment, the Python of that, and the code."""
+    code = Path(rootstockd.__file__).resolve().parent
+    return sorted({Path(sys.prefix), Path(sys.base_prefix).resolve(), code.parent})
+
+
 def hidden() -> list[Path]:
     """Parts of this installation that a service of the machine's does not see unless it is told to."""
-    parts = {Path(sys.prefix), Path(sys.base_prefix).resolve(), Path(rootstockd.__file__).resolve().parent.parent}
-    return sorted(part for part in parts if any(part.is_relative_to(folder) for folder in _HIDDEN))
+    return [part for part in parts() if any(part.is_relative_to(folder) for folder in _HIDDEN)]
 
 
 def check_place(place: Place) -> None:
     """Whether there is a systemd, and whether its daemons can be believed to be this installation's.
 
     Raises:
-        Refused: there is none.
+        Refused: there is none, or they can't.
     """
     if shutil.which("systemctl") is None:
         raise Refused("there is no systemctl: this machine has no systemd. Use `rootstockd start`.")
-    owner = Path(sys.prefix).stat().st_uid
-    if not place.user and owner != 0:
-        raise Refused(
-            f"{sys.prefix} belongs to uid {owner}, who could change what the machine's daemons run. Install rootstockd "
-            "as root (python3 -m venv /opt/rootstockd), or say --user."
-        )
+    for part in () if place.user else parts():
+        if owner := part.stat().st_uid:
+            raise Refused(
+                f"{part} belongs to uid {owner}, who could change what the machine's daemons run. Install rootstockd "
+                "as root, with a Python of root's (/usr/bin/python3 -m venv /opt/rootstockd), or say --user."
+            )
 
 
 def run(command: list[str]) -> None:
