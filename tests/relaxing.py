@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from ase import Atoms
 from ase.build import bulk
 from ase.calculators.calculator import Calculator
 from ase.optimize import BFGS
+from distributed import get_worker
 
 from rootstock_client.dask import calculator
 from rootstock_client.errors import ModelChangedError
@@ -28,11 +30,21 @@ def relaxed(seed: int, calculator: Calculator) -> tuple[float, int]:
     return atoms.get_potential_energy(), optimizer.nsteps + 1
 
 
-def task(seed: int, diary: Path | None = None) -> tuple[int, float, int]:
-    """A relaxation with the node's daemon; `diary` has a line for each that begins."""
+def task(seed: int, diary: Path | None = None, victim: str = "", held: Path | None = None) -> tuple[int, float, int]:
+    """A relaxation with the node's daemon.
+
+    Args:
+        seed: of the structure.
+        diary: has a line for each that begins.
+        victim: the address of a worker where none ends.
+        held: a file that is there as soon as one has begun on that.
+    """
     if diary is not None:
         with diary.open("a") as file:
             file.write(f"{seed}\n")
+    while held is not None and get_worker().address == victim:
+        held.touch()
+        time.sleep(0.02)
     return seed, *relaxed(seed, calculator("emt"))
 
 

@@ -173,11 +173,13 @@ def test_a_daemon_has_the_threads_that_it_would_have_without_dask(cluster: Clust
     assert b"_NUM_THREADS=" not in Path(f"/proc/{node.pid}/environ").read_bytes()
 
 
-def after_ten(cluster: Cluster, diary: Path, disturb: Callable[[], None]) -> tuple[dict[int, float], set[int]]:
+def after_ten(
+    cluster: Cluster, diary: Path, disturb: Callable[[], None], **more: object
+) -> tuple[dict[int, float], set[int]]:
     """Run tasks for all seeds, and disturb them when ten have been done; the energies, and which were before."""
     energies: dict[int, float] = {}
     early: set[int] = set()
-    tasks = as_completed(cluster.client.map(task, SEEDS, diary=diary, pure=False), with_results=True)
+    tasks = as_completed(cluster.client.map(task, SEEDS, diary=diary, pure=False, **more), with_results=True)
     for future, (seed, energy, _) in tasks:
         future.release()  # or Dask would compute it again if it was the dead node that had it
         energies[seed] = energy
@@ -194,12 +196,19 @@ def test_a_node_that_dies_costs_its_tasks_only(
     daemon, others = node.pid, set(cluster.workers())
     (victim,) = cluster.add_workers(1)
     cluster.wait_for_workers(3)
-    cluster.client.submit(task, 0, workers=list(set(cluster.workers()) - others), pure=False).result()
-    energies, early = after_ten(cluster, tmp_path / "diary", lambda: os.killpg(victim.pid, signal.SIGKILL))
+    (address,) = set(cluster.workers()) - others
+    cluster.client.submit(task, 0, workers=[address], pure=False).result()
+    held = tmp_path / "held"
+
+    def kill() -> None:
+        wait_for(held.exists)
+        os.killpg(victim.pid, signal.SIGKILL)
+
+    energies, early = after_ten(cluster, tmp_path / "diary", kill, victim=address, held=held)
     assert energies == pytest.approx(expected, abs=1e-9)
     times = Counter(map(int, (tmp_path / "diary").read_text().split()))
     assert {times[seed] for seed in early} == {1}
-    assert sum(times.values()) > len(SEEDS), "it had nothing to do"
+    assert sum(times.values()) > len(SEEDS)
     cluster.wait_for_workers(2)
     victim.wait()
     assert node.pid == daemon
