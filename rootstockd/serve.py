@@ -1,8 +1,9 @@
 """Being the daemon: in front of a terminal, or as the process that `rootstockd start` leaves behind.
 
-`python -m rootstockd.serve CONFIG [PIDFD]` takes the whole Config as JSON, so that nothing gets lost between the two.
-With a PIDFD it waits until that process, its predecessor, is gone; it has imported everything by then. A predecessor
-that was stopped meanwhile has taken its address with it, and the restart is off.
+`python -m rootstockd.serve [PIDFD named|unnamed]` takes the whole Config as JSON from standard input, so that nothing
+gets lost between the two. All users can read arguments, and these may not be as long as a Config can be. With a PIDFD
+it waits until that process, its predecessor, is gone; it has imported everything by then. A predecessor that was
+stopped meanwhile has taken its address with it, and the restart is off.
 """
 
 from __future__ import annotations
@@ -60,13 +61,13 @@ def serve(config: Config, *, in_background: bool = False) -> None:
 
 if __name__ == "__main__":
     start_logging()
-    settings = Config.model_validate_json(sys.argv[1])
+    settings = Config.model_validate_json(sys.stdin.buffer.read())
     try:
-        if len(sys.argv) > 2:  # noqa: PLR2004 - the pidfd of the one before it, and whether that one's socket was there
-            predecessor = int(sys.argv[2])
+        if len(sys.argv) > 1:  # the pidfd of the one before it, and whether that one's socket was there
+            predecessor = int(sys.argv[1])
             select.select([predecessor], [], [])
             os.close(predecessor)
-            if sys.argv[3] == "named" and not settings.socket.exists():  # `stop` removes it
+            if sys.argv[2] == "named" and not settings.socket.exists():  # `stop` removes it
                 raise StartError("the daemon was stopped while it was being restarted, and stays so.")
         serve(settings, in_background=True)
     except StartError as error:

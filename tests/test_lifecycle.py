@@ -130,6 +130,19 @@ def test_restart_keeps_the_settings(start_daemon) -> None:
     np.testing.assert_array_equal(atoms.get_forces(), before)  # the calculator found the new daemon by itself
 
 
+def test_tables_of_users_may_be_long_and_are_nobody_elses_to_see(start_daemon, tmp_path: Path) -> None:
+    """The kernel takes no argument of more than 128 KiB, and shows arguments to all users."""
+    settings = tmp_path / "config.toml"
+    settings.write_text("".join(f"[users.of-{number}]\nsessions = 7\n" for number in range(2_000)))
+    daemon = start_daemon("--config", str(settings))
+    for _ in range(2):
+        status = daemon.client().status()
+        assert len(status["config"]["users"]) == 2_000
+        assert "of-1" not in Path(f"/proc/{status['pid']}/cmdline").read_text()
+        done = daemon.run("restart")
+        assert done.returncode == 0, done.stderr
+
+
 def test_a_successor_finds_the_modules_that_the_daemon_before_it_found(
     start_daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

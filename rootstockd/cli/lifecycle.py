@@ -259,12 +259,12 @@ def launch(config: Config, *, after: int | None = None, named: bool = True) -> s
     log = prepare_log(config.log_file)
     predecessor = () if after is None else (after,)
     arguments = [] if after is None else [str(after), "named" if named else "unnamed"]
-    with log:
+    with log, handed_over(config) as settings:
         position = log.tell()
         process = subprocess.Popen(
-            [sys.executable, "-m", "rootstockd.serve", config.model_dump_json(), *arguments],
+            [sys.executable, "-m", "rootstockd.serve", *arguments],
             pass_fds=predecessor,
-            stdin=subprocess.DEVNULL,
+            stdin=settings,
             stdout=log,
             stderr=log,
             cwd="/",
@@ -301,6 +301,14 @@ def launch(config: Config, *, after: int | None = None, named: bool = True) -> s
         markup=False,
     )
     return process
+
+
+def handed_over(config: Config) -> BinaryIO:
+    """Settings as the standard input of a daemon: a file in memory, at its beginning."""
+    file = os.fdopen(os.memfd_create("rootstockd-settings"), "w+b")
+    file.write(config.model_dump_json().encode())
+    file.seek(0)
+    return file
 
 
 def prepare_log(path: Path) -> BinaryIO:

@@ -20,6 +20,7 @@ from ase import Atoms
 from ase.build import bulk
 
 from conftest import RunningDaemon, wait_for
+from rootstockd.cli.lifecycle import handed_over
 from rootstockd.settings.config import Config, Device
 
 
@@ -148,9 +149,8 @@ def test_a_signal_in_the_first_moments(runtime_folder: Path, number: int) -> Non
     folder = runtime_folder / f"early-{number}"
     config = Config(socket=folder / "d.sock", devices=(Device(name="cpu"),))
     folder.mkdir(mode=0o700)
-    with (folder / "log").open("wb") as log:
-        command = [sys.executable, "-m", "rootstockd.serve", config.model_dump_json()]
-        process = subprocess.Popen(command, stderr=log)
+    with (folder / "log").open("wb") as log, handed_over(config) as settings:
+        process = subprocess.Popen([sys.executable, "-m", "rootstockd.serve"], stdin=settings, stderr=log)
     while not config.lock.exists():
         assert process.poll() is None
     process.send_signal(number)

@@ -28,6 +28,7 @@ from ase.build import bulk
 
 from conftest import RunningDaemon
 from rootstock_client import RootstockError
+from rootstockd.cli.lifecycle import handed_over
 from rootstockd.processes.folders import _remove
 from rootstockd.settings.config import Config, Device
 from rootstockd.worker import landlock, seccomp
@@ -438,10 +439,9 @@ def test_the_configuration_can_turn_it_off(runtime_folder: Path) -> None:
     folder.mkdir(mode=0o700)
     daemon = RunningDaemon(folder)
     config = Config(socket=daemon.socket, devices=(Device(name="cpu"),), models=("emt",), confine=False)
-    with daemon.log.open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "rootstockd.serve", config.model_dump_json()], stdout=log, stderr=log
-        )
+    with daemon.log.open("wb") as log, handed_over(config) as settings:
+        command = [sys.executable, "-m", "rootstockd.serve"]
+        process = subprocess.Popen(command, stdin=settings, stdout=log, stderr=log)
     try:
         until(lambda: "ready on /" in daemon.log.read_text())
         assert "confine = false" in daemon.model("emt")["unconfined"][0]

@@ -26,6 +26,7 @@ from ase.build import bulk
 from conftest import open_descriptors
 from rootstock_client import RootstockClient, ipi
 from rootstock_client.errors import LimitError, RootstockError
+from rootstockd.cli.lifecycle import handed_over
 from rootstockd.host.descriptors import share_descriptors
 from rootstockd.host.sockets import AddressError, listen, lock
 from rootstockd.settings.config import Config, Device
@@ -45,11 +46,9 @@ class Served:
         self.socket, self.log = folder / "d.sock", log
         config = Config(socket=self.socket, devices=(Device(name="cpu"),), models=("emt",), log_file=log, **settings)
         shell = "".join(f"ulimit {flag} {value}; " for flag, value in (limits or {}).items())
-        command = [sys.executable, "-m", "rootstockd.serve", config.model_dump_json()]
-        with log.open("ab") as output:
-            self.process = subprocess.Popen(
-                ["/bin/bash", "-c", f'{shell}exec "$@"', "-", *command], stdout=output, stderr=output
-            )
+        command = ["/bin/bash", "-c", f'{shell}exec "$@"', "-", sys.executable, "-m", "rootstockd.serve"]
+        with log.open("ab") as output, handed_over(config) as given:
+            self.process = subprocess.Popen(command, stdin=given, stdout=output, stderr=output)
         wait_for(self.ready)
 
     def ready(self) -> bool:
