@@ -130,6 +130,38 @@ def test_restart_keeps_the_settings(start_daemon) -> None:
     np.testing.assert_array_equal(atoms.get_forces(), before)  # the calculator found the new daemon by itself
 
 
+def test_a_restart_that_could_not_start_stops_nothing(runtime_folder: Path) -> None:
+    folder = runtime_folder / "restarts"
+    folder.mkdir(mode=0o700)
+    address, settings = folder / "a.sock", folder / "config.toml"
+    as_it_was = f'socket = "{address}"\ndevices = ["cpu"]\nlog_file = "log"\n'
+    settings.write_text(as_it_was)
+    done = rootstockd("start", "--config", settings)
+    assert done.returncode == 0, done.stderr
+    try:
+        pid = RootstockClient(address).status()["pid"]
+        for text, words in (
+            (
+                as_it_was.replace("a.sock", "b.sock"),
+                f"the socket is {folder}/b.sock now. The daemon goes on at {address}",
+            ),
+            (as_it_was.replace("cpu", "cuda:99"), "this machine has no GPU 99"),
+            (as_it_was + '[access]\nsocket_group = "no-such-group"\n', "there is no group 'no-such-group'"),
+            (as_it_was + 'metrics = "192.0.2.1:9746"\n', "this machine can't listen at 192.0.2.1"),
+            (as_it_was + 'models = ["nonsense"]\n', "there is no model 'nonsense'"),
+        ):
+            settings.write_text(text)
+            done = rootstockd("restart", "--socket", address)
+            assert done.returncode == 1 and words in done.stderr, done.stderr
+            assert (RootstockClient(address).status()["pid"], address.is_socket()) == (pid, True)
+        settings.write_text(as_it_was)
+        done = rootstockd("restart", "--socket", address)
+        assert done.returncode == 0, done.stderr
+    finally:
+        rootstockd("stop", "--socket", address)
+    assert not address.exists()
+
+
 def test_tables_of_users_may_be_long_and_are_nobody_elses_to_see(start_daemon, tmp_path: Path) -> None:
     """The kernel takes no argument of more than 128 KiB, and shows arguments to all users."""
     settings = tmp_path / "config.toml"

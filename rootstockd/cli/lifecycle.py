@@ -38,7 +38,7 @@ from rootstockd.cli.common import (
     socket_option,
 )
 from rootstockd.cli.options import settings_options, settings_said
-from rootstockd.cli.successor import successors_environment
+from rootstockd.cli.successor import take_environment
 from rootstockd.cli.units import is_systemd, unit_at
 from rootstockd.control.schema import DaemonStatus, ReloadReport
 from rootstockd.host.devices import DeviceError, found_devices
@@ -123,11 +123,13 @@ def restart(socket: Path | None) -> None:
         unit.ask("restart", unit.service)
         return
     try:
-        running = fetch_config(address)
-        config = read_again(running) if running else None
-        if config is not None:  # while there is still a daemon
+        config = None
+        if running := fetch_config(address):  # while there is still a daemon
             check_own(address)
-            check_startable(config)
+            with daemon_process(address) as process:
+                take_environment(process)
+            config = read_again(running)
+            check_startable(config, running.socket)
         with daemon_process(address) as process:
             named = address.exists()  # whoever removed it did not mean to stop the daemon
             with contextlib.suppress(ConnectionLostError):  # it was on its way down already
@@ -190,23 +192,23 @@ def check_own(address: Path) -> None:
         )
 
 
-def check_startable(config: Config) -> None:
-    """What a new daemon would say of its files.
+def check_startable(config: Config, address: Path) -> None:
+    """Whether a new daemon could take the place of the one at an address.
 
     Raises:
-        UnknownModelError, ModelLoadError, Refused: it could not start.
+        Refused: it could not start, or would be elsewhere.
     """
     # imports what only `restart` needs
-    from rootstockd.models.availability import not_to_preload  # noqa: PLC0415
-    from rootstockd.models.catalogue import Catalogue, CatalogueError  # noqa: PLC0415
+    from rootstockd.cli.config import look_over  # noqa: PLC0415
 
-    try:
-        catalogue = Catalogue.load(config.catalogues, config.where("catalogues"))
-    except CatalogueError as error:
-        raise Refused(error) from error
-    not_to_preload(config.models, catalogue)
-    if config.log_file is not None:
-        prepare_log(config.log_file).close()
+    if config.socket != address:
+        raise Refused(
+            f"by {config.where('socket')} the socket is {config.socket} now. The daemon goes on at {address}, where "
+            "its jobs wait for it during a restart: `rootstockd stop` it and `start` one, or set `socket` back."
+        )
+    problems, _ = look_over(config)
+    if problems:
+        raise Refused("\n".join(["a new daemon could not start, so the old one goes on:", *problems]))
 
 
 def serve_in_front(config: Config) -> None:
@@ -268,7 +270,6 @@ def launch(config: Config, *, after: int | None = None, named: bool = True) -> s
             stdout=log,
             stderr=log,
             cwd="/",
-            env=None if after is None else successors_environment(after),
             start_new_session=True,
         )
     try:

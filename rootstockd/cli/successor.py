@@ -13,8 +13,8 @@ _KEPT = (
 _PYTHONPATH = "PYTHONPATH"
 
 
-def successors_environment(process: int) -> dict[str, str]:
-    """The environment for a daemon that takes the place of another.
+def take_environment(process: int) -> None:
+    """Have this process be in the environment for a daemon that takes the place of another: to check it, and start it.
 
     It is this process's, as a newer rootstockd may need what its own has; but of variables that say how models are
     computed and where things lie, the running daemon's, and what its PYTHONPATH names is found behind our own.
@@ -24,13 +24,14 @@ def successors_environment(process: int) -> dict[str, str]:
     """
     theirs = _environment_of(process)
     if theirs is None:
-        return dict(os.environ)
+        return
     found = {name: value for name, value in os.environ.items() if not name.startswith(_KEPT)}
     found.update((name, value) for name, value in theirs.items() if name.startswith(_KEPT))
     folders = [*os.environ.get(_PYTHONPATH, "").split(os.pathsep), *theirs.get(_PYTHONPATH, "").split(os.pathsep)]
     if joined := os.pathsep.join(dict.fromkeys(filter(None, folders))):
         found[_PYTHONPATH] = joined
-    return found
+    os.environ.clear()
+    os.environ.update(found)
 
 
 def _environment_of(process: int) -> dict[str, str] | None:
