@@ -54,6 +54,18 @@ def named(path: Path, flags: dict[str, object] | None = None) -> Config:
         ('drain_timeout = "60s"', "drain_timeout: '60s' has a unit; write it in seconds: 60."),
         ('keep_alive = "1h"', "keep_alive: '1h' has a unit; write it in seconds: 3_600."),
         ('keep_alive = "8GB"', "keep_alive: '8GB' is not a number; it can also be 'forever'."),
+        *(
+            (
+                f"{name} = inf",
+                f"{name}: inf is not a finite number; where there shall be no limit, write a large one: 1e9.",
+            )
+            for name in ("room_timeout", "drain_timeout", "hang_timeout", "load_timeout")
+        ),
+        ("keep_alive = true", "keep_alive: true is not a number."),
+        ("device_memory = true", "device_memory: true is not a number."),
+        ("max_atoms = true", "max_atoms: true is not a number."),
+        ("[limits]\nqueued = false", "limits.queued: false is not a number."),
+        ("[users.alice]\nshare = true", "users.alice.share: true is not a number."),
         ("max_atoms = 3\nmax_sessions = 4\nmax_atoms = 5\n", "config.toml: max_atoms is set twice, again in line 3."),
         ("[limits]\natoms = 3\natoms = 5", "config.toml: atoms is set twice, again in line 3."),
         ("models = []\nmodels = [\n'emt',\n]\n", "config.toml: models is set twice, again in line 2."),

@@ -395,6 +395,11 @@ def test_a_path_that_is_too_long(surroundings) -> None:
     assert "at most 107" in found["problem", "socket"]["why"]
 
 
+def test_patience_has_an_end() -> None:
+    done = rootstockd("doctor", "--timeout", "inf")
+    assert (done.returncode, "inf is not in the range 0.1<=x<=3600" in done.stderr) == (2, True), done.stderr
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
 def test_as_another_user(surroundings, tmp_path: Path) -> None:
     """Who has no right to anything, and an XDG_RUNTIME_DIR that sudo has passed on."""

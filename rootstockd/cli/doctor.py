@@ -38,7 +38,7 @@ _SOON = 1.0
 @click.option("--json", "as_json", is_flag=True, help="For programs; the schema has a version.")
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=0.1),
+    type=click.FloatRange(min=0.1, max=3600),
     default=5.0,
     show_default=True,
     help="Seconds to wait for file systems, drivers and daemons that do not answer.",

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from rootstock_client.runtime_dir import SYSTEM_DIR, control_socket
-from rootstockd.settings.validation import BYTES, SECONDS, of_form
+from rootstockd.settings.validation import BYTES, FINITE, NUMBER, SECONDS, of_form
 from rootstockd.worker.memory import MEMORY_VARIABLE
 
 COMMAND_LINE = "command line"
@@ -21,6 +21,10 @@ Address: TypeAlias = Annotated[
 ]
 """A host's name or number and a port; IPv6 has brackets."""
 
+Count: TypeAlias = Annotated[int, NUMBER]
+Share: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False), NUMBER]
+Timeout: TypeAlias = Annotated[float, FINITE, SECONDS]
+"""Seconds."""
 Forever: TypeAlias = Literal["forever"]
 KeepAlive: TypeAlias = Annotated[Annotated[float, Field(ge=0, allow_inf_nan=False)] | Forever, SECONDS]
 """Seconds that a model stays in memory after its last evaluation, or "forever": until its memory is wanted."""
@@ -92,15 +96,15 @@ class Quota(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    sessions: int = Field(default=2_000, ge=0)
-    queued: int | None = Field(default=None, ge=0)
+    sessions: Count = Field(default=2_000, ge=0)
+    queued: Count | None = Field(default=None, ge=0)
     """Evaluations that wait or run at once; None for one in each session."""
-    atoms: int = Field(default=20_000_000, ge=0)
+    atoms: Count = Field(default=20_000_000, ge=0)
     """Atoms in all sessions together; each takes about 80 bytes."""
-    models: int = Field(default=8, ge=0)
+    models: Count = Field(default=8, ge=0)
     """Different models that sessions have, or that are being loaded for them; another dtype, or another dispersion,
     is another model."""
-    share: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    share: Share = 1.0
     """How much of a model's time the user gets where several want it, relative to others."""
 
 
@@ -109,11 +113,11 @@ class OwnQuota(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    sessions: int | None = Field(default=None, ge=0)
-    queued: int | None = Field(default=None, ge=0)
-    atoms: int | None = Field(default=None, ge=0)
-    models: int | None = Field(default=None, ge=0)
-    share: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    sessions: Count | None = Field(default=None, ge=0)
+    queued: Count | None = Field(default=None, ge=0)
+    atoms: Count | None = Field(default=None, ge=0)
+    models: Count | None = Field(default=None, ge=0)
+    share: Share | None = None
 
 
 class Settings(BaseModel):
@@ -140,30 +144,30 @@ class Settings(BaseModel):
     any that is free."""
     metrics_users: bool = False
     """Whether they say there what each user does, by login name."""
-    room_timeout: Annotated[float, SECONDS] = Field(default=300.0, ge=0)
+    room_timeout: Timeout = Field(default=300.0, ge=0)
     """Seconds that evaluations wait while no device has room for their model."""
-    max_atoms: int = Field(default=1_000_000, ge=1)
+    max_atoms: Count = Field(default=1_000_000, ge=1)
     """Atoms in one message of one session."""
-    total_atoms: int = Field(default=50_000_000, ge=1)
+    total_atoms: Count = Field(default=50_000_000, ge=1)
     """Atoms in all sessions together; each takes about 80 bytes."""
-    max_sessions: int = Field(default=10_000, ge=1)
+    max_sessions: Count = Field(default=10_000, ge=1)
     """Sessions at a time; fewer where the limit of open files (`ulimit -n`) does not allow so many."""
     access: Access = Access()
     limits: Quota = Quota()
     """What each user may have."""
     users: dict[str, OwnQuota] = Field(default_factory=dict)
     """Exceptions to `limits`, by login name."""
-    batch_atoms: int | None = Field(default=None, ge=1)
+    batch_atoms: Count | None = Field(default=None, ge=1)
     """Atoms in one forward pass over several sessions' structures."""
     confine: bool = True
     """Whether workers give away the rights that they need not; an entry of a catalogue may say no for its model."""
     log_file: Path | None = None
     """Where a daemon in the background writes its log."""
-    drain_timeout: Annotated[float, SECONDS] = Field(default=60.0, ge=0)
+    drain_timeout: Timeout = Field(default=60.0, ge=0)
     """Seconds that a stopping daemon gives evaluations under way."""
-    hang_timeout: Annotated[float, SECONDS] = Field(default=60.0, gt=0)
+    hang_timeout: Timeout = Field(default=60.0, gt=0)
     """Seconds that any batch may take; a slow model gets more (`HangLimit`). After that its worker is replaced."""
-    load_timeout: Annotated[float, SECONDS] = Field(default=600.0, gt=0)
+    load_timeout: Timeout = Field(default=600.0, gt=0)
     """Seconds that a worker may take to load its model."""
     worker_memory: Annotated[int | None, BYTES] = Field(default=None, ge=2**28)
     """Bytes of memory that a worker on a CPU may use (RLIMIT_DATA); without it, as many as the machine has."""

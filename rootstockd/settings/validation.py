@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import reprlib
 from typing import Any
@@ -59,6 +60,27 @@ def of_form(pattern: str, form: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _no_boolean(given: Any) -> Any:
+    """To Python, and so to pydantic, true is 1."""
+    if isinstance(given, bool):
+        raise ValueError(f"{str(given).lower()} is not a number")  # noqa: TRY004 - pydantic says nothing of a TypeError
+    return given
+
+
+NUMBER = BeforeValidator(_no_boolean)
+"""Of a field that is a number, of nothing in particular."""
+
+
+def _check_finite(seconds: float) -> float:
+    if not math.isfinite(seconds):
+        raise ValueError(f"{seconds} is not a finite number; where there shall be no limit, write a large one: 1e9")
+    return seconds
+
+
+FINITE = AfterValidator(_check_finite)
+"""Of a field that is so many seconds, for which `inf` looks like a good value: JSON has no such number."""
+
+
 def _without_unit(name: str, units: dict[str, float]) -> BeforeValidator:
     """Who gives a number a unit is told what to write; it may be another number than they think."""
     known = {unit.lower(): factor for unit, factor in units.items()}
@@ -69,7 +91,7 @@ def _without_unit(name: str, units: dict[str, float]) -> BeforeValidator:
             number = float(found[1]) * factor
             plain = f"{round(number):_}" if number == round(number) else f"{number:g}"
             raise ValueError(f"{given!r} has a unit; write it in {name}: {plain}")
-        return given
+        return _no_boolean(given)
 
     return BeforeValidator(check)
 
