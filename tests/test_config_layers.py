@@ -203,10 +203,11 @@ def test_what_is_taken_over_and_what_is_not(tmp_path: Path) -> None:
 
 
 def test_a_users_own_daemon(folder: Path, user: int) -> None:
-    """It takes defaults from the site, and never who may use it."""
+    """It takes defaults from the site, and never who may use it, nor the port of the site's daemon."""
     write(
         folder / "site/config.toml",
-        "max_atoms = 1\nmax_sessions = 1\n[limits]\nsessions = 1\n[access]\ngroups = ['root']\n",
+        "max_atoms = 1\nmax_sessions = 1\nmetrics = '127.0.0.1:9746'\nmetrics_users = true\n[limits]\nsessions = 1\n"
+        "[access]\ngroups = ['root']\n",
     )
     write(folder / "site/cpu.toml", "nonsense = 1\n")
     write(folder / "home/rootstockd/config.toml", "max_atoms = 2\n[limits]\natoms = 2\n", user)
@@ -217,6 +218,7 @@ def test_a_users_own_daemon(folder: Path, user: int) -> None:
     assert [settings[name] for name in ("max_atoms", "max_sessions", "batch_atoms")] == [2, 1, 3]
     assert (settings["limits"]["sessions"], settings["limits"]["atoms"]) == (1, 2)
     assert settings["access"]["groups"] == []
+    assert (settings["metrics"], settings["metrics_users"]) == (None, False)
     assert said["origins"]["limits.sessions"] == str(folder / "site/config.toml")
     (folder / "site/config.toml").chmod(0o600)
     if os.geteuid() == 0:  # else it is the user's own

@@ -35,8 +35,9 @@ RELOADED = {
 """Settings that a running daemon takes over when it reads its files again."""
 _NOT_RELOADED = "access.socket_group"
 
-_OF_THE_SITES_DAEMONS = ("access", "socket", "log_file")
-"""What a site's file says of the site's daemons alone. A user's own is nobody else's to open, whatever it says."""
+_OF_THE_SITES_DAEMONS = ("access", "socket", "log_file", "metrics", "metrics_users")
+"""What a site's file says of the site's daemons alone. A user's own is nobody else's to open, whatever it says, and the
+port for metrics is taken."""
 _ANYTHING = {"socket": "/", "devices": ["cpu"]}
 """For what has no default, when a part of the settings is checked alone."""
 
