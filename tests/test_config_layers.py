@@ -401,6 +401,37 @@ def test_a_daemon_that_runs(
     assert (done.returncode, "takes only --socket" in done.stderr) == (2, True)
 
 
+def test_what_a_file_says_no_more_does_not_outlast_a_restart(folder: Path) -> None:
+    address, file, log = folder / "a.sock", folder / "mine.toml", folder / "log"
+    write(file, f'devices = ["cpu:1"]\nlog_file = "{log}"\n')
+    done = command("start", "--socket", address, "--config", file)
+    assert done.returncode == 0, done.stderr
+    try:
+        write(file, "")
+        shows = ("config", "show", "--running", "--json", "--socket", address)
+        changed = shown(command(*shows))["changed"]
+        assert {name: change["origin"] for name, change in changed.items()} == {
+            "devices": "default",
+            "log_file": "default",
+        }
+        assert command("restart", "--socket", address).returncode == 0
+        after = shown(command(*shows))
+        assert after["settings"]["devices"] != ["cpu:1"] and after["settings"]["log_file"] != str(log)
+        assert after["changed"] == {}
+    finally:
+        command("stop", "--socket", address)
+
+
+def test_the_log_of_a_daemon_that_ended_is_where_the_files_say(folder: Path) -> None:
+    address, log = folder / "a.sock", folder / "the.log"
+    for place in ("site", "home/rootstockd"):  # root's daemon reads the one, a user's own the other
+        write(folder / place / "config.toml", f'log_file = "{log}"\n')
+    assert command("start", "--device", "cpu", "--socket", address).returncode == 0
+    assert command("stop", "--socket", address).returncode == 0
+    done = command("logs", "--socket", address)
+    assert done.returncode == 0 and "stopped" in done.stdout, done.stderr
+
+
 def kind_of(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
     """A setting's type, as the document says it."""
     schema = definitions[schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema

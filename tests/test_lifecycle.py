@@ -479,6 +479,30 @@ def test_foreground_ends_with_a_signal(runtime_folder: Path) -> None:
         assert "stopped" in process.stderr.read()
 
 
+def test_a_daemon_in_the_foreground_has_no_log_file(runtime_folder: Path) -> None:
+    """Until a restart, whose daemon is in the background. What another one wrote is not shown for its log."""
+    folder = runtime_folder / "no-log"
+    folder.mkdir(mode=0o700)
+    address, log, settings = folder / "a.sock", folder / "log", folder / "config.toml"
+    log.write_text("of another daemon\n")
+    settings.write_text('devices = ["cpu"]\nlog_file = "log"\n')
+    command = [sys.executable, "-m", "rootstockd", "start", "--foreground", "--config", settings, "--socket", address]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            wait_for(lambda: "ready" in rootstockd("status", "--socket", address).stdout)
+            done = rootstockd("logs", "--socket", address)
+            assert done.returncode == 1 and f"is in the foreground (pid {process.pid})" in done.stderr, done.stdout
+            done = rootstockd("reload", "--socket", address)
+            assert done.returncode == 0 and "log_file" not in done.stdout, done.stdout
+            done = rootstockd("restart", "--socket", address)
+            assert done.returncode == 0, done.stderr
+            assert "of another daemon" in rootstockd("logs", "--socket", address).stdout
+        finally:
+            rootstockd("stop", "--socket", address)
+        assert process.wait(20) == 0
+    assert log.read_text().endswith("stopped\n")
+
+
 def test_a_request_that_never_ends_does_not_keep_the_daemon_from_ending(own_daemon: RunningDaemon) -> None:
     with socket.socket(socket.AF_UNIX) as sock:
         sock.connect(str(own_daemon.socket.with_suffix(".control")))

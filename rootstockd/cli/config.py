@@ -15,7 +15,7 @@ from click.core import ParameterSource
 
 from rootstock_client.errors import ModelLoadError, RootstockError
 from rootstockd.cli.common import Refused, console, default_socket, fetch_config, print_warnings, socket_in_use
-from rootstockd.cli.options import devices_of, files_to_read, settings_options, settings_said
+from rootstockd.cli.options import devices_of, files_to_read, settings_again, settings_options, settings_said
 from rootstockd.host.devices import DeviceError, choose_devices, found_devices
 from rootstockd.host.log_file import check_log
 from rootstockd.host.sockets import AddressError, check_host
@@ -24,7 +24,7 @@ from rootstockd.models.catalogue import Catalogue, CatalogueError
 from rootstockd.sessions.accounts import Accounts
 from rootstockd.settings.config import Config, Device
 from rootstockd.settings.config_file import ConfigError, reloadable
-from rootstockd.settings.config_layers import as_table, by_name, changes, make_config, read_again, unknown_variables
+from rootstockd.settings.config_layers import as_table, by_name, changes, make_config, unknown_variables
 
 _COLUMN = 60
 """Remarks stand below each other, but for settings that are longer than this."""
@@ -52,7 +52,7 @@ def show(running: bool, origins: bool, as_json: bool, socket: Path | None, **sai
         _refuse_others()
         settings = settings_of(socket_in_use(socket))
         try:
-            fresh = read_again(settings)
+            fresh = settings_again(settings)
         except ConfigError as error:
             fresh, problems = settings, str(error)
     else:

@@ -30,6 +30,7 @@ from rootstockd.cli.common import (
     QUIET,
     Refused,
     console,
+    default_log_file,
     fetch_config,
     fetch_status,
     print_warnings,
@@ -37,7 +38,7 @@ from rootstockd.cli.common import (
     socket_in_use,
     socket_option,
 )
-from rootstockd.cli.options import settings_options, settings_said
+from rootstockd.cli.options import settings_again, settings_options, settings_said
 from rootstockd.cli.successor import take_environment
 from rootstockd.cli.units import is_systemd, unit_at
 from rootstockd.control.schema import DaemonStatus, ReloadReport
@@ -46,9 +47,9 @@ from rootstockd.host.log_file import open_log
 from rootstockd.host.peers import peer_of
 from rootstockd.host.sockets import already_runs
 from rootstockd.monitoring.rows import told_apart
-from rootstockd.settings.config import Config
+from rootstockd.settings.config import COMMAND_LINE, Config
 from rootstockd.settings.config_file import ConfigError
-from rootstockd.settings.config_layers import read_again, unknown_variables
+from rootstockd.settings.config_layers import unknown_variables
 from rootstockd.users import user_name
 
 POLL = 0.05
@@ -128,7 +129,7 @@ def restart(socket: Path | None) -> None:
             check_own(address)
             with daemon_process(address) as process:
                 take_environment(process)
-            config = read_again(running)
+            config = settings_again(in_background(running))
             check_startable(config, running.socket)
         with daemon_process(address) as process:
             named = address.exists()  # whoever removed it did not mean to stop the daemon
@@ -192,6 +193,14 @@ def check_own(address: Path) -> None:
         )
 
 
+def in_background(config: Config) -> Config:
+    """A daemon's settings for its successor, which is in the background whatever the daemon is."""
+    if config.log_file is not None:
+        return config
+    origins = {name: origin for name, origin in config.origins.items() if name != "log_file"}
+    return config.model_copy(update={"log_file": default_log_file(config.socket), "origins": origins})
+
+
 def check_startable(config: Config, address: Path) -> None:
     """Whether a new daemon could take the place of the one at an address.
 
@@ -212,7 +221,7 @@ def check_startable(config: Config, address: Path) -> None:
 
 
 def serve_in_front(config: Config) -> None:
-    """Be the daemon.
+    """Be the daemon. What it prints is standard error's, and goes into no file of the settings.
 
     Raises:
         Refused: it can't start.
@@ -221,8 +230,9 @@ def serve_in_front(config: Config) -> None:
     from rootstockd.serve import StartError, serve, start_logging  # noqa: PLC0415
 
     start_logging()
+    origins = {**config.origins, "log_file": COMMAND_LINE}
     try:
-        serve(config)
+        serve(config.model_copy(update={"log_file": None, "origins": origins}))
     except StartError as error:
         raise Refused(error) from error
 

@@ -15,9 +15,12 @@ from rootstockd.cli.common import Refused, catalogue_option, default_log_file, d
 from rootstockd.cli.completion import catalogue_models, devices, gpus
 from rootstockd.host.devices import DeviceError, choose_devices
 from rootstockd.settings.config import Config, Device, SettingsFile
-from rootstockd.settings.config_layers import FILE_VARIABLE, find_files, make_config
+from rootstockd.settings.config_layers import FILE_VARIABLE, find_files, make_config, read_again
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+_CPU = (Device(name="cpu"),)
+"""For settings to be whole before the devices are chosen, which takes a look at the machine."""
 
 
 def _absolute(_context: click.Context, _option: click.Parameter, path: Path | None) -> Path | None:
@@ -118,11 +121,25 @@ def settings_said(
         **others,
     }
     files = find_files(file, address, instance)
-    cpu = (Device(name="cpu"),)
-    config = make_config(files, os.environ, flags, {"socket": default_socket(), "devices": cpu})
+    config = make_config(files, os.environ, flags, {"socket": default_socket(), "devices": _CPU})
     if "devices" not in config.origins:
         config = config.model_copy(update={"devices": _choose(None, ())})
     if config.log_file is None:
+        config = config.model_copy(update={"log_file": default_log_file(config.socket)})
+    return config
+
+
+def settings_again(running: Config) -> Config:
+    """What a running daemon would be started with again: as it was told, and by its files as they are now.
+
+    Raises:
+        ConfigError: keys or values are wrong, or a file that settings come from is gone.
+        Refused: the devices that it would choose are not to be had.
+    """
+    config = read_again(running, {"socket": default_socket(), "devices": _CPU, "log_file": None})
+    if "devices" in running.origins.keys() - config.origins.keys():
+        config = config.model_copy(update={"devices": _choose(None, ())})
+    if running.log_file is not None and config.log_file is None:
         config = config.model_copy(update={"log_file": default_log_file(config.socket)})
     return config
 
@@ -139,11 +156,14 @@ def _choose(gpus: str | None, names: tuple[str, ...]) -> tuple[Device, ...]:
         ) from error
 
 
-def files_to_read(named: Path | None = None, instance: str | None = None) -> tuple[SettingsFile, ...]:
+def files_to_read(
+    named: Path | None = None, instance: str | None = None, socket: Path | None = None
+) -> tuple[SettingsFile, ...]:
     """Where a daemon looks for settings that is started with no option but these."""
     if named is None and (said := os.environ.get(FILE_VARIABLE)):
         named = Path(said).absolute()
-    return find_files(named, Path(os.environ.get(SOCKET_VARIABLE) or default_socket()).absolute(), instance)
+    address = socket or Path(os.environ.get(SOCKET_VARIABLE) or default_socket())
+    return find_files(named, address.absolute(), instance)
 
 
 def devices_of(instance: str) -> tuple[str | None, tuple[str, ...]]:

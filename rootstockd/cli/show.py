@@ -29,11 +29,14 @@ from rootstockd.cli.common import (
     socket_in_use,
     socket_option,
 )
+from rootstockd.cli.options import files_to_read
 from rootstockd.cli.quantities import count, duration, plural, size, span
 from rootstockd.cli.units import unit_at
 from rootstockd.control.schema import LONG, DaemonStatus, ModelStatus, at_a_batch
 from rootstockd.monitoring.rows import dtypes, session_dtype, settings_in_words, told_apart
 from rootstockd.settings.config import Config
+from rootstockd.settings.config_file import ConfigError
+from rootstockd.settings.config_layers import make_config
 
 STATE_COLOUR = {
     "ready": "green",
@@ -291,12 +294,24 @@ def log_file(socket: Path | None) -> Path:
     """The log of the daemon that runs, or of the one that ran.
 
     Raises:
-        Refused: it is not for this user.
+        Refused: it is not for this user, or there is none.
     """
-    told = None
     with contextlib.suppress(RootstockError):
-        config = fetch_status(found := find_socket(socket)).config
+        status = fetch_status(found := find_socket(socket))
+        config = status.config
         if config is None:
             raise Refused(f"the log of the daemon at {found} is for its own user to read.")
-        told = config.log_file
-    return told or default_log_file(socket.absolute() if socket else default_socket())
+        if config.log_file is None:
+            raise Refused(
+                f"the daemon at {found} is in the foreground (pid {status.pid}), and keeps no log: what it says is "
+                "where it was started, in that terminal or in the output of its job or container."
+            )
+        return config.log_file
+    defaults = {"socket": default_socket(), "devices": ("cpu",)}
+    try:
+        config = make_config(
+            files_to_read(socket=socket), os.environ, {"socket": socket and socket.absolute()}, defaults
+        )
+    except ConfigError as error:
+        raise Refused(f"can't tell where the daemon's log would be:\n{error}") from error
+    return config.log_file or default_log_file(config.socket)

@@ -111,8 +111,13 @@ def make_config(
     return _combine(files, dict(_paths(defaults)), said, origins, problems)
 
 
-def read_again(config: Config) -> Config:
+def read_again(config: Config, defaults: Mapping[str, Any] | None = None) -> Config:
     """A daemon's settings as they would be if it were started again, with its files as they are now.
+
+    Args:
+        config: its settings.
+        defaults: what holds, of what is found out at the start, where a file said it and says it no more. Without them
+            it stays as it is, as for a daemon that can't take it over anyway.
 
     Raises:
         ConfigError: keys or values are wrong, or a file that settings come from is gone.
@@ -129,8 +134,9 @@ def read_again(config: Config) -> Config:
         if str(file.path) in used and not file.named and not os.path.lexists(file.path)
     ]
     origins = {tuple(name.split(".")): origin for name, origin in config.origins.items() if origin not in places}
-    defaults: _Paths = {(name,): values[name,] for name in ("socket", "devices", "log_file")}
-    return _combine(config.files, defaults, {path: values[path] for path in origins}, origins, problems)
+    found_out: _Paths = {(name,): values[name,] for name in ("socket", "devices", "log_file")}
+    found_out.update(((name,), value) for name, value in (defaults or {}).items() if config.origins.get(name) in places)
+    return _combine(config.files, found_out, {path: values[path] for path in origins}, origins, problems)
 
 
 def take_over(running: Config, fresh: Config) -> Config:
