@@ -42,10 +42,14 @@ def test_start_says_how_to_use_it(start_daemon) -> None:
     pid = daemon.client().status()["pid"]
     assert f"(pid {pid})" in done.stderr
     daemon.stop()
-    done = daemon.run("start", "--device", "cpu", "--model", "emt", "--log-file", daemon.log)
+    again = ("start", "--device", "cpu", "--model", "emt", "--log-file", daemon.log)
+    done = daemon.run(*again)
     assert done.returncode == 0, done.stderr
+    assert f'RootstockClient({str(daemon.socket)!r}).calculator("emt")' in done.stdout
+    assert f"socket  {daemon.socket}\n" in done.stdout
+    daemon.stop()
+    done = daemon.run(*again, env={"ROOTSTOCKD_SOCKET": str(daemon.socket)})  # where jobs look for it by themselves
     assert 'RootstockClient().calculator("emt")' in done.stdout
-    assert str(daemon.socket) in done.stdout
 
 
 def test_colours_where_there_is_no_terminal_come_without_a_spinner(start_daemon) -> None:
@@ -477,6 +481,20 @@ def test_foreground_ends_with_a_signal(runtime_folder: Path) -> None:
         assert process.wait(20) == 0
         assert process.stderr is not None
         assert "stopped" in process.stderr.read()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
+def test_whatever_ends_start_wait_ends_its_daemon(runtime_folder: Path, number: signal.Signals) -> None:
+    address, log = runtime_folder / f"wait-{number}.sock", runtime_folder / f"wait-{number}.log"
+    command = [sys.executable, "-m", "rootstockd", "start", "--wait", "--device", "cpu", "--log-file", log]
+    with subprocess.Popen([*command, "--socket", address], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None and any(line.startswith("ready on") for line in process.stdout)
+            process.send_signal(number)  # it may not be done with its own words
+            process.wait(20)
+            assert not address.exists()
+        finally:
+            rootstockd("stop", "--socket", address)
 
 
 def test_a_daemon_in_the_foreground_has_no_log_file(runtime_folder: Path) -> None:

@@ -24,7 +24,7 @@ from rootstock_client.errors import (
     NotAnsweringError,
     RootstockError,
 )
-from rootstock_client.runtime_dir import START_HINT, control_socket
+from rootstock_client.runtime_dir import START_HINT, control_socket, find_socket
 from rootstock_client.sockets import connect
 from rootstockd.cli.common import (
     QUIET,
@@ -244,13 +244,19 @@ def stay_with(config: Config) -> None:
         Refused: as `launch` says.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGHUP, signal.SIGQUIT):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` has it
+            signal.signal(number, signal.default_int_handler)
     for number in (signal.SIGUSR1, signal.SIGUSR2):  # the daemon ignores them, too
         signal.signal(number, signal.SIG_IGN)
-    process = launch(config)
+    process = None
     while True:
         try:
+            process = process or launch(config)
             raise SystemExit(process.wait())
         except KeyboardInterrupt:
+            if process is None:  # `launch` has ended it
+                raise
             process.terminate()
 
 
@@ -283,7 +289,7 @@ def launch(config: Config, *, after: int | None = None, named: bool = True) -> s
             start_new_session=True,
         )
     try:
-        status = wait_until_ready(process, config, position)
+        introduce(process, config, wait_until_ready(process, config, position))
     except KeyboardInterrupt:
         if after is None:
             process.terminate()
@@ -291,6 +297,15 @@ def launch(config: Config, *, after: int | None = None, named: bool = True) -> s
         else:  # the one before it is on its way down
             console.print("the restart goes on without this command; `rootstockd stop` calls it off")
         raise
+    return process
+
+
+def introduce(process: subprocess.Popen[bytes], config: Config, status: DaemonStatus) -> None:
+    """Say of a daemon that is ready what it has, and how it is used.
+
+    Raises:
+        Refused: none of the models it was to load can be loaded; it has been stopped.
+    """
     broken = [model for model in status.models if model.error]
     for name, model in zip(told_apart(status.models), status.models, strict=True):
         if model.error:
@@ -302,16 +317,18 @@ def launch(config: Config, *, after: int | None = None, named: bool = True) -> s
     print_warnings(status.warnings)
     loaded = list(dict.fromkeys(model.name for model in status.models if model.state == "ready"))
     name = loaded[0] if loaded else "mace-emt-small"
+    where = repr(str(config.socket))
+    with contextlib.suppress(DaemonNotFoundError):
+        where = "" if find_socket() == config.socket else where
     console.print(
         f"ready on {', '.join(map(str, config.devices))}, models loaded: {', '.join(loaded) or 'none yet'}\n\n"
         f"  from rootstock_client import RootstockClient\n"
-        f'  atoms.calc = RootstockClient().calculator("{name}")\n\n'
+        f'  atoms.calc = RootstockClient({where}).calculator("{name}")\n\n'
         f"socket  {config.socket}\nlog     {config.log_file}"
         + (f"\nmetrics {status.metrics}" if status.metrics else ""),
         soft_wrap=True,
         markup=False,
     )
-    return process
 
 
 def handed_over(config: Config) -> BinaryIO:
