@@ -61,6 +61,10 @@ def named(path: Path, flags: dict[str, object] | None = None) -> Config:
             )
             for name in ("room_timeout", "drain_timeout", "hang_timeout", "load_timeout")
         ),
+        ('socket = ""', "socket: it names no file."),
+        ('log_file = ""', "log_file: it names no file."),
+        ('socket = "a.control"', "socket: a.control is what another file of the daemon is called; call it a.sock."),
+        ('socket = "a.lock"', "socket: a.lock is what another file of the daemon is called; call it a.sock."),
         ("keep_alive = true", "keep_alive: true is not a number."),
         ("device_memory = true", "device_memory: true is not a number."),
         ("max_atoms = true", "max_atoms: true is not a number."),
@@ -114,6 +118,18 @@ def test_a_file_that_all_may_write_is_refused(write):
     named(Path(os.devnull))  # which is no file, and sets nothing
 
 
+def test_a_path_that_json_has_no_words_for():
+    with pytest.raises(ConfigError, match=r"socket: '/a\\udcff\.sock' is not UTF-8\."):
+        make_config((), {}, {"socket": Path(os.fsdecode(b"/a\xff.sock"))}, DEFAULTS)
+
+
+def test_a_folder_is_no_file(tmp_path):
+    with pytest.raises(ConfigError, match="it is a folder, and no file"):
+        named(tmp_path)
+    with pytest.raises(CatalogueError, match="it is a folder, and no file"):
+        read_catalogue(tmp_path)
+
+
 def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "config.toml")
     with pytest.raises(ConfigError, match="it is no regular file"):
@@ -148,6 +164,13 @@ def test_relative_paths_start_at_the_file(write):
     config = named(file)
     assert config.catalogues == (file.parent / "more.toml", Path("/abs.toml"))
     assert (config.log_file, config.socket) == (file.parent / "log", file.parent / "run/d.sock")
+
+
+def test_a_wave_is_a_home(write, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = named(write('catalogues = ["~/more.toml"]\nlog_file = "~/log"\nsocket = "~/d.sock"\n'))
+    assert (config.log_file, config.socket) == (Path("/home/me/log"), Path("/home/me/d.sock"))
+    assert config.catalogues == (Path("/home/me/more.toml"),)
 
 
 def test_devices_and_keep_alive_survive_the_way_to_the_daemon(write):

@@ -320,6 +320,21 @@ def test_check_says_what_would_keep_it_from_starting(folder: Path) -> None:
     )
 
 
+def test_check_says_where_no_socket_can_be(folder: Path) -> None:
+    (folder / "file").touch()
+    (folder / "open").mkdir()
+    (folder / "open").chmod(0o777)
+    for place, words in (
+        ("x" * 100 + "/a.sock", "is too long; Unix sockets allow 107 bytes."),
+        (".", f"socket: {folder} is not a socket, and a daemon leaves it alone."),
+        ("file/a.sock", f"socket: can't make {folder}/file/a.sock: Not a directory."),
+        ("open/a.sock", f"socket: the folder {folder}/open belongs to somebody else, or others may write to it."),
+    ):
+        write(folder / "bad.toml", f'socket = "{place}"\n')
+        done = command("config", "check", folder / "bad.toml")
+        assert (done.returncode, words in done.stderr) == (1, True), done.stderr
+
+
 @pytest.mark.parametrize("link", ["config.toml", "."])
 def test_a_link_to_what_is_not_there_opens_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch, link: str) -> None:
     """Such as a share that is not mounted, with the file or its folder; not at a start, a reload or a check."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import grp
 import json
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ import tomlkit
 from click.core import ParameterSource
 
 from rootstock_client.errors import ModelLoadError, RootstockError
+from rootstock_client.runtime_dir import MAX_SOCKET_PATH, SYSTEM_DIR, is_private
 from rootstockd.cli.common import Refused, console, default_socket, fetch_config, print_warnings, socket_in_use
 from rootstockd.cli.options import devices_of, files_to_read, settings_again, settings_options, settings_said
 from rootstockd.host.devices import DeviceError, choose_devices, found_devices
-from rootstockd.host.log_file import check_log
+from rootstockd.host.log_file import check_folder, check_log
 from rootstockd.host.sockets import AddressError, check_host
 from rootstockd.models.availability import located
 from rootstockd.models.catalogue import Catalogue, CatalogueError
@@ -77,7 +79,8 @@ def check(file: Path | None, instance: str | None) -> None:
     """Check whether a daemon could start with its settings.
 
     They are those of the files that it would read, or of FILE in place of them. Variables are checked as well, and so
-    are catalogues, models, devices, users and groups that the settings name, and where the log and the metrics go.
+    are catalogues, models, devices, users and groups that the settings name, and where the sockets, the log and the
+    metrics go.
     """
     devices, problems = (None, []) if instance is None else _devices_for(instance)
     print_warnings(unknown_variables(os.environ))
@@ -162,7 +165,8 @@ def look_over(settings: Config) -> tuple[list[str], list[str]]:
 
 
 def _problems_of_places(settings: Config) -> Iterator[str]:
-    """What keeps metrics and the log from going where they shall."""
+    """What keeps the sockets, metrics and the log from being where they shall."""
+    yield from _problems_of_sockets(settings)
     try:
         if settings.metrics is not None:
             check_host(settings.metrics)
@@ -173,6 +177,22 @@ def _problems_of_places(settings: Config) -> Iterator[str]:
             check_log(settings.log_file)
     except OSError as error:
         yield f"log_file: can't write {settings.log_file}: {error.strerror}."
+
+
+def _problems_of_sockets(settings: Config) -> Iterator[str]:
+    address, folder = settings.socket, settings.socket.parent
+    for path in (address, settings.control):
+        if len(os.fsencode(path)) > MAX_SOCKET_PATH:
+            yield f"socket: the path {path} is too long; Unix sockets allow {MAX_SOCKET_PATH} bytes."
+        elif os.path.lexists(path) and not stat.S_ISSOCK(path.lstat().st_mode):
+            yield f"socket: {path} is not a socket, and a daemon leaves it alone."
+    try:
+        check_folder(address)
+    except OSError as error:
+        yield f"socket: can't make {address}: {error.strerror}."
+    else:  # the system's may be of the user whom systemd starts its daemon as
+        if folder != SYSTEM_DIR and os.path.lexists(folder) and not is_private(folder, os.getuid(), 0):
+            yield f"socket: the folder {folder} belongs to somebody else, or others may write to it."
 
 
 def as_toml(settings: Config, changed: dict[str, dict[str, Any]], *, origins: bool) -> str:

@@ -37,11 +37,20 @@ def check_log(path: Path) -> None:
     try:
         os.close(_open(path))
     except FileNotFoundError:
-        above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
-        if not above.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
-        if not os.access(above, os.W_OK | os.X_OK, effective_ids=True):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES)) from None
+        check_folder(path)
+
+
+def check_folder(path: Path) -> None:
+    """Whether a file could be made, perhaps with its folder; nothing is made.
+
+    Raises:
+        OSError: it could not.
+    """
+    above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    if not above.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    if not os.access(above, os.W_OK | os.X_OK, effective_ids=True):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def _open(path: Path, flags: int = 0) -> int:

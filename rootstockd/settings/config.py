@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from rootstock_client.runtime_dir import SYSTEM_DIR, control_socket
 from rootstockd.settings.validation import BYTES, FINITE, NUMBER, SECONDS, of_form
@@ -28,6 +28,18 @@ Timeout: TypeAlias = Annotated[float, FINITE, SECONDS]
 Forever: TypeAlias = Literal["forever"]
 KeepAlive: TypeAlias = Annotated[Annotated[float, Field(ge=0, allow_inf_nan=False)] | Forever, SECONDS]
 """Seconds that a model stays in memory after its last evaluation, or "forever": until its memory is wanted."""
+
+
+def _check_utf8(path: Path) -> Path:
+    """JSON has no other paths, and a daemon is handed its settings so."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{str(path)!a} is not UTF-8") from None
+    return path
+
+
+TextPath: TypeAlias = Annotated[Path, AfterValidator(_check_utf8)]
 
 
 class Device(BaseModel):
@@ -125,13 +137,13 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    socket: Path
+    socket: TextPath
     """The session socket; the control socket and the lock lie beside it."""
     devices: tuple[Device, ...]
     """All CPUs, or all GPUs: a model's numbers shall not depend on where there was room."""
     models: tuple[str, ...] = ()
     """Loaded before the daemon calls itself ready; others are loaded when first asked for."""
-    catalogues: tuple[Path, ...] = ()
+    catalogues: tuple[TextPath, ...] = ()
     """Files of further models."""
     keep_alive: KeepAlive = "forever"
     """How long a model stays that nobody uses; an entry of a catalogue may say otherwise for its model, and what is in
@@ -161,7 +173,7 @@ class Settings(BaseModel):
     """Atoms in one forward pass over several sessions' structures."""
     confine: bool = True
     """Whether workers give away the rights that they need not; an entry of a catalogue may say no for its model."""
-    log_file: Path | None = None
+    log_file: TextPath | None = None
     """Where a daemon in the background writes its log."""
     drain_timeout: Timeout = Field(default=60.0, ge=0)
     """Seconds that a stopping daemon gives evaluations under way."""
@@ -198,6 +210,20 @@ class Settings(BaseModel):
         """What a user may have."""
         own = self.users.get(user)
         return self.limits.model_copy(update=own.model_dump(exclude_none=True)) if own else self.limits
+
+    @field_validator("socket", "log_file")
+    @classmethod
+    def _named(cls, path: Path | None) -> Path | None:
+        if path is not None and not path.name:
+            raise ValueError("it names no file")
+        return path
+
+    @field_validator("socket")
+    @classmethod
+    def _no_other(cls, socket: Path) -> Path:
+        if socket in (control_socket(socket), socket.with_suffix(".lock")):
+            raise ValueError(f"{socket.name} is what another file of the daemon is called; call it {socket.stem}.sock")
+        return socket
 
     @field_validator("devices")
     @classmethod

@@ -38,7 +38,7 @@ _NOT_RELOADED = "access.socket_group"
 _OF_THE_SITES_DAEMONS = ("access", "socket", "log_file", "metrics", "metrics_users")
 """What a site's file says of the site's daemons alone. A user's own is nobody else's to open, whatever it says, and the
 port for metrics is taken."""
-_ANYTHING = {"socket": "/", "devices": ["cpu"]}
+_ANYTHING = {"socket": "/socket", "devices": ["cpu"]}
 """For what has no default, when a part of the settings is checked alone."""
 
 
@@ -88,18 +88,20 @@ def read_config_file(file: SettingsFile) -> dict[str, Any]:
         raise ConfigError(f"configuration {file.path}: {error.strerror}.") from error
     except (OSError, ValueError, StateError) as error:
         raise ConfigError(f"configuration {file.path}: {error}") from error
-    for name in ("socket", "log_file"):
-        if isinstance(given.get(name), str):
-            given[name] = file.path.parent / given[name]
+    for name in given.keys() & {"socket", "log_file"}:
+        given[name] = _placed(given[name], file)
     if isinstance(given.get("catalogues"), list):
-        given["catalogues"] = [
-            file.path.parent / path if isinstance(path, str) else path for path in given["catalogues"]
-        ]
+        given["catalogues"] = [_placed(path, file) for path in given["catalogues"]]
     right, problems = checked(given)
     right = {name: value for name, value in right.items() if not (file.others and name in _OF_THE_SITES_DAEMONS)}
     if problems:
         raise ConfigError("\n".join(f"configuration {file.path}: {text}" for text in problems), right)
     return right
+
+
+def _placed(path: Any, file: SettingsFile) -> Any:
+    """A path of a file, whole; `~` is a home. What is none is left to be refused."""
+    return file.path.parent / os.path.expanduser(path) if path and isinstance(path, str) else path  # noqa: PTH111
 
 
 def _load(file: SettingsFile) -> dict[str, Any]:

@@ -30,8 +30,11 @@ def read_toml(path: Path, check: Callable[[os.stat_result], None] = lambda _: No
         OSError: it can't be read.
         ValueError: it is no regular file, or no TOML, or nested too deeply.
     """
-    # opening a named pipe would wait for whoever writes into it
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+    try:
+        opened = open(path, "rb", opener=_open)  # noqa: SIM115 - closed below
+    except IsADirectoryError:
+        raise ValueError("it is a folder, and no file.") from None
+    with opened as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode) and not _is_null(status):
             raise ValueError("it is no regular file.")
@@ -43,6 +46,10 @@ def read_toml(path: Path, check: Callable[[os.stat_result], None] = lambda _: No
             raise ValueError(_in_words(str(error), text)) from error
         except RecursionError:
             raise ValueError("its tables or lists are nested too deeply.") from None
+
+
+def _open(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # opening a named pipe would wait for whoever writes into it
 
 
 def _in_words(error: str, text: str) -> str:
