@@ -42,6 +42,7 @@ class Terminal:
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # Ctrl-C shall reach it  # noqa: PLW1509
         )
         self._slave = slave
+        self._open = [self._master, slave]
 
     def resize(self, columns: int, lines: int) -> None:
         self.screen.resize(lines, columns)
@@ -73,8 +74,12 @@ class Terminal:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
-        os.close(self._slave)
-        os.close(self._master)
+        self.hang_up()
+
+    def hang_up(self) -> None:
+        """Go, as when its window is closed."""
+        while self._open:
+            os.close(self._open.pop())
 
     @property
     def restored(self) -> bool:

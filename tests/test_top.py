@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 
@@ -104,6 +105,19 @@ def test_it_waits_for_a_daemon_that_has_gone(own_daemon: RunningDaemon) -> None:
         terminal.press("\x03")
         assert terminal.end() == 0
         assert terminal.restored
+
+
+def test_it_ends_with_its_terminal(daemon: RunningDaemon) -> None:
+    """Also where SIGHUP is ignored, as under `nohup`."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what is started now has it so
+    try:
+        terminal = top(daemon)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    with terminal:
+        terminal.until(lambda text: "emt" in text)
+        terminal.hang_up()
+        terminal.process.wait(20)
 
 
 def test_without_a_terminal_it_is_one_frame(daemon: RunningDaemon, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,9 +126,11 @@ class Screen:
             self._status = said
 
     def _press(self, typed: str) -> None:
+        if not typed:  # the terminal has gone
+            self._over.set()
         view = self._view
         for key in [KEYS[typed]] if typed in KEYS else typed:
-            if key in ("q", "\x04", ""):
+            if key in ("q", "\x04"):
                 self._over.set()
             elif key in ("s", "\t", "left"):
                 view.sort = SORTS[(SORTS.index(view.sort) + (-1 if key == "left" else 1)) % len(SORTS)]
