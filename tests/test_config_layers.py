@@ -18,6 +18,7 @@ import rootstock_client
 import rootstockd
 from conftest import ALL_OF_RICH, RunningDaemon
 from conftest import rootstockd as command
+from rootstockd.host.devices import choose_devices
 from rootstockd.settings.config import Config, Settings, SettingsFile
 from rootstockd.settings.config_file import ConfigError, all_settings, reloadable
 from rootstockd.settings.config_layers import (
@@ -260,6 +261,14 @@ def test_a_file_that_is_named_is_the_only_one(folder: Path) -> None:
         assert said["settings"]["max_sessions"] == 3
         assert said["files"] == [{"path": str(folder / "mine.toml"), "there": True}]
         assert run_as(os.geteuid(), "config", "check", *given[1:], **environment).returncode == 0
+
+
+@pytest.mark.parametrize("said", [("--device", "auto"), ("--instance", "auto")])
+def test_whoever_says_auto_says_which_devices(folder: Path, said: tuple[str, str]) -> None:
+    write(folder / "mine.toml", 'devices = ["cpu:1"]\n')
+    told = shown(command("config", "show", "--json", *said, "--config", folder / "mine.toml"))
+    assert told["settings"]["devices"] == [str(device) for device in choose_devices()]
+    assert told["origins"]["devices"] == "command line"
 
 
 def test_what_is_shown_is_a_file_that_says_the_same(folder: Path) -> None:

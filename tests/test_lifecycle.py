@@ -208,6 +208,36 @@ def test_a_successor_finds_the_modules_that_the_daemon_before_it_found(
         atoms.get_forces()
 
 
+def test_a_successor_computes_as_the_daemon_before_it_did(start_daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {"NUMBA_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":16:8", "TORCHINDUCTOR_MAX_AUTOTUNE": "0"}
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    daemon = start_daemon()
+    for name in said:
+        monkeypatch.delenv(name)
+    assert daemon.run("restart").returncode == 0
+    environment = Path(f"/proc/{daemon.pid}/environ").read_text().split("\0")
+    assert {f"{name}={value}" for name, value in said.items()} <= set(environment)
+
+
+def test_where_the_working_directory_was_removed(tmp_path: Path) -> None:
+    there = "import os, sys; os.chdir(sys.argv[1]); os.rmdir(sys.argv[1]); os.execvp(sys.argv[2], sys.argv[2:])"
+    command = [
+        sys.executable,
+        "-c",
+        there,
+        tmp_path,
+        sys.executable,
+        "-m",
+        "rootstockd",
+        "status",
+        "--socket",
+        "a.sock",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, "a.sock starts at the working directory, and that was removed" in done.stderr) == (2, True)
+
+
 def test_a_restart_where_somebody_removed_the_socket(start_daemon) -> None:
     """New jobs don't find such a daemon: a restart is what mends it."""
     daemon = start_daemon("--model", "emt")

@@ -45,9 +45,19 @@ if not watched() and not os.environ.get("COLUMNS", "").lstrip("0").isdecimal():
 QUIET = 2.0
 """Seconds until the first line about what a command waits for; one that takes no longer says nothing of it."""
 
+
+def absolute(_context: click.Context, _option: click.Parameter, path: Path | None) -> Path | None:
+    """From wherever it is used; a link in it is still one, for whoever opens the file to see."""
+    try:
+        return None if path is None else path.absolute()
+    except FileNotFoundError:
+        raise click.BadParameter(f"{path} starts at the working directory, and that was removed.") from None
+
+
 socket_option = click.option(
     "--socket",
     type=click.Path(path_type=Path, readable=False),
+    callback=absolute,
     envvar=SOCKET_VARIABLE,
     show_envvar=True,
     help="The daemon's session socket.",

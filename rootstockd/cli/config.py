@@ -103,13 +103,11 @@ def check(file: Path | None, instance: str | None) -> None:
     console.print(f"{good} {', '.join(there)}" if there else "there is no file, and none is needed")
 
 
-def _devices_for(instance: str) -> tuple[tuple[Device, ...] | None, list[str]]:
-    """The devices that an instance goes before the files with, if any, and what is wrong with them."""
+def _devices_for(instance: str) -> tuple[tuple[Device, ...], list[str]]:
+    """The devices that an instance goes before the files with, and what is wrong with them."""
     gpu, names = devices_of(instance)
-    if names == ("auto",):
-        return None, []
     try:
-        return choose_devices(gpus=gpu, names=names), []
+        return choose_devices(gpus=gpu, names=() if names == ("auto",) else names), []
     except DeviceError as error:
         return (Device(name="cpu"),), [f"devices: {error}"]  # to look at all else
 

@@ -11,7 +11,7 @@ import click
 from click.core import ParameterSource
 
 from rootstock_client.runtime_dir import SOCKET_VARIABLE
-from rootstockd.cli.common import Refused, catalogue_option, default_log_file, default_socket, socket_option
+from rootstockd.cli.common import Refused, absolute, catalogue_option, default_log_file, default_socket, socket_option
 from rootstockd.cli.completion import catalogue_models, devices, gpus
 from rootstockd.host.devices import DeviceError, choose_devices
 from rootstockd.settings.config import Config, Device, SettingsFile
@@ -21,11 +21,6 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 _CPU = (Device(name="cpu"),)
 """For settings to be whole before the devices are chosen, which takes a look at the machine."""
-
-
-def _absolute(_context: click.Context, _option: click.Parameter, path: Path | None) -> Path | None:
-    """From wherever it is used; a link in it is still one, for whoever opens the file to see."""
-    return None if path is None else path.absolute()
 
 
 _OPTIONS = (
@@ -53,7 +48,7 @@ _OPTIONS = (
     ),
     catalogue_option,
     socket_option,
-    click.option("--log-file", type=click.Path(path_type=Path), callback=_absolute, help="Where the log goes."),
+    click.option("--log-file", type=click.Path(path_type=Path), callback=absolute, help="Where the log goes."),
     click.option("--max-atoms", type=click.IntRange(min=1), help="The most atoms in one message of one session."),
     click.option("--batch-atoms", type=click.IntRange(min=1), help="The most atoms in one pass over several sessions."),
     click.option(
@@ -106,10 +101,9 @@ def settings_said(
     """
     if instance is not None:
         gpu, names = devices_of(instance)
-    names = tuple(name for name in names if name != "auto")
     if gpu is not None and names:
         raise click.UsageError("--gpu and --device can't be combined.")
-    chosen = _choose(gpu, names) if gpu is not None or names else None
+    chosen = _choose(gpu, tuple(name for name in names if name != "auto")) if gpu is not None or names else None
     address = (socket or default_socket()).absolute()
     if click.get_current_context().get_parameter_source("socket") is ParameterSource.ENVIRONMENT:
         socket = None  # it is a setting's variable as well

@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 
 _KEPT = (
-    *("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "CUDA_", "NVIDIA_", "PYTORCH_", "TORCH_"),  # how it computes
+    *("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "NUMBA_"),  # how it computes
+    *("CUDA_", "CUBLAS_", "NVIDIA_", "PYTORCH_", "TORCH_", "TORCHINDUCTOR_"),
     *("ROOTSTOCKD_", "XDG_", "SLURM_"),  # where things lie
 )
 _PYTHONPATH = "PYTHONPATH"
