@@ -8,11 +8,14 @@ import os
 import shutil
 import signal
 import socket
+import socketserver
 import stat
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +27,10 @@ from ase.calculators.emt import EMT
 from conftest import RunningDaemon, open_descriptors, rootstockd, wait_for
 from rootstock_client import RootstockClient, ipi
 from rootstock_client.errors import ConnectionLostError, DaemonNotFoundError, DrainingError, ModelChangedError
+from rootstockd import __version__
+from rootstockd.cli.common import fetch_config
 from rootstockd.host.log_file import open_log
+from rootstockd.settings.config_layers import make_config, read_again
 
 
 def copper(size: int = 1):
@@ -218,6 +224,55 @@ def test_a_successor_computes_as_the_daemon_before_it_did(start_daemon, monkeypa
     assert daemon.run("restart").returncode == 0
     environment = Path(f"/proc/{daemon.pid}/environ").read_text().split("\0")
     assert {f"{name}={value}" for name, value in said.items()} <= set(environment)
+
+
+@pytest.fixture
+def another_version(runtime_folder: Path) -> Iterator[tuple[Path, dict[str, object]]]:
+    """The socket of what answers as no daemon of this version does, and its answer to whatever is asked."""
+    address, answer = runtime_folder / "another.sock", dict[str, object]()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            body = json.dumps(answer).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_POST = do_GET  # noqa: N815 - the name is of http.server
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with socketserver.UnixStreamServer(str(address.with_suffix(".control")), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        yield address, answer
+        server.shutdown()
+        thread.join()
+    address.with_suffix(".control").unlink()
+
+
+def test_what_another_version_answers_is_no_trace(another_version: tuple[Path, dict[str, object]]) -> None:
+    address, answer = another_version
+    answer.update(version="9.9", restart_needed=3, held="long")
+    for arguments in (("reload",), ("load", "emt"), ("unload", "emt"), ("status",), ("config", "show", "--running")):
+        done = rootstockd(*arguments, "--socket", address)
+        words = f"rootstockd at {address} is version 9.9, this command {__version__}, and its answer can't be read."
+        assert done.returncode == 1 and done.stderr.startswith(f"Error: {words}"), done.stderr
+
+
+def test_settings_of_a_newer_version_are_left_out(another_version: tuple[Path, dict[str, object]]) -> None:
+    address, answer = another_version
+    config = make_config((), {}, {"users": {"a": {"share": 2}}}, {"socket": address, "devices": ["cpu"]})
+    told = answer["config"] = config.model_dump(mode="json")
+    for table in (told, told["access"], told["limits"], told["users"]["a"], told["devices"][0]):
+        table["newer"] = 1
+    told["origins"]["limits.newer"] = "command line"
+    fetched = fetch_config(address)
+    assert fetched is not None
+    assert read_again(fetched).model_dump(exclude={"origins"}) == config.model_dump(exclude={"origins"})
 
 
 def test_where_the_working_directory_was_removed(tmp_path: Path) -> None:

@@ -9,11 +9,11 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from socket import gethostname
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 import platformdirs
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from rich.console import Console
 
 import rootstockd
@@ -71,6 +71,9 @@ catalogue_option = click.option(
 )
 
 
+Answer = TypeVar("Answer", bound=BaseModel)
+
+
 class Refused(click.ClickException):
     """An error with its hint, as a command's last words."""
 
@@ -111,20 +114,37 @@ def socket_in_use(socket: Path | None) -> Path:
 
 
 def fetch_status(socket: Path, *, timeout: float = 10.0) -> DaemonStatus:
-    """Ask a daemon how it is, which may say nothing for `timeout` seconds.
+    """Ask a daemon how it is, which may say nothing for `timeout` seconds; raises as `ask` does."""
+    return ask(socket, DaemonStatus, "GET", "/v1/status", timeout=timeout)
+
+
+def ask(
+    socket: Path,
+    kind: type[Answer],
+    method: str,
+    path: str,
+    body: dict[str, Any] | None = None,
+    *,
+    timeout: float = 10.0,
+) -> Answer:
+    """Ask a daemon's control API for an answer of a kind; the other arguments are those of `request`.
 
     Raises:
-        RootstockError: it does not answer, or not as this version does.
+        RootstockError: it does not answer, or refuses, or does not answer as this version does.
     """
-    answer: Any = request(socket, "GET", "/v1/status", timeout=timeout)
+    answer = request(socket, method, path, body, timeout=timeout)
     try:
-        return DaemonStatus.model_validate(answer)
+        return kind.model_validate(answer)
     except ValidationError as error:
-        raise RootstockError(
-            f"rootstockd at {socket} is version {answer.get('version')}, this command {rootstockd.__version__}, and "
-            "its answer can't be read.",
-            "`rootstockd restart` starts a daemon of this version; jobs wait for it.",
-        ) from error
+        raise _unreadable(socket, answer) from error
+
+
+def _unreadable(socket: Path, answer: object) -> RootstockError:
+    theirs = f"version {answer['version']}" if isinstance(answer, dict) and "version" in answer else "another version"
+    return RootstockError(
+        f"rootstockd at {socket} is {theirs}, this command {rootstockd.__version__}, and its answer can't be read.",
+        "`rootstockd restart` starts a daemon of this version; jobs wait for it.",
+    )
 
 
 def fetch_config(socket: Path) -> Config | None:
@@ -133,14 +153,30 @@ def fetch_config(socket: Path) -> Config | None:
     Raises:
         RootstockError: it does not answer, or its settings mean nothing to this version.
     """
-    answer: Any = request(socket, "GET", "/v1/status")
-    if answer["config"] is None:
+    answer = request(socket, "GET", "/v1/status")
+    if not isinstance(answer, dict) or "config" not in answer:
+        raise _unreadable(socket, answer)
+    if (told := answer["config"]) is None:
         return None
-    known = {name: value for name, value in answer["config"].items() if name in Config.model_fields}
     try:
-        return Config.model_validate(known)
+        _remove_unknown(told)
+        return Config.model_validate(told)
     except ValidationError as error:
         raise RootstockError(f"rootstockd at {socket} has settings that this version can't take: {error}") from error
+
+
+def _remove_unknown(told: Any) -> None:
+    """Remove the settings that a newer version has, in tables and lists, too."""
+    try:
+        Config.model_validate(told)
+    except ValidationError as error:
+        for problem in error.errors(include_url=False):
+            if problem["type"] == "extra_forbidden":
+                *place, name = problem["loc"]
+                table = told
+                for step in place:
+                    table = table[step]
+                del table[name]
 
 
 def print_warnings(warnings: list[str]) -> None:

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import click
 
-from rootstock_client.control import request
 from rootstock_client.errors import RootstockError
-from rootstockd.cli.common import Refused, console, fetch_status, saying, socket_in_use, socket_option
+from rootstockd.cli.common import Refused, ask, console, fetch_status, saying, socket_in_use, socket_option
 from rootstockd.cli.completion import catalogue_models, models_in_memory
 from rootstockd.cli.quantities import plural
 from rootstockd.control.schema import LoadAnswer, ModelStatus, UnloadAnswer
@@ -27,7 +26,7 @@ def load(name: str, dtype: str | None, socket: Path | None) -> None:
     """Load a model into memory; returns when it is there."""
     address = socket_in_use(socket)
     try:
-        answer = LoadAnswer.model_validate(request(address, "POST", "/v1/load", {"model": name, "dtype": dtype}))
+        answer = ask(address, LoadAnswer, "POST", "/v1/load", {"model": name, "dtype": dtype})
         model = _wait(address, answer.model, answer.dtype)
     except RootstockError as error:
         raise Refused(error) from error
@@ -70,7 +69,7 @@ def unload(name: str, dtype: str | None, force: bool, socket: Path | None) -> No
     address = socket_in_use(socket)
     try:
         order = {"model": name, "dtype": dtype, "force": force}
-        answer = UnloadAnswer.model_validate(request(address, "POST", "/v1/unload", order))
+        answer = ask(address, UnloadAnswer, "POST", "/v1/unload", order)
     except RootstockError as error:
         raise Refused(error) from error
     waiting = f"{plural(answer.waiting, 'evaluation')} {'waits' if answer.waiting == 1 else 'wait'}"

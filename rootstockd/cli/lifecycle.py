@@ -29,6 +29,7 @@ from rootstock_client.sockets import connect
 from rootstockd.cli.common import (
     QUIET,
     Refused,
+    ask,
     console,
     default_log_file,
     fetch_config,
@@ -149,10 +150,9 @@ def reload(socket: Path | None) -> None:
     Running jobs are not affected.
     """
     try:
-        answer = request(socket_in_use(socket), "POST", "/v1/reload")
+        report = ask(socket_in_use(socket), ReloadReport, "POST", "/v1/reload")
     except RootstockError as error:
         raise Refused(error) from error
-    report = ReloadReport.model_validate(answer)
     console.print("reloaded")
     for name, sessions in report.models_kept.items():
         keep = "1 session keeps" if sessions == 1 else f"{sessions} sessions keep"

@@ -133,7 +133,11 @@ def read_again(config: Config, defaults: Mapping[str, Any] | None = None) -> Con
         for file in config.files
         if str(file.path) in used and not file.named and not os.path.lexists(file.path)
     ]
-    origins = {tuple(name.split(".")): origin for name, origin in config.origins.items() if origin not in places}
+    origins = {
+        path: origin
+        for name, origin in config.origins.items()
+        if origin not in places and (path := tuple(name.split("."))) in values  # a newer version has more
+    }
     found_out: _Paths = {(name,): values[name,] for name in ("socket", "devices", "log_file")}
     found_out.update(((name,), value) for name, value in (defaults or {}).items() if config.origins.get(name) in places)
     return _combine(config.files, found_out, {path: values[path] for path in origins}, origins, problems)
