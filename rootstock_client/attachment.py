@@ -33,6 +33,7 @@ from rootstock_client.shared_memory import Translation
 from rootstock_client.sockets import connect, dismiss, receive
 
 IPI_PREFIX = "/tmp/ipi_"  # noqa: S108 - i-PI's and ASE's
+LAST_PORT = 65_535
 PAUSE = 0.1
 """Seconds between tries while a driver does not listen yet."""
 
@@ -56,7 +57,9 @@ def parse_address(text: str) -> Address:
     if "/" in text:
         return Address(socket.AF_UNIX, text)
     if found := re.fullmatch(r"(?P<host>.*):(?P<port>\d{1,5})", text):
-        return Address(socket.AF_INET, (found["host"].strip("[]") or "localhost", int(found["port"])))
+        if (port := int(found["port"])) > LAST_PORT:
+            raise ValueError(f"{text!r} is no address: ports end at {LAST_PORT}.")
+        return Address(socket.AF_INET, (found["host"].strip("[]") or "localhost", port))
     if not text or ":" in text:
         raise ValueError(f"{text!r} is no address; it is a path, HOST:PORT, or the name of an i-PI socket.")
     return Address(socket.AF_UNIX, IPI_PREFIX + text)
@@ -188,12 +191,16 @@ class Attachment:
             DriverNotFoundError: it never listened.
             RootstockError: the daemon refused, or failed at a step; or it is gone, and patience is at its end.
         """
-        met = False
+        met, outage = False, Outage(self._daemon)
+        cut_off: RootstockError | None = None
         while True:
-            if self._stream is None and not self._dial(first=not met):
+            if self._stream is None and not self._dial(first=not met, cut_off=cut_off):
                 return
             assert self._stream is not None
-            line = offer_when_there(self._daemon, lambda: self._potential.in_init(self._init), self._patience, met=met)
+            line = offer_when_there(
+                self._daemon, lambda: self._potential.in_init(self._init), self._patience, outage, met=met
+            )
+            outage = Outage(self._daemon)
             if not is_connected(self._stream):  # the driver has gone meanwhile
                 line.close()
                 return
@@ -206,18 +213,21 @@ class Attachment:
                 return
             except AWAY as error:
                 if isinstance(error, ConnectionLostError):
+                    cut_off = None if has_ended(self._stream) else error
                     self.leave()  # nobody knows what the daemon had read of it; i-PI asks another connection again
-                Outage(self._daemon).wait(error, self._patience)
+                outage.wait(error, self._patience)
             finally:
                 self.attached = False
 
-    def _dial(self, *, first: bool) -> bool:
-        """Connect to the driver; whether it is there."""
+    def _dial(self, *, first: bool, cut_off: RootstockError | None) -> bool:
+        """Connect to the driver; whether it is there. One that was cut off, and listens no more, has failed."""
         try:
             self._stream = dial(self._address, self._wait if first else 0.0)
         except DriverNotFoundError:
             if first:
                 raise
+            if cut_off is not None:
+                raise cut_off from None
             return False
         text = greet(self._stream)
         if text is None:
@@ -239,19 +249,22 @@ AWAY = (DrainingError, ConnectionLostError, DaemonNotFoundError, DaemonFullError
 """What a daemon that is restarted may answer, or the next one before it has room."""
 
 
-def offer_when_there(daemon: Path, init: Callable[[], bytes], patience: float, *, met: bool = False) -> socket.socket:
+def offer_when_there(
+    daemon: Path, init: Callable[[], bytes], patience: float, outage: Outage | None = None, *, met: bool = False
+) -> socket.socket:
     """The same as `offer`, also while the daemon is restarted.
 
     Args:
         daemon: its session socket.
         init: gives the INIT of each try.
         patience: seconds to wait for it.
+        outage: what has begun already.
         met: it has served this driver before.
 
     Raises:
         RootstockError: it refuses, or is not there and patience is at its end.
     """
-    outage, answered = Outage(daemon), daemon in MET
+    outage, answered = outage or Outage(daemon), daemon in MET
     while True:
         try:
             line = offer(daemon, init())
@@ -262,6 +275,16 @@ def offer_when_there(daemon: Path, init: Callable[[], bytes], patience: float, *
             outage.over()
             MET.add(daemon)
             return line
+
+
+def has_ended(stream: socket.socket) -> bool:
+    """Whether the other end of a stream has been closed, as far as nothing lies before that."""
+    try:
+        return not stream.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
 
 
 def is_connected(stream: socket.socket) -> bool:

@@ -112,4 +112,4 @@ class Outage:
         if self._tries:
             took = time.monotonic() - self._begun
             what = "has room again" if self._full else "is back"
-            log.warning("rootstockd at %s %s; this job waited %.3g s for its step.", self._path, what, took)
+            log.warning("rootstockd at %s %s; this job waited %.3g s for it.", self._path, what, took)

@@ -82,7 +82,7 @@ class Daemon:
         self.warnings: list[str] = []
         """What the configuration, the catalogues and the environment have that can't be meant so."""
         not_to_preload(config.models, self.catalogue)  # it can't begin with none
-        self._look_over()
+        self._look_over(config.models)
         self.sessions = SessionRegistry()
         self.state = "starting"
         self.since = time.time()
@@ -214,7 +214,7 @@ class Daemon:
         self._open_or_close()
         self.accounts.apply(self.config)
         self.fleet.apply(self.config)
-        self._look_over()
+        self._look_over(fresh.models)
         for name in restart_needed:
             log.warning("%s has changed and takes effect with the next restart", name)
         log.info("reloaded")
@@ -237,16 +237,17 @@ class Daemon:
                 self.fleet.keep(key, located(name, entry))
         self.fleet.keep_only(kept)
 
-    def _look_over(self) -> None:
-        warnings = (self.accounts.warnings, self.catalogue.warnings(), self._closed_folder(), self._not_to_preload())
+    def _look_over(self, models: Iterable[str]) -> None:
+        missing = self._not_to_preload(models)
+        warnings = (self.accounts.warnings, self.catalogue.warnings(), self._closed_folder(), missing)
         self.warnings = [*itertools.chain(*warnings)]
         for warning in self.warnings:
             log.warning("%s", warning)
 
-    def _not_to_preload(self) -> list[str]:
+    def _not_to_preload(self, models: Iterable[str]) -> list[str]:
         """That models are not there which are to be loaded at the start: the next one would fail, or go without."""
         missing = []
-        for wanted in self.config.models:
+        for wanted in models:
             try:
                 located(*self.catalogue.resolve(wanted))
             except (UnknownModelError, ModelLoadError) as error:

@@ -420,6 +420,16 @@ def test_an_attach_that_begins_while_the_daemon_is_restarted_waits(
     assert restart.returncode == 0
 
 
+def test_a_driver_that_was_cut_off_and_listens_no_more_has_failed(own_daemon: RunningDaemon, folder: Path) -> None:
+    options = ("--model", "emt", "--structure", folder / "init.xyz")
+    with Listening(folder, structure(), own_daemon, *options) as driver:
+        driver.step()
+        os.kill(own_daemon.pid, signal.SIGKILL)
+        assert driver.sock.recv(1) == b""
+        status, said = end_of(driver.command)
+    assert status == 1 and "closed the connection" in said
+
+
 def test_a_driver_that_was_reset_while_the_daemon_was_away_has_ended(own_daemon: RunningDaemon, folder: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         options = ("--model", "emt", "--structure", folder / "init.xyz")
@@ -619,6 +629,11 @@ def test_shared_memory_that_is_none(name: str, natoms: int, says: str) -> None:
 
 
 # --- what is said beforehand
+
+
+def test_ports_have_an_end() -> None:
+    with pytest.raises(ValueError, match="ports end at 65535"):
+        parse_address("localhost:99999")
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import subprocess
-import sys
+import sysconfig
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -320,13 +319,15 @@ def test_a_users_own(machine: Machine) -> None:
 
 
 def test_all_of_the_installation_is_roots(machine: Machine) -> None:
-    """The Python and the code as well as the environment that has them."""
-    code = "/srv/checkout"
+    """The code as well as the environment that has it. (The Python is the test's own, and stays as it is.)"""
+    code, environment = "/srv/checkout", "/srv/environment"
     machine.do("mkdir", code)
     machine.do("cp", "-r", *(REPOSITORY / name for name in ("rootstockd", "rootstock_client", "systemd")), code)
-    install = ("env", f"PYTHONPATH={code}", PYTHON, "-m", "rootstockd", "systemd", "install", "--dry-run")
+    machine.do(PYTHON, "-m", "venv", "--without-pip", environment)
+    path = f"PYTHONPATH={code}:{sysconfig.get_path('purelib')}"
+    install = ("env", path, f"{environment}/bin/python", "-m", "rootstockd", "systemd", "install", "--dry-run")
     machine.do(*install)
-    for part in (sys.prefix, Path(sys.base_prefix).resolve(), code):
+    for part in (environment, code):
         machine.do("chown", "in-alice", part)
         done = machine.run(*install)
         machine.do("chown", "root", part)

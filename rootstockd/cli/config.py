@@ -100,7 +100,8 @@ def check(file: Path | None, instance: str | None) -> None:
         raise Refused("\n".join(problems))
     there = [place["path"] for place in _files(settings) if place["there"]]
     good = "a daemon can start with" if warnings else "nothing is wrong with"
-    console.print(f"{good} {', '.join(there)}" if there else "there is no file, and none is needed")
+    looked = " or ".join(place["path"] for place in _files(settings))
+    console.print(f"{good} {', '.join(there)}" if there else f"there is no {looked}, and none is needed")
 
 
 def _devices_for(instance: str) -> tuple[tuple[Device, ...], list[str]]:

@@ -130,7 +130,10 @@ def restart(socket: Path | None) -> None:
             check_own(address)
             with daemon_process(address) as process:
                 take_environment(process)
-            config = settings_again(in_background(running))
+            try:
+                config = settings_again(in_background(running))
+            except ConfigError as error:
+                raise Refused(f"{error}\nA new daemon could not start, so the old one goes on.") from error
             check_startable(config, running.socket)
         with daemon_process(address) as process:
             named = address.exists()  # whoever removed it did not mean to stop the daemon
@@ -161,7 +164,9 @@ def reload(socket: Path | None) -> None:
     print_warnings(report.warnings)
     if report.restart_needed:
         console.print(
-            f"changed, but take effect only with a restart: {', '.join(report.restart_needed)}", style="yellow"
+            f"changed, but take effect only with a restart: {', '.join(report.restart_needed)}"
+            + " (of socket: with `stop` and `start`)" * ("socket" in report.restart_needed),
+            style="yellow",
         )
 
 

@@ -126,9 +126,10 @@ def _gather(source: Build, wheels: Path, say: Say) -> str:
         f"environment {source.manifest.name!r}: finding its packages",
     )
     for package in tomllib.loads(plan.read_text())["packages"]:
-        name, version = package["name"], package["version"]
+        name, version = package["name"], package.get("version", "")
         block = _block(lock, name)
-        files = package.get("wheels") or [package["sdist"]]
+        if not (files := package.get("wheels") or [package["sdist"]] * ("sdist" in package)):
+            raise EnvironmentBuildError(f"{name} is named by an address, and can't be exported so.")
         for place in files:
             say(f"{name} {version}")
             target = wheels / _file_name(place)

@@ -66,19 +66,12 @@ def confine(folders: Sequence[str], *, gpu: bool, programs: bool = False) -> Lis
     _leave_no_core()
     if _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
         return [*missing, "nothing was taken: PR_SET_NO_NEW_PRIVS is unknown to this kernel"]
-    # libraries of MPI look at devices of many kinds
-    missing.append(landlock.restrict(writable, None if programs else _all_but_devices()))
+    missing.append(landlock.restrict(writable))
     missing.append(_drop_capabilities())
     missing.append(seccomp.install(gpu=gpu, programs=programs))
     if programs and landlock.abi() < landlock.SCOPES_SINCE:
         missing.append("this kernel does not keep programs that dial in from signals to others of the daemon's user")
     return [text for text in missing if text]
-
-
-def _all_but_devices() -> List[str]:
-    """What may be read: not terminals, whose keys a reader takes away from the shell, nor disks."""
-    folders = [entry.path for entry in os.scandir("/") if entry.name != "dev"]
-    return [*folders, *(f"/dev/{name}" for name in ("zero", "full", "random", "urandom"))]
 
 
 def _leave_no_core() -> None:

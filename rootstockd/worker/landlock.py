@@ -1,4 +1,4 @@
-"""Landlock: files may be read and written only where it is said.
+"""Landlock: files may be read as before, and written only where it is said.
 
 It is the kernel's since Linux 5.13, where it is among its security modules, and learnt more with each ABI. Beside
 writing, it refuses TCP (ABI 4), abstract Unix sockets and signals outside (6), and from the first ABI on ptrace of
@@ -12,18 +12,18 @@ import ctypes
 import os
 import stat
 import struct
-from typing import Iterable, Optional
+from typing import Iterable
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 _VERSION = 1
 _PATH_BENEATH = 1
 
-_WRITE_FILE, _READ_FILE = 1 << 1, 1 << 2
+_WRITE_FILE = 1 << 1
 _CHANGE_FOLDER = sum(1 << bit for bit in range(4, 13))  # REMOVE_DIR, REMOVE_FILE and seven times MAKE_...
 _REFER, _TRUNCATE, _IOCTL_DEV = 1 << 13, 1 << 14, 1 << 15
 _TRUNCATE_SINCE = 3
-_TO_WRITE = ((1, _WRITE_FILE), (1, _CHANGE_FOLDER), (2, _REFER), (_TRUNCATE_SINCE, _TRUNCATE), (5, _IOCTL_DEV))
+_RIGHTS = ((1, _WRITE_FILE), (1, _CHANGE_FOLDER), (2, _REFER), (_TRUNCATE_SINCE, _TRUNCATE), (5, _IOCTL_DEV))
 """What to take, and the ABI that has it."""
 _TCP, _SCOPES, _SIGNALS = 0b11, 0b11, 0b10
 """To bind and to connect; abstract sockets and signals."""
@@ -48,10 +48,8 @@ def abi() -> int:
         return 0
 
 
-def restrict(writable: Iterable[str], readable: Optional[Iterable[str]] = None) -> str:
-    """Take the right to write away but in `writable`, and to read but there and in `readable`, where that is given.
-
-    Both are folders with all that is in them, files and devices.
+def restrict(writable: Iterable[str]) -> str:
+    """Take the right to write away but in `writable` (folders with all that is in them, files, devices).
 
     It holds for this thread and what comes of it: there must be no other yet. Privileges that exec gives must be off
     already. A path that is not there or can't be opened is passed over: it can't be written to.
@@ -62,18 +60,15 @@ def restrict(writable: Iterable[str], readable: Optional[Iterable[str]] = None) 
     version = abi()
     if not version:
         return NONE
-    handled = sum(right for since, right in _TO_WRITE if version >= since)
-    if readable is not None:
-        handled |= _READ_FILE
+    handled = sum(right for since, right in _RIGHTS if version >= since)
     attributes = struct.pack("=QQQ", handled, _TCP, _SCOPES)
     size = max(size for since, size in _SIZES if version >= since)
     try:
         ruleset = _call(_CREATE_RULESET, attributes, ctypes.c_size_t(size), 0)
         try:
-            for rights, paths in ((handled, writable), (_READ_FILE, readable or ())):
-                for path in paths:
-                    with contextlib.suppress(OSError):
-                        _allow(ruleset, path, rights)
+            for path in writable:
+                with contextlib.suppress(OSError):
+                    _allow(ruleset, path, handled)
             _call(_RESTRICT_SELF, ruleset, 0)
         finally:
             os.close(ruleset)
@@ -99,7 +94,7 @@ def _allow(ruleset: int, path: str, rights: int) -> None:
     folder = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
         if not stat.S_ISDIR(os.fstat(folder).st_mode):
-            rights &= _READ_FILE | _WRITE_FILE | _TRUNCATE | _IOCTL_DEV
+            rights &= _WRITE_FILE | _TRUNCATE | _IOCTL_DEV
         _call(_ADD_RULE, ruleset, _PATH_BENEATH, struct.pack("=Qi", rights, folder), 0)
     finally:
         os.close(folder)

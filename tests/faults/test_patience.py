@@ -219,7 +219,7 @@ def test_what_is_said_at_the_end_is_how_long_the_step_took(caplog: pytest.LogCap
     outage.over()
     words = caplog.records[-1].message
     assert 0.5 <= float(words.split("waited ")[1].split()[0]) <= time.monotonic() - begin + 0.01
-    assert words.endswith("s for its step.")
+    assert words.endswith("s for it.")
 
 
 def test_many_jobs_do_not_come_back_in_the_same_moment(monkeypatch: pytest.MonkeyPatch) -> None:
