@@ -41,7 +41,7 @@ def find_python(request: str, state: Path, *, offline: bool) -> Python:
         EnvironmentBuildError: there is none.
     """
     if "/" in request:
-        return _ask(Path(request))
+        return _ask(Path(request).absolute())
     shared = readable_by_all(state)
     # that of this process, which may be in no PATH, as in a service's
     ours = {"PATH": os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.base_prefix) / "bin")])}

@@ -287,7 +287,7 @@ class Session(asyncio.BufferedProtocol):
             return
         if json:
             self._preset = request if request.stock else None
-        if json:
+        if json and self._line is None:
             self._potential = request.fingerprint or ""
         if json and request.attach:
             self._ipi.accept(request.batch_size, announced=True, offered=True)
