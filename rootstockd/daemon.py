@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import os
 import signal
@@ -17,7 +16,13 @@ from pathlib import Path
 from ase.data import chemical_symbols
 
 from rootstock_client import ipi
-from rootstock_client.errors import DrainingError, ModelLoadError, UnknownElementError, UnknownModelError
+from rootstock_client.errors import (
+    DrainingError,
+    ModelLoadError,
+    RootstockError,
+    UnknownElementError,
+    UnknownModelError,
+)
 from rootstock_client.runtime_dir import job_runtime_dir, share_file
 from rootstockd.control.limits import MAX_SCRAPERS
 from rootstockd.control.schema import ReloadReport
@@ -81,8 +86,11 @@ class Daemon:
         self.errors: Counter[str] = Counter()
         self.warnings: list[str] = []
         """What the configuration, the catalogues and the environment have that can't be meant so."""
-        not_to_preload(config.models, self.catalogue)  # it can't begin with none
-        self._look_over(config.models)
+        missing = not_to_preload(config.models, self.catalogue)
+        unknown = [error for error in missing if isinstance(error, UnknownModelError)]
+        if unknown or (missing and len(missing) == len(config.models)):
+            raise [*unknown, *missing][0]
+        self._look_over(missing)
         self.sessions = SessionRegistry()
         self.state = "starting"
         self.since = time.time()
@@ -214,7 +222,7 @@ class Daemon:
         self._open_or_close()
         self.accounts.apply(self.config)
         self.fleet.apply(self.config)
-        self._look_over(fresh.models)
+        self._look_over(not_to_preload(fresh.models, catalogue))
         for name in restart_needed:
             log.warning("%s has changed and takes effect with the next restart", name)
         log.info("reloaded")
@@ -237,22 +245,12 @@ class Daemon:
                 self.fleet.keep(key, located(name, entry))
         self.fleet.keep_only(kept)
 
-    def _look_over(self, models: Iterable[str]) -> None:
-        missing = self._not_to_preload(models)
-        warnings = (self.accounts.warnings, self.catalogue.warnings(), self._closed_folder(), missing)
-        self.warnings = [*itertools.chain(*warnings)]
+    def _look_over(self, missing: Iterable[RootstockError]) -> None:
+        """Warn of what can't be meant so, and of models that are to be loaded at a start and are not there."""
+        absent = [f"to be loaded at the start, and can't be: {error}" for error in missing]
+        self.warnings = [*self.accounts.warnings, *self.catalogue.warnings(), *self._closed_folder(), *absent]
         for warning in self.warnings:
             log.warning("%s", warning)
-
-    def _not_to_preload(self, models: Iterable[str]) -> list[str]:
-        """That models are not there which are to be loaded at the start: the next one would fail, or go without."""
-        missing = []
-        for wanted in models:
-            try:
-                located(*self.catalogue.resolve(wanted))
-            except (UnknownModelError, ModelLoadError) as error:
-                missing.append(f"to be loaded at the start, and can't be: {error}")
-        return missing
 
     def _closed_folder(self) -> list[str]:
         """That those who may use the daemon don't find its sockets."""

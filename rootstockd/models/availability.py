@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
-from rootstock_client.errors import ModelLoadError
+from rootstock_client.errors import ModelLoadError, UnknownModelError
 from rootstockd.environments.finding import has_environment
 from rootstockd.models.catalogue import Catalogue, Entry
 from rootstockd.models.store import weights_of
@@ -36,22 +36,17 @@ def located(name: str, entry: Entry) -> Entry:
     return entry.model_copy(update={"weights": stored.weights, **sums})
 
 
-def not_to_preload(names: Iterable[str], catalogue: Catalogue) -> list[ModelLoadError]:
-    """Why a daemon can't load some of the models that it is to load at its start: the weights are not here.
+def not_to_preload(names: Iterable[str], catalogue: Catalogue) -> list[UnknownModelError | ModelLoadError]:
+    """Why a daemon can't load some of the models that it is to load at its start.
 
-    Raises:
-        UnknownModelError: there is no such model.
-        ModelLoadError: no weights of any are here.
+    There is no such model, without which it does not start; or the weights are not here, and it starts if others' are.
     """
-    found, missing = 0, []
-    for name, entry in map(catalogue.resolve, names):
+    missing: list[UnknownModelError | ModelLoadError] = []
+    for name in names:
         try:
-            located(name, entry)
-            found += 1
-        except ModelLoadError as error:
+            located(*catalogue.resolve(name))
+        except (UnknownModelError, ModelLoadError) as error:
             missing.append(error)
-    if missing and not found:
-        raise missing[0]
     return missing
 
 
