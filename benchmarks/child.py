@@ -206,14 +206,15 @@ class Worker(Arm):
         import dataclasses  # noqa: PLC0415
 
         from rootstockd.environments.finding import beside_the_daemon  # noqa: PLC0415
+        from rootstockd.host.handed_over import handed_over  # noqa: PLC0415
         from rootstockd.processes.worker_process import worker_command  # noqa: PLC0415
         from rootstockd.worker.engines import ModelSpec  # noqa: PLC0415
 
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         spec = ModelSpec("noop", "noop", "cpu", "float64")
-        arguments = [str(theirs.fileno()), json.dumps(dataclasses.asdict(spec))]
-        command = worker_command(beside_the_daemon("noop"))
-        self._process = subprocess.Popen([*command, *arguments], pass_fds=[theirs.fileno()])
+        command = [*worker_command(beside_the_daemon("noop")), str(theirs.fileno())]
+        with handed_over(json.dumps(dataclasses.asdict(spec))) as given:
+            self._process = subprocess.Popen(command, stdin=given, pass_fds=[theirs.fileno()])
         theirs.close()
         said = [b"V"]
         while said[-1] != b"R":  # before that it says how far it has come

@@ -26,7 +26,7 @@ from leaks import no_leaks, pytest_runtest_makereport
 from rootstock_client import RootstockClient, RootstockError, ipi
 from rootstock_client.driver_side import DriverSide
 from rootstock_client.ipi import FloatArray
-from rootstockd.cli.lifecycle import end
+from rootstockd.cli.ending import end
 from rootstockd.host.devices import seen_gpus
 
 # Test processes and their workers share few cores: threads that wait for each other would take most of the time.

@@ -324,7 +324,7 @@ def test_check_says_what_would_keep_it_from_starting(folder: Path) -> None:
     )
     write(folder / "more.toml", '[x]\nfamily = "mace"\nwights = "x.model"\n')
     assert (
-        f"catalogue {folder}/more.toml: model 'x': there is no field wights"
+        f"catalogue {folder}/more.toml: model 'x': there is no field wights; did you mean weights?"
         in command("config", "check", folder / "bad.toml").stderr
     )
 

@@ -405,7 +405,7 @@ def test_workers_of_code_that_was_upgraded_ask_for_a_restart(tmp_path: Path, mon
             old.start()
             assert energy_of(old, "emt") == pytest.approx(expected_energy(), abs=1e-9)
             version = tree / "rootstockd/worker/version.py"
-            version.write_text(version.read_text().replace("PROTOCOL = 2", "PROTOCOL = 3"))
+            version.write_text(version.read_text().replace("PROTOCOL = 3", "PROTOCOL = 4"))
             os.kill(old.model("emt")["pid"], signal.SIGKILL)
             wait_for(lambda: old.model("emt")["state"] == "failed")
             with pytest.raises(ModelLoadError, match=r"version 3\.1 .* this daemon 2\.1(.|\n)*rootstockd restart"):

@@ -4,62 +4,45 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
-import signal
-import socket as socketlib
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import click
 
 from rootstock_client.control import request
 from rootstock_client.errors import (
-    AccessDeniedError,
     ConnectionLostError,
     DaemonNotFoundError,
-    NotAnsweringError,
     RootstockError,
 )
-from rootstock_client.runtime_dir import START_HINT, control_socket, find_socket
+from rootstock_client.runtime_dir import control_socket
 from rootstock_client.sockets import connect
 from rootstockd.cli.common import (
-    QUIET,
     Refused,
     ask,
     console,
     default_log_file,
     fetch_config,
-    fetch_status,
     print_warnings,
-    saying,
     socket_in_use,
     socket_option,
 )
+from rootstockd.cli.ending import FORCE_TIMEOUT, daemon_process, end
+from rootstockd.cli.launching import POLL, launch, serve_in_front, stay_with
 from rootstockd.cli.options import settings_again, settings_options, settings_said
 from rootstockd.cli.successor import take_environment
-from rootstockd.cli.units import is_systemd, unit_at
-from rootstockd.control.schema import DaemonStatus, ReloadReport
+from rootstockd.cli.units import unit_at
+from rootstockd.control.schema import ReloadReport
 from rootstockd.host.devices import DeviceError, found_devices
-from rootstockd.host.log_file import open_log
 from rootstockd.host.peers import peer_of
-from rootstockd.host.sockets import already_runs
-from rootstockd.monitoring.rows import told_apart
-from rootstockd.settings.config import COMMAND_LINE, Config
+from rootstockd.settings.config import Config
 from rootstockd.settings.config_file import ConfigError
 from rootstockd.settings.config_layers import unknown_variables
 from rootstockd.users import user_name
 
-POLL = 0.05
-PEEK = socketlib.MSG_PEEK | socketlib.MSG_DONTWAIT
-FORCE_TIMEOUT = 5.0
-"""Seconds that a daemon has to answer `stop --force`, and then to end, before it is killed."""
 SUCCESSION = 3.0
 """Seconds that `stop` waits for somebody to listen where there is a socket: the second daemon of a restart may."""
-DRAINING = "waiting for evaluations under way"
 
 
 @click.command()
@@ -170,17 +153,6 @@ def reload(socket: Path | None) -> None:
         )
 
 
-def refuse_second(address: Path) -> None:
-    """Say that a daemon runs there already, and not in a log, which would pass for that daemon's.
-
-    Raises:
-        Refused: one does.
-    """
-    with contextlib.suppress(RootstockError):
-        running = fetch_status(address)
-        raise Refused(already_runs(address, str(running.pid)))
-
-
 def check_own(address: Path) -> None:
     """Whether a daemon's successor would be the same user's.
 
@@ -223,228 +195,3 @@ def check_startable(config: Config, address: Path) -> None:
     problems, _ = look_over(config)
     if problems:
         raise Refused("\n".join(["a new daemon could not start, so the old one goes on:", *problems]))
-
-
-def serve_in_front(config: Config) -> None:
-    """Be the daemon. What it prints is standard error's, and goes into no file of the settings.
-
-    Raises:
-        Refused: it can't start.
-    """
-    # imports what only a daemon needs
-    from rootstockd.serve import StartError, serve, start_logging  # noqa: PLC0415
-
-    start_logging()
-    origins = {**config.origins, "log_file": COMMAND_LINE}
-    try:
-        serve(config.model_copy(update={"log_file": None, "origins": origins}))
-    except StartError as error:
-        raise Refused(error) from error
-
-
-def stay_with(config: Config) -> None:
-    """Start a daemon in the background and be there as long as it is; exits as it does.
-
-    Raises:
-        Refused: as `launch` says.
-    """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    for number in (signal.SIGHUP, signal.SIGQUIT):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` has it
-            signal.signal(number, signal.default_int_handler)
-    for number in (signal.SIGUSR1, signal.SIGUSR2):  # the daemon ignores them, too
-        signal.signal(number, signal.SIG_IGN)
-    process = None
-    while True:
-        try:
-            process = process or launch(config)
-            raise SystemExit(process.wait())
-        except KeyboardInterrupt:
-            if process is None:  # `launch` has ended it
-                raise
-            process.terminate()
-
-
-def launch(config: Config, *, after: int | None = None, named: bool = True) -> subprocess.Popen[bytes]:
-    """Start a daemon in the background and wait until it is ready; its process.
-
-    Args:
-        config: its settings.
-        after: the pidfd of its predecessor. It gets ready while that one drains, and begins when it is gone.
-        named: the predecessor's socket was there. Then, if it is gone with it, `stop` has called the restart off.
-
-    Raises:
-        Refused: it can't start, or none of the models it was to load can be loaded.
-    """
-    assert config.log_file is not None
-    if after is None:
-        refuse_second(config.socket)
-    log = prepare_log(config.log_file)
-    predecessor = () if after is None else (after,)
-    arguments = [] if after is None else [str(after), "named" if named else "unnamed"]
-    with log, handed_over(config) as settings:
-        position = log.tell()
-        process = subprocess.Popen(
-            [sys.executable, "-m", "rootstockd.serve", *arguments],
-            pass_fds=predecessor,
-            stdin=settings,
-            stdout=log,
-            stderr=log,
-            cwd="/",
-            start_new_session=True,
-        )
-    try:
-        introduce(process, config, wait_until_ready(process, config, position))
-    except KeyboardInterrupt:
-        if after is None:
-            process.terminate()
-            process.wait()
-        else:  # the one before it is on its way down
-            console.print("the restart goes on without this command; `rootstockd stop` calls it off")
-        raise
-    return process
-
-
-def introduce(process: subprocess.Popen[bytes], config: Config, status: DaemonStatus) -> None:
-    """Say of a daemon that is ready what it has, and how it is used.
-
-    Raises:
-        Refused: none of the models it was to load can be loaded; it has been stopped.
-    """
-    broken = [model for model in status.models if model.error]
-    for name, model in zip(told_apart(status.models), status.models, strict=True):
-        if model.error:
-            console.print(f"{name}: {model.error}", style="red", markup=False)
-    if broken and len(broken) == len(status.models):
-        end(config.socket, force=True)
-        process.wait()
-        raise Refused("no model could be loaded, so the daemon was stopped again.")
-    print_warnings(status.warnings)
-    loaded = list(dict.fromkeys(model.name for model in status.models if model.state == "ready"))
-    name = loaded[0] if loaded else "mace-emt-small"
-    where = repr(str(config.socket))
-    with contextlib.suppress(DaemonNotFoundError):
-        where = "" if find_socket() == config.socket else where
-    console.print(
-        f"ready on {', '.join(map(str, config.devices))}, models loaded: {', '.join(loaded) or 'none yet'}\n\n"
-        f"  from rootstock_client import RootstockClient\n"
-        f'  atoms.calc = RootstockClient({where}).calculator("{name}")\n\n'
-        f"socket  {config.socket}\nlog     {config.log_file}"
-        + (f"\nmetrics {status.metrics}" if status.metrics else ""),
-        soft_wrap=True,
-        markup=False,
-    )
-
-
-def handed_over(config: Config) -> BinaryIO:
-    """Settings as the standard input of a daemon: a file in memory, at its beginning."""
-    file = os.fdopen(os.memfd_create("rootstockd-settings"), "w+b")
-    file.write(config.model_dump_json().encode())
-    file.seek(0)
-    return file
-
-
-def prepare_log(path: Path) -> BinaryIO:
-    """Open a log, or say why it can't be.
-
-    Raises:
-        Refused: it can't.
-    """
-    try:
-        return open_log(path)
-    except OSError as error:
-        raise Refused(f"can't write the log {path}: {error.strerror}. Choose another --log-file.") from error
-
-
-def wait_until_ready(process: subprocess.Popen[bytes], config: Config, log_position: int) -> DaemonStatus:
-    """Wait, saying for what.
-
-    Raises:
-        Refused: the process ended.
-    """
-    with saying(text := "starting") as say:
-        while process.poll() is None:
-            try:
-                status = fetch_status(config.socket)
-            except RootstockError:
-                status = None
-            if status is not None and status.pid != process.pid:
-                text = DRAINING if status.state == "draining" else text
-            elif status is not None:
-                if status.state == "ready":
-                    return status
-                models = zip(told_apart(status.models), status.models, strict=True)
-                loading = [f"{name} {model.loading.text}" for name, model in models if model.loading]
-                text = "; ".join(loading) or "starting"
-            say(text)
-            time.sleep(POLL)
-    assert config.log_file is not None
-    with config.log_file.open("rb") as log:
-        log.seek(log_position)
-        words = log.read().decode(errors="replace").strip()
-    if process.returncode == 0:
-        raise Refused("the daemon was stopped before it was ready.")
-    # the command in the background has said why in its last line or lines
-    reason = words.rpartition("Error: ")[2] if "Error: " in words else words
-    raise Refused(reason or f"the daemon ended with exit status {process.returncode} and said nothing.")
-
-
-@contextlib.contextmanager
-def daemon_process(socket: Path) -> Iterator[int]:
-    """A pidfd of the daemon: of the process that listens on its control socket, as the kernel says.
-
-    Raises:
-        DaemonNotFoundError: there is none.
-        NotAnsweringError: it accepts no connections.
-    """
-    path = control_socket(socket)
-    try:
-        sock = connect(path, FORCE_TIMEOUT)
-    except TimeoutError as error:
-        raise NotAnsweringError(f"rootstockd at {socket} accepts no connections.", "Find it with `ps`.") from error
-    with contextlib.ExitStack() as stack:
-        with sock:
-            pid = peer_of(sock).pid
-            if is_systemd(pid):
-                raise NotAnsweringError(f"systemd listens at {path}.", "Have it done with systemctl.")
-            process = -1
-            with contextlib.suppress(OSError):  # it is gone, or pid is 0: in another namespace
-                process = os.pidfd_open(pid)
-                stack.callback(os.close, process)
-            # while the connection stands, so does the process, and nobody else has its number
-            if process < 0 or (select.select([sock], [], [], 0)[0] and not sock.recv(1, PEEK)):
-                raise DaemonNotFoundError(f"no rootstockd answers at {path}: it has just gone.", START_HINT)
-        yield process
-
-
-def end(socket: Path, *, force: bool = False) -> None:
-    """Stop a daemon and wait until its process is gone; with `force`, kill one that does not answer or does not end.
-
-    Raises:
-        RootstockError: there is none, or it does not answer.
-    """
-    with daemon_process(socket) as process, saying(DRAINING) as say:
-        limit = FORCE_TIMEOUT if force else float("inf")
-        try:
-            request(socket, "POST", "/v1/stop", {"force": force}, timeout=FORCE_TIMEOUT)
-        except ConnectionLostError:
-            pass  # it was on its way down already
-        except AccessDeniedError:
-            raise
-        except RootstockError:  # it does not answer, or has too many others to answer
-            if not force:
-                raise
-            limit = 0.0
-        while limit > 0 and not select.select([process], [], [], min(limit, QUIET))[0]:
-            limit -= QUIET
-            say(DRAINING)
-        if not select.select([process], [], [], 0)[0]:
-            try:
-                signal.pidfd_send_signal(process, 0)  # may we?
-                socket.unlink(missing_ok=True)  # or its successor would begin, where it is being restarted
-                signal.pidfd_send_signal(process, signal.SIGKILL)
-            except PermissionError as error:
-                raise AccessDeniedError(
-                    "the daemon does not end, and is another user's.", "As root: `rootstockd stop --force`."
-                ) from error
-            select.select([process], [], [])

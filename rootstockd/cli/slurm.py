@@ -32,7 +32,9 @@ from rootstock_client.runtime_dir import (
 )
 from rootstock_client.sockets import connect
 from rootstockd.cli.common import Refused
-from rootstockd.cli.lifecycle import POLL, end, start
+from rootstockd.cli.ending import end
+from rootstockd.cli.launching import POLL
+from rootstockd.cli.lifecycle import start
 from rootstockd.cli.options import settings_said
 from rootstockd.cli.units import unit_at
 from rootstockd.host.devices import VISIBLE

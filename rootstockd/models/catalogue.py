@@ -362,7 +362,7 @@ def read_catalogue(path: Path) -> dict[str, Entry]:
         try:
             entry = Entry.model_validate(fields)
         except ValidationError as error:
-            raise CatalogueError(f"catalogue {path}: model {name!r}: {describe(error)}") from error
+            raise CatalogueError(f"catalogue {path}: model {name!r}: {describe(error, Entry.model_fields)}") from error
         if entry.weights is not None and not entry.weights.is_absolute():
             entry = entry.model_copy(update={"weights": path.parent / entry.weights})
         if entry.weights is not None and not entry.sha256:

@@ -31,8 +31,8 @@ PAUSE = 0.01
 _CHUNK, _DROPPED_CHUNK = 4 * 1024, 64 * 1024
 _LAST_READS = 32
 """Looks at the pipe of a worker that has ended; what it started may still write to it."""
-_UNSEEN = re.compile(r"[^\t -~\xa0-\U0010ffff]")
-"""What does not belong into a log: terminals obey it."""
+_UNSEEN = re.compile(r"[^\t -~\xa0-\U0010ffff]|[\u2028-\u202e\u2066-\u2069]")
+"""What does not belong into a log: terminals obey it, or show another line or order than there is."""
 
 
 class Ration:

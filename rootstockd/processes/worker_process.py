@@ -20,6 +20,7 @@ from typing import Any
 from rootstockd import worker
 from rootstockd.environments.finding import Environment
 from rootstockd.host import passed
+from rootstockd.host.handed_over import handed_over
 from rootstockd.processes.folders import WorkerFolders
 from rootstockd.processes.output import Ration, WorkerOutput
 from rootstockd.worker.engines import ModelSpec
@@ -155,21 +156,22 @@ class WorkerProcess:
             output = WorkerOutput(spec.name, ration)
             ours.setblocking(False)  # noqa: FBT003 - the socket module has no other way
             passed.refuse(ours)  # it sends none
-            arguments = [str(theirs.fileno()), json.dumps(dataclasses.asdict(spec))]
+            arguments = [str(theirs.fileno())]
             if folders is not None:
                 variables = variables | folders.environment
                 if spec.confine:
                     arguments.append(folders.confinement(gpu=spec.device != "cpu"))
-            process = await asyncio.create_subprocess_exec(
-                *worker_command(environment),
-                *arguments,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=output.theirs,
-                stderr=output.theirs,
-                pass_fds=[theirs.fileno()],
-                env={**_tuning(spec.family), **_inherited(), "PYTHONUNBUFFERED": "1", **variables},
-                cwd="/",
-            )
+            with handed_over(json.dumps(dataclasses.asdict(spec))) as spec_file:
+                process = await asyncio.create_subprocess_exec(
+                    *worker_command(environment),
+                    *arguments,
+                    stdin=spec_file,
+                    stdout=output.theirs,
+                    stderr=output.theirs,
+                    pass_fds=[theirs.fileno()],
+                    env={**_tuning(spec.family), **_inherited(), "PYTHONUNBUFFERED": "1", **variables},
+                    cwd="/",
+                )
             return cls(process, ours, listener, folders, output)
         except BaseException:
             ours.close()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 import reprlib
+from collections.abc import Iterable
 from typing import Any
 
 from pydantic import AfterValidator, BeforeValidator, ValidationError
@@ -102,10 +104,19 @@ SECONDS = _without_unit("seconds", _SECONDS)
 """Of a field that is so many seconds."""
 
 
-def describe(error: ValidationError) -> str:
-    """The first thing that is wrong, in a line without a full stop."""
+def describe(error: ValidationError, fields: Iterable[str] = ()) -> str:
+    """The first thing that is wrong, in a line without a full stop.
+
+    Args:
+        error: what pydantic says.
+        fields: which there are; one of them may be meant where a field is none.
+    """
     problem = error.errors(include_url=False)[0]
-    return in_words(problem, ".".join(map(str, problem["loc"]))[:100])
+    said = in_words(problem, ".".join(map(str, problem["loc"]))[:100])
+    if problem["type"] == "extra_forbidden" and len(problem["loc"]) == 1:
+        near = difflib.get_close_matches(str(problem["loc"][0]), fields, n=1, cutoff=0.5)
+        said += f"; did you mean {near[0]}?" if near else ""
+    return said
 
 
 def in_words(problem: Any, where: str) -> str:

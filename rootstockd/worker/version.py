@@ -1,7 +1,7 @@
 """What daemon and worker must agree on: one may be upgraded on disk while the other runs."""
 
-PROTOCOL = 2
-"""Of the messages (`loop.py`) and of a worker's arguments; raised when either changes."""
+PROTOCOL = 3
+"""Of the messages (`loop.py`) and of what a worker is started with; raised when either changes."""
 SLOT_LAYOUT = 1
 """Of the shared memory (`slots.py`)."""
 MESSAGE_SIZE = 64 * 1024

@@ -20,7 +20,7 @@ from ase import Atoms
 from ase.build import bulk
 
 from conftest import RunningDaemon, wait_for
-from rootstockd.cli.lifecycle import handed_over
+from rootstockd.host.handed_over import handed_over
 from rootstockd.settings.config import Config, Device
 
 
@@ -149,7 +149,7 @@ def test_a_signal_in_the_first_moments(runtime_folder: Path, number: int) -> Non
     folder = runtime_folder / f"early-{number}"
     config = Config(socket=folder / "d.sock", devices=(Device(name="cpu"),))
     folder.mkdir(mode=0o700)
-    with (folder / "log").open("wb") as log, handed_over(config) as settings:
+    with (folder / "log").open("wb") as log, handed_over(config.model_dump_json()) as settings:
         process = subprocess.Popen([sys.executable, "-m", "rootstockd.serve"], stdin=settings, stderr=log)
     while not config.lock.exists():
         assert process.poll() is None

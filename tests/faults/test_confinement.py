@@ -28,7 +28,7 @@ from ase.build import bulk
 
 from conftest import RunningDaemon
 from rootstock_client import RootstockError
-from rootstockd.cli.lifecycle import handed_over
+from rootstockd.host.handed_over import handed_over
 from rootstockd.processes.folders import _remove
 from rootstockd.settings.config import Config, Device
 from rootstockd.worker import landlock, seccomp
@@ -112,6 +112,14 @@ def test_what_a_model_can_not_do_and_what_it_can(probed: RunningDaemon, catalogu
     assert told["not refused"] == {}
     assert victim.read_text() == "precious"
     assert probed.model("confined")["unconfined"] == []
+
+
+def test_what_a_model_is_made_of_is_for_no_other_user_to_read(probed: RunningDaemon) -> None:
+    """Arguments of a process are; this one's model has a path of the operator's in its options."""
+    worker = Path(f"/proc/{probed.model('confined')['pid']}")
+    assert b"__main__.py" in (worker / "cmdline").read_bytes()
+    assert b"precious" not in (worker / "cmdline").read_bytes()
+    assert (worker / "fd/0").readlink() == Path("/dev/null")
 
 
 def test_no_rights_are_left(probed: RunningDaemon) -> None:
@@ -439,7 +447,7 @@ def test_the_configuration_can_turn_it_off(runtime_folder: Path) -> None:
     folder.mkdir(mode=0o700)
     daemon = RunningDaemon(folder)
     config = Config(socket=daemon.socket, devices=(Device(name="cpu"),), models=("emt",), confine=False)
-    with daemon.log.open("wb") as log, handed_over(config) as settings:
+    with daemon.log.open("wb") as log, handed_over(config.model_dump_json()) as settings:
         command = [sys.executable, "-m", "rootstockd.serve"]
         process = subprocess.Popen(command, stdin=settings, stdout=log, stderr=log)
     try:

@@ -26,8 +26,8 @@ from ase.build import bulk
 from conftest import open_descriptors
 from rootstock_client import RootstockClient, ipi
 from rootstock_client.errors import LimitError, RootstockError
-from rootstockd.cli.lifecycle import handed_over
 from rootstockd.host.descriptors import share_descriptors
+from rootstockd.host.handed_over import handed_over
 from rootstockd.host.sockets import AddressError, listen, lock
 from rootstockd.settings.config import Config, Device
 
@@ -47,7 +47,7 @@ class Served:
         config = Config(socket=self.socket, devices=(Device(name="cpu"),), models=("emt",), log_file=log, **settings)
         shell = "".join(f"ulimit {flag} {value}; " for flag, value in (limits or {}).items())
         command = ["/bin/bash", "-c", f'{shell}exec "$@"', "-", sys.executable, "-m", "rootstockd.serve"]
-        with log.open("ab") as output, handed_over(config) as given:
+        with log.open("ab") as output, handed_over(config.model_dump_json()) as given:
             self.process = subprocess.Popen(command, stdin=given, stdout=output, stderr=output)
         wait_for(self.ready)
 

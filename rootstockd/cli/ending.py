@@ -1,0 +1,91 @@
+"""A running daemon's process, and its end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket as socketlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from rootstock_client.control import request
+from rootstock_client.errors import (
+    AccessDeniedError,
+    ConnectionLostError,
+    DaemonNotFoundError,
+    NotAnsweringError,
+    RootstockError,
+)
+from rootstock_client.runtime_dir import START_HINT, control_socket
+from rootstock_client.sockets import connect
+from rootstockd.cli.common import QUIET, saying
+from rootstockd.cli.units import is_systemd
+from rootstockd.host.peers import peer_of
+
+PEEK = socketlib.MSG_PEEK | socketlib.MSG_DONTWAIT
+FORCE_TIMEOUT = 5.0
+"""Seconds that a daemon has to answer `stop --force`, and then to end, before it is killed."""
+DRAINING = "waiting for evaluations under way"
+
+
+@contextlib.contextmanager
+def daemon_process(socket: Path) -> Iterator[int]:
+    """A pidfd of the daemon: of the process that listens on its control socket, as the kernel says.
+
+    Raises:
+        DaemonNotFoundError: there is none.
+        NotAnsweringError: it accepts no connections.
+    """
+    path = control_socket(socket)
+    try:
+        sock = connect(path, FORCE_TIMEOUT)
+    except TimeoutError as error:
+        raise NotAnsweringError(f"rootstockd at {socket} accepts no connections.", "Find it with `ps`.") from error
+    with contextlib.ExitStack() as stack:
+        with sock:
+            pid = peer_of(sock).pid
+            if is_systemd(pid):
+                raise NotAnsweringError(f"systemd listens at {path}.", "Have it done with systemctl.")
+            process = -1
+            with contextlib.suppress(OSError):  # it is gone, or pid is 0: in another namespace
+                process = os.pidfd_open(pid)
+                stack.callback(os.close, process)
+            # while the connection stands, so does the process, and nobody else has its number
+            if process < 0 or (select.select([sock], [], [], 0)[0] and not sock.recv(1, PEEK)):
+                raise DaemonNotFoundError(f"no rootstockd answers at {path}: it has just gone.", START_HINT)
+        yield process
+
+
+def end(socket: Path, *, force: bool = False) -> None:
+    """Stop a daemon and wait until its process is gone; with `force`, kill one that does not answer or does not end.
+
+    Raises:
+        RootstockError: there is none, or it does not answer.
+    """
+    with daemon_process(socket) as process, saying(DRAINING) as say:
+        limit = FORCE_TIMEOUT if force else float("inf")
+        try:
+            request(socket, "POST", "/v1/stop", {"force": force}, timeout=FORCE_TIMEOUT)
+        except ConnectionLostError:
+            pass  # it was on its way down already
+        except AccessDeniedError:
+            raise
+        except RootstockError:  # it does not answer, or has too many others to answer
+            if not force:
+                raise
+            limit = 0.0
+        while limit > 0 and not select.select([process], [], [], min(limit, QUIET))[0]:
+            limit -= QUIET
+            say(DRAINING)
+        if not select.select([process], [], [], 0)[0]:
+            try:
+                signal.pidfd_send_signal(process, 0)  # may we?
+                socket.unlink(missing_ok=True)  # or its successor would begin, where it is being restarted
+                signal.pidfd_send_signal(process, signal.SIGKILL)
+            except PermissionError as error:
+                raise AccessDeniedError(
+                    "the daemon does not end, and is another user's.", "As root: `rootstockd stop --force`."
+                ) from error
+            select.select([process], [], [])

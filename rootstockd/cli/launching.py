@@ -1,0 +1,191 @@
+"""A daemon's process, started: in the background, which one waits for until it is ready, or in the foreground."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import BinaryIO
+
+from rootstock_client.errors import DaemonNotFoundError, RootstockError
+from rootstock_client.runtime_dir import find_socket
+from rootstockd.cli.common import Refused, console, fetch_status, print_warnings, saying
+from rootstockd.cli.ending import DRAINING, end
+from rootstockd.control.schema import DaemonStatus
+from rootstockd.host.handed_over import handed_over
+from rootstockd.host.log_file import open_log
+from rootstockd.host.sockets import already_runs
+from rootstockd.monitoring.rows import told_apart
+from rootstockd.settings.config import COMMAND_LINE, Config
+
+POLL = 0.05
+
+
+def serve_in_front(config: Config) -> None:
+    """Be the daemon. What it prints is standard error's, and goes into no file of the settings.
+
+    Raises:
+        Refused: it can't start.
+    """
+    # imports what only a daemon needs
+    from rootstockd.serve import StartError, serve, start_logging  # noqa: PLC0415
+
+    start_logging()
+    origins = {**config.origins, "log_file": COMMAND_LINE}
+    try:
+        serve(config.model_copy(update={"log_file": None, "origins": origins}))
+    except StartError as error:
+        raise Refused(error) from error
+
+
+def stay_with(config: Config) -> None:
+    """Start a daemon in the background and be there as long as it is; exits as it does.
+
+    Raises:
+        Refused: as `launch` says.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGHUP, signal.SIGQUIT):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` has it
+            signal.signal(number, signal.default_int_handler)
+    for number in (signal.SIGUSR1, signal.SIGUSR2):  # the daemon ignores them, too
+        signal.signal(number, signal.SIG_IGN)
+    process = None
+    while True:
+        try:
+            process = process or launch(config)
+            raise SystemExit(process.wait())
+        except KeyboardInterrupt:
+            if process is None:  # `launch` has ended it
+                raise
+            process.terminate()
+
+
+def launch(config: Config, *, after: int | None = None, named: bool = True) -> subprocess.Popen[bytes]:
+    """Start a daemon in the background and wait until it is ready; its process.
+
+    Args:
+        config: its settings.
+        after: the pidfd of its predecessor. It gets ready while that one drains, and begins when it is gone.
+        named: the predecessor's socket was there. Then, if it is gone with it, `stop` has called the restart off.
+
+    Raises:
+        Refused: it can't start, or none of the models it was to load can be loaded.
+    """
+    assert config.log_file is not None
+    if after is None:
+        refuse_second(config.socket)
+    log = prepare_log(config.log_file)
+    predecessor = () if after is None else (after,)
+    arguments = [] if after is None else [str(after), "named" if named else "unnamed"]
+    with log, handed_over(config.model_dump_json()) as settings:
+        position = log.tell()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "rootstockd.serve", *arguments],
+            pass_fds=predecessor,
+            stdin=settings,
+            stdout=log,
+            stderr=log,
+            cwd="/",
+            start_new_session=True,
+        )
+    try:
+        introduce(process, config, wait_until_ready(process, config, position))
+    except KeyboardInterrupt:
+        if after is None:
+            process.terminate()
+            process.wait()
+        else:  # the one before it is on its way down
+            console.print("the restart goes on without this command; `rootstockd stop` calls it off")
+        raise
+    return process
+
+
+def refuse_second(address: Path) -> None:
+    """Say that a daemon runs there already, and not in a log, which would pass for that daemon's.
+
+    Raises:
+        Refused: one does.
+    """
+    with contextlib.suppress(RootstockError):
+        running = fetch_status(address)
+        raise Refused(already_runs(address, str(running.pid)))
+
+
+def prepare_log(path: Path) -> BinaryIO:
+    """Open a log, or say why it can't be.
+
+    Raises:
+        Refused: it can't.
+    """
+    try:
+        return open_log(path)
+    except OSError as error:
+        raise Refused(f"can't write the log {path}: {error.strerror}. Choose another --log-file.") from error
+
+
+def wait_until_ready(process: subprocess.Popen[bytes], config: Config, log_position: int) -> DaemonStatus:
+    """Wait, saying for what.
+
+    Raises:
+        Refused: the process ended.
+    """
+    with saying(text := "starting") as say:
+        while process.poll() is None:
+            try:
+                status = fetch_status(config.socket)
+            except RootstockError:
+                status = None
+            if status is not None and status.pid != process.pid:
+                text = DRAINING if status.state == "draining" else text
+            elif status is not None:
+                if status.state == "ready":
+                    return status
+                models = zip(told_apart(status.models), status.models, strict=True)
+                loading = [f"{name} {model.loading.text}" for name, model in models if model.loading]
+                text = "; ".join(loading) or "starting"
+            say(text)
+            time.sleep(POLL)
+    assert config.log_file is not None
+    with config.log_file.open("rb") as log:
+        log.seek(log_position)
+        words = log.read().decode(errors="replace").strip()
+    if process.returncode == 0:
+        raise Refused("the daemon was stopped before it was ready.")
+    # the command in the background has said why in its last line or lines
+    reason = words.rpartition("Error: ")[2] if "Error: " in words else words
+    raise Refused(reason or f"the daemon ended with exit status {process.returncode} and said nothing.")
+
+
+def introduce(process: subprocess.Popen[bytes], config: Config, status: DaemonStatus) -> None:
+    """Say of a daemon that is ready what it has, and how it is used.
+
+    Raises:
+        Refused: none of the models it was to load can be loaded; it has been stopped.
+    """
+    broken = [model for model in status.models if model.error]
+    for name, model in zip(told_apart(status.models), status.models, strict=True):
+        if model.error:
+            console.print(f"{name}: {model.error}", style="red", markup=False)
+    if broken and len(broken) == len(status.models):
+        end(config.socket, force=True)
+        process.wait()
+        raise Refused("no model could be loaded, so the daemon was stopped again.")
+    print_warnings(status.warnings)
+    loaded = list(dict.fromkeys(model.name for model in status.models if model.state == "ready"))
+    name = loaded[0] if loaded else "mace-emt-small"
+    where = repr(str(config.socket))
+    with contextlib.suppress(DaemonNotFoundError):
+        where = "" if find_socket() == config.socket else where
+    console.print(
+        f"ready on {', '.join(map(str, config.devices))}, models loaded: {', '.join(loaded) or 'none yet'}\n\n"
+        f"  from rootstock_client import RootstockClient\n"
+        f'  atoms.calc = RootstockClient({where}).calculator("{name}")\n\n'
+        f"socket  {config.socket}\nlog     {config.log_file}"
+        + (f"\nmetrics {status.metrics}" if status.metrics else ""),
+        soft_wrap=True,
+        markup=False,
+    )
