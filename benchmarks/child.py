@@ -212,9 +212,10 @@ class Worker(Arm):
 
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         spec = ModelSpec("noop", "noop", "cpu", "float64")
-        command = [*worker_command(beside_the_daemon("noop")), str(theirs.fileno())]
-        with handed_over(json.dumps(dataclasses.asdict(spec))) as given:
-            self._process = subprocess.Popen(command, stdin=given, pass_fds=[theirs.fileno()])
+        with handed_over(json.dumps(dataclasses.asdict(spec))) as file:
+            descriptors = [theirs.fileno(), file.fileno()]
+            command = [*worker_command(beside_the_daemon("noop")), *map(str, descriptors)]
+            self._process = subprocess.Popen(command, pass_fds=descriptors)
         theirs.close()
         said = [b"V"]
         while said[-1] != b"R":  # before that it says how far it has come

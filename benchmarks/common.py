@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import resource
@@ -19,6 +20,9 @@ from typing import Any
 import psutil
 
 from rootstock_client import RootstockClient
+from rootstockd.models.availability import located
+from rootstockd.models.catalogue import Catalogue
+from rootstockd.models.spec import spec_of
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent
@@ -180,6 +184,7 @@ class Daemon:
     def __init__(self, settings: Settings, *options: str | Path, environment: Mapping[str, str] | None = None) -> None:
         self.folder = Path(tempfile.mkdtemp(dir=settings.folder))
         self.socket = self.folder / "d.sock"
+        self._device = settings.device
         where = ["--device", "cpu"] if settings.device == "cpu" else ["--gpu", "0"]
         self.start_arguments = ["start", *where, "--log-file", str(self.folder / "log"), *map(str, options)]
         self._environment = {**os.environ, **(environment or {})}
@@ -219,9 +224,10 @@ class Daemon:
 
     def worker_arguments(self, model: str) -> tuple[dict[str, Any], dict[str, str]]:
         """What its worker was started with: the ModelSpec's fields, and the environment."""
-        process = psutil.Process(self.worker(model))
-        command = process.cmdline()  # python ... FD SPEC CONFINEMENT
-        return json.loads(next(word for word in command if word.startswith("{"))), process.environ()
+        catalogue = Catalogue.load(map(Path, self.status["config"]["catalogues"]))
+        name, entry = catalogue.resolve(model)
+        spec = spec_of(name, located(name, entry), device=self._device)
+        return dataclasses.asdict(spec), psutil.Process(self.worker(model)).environ()
 
 
 # --- contestants

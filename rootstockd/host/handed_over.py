@@ -7,7 +7,7 @@ from typing import BinaryIO
 
 
 def handed_over(text: str) -> BinaryIO:
-    """Text as the standard input of a process: a file in memory, at its beginning."""
+    """Text as a file in memory, at its beginning: to be standard input of a process, or another descriptor of it."""
     file = os.fdopen(os.memfd_create("rootstockd-handed-over"), "w+b")
     file.write(text.encode())
     file.seek(0)

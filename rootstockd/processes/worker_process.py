@@ -156,19 +156,21 @@ class WorkerProcess:
             output = WorkerOutput(spec.name, ration)
             ours.setblocking(False)  # noqa: FBT003 - the socket module has no other way
             passed.refuse(ours)  # it sends none
-            arguments = [str(theirs.fileno())]
+            arguments = []
             if folders is not None:
                 variables = variables | folders.environment
                 if spec.confine:
                     arguments.append(folders.confinement(gpu=spec.device != "cpu"))
-            with handed_over(json.dumps(dataclasses.asdict(spec))) as spec_file:
+            with handed_over(json.dumps(dataclasses.asdict(spec))) as file:
+                descriptors = [theirs.fileno(), file.fileno()]
                 process = await asyncio.create_subprocess_exec(
                     *worker_command(environment),
+                    *map(str, descriptors),
                     *arguments,
-                    stdin=spec_file,
+                    stdin=asyncio.subprocess.DEVNULL,
                     stdout=output.theirs,
                     stderr=output.theirs,
-                    pass_fds=[theirs.fileno()],
+                    pass_fds=descriptors,
                     env={**_tuning(spec.family), **_inherited(), "PYTHONUNBUFFERED": "1", **variables},
                     cwd="/",
                 )

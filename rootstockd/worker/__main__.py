@@ -1,8 +1,8 @@
-"""`python -S .../rootstockd/worker/__main__.py FD [CONFINEMENT] < SPEC`: a worker, started by the daemon alone.
+"""`python -S .../rootstockd/worker/__main__.py FD SPEC [CONFINEMENT]`: a worker, started by the daemon alone.
 
-FD is the descriptor of its end of the socket, CONFINEMENT what `confine` takes as JSON (without it the worker keeps its
-rights), SPEC a ModelSpec as JSON, which is for no other user to read. `import MODULES CONFINEMENT` imports the modules
-of a JSON list, no more: so a build of an environment is tried.
+FD is the descriptor of its end of the socket, SPEC that of a file which has a ModelSpec as JSON (arguments are for all
+users to read), CONFINEMENT what `confine` takes as JSON; without it the worker keeps its rights. `import MODULES
+CONFINEMENT` imports the modules of a JSON list, no more: so a build of an environment is tried.
 
 The file is run by its path, with any Python: of the tree that it lies in only `rootstockd.worker` becomes importable,
 and what the daemon needs can't get in the way of what the engine needs. With -S Python runs nothing of what is
@@ -62,15 +62,6 @@ def enter_environment() -> None:
     sys.path += [path for path in added if path and Path(path).resolve() != tree]
 
 
-def take_input() -> bytes:
-    """What lies in standard input, which is empty from then on."""
-    said = sys.stdin.buffer.read()
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, sys.stdin.fileno())
-    os.close(nothing)
-    return said
-
-
 def work() -> None:
     """Be a worker; does not return."""
     from rootstockd.worker.confine import confine, die_with_parent
@@ -85,12 +76,13 @@ def work() -> None:
     faulthandler.enable()
     channel = socket.socket(fileno=int(sys.argv[1]))
     die_with_parent(channel)
-    # first: all that comes after, the other argument too, may be of another version
+    # first: all that comes after, the other arguments too, may be of another version
     channel.send(b"V" + json.dumps({"protocol": PROTOCOL, "slots": SLOT_LAYOUT}).encode())
     limit_memory()
     open_peak()
-    spec = take_input()
-    missing = confine(**json.loads(sys.argv[2])) if len(sys.argv) > 2 else None  # noqa: PLR2004
+    with os.fdopen(int(sys.argv[2]), "rb") as file:
+        spec = file.read()
+    missing = confine(**json.loads(sys.argv[3])) if len(sys.argv) > 3 else None  # noqa: PLR2004
 
     status = 1
     try:
