@@ -1,10 +1,11 @@
 /* NVML for tests: a machine has the GPUs that the folder $TEST_GPUS has folders for, "0" and so on.
  *
  * Files in there, each with a number or a word: `uuid`, `name`, `total` and `used` (bytes), `processes` (lines of a
- * process id and its bytes). A GPU with a file `lost` answers as one that has fallen off the bus, one with a file `mute`
- * does not tell of its memory. With a file `strict` beside the GPUs none is found by its UUID while one is lost, as
- * NVML's documentation has it; with a file `slow` the driver takes two seconds to begin. Nothing computes on them: what
- * a daemon does with what a driver says is tested with this, a driver and CUDA are not.
+ * process id and its bytes). A GPU with a file `lost` answers as one that has fallen off the bus, one with a file
+ * `mute` does not tell of its memory, one with a file `closed` is kept from this process by cgroups. Folders "0" and so
+ * on in a GPU's are the MIG instances that it is split into. With a file `strict` beside the GPUs none is found by its
+ * UUID while one is lost, as NVML's documentation has it; the driver does not begin as long as there is a file `slow`.
+ * Nothing computes on them: what a daemon does with what a driver says is tested with this, a driver and CUDA are not.
  *
  * Structures as in pynvml.py of nvidia-ml-py 13.
  */
@@ -16,10 +17,12 @@
 enum {
     SUCCESS = 0,
     NOT_SUPPORTED = 3,
+    NO_PERMISSION = 4,
     NOT_FOUND = 6,
     INSUFFICIENT_SIZE = 7,
     GPU_IS_LOST = 15,
-    MOST = 16
+    MOST = 16,
+    MOST_INSTANCES = 7
 };
 
 typedef struct {
@@ -32,31 +35,33 @@ typedef struct {
     unsigned int gpu_instance, compute_instance;
 } process_t;
 
-/* A GPU's handle is its number and one. */
-static char handles[MOST];
+/* The handles: of the GPUs, then of the first instance of each, and so on. */
+static char handles[MOST * (1 + MOST_INSTANCES)];
 
 static int number(const char *device) { return (int)(device - handles); }
 
-static FILE *open_file(int gpu, const char *name)
+static FILE *open_file(int number, const char *name)
 {
     const char *folder = getenv("TEST_GPUS");
-    char path[4096];
-    snprintf(path, sizeof path, "%s/%d/%s", folder ? folder : "", gpu, name);
+    char path[4096], instance[16] = "";
+    if (number >= MOST)
+        snprintf(instance, sizeof instance, "%d/", number / MOST - 1);
+    snprintf(path, sizeof path, "%s/%d/%s%s", folder ? folder : "", number % MOST, instance, name);
     return fopen(path, "r");
 }
 
-static int has(int gpu, const char *name)
+static int has(int number, const char *name)
 {
-    FILE *file = open_file(gpu, name);
+    FILE *file = open_file(number, name);
     if (file)
         fclose(file);
     return file != NULL;
 }
 
-static int word(int gpu, const char *name, char *text, unsigned int size)
+static int word(int number, const char *name, char *text, unsigned int size)
 {
     char format[16];
-    FILE *file = open_file(gpu, name);
+    FILE *file = open_file(number, name);
     snprintf(format, sizeof format, "%%%u[^\n]", size - 1);
     int found = file && fscanf(file, format, text) == 1;
     if (file)
@@ -64,10 +69,10 @@ static int word(int gpu, const char *name, char *text, unsigned int size)
     return found ? SUCCESS : NOT_SUPPORTED;
 }
 
-static unsigned long long bytes(int gpu, const char *name)
+static unsigned long long bytes(int number, const char *name)
 {
     char text[32] = "0";
-    word(gpu, name, text, sizeof text);
+    word(number, name, text, sizeof text);
     return strtoull(text, NULL, 10);
 }
 
@@ -79,10 +84,15 @@ static int beside(const char *name)
     return !access(path, F_OK);
 }
 
+static int answer(int number)
+{
+    return has(number, "closed") ? NO_PERMISSION : has(number, "lost") ? GPU_IS_LOST : SUCCESS;
+}
+
 int nvmlInitWithFlags(unsigned int flags)
 {
-    if (beside("slow"))
-        sleep(2);
+    while (beside("slow"))
+        usleep(10000);
     return (void)flags, SUCCESS;
 }
 
@@ -90,7 +100,16 @@ int nvmlShutdown(void) { return SUCCESS; }
 
 const char *nvmlErrorString(int error)
 {
-    return error == GPU_IS_LOST ? "GPU is lost" : error == NOT_FOUND ? "Not Found" : "Not Supported";
+    switch (error) {
+    case GPU_IS_LOST:
+        return "GPU is lost";
+    case NO_PERMISSION:
+        return "Insufficient Permissions";
+    case NOT_FOUND:
+        return "Not Found";
+    default:
+        return "Not Supported";
+    }
 }
 
 int nvmlDeviceGetCount_v2(unsigned int *count)
@@ -103,7 +122,7 @@ int nvmlDeviceGetCount_v2(unsigned int *count)
 int nvmlDeviceGetHandleByIndex_v2(unsigned int index, char **device)
 {
     *device = handles + index;
-    return has(index, "lost") ? GPU_IS_LOST : has(index, "uuid") ? SUCCESS : NOT_FOUND;
+    return has(index, "uuid") ? answer(index) : NOT_FOUND;
 }
 
 int nvmlDeviceGetHandleByUUID(const char *uuid, char **device)
@@ -112,10 +131,10 @@ int nvmlDeviceGetHandleByUUID(const char *uuid, char **device)
     for (int gpu = 0; beside("strict") && gpu < MOST; ++gpu)
         if (has(gpu, "lost"))
             return GPU_IS_LOST;
-    for (int gpu = 0; gpu < MOST && word(gpu, "uuid", text, sizeof text) == SUCCESS; ++gpu)
-        if (!strcmp(text, uuid)) {
-            *device = handles + gpu;
-            return has(gpu, "lost") ? GPU_IS_LOST : SUCCESS;
+    for (int each = 0; each < (int)sizeof handles; ++each)
+        if (word(each, "uuid", text, sizeof text) == SUCCESS && !strcmp(text, uuid)) {
+            *device = handles + each;
+            return answer(each);
         }
     return NOT_FOUND;
 }
@@ -137,7 +156,17 @@ int nvmlDeviceGetCudaComputeCapability(char *device, int *major, int *minor)
 
 int nvmlSystemGetCudaDriverVersion_v2(int *version) { return *version = 13000, SUCCESS; }
 int nvmlSystemGetDriverVersion(char *text, unsigned int size) { return snprintf(text, size, "580.1"), SUCCESS; }
-int nvmlDeviceGetMaxMigDeviceCount(char *device, unsigned int *count) { return (void)device, *count = 0, SUCCESS; }
+
+int nvmlDeviceGetMaxMigDeviceCount(char *device, unsigned int *count)
+{
+    return *count = MOST_INSTANCES, number(device) < MOST ? SUCCESS : NOT_SUPPORTED;
+}
+
+int nvmlDeviceGetMigDeviceHandleByIndex(char *device, unsigned int index, char **instance)
+{
+    *instance = device + MOST * (1 + index);
+    return has(number(*instance), "uuid") ? SUCCESS : NOT_FOUND;
+}
 
 int nvmlDeviceGetMemoryInfo(char *device, memory_t *memory)
 {

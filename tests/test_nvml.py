@@ -41,8 +41,13 @@ class Driver:
 
     folder: Path
 
-    def say(self, gpu: int, **words: object) -> None:
-        """Of this GPU from now on."""
+    def add(self, gpu: int | str, kind: str, total: int) -> None:
+        """A GPU, or a MIG instance of one, that nobody uses."""
+        (self.folder / str(gpu)).mkdir(parents=True)
+        self.say(gpu, name=f"Test {kind}", total=total, used=0, uuid=f"{kind}-{uuid.uuid4()}")  # one has one daemon
+
+    def say(self, gpu: int | str, **words: object) -> None:
+        """Of this GPU or instance from now on."""
         for name, word in words.items():
             new = self.folder / "new"
             new.write_text(f"{word}\n")
@@ -52,7 +57,7 @@ class Driver:
         """It does not answer any more."""
         self.say(gpu, lost="")
 
-    def uuid(self, gpu: int) -> str:
+    def uuid(self, gpu: int | str) -> str:
         return (self.folder / str(gpu) / "uuid").read_text().strip()
 
 
@@ -73,8 +78,7 @@ def driver(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dr
     """One with two GPUs of 8 GB that nobody uses."""
     driver = Driver(tmp_path / "gpus")
     for gpu in range(GPUS):
-        (driver.folder / str(gpu)).mkdir(parents=True)
-        driver.say(gpu, name="Test GPU", total=8 * GB, used=0, uuid=f"GPU-{uuid.uuid4()}")  # one has one daemon
+        driver.add(gpu, "GPU", total=8 * GB)
     monkeypatch.setenv("LD_LIBRARY_PATH", str(library))
     monkeypatch.setenv("TEST_GPUS", str(driver.folder))
     monkeypatch.setenv("ROOTSTOCKD_STATE", str(tmp_path / "state"))
@@ -133,6 +137,26 @@ def where(daemon: RunningDaemon) -> object:
     return daemon.model("emt")["device"], daemon.model("emt")["state"]
 
 
+def visible(daemon: RunningDaemon) -> str:
+    """The UUID of what the model's worker computes on."""
+    variables = Path(f"/proc/{daemon.model('emt')['pid']}/environ").read_text().split("\0")
+    (value,) = (line.partition("=")[2] for line in variables if line.startswith("CUDA_VISIBLE_DEVICES="))
+    return value
+
+
+def used(daemon: RunningDaemon, device: str) -> int:
+    """Bytes of a device's memory that are in use, as far as the daemon has seen."""
+    (size,) = (it["memory_used"] for it in daemon.client().status()["device_states"] if it["name"] == device)
+    return size
+
+
+def use(daemon: RunningDaemon, driver: Driver, gpu: int, size: int) -> None:
+    """Have another program use so much of a GPU, until the daemon has seen it and has done what it does about that."""
+    for step in (size - 1, size):  # it looks again when it has done what follows from the look before
+        driver.say(gpu, used=step)
+        wait_for(lambda step=step: used(daemon, f"cuda:{gpu}") == step)
+
+
 @pytest.fixture
 def start(driver: Driver, start_daemon: Callable[..., RunningDaemon]) -> Iterator[Callable[..., RunningDaemon]]:
     """Start a daemon on GPUs, with a model."""
@@ -147,8 +171,10 @@ def test_a_model_on_a_gpu_that_is_lost_goes_to_another_and_its_job_goes_on(drive
         job.goes_on()
         assert where(daemon) == ("cuda:0", "ready"), "a worker's end is no reason to leave"
         driver.lose(0)
-        job.goes_on()
+        wait_for(lambda: "cuda:0 does not answer the driver any more" in daemon.log.read_text())
+        use(daemon, driver, 1, GB)
         assert where(daemon) == ("cuda:0", "ready"), "nor is a driver that says nothing"
+        job.goes_on()
         kill_worker(daemon)
         job.goes_on()
         assert where(daemon) == ("cuda:1", "ready")
@@ -213,18 +239,21 @@ def test_an_evaluation_that_a_gpu_does_not_bear_is_repeated_on_another(start_dae
 def test_what_was_wrong_when_a_model_left_is_not_held_against_it(
     driver: Driver, start_daemon, catalogue, tmp_path
 ) -> None:
-    """It leaves while it is still being found out why its worker has ended."""
+    """It leaves, and is wanted again, while it is still being found out why its worker has ended."""
     daemon = start_daemon(*catalogue, "--model", "emt", device=("--gpu", "0,1"))
-    (driver.folder / "slow").touch()
+    slow = driver.folder / "slow"
+    slow.touch()
     with ThreadPoolExecutor() as pool:
         first = pool.submit(daemon.run, "load", "once")
-        wait_for((tmp_path / "n").exists)
-        time.sleep(0.7)
-        assert daemon.run("unload", "once").returncode == 0
-        first.result()
-    (driver.folder / "slow").unlink()
-    done = daemon.run("load", "once")
-    assert done.returncode == 0, done.stderr
+        try:
+            wait_for(lambda: (tmp_path / "n").exists() and daemon.model("once")["pid"] is None)
+            assert daemon.model("once")["state"] == "loading"
+            for what in ("unload", "load"):
+                fetch(daemon.socket, "POST", f"/v1/{what}", {"model": "once"})
+        finally:
+            slow.unlink()
+        assert first.result().returncode == 0, first.result().stderr
+    assert (tmp_path / "n").read_text() == "xx"
     atoms = bulk("Cu")
     with daemon.client().calculator("once") as calculator:
         atoms.calc = calculator
@@ -262,6 +291,32 @@ def test_a_lost_gpu_can_be_had_by_nobody_and_leaves_others_their_numbers(driver:
     assert where(daemon) == ("cuda:1", "ready")
     found = rootstockd("doctor").stdout
     assert "problem  driver          GPU 0 does not answer: GPU is lost" in found
+
+
+def test_a_gpu_that_is_kept_from_this_process_has_no_number(driver: Driver, start) -> None:
+    """As in a job that was given another of the machine's."""
+    driver.say(0, closed="")
+    daemon = start("0")
+    assert (where(daemon), visible(daemon)) == (("cuda:0", "ready"), driver.uuid(1))
+    driver.say(1, used=GB)
+    wait_for(lambda: used(daemon, "cuda:0") == GB)
+    assert "this machine has no GPU 1" in rootstockd("start", "--gpu", "1").stderr
+    found = rootstockd("doctor").stdout
+    assert "GPU 0           Test GPU" in found and "GPU 1" not in found and "does not answer" not in found
+
+
+def test_an_instance_of_a_gpu_that_is_split_is_a_device(driver: Driver, start) -> None:
+    """What is measured is its own memory; also while NVML finds none by its UUID."""
+    for instance in ("0/0", "0/1"):
+        driver.add(instance, "MIG", total=2 * GB)
+    (driver.folder / "strict").touch()
+    daemon = start("1")
+    assert (where(daemon), visible(daemon)) == (("cuda:1", "ready"), driver.uuid("0/1"))
+    driver.lose(1)
+    driver.say("0/1", processes=f"{daemon.model('emt')['pid']} {GB}", used=GB)
+    wait_for(lambda: daemon.model("emt")["memory"] == used(daemon, "cuda:1") == GB)
+    (device,) = daemon.client().status()["device_states"]
+    assert device["memory_total"] == 2 * GB
 
 
 def test_a_lost_gpu_takes_no_other_with_it(driver: Driver, start) -> None:
@@ -319,12 +374,12 @@ def test_what_another_program_has_is_waited_for(driver: Driver, start) -> None:
     driver.say(0, processes=f"{daemon.model('emt')['pid']} {GB}", used=GB)
     wait_for(lambda: daemon.model("emt")["memory"] == GB)
     with Job(daemon) as job:
-        driver.say(0, used=8 * GB)
-        job.goes_on()
+        use(daemon, driver, 0, 8 * GB)
         assert where(daemon) == ("cuda:0", "ready"), "who has work stays"
+        job.goes_on()
     wait_for(lambda: daemon.model("emt")["state"] == "cold")
-    driver.say(0, processes="", used=7 * GB)
-    wait_for(lambda: daemon.client().status()["devices"])
+    driver.say(0, processes="")
+    use(daemon, driver, 0, 7 * GB)
     done: list[float] = []
     asking = threading.Thread(target=lambda: done.append(energy(daemon)))
     asking.start()
