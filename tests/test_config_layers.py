@@ -274,20 +274,21 @@ def test_whoever_says_auto_says_which_devices(folder: Path, said: tuple[str, str
 def test_what_is_shown_is_a_file_that_says_the_same(folder: Path) -> None:
     write(folder / "odd.toml", 'keep_alive = 5\nmodels = ["emt"]\n[users."a.b c"]\nshare = 0.5\n[limits]\nqueued = 9\n')
     environment = {**os.environ, "ROOTSTOCKD_LIMITS__ATOMS": "77"}
-    first = command(
-        "config", "show", "--device", "cpu", "--config", folder / "odd.toml", "--max-atoms", "9", env=environment
-    )
+    given = ("--device", "cpu", "--max-atoms", "9")
+    first = command("config", "show", "--config", folder / "odd.toml", *given, env=environment)
     assert re.search(r"^max_atoms = 9 +# command line$", first.stdout, re.MULTILINE)
     assert re.search(r"^atoms = 77 +# ROOTSTOCKD_LIMITS__ATOMS$", first.stdout, re.MULTILINE)
     assert re.search(rf"^queued = 9 +# {folder}/odd.toml$", first.stdout, re.MULTILINE)
     assert re.search(r"^# batch_atoms is not set +# default$", first.stdout, re.MULTILINE)
     write(folder / "shown.toml", first.stdout)
-    again = [
-        command("config", "show", "--no-origins", "--config", folder / name, *options, env=environment).stdout
-        for name, options in (("odd.toml", ("--device", "cpu", "--max-atoms", "9")), ("shown.toml", ()))
-    ]
-    assert again[0] == again[1]
-    assert "default" not in again[0]
+    show = ("config", "show", "--config")
+    said = shown(command(*show, folder / "odd.toml", "--json", *given, env=environment))["settings"]
+    assert said["users"]["a.b c"]["share"] == 0.5
+    assert shown(command(*show, folder / "shown.toml", "--json"))["settings"] == said
+    bare = command(*show, folder / "shown.toml", "--no-origins").stdout
+    assert "default" not in bare
+    write(folder / "bare.toml", bare)
+    assert shown(command(*show, folder / "bare.toml", "--json"))["settings"] == said
 
 
 def test_check_says_what_would_keep_it_from_starting(folder: Path) -> None:
