@@ -7,8 +7,10 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import socket
+import subprocess
 import time
 import urllib.error
 import urllib.request
@@ -18,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from ase import Atoms
 from ase.build import bulk
 from hypothesis import given
@@ -37,6 +40,8 @@ from rootstockd.supervision.scheduler import Evaluation
 from rootstockd.users import user_name
 
 EMT = {"model": "emt", "dtype": "float64", "device": "cpu"}
+BY_PROMETHEUS = {"instance", "job"}
+"""Labels that it adds itself."""
 
 
 class Metrics:
@@ -289,11 +294,26 @@ def test_the_file_for_node_exporter(daemon: RunningDaemon, tmp_path: Path) -> No
 
 
 def expressions(text: str) -> list[str]:
+    """The queries of a dashboard, or of a file of alerts."""
     if text.startswith("{"):
         board = json.loads(text)
         queries = [target["expr"] for panel in board["panels"] for target in panel.get("targets", [])]
         return queries + [v["definition"] for v in board["templating"]["list"] if v["type"] == "query"]
-    return re.findall(r"expr: (?:\|\n)?(.*?)\n +(?:for|labels):", text, re.DOTALL)
+    return [rule["expr"] for group in yaml.safe_load(text)["groups"] for rule in group["rules"]]
+
+
+def well_formed(query: str) -> bool:
+    """Whether what opens closes, as far as that goes without Prometheus."""
+    bare, opened = re.sub(r'"[^"]*"', "", query), []
+    for sign in re.findall(r"[][(){}\"]", bare):
+        if sign in "([{":
+            opened.append(sign)
+        elif not opened or opened.pop() + sign not in ("()", "[]", "{}"):
+            return False
+    return not opened
+
+
+MATCHER = re.compile(r'(\w+)=~?"([^"]*)"')
 
 
 @pytest.mark.parametrize("what", ["dashboard", "alerts"])
@@ -304,12 +324,24 @@ def test_what_is_shipped_asks_for_what_there_is(what: str, daemon: RunningDaemon
     queries = expressions(daemon_command(daemon, what))
     assert len(queries) >= 5
     for query in queries:
+        assert well_formed(query), query
         for name, selected in re.findall(r"\b((?:rootstockd|process)_\w+)(?:\{([^}]*)\})?", query):
             assert name in metrics.names, f"{query}: there is no {name}"
-            asked = set(re.findall(r"(\w+)=", selected))
-            asked.update(*(labels.split(", ") for labels in re.findall(r"by \(([^)]*)\)", query)))
-            asked -= {"instance", "job"}
-            assert asked <= metrics.labels(name), f"{query}: {name} has no such label"
+            asked = {label for labels in re.findall(r"by \(([^)]*)\)", query) for label in labels.split(", ")}
+            assert not MATCHER.sub("", selected).strip(" ,"), query
+            for label, wanted in MATCHER.findall(selected):
+                asked.add(label)
+                if label not in BY_PROMETHEUS and "$" not in wanted:  # what people choose in a dashboard
+                    values = {sample.labels.get(label, "") for sample in metrics.samples if sample.name == name}
+                    assert any(re.fullmatch(wanted, value) for value in values), f"{query}: no {label} of {name} is so"
+            assert asked - BY_PROMETHEUS <= metrics.labels(name), f"{query}: {name} has no such label"
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="there is no promtool here (it comes with Prometheus)")
+def test_prometheus_takes_the_alerts(tmp_path: Path) -> None:
+    file = tmp_path / "alerts.yml"
+    file.write_text(rootstockd("metrics", "alerts").stdout)
+    subprocess.run(["promtool", "check", "rules", file], check=True, capture_output=True)
 
 
 def test_the_dashboard_is_one() -> None:
