@@ -49,6 +49,8 @@ _LOCKED = re.compile(
     r"(?:\w[\w.-]*(?:\[[\w.,-]*\])?==[\w.!+]+(?: *;[^\\#]*?)?)?(?: *--hash=sha256:[0-9a-f]{64})*(?: *\\)?|[ ]*#.*"
 )
 """A line of a lock whose packages are all in the archive: no options of uv's, and no addresses of elsewhere."""
+_PACKAGE = re.compile(r"^(\w[\w.-]*)(?=[^;\n]*$).*(?:\n[ \t].*)*", re.MULTILINE)
+"""A package's lines in a lock, if it is for all machines."""
 TIMEOUT = 60.0
 """Seconds that a server may be silent."""
 
@@ -222,7 +224,7 @@ def import_archive(file: Path, sha256: str, python: str, say: Say) -> Build:
 
 @contextlib.contextmanager
 def unpacked(file: Path, sha256: str) -> Iterator[tuple[Description, str, Path]]:
-    """Description, lock, and a folder of the wheels, each of which is one that the lock means.
+    """Description, lock, and a folder of the wheels: those that the lock means, and no others.
 
     Nothing is written before it is known how much that will be, here and when the wheels are installed.
 
@@ -261,11 +263,7 @@ def unpacked(file: Path, sha256: str) -> Iterator[tuple[Description, str, Path]]
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rootstockd-import-")))
             _check_room(folder, sum(wheel.size for wheel in wheels.values()))
             _check_room(own_state(), sum(_installed_size(tar, wheel) for wheel in wheels.values()))
-            allowed = set(_HASH.findall(lock))
-            for name, wheel in wheels.items():
-                with (folder / Path(name).name).open("xb") as out:
-                    if _copy(tar.extractfile(wheel), out.write) not in allowed:
-                        raise _refused(f"{name} is not what the lock says")
+            _unpack_wheels(tar, wheels, lock, folder)
         except OSError as error:
             raise EnvironmentBuildError(
                 f"{file} can't be imported: {error.strerror}. `rootstockd env export` writes such files."
@@ -303,6 +301,24 @@ def _installed_size(tar: tarfile.TarFile, wheel: tarfile.TarInfo) -> int:
     """Bytes that a wheel says it has when it is installed."""
     with _understood(f"its {wheel.name}"), zipfile.ZipFile(cast("IO[bytes]", tar.extractfile(wheel))) as packed:
         return sum(member.file_size for member in packed.infolist())
+
+
+def _unpack_wheels(tar: tarfile.TarFile, wheels: dict[str, tarfile.TarInfo], lock: str, folder: Path) -> None:
+    """Write the wheels into a folder: one of each package that the lock has, and no others.
+
+    Raises:
+        EnvironmentBuildError: it is otherwise.
+    """
+    allowed = set(_HASH.findall(lock))
+    there: set[str] = set()
+    for name, wheel in wheels.items():
+        with (folder / Path(name).name).open("xb") as out:
+            there.add(digest := _copy(tar.extractfile(wheel), out.write))
+        if digest not in allowed:
+            raise _refused(f"{name} is not what the lock says")
+    for package in _PACKAGE.finditer(lock):
+        if there.isdisjoint(_HASH.findall(package[0])):
+            raise _refused(f"it has no wheel of {package[1]}")
 
 
 def _check_room(folder: Path, size: int) -> None:
