@@ -2,22 +2,28 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 from importlib.metadata import version
+from itertools import takewhile
 from pathlib import Path
 
+import click
 import pytest
 
 from conftest import EMBEDDED_MODEL
+from rootstockd.cli import main
 from rootstockd.models.catalogue import Catalogue
 
 DOCS = Path(__file__).parent.parent / "docs"
 MIRRORED = ("2023-12-03-mace-128-L1_epoch-199.model", "MACE-OFF23_small.model")
 """Weights that the documents pull. No machine need reach them: the small model stands in for each."""
-BLOCK = re.compile(r"^```(console|python|toml|xml)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```(console|python|text|toml|xml)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SHELL = re.compile(r"^```(bash|console|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+NUMBER = re.compile(r"-?\d+(?:\.(\d*))?")
 
 
 def test_the_site_builds_without_a_warning(tmp_path):
@@ -78,6 +84,15 @@ def run(command, home, **options):
     return done.stdout
 
 
+def assert_shown(printed, shown):
+    """The words are the same, and numbers but for their last digit, or for the fifth decimal."""
+    words = ["".join(NUMBER.sub("#", text).split()) for text in (printed, shown)]
+    assert words[0] == words[1]
+    for found, wanted in zip(NUMBER.finditer(printed), NUMBER.finditer(shown), strict=True):
+        decimals = min(len(wanted[1] or ""), 5)
+        assert float(found[0]) == pytest.approx(float(wanted[0]), rel=0, abs=1.01 * 10**-decimals), printed
+
+
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "name",
@@ -100,7 +115,10 @@ def test_commands_and_programs(name, home):
             elif kind == "python":
                 old = version("torch-sim-atomistic").startswith("0.3")  # the last for Python 3.11
                 program = text.replace("ts.Integrator.", "ts.integrators.") if old else text
-                assert run([sys.executable, "-c", program], home).strip()
+                printed = run([sys.executable, "-c", program], home)
+                assert printed.strip()
+            elif kind == "text":
+                assert_shown(printed, text)
             else:
                 for line in text.splitlines():
                     assert line.startswith("$ "), line
@@ -113,3 +131,27 @@ def test_commands_and_programs(name, home):
             check=False,
             timeout=60,
         )
+
+
+def commands_of(path):
+    """The `rootstockd` commands that a document has people type."""
+    for kind, text in SHELL.findall(path.read_text()):
+        prompt = "[$#] " if kind == "console" else ""
+        for line in text.replace("\\\n", "").splitlines():
+            if found := re.match(rf"{prompt}(?:/\S+/)?rootstockd (.*)", line):
+                words = shlex.shlex(found[1], posix=True, punctuation_chars=True)
+                words.whitespace_split = True
+                yield list(takewhile(lambda word: word not in {"|", "||", "&", "&&", ";", ">"}, words))
+
+
+def test_commands_of_all_documents_are_understood(tmp_path, monkeypatch):
+    """They are parsed, and not run."""
+    for name in ("my-mace.model", "init.xyz"):  # which the documents say to have
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(click.Command, "invoke", lambda *_: None)  # of a group it goes on to the command
+    paths = [DOCS.parent / "README.md", *DOCS.glob("*.md")]
+    commands = [command for path in paths for command in commands_of(path)]
+    assert len(commands) > 50
+    for command in commands:
+        main.main(command, standalone_mode=False)
