@@ -153,17 +153,21 @@ def install(python: Path, wheel: Path, extra: str = "") -> None:
     run(BIN / "uv", "pip", "install", "--quiet", "--python", python, f"rootstockd{extra} @ {wheel.as_uri()}")
 
 
-def test_a_client_of_each_python(python, release, daemon: RunningDaemon):
-    install(python, release.wheel)
-    file, numbers = json.loads(run(python, "-I", "-c", JOB, daemon.socket))
+def run_job(python: Path, socket: Path) -> Path:
+    """Run a job, and compare its numbers; where its packages are."""
+    file, numbers = json.loads(run(python, "-I", "-c", JOB, socket))
     atoms = bulk("Cu", cubic=True)
     atoms.rattle(0.1, seed=1)
     atoms.calc = EMT()
     assert numbers[0] == pytest.approx(atoms.get_potential_energy(), abs=1e-9)
     assert numbers[1] == pytest.approx(atoms.get_forces(), abs=1e-9)
     assert numbers[2] == pytest.approx(atoms.get_stress(), abs=1e-9)
+    return Path(file).parent.parent
 
-    packages = Path(file).parent.parent
+
+def test_a_client_of_each_python(python, release, daemon: RunningDaemon):
+    install(python, release.wheel)
+    packages = run_job(python, daemon.socket)
     assert python.parent.parent in packages.parents
     own = [path for name in ("rootstockd*", "rootstock_client") for path in (packages.glob(f"{name}/**/*"))]
     assert sum(path.stat().st_size for path in own if path.is_file() and path.suffix != ".pyc") < THIN
@@ -183,7 +187,7 @@ def test_a_daemon_of_each_python(python, release, folder):
     starting = ("--device", "cpu", "--model", "emt", "--log-file", folder / "log")
     run(*command, "start", *options, *starting, env={MARK: str(folder)})
     try:
-        assert json.loads(run(python, "-I", "-c", JOB, folder / "a.sock"))
+        run_job(python, folder / "a.sock")
         assert json.loads(run(*command, "status", "--json", *options))["evaluations"] == 2  # the second for stress
     finally:
         run(*command, "stop", *options)
