@@ -312,7 +312,8 @@ def test_a_users_own(machine: Machine) -> None:
     assert str(status["pid"]) != pid
     done = machine.rootstockd("systemd", "uninstall", "--user", user=user)
     assert done.returncode == 0, done.stderr
-    assert not list((machine.root / "home" / user / ".config/systemd/user").glob("rootstockd*@.s*t"))
+    units = machine.root / "home" / user / ".config/systemd/user"
+    assert {path.name for path in units.rglob("*rootstockd*")} == {"rootstockd@.service.d"}  # the test's
     assert machine.rootstockd(
         "status", "--socket", f"/run/user/{USERS[user]}/rootstockd/cpu.sock", user=user
     ).returncode
