@@ -235,13 +235,6 @@ class TestContestants:
 
 
 class TestRunLocal:
-    def test_a_short_run(self, tmp_path: Path) -> None:
-        command = [sys.executable, "-m", "benchmarks.run_local", *SHORT, "--results", tmp_path, "--label", "short"]
-        done = subprocess.run(command, cwd=REPOSITORY, check=False, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stdout + done.stderr
-        check_short(json.loads((tmp_path / "short.json").read_text()))
-        assert (tmp_path / "short-ipc.svg").read_text().rstrip().endswith("</svg>")
-
     def test_what_failed_is_said_and_what_it_found_is_kept(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -254,7 +247,9 @@ class TestRunLocal:
 
         monkeypatch.setattr(ipc, "run", run)
         assert run_local.main([*SHORT, "--results", str(tmp_path), "--label", "bad"]) == 1
-        found = json.loads((tmp_path / "bad.json").read_text())["benchmarks"]["ipc"]
+        written = json.loads((tmp_path / "bad.json").read_text())
+        assert written["commit"]
+        found = written["benchmarks"]["ipc"]
         assert [sample["median"] for sample in found["samples"]] == [1.0]
         assert found["notes"] == ["failed: RuntimeError: OSError: no more"]
         assert [goal["met"] for goal in found["goals"]] == [False]
@@ -292,27 +287,6 @@ class TestRunLocal:
         monkeypatch.setattr(run_local, "write", lambda *_: tmp_path)
         assert run_local.main(["--gpu-checks"]) == status
         assert done == ["tests", "cuda"]
-
-
-def check_short(found: dict[str, Any]) -> None:
-    """What a result of SHORT must have."""
-    assert found["schema"] == run_local.SCHEMA
-    assert found["hardware"]["cpus used"] <= 2 and found["software"]["rootstockd"]
-    assert found["commit"] and found["quick"] is True
-    assert {"Rootstock", "ASE SocketIO", "MACECalculator"} <= found["peers"].keys()
-    (ipc,) = found["benchmarks"].values()
-    assert ipc["parameters"]["atoms"] == [10, 100]
-    assert not [note for note in ipc["notes"] if note.startswith("failed")]
-    steps = {(s["arm"], s["of"]["natoms"]): s for s in ipc["samples"] if s["quantity"] == "step"}
-    for arm in ("rootstockd", "wire", "worker", "echo", "ASE SocketIO", "noop in process"):
-        for natoms in (10, 100):
-            sample = steps[arm, natoms]
-            assert sample["unit"] == "µs" and sample["count"] == 100
-            assert 0 < sample["min"] <= sample["q1"] <= sample["median"] <= sample["q3"] <= sample["max"]
-    assert steps["echo", 10]["median"] < steps["rootstockd", 10]["median"]
-    goals = {goal["what"]: goal for goal in ipc["goals"]}
-    assert not goals["1,000 atoms: step over Rootstock's"]["met"]  # that size was not asked for
-    assert goals["1,000 atoms: step over Rootstock's"]["value"] is None
 
 
 class TestModal:
@@ -370,7 +344,7 @@ class TestModal:
         assert options.commit
         assert (tmp_path / "results" / "modal.json").read_bytes() == b"{}"
 
-    def test_the_remote_function_gives_files_back(self, app: Any, tmp_path: Path) -> None:
+    def test_a_short_run_gives_files_back(self, app: Any, tmp_path: Path) -> None:
         for name in app.PARTS:  # what the image copies, and nothing else
             shutil.copytree(REPOSITORY / name, tmp_path / name, ignore=shutil.ignore_patterns("results", "__pycache__"))
         for name in app.FILES:
@@ -378,8 +352,23 @@ class TestModal:
         files = app.benchmark.local([*SHORT, "--commit", "of the caller"], str(tmp_path))
         assert files.keys() == {"modal.json", "modal-ipc.svg"}
         found = json.loads(files["modal.json"])
-        check_short(found)
-        assert found["commit"] == "of the caller"
+        assert found["schema"] == run_local.SCHEMA
+        assert found["hardware"]["cpus used"] <= 2 and found["software"]["rootstockd"]
+        assert found["commit"] == "of the caller" and found["quick"] is True
+        assert {"Rootstock", "ASE SocketIO", "MACECalculator"} <= found["peers"].keys()
+        (ipc,) = found["benchmarks"].values()
+        assert ipc["parameters"]["atoms"] == [10, 100]
+        assert not [note for note in ipc["notes"] if note.startswith("failed")]
+        steps = {(s["arm"], s["of"]["natoms"]): s for s in ipc["samples"] if s["quantity"] == "step"}
+        for arm in ("rootstockd", "wire", "worker", "echo", "ASE SocketIO", "noop in process"):
+            for natoms in (10, 100):
+                sample = steps[arm, natoms]
+                assert sample["unit"] == "µs" and sample["count"] == 100
+                assert 0 < sample["min"] <= sample["q1"] <= sample["median"] <= sample["q3"] <= sample["max"]
+        assert steps["echo", 10]["median"] < steps["rootstockd", 10]["median"]
+        goals = {goal["what"]: goal for goal in ipc["goals"]}
+        assert not goals["1,000 atoms: step over Rootstock's"]["met"]  # that size was not asked for
+        assert goals["1,000 atoms: step over Rootstock's"]["value"] is None
         assert files["modal-ipc.svg"].rstrip().endswith(b"</svg>")
 
     def test_the_remote_function_says_when_there_is_nothing(self, app: Any) -> None:
