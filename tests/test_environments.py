@@ -52,6 +52,7 @@ from rootstockd.environments.specification import (
     specification_files,
 )
 from rootstockd.settings import state_dir
+from rootstockd.worker.version import PROTOCOL, SLOT_LAYOUT
 
 NOWHERE = "http://127.0.0.1:9"
 """A proxy that is not there."""
@@ -435,10 +436,11 @@ def test_workers_of_code_that_was_upgraded_ask_for_a_restart(tmp_path: Path, mon
             old.start()
             assert energy_of(old, "emt") == pytest.approx(expected_energy(), abs=1e-9)
             version = tree / "rootstockd/worker/version.py"
-            version.write_text(version.read_text().replace("PROTOCOL = 3", "PROTOCOL = 4"))
+            version.write_text(version.read_text().replace(f"PROTOCOL = {PROTOCOL}", f"PROTOCOL = {PROTOCOL + 1}"))
             os.kill(old.model("emt")["pid"], signal.SIGKILL)
             wait_for(lambda: old.model("emt")["state"] == "failed")
-            with pytest.raises(ModelLoadError, match=r"version 3\.1 .* this daemon 2\.1(.|\n)*rootstockd restart"):
+            new, ours = (rf"{protocol}\.{SLOT_LAYOUT}" for protocol in (PROTOCOL + 1, PROTOCOL))
+            with pytest.raises(ModelLoadError, match=rf"version {new} .* this daemon {ours}(.|\n)*rootstockd restart"):
                 energy_of(old, "emt")
             assert old.run("restart").returncode == 0
             assert energy_of(old, "emt") == pytest.approx(expected_energy(), abs=1e-9)
