@@ -48,7 +48,10 @@ def one_by_one(atoms: int) -> float:
 def run(
     jobs: list[Job], cost: Callable[[int], float], until: float, begins: dict[int, float] | None = None
 ) -> tuple[dict[int, list[float]], Counter[int]]:
-    """How long each job's steps took, and how much of the device each user had; some jobs begin later."""
+    """How long each job's steps took, and how much of the device each user had; some jobs begin later.
+
+    A step that is not done in the end counts as long as it was waited for.
+    """
     scheduler = Scheduler[int](2_048)
     number = itertools.count()
     first = {n: 1e-4 * n for n in range(len(jobs))} | (begins or {})
@@ -73,7 +76,7 @@ def run(
             atoms = sum(evaluation.atoms for evaluation in batch)
             for evaluation in batch:
                 used[evaluation.user] += took * evaluation.atoms / atoms
-                steps[evaluation.owner].append(clock - asked[evaluation.owner])
+                steps[evaluation.owner].append(clock - asked.pop(evaluation.owner))
                 answered[evaluation.owner] = clock
                 again = clock + jobs[evaluation.owner].thinks
                 heapq.heappush(events, (again, next(number), evaluation.owner, None))
@@ -83,6 +86,8 @@ def run(
         elif scheduler.expected:
             assert scheduler.waiting and clock < scheduler.expected
             heapq.heappush(events, (scheduler.expected, next(number), LATE, None))
+    for job, since in asked.items():
+        steps[job].append(clock - since)
     return steps, used
 
 
@@ -101,7 +106,7 @@ def test_one_job_beside_fifty_of_another_user(cost, thinks, atoms, share):
     jobs = [*(Job(1, atoms, thinks) for _ in range(50)), one]
     steps, _ = run(jobs, cost, 60)
     # a batch that is under way can't be taken back, nor can one evaluation be cut into pieces
-    assert statistics.median(steps[50][5:]) <= 2 * fair_step(one, jobs, cost) + cost(atoms)
+    assert max(steps[50][5:]) <= 2 * fair_step(one, jobs, cost) + cost(atoms)
 
 
 @pytest.mark.parametrize("atoms", [32, 256])
@@ -166,9 +171,10 @@ def test_what_somebody_waited_for_alone_is_nobody_elses_due():
     """After ten minutes of a small job beside a large one of the same user, another has no claim to what comes."""
     alone, clock = [Job(1, 4_000, 0.0), Job(1, 8, 4.5e-3)], 600.0
     others = [Job(2, 32, 0.0) for _ in range(3)]
-    steps, _ = run([*alone, *others], cpu, clock + 30, begins={2: clock, 3: clock, 4: clock})
+    _, before = run(alone, cpu, clock)
+    steps, used = run([*alone, *others], cpu, clock + 30, begins={2: clock, 3: clock, 4: clock})
     assert max(max(steps[job]) for job in (0, 1)) < 5
-    assert len(steps[2]) > 100
+    assert min(used[1] - before[1], used[2]) > 30 / 3, "each has about half of the time, less what is waited for them"
 
 
 def test_whoever_computes_for_long_between_steps_is_not_waited_for():
@@ -346,4 +352,4 @@ def test_nobody_starves(described, cost):
     count = Counter(job.user for job in jobs)
     for number, job in enumerate(jobs):
         if count[job.user] == 1:
-            assert statistics.median(steps[number]) <= 2 * fair_step(job, jobs, cost) + len(count) * largest
+            assert max(steps[number][5:]) <= 2 * fair_step(job, jobs, cost) + len(count) * largest
