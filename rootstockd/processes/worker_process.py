@@ -171,6 +171,7 @@ class WorkerProcess:
                     stdout=output.theirs,
                     stderr=output.theirs,
                     pass_fds=descriptors,
+                    start_new_session=True,  # with the daemon's terminal, reading that could stop the daemon
                     env={**_tuning(spec.family), **_inherited(), "PYTHONUNBUFFERED": "1", **variables},
                     cwd="/",
                 )

@@ -146,6 +146,8 @@ class _Check:
     values: Tuple[int, ...]
     refused: bool = False
     mask: int = 0xFFFFFFFF
+    only: Optional[Tuple[int, int]] = None
+    """Another argument and its value: with others the call is let through."""
 
 
 _NAMESPACES = 0x7E020000
@@ -153,7 +155,7 @@ _NAMESPACES = 0x7E020000
 _F_SETSIG, _F_SETOWN_EX, _F_SETLEASE, _F_NOTIFY = 10, 15, 1024, 1026
 _FS_IOC_SETFLAGS, _FS_IOC32_SETFLAGS, _FS_IOC_FSSETXATTR = 0x40086602, 0x40046602, 0x401C5820
 _FS_IOC_ENABLE_VERITY, _FS_IOC_SET_ENCRYPTION_POLICY = 0x40806685, 0x800C6613
-_TIOCSTI, _TIOCLINUX, _FIOSETOWN, _SIOCSPGRP = 0x5412, 0x541C, 0x8901, 0x8902
+_TIOCSTI, _TIOCLINUX, _FIOASYNC, _FIOSETOWN, _SIOCSPGRP = 0x5412, 0x541C, 0x5452, 0x8901, 0x8902
 _PR_SET_PDEATHSIG = 1
 _IOPRIO_WHO_PROCESS = 1
 
@@ -185,12 +187,14 @@ def _checks(*, programs: bool) -> List[_Check]:
         _Check((56, 220), 0, (0,), mask=_NAMESPACES),  # clone
         # signals to whoever one calls the owner of a descriptor; leases, which hold up whoever opens the file
         _Check((72, 25), 1, (fcntl.F_SETOWN, _F_SETSIG, _F_SETOWN_EX, _F_SETLEASE, _F_NOTIFY), refused=True),  # fcntl
+        # SIGIO, which ends most processes, to those in the foreground of a terminal that the worker has opened
+        _Check((72, 25), 2, (os.O_ASYNC,), refused=True, mask=os.O_ASYNC, only=(1, fcntl.F_SETFL)),
         # signals again; typing into the terminal that a daemon in the foreground was started from; flags of files
         _Check(
             (16, 29),  # ioctl
             1,
             (
-                *(_TIOCSTI, _TIOCLINUX, _FIOSETOWN, _SIOCSPGRP),
+                *(_TIOCSTI, _TIOCLINUX, _FIOASYNC, _FIOSETOWN, _SIOCSPGRP),
                 *(_FS_IOC_SETFLAGS, _FS_IOC32_SETFLAGS, _FS_IOC_FSSETXATTR),
                 *(_FS_IOC_ENABLE_VERITY, _FS_IOC_SET_ENCRYPTION_POLICY),
             ),
@@ -219,7 +223,11 @@ def _program(machine: str, *, gpu: bool, programs: bool) -> bytes:
             body.append(_step(_JUMP_EQUAL, value, hits - index - 1 + (0 if check.refused else 1), 0))
         if check.refused and hits:
             body[-1] = _step(_JUMP_EQUAL, check.values[-1], 0, 1)
-        body += [refuse, _step(_LOAD, _NUMBER)]
+        body.append(refuse)
+        if check.only is not None:
+            argument, value = check.only
+            body = [_step(_LOAD, _ARGUMENTS + 8 * argument), _step(_JUMP_EQUAL, value, 0, len(body)), *body]
+        body.append(_step(_LOAD, _NUMBER))
         program += [_step(_JUMP_EQUAL, check.numbers[column], 0, len(body)), *body]
     for name, numbers in _REFUSED.items():
         if (number := numbers[column]) is not None and name not in left:

@@ -8,6 +8,7 @@ import mmap
 import os
 import platform
 import resource
+import signal
 import socket
 import struct
 import subprocess
@@ -22,7 +23,18 @@ libc = ctypes.CDLL(None, use_errno=True)
 DAEMON = os.getppid()
 PTRACE_ATTACH, PTRACE_DETACH, CLONE_NEWUSER, SIGCHLD, TIOCSTI = 16, 17, 0x10000000, 17, 0x5412
 FS_IOC_SETFLAGS = 0x40086602
+# system calls that Python has no function for
 CLONE, TRUNCATE, X32_GETPID = {"x86_64": (56, 76, 0x40000027), "aarch64": (220, 45, 0)}[platform.machine()]
+TGKILL, QUEUE, QUEUE_TO_THREAD, SET_SCHEDULING, SET_IO_PRIORITY = {
+    "x86_64": (234, 129, 297, 314, 251),
+    "aarch64": (131, 138, 240, 274, 30),
+}[platform.machine()]
+FIOASYNC, FIOSETOWN, SIOCSPGRP = 0x5452, 0x8901, 0x8902
+F_SETSIG, F_SETOWN_EX, F_OWNER_PID = 10, 15, 1
+OF_A_QUEUE = struct.pack("iii", 0, 0, -1).ljust(128, b"\0")
+"""A siginfo_t of no signal, as `sigqueue` makes it: another code is refused to whoever sends it to others."""
+NICE = struct.pack("=IIQiIQQQ", 48, 0, 0, os.getpriority(os.PRIO_PROCESS, 0), 0, 0, 0, 0)
+"""A sched_attr that says what is so anyway."""
 
 
 def checked(result: int) -> int:
@@ -55,9 +67,9 @@ def new_user_namespace() -> None:
     os.waitpid(child, 0)
 
 
-def own_signals() -> None:
+def on_a_socket(what: Callable[..., object], command: int, argument: object) -> None:
     with socket.socketpair()[0] as end:
-        fcntl.fcntl(end, fcntl.F_SETOWN, DAEMON)
+        what(end, command, argument)
 
 
 def change_flags(path: Path) -> None:
@@ -75,6 +87,21 @@ def on(path: Path, command: int, argument: int) -> None:
 
 def type_into_terminal() -> None:
     fcntl.ioctl(0, TIOCSTI, b"x")
+
+
+def of_another(attempt: Callable[[int], object]) -> None:
+    """Try it on a process with no more capabilities than this one: from those of root Linux keeps it anyway."""
+    read, write = os.pipe()
+    if (child := os.fork()) == 0:
+        os.close(write)
+        os.read(read, 1)
+        os._exit(0)
+    try:
+        attempt(child)
+    finally:
+        os.close(write)
+        os.close(read)
+        os.waitpid(child, 0)
 
 
 def in_a_child(code: str) -> None:
@@ -95,6 +122,7 @@ def in_a_thread(attempt: Callable[[], object]) -> None:
 def attempts(victim: Path, theirs: str) -> dict[str, Callable[[], object]]:
     """Everything to try. `victim` is a file of the daemon's user, `theirs` a socket that somebody listens on."""
     beside = victim.parent
+    group, nice = os.getpgid(DAEMON), os.getpriority(os.PRIO_PROCESS, 0)
     cache = Path(os.environ.get("NUMBA_CACHE_DIR", "/tmp/nowhere/numba")).parent
 
     def connect() -> None:
@@ -141,11 +169,34 @@ def attempts(victim: Path, theirs: str) -> dict[str, Callable[[], object]]:
         "daemon: environment": lambda: Path(f"/proc/{DAEMON}/environ").read_bytes(),
         "daemon: descriptor": lambda: Path(f"/proc/{DAEMON}/fd/0").readlink(),
         "daemon: signal": lambda: os.kill(DAEMON, 0),
-        "daemon: signal to its group": lambda: os.kill(0, 0),
-        "daemon: signal through a descriptor": own_signals,
-        "daemon: limits": lambda: resource.prlimit(DAEMON, resource.RLIMIT_NOFILE),
-        "daemon: priority": lambda: os.setpriority(os.PRIO_PROCESS, DAEMON, os.getpriority(os.PRIO_PROCESS, DAEMON)),
-        "daemon: scheduling": lambda: os.sched_setscheduler(DAEMON, os.SCHED_OTHER, os.sched_param(0)),
+        "daemon: signal to its group": lambda: os.kill(-group, 0),
+        "daemon: signal to a thread": lambda: call(TGKILL, DAEMON, DAEMON, 0),
+        "daemon: signal with a value": lambda: call(QUEUE, DAEMON, 0, OF_A_QUEUE),
+        "daemon: signal with a value to a thread": lambda: call(QUEUE_TO_THREAD, DAEMON, DAEMON, 0, OF_A_QUEUE),
+        "daemon: signal of a descriptor": lambda: on_a_socket(fcntl.fcntl, fcntl.F_SETOWN, DAEMON),
+        "daemon: signal of a descriptor to a process": lambda: on_a_socket(
+            fcntl.fcntl, F_SETOWN_EX, struct.pack("ii", F_OWNER_PID, DAEMON)
+        ),
+        "daemon: signal of a descriptor by ioctl": lambda: on_a_socket(
+            fcntl.ioctl, FIOSETOWN, struct.pack("i", DAEMON)
+        ),
+        "daemon: signal of a socket": lambda: on_a_socket(fcntl.ioctl, SIOCSPGRP, struct.pack("i", DAEMON)),
+        "daemon: signal of one's choice": lambda: on_a_socket(fcntl.fcntl, F_SETSIG, signal.SIGKILL),
+        "daemon: signal when something comes": lambda: on_a_socket(fcntl.fcntl, fcntl.F_SETFL, os.O_ASYNC),
+        "daemon: signal when something comes, by ioctl": lambda: on_a_socket(
+            fcntl.ioctl, FIOASYNC, struct.pack("i", 1)
+        ),
+        "another: limits": lambda: of_another(lambda pid: resource.prlimit(pid, resource.RLIMIT_NOFILE)),
+        "another: priority": lambda: of_another(lambda pid: os.setpriority(os.PRIO_PROCESS, pid, nice)),
+        "another: priority of a group": lambda: os.setpriority(os.PRIO_PGRP, 0, nice),
+        "another: priority of its files": lambda: of_another(lambda pid: call(SET_IO_PRIORITY, 1, pid, 0)),
+        "another: scheduling": lambda: of_another(
+            lambda pid: os.sched_setscheduler(pid, os.SCHED_OTHER, os.sched_param(0))
+        ),
+        "another: scheduling by its parameters": lambda: of_another(
+            lambda pid: os.sched_setparam(pid, os.sched_param(0))
+        ),
+        "another: scheduling by its attributes": lambda: of_another(lambda pid: call(SET_SCHEDULING, pid, NICE, 0)),
         "daemon: outlive it": lambda: checked(libc.prctl(1, 9, 0, 0, 0)),
         "terminal: typing": type_into_terminal,
         "namespace: user": new_user_namespace,
@@ -156,6 +207,9 @@ def attempts(victim: Path, theirs: str) -> dict[str, Callable[[], object]]:
         "allowed: reading": victim.read_text,
         "allowed: a pair of sockets": pair,
         "allowed: a signal to itself": lambda: os.kill(os.getpid(), 0),
+        "allowed: a signal to its thread": lambda: call(TGKILL, os.getpid(), threading.get_native_id(), 0),
+        "allowed: flags of a descriptor": lambda: on_a_socket(fcntl.fcntl, fcntl.F_SETFL, os.O_NONBLOCK),
+        "allowed: its own scheduling": lambda: call(SET_SCHEDULING, 0, NICE, 0),
         "allowed: its own priority": lambda: os.setpriority(os.PRIO_PROCESS, 0, 0),
         "allowed: a thread": lambda: in_a_thread(os.getpid),
         "allowed: a program": lambda: in_a_child("import math"),
@@ -178,7 +232,7 @@ class Probe(Calculator):
         self.victim, self.theirs, self.refused = Path(victim), theirs, refused
 
     def calculate(self, atoms=None, properties=("energy",), system_changes=()):
-        found = {what: outcome(attempt) for what, attempt in attempts(self.victim, self.theirs).items()}
+        found = [outcome(attempt) for attempt in attempts(self.victim, self.theirs).values()]  # errors can't be long
         calls = {
             number: outcome(lambda number=number: call(number, *[ctypes.c_long(-1)] * 6)) for number in self.refused
         }

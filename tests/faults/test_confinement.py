@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import confinement_probe
 import liar
 import pytest
 from ase import Atoms
@@ -35,10 +36,51 @@ from rootstockd.worker import landlock, seccomp
 
 HERE = Path(__file__).parent
 COLUMN = 0 if platform.machine() == "x86_64" else 1
-REFUSED = [numbers[COLUMN] for numbers in seccomp._REFUSED.values() if numbers[COLUMN] is not None]
-SUPPORTED = platform.machine() in seccomp._AUDIT and "Seccomp:" in Path("/proc/self/status").read_text()
-pytestmark = pytest.mark.skipif(
-    not (SUPPORTED and landlock.abi() >= 6), reason="a kernel without seccomp or Landlock 6"
+PROMISED = """
+ptrace process_vm_readv process_vm_writev process_madvise process_mrelease pidfd_getfd pidfd_send_signal kcmp tkill
+migrate_pages
+socket connect bind listen accept accept4
+shmget shmat shmctl semget semctl semop semtimedop msgget msgsnd msgrcv msgctl mq_open mq_unlink
+chmod fchmod fchmodat fchmodat2 chown fchown lchown fchownat open_by_handle_at file_setattr
+setxattr lsetxattr fsetxattr setxattrat removexattr lremovexattr fremovexattr removexattrat
+io_uring_setup io_uring_enter io_uring_register bpf perf_event_open userfaultfd fanotify_init modify_ldt
+keyctl add_key request_key
+mount umount2 pivot_root chroot open_tree open_tree_attr move_mount fsopen fsconfig fsmount fspick mount_setattr
+setns unshare
+kexec_load kexec_file_load init_module finit_module delete_module swapon swapoff reboot acct quotactl quotactl_fd syslog
+settimeofday clock_settime clock_adjtime adjtimex sethostname setdomainname iopl ioperm vhangup
+"""
+"""System calls that SECURITY.md says are refused, whatever they are given."""
+NUMBERS = {name: seccomp._REFUSED.get(name, (None, None))[COLUMN] for name in PROMISED.split()}
+REFUSED = [number for number in NUMBERS.values() if number is not None]
+FIND_PROBE = {"PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
+FORBIDDEN = ("EPERM", "EACCES", "EXDEV")
+BY_LANDLOCK = {
+    **dict.fromkeys(
+        [f"file: {where}" for where in ("in home", "in /tmp", "in /dev/shm", "in another model's cache")], 1
+    ),
+    **dict.fromkeys([f"file: {how}" for how in ("over another", "renamed", "linked", "a link", "a folder")], 1),
+    "file: opened by a child": 1,
+    "file: emptied": 3,
+    "daemon: memory": 1,
+    "daemon: environment": 1,
+    "daemon: descriptor": 1,
+}
+"""What a confined worker is kept from by Landlock alone, from which ABI on; the rest is seccomp's."""
+NEWEST = 6
+"""The latest ABI that has something for workers."""
+needs_seccomp = pytest.mark.skipif(
+    platform.machine() not in seccomp._AUDIT or "Seccomp:" not in Path("/proc/self/status").read_text(),
+    reason="a kernel without seccomp",
+)
+
+
+def needs_landlock(version: int) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(landlock.abi() < version, reason=f"a kernel without Landlock's ABI {version}")
+
+
+versions = pytest.mark.parametrize(
+    "version", [pytest.param(version, marks=needs_landlock(version)) for version in range(NEWEST + 1)]
 )
 
 
@@ -96,22 +138,193 @@ def probed(
 def report(daemon: RunningDaemon, model: str) -> dict[str, Any]:
     with pytest.raises(RootstockError) as caught:
         evaluate(daemon, model)
-    return dict(json.loads(str(caught.value).split("REPORT", 1)[1].split("\n")[0]))
+    told = dict(json.loads(str(caught.value).split("REPORT", 1)[1].split("\n")[0]))
+    told["found"] = dict(zip(confinement_probe.attempts(Path(), ""), told["found"], strict=True))
+    return told
 
 
+def wrong(found: dict[str, str], version: int) -> dict[str, str]:
+    """What did not end as it has to in a confined worker, on a kernel whose Landlock has this ABI."""
+
+    def right(what: str, how: str) -> bool:
+        if what.startswith("allowed"):
+            return how == "done"
+        if BY_LANDLOCK.get(what, 0) <= version:
+            return how in FORBIDDEN
+        return how == "done" or what.startswith("daemon")  # Yama and capabilities may forbid that, too
+
+    return {what: how for what, how in found.items() if not right(what, how)}
+
+
+@needs_seccomp
 def test_what_a_model_can_not_do_and_what_it_can(probed: RunningDaemon, catalogue: Path) -> None:
     victim = catalogue.parent / "precious"
     victim.write_text("precious")
     told = report(probed, "confined")
-    wrong = {
-        what: how
-        for what, how in told["found"].items()
-        if how not in (("done",) if what.startswith("allowed") else ("EPERM", "EACCES", "EXDEV"))
-    }
-    assert wrong == {}
+    assert wrong(told["found"], landlock.abi()) == {}
+    assert set(NUMBERS) - set(seccomp._REFUSED) == set()
     assert told["not refused"] == {}
-    assert victim.read_text() == "precious"
-    assert probed.model("confined")["unconfined"] == []
+    assert victim.read_text() == "precious" or landlock.abi() < BY_LANDLOCK["file: emptied"]
+    assert probed.model("confined")["unconfined"] == _not_taken(landlock.abi())
+
+
+def _not_taken(version: int) -> list[str]:
+    """What is said of a kernel whose Landlock has this ABI."""
+    if version == 0:
+        return ["this kernel has no Landlock: workers can write wherever the daemon's user can"]
+    emptying = "does not keep workers from emptying files of the daemon's user"
+    return [f"Landlock of this kernel (ABI {version}) {emptying}"] if version < BY_LANDLOCK["file: emptied"] else []
+
+
+UNDER_AN_OLDER_ONE = """
+import json, sys
+from pathlib import Path
+from rootstockd.worker import landlock
+from rootstockd.worker.confine import confine
+
+version, victim, *folders = sys.argv[1:]
+landlock.abi = lambda: int(version)
+missing = confine(folders, gpu=False)
+import confinement_probe as probe
+attempts = probe.attempts(Path(victim), "nowhere")
+print(json.dumps([missing, {what: probe.outcome(attempt) for what, attempt in attempts.items()}]))
+"""
+
+
+@needs_seccomp
+@versions
+def test_what_it_can_not_do_where_landlock_is_older(tmp_path: Path, version: int) -> None:
+    """A newer kernel takes what an older one would be given. This process stands in for the daemon.
+
+    Whatever Landlock there is, no signal, no priority and no limit reaches it: that is seccomp's.
+    """
+    folders = {name: tmp_path / name for name in ("home", "scratch", "caches/own", "files")}
+    for folder in folders.values():
+        folder.mkdir(parents=True)
+    victim = folders["files"] / "precious"
+    victim.write_text("precious")
+    writable = [folders["scratch"], folders["caches/own"]]
+    environment = {
+        **os.environ,
+        "HOME": str(folders["home"]),
+        "TMPDIR": str(folders["scratch"]),
+        "NUMBA_CACHE_DIR": str(folders["caches/own"] / "numba"),
+        **FIND_PROBE,
+    }
+    command = [sys.executable, "-c", UNDER_AN_OLDER_ONE, str(version), victim, *writable]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, start_new_session=True)
+    assert done.returncode == 0, done.stderr
+    missing, found = json.loads(done.stdout)
+    assert missing == _not_taken(version)
+    assert wrong(found, version) == {}
+
+
+@pytest.mark.parametrize(
+    ("version", "numbers"),
+    [
+        (1, (0x1FF2,)),
+        (2, (0x3FF2,)),
+        (3, (0x7FF2,)),
+        (4, (0x7FF2, 0b11)),
+        (5, (0xFFF2, 0b11)),
+        (6, (0xFFF2, 0b11, 0b11)),
+        (7, (0xFFF2, 0b11, 0b11)),
+    ],
+)
+def test_a_kernel_is_told_of_nothing_that_its_landlock_has_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: int, numbers: tuple[int, ...]
+) -> None:
+    """It would refuse all of it. What it is asked to take: rights of files (bits of landlock.h), TCP, scopes."""
+    calls: dict[int, tuple[Any, ...]] = {}
+
+    def call(number: int, *arguments: Any) -> int:
+        calls[number] = arguments
+        return os.open("/dev/null", os.O_RDONLY) if number == landlock._CREATE_RULESET else 0
+
+    monkeypatch.setattr(landlock, "abi", lambda: version)
+    monkeypatch.setattr(landlock, "_call", call)
+    monkeypatch.setattr(landlock, "_allow", lambda ruleset, path, rights: calls.update({0: (path, rights)}))
+    assert landlock.restrict([str(tmp_path)]) == "".join(_not_taken(version))
+    attributes, size, flags = calls[landlock._CREATE_RULESET]
+    assert struct.unpack(f"={len(numbers)}Q", attributes[: size.value]) == numbers
+    assert flags == 0
+    assert calls[0] == (str(tmp_path), numbers[0])
+    assert landlock._RESTRICT_SELF in calls
+
+
+BY_ITSELF = """
+import ctypes, fcntl, json, os, socket, sys
+from pathlib import Path
+from rootstockd.worker import landlock
+from confinement_probe import outcome
+
+version, own, others, port, address = sys.argv[1:]
+own, others = Path(own), Path(others)
+for name in ("a", "b"):
+    (own / name).mkdir()
+
+def connect(family, address):
+    with socket.socket(family) as sock:
+        sock.connect(address)
+
+def bind():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+
+attempts = {
+    "to write": lambda: (others / "file").write_text("x"),
+    "to make a folder": lambda: (others / "folder").mkdir(),
+    "to remove": lambda: (others / "remove").unlink(),
+    "to empty": lambda: os.truncate(others / "file", 0),
+    "a file from one of its folders to another": lambda: (own / "a/file").rename(own / "b/file"),
+    "to bind": bind,
+    "to connect": lambda: connect(socket.AF_INET, ("127.0.0.1", int(port))),
+    "a device's ioctl": lambda: fcntl.ioctl(zero, 0x5401, bytes(64)),
+    "an abstract socket": lambda: connect(socket.AF_UNIX, chr(0) + address),
+    "a signal": lambda: os.kill(os.getppid(), 0),
+}
+landlock.abi = lambda: int(version)
+assert ctypes.CDLL(None).prctl(38, 1, 0, 0, 0) == 0
+landlock.restrict([str(own)])
+zero = os.open("/dev/zero", os.O_RDONLY)
+(own / "a/file").write_text("x")
+print(json.dumps({what: outcome(attempt) for what, attempt in attempts.items()}))
+"""
+
+
+@versions
+def test_what_each_landlock_forbids_by_itself(tmp_path: Path, version: int) -> None:
+    own, others, address = tmp_path / "own", tmp_path / "others", f"rootstockd-test-alone-{os.getpid()}"
+    own.mkdir(), others.mkdir()
+    for name in ("file", "remove"):
+        (others / name).write_text("x")
+    with socket.socket() as tcp, socket.socket(socket.AF_UNIX) as abstract:
+        tcp.bind(("127.0.0.1", 0))
+        tcp.listen()
+        abstract.bind("\0" + address)
+        abstract.listen()
+        arguments = [str(version), own, others, str(tcp.getsockname()[1]), address]
+        command = [sys.executable, "-c", BY_ITSELF, *arguments]
+        environment = {**os.environ, **FIND_PROBE}
+        done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    since = {
+        "to write": 1,
+        "to make a folder": 1,
+        "to remove": 1,
+        "to empty": 3,
+        "to bind": 4,
+        "to connect": 4,
+        "a device's ioctl": 5,
+        "an abstract socket": 6,
+        "a signal": 6,
+    }
+    expected = {what for what, first in since.items() if version >= first}
+    if version == 1:  # which can't allow it
+        expected.add("a file from one of its folders to another")
+    found = json.loads(done.stdout)
+    assert {what for what, how in found.items() if how in FORBIDDEN} == expected
+    assert {how for what, how in found.items() if what not in expected} <= {"done", "ENOTTY"}
 
 
 def test_what_a_model_is_made_of_is_for_no_other_user_to_read(probed: RunningDaemon) -> None:
@@ -122,6 +335,7 @@ def test_what_a_model_is_made_of_is_for_no_other_user_to_read(probed: RunningDae
     assert (worker / "fd/0").readlink() == Path("/dev/null")
 
 
+@needs_seccomp
 def test_no_rights_are_left(probed: RunningDaemon) -> None:
     state = report(probed, "confined")["state"]
     assert state["NoNewPrivs"] == "1"
@@ -181,6 +395,8 @@ print(json.dumps([missing, found]))
 """
 
 
+@needs_seccomp
+@needs_landlock(BY_LANDLOCK["file: emptied"])
 def test_what_cuda_needs_is_left_and_no_more(tmp_path: Path) -> None:
     """On a GPU; tried without one: it listens to nobody, and names its threads."""
     scratch, elsewhere = tmp_path / "scratch", tmp_path / "elsewhere"
@@ -224,6 +440,7 @@ def mps(pipes: Path, there: Path, **options: Any) -> str:
     return done.stdout.strip()
 
 
+@needs_landlock(BY_LANDLOCK["file: emptied"])
 def test_the_folder_of_mps_is_opened_only_if_nobody_else_made_it(tmp_path: Path) -> None:
     folder, link, loop = tmp_path / "folder", tmp_path / "link", tmp_path / "loop"
     folder.mkdir()
@@ -239,6 +456,7 @@ def test_the_folder_of_mps_is_opened_only_if_nobody_else_made_it(tmp_path: Path)
         assert mps(folder, folder) == "PermissionError []"
 
 
+@needs_seccomp
 def test_a_model_that_needs_more_may_have_it(probed: RunningDaemon) -> None:
     """`confine = false` in the catalogue. Also: what the test above tries does work where nothing forbids it."""
     told = report(probed, "free")
@@ -246,13 +464,19 @@ def test_a_model_that_needs_more_may_have_it(probed: RunningDaemon) -> None:
         what
         for what, how in told["found"].items()
         if how in ("EPERM", "EACCES")
-        and what.partition(":")[0] in ("network", "file", "daemon")
+        and what.partition(":")[0] in ("network", "file", "daemon", "another")
         and what not in ("daemon: ptrace", "daemon: memory")  # Yama may forbid them to everybody
     }
     assert forbidden == set()
     assert told["state"]["NoNewPrivs"] == told["state"]["Seccomp"] == "0"
     assert "confine = false" in probed.model("free")["unconfined"][0]
     assert "free: not wholly confined" in probed.run("status").stdout
+
+
+def test_a_worker_has_no_terminal(probed: RunningDaemon) -> None:
+    """In the daemon's session it would have the daemon's: reading that stops all of its group, the daemon as well."""
+    pid = probed.model("confined")["pid"]
+    assert os.getsid(pid) == os.getpgid(pid) == pid
 
 
 def test_the_worker_of_a_daemon_with_many_sessions_has_its_own_descriptors_only(
@@ -424,6 +648,7 @@ def refuse(*numbers: int) -> None:
     assert libc.prctl(22, 2, ctypes.byref(seccomp._Program(len(program) // 8, program)), 0, 0) == 0
 
 
+@needs_seccomp
 def test_without_landlock_it_goes_on_and_says_so_once(runtime_folder: Path) -> None:
     folder = runtime_folder / "no-landlock"
     folder.mkdir(mode=0o700)
