@@ -27,6 +27,7 @@ from rootstock_client import RootstockClient, RootstockError, ipi
 from rootstock_client.driver_side import DriverSide
 from rootstock_client.ipi import FloatArray
 from rootstockd.cli.ending import end
+from rootstockd.host import passed
 from rootstockd.host.devices import seen_gpus
 
 # Test processes and their workers share few cores: threads that wait for each other would take most of the time.
@@ -244,6 +245,40 @@ def start_shared_daemon(runtime_folder: Path) -> Iterator[Callable[..., RunningD
     """Start a daemon that several tests use."""
     with daemons(runtime_folder) as start:
         yield start
+
+
+OLD_KERNEL = """
+import errno, socket
+
+def without_passrights(method):
+    def call(self, level, option, *rest):
+        if (level, option) == (socket.SOL_SOCKET, 83):
+            raise OSError(errno.ENOPROTOOPT, "Protocol not available")
+        return method(self, level, option, *rest)
+    return call
+
+for name in ("setsockopt", "getsockopt"):
+    setattr(socket.socket, name, without_passrights(getattr(socket.socket, name)))
+"""
+"""For a daemon that takes its kernel for one before Linux 6.16, whose sockets can't refuse descriptors: it then reads
+and writes all connections by itself (`GuardedTransport`), not by its event loop's transports."""
+
+
+@pytest.fixture(scope="module", params=["this kernel", "an older kernel"])
+def older_kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[bool]:
+    """The kernel that daemons are started on is one before Linux 6.16, or seems so; tests are run with both."""
+    if request.param == "this kernel":
+        with socket.socket(socket.AF_UNIX) as sock:
+            passed.refuse(sock)
+            if not passed.are_refused(sock):
+                pytest.skip("this kernel's sockets can't refuse descriptors (before Linux 6.16)")
+        yield False
+        return
+    folder = tmp_path_factory.mktemp("old")
+    (folder / "sitecustomize.py").write_text(OLD_KERNEL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+        yield True
 
 
 @pytest.fixture(scope="session")

@@ -12,15 +12,19 @@ import sys
 import termios
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
+from ase.build import bulk
+from ase.calculators.emt import EMT
 
 from conftest import RunningDaemon, open_descriptors
 from rootstock_client import ipi
+from rootstock_client.units import BOHR, HARTREE
 from rootstockd.sessions.accounts import STAGED_BYTES
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "fuzz"))
@@ -31,7 +35,7 @@ MB = 2**20
 
 
 @pytest.fixture(scope="module")
-def daemon(start_shared_daemon: Callable[..., RunningDaemon]) -> RunningDaemon:
+def daemon(older_kernel: bool, start_shared_daemon: Callable[..., RunningDaemon]) -> RunningDaemon:
     """EMT for those who behave, `noop` for those who don't."""
     return start_shared_daemon("--model", "emt", "--model", "noop")
 
@@ -182,6 +186,48 @@ def test_a_slow_reader_gets_all_of_it(daemon: RunningDaemon, good) -> None:
     reply += int.from_bytes(data[reply - 4 : reply], "little")  # extras
     assert len(data) == 2 * reply
     assert data[:12] == data[reply : reply + 12] == ipi.FORCEREADY
+
+
+def test_a_slow_reader_that_runs_ahead_gets_each_result(daemon: RunningDaemon, good) -> None:
+    """In full, though all are sent from the same memory and not taken at once: two structures in turn, by EMT."""
+    atoms = bulk("Cu", cubic=True) * 5
+    atoms.pbc = False
+    steps, right = [], []
+    for seed in (1, 2):
+        atoms.rattle(0.1, seed=seed)
+        atoms.calc = EMT()
+        right.append(atoms.get_forces() * BOHR / HARTREE)
+        head = ipi.posdata_head(np.eye(3), np.eye(3), len(atoms))
+        steps.append(head + (atoms.positions / BOHR).tobytes() + ipi.GETFORCE)
+    buffer = int(Path("/proc/sys/net/core/wmem_default").read_text())
+    count = buffer // (24 * len(atoms)) + 10
+    with connect(daemon) as sock, ThreadPoolExecutor(1) as pool:
+        sock.settimeout(120)
+        stream = system(len(atoms), "emt") + b"".join(steps[number % 2] for number in range(count)) + ipi.EXIT
+        sending = pool.submit(sock.sendall, stream)
+        wait_for(lambda: unread_here(sock) > buffer / 4 and no_more_comes(sock))
+        answers = memoryview(drain(sock))
+        sending.result()
+    for number in range(count):
+        end = 24 + 24 * len(atoms)
+        assert answers[:12] == ipi.FORCEREADY
+        forces = np.frombuffer(answers[24:end]).reshape(-1, 3)
+        np.testing.assert_allclose(forces, right[number % 2], rtol=0, atol=1e-9, err_msg=f"result {number}")
+        end += 72
+        answers = answers[end + 4 + int.from_bytes(answers[end : end + 4], "little") :]
+    assert not answers
+
+
+def unread_here(sock: socket.socket) -> int:
+    """Bytes that have come and were not read yet."""
+    return int.from_bytes(fcntl.ioctl(sock, termios.FIONREAD, bytes(4)), "little")
+
+
+def no_more_comes(sock: socket.socket) -> bool:
+    """For as long as some steps take."""
+    before = unread_here(sock)
+    time.sleep(0.5)
+    return unread_here(sock) == before
 
 
 def unread(sock: socket.socket) -> int:

@@ -27,35 +27,11 @@ from rootstock_client.runtime_dir import control_socket
 
 LINGERS = 5
 """Seconds that it takes to close a stream of `lingering`."""
-OLD_KERNEL = """
-import errno, socket
-
-def without_passrights(method):
-    def call(self, level, option, *rest):
-        if (level, option) == (socket.SOL_SOCKET, 83):
-            raise OSError(errno.ENOPROTOOPT, "Protocol not available")
-        return method(self, level, option, *rest)
-    return call
-
-for name in ("setsockopt", "getsockopt"):
-    setattr(socket.socket, name, without_passrights(getattr(socket.socket, name)))
-"""
 
 
-@pytest.fixture(scope="module", params=["this kernel", "an older kernel"])
-def daemon(
-    request: pytest.FixtureRequest,
-    start_shared_daemon: Callable[..., RunningDaemon],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> RunningDaemon:
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "an older kernel":
-            folder = tmp_path_factory.mktemp("old")
-            (folder / "sitecustomize.py").write_text(OLD_KERNEL)
-            patch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
-        daemon = start_shared_daemon("--model", "emt")
-    daemon.old = request.param == "an older kernel"
-    return daemon
+@pytest.fixture(scope="module")
+def daemon(older_kernel: bool, start_shared_daemon: Callable[..., RunningDaemon]) -> RunningDaemon:
+    return start_shared_daemon("--model", "emt")
 
 
 @pytest.fixture(autouse=True)
@@ -133,12 +109,12 @@ def gone(sock: socket.socket) -> bool:
 
 
 @pytest.mark.parametrize("first", [b"", init()])
-def test_to_a_session(daemon: RunningDaemon, first: bytes) -> None:
+def test_to_a_session(daemon: RunningDaemon, older_kernel: bool, first: bytes) -> None:
     read, write = os.pipe()
     with lingering() as stream, connected(daemon.socket) as sock:
         sock.sendall(first)
         with stopped(daemon):
-            if daemon.old:
+            if older_kernel:
                 send(sock, ipi.STATUS, [stream.fileno(), *[write] * 50])
                 stream.close()
             else:
@@ -148,17 +124,17 @@ def test_to_a_session(daemon: RunningDaemon, first: bytes) -> None:
         begun = time.monotonic()
         step(daemon)
         assert time.monotonic() < begun + LINGERS - 1
-        if daemon.old:
+        if older_kernel:
             assert gone(sock)
             assert os.read(read, 1) == b""  # nobody holds the pipe's other end any more
     os.close(read)
 
 
-def test_to_the_control_socket(daemon: RunningDaemon) -> None:
+def test_to_the_control_socket(daemon: RunningDaemon, older_kernel: bool) -> None:
     with lingering() as stream, connected(control_socket(daemon.socket)) as sock:
         request = b"GET /v1/status HTTP/1.1\r\nhost: x\r\n\r\n"
         with stopped(daemon):
-            if daemon.old:
+            if older_kernel:
                 send(sock, request, [stream.fileno()])
                 stream.close()
             else:

@@ -76,7 +76,7 @@ def test_engines_file(name: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def corpus_daemon(start_shared_daemon) -> RunningDaemon:
+def corpus_daemon(older_kernel, start_shared_daemon) -> RunningDaemon:
     return start_shared_daemon("--model", "noop", "--max-atoms", str(ATOMS))
 
 
