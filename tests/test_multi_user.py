@@ -162,19 +162,19 @@ def status_for(name: str, daemon: RunningDaemon) -> dict[str, Any]:
 
 
 ASKING = f"""{ASKS}{BECOME}
-import socket, time
+import select, socket, time
 from rootstock_client.runtime_dir import control_socket
 kept = [socket.socket(socket.AF_UNIX) for _ in range(10)]
 for sock in kept:
     sock.connect(str(control_socket(__import__("pathlib").Path(arguments[0]))))
-    sock.settimeout(0.5)
-refused = 0
-for sock in kept:
-    try:
-        refused += b"503" in sock.recv(4096)
-    except TimeoutError:
-        pass
-print(10 - refused, flush=True)
+    sock.settimeout(30)
+left, refused = kept, 0
+while refused < 6 and (told := select.select(left, [], [], 30)[0]):
+    refused += sum(b"503" in sock.recv(4096) for sock in told)
+    left = [sock for sock in left if sock not in told]
+for sock in left:
+    sock.sendall(b"GET /v1/models HTTP/1.1\\r\\nhost: x\\r\\n\\r\\n")
+print(sum(b"200 OK" in sock.recv(4096) for sock in left), flush=True)
 sys.stdin.read()
 for sock in kept:
     sock.close()

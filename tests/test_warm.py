@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from ase import Atoms
-from ase.build import bulk, fcc111
+from ase.build import bulk
 from ase.calculators.emt import EMT
 
 from conftest import RunningDaemon, wait_for
@@ -486,39 +486,37 @@ def test_a_forced_unload_is_no_reason_to_wait_for_a_stop(start: Callable[..., Ru
 
 
 def test_unloading_while_a_job_runs(start: Callable[..., RunningDaemon]) -> None:
-    entry = '[hostile]\nfamily = "ase"\narguments = { calculator = "hostile:Hostile" }\n'
-    daemon = start(catalogue=entry)
-    atoms = fcc111("Cu", (2, 2, 2), vacuum=5.0)
-    atoms.positions[:, 2] += 900 - atoms.positions[0, 2]  # where `hostile` takes a second
-    atoms.calc = daemon.client().calculator("hostile")
-    assert daemon.run("load", "hostile").returncode == 0
+    daemon = start()
+    atoms = copper()
+    atoms.calc = daemon.client().calculator("emt")
+    assert daemon.run("load", "emt").returncode == 0
+    os.kill(daemon.model("emt")["pid"], signal.SIGSTOP)  # what it is given is not done
     job = threading.Thread(target=atoms.get_forces)
     job.start()
     wait_for(lambda: [session["state"] for session in daemon.client().status()["sessions"]] == ["busy"])
-    order = {"model": "hostile"}  # not by the command, which starts too slowly
     with pytest.raises(LimitError, match="has 1 evaluation under way"):
-        request(daemon.socket, "POST", "/v1/unload", order)
-    assert request(daemon.socket, "POST", "/v1/unload", {**order, "force": True}) == {"waiting": 1, "held": 30}
+        request(daemon.socket, "POST", "/v1/unload", {"model": "emt"})
+    assert request(daemon.socket, "POST", "/v1/unload", {"model": "emt", "force": True}) == {"waiting": 1, "held": 30}
     wait_for(lambda: not in_memory(daemon))
-    done = daemon.run("unload", "hostile", "--force")  # once more, now that it is not there
-    assert "hostile is unloaded for 30 s, or until you load it; 1 evaluation waits" in done.stdout.replace("\n", " ")
-    assert (daemon.model("hostile")["state"], in_memory(daemon)) == ("waiting", set())
-    text = daemon.model("hostile")["loading"]["text"]
+    done = daemon.run("unload", "emt", "--force")  # once more, now that it is not there
+    assert "emt is unloaded for 30 s, or until you load it; 1 evaluation waits" in done.stdout.replace("\n", " ")
+    assert (daemon.model("emt")["state"], in_memory(daemon)) == ("waiting", set())
+    text = daemon.model("emt")["loading"]["text"]
     assert re.fullmatch(r"was unloaded by an administrator, and is loaded again in (30|2\d) s", text), text
-    assert "model hostile in float64 leaves cpu:0: an administrator said so" in daemon.log.read_text()
-    new = copper()
-    new.calc = daemon.client().calculator("hostile")
+    assert "model emt in float64 leaves cpu:0: an administrator said so" in daemon.log.read_text()
+    new = copper(seed=2)
+    new.calc = daemon.client().calculator("emt")
     other = threading.Thread(target=new.get_forces)  # not everybody may undo it
     other.start()
-    wait_for(lambda: daemon.model("hostile")["sessions"] == 2)
-    assert daemon.model("hostile")["state"] == "waiting" and job.is_alive()
-    assert daemon.run("load", "hostile").returncode == 0
+    wait_for(lambda: daemon.model("emt")["sessions"] == 2)
+    assert daemon.model("emt")["state"] == "waiting" and job.is_alive()
+    assert daemon.run("load", "emt").returncode == 0
     job.join()
     other.join()
     for done_one in (atoms, new):
         np.testing.assert_allclose(done_one.calc.results["forces"], expected(done_one), rtol=0, atol=1e-9)
-    for arguments, words in ((("--dtype", "float32"), "is not in memory"), ((), "hostile is unloaded")):
-        done = daemon.run("unload", "hostile", *arguments)
+    for arguments, words in ((("--dtype", "float32"), "is not in memory"), ((), "emt is unloaded")):
+        done = daemon.run("unload", "emt", *arguments)
         assert words in done.stdout + done.stderr
 
 
