@@ -55,8 +55,8 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         exact: same structure, same bits, whatever came before and whatever other sessions do: the model's reference
             implementation, one structure a pass. Slower.
         tolerance: how far a faster implementation's forces may differ from the reference's on the first structure, in
-            eV/Å, and by this part of the largest force where that is over 1 eV/Å; energies (in eV an atom) and virials
-            likewise. By default 1e-4 in float32 and 1e-9, rounding, in float64.
+            eV/Å, and by this part of the largest force where that is over 1 eV/Å, up to 100; energies (in eV an atom)
+            and virials likewise. By default 1e-4 in float32 and 1e-9, rounding, in float64.
         fingerprint: what the model's must be; see the attribute. None takes it as it is found.
         patience: how many seconds to wait for a daemon that has gone; see RootstockClient.
     """

@@ -24,7 +24,7 @@ from ase.neighborlist import neighbor_list  # noqa: E402
 from rootstockd.worker import stages  # noqa: E402
 from rootstockd.worker.engines import EngineError, ModelSpec, Result, System, Task  # noqa: E402
 from rootstockd.worker.engines import mace as mace_engine  # noqa: E402
-from rootstockd.worker.engines.differences import Difference, compare  # noqa: E402
+from rootstockd.worker.engines.differences import LARGEST_FORCE, TOLERANCE, Difference, compare  # noqa: E402
 from rootstockd.worker.engines.mace import TRIES, MaceEngine, checks, radial  # noqa: E402
 from rootstockd.worker.engines.mace.budget import Size  # noqa: E402
 from rootstockd.worker.engines.mace.candidates import NotApplicableError, backends_for  # noqa: E402
@@ -189,6 +189,11 @@ def medium(dtype="float64"):
     return model
 
 
+def within(difference, tolerance):
+    """Also of the forces of a million eV/Å that random weights may make."""
+    return difference.within(tolerance * max(1.0, difference.largest / LARGEST_FORCE))
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_backends_are_mace_torch_to_rounding(architecture):
     model = make_model(**ARCHITECTURES[architecture])
@@ -202,7 +207,7 @@ def test_backends_are_mace_torch_to_rounding(architecture):
             result = backend.evaluate([one])[0]
             assert result.backend == backend.name
             difference = compare(result, right)
-            assert difference.within(5e-11), f"{backend.name}, {name}: {difference}"
+            assert within(difference, 5e-11), f"{backend.name}, {name}: {difference}"
             np.testing.assert_allclose(result.energies, right.energies, rtol=0, atol=1e-11 * max(1, abs(right.energy)))
             np.testing.assert_array_equal(result.virial, result.virial.T)
         largest = max(largest, np.abs(right.forces).max())
@@ -787,6 +792,60 @@ def test_a_structure_without_finite_numbers_concerns_its_session_alone():
     assert of.evaluate([task(of, STRUCTURES["alloy"], 2)])[0].backend == "fused"
 
 
+def test_forces_of_atoms_nearly_on_one_spot_decide_nothing():
+    """A part of them is more than any mistake; the next structure says more."""
+    model = make_model(pair_repulsion=True)
+    loading = Wrong(model)
+    watched(model, loading)
+    of = watched(model, Wrong(model, shift=1e-4, after=loading.calls))
+
+    kept = []
+
+    def result(length):
+        kept.append(task(of, dimer(29, 29, length), 1))
+        return of.evaluate(kept[-1:])[0]
+
+    assert result(0.1).backend == "mace-torch" and not of.info.note
+    assert np.abs(result(0.1).forces).max() > 1e-4 / TOLERANCE["float64"]
+    assert [result(2.3).backend for _ in range(2)] == ["mace-torch"] * 2
+    assert "1.0e-04 eV/Å" in of.info.note
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_where_forces_are_large_the_fast_backend_is_used_in_the_end(dtype):
+    model = make_model(pair_repulsion=True, dtype=getattr(torch, dtype))
+    of = watched(model, FusedBackend(model), dtype=dtype)
+
+    def results(session, *lengths):
+        return [of.evaluate([task(of, dimer(29, 29, length), session)])[0] for length in lengths]
+
+    assert np.abs(results(1, 0.9)[0].forces).max() > LARGEST_FORCE
+    assert results(1, 0.9)[0].backend == "fused", "it is within what is tolerated of smaller forces"
+    assert results(2, 0.1, 0.1, 2.3, 2.3)[-1].backend == "fused"
+
+
+@pytest.mark.parametrize("size", [(2, 1, 1), (5, 5, 6)])
+def test_energies_of_atoms_are_compared_even_where_only_forces_are_asked_for(size):
+    """Also of a structure of which a part is compared."""
+    model = medium()
+
+    class Shifted(Wrong):
+        def evaluate(self, tasks):
+            off = 0.1 if self.calls >= self._after else 0.0
+            return [
+                dataclasses.replace(result, energies=result.energies + off * (-1.0) ** np.arange(len(result.energies)))
+                for result in super().evaluate([dataclasses.replace(one, energies=True) for one in tasks])
+            ]
+
+    loading = Shifted(model, after=np.inf)
+    watched(model, loading)
+    of = watched(model, Shifted(model, after=loading.calls))
+    one = task(of, bulk("Cu", cubic=True) * size)
+    forces = Task(one.system, one.cell, one.positions, stress=False, energies=False)
+    assert [of.evaluate([forces])[0].backend for _ in range(2)] == ["mace-torch"] * 2
+    assert "an atom's energy 1.0e-01 eV" in of.info.note
+
+
 def test_stress_is_compared_even_where_only_forces_are_asked_for():
     model = medium()
 
@@ -911,9 +970,9 @@ def test_a_large_structure_may_have_an_empty_middle():
     assert len(of.evaluate([task(of, atoms)])[0].forces) == 600
 
 
-@pytest.mark.parametrize("wrong", ["force", "energy", "virial"])
+@pytest.mark.parametrize("wrong", ["force", "energy", "virial", "energies"])
 def test_nan_is_never_within_a_tolerance(wrong):
-    fields = {"force": 0.0, "energy": 0.0, "virial": 0.0, "scale": 1.0}
+    fields = {"force": 0.0, "energy": 0.0, "virial": 0.0, "energies": 0.0, "largest": 1.0}
     assert Difference(**fields).within(0.0)
     assert not Difference(**{**fields, wrong: np.nan}).within(1e9)
 

@@ -11,7 +11,7 @@ pytest.importorskip("mace")
 
 from ase import Atoms  # noqa: E402
 from ase.build import bulk  # noqa: E402
-from test_mace_backends import ARCHITECTURES, STRUCTURES, cutoffs_of, engine, make_model, task  # noqa: E402
+from test_mace_backends import ARCHITECTURES, STRUCTURES, cutoffs_of, engine, make_model, task, within  # noqa: E402
 from test_mace_replays import raising, record_at_once  # noqa: E402
 
 from rootstockd.worker.engines import ModelSpec, Task, guarded  # noqa: E402
@@ -188,7 +188,7 @@ def test_rows_are_mace_torchs_to_rounding(device, recording, architecture):
         for how in ("evaluated", "replayed"):
             result = on.backend.evaluate([one])[0]
             difference = compare(result, right)
-            assert difference.within(5e-11), f"{name}, {how}: {difference}"
+            assert within(difference, 5e-11), f"{name}, {how}: {difference}"
             np.testing.assert_allclose(result.energies, right.energies, rtol=0, atol=1e-11 * max(1, abs(right.energy)))
             np.testing.assert_array_equal(result.virial, result.virial.T)
     assert on.buckets > 2 and not on.backend.note

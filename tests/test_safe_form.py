@@ -137,7 +137,7 @@ def test_whether_it_is_the_same_is_not_for_the_models_worker_to_say(keep, tmp_pa
     code = """
 from rootstockd.worker.engines import differences
 differences.Difference.within = lambda *given: True
-differences.compare = lambda *given: differences.Difference(0.0, 0.0, 0.0, 1.0)
+differences.compare = lambda *given: differences.Difference(0.0, 0.0, 0.0, 0.0, 1.0)
 model.products[0].register_forward_hook(lambda *given: given[-1] * 1.001)
 """
     entry = keep(_Runs(make_model(**ARCHITECTURES["one layer"]), code))

@@ -184,23 +184,22 @@ class MaceEngine:
         whole = reference if sample is task else None
         if not _finite(reference):  # two atoms on one spot: the next structure says more of the fast one
             return whole or self._reference.evaluate([task])[0]
+        trusted: bool | None
         try:
             difference = compare(fast.evaluate([sample])[0], reference)
-            if whole is None:
-                whole = fast.evaluate([task])[0]
-            trusted = difference.within(system.tolerance)
+            trusted = difference.within(system.tolerance) or (None if difference.may_be_rounding else False)
             why = f"{fast.name} differs from {self._reference.name} by {difference}"
+            if trusted and whole is None:
+                whole = fast.evaluate([task])[0]
         except Exception as error:  # the reference has answered
             broken = isinstance(error, EngineBrokenError) or in_disorder(error)
             if broken or (out_of_memory(error) and whole is None):
                 raise
-            if isinstance(error, NotApplicableError) or out_of_memory(error):  # says nothing of its numbers
-                return whole or self._reference.evaluate([task])[0]  # and they are compared next time
-            trusted, why = False, f"{fast.name}: {type(error).__name__}: {error}"
-        self._remember(system, sample, "" if trusted else why)
-        if whole is None or (sample is not task and not trusted):
-            whole = self._reference.evaluate([task])[0]
-        return whole
+            no_verdict = isinstance(error, NotApplicableError) or out_of_memory(error)  # says nothing of its numbers
+            trusted, why = None if no_verdict else False, f"{fast.name}: {type(error).__name__}: {error}"
+        if trusted is not None:  # else the next structure is compared
+            self._remember(task, sample, "" if trusted else why)
+        return whole or self._reference.evaluate([task])[0]
 
     def _sampled(self, task: Task) -> tuple[Task, Result]:
         """The structure, or a piece of it, and what the reference makes of it."""
@@ -214,8 +213,9 @@ class MaceEngine:
         sample = checks.piece(task, self._cutoff, checks.FEW)
         return sample, self._reference.evaluate([sample])[0]
 
-    def _remember(self, system: System, sample: Task, why: str) -> None:
+    def _remember(self, task: Task, sample: Task, why: str) -> None:
         """A structure was compared, or a part of it; `why` it differs, if it does."""
+        system: System = task.system
         if len(self._trusted) + len(self._lonely) >= REMEMBERED:
             for kept in (self._trusted, self._agreed, self._lonely):
                 kept.clear()

@@ -82,7 +82,7 @@ def piece(task: Task, cutoff: float, most: int = LARGEST) -> Task:
         centres.append(int(there[np.argmin(from_middle[there])]))
         chosen = _around(positions, centres, cutoff, most // 2)
     system = dataclasses.replace(task.system, numbers=numbers[chosen], pbc=(False, False, False))
-    return Task(system, task.cell, positions[chosen], stress=task.stress, energies=False)
+    return Task(system, task.cell, positions[chosen], stress=task.stress, energies=task.energies)
 
 
 def _around(positions: Array, centres: Sequence[int], cutoff: float, most: int) -> Array:
