@@ -646,6 +646,38 @@ def test_elements_without_neighbours_are_not_taken_for_compared():
     assert [backend(alone[0], 2) for _ in range(TRIES + 2)] == ["mace-torch"] * TRIES + ["fused"] * 2
 
 
+def test_an_element_that_finds_neighbours_late_is_compared_then():
+    """As hydrogen that is far from a surface, and lands."""
+    model = medium()
+    of = watched(model, FusedBackend(model))
+
+    def backend(height):
+        atoms = Atoms("Cu2Al", [[0, 0, 0], [2.4, 0, 0], [1.2, 0, height]])
+        return of.evaluate([task(of, atoms, 1)])[0].backend
+
+    assert [backend(20.0) for _ in range(TRIES + 2)] == ["mace-torch"] * TRIES + ["fused"] * 2
+    assert [backend(height) for height in (2.0, 2.0, 20.0)] == ["mace-torch", "fused", "fused"]
+
+
+def test_an_element_with_neighbours_that_are_in_no_part_is_not_compared_for_ever():
+    model = medium()
+    of = watched(model, FusedBackend(model))
+    sizes, evaluate = [], of._reference.evaluate
+
+    def noted(tasks):
+        sizes.append(len(tasks[0].positions))
+        return evaluate(tasks)
+
+    of._reference.evaluate = noted
+    slab = bulk("Cu", cubic=True) * (6, 6, 4)
+    slab.pbc = False
+    above = np.array([[0, 0, 25.0], [0, 20.0, 25.0], [2.0, 20.0, 25.0]])
+    atoms = slab + Atoms("Al3", slab.positions.mean(axis=0) + above)
+    for _ in range(TRIES + 3):
+        of.evaluate([task(of, atoms, 1)])
+    assert len(atoms) > checks.LARGEST and len(sizes) == TRIES + 1
+
+
 def test_what_is_known_of_sessions_is_bounded(monkeypatch):
     monkeypatch.setattr(mace_engine, "REMEMBERED", 5)
     model = medium()

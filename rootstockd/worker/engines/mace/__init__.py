@@ -49,7 +49,8 @@ WARM_UP = 3
 REMEMBERED = 100_000
 """Sessions' systems whose first structure was compared; past that all are forgotten, and compared again."""
 TRIES = 10
-"""Structures that are compared of systems with elements that have no neighbours in them: these say nothing of those."""
+"""Structures that are compared of a system with elements that have no neighbours in them, which say nothing of those;
+further ones only when they have some."""
 _STEP = 1e-3
 _SLOPE = {"float32": 2e-2, "float64": 1e-4}
 """How far a force may be from a finite difference of the energy: the sanity check of forces, not of rounding."""
@@ -145,7 +146,7 @@ class MaceEngine:
             if system.exact:
                 with deterministic():
                     results[index] = self._reference.evaluate([task])[0]
-            elif self._fast is not None and (trusted := self._trust(system.check)) is not True:
+            elif self._fast is not None and (trusted := self._trust(task)) is not True:
                 if trusted is None:
                     results[index] = self._first(task, self._fast)
                 else:
@@ -168,13 +169,20 @@ class MaceEngine:
 
     # --- checks
 
-    def _trust(self, check: Check) -> bool | None:
-        """Whether a system gets the fast backend; None if its first structure is to be compared.
+    def _trust(self, task: Task) -> bool | None:
+        """Whether a structure gets the fast backend; None if it is to be compared.
 
-        That is not needed where all of its elements were in others of the session that agreed.
+        That is not needed where all of its elements were in others of the session that agreed; nor, when TRIES of its
+        system have been compared, where all that have neighbours in it were.
         """
-        trusted = self._trusted.get(check)
-        return True if trusted is None and self._agreed.get(check[1:], frozenset()).issuperset(check[0]) else trusted
+        check: Check = task.system.check
+        if (trusted := self._trusted.get(check)) is not None:
+            return trusted
+        agreed = self._agreed.get(check[1:], frozenset())
+        enough = agreed.issuperset(check[0]) or (
+            self._lonely[check] >= TRIES and agreed.issuperset(checks.joined(task, self._cutoff))
+        )
+        return True if enough else None
 
     def _first(self, task: Task, fast: Backend) -> Result:
         """A session's first structure, or one with elements that are new to it, or had no neighbours so far."""
@@ -221,10 +229,12 @@ class MaceEngine:
                 kept.clear()
         if not why:
             elements, *others = system.check
-            agreed = self._agreed.get(key := tuple(others), frozenset()) | checks.joined(sample, self._cutoff)
-            self._agreed[key] = agreed
             self._lonely[system.check] += 1
-            if agreed.issuperset(elements) or self._lonely[system.check] == TRIES:
+            agreed = self._agreed.get(key := tuple(others), frozenset()) | checks.joined(sample, self._cutoff)
+            if sample is not task and self._lonely[system.check] > TRIES:  # parts may leave out whatever has neighbours
+                agreed |= checks.joined(task, self._cutoff)
+            self._agreed[key] = agreed
+            if agreed.issuperset(elements):
                 self._trusted[system.check] = True
                 del self._lonely[system.check]
             return
