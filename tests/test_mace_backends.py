@@ -545,8 +545,9 @@ def test_tables_of_elements_that_are_not_used_any_more_make_room(monkeypatch):
     tables = fast._layers[0]._interaction._tables._made[0]
     pairs = list(itertools.combinations_with_replacement(ELEMENTS, 2))
     tasks = [task(of, dimer(*pair)) for pair in pairs]
-    fast.evaluate([tasks[0]])
-    monkeypatch.setattr(radial, "MAX_BYTES", 3 * tables._tables.nbytes)
+    for one in tasks:  # until they are of as many pieces as it takes
+        fast.evaluate([one])
+    monkeypatch.setattr(radial, "MAX_BYTES", 3 * tables._tables.nbytes // len(tables._places))
     monkeypatch.setattr(radial, "UNUSED", 1)
     fast.forget()
     for one in [*tasks, *tasks]:
@@ -563,6 +564,47 @@ def test_pairs_whose_lengths_are_transformed_alike_share_a_table():
     kinds = {tables._kind(radial.PAIR * a + b) for a in range(len(ELEMENTS)) for b in range(a, len(ELEMENTS))}
     sums = {round(float(radii[a] + radii[b]), 6) for a in range(len(ELEMENTS)) for b in range(a, len(ELEMENTS))}
     assert len(kinds) == len(sums)
+
+
+def lithium_and_fluorine(dtype=torch.float64):
+    """Of the first the lengths are transformed gently; of the second, smaller, not at all so."""
+    return agnesi(atomic_numbers=[3, 9], num_elements=2, energies=(1.0, 2.0), dtype=dtype)
+
+
+def test_the_table_of_every_pair_is_its_network_to_rounding():
+    model = lithium_and_fluorine()
+    fast, of = FusedBackend(model), engine(model)
+    for pair in ([3, 3], [3, 9], [9, 9]):
+        fast.evaluate([task(of, dimer(*pair))])
+    fast.evaluate([task(of, Atoms("Li2F2", [[0, 0, 0], [0, 0, 2], [0, 2, 0], [2, 0, 0]]))])
+    for layer in fast._layers:
+        for tables in layer._interaction._tables._made:
+            for pair in ((0, 0), (0, 1), (1, 1)):
+                kind = tables._kind(radial.PAIR * pair[0] + pair[1])
+                place, begin = tables._places[kind], tables._begins[kind]
+                pieces = tables._tables[place * tables._pieces :][: tables._pieces]
+                at = np.linspace(-1, 1, 11)
+                width = tables._length / len(pieces)
+                lengths = tables._begin + (np.arange(len(pieces))[:, None] + 0.5 * (at + 1)) * width
+                right = tables._weights(lengths.reshape(-1), pair)
+                found = np.vander(at, radial.DEGREE + 1, increasing=True) @ pieces.reshape(*pieces.shape[:2], -1)
+                off = np.abs(found.reshape(right.shape) - right)[lengths.reshape(-1) >= begin]
+                assert begin <= radial.CLOSE and off.max() < 2e-13 * np.abs(right).max()
+
+
+def test_a_table_begins_where_it_is_its_network(monkeypatch):
+    monkeypatch.setattr(radial, "MAX_PIECES", 64)
+    model = lithium_and_fluorine()
+    fast, of = watched(model, FusedBackend(model)), engine(model)
+    reference = ReferenceBackend(model, "cpu")
+    assert fast.info.backend.startswith("fused")
+    for length, backend in ((2.0, "fused"), (0.51, "mace-torch"), (1.9, "fused")):
+        one = task(fast, dimer(9, 9, length), session=1)
+        if length == 2.0:
+            fast.evaluate([one])
+        found = fast.evaluate([one])[0]
+        assert found.backend == backend
+        assert compare(found, reference.evaluate([task(of, dimer(9, 9, length))])[0]).within(5e-11)
 
 
 def test_what_is_folded_for_elements_is_kept_once_whatever_company_they_are_in():

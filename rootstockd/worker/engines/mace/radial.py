@@ -2,7 +2,8 @@
 
 Each weight of each path and channel is a polynomial on each of some equal pieces up to the cutoff, through the
 network's own values (in double precision) at the Chebyshev points of the piece. There are as many pieces as it takes to
-be as exact as the model's dtype.
+be as exact as the model's dtype: each table that is made is compared with the network where such polynomials are worst,
+and begins behind the last piece that is not exact. If that is where atoms are, all are made anew of twice as many.
 
 Models that transform lengths by the elements they join have a table for each kind of pair: pairs whose lengths are
 transformed alike, such as those with the same sum of covalent radii, share one. Such a transformation has no
@@ -27,7 +28,7 @@ from rootstockd.worker.engines.mace.kernels import DEGREE
 if TYPE_CHECKING:
     from rootstockd.worker.engines.mace.passes import Pass
 
-MAX_PIECES = 512
+MIN_PIECES, MAX_PIECES = 16, 512
 """Measured: a higher degree, or more pieces than it takes, only adds rounding to the derivative in float64."""
 MAX_BYTES = 2**30
 """Of the tables of one layer, where they depend on the elements."""
@@ -35,11 +36,17 @@ UNUSED = 100
 """Passes in which a table was not used, until another may have its place."""
 SHORTEST = 0.5
 """Å; no table that depends on the elements has shorter lengths."""
+CLOSE = 0.65
+"""Å; they may begin here: atoms are hardly ever nearer, and functions of length are the hardest there."""
 PAIR = 128
 """A pair of the model's elements has the number PAIR x the first + the second: there are fewer elements. The first is
 the lesser, or the sender's where the order matters."""
 EXACT = {torch.float32: 2e-8, torch.float64: 3e-14}
 """How far a table may be from its network, as part of the largest weight."""
+_ROUNDING = 10
+"""With the most pieces so many times as far: that may be rounding, which pieces do not help against."""
+_WORST = np.cos(np.pi * np.array([7, 3]) / (DEGREE + 1))
+"""Where a polynomial through Chebyshev points, from -1 to 1, is farthest from a function: extrema of the next."""
 
 _NONE = np.empty(0, np.int64)
 
@@ -78,8 +85,8 @@ class RadialTables:
         self._by_pair = transforms or ends is not None
         self._begin = SHORTEST if transforms else 0.0
         self._length = float(model.r_max) - self._begin
-        self._pieces = self._enough()
-        self._kinds: dict[int, bytes] = {}
+        self._pieces = MIN_PIECES
+        self._kinds: dict[int, bytes] = {} if self._by_pair else {0: b""}
         """What each pair's transformed lengths are; the pair is one number, so that edges can be looked up at once."""
         self._clear()
 
@@ -92,6 +99,8 @@ class RadialTables:
         self._tables: Array = np.empty((0, DEGREE + 1, *self._shape), numpy_type(self.dtype))
         self._places: dict[bytes, int] = {}
         """Where the table of each kind of pair is."""
+        self._begins: dict[bytes, float] = {}
+        """The length in Å at which it begins."""
         self._used: dict[bytes, int] = {}
         """In which pass each was used last."""
         self._passes = 0
@@ -102,27 +111,35 @@ class RadialTables:
         Raises:
             NotApplicableError: a length is too short for them, or they would be too large.
         """
-        scale = self._pieces / self._length
-        if not self._by_pair:
-            if not self._places:
-                self._add([(b"", (0, 0))])
-            return self._tables, _NONE, self._pieces, scale, self._begin
-        if now.shortest < self._begin:
-            raise NotApplicableError(
-                f"atoms that are {now.shortest:.2f} Å apart, where tables begin at {self._begin} Å"
-            )
-        there, edges = now.pairs if self._ends is None else now.ordered_pairs
+        there, edges = self._pairs(now)
+        kinds = [self._kind(pair) for pair in there]
         self._passes += 1
-        kinds = [self._kind(pair) for pair in there.tolist()]
         missing: dict[bytes, tuple[int, int]] = {}
-        for kind, pair in zip(kinds, there.tolist()):
+        for kind, pair in zip(kinds, there):
             self._used[kind] = self._passes
             if kind not in self._places:
                 missing.setdefault(kind, divmod(pair, PAIR))
-        if missing:
-            self._add(list(missing.items()))
-        begins = np.array([self._places[kind] * self._pieces for kind in kinds], np.int64)
-        return self._tables, begins[edges], self._pieces, scale, self._begin
+        if missing and not self._add(list(missing.items())):
+            self._pieces *= 2
+            self._clear()
+            return self.look_up(now)
+        begins = np.array([self._begins[kind] for kind in kinds])
+        if now.shortest < begins.max(initial=0.0):
+            limits = np.broadcast_to(begins[edges], now.lengths.shape)
+            for edge in np.flatnonzero(now.lengths < limits)[:1]:
+                raise NotApplicableError(
+                    f"atoms that are {now.lengths[edge]:.2f} Å apart, where tables begin at {limits[edge]:.2f} Å"
+                )
+        places = np.array([self._places[kind] * self._pieces for kind in kinds], np.int64)
+        of_edges = places[edges] if self._by_pair else _NONE
+        return self._tables, of_edges, self._pieces, self._pieces / self._length, self._begin
+
+    def _pairs(self, now: Pass) -> tuple[list[int], Any]:
+        """The pairs that there are, and each edge's place among them; without pairs one that all edges have."""
+        if not self._by_pair:
+            return [0], 0
+        there, edges = now.pairs if self._ends is None else now.ordered_pairs
+        return there.tolist(), edges
 
     def _kind(self, pair: int) -> bytes:
         """The same for pairs that have the same weights at all lengths."""
@@ -135,8 +152,12 @@ class RadialTables:
             kind = self._kinds[pair] = transformed.double().numpy().round(12).tobytes()
         return kind
 
-    def _add(self, kinds: list[tuple[bytes, tuple[int, int]]]) -> None:
-        """Make the tables of some kinds of pairs, in the place of others if there are too many."""
+    def _add(self, kinds: list[tuple[bytes, tuple[int, int]]]) -> bool:
+        """Make the tables of some kinds of pairs, in the place of others if there are too many.
+
+        Returns:
+            Whether that is all: not if they had to be of more pieces.
+        """
         one = self._pieces * (DEGREE + 1) * self._shape[0] * self._shape[1] * self.dtype.itemsize
         free = self._make_room(len(self._places) + len(kinds) - max(1, MAX_BYTES // one))
         more = len(kinds) - len(free)
@@ -146,9 +167,12 @@ class RadialTables:
             fresh = np.empty((more * self._pieces, *self._tables.shape[1:]), self._tables.dtype)
             self._tables = np.concatenate([self._tables, fresh]) if count else fresh
         for (kind, pair), place in zip(kinds, free):
-            made = self._table(pair, self._pieces).reshape(self._pieces, DEGREE + 1, *self._shape)
-            self._tables[place * self._pieces : (place + 1) * self._pieces] = made
-            self._places[kind] = place
+            made, begin = self._table(pair)
+            if begin > (CLOSE if self._by_pair else 0.0) and self._pieces < MAX_PIECES:
+                return False
+            self._tables[place * self._pieces : (place + 1) * self._pieces] = made.reshape(-1, DEGREE + 1, *self._shape)
+            self._places[kind], self._begins[kind] = place, begin
+        return True
 
     def _make_room(self, too_many: int) -> list[int]:
         """The places of so many tables, which nobody has used for long and which are forgotten.
@@ -162,35 +186,26 @@ class RadialTables:
         if len(old) < too_many or self._used[old[-1]] > self._passes - UNUSED:
             raise NotApplicableError("tables for so many elements at once would take too much memory")
         for kind in old:
-            del self._used[kind]
+            del self._used[kind], self._begins[kind]
         return [self._places.pop(kind) for kind in old]
 
-    def _table(self, pair: tuple[int, int], pieces: int) -> Array:
-        """(pieces, degree + 1, weights) coefficients."""
+    def _table(self, pair: tuple[int, int]) -> tuple[Array, float]:
+        """(pieces, degree + 1, weights) coefficients, and the length in Å from which on they are exact."""
         nodes, coefficients = _chebyshev(DEGREE)
-        lengths = self._lengths(pieces, nodes)
-        values = self._weights(lengths.reshape(-1), pair).reshape(pieces, DEGREE + 1, -1)
-        return np.asarray(coefficients @ values)
+        lengths = self._lengths(np.concatenate([nodes, _WORST]))
+        right = self._weights(lengths.reshape(-1), pair).reshape(*lengths.shape, -1)
+        at_nodes, between = np.split(right, [len(nodes)], axis=1)
+        table = coefficients @ at_nodes
+        off = np.abs(np.vander(_WORST, DEGREE + 1, increasing=True) @ table - between).max(axis=(1, 2))
+        tolerable = EXACT[self.dtype] * (_ROUNDING if self._pieces == MAX_PIECES else 1)
+        (wrong,) = np.nonzero(off > tolerable * np.abs(right).max())
+        exact = (wrong.max(initial=-1) + 1) / self._pieces
+        return table, self._begin + float(exact) * self._length
 
-    def _enough(self) -> int:
-        """Pieces that make the table as exact as the dtype, judged by the pair of the model's first element."""
-        between = np.array([-0.97, -0.31, 0.55])
-        pieces = 16
-        while pieces < MAX_PIECES:
-            lengths = self._lengths(pieces, between)
-            right = self._weights(lengths.reshape(-1), (0, 0)).reshape(pieces, len(between), -1)
-            found = np.einsum(
-                "xc,pcw->pxw", np.vander(between, DEGREE + 1, increasing=True), self._table((0, 0), pieces)
-            )
-            if np.abs(found - right).max() <= EXACT[self.dtype] * np.abs(right).max():
-                return pieces
-            pieces *= 2
-        return pieces
-
-    def _lengths(self, pieces: int, within: Array) -> Array:
+    def _lengths(self, within: Array) -> Array:
         """(pieces, points) of the same points, from -1 to 1, of all pieces."""
-        width = self._length / pieces
-        return np.asarray(self._begin + (np.arange(pieces)[:, None] + 0.5 * (within + 1.0)) * width)
+        width = self._length / self._pieces
+        return np.asarray(self._begin + (np.arange(self._pieces)[:, None] + 0.5 * (within + 1.0)) * width)
 
     def _joined(self, pair: tuple[int, int], edges: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What the embedding wants to know of so many edges between two atoms."""
