@@ -88,20 +88,22 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
 
     backend: str | None
     """What computed the last result, such as `mace-torch`, `fused`, or the name of an ASE calculator."""
+    _extras: bytes | None
+    """Of the last result, if its fingerprint was found to be right."""
 
     @property
     def fingerprint(self) -> str | None:
         """What the potential is, as 16 hexadecimal digits: weights, settings, versions, dtype and dispersion.
 
         Device and backend are not in it. None until a daemon has said it with a result, if it was not given. From then
-        on results with another fingerprint are not given out, but ModelChangedError is raised. Setting `model`, `dtype`
-        or `dispersion` makes it None again.
+        on results with another fingerprint, or with none, are not given out, but ModelChangedError is raised. Setting
+        `model`, `dtype` or `dispersion` makes it None again.
         """
         return self._fingerprint
 
     @fingerprint.setter
     def fingerprint(self, fingerprint: str | None) -> None:
-        self._fingerprint, self._extras = fingerprint or None, b""  # with the next result it is compared again
+        self._fingerprint, self._extras = fingerprint or None, None  # with the next result it is compared again
 
     def __repr__(self) -> str:
         settings = "".join(f"{key}={value!r}, " for key, value in self.todict().items() if key != "fingerprint")
@@ -117,7 +119,7 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         self._asked_before: set[str] = set()
         self._system: tuple[Any, ...] = ()
         self._init = b""
-        self._extras, self.backend = b"", None
+        self._extras = self.backend = None
 
     # --- what ASE calls. Its own layer compares and copies with generality that costs several times the wire.
 
@@ -279,19 +281,19 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         return tuple(settings[name] for name in _POTENTIAL)
 
     def check_potential(self, fingerprint: str | None) -> None:
-        """Whether what has answered is what has answered before; a daemon that is older does not say.
+        """Whether what has answered is what has answered before.
 
         Args:
-            fingerprint: of what has answered.
+            fingerprint: of what has answered; None if it names none, as an older daemon does.
 
         Raises:
-            ModelChangedError: it is not.
+            ModelChangedError: it is not, or does not say.
         """
-        if fingerprint is None or self.fingerprint in (None, fingerprint):
-            self._fingerprint = fingerprint or self._fingerprint
+        if self._fingerprint in (None, fingerprint):
+            self._fingerprint = fingerprint
             return
         self._connection.close()  # a session keeps its model, and the next shall find what has been put back meanwhile
-        raise model_changed(self.parameters["model"], self.fingerprint, fingerprint, "make a new calculator")
+        raise model_changed(self.parameters["model"], self._fingerprint, fingerprint, "make a new calculator")
 
     def describe(self, snapshot: Snapshot, box: Box, wanted: frozenset[str]) -> bytes:
         """The INIT text for a system and what is wanted of it; made anew only when something in it has changed."""

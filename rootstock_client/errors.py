@@ -115,15 +115,21 @@ class ModelChangedError(RootstockError):
     code = "model-changed"
 
 
-def model_changed(model: str, before: str, now: str, anew: str) -> ModelChangedError:
+def model_changed(model: str, before: str, now: str | None, anew: str) -> ModelChangedError:
     """What is said where a model has another fingerprint than before.
 
     Args:
         model: its name.
         before: the fingerprint that it had.
-        now: the one that it has.
+        now: the one that it has; None if what has answered names none.
         anew: what to do to go on with the new one.
     """
+    if now is None:
+        return ModelChangedError(
+            f"model {model!r} may be another than before: its fingerprint was {before}, and now none is named.",
+            f"To go on with it all the same, {anew}. To know, have whoever runs the daemon upgrade it; then repeat the "
+            "step.",
+        )
     return ModelChangedError(
         f"model {model!r} is another than before: its fingerprint was {before} and is {now} now.",
         f"To go on with the new one, {anew}. To go on with the old one, have whoever runs the daemon restore its "

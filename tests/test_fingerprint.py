@@ -417,24 +417,30 @@ def test_a_state_of_torch_sim_is_of_one_potential(site: Site) -> None:
     model.close(), new.close()
 
 
-def test_a_daemon_that_says_no_fingerprint(tmp_path: Path) -> None:
-    """It is older: nothing is compared, and what is remembered stays so."""
+@pytest.mark.parametrize("extras", [b"", b'{"backend": "EMT"}'])
+def test_a_daemon_that_says_no_fingerprint(tmp_path: Path, extras: bytes) -> None:
+    """It is older: whoever asks for a potential gets no number of it, others what there is."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "sock"))
         listener.listen()
 
         def serve() -> None:
-            with listener.accept()[0] as sock:
-                engine = Springs(sock, 4, extras=b'{"backend": "EMT"}')
-                engine.run()
-                engine.slot.close()
+            for _ in range(2):
+                with listener.accept()[0] as sock:
+                    engine = Springs(sock, 4, extras=extras)
+                    engine.run()
+                    engine.slot.close()
 
         server = threading.Thread(target=serve)
         server.start()
         atoms = copper()
         with RootstockCalculator(tmp_path / "sock", "emt", fingerprint="0123456789abcdef") as atoms.calc:
+            with pytest.raises(ModelChangedError, match="its fingerprint was 0123456789abcdef, and now none is named"):
+                atoms.get_forces()
+            assert not atoms.calc.results and atoms.calc.fingerprint == "0123456789abcdef"
+        with RootstockCalculator(tmp_path / "sock", "emt") as atoms.calc:
             atoms.get_forces()
-            assert (atoms.calc.backend, atoms.calc.fingerprint) == ("EMT", "0123456789abcdef")
+            assert (atoms.calc.backend, atoms.calc.fingerprint) == ("EMT" if extras else None, None)
         server.join()
 
 
