@@ -33,7 +33,7 @@ from plain_driver import PlainDriver
 from rootstock_client import ipi
 from rootstock_client.attachment import offer, parse_address
 from rootstock_client.control import fetch
-from rootstock_client.errors import InvalidInitError, ProtocolError, RootstockError
+from rootstock_client.errors import InvalidInitError, InvalidStructureError, ProtocolError, RootstockError
 from rootstock_client.shared_memory import Translation
 from rootstockd.cli.system import System, read_parameters, read_structure
 from rootstockd.host.descriptors import DESCRIPTORS_A_SESSION
@@ -495,11 +495,13 @@ def test_a_driver_without_shared_memory_where_it_is_expected(daemon: RunningDaem
         ),
         (["--model", "emt", "--structure", "init.xyz", "--pbc", "yes"], "it is T or F"),
         (["--model", "emt", "--structure", "input.xml"], "ASE can't read input.xml"),
+        (["--model", "emt", "--structure", "plain.xyz"], "plain.xyz does not say along which lattice vectors"),
         (["--model", "emt", "--structure", "init.xyz", "--wait", "0"], "no driver listens at ./ipi"),
     ],
 )
 def test_refused(daemon: RunningDaemon, folder: Path, options: list[str], words: str, monkeypatch) -> None:
     (folder / "input.xml").write_text("<simulation/>")
+    (folder / "plain.xyz").write_text("1\n\nCu 0 0 0\n")
     monkeypatch.chdir(folder)
     with attached(daemon, "./ipi", *options) as command:
         status, said = end_of(command)
@@ -686,7 +688,7 @@ def test_parameters_of_ipi() -> None:
 @pytest.mark.parametrize(
     ("name", "text", "pbc"),
     [
-        ("plain.xyz", "1\n\nCu 0 0 0\n", False),
+        ("cluster.xyz", '1\nProperties=species:S:1:pos:R:3 pbc="F F F"\nCu 0 0 0\n', False),
         ("ipi.xyz", "1\n# CELL(abcABC): 5 5 5 90 90 90 cell{angstrom} positions{angstrom}\nCu 0 0 0\n", True),
         ("extended.xyz", '1\nLattice="5 0 0 0 5 0 0 0 5" charge=2 spin=1\nCu 0 0 0\n', True),
     ],
@@ -695,3 +697,12 @@ def test_structure_files(folder: Path, name: str, text: str, pbc: bool) -> None:
     (folder / name).write_text(text)
     more = {"charge": 2.0, "spin": 1.0} if "charge" in text else {}
     assert read_structure(folder / name) == {"numbers": [29], "pbc": [pbc] * 3, **more}
+
+
+def test_a_structure_file_that_says_nothing_of_periodicity(folder: Path) -> None:
+    """The driver's cell may be periodic all the same."""
+    plain = folder / "plain.xyz"
+    plain.write_text("1\n\nCu 0 0 0\n")
+    with pytest.raises(InvalidStructureError, match="plain.xyz does not say along which .*\n.*--pbc TTT"):
+        read_structure(plain)
+    assert read_structure(plain, [True, True, False]) == {"numbers": [29], "pbc": [True, True, False]}

@@ -83,8 +83,9 @@ def attach(
             raise click.UsageError('mode="shm" has a Unix socket: a name or a path, not HOST:PORT.')
         patience = patience_in_seconds(None)
         said = {name: value for name, value in options.items() if value is not None and value is not False}
-        atoms = read_structure(structure) if structure else {}
-        system = System({**atoms, **({"pbc": periodicity(pbc)} if pbc else {}), **said})
+        along = periodicity(pbc) if pbc else None
+        atoms = read_structure(structure, along) if structure else {}
+        system = System({**atoms, **({"pbc": along} if along else {}), **said})
     except (ValueError, RootstockError) as error:
         raise Refused(error) from error
     daemon = socket_in_use(socket)

@@ -16,7 +16,8 @@ from rootstock_client.errors import InvalidInitError, InvalidStructureError
 from rootstock_client.ipi import PROTOCOL_VERSION
 
 _IPI_CELL = re.compile(r"\bCELL\s*[({]")
-"""In the comment of an xyz file, as i-PI writes it."""
+_PBC = re.compile(r"\bpbc\s*=")
+"""In the comment of an xyz file, as i-PI writes it, and as extended xyz has it."""
 
 
 def periodicity(text: str) -> list[bool]:
@@ -31,11 +32,15 @@ def periodicity(text: str) -> list[bool]:
     return [letter == "T" for letter in letters * (3 // len(letters))]
 
 
-def read_structure(path: Path) -> dict[str, Any]:
+def read_structure(path: Path, pbc: list[bool] | None = None) -> dict[str, Any]:
     """Species, pbc, charge and spin of a file's last structure, as INIT has them.
 
+    Args:
+        path: the file.
+        pbc: goes before the file's.
+
     Raises:
-        InvalidStructureError: ASE can't read it.
+        InvalidStructureError: ASE can't read it, or nobody says what is periodic.
     """
     import ase.io  # it takes longer than all other commands  # noqa: PLC0415
 
@@ -43,12 +48,28 @@ def read_structure(path: Path) -> dict[str, Any]:
         atoms = ase.io.read(path)
     except Exception as error:  # whatever its many readers raise
         raise InvalidStructureError(f"ASE can't read {path}: {error or type(error).__name__}.") from error
-    pbc = [bool(periodic) for periodic in atoms.pbc]
-    if not any(pbc) and path.suffix == ".xyz" and _IPI_CELL.search("".join(path.read_text().splitlines()[1:2])):
-        pbc = [True] * 3
+    if pbc is None:
+        pbc = _xyz_periodicity(path) if path.suffix == ".xyz" and not any(atoms.pbc) else atoms.pbc.tolist()
     said = {"charge": atoms.info.get("charge"), "spin": atoms.info.get("spin")}
     numbers = {"numbers": atoms.numbers.tolist(), "pbc": pbc}
     return numbers | {name: float(value) for name, value in said.items() if value is not None}
+
+
+def _xyz_periodicity(path: Path) -> list[bool]:
+    """What the comment of an xyz file says that ASE takes for a cluster.
+
+    Raises:
+        InvalidStructureError: it says nothing.
+    """
+    comment = "".join(path.read_text().splitlines()[1:2])
+    if _IPI_CELL.search(comment):
+        return [True] * 3
+    if _PBC.search(comment):
+        return [False] * 3
+    raise InvalidStructureError(
+        f"{path} does not say along which lattice vectors it is periodic.",
+        "Give --pbc, such as --pbc TTT for a crystal, or --pbc F for a molecule in empty space.",
+    )
 
 
 def _numbers(formula: str) -> list[int]:
