@@ -71,7 +71,8 @@ class Snapshot:
         self.numbers = _kept(np.asarray(arrays["numbers"], np.int64))
         self.cell: bytes = atoms.cell.array.tobytes()
         self.pbc: bytes = atoms.pbc.tobytes()
-        self.charge, self.spin = _number("charge", info), _number("spin", info)
+        self.charge = _number("charge", info)
+        self.spin = _number("spin", info) or None  # some write 0, which is no multiplicity, for nothing said
 
     def changes(self, before: Snapshot) -> list[str]:
         """What is different from `before`, in ASE's words."""

@@ -166,6 +166,7 @@ def test_charge_and_spin_start_a_new_evaluation_and_other_info_does_not(daemon: 
         atoms.info[key] = value
         atoms.get_forces()
     assert evaluations(daemon) == before + 3
+    assert Snapshot(atoms).spin is None and Snapshot(atoms).charge == 0, "no multiplicity is 0"
     for model in ("emt", "mace-emt-small"):
         atoms.calc = daemon.client().calculator(model)
         for key, value in (("charge", 1), ("spin", 2), ("charge", -1)):

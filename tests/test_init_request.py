@@ -37,6 +37,11 @@ def test_the_least_that_says_enough():
     assert not request.preset
 
 
+def test_a_spin_of_zero_says_nothing_and_a_charge_of_zero_does():
+    request = parse_init(text(charge=0, spin=0.0), None)
+    assert (request.charge, request.spin) == (0.0, None)
+
+
 def test_all_that_can_be_said():
     request = parse_init(
         text(charge=-1, spin=2.0, head="omat", dtype="float32", want=["energy", "energies"], batch_size=8, preset=True),

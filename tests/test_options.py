@@ -6,7 +6,9 @@ import contextlib
 import io
 import threading
 import warnings
+from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from ase.build import bulk, fcc111, molecule
 from ase.calculators.calculator import PropertyNotImplementedError
 from ase.calculators.emt import EMT
 
-from conftest import EMBEDDED_MODEL, RunningDaemon, wait_for
+from conftest import EMBEDDED_MODEL, RunningDaemon, sha256, wait_for
 from rootstock_client.errors import InvalidInitError, LimitError, UnknownElementError
 
 MODEL = "mace-emt-small"
@@ -202,6 +204,38 @@ def test_workers_with_settings_of_their_own_are_not_without_number(start_daemon,
 def test_words_are_no_yes(daemon: RunningDaemon, options: dict[str, Any]) -> None:
     with pytest.raises(TypeError, match=f"{next(iter(options))} is True"):
         daemon.client().calculator("emt", **options)
+
+
+@pytest.mark.filterwarnings("default")  # torch-sim's own
+def test_a_spin_of_zero_is_nothing_said(start_daemon: Callable[..., RunningDaemon], tmp_path: Path) -> None:
+    """As torch-sim has it of whoever says nothing: no multiplicity is 0. A charge of 0 is the default."""
+    import torch
+    import torch_sim as ts
+    from test_mace_backends import write_with_spin
+
+    from rootstock_client.torch_sim import RootstockModel
+
+    checksum = sha256(write_with_spin(tmp_path / "spin.model"))
+    catalogue = tmp_path / "models.toml"
+    catalogue.write_text(f'[with-spin]\nfamily = "mace"\nweights = "spin.model"\nsha256 = "{checksum}"\n')
+    atoms = rattled(molecule("CH3CH2OH"))
+    with start_daemon("--catalogue", str(catalogue)).client() as client:
+        atoms.calc = client.calculator("with-spin")
+
+        def energy(**info: float) -> float:
+            atoms.info = info
+            return float(atoms.get_potential_energy())
+
+        silent = energy()
+        for info in ({"spin": 0.0}, {"spin": 1}, {"charge": 0}, {"spin": 0, "charge": 0.0}):
+            assert energy(**info) == pytest.approx(silent, abs=1e-9), info
+        doublet = energy(spin=2)
+        assert min(abs(other - silent) for other in (doublet, energy(spin=3), energy(charge=1))) > 1e-6
+        state = ts.io.atoms_to_state([atoms] * 2, "cpu", torch.float64)
+        state.charge, state.spin = torch.zeros(2), torch.tensor([0.0, 2.0])
+        model = RootstockModel(atoms.calc)
+        assert model(state)["energy"].tolist() == pytest.approx([silent, doublet], abs=1e-9)
+        model.close()
 
 
 def test_it_says_what_lacks(start_daemon: Any, tmp_path: Any) -> None:

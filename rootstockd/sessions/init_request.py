@@ -59,7 +59,7 @@ class InitRequest(BaseModel):
     charge: Annotated[float, Field(allow_inf_nan=False)] | None = None
     """Total charge in e."""
     spin: Annotated[float, Field(allow_inf_nan=False)] | None = None
-    """Spin multiplicity."""
+    """Spin multiplicity; 0, which there is none of, is as good as nothing."""
     head: str | None = Field(default=None, max_length=200)
     """Which of the model's heads."""
     dtype: Literal["float32", "float64"] | None = None
@@ -85,6 +85,11 @@ class InitRequest(BaseModel):
     @classmethod
     def _yes_or_no(cls, given: Any) -> Any:
         return ({} if given else None) if isinstance(given, bool) else given
+
+    @field_validator("spin")
+    @classmethod
+    def _zero_says_nothing(cls, spin: float | None) -> float | None:
+        return spin or None
 
     @property
     def stock(self) -> bool:

@@ -195,8 +195,8 @@ def check_system(name: str, info: EngineInfo, system: System, understood: tuple[
     if info.max_atoms is not None and len(system.numbers) > info.max_atoms:
         what = f"{len(system.numbers)} atoms, and model {name!r} takes {info.max_atoms}"
         raise EngineError("limit", what, "Use a smaller structure or another model.")
-    for word, value, usual in (("charge", system.charge, (0,)), ("spin", system.spin, (0, 1))):
-        if value is not None and value not in usual and word not in understood:
+    for word, value, usual in (("charge", system.charge, 0), ("spin", system.spin, 1)):
+        if value not in (None, usual) and word not in understood:
             raise EngineError(
                 "unsupported",
                 f"model {name!r} has no notion of {word}, and this system's is {value:g}",
