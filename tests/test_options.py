@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import threading
 import warnings
@@ -20,8 +21,11 @@ from ase.calculators.emt import EMT
 
 from conftest import EMBEDDED_MODEL, RunningDaemon, sha256, wait_for
 from rootstock_client.errors import InvalidInitError, LimitError, UnknownElementError
+from rootstock_client.units import BOHR
+from rootstockd.worker.engines import ModelSpec, System, Task, load_engine
 
 MODEL = "mace-emt-small"
+D3 = {"damping": "bj", "xc": "pbe", "cutoff": 40 * BOHR, "cnthr": 40 * BOHR}
 pytestmark = pytest.mark.filterwarnings("ignore:Creating a tensor from a list of numpy.ndarrays")  # torch-dftd does
 
 
@@ -251,3 +255,29 @@ def test_it_says_what_lacks(start_daemon: Any, tmp_path: Any) -> None:
             atoms.get_potential_energy()
         atoms.calc = client.calculator("emt")
         atoms.get_potential_energy()
+
+
+def test_an_exact_correction_is_added_by_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As threads add up as they come. The s-dftd3 that is here may have none, so another library stands in for it."""
+    dispersion = pytest.importorskip("rootstockd.worker.engines.dispersion")
+    openmp = ctypes.CDLL("libgomp.so.1")
+    engine = load_engine(ModelSpec("d3", "noop", "cpu", "float64", dispersion=D3))
+    threads, compute = [], dispersion.D3.compute
+
+    def noted(*arguments: Any) -> Any:
+        threads.append(openmp.omp_get_max_threads())
+        return compute(*arguments)
+
+    monkeypatch.setattr(dispersion.D3, "compute", noted)
+    atoms = cluster()
+    before = openmp.omp_get_max_threads()
+    openmp.omp_set_num_threads(3)
+    try:
+        for library in (dispersion._LIBRARY, openmp):
+            monkeypatch.setattr(dispersion, "_LIBRARY", library)
+            for exact in (True, False):
+                system = engine.prepare(System(atoms.numbers, (False, False, False), exact=exact))
+                engine.evaluate([Task(system, np.zeros((3, 3)), atoms.positions, stress=False, energies=False)])
+    finally:
+        openmp.omp_set_num_threads(before)
+    assert threads[2:] == [1, 3]

@@ -8,11 +8,14 @@ refused.
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from dftd3 import interface
+from dftd3 import _libdftd3, interface
 
 from rootstockd.worker.engines import (
     Array,
@@ -36,6 +39,8 @@ _DAMPING = {
     "bjm": interface.ModifiedRationalDampingParam,
     "zerom": interface.ModifiedZeroDampingParam,
 }
+_LIBRARY = ctypes.CDLL(_libdftd3.__file__)
+"""s-dftd3, and what it is linked with."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ class _Prepared:
 
     numbers: Array
     pbc: tuple[bool, bool, bool]
+    exact: bool
     inner: Any
     """What the corrected engine prepared."""
 
@@ -84,7 +90,7 @@ class DispersionEngine:
                 "francium on its parameters were revised, and programs differ",
                 "Evaluate without dispersion.",
             )
-        return _Prepared(system.numbers, system.pbc, self._engine.prepare(system))
+        return _Prepared(system.numbers, system.pbc, system.exact, self._engine.prepare(system))
 
     def evaluate(self, tasks: list[Task]) -> list[Result]:
         """The engine's results, and the correction on top."""
@@ -103,13 +109,28 @@ class DispersionEngine:
 
     def _corrected(self, task: Task, result: Result) -> Result:
         system: _Prepared = task.system
-        energy, forces, virial = self._correction.compute(system.numbers, task.positions, task.cell, system.pbc)
+        with _one_thread() if system.exact else nullcontext():
+            energy, forces, virial = self._correction.compute(system.numbers, task.positions, task.cell, system.pbc)
         return Result(
             energy=result.energy + energy,
             forces=result.forces + forces,
             virial=None if result.virial is None else result.virial + virial,
             backend=f"{result.backend or self.info.backend.partition(' ')[0]} + D3",
         )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Have s-dftd3 add in the same order each time, where it is built with OpenMP: its threads add as they come."""
+    if not hasattr(_LIBRARY, "omp_set_num_threads"):
+        yield
+        return
+    threads = _LIBRARY.omp_get_max_threads()
+    _LIBRARY.omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        _LIBRARY.omp_set_num_threads(threads)
 
 
 class D3:
