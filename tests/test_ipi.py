@@ -29,6 +29,7 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 from rootstock_client import engine_side, ipi
 from rootstock_client.driver_side import DriverSide
 from rootstock_client.errors import EvaluationError, InvalidInitError, InvalidStructureError, ProtocolError
+from rootstock_client.shared_memory import Translation
 from rootstock_client.stream import STAGING_SIZE, MessageReader
 from rootstockd.worker.slots import Slot
 
@@ -1133,7 +1134,7 @@ class Springs(threading.Thread):
                 self.positions.append(self.slot.positions.copy())
                 self.slot.energies[:] = (self.slot.positions**2).sum(axis=(1, 2))
                 self.slot.forces[:] = -2 * self.slot.positions
-                self.slot.virials[:] = np.arange(9.0 * self.batch).reshape(self.batch, 3, 3)
+                self.slot.virials[:] = np.arange(9.0 * self.batch).reshape(self.batch, 3, 3) + self.slot.energies[0]
                 self.slot.set_extras([self.extras] * self.batch)
                 self.side.finish()
             case engine_side.Send(data):
@@ -1145,12 +1146,15 @@ class Springs(threading.Thread):
 
 
 @contextlib.contextmanager
-def springs(natoms: int, batch: int = 1, extras: bytes = b"") -> Iterator[tuple[socket.socket, Springs]]:
-    """The driver's end of a connection to an engine."""
+def springs(
+    natoms: int, batch: int = 1, extras: bytes = b"", *, shm: bool = False
+) -> Iterator[tuple[socket.socket, Springs]]:
+    """The driver's end of a connection to an engine; with `shm` of a driver whose arrays lie in shared memory."""
     ours, theirs = socket.socketpair()
-    with ours, theirs:
+    end = Translation(theirs, batch).engine_end if shm else theirs
+    with ours, end:
         ours.settimeout(20)
-        engine = Springs(theirs, natoms, batch, extras)
+        engine = Springs(end, natoms, batch, extras)
         engine.start()
         yield ours, engine
         with contextlib.suppress(OSError):
@@ -1199,11 +1203,12 @@ def check_i_pi_result(one: Request, engine: Springs, frame: int) -> None:
     assert np.array_equal(engine.positions[-1][frame].ravel(), one["pos"])
 
 
+@pytest.mark.parametrize("kind", ["Driver", "SHMDriver"])
 @pytest.mark.parametrize("pipelined", [False, True])
 @pytest.mark.parametrize("natoms", [1, 5, 4000])
-def test_i_pi_itself_is_understood_and_understands(i_pi, natoms, pipelined):
-    with springs(natoms, extras=b'{"energies": [1.5]}') as (sock, engine):
-        driver = i_pi.Driver(sock)
+def test_i_pi_itself_is_understood_and_understands(i_pi, natoms, pipelined, kind):
+    with springs(natoms, extras=b'{"energies": [1.5]}', shm=kind == "SHMDriver") as (sock, engine):
+        driver = getattr(i_pi, kind)(sock)
         with driver:
             for number in (3, 4):
                 one = request(number, natoms)
@@ -1220,14 +1225,15 @@ def test_i_pi_itself_is_understood_and_understands(i_pi, natoms, pipelined):
     assert engine.inits == [ipi.Init(b"")]
 
 
+@pytest.mark.parametrize("kind", ["Driver", "SHMDriver"])
 @pytest.mark.parametrize("real", [1, 3])
-def test_i_pi_batches_are_understood_and_understand(i_pi, real):
-    with springs(7, batch=3, extras=b'{"energies": [1.5]}') as (sock, engine):
-        driver = i_pi.Driver(sock)
+def test_i_pi_batches_are_understood_and_understand(i_pi, real, kind):
+    with springs(7, batch=3, extras=b'{"energies": [1.5]}', shm=kind == "SHMDriver") as (sock, engine):
+        driver = getattr(i_pi, kind)(sock)
         with driver:
             driver.batch_size = 3
-            several = [request(number, 7) for number in range(real)]
-            for _ in range(2):
+            for first in (0, 10):
+                several = [request(first + number, 7) for number in range(real)]
                 assert driver.dispatch_send_batch(several)
                 assert driver.dispatch_recv_batch(several)
                 for frame, one in enumerate(several):
