@@ -53,6 +53,9 @@ def entries(tmp_path_factory):
     return {
         **{way: stand_in(way) for way in (*WAYS, *ANSWERS)},
         "one": stand_in("right", programs=1),
+        "electrons": stand_in(
+            "electrons", command=python("electrons"), programs=8, files={"input": "{{socket}} {{charge}} {{spin}}"}
+        ),
         "meet": stand_in("meet", programs=3, parallel=2),
         "no-virial": stand_in("no virial", stress=True),
         "never": stand_in("never", start_timeout=0.5),
@@ -187,7 +190,19 @@ def test_a_fake_of_aims(daemon, water):
     np.testing.assert_allclose(forces, spring_forces(water, water.numbers), rtol=1e-12)
     with pytest.raises(PropertyNotImplementedError, match="pbc = FFF"):
         evaluate(daemon, "aims", Atoms("H", cell=np.eye(3) * 5, pbc=True))
-    evaluate(daemon, "aims", Atoms("OH", positions=[[0, 0, 0], [0, 0, 1]], info={"charge": -1}))
+
+
+def test_charge_and_spin_are_the_programs_and_no_two_share_one(daemon):
+    atoms = Atoms("OH", positions=[[0, 0, 0], [0, 0, 1]])
+    for charge in (0, -1, 0):
+        atoms.info = {"charge": charge}
+        energy, _, _ = evaluate(daemon, "aims", atoms)
+        assert energy == pytest.approx(0.5 * SPRING + charge * HARTREE, rel=1e-12)
+    for info in ({}, {"spin": 3}, {}, {"charge": 1, "spin": 2}, {"charge": 1}, {"charge": 2, "spin": 1}, {"spin": 2}):
+        atoms.info = info
+        energy, _, _ = evaluate(daemon, "electrons", atoms)
+        shift = info.get("charge", 0) + info.get("spin", 1) / 8
+        assert energy == pytest.approx(0.5 * SPRING + shift * HARTREE, rel=1e-12)
 
 
 def test_a_fake_of_vasp(daemon):

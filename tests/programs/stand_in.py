@@ -1,8 +1,8 @@
 """Programs that dial in, for tests: `python stand_in.py WAY [SOCKET]`, of the standard library alone.
 
 They bind each atom to the origin by a spring, in atomic units. `aims` and `vasp`, where it is as stiff as the element's
-number, are fakes of FHI-aims and VASP: they read the input of these, and answer as their documents and patches say.
-Others do what no program should.
+number, are fakes of FHI-aims and VASP: they read the input of these, and answer as their documents and patches say. In
+`aims` and `electrons` charge and spin shift the energy. Others do what no program should.
 """
 
 import contextlib
@@ -52,11 +52,12 @@ class Client:
         self.write("FORCEREADY", numbers + struct.pack("<i", 0) + behind)
 
 
-def serve(name, stiffness, *, asks=True, before=lambda positions: None, answer=Client.answer):
+def serve(name, stiffness, *, shift=0.0, asks=True, before=lambda positions: None, answer=Client.answer):
     """Be a client until EXIT.
 
     Args:
         stiffness: of each atom's spring.
+        shift: of the energy.
         asks: for INIT, as most do; otherwise it is ready from the beginning.
         before: what it does with each structure.
         answer: how it does so.
@@ -75,7 +76,7 @@ def serve(name, stiffness, *, asks=True, before=lambda positions: None, answer=C
         elif header == "GETFORCE":
             springs = [k for k in stiffness for _ in range(3)] if stiffness else [1.0] * len(data)
             assert len(springs) == len(data)
-            energy = sum(0.5 * k * x * x for k, x in zip(springs, data, strict=True))
+            energy = shift + sum(0.5 * k * x * x for k, x in zip(springs, data, strict=True))
             answer(client, energy, [-k * x for k, x in zip(springs, data, strict=True)])
             data = None
         else:
@@ -88,10 +89,11 @@ def aims():
     control = [line.split() for line in Path("control.in").read_text().splitlines()]
     (address,) = [words[1] for words in control if words[:1] == ["use_pimd_wrapper"]]
     species = [words[1] for words in control if words[:1] == ["species"]]
+    (charge,) = [float(words[1]) for words in control if words[:1] == ["charge"]]
     atoms = [line.split()[4] for line in Path("geometry.in").read_text().splitlines() if line.startswith("atom ")]
     assert set(atoms) == set(species)
     assert address.startswith("UNIX:")
-    serve(address[5:], [NUMBERS[symbol] for symbol in atoms])
+    serve(address[5:], [NUMBERS[symbol] for symbol in atoms], shift=charge)
 
 
 def vasp():
@@ -104,6 +106,12 @@ def vasp():
     assert len(lines) == 8 + len(symbols)
     assert Path("POTCAR").read_text().split() == lines[5].split(), "a POTCAR of other elements, or in another order"
     serve(incar["IHOST"], [NUMBERS[symbol] for symbol in symbols], asks=False)
+
+
+def electrons():
+    """A program whose input says charge and spin."""
+    name, charge, spin = Path("input").read_text().split()
+    serve(name, [], shift=float(charge) + float(spin) / 8)
 
 
 def far(positions):
@@ -168,7 +176,7 @@ def meet(count, name):
 
 def main(way, name=""):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # one that tidies up
-    if way in ("aims", "vasp", "denied"):
+    if way in ("aims", "vasp", "electrons", "denied"):
         globals()[way]()
     elif way == "dies":
         sys.exit("no licence was found")
