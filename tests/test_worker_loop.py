@@ -110,15 +110,23 @@ def slot_end(slot: Slot) -> int:
 
 
 def test_units_and_what_is_in_a_task():
-    with worker(engine := Engine(plain)) as daemon:
-        slot = daemon.attach(frames=2)
+    """Each frame has its own."""
+
+    def answer(tasks: list[Task]) -> list[Result]:
+        return [Result(HARTREE * n, task.positions, n * task.cell) for n, task in enumerate(tasks, 1)]
+
+    with worker(engine := Engine(answer)) as daemon:
+        slot = daemon.attach(frames=2, stress=True, charge=-1.0, spin=3.0)
+        slot.positions[1] *= -2
+        slot.cells[1] += np.arange(9).reshape(3, 3)
         assert daemon.evaluate(1) == {}
-        first, second = engine.asked[0]
-        assert np.allclose(first.positions, slot.positions[0] * BOHR) and np.allclose(
-            second.cell, 10 * BOHR * np.eye(3)
-        )
+        for frame, task in enumerate(engine.asked[0]):
+            assert (task.system.charge, task.system.spin) == (-1.0, 3.0)
+            assert np.allclose(task.positions, slot.positions[frame] * BOHR)
+            assert np.allclose(task.cell, slot.cells[frame] * BOHR)
+            assert np.allclose(slot.virials[frame], (frame + 1) * slot.cells[frame] * BOHR / HARTREE)
         assert np.allclose(slot.forces, slot.positions * BOHR * BOHR / HARTREE)
-        assert np.allclose(slot.energies, 2)
+        assert np.allclose(slot.energies, [1, 2])
 
 
 def test_an_engine_may_keep_what_it_was_given():
@@ -162,30 +170,40 @@ def test_extras_of_an_earlier_worker_are_replaced():
         assert bytes(slot.reply[slot_end(slot) :]) == b""
 
 
-def test_energies_of_atoms_are_told_at_each_step():
-    numbers = iter([1.0, 2.0])
-    with worker(Engine(lambda tasks: plain(tasks, energies=np.full(2, HARTREE * next(numbers))))) as daemon:
-        slot = daemon.attach(energies=True)
-        for value in (1.0, 2.0):
-            daemon.evaluate(1)
-            assert json.loads(bytes(slot.reply[slot_end(slot) :])) == {"energies": [value, value]}
+def test_energies_of_atoms_are_told_of_each_frame_at_each_step():
+    numbers = iter([1.0, 2.0, 3.0, 4.0])
+
+    def answer(tasks: list[Task]) -> list[Result]:
+        return [result(energies=np.full(2, HARTREE * next(numbers))) for _ in tasks]
+
+    with worker(Engine(answer)) as daemon:
+        slot = daemon.attach(frames=2, energies=True)
+        for values in ([1.0, 2.0], [3.0, 4.0]):
+            assert daemon.evaluate(1) == {}
+            said, texts = bytes(slot.reply[slot_end(slot) - 4 :]), []
+            while said:
+                size = int.from_bytes(said[:4], "little")
+                texts.append(json.loads(said[4 : 4 + size]))
+                said = said[4 + size :]
+            assert texts == [{"energies": [value, value]} for value in values]
 
 
 def test_what_it_has_of_a_gpu_is_told_where_it_has_changed(monkeypatch) -> None:
     """Not more often than once a second."""
-    has, now = [0], [0.0]
+    has, now, looked, tell = [0], [0.0], threading.Event(), Loop._tell_memory
     monkeypatch.setattr(Engine, "memory", lambda _engine: has[0])
     monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(Loop, "_tell_memory", lambda running: (tell(running), looked.set()))
     with worker(Engine(plain)) as daemon:
         told = [daemon.channel.recv(65536)]
         daemon.attach()
         for clock, holds in ((1.0, 0), (2.5, 7), (3.0, 9), (4.0, 9), (9.0, 9)):
             now[0], has[0] = clock, holds
             assert daemon.evaluate(1) == {}
-            daemon.channel.settimeout(0.2)
-            with contextlib.suppress(TimeoutError):
-                told.append(daemon.channel.recv(65536))
-            daemon.channel.settimeout(None)
+            assert looked.wait(20)
+            looked.clear()
+            with contextlib.suppress(BlockingIOError):
+                told.append(daemon.channel.recv(65536, socket.MSG_DONTWAIT))
     assert told == [b'G{"bytes": 0}', b'G{"bytes": 7}', b'G{"bytes": 9}']
 
 
