@@ -75,6 +75,11 @@ def end_of(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, said
 
 
+def sessions(daemon: RunningDaemon, pid: int) -> list[dict[str, Any]]:
+    """Those of a process."""
+    return [session for session in daemon.client().status()["sessions"] if session["pid"] == pid]
+
+
 def check(atoms: Atoms) -> float:
     """Its numbers are EMT's; how far its forces are off."""
     reference = atoms.copy()
@@ -209,16 +214,47 @@ def command_said(address: str) -> str:
     return f"attaching 8 atoms (Cu8, pbc TTT), emt, to {address}\nthe driver has ended\n"
 
 
+HELD = """
+import time
+from pathlib import Path
+import ase.calculators.emt
+
+
+class EMT(ase.calculators.emt.EMT):
+    count = 0
+
+    def calculate(self, *arguments, **options):
+        EMT.count += 1
+        if EMT.count == 20 and Path("{hold}").exists():
+            Path("{hold}").rename("{held}")
+            while Path("{held}").exists():
+                time.sleep(0.01)
+        super().calculate(*arguments, **options)
+"""
+
+
+@pytest.fixture
+def holding(start_daemon: Callable[..., RunningDaemon], folder: Path, monkeypatch: pytest.MonkeyPatch) -> RunningDaemon:
+    """A daemon with an EMT, `held`, that stops in the middle of a run, and goes on when the folder's `held` goes."""
+    (folder / "hold").touch()
+    (folder / "held_emt.py").write_text(HELD.format(hold=folder / "hold", held=folder / "held"))
+    catalogue = folder / "models.toml"
+    catalogue.write_text('[held]\nfamily = "ase"\nconfine = false\narguments = { calculator = "held_emt:EMT" }\n')
+    monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+    return start_daemon("--catalogue", str(catalogue), "--model", "held")
+
+
 @pytest.mark.parametrize("mode", ["unix", "shm"])
 def test_ipi_does_not_notice_that_its_daemon_is_killed(
-    own_daemon: RunningDaemon, folder: Path, reference, mode: str
+    holding: RunningDaemon, folder: Path, reference, mode: str
 ) -> None:
     """It finds an end of file, asks again over the connection that `attach` opens, and goes on."""
-    options = ["--model", "emt", "--structure", folder / "init.xyz", "--count", "2", *(["--shm"] * (mode == "shm"))]
-    with running_ipi(folder, beads=8, mode=mode) as driver, attached(own_daemon, folder / "ipi", *options) as command:
-        wait_for(lambda: own_daemon.client().status()["evaluations"] > 8, timeout=60)
-        os.kill(own_daemon.pid, signal.SIGKILL)
-        own_daemon.start()
+    options = ["--model", "held", "--structure", folder / "init.xyz", "--count", "2", *(["--shm"] * (mode == "shm"))]
+    with running_ipi(folder, beads=8, mode=mode) as driver, attached(holding, folder / "ipi", *options) as command:
+        wait_for((folder / "held").exists, timeout=60)
+        os.kill(holding.pid, signal.SIGKILL)
+        (folder / "held").unlink()
+        holding.start()
         status, said = end_of(command)
         assert status == 0, said
         assert "is away; this job waits" in said
@@ -227,14 +263,15 @@ def test_ipi_does_not_notice_that_its_daemon_is_killed(
 
 
 @pytest.mark.parametrize("mode", ["unix", "shm"])
-def test_ipi_does_not_notice_that_attach_is_killed(daemon: RunningDaemon, folder: Path, reference, mode: str) -> None:
+def test_ipi_does_not_notice_that_attach_is_killed(holding: RunningDaemon, folder: Path, reference, mode: str) -> None:
     """It finds an end of file, not a reset, over which it hangs, and goes on with whoever comes next."""
-    options = ["--model", "emt", "--structure", folder / "init.xyz", *(["--shm"] * (mode == "shm"))]
+    options = ["--model", "held", "--structure", folder / "init.xyz", *(["--shm"] * (mode == "shm"))]
     with running_ipi(folder, beads=8, mode=mode) as driver:
-        with attached(daemon, folder / "ipi", *options) as command:
-            wait_for(lambda: any(s["evaluations"] > 8 for s in daemon.client().status()["sessions"]), timeout=60)
+        with attached(holding, folder / "ipi", *options) as command:
+            wait_for((folder / "held").exists, timeout=60)
             command.kill()
-        with attached(daemon, folder / "ipi", *options) as command:
+            (folder / "held").unlink()
+        with attached(holding, folder / "ipi", *options) as command:
             assert end_of(command)[0] == 0
         assert driver.wait(timeout=60) == 0
     same(trajectory(folder), reference(8))
@@ -282,8 +319,7 @@ def test_ase(daemon: RunningDaemon, folder: Path, compatible) -> None:
                 atoms.rattle(0.01, seed=seed)
                 atoms.set_cell(atoms.cell.array * 1.01, scale_atoms=True)
                 largest = max(largest, check(atoms))
-            (session,) = daemon.client().status()["sessions"]
-            assert (session["pid"], session["natoms"]) == (command.pid, 8)
+            assert [session["natoms"] for session in sessions(daemon, command.pid)] == [8]
         assert end_of(command)[0] == 0
     compatible(
         code="ASE SocketIOCalculator",
@@ -458,7 +494,7 @@ def test_a_driver_whose_attach_is_ended(daemon: RunningDaemon, folder: Path, num
         atoms.rattle(0.01)
         with pytest.raises(OSError):  # noqa: PT011 - ASE's own, which has no words
             atoms.get_forces()
-    wait_for(lambda: not daemon.client().status()["sessions"])
+    wait_for(lambda: not sessions(daemon, command.pid))
 
 
 def test_what_a_daemon_says_of_a_step_ends_the_command(daemon: RunningDaemon, folder: Path) -> None:
@@ -549,7 +585,7 @@ def test_a_stream_that_was_handed_over_brings_no_other(daemon: RunningDaemon) ->
         line.settimeout(10)
         ours.sendall(ipi.POSDATA + bytes(144) + ipi.INT.pack(4) + bytes(96) + ipi.GETFORCE)
         assert b"can't bring another" in ours.recv(4096)
-    wait_for(lambda: not daemon.client().status()["sessions"])
+    wait_for(lambda: not sessions(daemon, os.getpid()))
     assert "Traceback" not in daemon.log.read_text()
 
 
@@ -572,7 +608,9 @@ def test_what_its_owner_does_to_a_stream_holds_nobody_up(daemon: RunningDaemon) 
         positions = np.arange(3 * 8 * 20_000, dtype=float).tobytes()
         head = ipi.POSDATA + ipi.INT.pack(20_000) + bytes(8 * ipi.CELL_PAIR)
         ours.sendall(head + positions + ipi.GETFORCE)
-        wait_for(lambda: daemon.client().status()["sessions"][0]["evaluations"] == 1)
+        wait_for(
+            lambda: [one["evaluations"] for one in sessions(daemon, os.getpid()) if one["natoms"] == 20_000] == [1]
+        )
         atoms = bulk("Cu")
         with daemon.client().calculator("emt") as atoms.calc:
             atoms.get_potential_energy()
