@@ -60,13 +60,16 @@ def test_they_are_those_of_the_host(device, name):
     atoms=st.integers(1, 60),
     pbc=st.tuples(st.booleans(), st.booleans(), st.booleans()),
     size=st.floats(1.0, 12.0),
+    left_handed=st.booleans(),
     cutoff=st.floats(0.5, 6.0),
 )
-def test_they_are_those_of_the_host_whatever_the_cell(seed, atoms, pbc, size, cutoff):
+def test_they_are_those_of_the_host_whatever_the_cell(seed, atoms, pbc, size, left_handed, cutoff):
     rng = np.random.default_rng(seed)
     cell = size * (np.eye(3) + 0.5 * rng.uniform(-1, 1, (3, 3)))
-    if np.linalg.det(cell) < 0.05 * size**3:
+    if abs(np.linalg.det(cell)) < 0.05 * size**3:
         cell = size * np.eye(3)
+    if left_handed:
+        cell[0] *= -1
     positions = rng.uniform(-2, 3, (atoms, 3)) @ cell
     compare(torch.device("cpu"), cell, positions, pbc, cutoff)
 

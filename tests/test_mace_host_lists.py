@@ -93,11 +93,14 @@ def test_of_large_batches_and_when_memory_lacks_nothing_is_kept(made, monkeypatc
     seed=st.integers(0, 2**32 - 1),
     atoms=st.integers(1, 30),
     pbc=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    left_handed=st.booleans(),
     steps=st.lists(st.sampled_from([0.0, 0.01, 0.1, 0.3, 3.0, 100.0, "cell", "wrapped"]), min_size=1, max_size=12),
 )
-def test_no_edge_is_missed_whatever_atoms_do(seed, atoms, pbc, steps):
+def test_no_edge_is_missed_whatever_atoms_do(seed, atoms, pbc, left_handed, steps):
     rng = np.random.default_rng(seed)
     cell = rng.uniform(3, 9) * (np.eye(3) + 0.2 * rng.uniform(-1, 1, (3, 3)))
+    if left_handed:
+        cell[0] *= -1
     one = task(engine(medium()), Atoms(f"Cu{atoms}", rng.uniform(0, 1, (atoms, 3)) @ cell, cell=cell, pbc=pbc))
     lists = HostLists(CUTOFF)
     for step in ["cell", *steps]:
