@@ -231,7 +231,7 @@ def test_a_job_of_ones_own_in_quacc(both, quacc_here, compatible) -> None:
 
 
 def test_torch_sim(daemon: RunningDaemon, compatible) -> None:
-    """Relaxation, dynamics and stress of systems of several sizes, against torch-sim's own MACE."""
+    """Relaxation, dynamics and stress of alloys of several sizes in skewed cells, against torch-sim's own MACE."""
     import torch
     import torch_sim as ts
     from torch_sim.models.mace import MaceModel
@@ -239,6 +239,10 @@ def test_torch_sim(daemon: RunningDaemon, compatible) -> None:
     from rootstock_client.torch_sim import RootstockModel
 
     systems = [copper() * size for size in ((1, 1, 1), (2, 1, 1), (1, 2, 2))]
+    rng = np.random.default_rng(1)
+    for atoms in systems:
+        atoms.numbers[:] = rng.choice([13, 29, 47, 79], len(atoms))
+        atoms.set_cell(atoms.cell.array @ (np.eye(3) + rng.uniform(-0.08, 0.08, (3, 3))), scale_atoms=True)
     options = {"device": torch.device("cpu"), "dtype": torch.float64, "compute_stress": True}
     potential = torch.load(EMBEDDED_MODEL, weights_only=False, map_location="cpu").double()
     calculator = daemon.client().calculator("mace-emt-small", dtype="float64")
@@ -275,7 +279,7 @@ def test_torch_sim(daemon: RunningDaemon, compatible) -> None:
         version=version("torch-sim-atomistic"),
         role="driver",
         transport="in Python",
-        ran="NVE, FIRE with cells, stress; 3 systems of Cu at once",
+        ran="NVE, FIRE with cells, stress; 3 triclinic alloys at once",
         against="torch-sim's own MaceModel",
         agreement=float((ours[0]["forces"] - theirs[0]["forces"]).abs().max()),
     )
