@@ -65,7 +65,7 @@ def cluster() -> Atoms:
 
 
 def left_handed() -> Atoms:
-    atoms = rattled(bulk("Pd", cubic=True))
+    atoms = triclinic()
     atoms.set_cell(atoms.cell.array[[1, 0, 2]])
     return atoms
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -41,6 +42,8 @@ SPECS = {
     ),
     "mace": ModelSpec("mace", "mace", "cpu", "float64", **MACE),
     "mace float32": ModelSpec("mace", "mace", "cpu", "float32", **MACE),
+    "mace, two heads": ModelSpec("made", "mace", "cpu", "float64"),
+    "mace, charge and spin": ModelSpec("made", "mace", "cpu", "float64"),
     "d3 alone": ModelSpec("d3", "noop", "cpu", "float64", dispersion=D3),
     "emt with d3": ModelSpec("emt", "ase", "cpu", "float64", arguments=EMT, dispersion=D3),
 }
@@ -50,11 +53,24 @@ def headed(head: str) -> LennardJones:
     return LennardJones(epsilon={"soft": 0.5, "hard": 1.0}[head])
 
 
+def made(name: str, folder: str) -> dict[str, str]:
+    """A MACE that nobody has trained, as weights of a spec."""
+    import torch
+    from test_mace_backends import ARCHITECTURES, CHARGED, make_model
+
+    architecture = {"mace, two heads": ARCHITECTURES["two heads"], "mace, charge and spin": CHARGED}[name]
+    path = Path(folder, "made.model")
+    torch.save(make_model(**architecture), path)
+    return {"weights": str(path), "sha256": sha256(path)}
+
+
 @cache
 def subject(name: str) -> Subject:
     spec = SPECS[name.removesuffix(" exact")]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         warnings.simplefilter("ignore")  # mace-torch uses what torch deprecates
+        if spec.name == "made":
+            spec = dataclasses.replace(spec, **made(name, folder))
         return Subject(load_engine(spec), spec, exact=name.endswith(" exact"))
 
 

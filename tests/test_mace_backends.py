@@ -72,6 +72,15 @@ ARCHITECTURES = {
     },
 }
 
+CHARGED = {
+    "hidden": "8x0e",
+    "embedding_specs": {
+        "total_charge": {"type": "categorical", "per": "graph", "num_classes": 9, "offset": 4, "emb_dim": 4},
+        "total_spin": {"type": "continuous", "per": "graph", "in_dim": 1, "emb_dim": 4},
+    },
+}
+"""A model that looks at charge and spin."""
+
 
 def make_model(
     hidden="8x0e + 8x1o",
@@ -155,7 +164,8 @@ def structures() -> dict[str, Atoms]:
     slab.pbc = (True, True, False)
     wire = Atoms("CuAlO", [[0, 0, 0], [1.7, 0.2, 0], [3.1, -0.3, 0.1]], cell=[5, 0, 0], pbc=(True, False, False))
     left = bulk("Cu", cubic=True)
-    left.set_cell(left.cell.array[[1, 0, 2]], scale_atoms=False)
+    left.set_cell(left.cell.array @ [[1.0, 0.05, -0.1], [0.08, 1.02, 0.03], [-0.02, 0.06, 0.97]], scale_atoms=True)
+    left.set_cell(left.cell.array[[1, 0, 2]])
     found = {
         "one atom in a small cell": bulk("Cu"),
         "alloy": alloy,
@@ -241,9 +251,10 @@ def test_backends_in_single_precision(backend):
 
 @pytest.mark.parametrize("backend", [FusedBackend, by_edges])
 def test_a_batch_is_its_parts(backend):
-    model = medium()
+    """Of any sizes, and for any heads."""
+    model = make_model(**ARCHITECTURES["two heads"])
     of, fused = engine(model), backend(model)
-    tasks = [task(of, atoms) for atoms in STRUCTURES.values()]
+    tasks = [task(of, atoms, head=head) for atoms in STRUCTURES.values() for head in model.heads]
     for order in (tasks, tasks[::-1], tasks[3:6]):
         for alone, together in zip([fused.evaluate([one])[0] for one in order], fused.evaluate(order), strict=True):
             assert compare(together, alone).within(1e-12)
@@ -272,6 +283,33 @@ def test_what_fits_is_one_pass_and_what_does_not_several_with_the_same_numbers(m
     assert len(passes) > 2 and sum(passes[1:]) == len(tasks)
     for found, right in zip(parts, whole, strict=True):
         assert compare(found, right).within(1e-11)
+
+
+def test_charge_and_spin_are_taken_as_mace_torchs_calculator_takes_them():
+    model = make_model(**CHARGED)
+    of, theirs = engine(model), own_calculator(model)
+    tasks, right = [], []
+    for charge, spin in itertools.product((None, -1.0, 2.0), (None, 2.0, 3.0)):
+        atoms = STRUCTURES["molecule"].copy()
+        tasks.append(task(of, atoms, charge=charge, spin=spin))
+        atoms.info = {key: value for key, value in (("charge", charge), ("spin", spin)) if value is not None}
+        atoms.calc = theirs
+        right.append((atoms.get_potential_energy(), atoms.get_forces()))
+    assert len({round(energy, 6) for energy, _ in right}) == len(right)
+    alone = [of.evaluate([one])[0] for one in tasks]
+    for results in (alone, of.evaluate(tasks)):
+        for result, (energy, forces) in zip(results, right, strict=True):
+            assert result.energy == pytest.approx(energy, abs=1e-9)
+            np.testing.assert_allclose(result.forces, forces, rtol=0, atol=1e-9)
+
+
+def own_calculator(model):
+    """What mace-torch offers its users."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return importlib.import_module("mace.calculators").MACECalculator(
+            models=model, device="cpu", default_dtype="float64"
+        )
 
 
 def test_forces_and_virial_are_slopes_of_the_energy():
@@ -685,6 +723,14 @@ def test_one_comparison_does_for_a_sessions_systems_of_the_same_elements():
     assert backend("alloy", 1) == "fused"
 
 
+def test_each_head_is_compared():
+    model = make_model(**ARCHITECTURES["two heads"])
+    of = watched(model, FusedBackend(model))
+    heads = ("one", "one", "other", "other", "one")
+    backends = [of.evaluate([task(of, STRUCTURES["alloy"], 1, head=head)])[0].backend for head in heads]
+    assert backends == ["mace-torch", "fused", "mace-torch", "fused", "fused"]
+
+
 def test_elements_without_neighbours_are_not_taken_for_compared():
     """As for formation energies: atoms by themselves, then what they make."""
     model = medium()
@@ -1066,9 +1112,11 @@ def test_nan_is_never_within_a_tolerance(wrong):
     assert not Difference(**{**fields, wrong: np.nan}).within(1e9)
 
 
-def test_structures_for_checking_span_all_elements_and_every_kind_of_periodicity():
-    elements = list(range(1, 84))
-    made = [of_first for of_first, _ in checks.structures(elements, ("first", "second"))]
+@pytest.mark.parametrize("count", [1, 7, 12, 83])
+def test_structures_for_checking_span_all_elements_and_every_kind_of_periodicity(count):
+    elements = list(range(1, count + 1))
+    *made, alone = [of_first for of_first, _ in checks.structures(elements, ("first", "second"))]
+    assert len(alone.positions) == 1
     assert all(len(set(one.system.numbers)) <= 2 for (one,) in checks.structures(elements, ("only",), 2))
     assert {int(z) for one in made for z in one.system.numbers} == set(elements)
     assert {one.system.pbc for one in made} == {(True, True, True), (True, True, False), (False, False, False)}

@@ -170,19 +170,21 @@ def charge_and_spin(subject: Subject) -> None:
 
 
 def heads(subject: Subject) -> None:
-    """Each of its heads is taken, no other is, and those that differ do so also in one batch."""
+    """Each of its heads is taken, no other is, and those that differ do so also in one batch, whatever the sizes."""
     crystal, names = subject.structures[0], subject.engine.info.heads
     refused(lambda: subject.prepare(crystal, head="no such head"), "unsupported", "a head that there is not")
     try:
         subject.prepare(crystal, head=None)
     except EngineError as error:
         require(names and error.code == "unsupported", f"no head: refused with {error.code!r}: {error.message}")
-    solo = [subject.evaluate(crystal, subject.prepare(crystal, head=name)) for name in names]
-    results = subject.engine.evaluate([subject.task(crystal, subject.prepare(crystal, head=name)) for name in names])
-    for name, result, expected in zip(names, results, solo):
-        subject.same(result, expected, f"of head {name!r} in a batch of several")
     if len(names) > 1:
-        energies = [result.energy for result in solo]
+        wanted = [(structure, name) for structure in variants(subject) for name in names]
+        solo = [subject.evaluate(structure, subject.prepare(structure, head=name)) for structure, name in wanted]
+        for order in (slice(None), slice(None, None, -1)):
+            tasks = [subject.task(structure, subject.settle(structure, head=name)) for structure, name in wanted[order]]
+            for (structure, name), result, expected in zip(wanted[order], subject.engine.evaluate(tasks), solo[order]):
+                subject.same(result, expected, f"of a {structure.name}, head {name!r}, in a batch of several")
+        energies = [result.energy for result in solo[: len(names)]]
         require(len(set(energies)) > 1, f"all heads give the same energy, {energies[0]}")
 
 

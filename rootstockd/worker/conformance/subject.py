@@ -139,9 +139,9 @@ class Subject:
         (result,) = self.engine.evaluate([self.task(structure, system, **wanted)])
         return result
 
-    def settle(self, structure: Structure) -> Any:
+    def settle(self, structure: Structure, **more: Any) -> Any:
         """A session's system whose first structure was evaluated: some engines compare ways to compute on that."""
-        system = self.prepare(structure, session=next(self._sessions))
+        system = self.prepare(structure, session=next(self._sessions), **more)
         self.evaluate(structure, system)
         return system
 

@@ -20,6 +20,8 @@ CROWDED = 150
 FEW = 100
 """The same where memory lacks for that."""
 NEUTRAL = {"total_charge": 0.0, "total_spin": 1.0}
+_KINDS = ((True, True, True), (True, True, False), (False, False, False))
+"""Periodicity of crystals, slabs and clusters."""
 _SPACING = 2.6
 _SEED = 20_261_124
 
@@ -27,17 +29,19 @@ _SEED = 20_261_124
 def structures(elements: Sequence[int], heads: Sequence[str], together: int = 8) -> Iterator[list[Task]]:
     """Structures that span a model's elements: crystals, slabs and clusters of eight atoms and `together` elements.
 
+    Each kind is among them, however few elements there are.
+
     The last is an atom alone: without edges, some kernels for GPUs may end the process. Each as tasks for all heads, so
     that what is made for its elements is made once.
     """
     rng = np.random.default_rng(_SEED)
-    kinds = itertools.cycle([(True, True, True), (True, True, False), (False, False, False)])
-    for begin in range(0, len(elements), together):
-        numbers = np.array(([*elements[begin : begin + together]] * 8)[:8])
+    groups = [elements[begin : begin + together] for begin in range(0, len(elements), together)]
+    for number in range(max(len(groups), len(_KINDS))):
+        numbers = np.array(([*groups[number % len(groups)]] * 8)[:8])
         grid = np.array(list(itertools.product(range(2), repeat=3)), float)
         cell = _SPACING * 2 * (np.eye(3) + rng.uniform(-0.05, 0.05, (3, 3)))
         positions = grid @ cell / 2 + rng.uniform(-0.2, 0.2, grid.shape)
-        yield _tasks(numbers, next(kinds), cell, positions, heads)
+        yield _tasks(numbers, _KINDS[number % len(_KINDS)], cell, positions, heads)
     yield _tasks(np.array(elements[:1]), (False, False, False), np.zeros((3, 3)), np.zeros((1, 3)), heads)
 
 
