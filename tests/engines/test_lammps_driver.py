@@ -183,9 +183,10 @@ def test_what_is_of_single_atoms(daemon: RunningDaemon, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_is_said_at_the_beginning(daemon: RunningDaemon, tmp_path: Path) -> None:
-    units_, number, unknown, option, flat, element = ran(daemon, "refused", tmp_path)
+    units_, number, unknown, option, charge, spin, flat, element = ran(daemon, "refused", tmp_path)
     assert "units lj" in units_ and "metal and real" in units_
     assert "for 1 atom types" in number and "'Xx' is no element" in unknown
+    assert "no notion of charge" in charge and "no notion of spin" in spin
     assert "two dimensions" in flat
     assert "colour" in option and "does not know Fe" in element
 
