@@ -1,4 +1,5 @@
-"""Lattice constants of cubic crystals; run as a program, with a family's own calculator in its own environment."""
+"""Lattice constants of cubic crystals, and forces; run as a program, with a family's own calculator in its own
+environment."""
 
 import json
 import sys
@@ -9,6 +10,8 @@ from ase.build import bulk
 CRYSTALS = {"Cu": ("fcc", 3.6), "Si": ("diamond", 5.45), "NaCl": ("rocksalt", 5.65)}
 """Structure, and where to look, in Å."""
 STRAINS = (-0.02, -0.01, 0.0, 0.01, 0.02)
+STEPS = 3
+"""Structures of which there are forces."""
 
 
 def lattice_constant(calculator, name):
@@ -23,6 +26,18 @@ def lattice_constant(calculator, name):
     polynomial = np.polynomial.Polynomial.fit(lengths, energies, 3)
     minima = [x.real for x in polynomial.deriv().roots() if abs(x.imag) < 1e-9 and polynomial.deriv(2)(x.real) > 0]
     return minima[0]
+
+
+def copper(step):
+    """Structures with forces that are not small."""
+    atoms = bulk("Cu", cubic=True)
+    atoms.rattle(0.05, seed=step)
+    return atoms
+
+
+def forces(calculator):
+    """Of all of these, (STEPS, atoms, 3), eV/Å."""
+    return [calculator.get_forces(copper(step)).tolist() for step in range(STEPS)]
 
 
 def own_calculator(family, weights):
@@ -43,4 +58,5 @@ def own_calculator(family, weights):
 if __name__ == "__main__":
     family, weights, *names = sys.argv[1:]
     calculator = own_calculator(family, weights)
-    print(json.dumps({name: lattice_constant(calculator, name) for name in names}))
+    constants = {name: lattice_constant(calculator, name) for name in names}
+    print(json.dumps({"constants": constants, "forces": forces(calculator)}))
