@@ -11,9 +11,11 @@ from typing import Any, cast
 import pytest
 
 from rootstock_client.errors import EvaluationError
+from rootstockd.processes.worker_process import End, WorkerProcess
 from rootstockd.supervision.amends import Amends
+from rootstockd.supervision.dispatcher import AMENDS, Dispatcher
 from rootstockd.supervision.roles import Client
-from rootstockd.supervision.scheduler import Evaluation
+from rootstockd.supervision.scheduler import MAX_BLAMED, Evaluation
 
 ERROR = EvaluationError("2 workers ended over this structure")
 
@@ -121,3 +123,26 @@ def test_all_at_once_at_the_end(run: Callable[[Awaitable[None]], None]) -> None:
         assert told.when == pytest.approx(dict.fromkeys("abc", 1.0))
 
     run(stopped())
+
+
+def test_nobody_hears_later_than_after_a_minute(run: Callable[[Awaitable[None]], None]) -> None:
+    """However long there was no worker: a large model takes many minutes to load."""
+
+    async def slow_to_load() -> None:
+        loop = asyncio.get_running_loop()
+        when: dict[int, float] = {}
+        dispatcher = Dispatcher("large", 4, 60.0, lambda: None)
+        for number in (1, 2):
+            owner = SimpleNamespace(
+                system=SimpleNamespace(number=number),
+                evaluated=lambda _error, number=number: when.update({number: loop.time()}),
+            )
+            dispatcher.submit(Evaluation(cast("Client", owner), 4, user=number))
+        for _ in range(MAX_BLAMED):
+            assert [evaluation.user for evaluation in dispatcher.scheduler.next_batch()] == [1]
+            dispatcher.worker_lost(End("it crashed", blamed=True), 600.0)
+        dispatcher.have(cast("WorkerProcess", SimpleNamespace()))
+        await asyncio.sleep(10_000)
+        assert when == pytest.approx({1: AMENDS}) and AMENDS == 60.0
+
+    run(slow_to_load())
