@@ -60,9 +60,9 @@ def good(daemon: RunningDaemon) -> Iterator[live.GoodSession]:
 
 
 def is_as_before(now: dict[str, Any], before: dict[str, Any]) -> bool:
-    """No descriptor more, but for a control connection; no mapping more, but for the allocator's."""
+    """No descriptor more; no mapping more, but for the allocator's."""
     return now["restarts"] == before["restarts"] and all(
-        now[f"{what} descriptors"] <= before[f"{what} descriptors"] + 1
+        now[f"{what} descriptors"] <= before[f"{what} descriptors"]
         and now[f"{what} maps"] <= before[f"{what} maps"] + 20
         for what in ("daemon", "emt", "noop")
     )

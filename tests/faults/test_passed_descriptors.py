@@ -9,9 +9,11 @@ import array
 import contextlib
 import json
 import os
+import select
 import signal
 import socket
 import struct
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,9 +23,12 @@ import pytest
 from ase.build import bulk
 from ase.calculators.emt import EMT
 
-from conftest import RunningDaemon, open_descriptors, wait_for
+from conftest import RunningDaemon, wait_for
 from rootstock_client import ipi
 from rootstock_client.runtime_dir import control_socket
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "fuzz"))
+import live
 
 LINGERS = 5
 """Seconds that it takes to close a stream of `lingering`."""
@@ -37,9 +42,9 @@ def daemon(older_kernel: bool, start_shared_daemon: Callable[..., RunningDaemon]
 @pytest.fixture(autouse=True)
 def nothing_stays(daemon: RunningDaemon) -> Iterator[None]:
     pid = daemon.client().status()["pid"]
-    before = open_descriptors(pid)
+    before = live.descriptors(pid)
     yield
-    wait_for(lambda: open_descriptors(pid) <= before + 1, timeout=4 * LINGERS)  # a control connection
+    wait_for(lambda: live.descriptors(pid) <= before, timeout=4 * LINGERS)
     assert not daemon.client().status()["sessions"]
     assert "Traceback" not in daemon.log.read_text()
 
@@ -70,6 +75,19 @@ def lingering() -> Iterator[socket.socket]:
                 yield stream
                 with contextlib.suppress(OSError):  # it is still ours
                     stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+@pytest.fixture
+def write() -> Iterator[int]:
+    """The end of a pipe to send along, of which nobody may have a copy in the end."""
+    read, write = os.pipe()
+    try:
+        yield write
+        os.close(write)
+        assert select.select([read], [], [], 4 * LINGERS)[0], "the daemon has kept it"
+        assert os.read(read, 1) == b""
+    finally:
+        os.close(read)
 
 
 @contextlib.contextmanager
@@ -109,8 +127,7 @@ def gone(sock: socket.socket) -> bool:
 
 
 @pytest.mark.parametrize("first", [b"", init()])
-def test_to_a_session(daemon: RunningDaemon, older_kernel: bool, first: bytes) -> None:
-    read, write = os.pipe()
+def test_to_a_session(daemon: RunningDaemon, older_kernel: bool, write: int, first: bytes) -> None:
     with lingering() as stream, connected(daemon.socket) as sock:
         sock.sendall(first)
         with stopped(daemon):
@@ -120,43 +137,45 @@ def test_to_a_session(daemon: RunningDaemon, older_kernel: bool, first: bytes) -
             else:
                 with pytest.raises(PermissionError):
                     send(sock, ipi.STATUS, [stream.fileno(), *[write] * 50])
-        os.close(write)
         begun = time.monotonic()
         step(daemon)
         assert time.monotonic() < begun + LINGERS - 1
         if older_kernel:
             assert gone(sock)
-            assert os.read(read, 1) == b""  # nobody holds the pipe's other end any more
-    os.close(read)
 
 
-def test_to_the_control_socket(daemon: RunningDaemon, older_kernel: bool) -> None:
+def test_to_the_control_socket(daemon: RunningDaemon, older_kernel: bool, write: int) -> None:
     with lingering() as stream, connected(control_socket(daemon.socket)) as sock:
         request = b"GET /v1/status HTTP/1.1\r\nhost: x\r\n\r\n"
         with stopped(daemon):
             if older_kernel:
-                send(sock, request, [stream.fileno()])
+                send(sock, request, [stream.fileno(), write])
                 stream.close()
             else:
                 with pytest.raises(PermissionError):
-                    send(sock, request, [stream.fileno()])
+                    send(sock, request, [stream.fileno(), write])
         begun = time.monotonic()
         step(daemon)
         assert daemon.client().status()["state"] == "ready"
         assert time.monotonic() < begun + LINGERS - 1
 
 
-@pytest.mark.parametrize("how", ["beside it", "behind it", "and goes", "in its place"])
-def test_to_a_session_that_waits_for_a_drivers_stream(daemon: RunningDaemon, how: str) -> None:
+@pytest.mark.parametrize("how", ["beside it", "behind it", "and goes", "in its place", "no stream in its place"])
+def test_to_a_session_that_waits_for_a_drivers_stream(daemon: RunningDaemon, write: int, how: str) -> None:
     with lingering() as stream, connected(daemon.socket) as sock:
         driver, ours = socket.socketpair()
         sock.sendall(init(attach=True) + ipi.STATUS)
         assert sock.recv(12) == ipi.READY
-        wanted = [driver.fileno()] if how != "in its place" else []
+        surplus = [stream.fileno(), write]
+        brought = {
+            "beside it": [driver.fileno(), *surplus],
+            "in its place": surplus[:1],
+            "no stream in its place": [write],
+        }
         with stopped(daemon):
-            send(sock, ipi.ATTACH, [*wanted, *([stream.fileno()] if how in ("beside it", "in its place") else [])])
+            send(sock, ipi.ATTACH, brought.get(how, [driver.fileno()]))
             if how in ("behind it", "and goes"):
-                send(sock, ipi.STATUS, [stream.fileno()])
+                send(sock, ipi.STATUS, surplus)
             stream.close()
             driver.close()
             if how == "and goes":
@@ -169,7 +188,7 @@ def test_to_a_session_that_waits_for_a_drivers_stream(daemon: RunningDaemon, how
         ours.close()
 
 
-def test_along_a_drivers_stream(daemon: RunningDaemon) -> None:
+def test_along_a_drivers_stream(daemon: RunningDaemon, write: int) -> None:
     """Whoever handed it over can have it take descriptors again, so nothing is said of it to the kernel."""
     with lingering() as stream, connected(daemon.socket) as sock:
         driver, ours = socket.socketpair()
@@ -180,7 +199,7 @@ def test_along_a_drivers_stream(daemon: RunningDaemon) -> None:
         ours.sendall(ipi.STATUS)
         assert ours.recv(12) == ipi.READY
         with stopped(daemon):
-            send(ours, ipi.STATUS, [stream.fileno()])
+            send(ours, ipi.STATUS, [stream.fileno(), write])
             stream.close()
         begun = time.monotonic()
         step(daemon)

@@ -87,6 +87,18 @@ def throw(socket_path: Path, stream: bytes, cuts: Sequence[int], *, wait: bool) 
                     pass
 
 
+def descriptors(pid: int) -> int:
+    """How many a process has, but for control connections, which come and go with whoever asks."""
+    # of an accepted connection the kernel tells the name that its listener was bound to, which is no longer its own
+    lines = Path("/proc/net/unix").read_text().splitlines()
+    control = {f"socket:[{line.split()[6]}]" for line in lines if ".contro" in line}
+    count = 0
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # it has just been closed
+            count += str(entry.readlink()) not in control
+    return count
+
+
 def footprint(client: RootstockClient) -> dict[str, Any]:
     """Descriptors, memory in MB and restarts of the daemon and its workers."""
     status = client.status()
@@ -94,7 +106,7 @@ def footprint(client: RootstockClient) -> dict[str, Any]:
     processes = {"daemon": status["pid"], **{m["name"]: m["pid"] for m in status["models"] if m["pid"]}}
     for name, pid in processes.items():
         process = psutil.Process(pid)
-        told[f"{name} descriptors"] = process.num_fds()
+        told[f"{name} descriptors"] = descriptors(pid)
         told[f"{name} maps"] = len(Path(f"/proc/{pid}/maps").read_text().splitlines())
         told[f"{name} memory / MB"] = round(process.memory_info().rss / 1e6, 1)
     return told
