@@ -76,14 +76,22 @@ def held(daemon: Any = None) -> Counter[str]:
         if process.pid not in helpers:
             ended = ", zombie" if process.status() == psutil.STATUS_ZOMBIE else ""  # running or sleeping is no matter
             found[f"process {process.pid} ({process.name()}{ended})"] += 1
-    for pid in daemon.processes() if daemon is not None else ():
-        found.update(_of_sessions(pid))
+    if daemon is not None:
+        lines = Path("/proc/net/unix").read_text().splitlines()
+        # not by the socket's own name: the kernel tells the one that it was bound to, before it was opened to others
+        bound = {line.split()[6] for line in lines if f" {daemon.folder}/" in line}
+        for pid in daemon.processes():
+            found.update(_of_sessions(pid, bound))
     return found
 
 
-def _of_sessions(pid: int) -> Iterator[str]:
-    """Slots and accepted connections among a daemon's or a worker's descriptors."""
-    bound = {line.split()[6] for line in Path("/proc/net/unix").read_text().splitlines() if ".sock" in line}
+def _of_sessions(pid: int, bound: set[str]) -> Iterator[str]:
+    """Slots and accepted connections among a daemon's or a worker's descriptors.
+
+    Args:
+        pid: its process id.
+        bound: inodes of sockets that have a name in the daemon's folder, as all have that were accepted from one.
+    """
     for entry in os.listdir(f"/proc/{pid}/fd"):
         try:
             target = str(Path(f"/proc/{pid}/fd/{entry}").readlink())

@@ -5,14 +5,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-LEAKING = """
-import mmap, multiprocessing, os, socket, subprocess, sys, threading, time
+from conftest import RunningDaemon
+
+LEAKING = r"""
+import mmap, multiprocessing, os, pathlib, socket, subprocess, sys, threading, time
 import numpy as np
 import pytest
+from conftest import RunningDaemon
+from rootstock_client import ipi
+from rootstock_client.runtime_dir import control_socket
 
 kept = []
 
@@ -44,6 +50,27 @@ def test_process():
 
 def test_zombie():
     kept.append(subprocess.Popen(["true"]))
+
+@pytest.fixture(scope="session")
+def daemon():
+    return RunningDaemon(pathlib.Path(os.environ["DAEMONS_FOLDER"]))
+
+def ask(path, request):
+    sock = socket.socket(socket.AF_UNIX)
+    sock.connect(str(path))
+    sock.sendall(request)
+    assert sock.recv(12)
+    kept.append(sock)
+
+def test_session(daemon):
+    ask(daemon.socket, ipi.STATUS)
+
+def test_control_connection(daemon):
+    ask(control_socket(daemon.socket), b"GET /v1/status HTTP/1.1\r\nHost: x\r\n\r\n")
+
+def test_session_that_is_closed(daemon):
+    ask(daemon.socket, ipi.STATUS)
+    kept.pop().close()
 
 @pytest.mark.may_leak("to see that it may")
 def test_marked():
@@ -97,18 +124,22 @@ SEEN = {
     "test_thread": "thread 'left over'",
     "test_process": "process ",
     "test_zombie": "zombie",
+    "test_session": "a connection in process ",
+    "test_control_connection": "a connection in process ",
 }
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> str:
+def report(start_shared_daemon: Callable[..., RunningDaemon], tmp_path_factory: pytest.TempPathFactory) -> str:
     """What pytest says of tests that leak."""
-    folder = tmp_path_factory.mktemp("leaking")
+    folder, daemon = tmp_path_factory.mktemp("leaking"), start_shared_daemon("--model", "emt")
     (folder / "test_leaking.py").write_text(LEAKING)
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    variables = {"PYTHONPATH": path, "ROOTSTOCKD_LEAK_GRACE": "0.5", "DAEMONS_FOLDER": str(daemon.folder)}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "leaks", "-rA", "--strict-markers", str(folder)],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), "ROOTSTOCKD_LEAK_GRACE": "0.5"},
+        env={**os.environ, **variables},
         check=False,
         capture_output=True,
         text=True,
