@@ -18,6 +18,7 @@ from ase.build import bulk
 from ase.calculators.emt import EMT
 
 from conftest import RunningDaemon, wait_for
+from plain_driver import PlainDriver
 from rootstock_client import RootstockClient
 from rootstock_client.errors import LimitError, UnknownModelError, UserLimitError
 
@@ -200,6 +201,31 @@ def test_a_wrong_file_changes_nothing_and_says_why(configured, folder):
     assert configured.run("reload").returncode == 0
     with pytest.raises(UserLimitError, match=r"has 0 evaluations under way already, .* \(limits\.queued\)"):
         atoms.get_potential_energy()
+
+
+def test_only_evaluations_under_way_count_as_queued(configured, folder):
+    """One that is over, or whose driver has gone, is in nobody's way."""
+    (folder / "config.toml").write_text((folder / "config.toml").read_text() + "[limits]\nqueued = 1\n")
+    assert configured.run("reload").returncode == 0
+    atoms, worker = crystal(1), configured.model("emt")["pid"]
+    atoms.calc = configured.client().calculator("emt")
+    for _ in range(3):
+        atoms.rattle(0.01)
+        atoms.get_potential_energy()
+    os.kill(worker, signal.SIGSTOP)
+    try:
+        with PlainDriver(configured, crystal(2)) as other:
+            assert other.status() == "NEEDINIT"
+            other.init(b" ")
+            other.positions()
+            wait_for(lambda: "busy" in [session["state"] for session in configured.client().status()["sessions"]])
+            atoms.rattle(0.01)
+            with pytest.raises(UserLimitError, match=r"has 1 evaluation under way already, .* \(limits\.queued\)"):
+                atoms.get_potential_energy()
+        wait_for(lambda: len(configured.client().status()["sessions"]) <= 1)
+    finally:
+        os.kill(worker, signal.SIGCONT)
+    atoms.get_potential_energy()
 
 
 def test_a_changed_model_is_a_new_worker_and_sessions_keep_the_old(configured, folder):
