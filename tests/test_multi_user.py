@@ -13,16 +13,17 @@ import stat
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from conftest import ALL_OF_RICH, RunningDaemon
+from conftest import ALL_OF_RICH, RunningDaemon, wait_for
 from rootstock_client import ipi
 from rootstock_client.runtime_dir import control_socket
-from rootstockd.control.limits import PACE
+from rootstockd.control.limits import MAX_CONNECTIONS, PACE
 from rootstockd.host.log_rate import MOST
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be several users")
@@ -68,6 +69,28 @@ for number in range(sessions):
 print(json.dumps(answers), flush=True)
 sys.stdin.read()
 """
+SLOW = """
+import time
+from ase.calculators.emt import EMT
+
+class Slow(EMT):
+    def calculate(self, *arguments, **more):
+        time.sleep(0.02)
+        super().calculate(*arguments, **more)
+"""
+STEPS = f"""{ASKS}{COMPUTES}import threading{BECOME}
+def ask():
+    atoms = bulk("Cu", cubic=True)
+    atoms.calc = RootstockClient(arguments[0]).calculator("slow")
+    while True:
+        atoms.get_potential_energy()
+        atoms.calc.reset()
+
+for _ in range(4):
+    threading.Thread(target=ask, daemon=True).start()
+sys.stdin.read()
+"""
+"""Evaluates without end in four sessions."""
 COMMAND = f"{ASKS}{COMMANDS}{BECOME}main(arguments)"
 MODELS = f"""{ASKS}{BECOME}
 try:
@@ -253,6 +276,40 @@ def test_who_asks_without_end_waits_and_keeps_nobody_out(start):
         assert float(out) > 49 * PACE, err
 
 
+@contextlib.contextmanager
+def connecting_as(uid: int) -> Iterator[None]:
+    """Connections that are opened meanwhile are this user's, as the kernel tells it."""
+    os.seteuid(uid)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_half_of_the_control_connections_are_for_administrators(start, users):
+    """However many other users there are: three that have all that one may have would have three quarters."""
+    daemon = start(f"[access]\nusers = {json.dumps(list(users))}\n")
+    with contextlib.ExitStack() as stack:
+        opened = []
+        for uid in users.values():
+            for _ in range(MAX_CONNECTIONS // 4):
+                opened.append(stack.enter_context(socket.socket(socket.AF_UNIX)))
+                opened[-1].settimeout(60)
+                with connecting_as(uid):
+                    opened[-1].connect(str(control_socket(daemon.socket)))
+        for sock in opened:
+            with contextlib.suppress(BrokenPipeError):
+                sock.sendall(b"GET /v1/status HTTP/1.1\r\nHost: x\r\n\r\n")
+        answers = [sock.recv(12) for sock in opened]
+        taken = MAX_CONNECTIONS // 2
+        assert answers == [b"HTTP/1.1 200"] * taken + [b"HTTP/1.1 503"] * (len(opened) - taken)
+        for _ in range(taken):
+            opened.append(stack.enter_context(socket.socket(socket.AF_UNIX)))
+            opened[-1].connect(str(control_socket(daemon.socket)))
+            opened[-1].sendall(b"GET /v1/status HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert opened[-1].recv(12) == b"HTTP/1.1 200"
+
+
 def test_many_who_are_refused_leave_a_line_now_and_then(start):
     daemon = start('[access]\nusers = ["rsd-alice"]\n')
     with job("rsd-carol", daemon, 100) as answers:
@@ -294,11 +351,14 @@ def test_a_group_of_the_socket_keeps_others_out_and_lets_its_members_ask(start):
             assert status == 1 and "for its own user to read" in words.replace("the daemon's", "its"), words
 
 
-def test_only_administrators_stop_and_reload(start):
+def test_only_administrators_stop_reload_load_and_unload(start):
     daemon = start(f'[access]\nsocket_group = "{GROUP}"\nadmins = ["rsd-bob"]\n')
-    for command in ("stop", "reload", "restart"):
-        status, _, words = command_for("rsd-alice", daemon, command)
-        assert status == 1 and "rsd-alice does not administer this daemon" in words
+    for command in (["stop"], ["reload"], ["restart"], ["load", "lj"], ["unload", "emt"]):
+        status, _, words = command_for("rsd-alice", daemon, *command)
+        assert status == 1 and "rsd-alice does not administer this daemon" in words, words
+    assert [(model["name"], model["state"]) for model in daemon.client().status()["models"]] == [("emt", "ready")]
+    for command in (["load", "lj"], ["unload", "lj"]):
+        assert command_for("rsd-bob", daemon, *command)[0] == 0
     assert command_for("rsd-bob", daemon, "reload")[0] == 0
     status, _, words = command_for("rsd-bob", daemon, "restart")
     assert status == 1 and "the daemon runs as root" in words, words
@@ -308,14 +368,15 @@ def test_only_administrators_stop_and_reload(start):
 
 
 def test_limits_are_a_users_own(start):
-    limits = "[limits]\nsessions = 3\natoms = 100\n[users.rsd-bob]\nsessions = 5\natoms = 8\n"
-    daemon = start(f'[access]\ngroups = ["{GROUP}"]\n{limits}')
+    limits = "[limits]\nsessions = 3\natoms = 100\n[users.rsd-bob]\nsessions = 5\n[users.rsd-carol]\natoms = 8\n"
+    daemon = start(f'[access]\nusers = ["rsd-carol"]\ngroups = ["{GROUP}"]\n{limits}')
     with job("rsd-alice", daemon, 5) as answers:
         assert [isinstance(answer, float) for answer in answers] == [True] * 3 + [False] * 2
         assert answers[3:] == ["user-limit"] * 2
-        with job("rsd-bob", daemon, 7) as theirs:  # 4 atoms each: two sessions' worth
-            assert theirs[2:] == ["user-limit"] * 5  # three for atoms, two for sessions
-            assert [isinstance(answer, float) for answer in theirs[:2]] == [True] * 2
+        for name, sessions in (("rsd-bob", 5), ("rsd-carol", 2)):  # 4 atoms each
+            with job(name, daemon, sessions + 1) as theirs:
+                assert [isinstance(answer, float) for answer in theirs[:-1]] == [True] * sessions, name
+                assert theirs[-1] == "user-limit", name
     with job("rsd-alice", daemon, 2, 3) as answers:  # 108 atoms
         assert answers == ["limit"] * 2
     with job("rsd-alice", daemon, 3) as answers:  # what ended was counted out
@@ -332,6 +393,49 @@ def test_shares_are_shown_to_administrators_where_they_differ(start):
             (daemon.folder.parent / "config.toml").write_text(f'[access]\ngroups = ["{GROUP}"]\n')
             assert daemon.run("reload").returncode == 0
             assert "shares" not in daemon.run("status").stdout
+
+
+def evaluations(daemon: RunningDaemon) -> Counter[str]:
+    """How many were done for each user's sessions that are there."""
+    done: Counter[str] = Counter()
+    for session in daemon.client().status()["sessions"]:
+        done[session["user"]] += session["evaluations"]
+    return done
+
+
+def next_evaluations(daemon: RunningDaemon, count: int) -> Counter[str]:
+    """For whom the next ones are done, at least so many."""
+    before = evaluations(daemon)
+    wait_for(lambda: (evaluations(daemon) - before).total() >= count, timeout=120)
+    return evaluations(daemon) - before
+
+
+def test_evaluations_go_by_shares_and_by_others_after_a_reload(start, open_folder, monkeypatch):
+    """Two users of whom each has more to do than the worker can: what it does for them is as their shares are."""
+    (open_folder / "slow.py").write_text(SLOW)
+    (open_folder / "models.toml").write_text('[slow]\nfamily = "ase"\narguments = { calculator = "slow:Slow" }\n')
+    monkeypatch.setenv("PYTHONPATH", str(open_folder), prepend=os.pathsep)
+    rules = f'catalogues = ["models.toml"]\nbatch_atoms = 4\n[access]\ngroups = ["{GROUP}"]\n'
+
+    def with_shares(alice: float, bob: float) -> str:
+        return f"{rules}[users.rsd-alice]\nshare = {alice}\n[users.rsd-bob]\nshare = {bob}\n"
+
+    def reload(alice: float, bob: float) -> None:
+        (open_folder / "config.toml").write_text(with_shares(alice, bob))
+        assert daemon.run("reload").returncode == 0
+
+    daemon = start(with_shares(1, 3))
+    with contextlib.ExitStack() as stack:
+        for name in ("rsd-alice", "rsd-bob"):
+            stack.enter_context(as_user(name, STEPS, str(daemon.socket)))
+        wait_for(lambda: len(evaluations(daemon)) == 2 and min(evaluations(daemon).values()) > 4, timeout=60)
+        done = next_evaluations(daemon, 80)
+        assert 2 * done["rsd-alice"] < done["rsd-bob"] < 4.5 * done["rsd-alice"], done
+        reload(1, 0.0001)  # by which one evaluation counts as ten thousand of Alice's
+        next_evaluations(daemon, 20)
+        reload(3, 1)  # and is not held against Bob any more
+        done = next_evaluations(daemon, 80)
+        assert 2 * done["rsd-bob"] < done["rsd-alice"] < 4.5 * done["rsd-bob"], done
 
 
 def test_new_rules_hold_for_what_comes_and_leave_what_is_there(start):
