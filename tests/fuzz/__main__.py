@@ -1,5 +1,7 @@
 """`python tests/fuzz`: fuzz both sides of the protocol, and a daemon that runs; what came of it goes into a file.
 
+The exit status is 1 if anything was found.
+
 The suite has a short run of the same in `test_fuzz.py`. With atheris installed, `--guided SECONDS` lets coverage choose
 what to change.
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import datetime as dt
 import json
 import os
@@ -26,7 +29,7 @@ sys.path[:0] = [str(HERE), str(REPOSITORY)]
 
 import check  # noqa: E402
 import live  # noqa: E402
-from rootstock_client import driver_side, ipi, stream  # noqa: E402
+from rootstock_client import driver_side, engine_side, ipi, stream  # noqa: E402
 from rootstock_client.client import RootstockClient  # noqa: E402
 
 CORPUS = HERE.parent / "corpus"
@@ -73,7 +76,7 @@ def lines_of(code: types.CodeType) -> set[int]:
 def coverage(count: int, seed: int) -> dict[str, Any]:
     """Which lines of the protocol's functions so many inputs run."""
     run: dict[str, set[int]] = collections.defaultdict(set)
-    files = {module.__file__: module for module in (ipi, driver_side, stream)}
+    files = {module.__file__: module for module in (ipi, driver_side, engine_side, stream)}
 
     def trace(frame: types.FrameType, event: str, _: Any) -> Any:
         if frame.f_code.co_filename not in files:
@@ -86,7 +89,8 @@ def coverage(count: int, seed: int) -> dict[str, Any]:
     sys.settrace(trace)
     try:
         for _ in range(count):
-            check.random_input(rng, corpus)
+            with contextlib.suppress(AssertionError):  # it is among what `fuzz` found
+                check.random_input(rng, corpus)
     finally:
         sys.settrace(None)
     told: dict[str, Any] = {"inputs": count}
@@ -147,8 +151,19 @@ def against_daemon(count: int) -> dict[str, Any]:
     return told
 
 
+def found(result: dict[str, Any]) -> bool:
+    """Whether anything is as it should not be."""
+    daemon = result.get("daemon")
+    if daemon and not (
+        daemon["the daemon is the same"] and daemon["before"]["restarts"] == daemon["after"]["restarts"]
+    ):
+        return True
+    logged = daemon["tracebacks in the log"] if daemon else 0
+    return bool(logged or result["sides"]["findings"] or result.get("guided", {}).get("findings"))
+
+
 def main() -> None:
-    """All of it."""
+    """All of it; exits with 1 if anything was found."""
     parser = argparse.ArgumentParser(prog="python tests/fuzz", description=__doc__)
     parser.add_argument("--inputs", type=int, default=1_000_000)
     parser.add_argument("--connections", type=int, default=20_000)
@@ -165,7 +180,7 @@ def main() -> None:
         "hardware": machine.hardware(sorted(os.sched_getaffinity(0))),
         "software": machine.software(),
         "sides": fuzz(options.inputs, options.seed),
-        "coverage": coverage(20_000, options.seed),
+        "coverage": coverage(min(options.inputs, 20_000), options.seed),
     }
     if options.guided:
         result["guided"] = guided(options.guided)
@@ -174,6 +189,8 @@ def main() -> None:
     where = options.output or REPOSITORY / "benchmarks" / "results" / f"{today:%Y-%m-%d}-fuzz.json"
     where.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
+    if found(result):
+        sys.exit(f"something was found: see {where}")
 
 
 if __name__ == "__main__":
