@@ -23,7 +23,6 @@ from rootstockd.worker.conformance import CHECKS, ConformanceError, Skipped, Sub
 from rootstockd.worker.engines import EngineError, ModelSpec, Result, System, Task, load_engine
 from rootstockd.worker.engines.ase import AseEngine
 
-WITH_SPIN = "mace of charge and spin"
 EMT = {"calculator": "ase.calculators.emt:EMT"}
 D3 = {"damping": "bj", "xc": "pbe", "cutoff": 40 * BOHR, "cnthr": 40 * BOHR}
 MACE = {"weights": str(EMBEDDED_MODEL), "sha256": sha256(EMBEDDED_MODEL)}
@@ -75,18 +74,14 @@ def subject(name: str) -> Subject:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One that has to be made; and all are forgotten before Python itself ends, when libraries can't clean up."""
-    from test_mace_backends import write_with_spin
-
-    model = write_with_spin(tmp_path_factory.mktemp("weights") / "spin.model")
-    SPECS[WITH_SPIN] = ModelSpec("spin", "mace", "cpu", "float64", weights=str(model), sha256=sha256(model))
+def forget_engines() -> Iterator[None]:
+    """Before Python itself ends, when libraries can't clean up any more."""
     yield
     subject.cache_clear()
 
 
 @pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("name", [*SPECS, "mace exact", WITH_SPIN])
+@pytest.mark.parametrize("name", [*SPECS, "mace exact"])
 def test_conforms(name: str, check: str) -> None:
     try:
         CHECKS[check](subject(name))

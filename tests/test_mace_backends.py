@@ -133,17 +133,11 @@ def make_model(
     return model
 
 
-CHARGE_AND_SPIN = {
-    f"total_{name}": {"type": "categorical", "per": "graph", "num_classes": 11, "offset": 5, "emb_dim": 4}
-    for name in ("charge", "spin")
-}
-
-
 def write_with_spin(path):
     """A model that looks at charge and spin, as a file."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*torch.jit", DeprecationWarning)
-        torch.save(make_model(embedding_specs=CHARGE_AND_SPIN), path)
+        torch.save(make_model(**CHARGED), path)
     torch.set_default_dtype(torch.float32)
     return path
 
