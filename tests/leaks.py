@@ -130,6 +130,8 @@ def no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
     daemon = request.getfixturevalue("daemon") if "daemon" in request.fixturenames else None
     before = held(daemon)
     yield
+    if request.node.funcargs is None:  # it ends for Ctrl-C, and has its summary to print
+        return
     request.node.funcargs.clear()  # pytest itself still has what fixtures gave
     if request.node.stash.get(_failed, False) or request.node.get_closest_marker("may_leak") is not None:
         return  # what failed is held by its traceback

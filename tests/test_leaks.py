@@ -129,22 +129,26 @@ SEEN = {
 }
 
 
-@pytest.fixture(scope="module")
-def report(start_shared_daemon: Callable[..., RunningDaemon], tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What pytest says of tests that leak."""
-    folder, daemon = tmp_path_factory.mktemp("leaking"), start_shared_daemon("--model", "emt")
-    (folder / "test_leaking.py").write_text(LEAKING)
+def run_with_the_watch(folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run the tests in a folder as the tests of rootstockd are run."""
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    variables = {"PYTHONPATH": path, "ROOTSTOCKD_LEAK_GRACE": "0.5", "DAEMONS_FOLDER": str(daemon.folder)}
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "leaks", "-rA", "--strict-markers", str(folder)],
         cwd=folder,
-        env={**os.environ, **variables},
+        env={**os.environ, "PYTHONPATH": path, "ROOTSTOCKD_LEAK_GRACE": "0.5", **variables},
         check=False,
         capture_output=True,
         text=True,
         timeout=120,
     )
+
+
+@pytest.fixture(scope="module")
+def report(start_shared_daemon: Callable[..., RunningDaemon], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What pytest says of tests that leak."""
+    folder, daemon = tmp_path_factory.mktemp("leaking"), start_shared_daemon("--model", "emt")
+    (folder / "test_leaking.py").write_text(LEAKING)
+    done = run_with_the_watch(folder, DAEMONS_FOLDER=str(daemon.folder))
     return done.stdout + done.stderr
 
 
@@ -157,3 +161,11 @@ def test_it_sees(report: str, name: str) -> None:
 
 def test_it_sees_nothing_else(report: str) -> None:
     assert report.count("Failed: this test leaks") == len(SEEN), report
+
+
+def test_a_run_that_is_interrupted_ends_with_its_summary(tmp_path: Path) -> None:
+    tests = "def test_first(): pass\n\ndef test_second(tmp_path): raise KeyboardInterrupt\n"
+    (tmp_path / "test_interrupted.py").write_text(tests)
+    done = run_with_the_watch(tmp_path)
+    assert done.returncode == pytest.ExitCode.INTERRUPTED, done.stdout + done.stderr
+    assert "1 passed" in done.stdout and "AttributeError" not in done.stdout + done.stderr
