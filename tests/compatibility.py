@@ -12,7 +12,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -145,10 +145,15 @@ def merged(data: dict[str, list[Row]], rows: list[Row]) -> dict[str, list[Row]]:
     return {"run": sorted([*kept, *map(stated, rows)], key=_place), "not run": sorted(data["not run"], key=_place)}
 
 
-def with_a_test(rows: list[Row]) -> list[Row]:
-    """Those whose test is still there, and still shows something."""
-    found = _collected({row["test"].partition("::")[0] for row in rows})
-    return [row for row in rows if _uses_the_fixture(row["test"]) and found(row["test"])]
+def with_a_test(rows: list[Row], there: Collection[str] = ()) -> list[Row]:
+    """Those whose test is still there, and still shows something.
+
+    Args:
+        rows: of any tests.
+        there: tests that were found; whether others are there, pytest is asked.
+    """
+    found = _collected({row["test"].partition("::")[0] for row in rows if row["test"] not in there})
+    return [row for row in rows if _uses_the_fixture(row["test"]) and (row["test"] in there or found(row["test"]))]
 
 
 def _collected(paths: set[str]) -> Callable[[str], bool]:
