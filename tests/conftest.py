@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from compatibility import compatible, pytest_addoption, pytest_configure, pytest_runtest_call
 from leaks import no_leaks, pytest_runtest_makereport
@@ -34,6 +35,8 @@ from rootstockd.host.devices import seen_gpus
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ["ROOTSTOCKD_PATIENCE"] = "60"  # a test that waits for a daemon that nobody starts should say so
+settings.register_profile("rootstockd", deadline=None)  # the cores have other processes to work for, too
+settings.load_profile("rootstockd")
 
 __all__ = [  # found here by pytest
     "compatible",

@@ -342,7 +342,7 @@ users = st.integers(1, 4)
 some_jobs = st.lists(st.tuples(users, st.integers(1, 500), st.sampled_from([2e-4, 1e-2])), min_size=2, max_size=30)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(some_jobs, st.sampled_from([cpu, gpu]))
 def test_nobody_starves(described, cost):
     """Whoever has a single job waits for no more than two turns, whatever others do."""

@@ -220,7 +220,7 @@ def test_our_own_init_replaces_what_was_given_in_advance():
     assert parse_init(text(model="lj"), PRESET).model == "lj"
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.one_of(st.binary(), st.binary().map(lambda tail: b"{" + tail), st.binary().map(lambda b: b"batch_size:" + b)))
 def test_no_text_does_anything_else(init):
     for preset in (None, PRESET):

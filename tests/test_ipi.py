@@ -216,7 +216,7 @@ def driver_scripts(draw: st.DrawFn) -> Script:
     return Script(plan, stream, verdicts, events)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(script=driver_scripts(), cuts=st.lists(st.floats(0, 1), max_size=20), late=st.booleans())
 def test_a_driver_means_the_same_wherever_it_is_cut(script, cuts, late):
     owner = Owner(script.said, late=late)
@@ -363,7 +363,7 @@ class Asker:
                     self.answers.append(("result", energies.tobytes(), natoms, forces, virials.tobytes(), extras))
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(script=engine_scripts(), cuts=st.lists(st.floats(0, 1), max_size=20))
 def test_an_engine_means_the_same_wherever_it_is_cut(script, cuts):
     asker = Asker(script.batch)
@@ -433,7 +433,7 @@ def test_forces_that_the_client_has_no_room_for_are_refused():
 # --- what has come whole is read without the grammar, and means what it means with it
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(script=driver_scripts(), cuts=st.lists(st.floats(0, 1), max_size=6), late=st.booleans())
 def test_a_driver_means_the_same_without_the_short_way(script, cuts, late):
     edges = [round(cut * len(script.stream)) for cut in cuts]
@@ -445,7 +445,7 @@ def test_a_driver_means_the_same_without_the_short_way(script, cuts, late):
     assert owners[0].events == owners[1].events
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(script=engine_scripts(), cuts=st.lists(st.floats(0, 1), max_size=6))
 def test_an_engine_means_the_same_without_the_short_way(script, cuts):
     edges = [round(cut * len(script.stream)) for cut in cuts]
@@ -548,7 +548,7 @@ def mutated(pieces: st.SearchStrategy[bytes]) -> st.SearchStrategy[bytes]:
     return st.builds(mutate, st.lists(st.one_of(pieces, st.binary(max_size=20)), max_size=8), st.lists(changes))
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(stream=mutated(snippets), batch=st.sampled_from([1, 2]), refuse=st.booleans(), fussy=st.booleans())
 def test_no_driver_does_harm(stream, batch, refuse, fussy):
     owner = Owner([TROUBLE if refuse else batch] * 100, late=True, limits=small)
@@ -564,7 +564,7 @@ def only_two_atoms(natoms: int) -> memoryview:
     return memoryview(bytearray(96))[:48]
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(stream=mutated(answers), batch=st.sampled_from([1, 2]), asked=st.lists(st.sampled_from([STATUS, GETFORCE])))
 def test_no_engine_does_harm(stream, batch, asked):
     asker = Asker(batch, small)
@@ -1098,7 +1098,7 @@ class Conversation(RuleBasedStateMachine):
         assert not self.closed
 
 
-Conversation.TestCase.settings = settings(deadline=None, max_examples=100, stateful_step_count=40)
+Conversation.TestCase.settings = settings(max_examples=100, stateful_step_count=40)
 TestConversation = Conversation.TestCase
 
 

@@ -54,7 +54,7 @@ def test_they_are_those_of_the_host(device, name):
     compare(device, one.cell, one.positions, one.system.pbc)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     seed=st.integers(0, 2**32 - 1),
     atoms=st.integers(1, 60),

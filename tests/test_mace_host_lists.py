@@ -88,7 +88,7 @@ def test_of_large_batches_and_when_memory_lacks_nothing_is_kept(made, monkeypatc
     assert len(made) == 6
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**32 - 1),
     atoms=st.integers(1, 30),

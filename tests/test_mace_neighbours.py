@@ -65,7 +65,7 @@ def test_they_are_those_of_vesin(name):
         np.testing.assert_array_equal(found, same)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(
     seed=st.integers(0, 2**32 - 1),
     atoms=st.integers(1, 60),

@@ -136,7 +136,7 @@ def test_documented_entries_are_good_ones():
     assert len(SYMBOLS) == 119
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(CELLS, st.tuples(st.booleans(), st.booleans(), st.booleans()), st.booleans())
 def test_frames_change_axes_and_nothing_else(cell, pbc, triangular):
     cell = cell + 4 * np.eye(3)

@@ -360,5 +360,5 @@ class Story(RuleBasedStateMachine):
         assert all(evaluation.starved < MAX_STARVED for evaluation in self.live)
 
 
-Story.TestCase.settings = settings(deadline=None, max_examples=80, stateful_step_count=40)
+Story.TestCase.settings = settings(max_examples=80, stateful_step_count=40)
 TestStory = Story.TestCase

@@ -76,7 +76,7 @@ sizes = st.one_of(
 kinds = st.sampled_from([b"I", b"M", b"S"])
 
 
-@settings(deadline=None, max_examples=120)
+@settings(max_examples=120)
 @given(
     plan=st.lists(st.tuples(kinds, sizes, st.integers(0, 255)), max_size=6),
     cuts=st.lists(st.floats(0, 1), max_size=20),
