@@ -12,6 +12,7 @@ import socket
 import struct
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from ase.build import bulk
 from ase.calculators.calculator import PropertyNotImplementedError
 from ase.calculators.emt import EMT
 
-from conftest import EMBEDDED_MODEL, RunningDaemon, sha256, wait_for
+from conftest import EMBEDDED_MODEL, RunningDaemon, daemons, sha256, wait_for
 from rootstock_client import RootstockClient, RootstockError, ipi, runtime_dir
 from rootstock_client.driver_side import DriverSide
 from rootstock_client.errors import (
@@ -58,6 +59,43 @@ def bystander(daemon: RunningDaemon) -> Iterator[Atoms]:
     restarts = {model["name"]: model["restarts"] for model in after["models"]}
     assert not any(restarts.values())
     assert not any(model["waiting"] for model in after["models"])
+
+
+SLOPPY = """
+import numpy as np
+from ase.calculators.calculator import Calculator
+
+
+class Sloppy(Calculator):
+    implemented_properties = ["energy", "forces", "stress"]
+    forces = np.zeros((1, 3))
+
+    def calculate(self, atoms=None, properties=("energy",), system_changes=()):
+        self.forces[:] = -atoms.positions  # the same array for each result
+        self.results.update(energy=float((atoms.positions**2).sum() / 2), forces=self.forces)
+        if "stress" in properties:
+            self.results["stress"] = np.ones(6)
+"""
+
+
+@pytest.fixture(scope="module")
+def odd_calculators(runtime_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningDaemon]:
+    """A daemon whose catalogue has ASE calculators with something the matter: water, lj and sloppy."""
+    folder = tmp_path_factory.mktemp("odd")
+    (folder / "sloppy.py").write_text(SLOPPY)
+    catalogue = folder / "more.toml"
+    calculators = {
+        "water": "ase.calculators.tip3p:TIP3P",
+        "lj": "ase.calculators.lj:LennardJones",
+        "sloppy": "sloppy:Sloppy",
+    }
+    entry = '[{}]\nfamily = "ase"\narguments = {{ calculator = "{}" }}\n'
+    catalogue.write_text("".join(entry.format(*item) for item in calculators.items()))
+    with daemons(runtime_folder) as start:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+            daemon = start("--catalogue", str(catalogue))
+        yield daemon
 
 
 def failing(atoms: Atoms, client: RootstockClient, model: str = "emt", **options) -> RootstockError:
@@ -202,11 +240,9 @@ def test_a_head_that_the_model_lacks(daemon: RunningDaemon) -> None:
     assert isinstance(caught.value.__cause__, UnsupportedError)
 
 
-def test_a_property_that_the_model_lacks(start_daemon, tmp_path) -> None:
+def test_a_property_that_the_model_lacks(odd_calculators: RunningDaemon) -> None:
     """ASE's TIP3P computes no stress: asking for it is an error, never zeros."""
-    catalogue = tmp_path / "more.toml"
-    catalogue.write_text('[water]\nfamily = "ase"\narguments = { calculator = "ase.calculators.tip3p:TIP3P" }\n')
-    client = start_daemon("--catalogue", str(catalogue)).client()
+    client = odd_calculators.client()
     water = Atoms("OH2", [[0, 0, 0], [0.9572, 0, 0], [-0.24, 0.9266, 0]], cell=[20, 20, 20], pbc=True)
     water.calc = client.calculator("water")
     energy = water.get_potential_energy()
@@ -276,11 +312,9 @@ def test_a_refused_init_is_said_again(start_daemon, tmp_path) -> None:
     wait_for(taken, timeout=3 * RETRY_AFTER)
 
 
-def test_an_engine_that_gives_nan(start_daemon, tmp_path) -> None:
+def test_an_engine_that_gives_nan(odd_calculators: RunningDaemon) -> None:
     """Numbers that are none never reach a driver."""
-    catalogue = tmp_path / "more.toml"
-    catalogue.write_text('[lj]\nfamily = "ase"\narguments = { calculator = "ase.calculators.lj:LennardJones" }\n')
-    client = start_daemon("--catalogue", str(catalogue)).client()
+    client = odd_calculators.client()
     atoms = Atoms("He2", [[0, 0, 0], [0, 0, 1e-160]])
     error = failing(atoms, client, "lj")
     assert isinstance(error, EvaluationError)
@@ -303,36 +337,15 @@ def test_no_daemon(tmp_path, monkeypatch) -> None:
         RootstockClient(tmp_path / "gone.sock").status()
 
 
-SLOPPY = """
-import numpy as np
-from ase.calculators.calculator import Calculator
-
-
-class Sloppy(Calculator):
-    implemented_properties = ["energy", "forces", "stress"]
-    forces = np.zeros((1, 3))
-
-    def calculate(self, atoms=None, properties=("energy",), system_changes=()):
-        self.forces[:] = -atoms.positions  # the same array for each result
-        self.results.update(energy=float((atoms.positions**2).sum() / 2), forces=self.forces)
-        if "stress" in properties:
-            self.results["stress"] = np.ones(6)
-"""
-
-
-def test_a_calculator_that_is_careless_with_its_results(start_daemon, tmp_path, monkeypatch) -> None:
+def test_a_calculator_that_is_careless_with_its_results(odd_calculators: RunningDaemon) -> None:
     """One array for all its results, and last time's left among this time's: no session sees another's numbers."""
-    (tmp_path / "sloppy.py").write_text(SLOPPY)
-    (tmp_path / "more.toml").write_text('[sloppy]\nfamily = "ase"\narguments = { calculator = "sloppy:Sloppy" }\n')
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    daemon = start_daemon("--catalogue", str(tmp_path / "more.toml"))
-    got = daemon.batch("sloppy", [29], np.array([[[1.0, 0, 0]], [[5.0, 0, 0]]]))
+    got = odd_calculators.batch("sloppy", [29], np.array([[[1.0, 0, 0]], [[5.0, 0, 0]]]))
     force = -units.Bohr * units.Bohr / units.Hartree  # of 1 eV/Å² over 1 Bohr, in Hartree/Bohr
     np.testing.assert_allclose(got[:, 0], [[force, 0, 0], [5 * force, 0, 0]], atol=1e-12)
     atoms = Atoms("Cu", [[1, 0, 0]], cell=[5, 5, 5], pbc=True)
-    atoms.calc = daemon.client().calculator("sloppy")
+    atoms.calc = odd_calculators.client().calculator("sloppy")
     atoms.get_stress()
-    atoms.calc = daemon.client().calculator("sloppy")
+    atoms.calc = odd_calculators.client().calculator("sloppy")
     atoms.get_forces()
     assert "stress" not in atoms.calc.results
 

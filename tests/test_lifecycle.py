@@ -24,7 +24,7 @@ import pytest
 from ase.build import bulk
 from ase.calculators.emt import EMT
 
-from conftest import RunningDaemon, open_descriptors, rootstockd, wait_for
+from conftest import RunningDaemon, daemons, open_descriptors, rootstockd, wait_for
 from rootstock_client import RootstockClient, ipi
 from rootstock_client.errors import ConnectionLostError, DaemonNotFoundError, DrainingError, ModelChangedError
 from rootstockd import __version__
@@ -37,6 +37,19 @@ def copper(size: int = 1):
     atoms = bulk("Cu", cubic=True) * (size, size, size)
     atoms.rattle(0.05, seed=1)
     return atoms
+
+
+@pytest.fixture(scope="module")
+def daemon_with_emt(runtime_folder: Path) -> Iterator[RunningDaemon]:
+    with daemons(runtime_folder) as start:
+        yield start("--model", "emt")
+
+
+@pytest.fixture
+def daemon(daemon_with_emt: RunningDaemon) -> RunningDaemon:
+    """One with EMT warm, for tests after which it goes on as before, and without sessions."""
+    wait_for(lambda: not daemon_with_emt.client().status()["sessions"])
+    return daemon_with_emt
 
 
 def test_start_says_how_to_use_it(start_daemon) -> None:
@@ -82,16 +95,17 @@ def test_start_says_that_a_variable_meant_for_jobs_holds_for_workers(start_daemo
     assert words not in daemon.run("restart", env={"OMP_NUM_THREADS": "1"}).stdout
 
 
-def test_status_for_people_and_for_programs(own_daemon: RunningDaemon) -> None:
+def test_status_for_people_and_for_programs(daemon: RunningDaemon) -> None:
+    before = daemon.model("emt")["evaluations"]
     atoms = copper()
-    atoms.calc = own_daemon.client().calculator("emt")
+    atoms.calc = daemon.client().calculator("emt")
     atoms.get_forces()
-    shown = own_daemon.run("status").stdout
-    for words in ("ready on cpu", "emt", "float64", str(os.getpid()), str(own_daemon.model("emt")["pid"])):
+    shown = daemon.run("status").stdout
+    for words in ("ready on cpu", "emt", "float64", str(os.getpid()), str(daemon.model("emt")["pid"])):
         assert words in shown
-    told = json.loads(own_daemon.run("status", "--json").stdout)
+    told = json.loads(daemon.run("status", "--json").stdout)
     assert told["schema_version"] == 3
-    assert told["models"][0]["evaluations"] == 1
+    assert told["models"][0]["evaluations"] == before + 1
     assert told["sessions"][0]["pid"] == os.getpid()
     assert told["sessions"][0]["natoms"] == 4
 
@@ -460,23 +474,24 @@ def test_killed_daemon_takes_its_workers_along_and_can_be_started_again(own_daem
     np.testing.assert_array_equal(atoms.get_forces(), before)
 
 
-def test_killed_worker_costs_one_slow_step(own_daemon: RunningDaemon) -> None:
+def test_killed_worker_costs_one_slow_step(daemon: RunningDaemon) -> None:
     atoms = copper()
-    atoms.calc = own_daemon.client().calculator("emt")
+    atoms.calc = daemon.client().calculator("emt")
     reference = copper()
     reference.calc = EMT()
+    before = daemon.model("emt")["restarts"]
     for kill in range(3):
-        os.kill(own_daemon.model("emt")["pid"], signal.SIGKILL)
+        os.kill(daemon.model("emt")["pid"], signal.SIGKILL)
         atoms.rattle(0.01, seed=kill)
         reference.positions[:] = atoms.positions
         np.testing.assert_allclose(atoms.get_forces(), reference.get_forces(), atol=1e-9)
-    assert own_daemon.model("emt")["restarts"] == 3
+    assert daemon.model("emt")["restarts"] == before + 3
 
 
-def test_killed_in_the_middle_of_an_evaluation(own_daemon: RunningDaemon) -> None:
+def test_killed_in_the_middle_of_an_evaluation(daemon: RunningDaemon) -> None:
     """The slot goes to the next worker."""
     atoms = copper(size=12)  # takes EMT seconds
-    atoms.calc = own_daemon.client().calculator("emt")
+    atoms.calc = daemon.client().calculator("emt")
     outcome: list[object] = []
 
     def step() -> None:
@@ -487,7 +502,7 @@ def test_killed_in_the_middle_of_an_evaluation(own_daemon: RunningDaemon) -> Non
 
         def busy() -> bool:
             nonlocal pid
-            status = own_daemon.client().status()
+            status = daemon.client().status()
             pid = status["models"][0]["pid"]
             ready = status["models"][0]["state"] == "ready"
             return bool(ready and pid and status["sessions"] and status["sessions"][0]["state"] == "busy")
@@ -495,7 +510,7 @@ def test_killed_in_the_middle_of_an_evaluation(own_daemon: RunningDaemon) -> Non
         wait_for(busy)
         time.sleep(0.3)  # well into it
         os.kill(pid, signal.SIGKILL)
-        wait_for(lambda: own_daemon.model("emt")["pid"] not in (pid, None))
+        wait_for(lambda: daemon.model("emt")["pid"] not in (pid, None))
 
     thread = threading.Thread(target=step)
     thread.start()
@@ -506,23 +521,24 @@ def test_killed_in_the_middle_of_an_evaluation(own_daemon: RunningDaemon) -> Non
     np.testing.assert_allclose(outcome.pop(), reference.get_forces(), atol=1e-9)
 
 
-def test_client_and_then_worker_killed_in_the_middle_of_an_evaluation(own_daemon: RunningDaemon) -> None:
+def test_client_and_then_worker_killed_in_the_middle_of_an_evaluation(daemon: RunningDaemon) -> None:
     """Nobody is left to repeat it for; the daemon goes on."""
+    before = daemon.model("emt")["restarts"]
     code = (
         "import sys; from ase.build import bulk; from rootstock_client import RootstockClient\n"
         "atoms = bulk('Cu', cubic=True) * 12; atoms.calc = RootstockClient(sys.argv[1]).calculator('emt')\n"
         "atoms.get_forces()"
     )
-    with subprocess.Popen([sys.executable, "-c", code, str(own_daemon.socket)]) as process:
-        wait_for(lambda: any(s["state"] == "busy" for s in own_daemon.client().status()["sessions"]))
+    with subprocess.Popen([sys.executable, "-c", code, str(daemon.socket)]) as process:
+        wait_for(lambda: any(s["state"] == "busy" for s in daemon.client().status()["sessions"]))
         process.kill()
-    wait_for(lambda: not own_daemon.client().status()["sessions"])
-    os.kill(own_daemon.model("emt")["pid"], signal.SIGKILL)
+    wait_for(lambda: not daemon.client().status()["sessions"])
+    os.kill(daemon.model("emt")["pid"], signal.SIGKILL)
     atoms = copper()
-    atoms.calc = own_daemon.client().calculator("emt")
+    atoms.calc = daemon.client().calculator("emt")
     assert np.isfinite(atoms.get_potential_energy())
-    assert own_daemon.model("emt")["restarts"] == 1
-    assert "Traceback" not in own_daemon.log.read_text()
+    assert daemon.model("emt")["restarts"] == before + 1
+    assert "Traceback" not in daemon.log.read_text()
 
 
 def test_stop_drains(own_daemon: RunningDaemon) -> None:
@@ -613,12 +629,12 @@ def test_a_request_that_never_ends_does_not_keep_the_daemon_from_ending(own_daem
         assert own_daemon.run("stop", timeout=20).returncode == 0
 
 
-def test_a_driver_that_reads_nothing_gets_no_more_than_one_answer(own_daemon: RunningDaemon) -> None:
+def test_a_driver_that_reads_nothing_gets_no_more_than_one_answer(daemon: RunningDaemon) -> None:
     """Its requests wait in its own socket; the daemon's memory does not grow with them."""
-    process = psutil.Process(own_daemon.client().status()["pid"])
+    process = psutil.Process(daemon.client().status()["pid"])
     before = process.memory_info().rss
     with socket.socket(socket.AF_UNIX) as sock:
-        sock.connect(str(own_daemon.socket))
+        sock.connect(str(daemon.socket))
         sock.setblocking(False)
         sock.sendall(ipi.init_frame(json.dumps({"rootstock": 1, "k" * 60_000: 1}).encode()))
         sent = 0
@@ -628,12 +644,12 @@ def test_a_driver_that_reads_nothing_gets_no_more_than_one_answer(own_daemon: Ru
                 time.sleep(0.0005)
         assert sent < 10_000_000
         assert process.memory_info().rss - before < 20e6
-        assert own_daemon.client().status()["state"] == "ready"
+        assert daemon.client().status()["state"] == "ready"
 
 
-def test_clients_that_die_anywhere_in_a_message_leave_nothing(own_daemon: RunningDaemon) -> None:
+def test_clients_that_die_anywhere_in_a_message_leave_nothing(daemon: RunningDaemon) -> None:
     """Not even until the garbage collector next runs."""
-    pid, worker = own_daemon.client().status()["pid"], own_daemon.model("emt")["pid"]
+    pid, worker = daemon.client().status()["pid"], daemon.model("emt")["pid"]
     system = {"rootstock": 1, "model": "emt", "numbers": [29] * 1000, "pbc": [False] * 3}
     positions = np.arange(3000.0).reshape(-1, 3)
     stream = ipi.init_frame(json.dumps(system).encode())
@@ -642,9 +658,9 @@ def test_clients_that_die_anywhere_in_a_message_leave_nothing(own_daemon: Runnin
     def die(times: int) -> None:
         for part in np.linspace(0, 1, times):
             with socket.socket(socket.AF_UNIX) as sock:
-                sock.connect(str(own_daemon.socket))
+                sock.connect(str(daemon.socket))
                 sock.sendall(stream[: round(part * len(stream))])
-        wait_for(lambda: not own_daemon.client().status()["sessions"])
+        wait_for(lambda: not daemon.client().status()["sessions"])
 
     die(2)
     before = open_descriptors(pid), open_descriptors(worker)
@@ -652,17 +668,17 @@ def test_clients_that_die_anywhere_in_a_message_leave_nothing(own_daemon: Runnin
     wait_for(lambda: open_descriptors(pid) <= before[0] and open_descriptors(worker) <= before[1], timeout=5)
 
 
-def test_sessions_that_come_and_go_leave_nothing(own_daemon: RunningDaemon) -> None:
+def test_sessions_that_come_and_go_leave_nothing(daemon: RunningDaemon) -> None:
     atoms = copper()
-    pid, worker = own_daemon.client().status()["pid"], own_daemon.model("emt")["pid"]
+    pid, worker = daemon.client().status()["pid"], daemon.model("emt")["pid"]
 
     def cycle(times: int) -> None:
         for _ in range(times):
-            with own_daemon.client().calculator("emt") as calculator:
+            with daemon.client().calculator("emt") as calculator:
                 atoms.calc = calculator
                 calculator.results.clear()
                 atoms.get_forces()
-        wait_for(lambda: not own_daemon.client().status()["sessions"])
+        wait_for(lambda: not daemon.client().status()["sessions"])
 
     cycle(20)
     before = open_descriptors(pid), open_descriptors(worker)
