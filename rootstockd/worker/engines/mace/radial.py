@@ -111,6 +111,8 @@ class RadialTables:
         Raises:
             NotApplicableError: a length is too short for them, or they would be too large.
         """
+        if not self._by_pair and self._places and now.shortest >= self._begins[b""]:  # the one table that there is
+            return self._tables, _NONE, self._pieces, self._pieces / self._length, self._begin
         there, edges = self._pairs(now)
         kinds = [self._kind(pair) for pair in there]
         self._passes += 1
@@ -123,9 +125,9 @@ class RadialTables:
             self._pieces *= 2
             self._clear()
             return self.look_up(now)
-        begins = np.array([self._begins[kind] for kind in kinds])
-        if now.shortest < begins.max(initial=0.0):
-            limits = np.broadcast_to(begins[edges], now.lengths.shape)
+        begins = [self._begins[kind] for kind in kinds]
+        if now.shortest < max(begins, default=0.0):
+            limits = np.broadcast_to(np.array(begins)[edges], now.lengths.shape)
             for edge in np.flatnonzero(now.lengths < limits)[:1]:
                 raise NotApplicableError(
                     f"atoms that are {now.lengths[edge]:.2f} Å apart, where tables begin at {limits[edge]:.2f} Å"
