@@ -54,12 +54,10 @@ def headed(head: str) -> LennardJones:
 
 def made(name: str, folder: str) -> dict[str, str]:
     """A MACE that nobody has trained, as weights of a spec."""
-    import torch
-    from test_mace_backends import ARCHITECTURES, CHARGED, make_model
+    from test_mace_backends import ARCHITECTURES, CHARGED, write_model
 
     architecture = {"mace, two heads": ARCHITECTURES["two heads"], "mace, charge and spin": CHARGED}[name]
-    path = Path(folder, "made.model")
-    torch.save(make_model(**architecture), path)
+    path = write_model(Path(folder, "made.model"), **architecture)
     return {"weights": str(path), "sha256": sha256(path)}
 
 

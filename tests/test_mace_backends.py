@@ -133,11 +133,11 @@ def make_model(
     return model
 
 
-def write_with_spin(path):
-    """A model that looks at charge and spin, as a file."""
+def write_model(path, **architecture):
+    """One of `make_model`, as a file."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*torch.jit", DeprecationWarning)
-        torch.save(make_model(**CHARGED), path)
+        torch.save(make_model(**architecture), path)
     torch.set_default_dtype(torch.float32)
     return path
 

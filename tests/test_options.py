@@ -215,11 +215,11 @@ def test_a_spin_of_zero_is_nothing_said(start_daemon: Callable[..., RunningDaemo
     """As torch-sim has it of whoever says nothing: no multiplicity is 0. A charge of 0 is the default."""
     import torch
     import torch_sim as ts
-    from test_mace_backends import write_with_spin
+    from test_mace_backends import CHARGED, write_model
 
     from rootstock_client.torch_sim import RootstockModel
 
-    checksum = sha256(write_with_spin(tmp_path / "spin.model"))
+    checksum = sha256(write_model(tmp_path / "spin.model", **CHARGED))
     catalogue = tmp_path / "models.toml"
     catalogue.write_text(f'[with-spin]\nfamily = "mace"\nweights = "spin.model"\nsha256 = "{checksum}"\n')
     atoms = rattled(molecule("CH3CH2OH"))

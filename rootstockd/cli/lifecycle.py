@@ -11,11 +11,7 @@ from typing import Any
 import click
 
 from rootstock_client.control import request
-from rootstock_client.errors import (
-    ConnectionLostError,
-    DaemonNotFoundError,
-    RootstockError,
-)
+from rootstock_client.errors import ConnectionLostError, DaemonNotFoundError, RootstockError
 from rootstock_client.runtime_dir import control_socket
 from rootstock_client.sockets import connect
 from rootstockd.cli.common import (
