@@ -24,9 +24,10 @@ from rootstock_client.errors import (
     UnknownModelError,
 )
 from rootstock_client.runtime_dir import job_runtime_dir, share_file
+from rootstockd.control.api import control_server
 from rootstockd.control.limits import MAX_SCRAPERS
+from rootstockd.control.metrics import metrics_server
 from rootstockd.control.schema import ReloadReport
-from rootstockd.control.server import control_server, metrics_server
 from rootstockd.fleet.fleet import Fleet
 from rootstockd.fleet.warm_model import WorkerKey
 from rootstockd.host.descriptors import raise_descriptor_limit, share_descriptors

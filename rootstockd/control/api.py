@@ -1,11 +1,13 @@
-"""The routes of the control API."""
+"""The control API: its server on the control socket, and its routes."""
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import math
 import os
+import socket
 import time
 from typing import TYPE_CHECKING
 
@@ -13,10 +15,11 @@ import psutil
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import PlainTextResponse, Response
+from starlette.types import Scope
 
 import rootstockd
 from rootstock_client.errors import AccessDeniedError, RootstockError
-from rootstockd.control.limits import REFUSALS, invalid_request
+from rootstockd.control.limits import REFUSALS, BoundedBody, ControlProtocol, Paced, json_response
 from rootstockd.control.metrics import exposition
 from rootstockd.control.schema import (
     LONG,
@@ -33,6 +36,7 @@ from rootstockd.control.schema import (
     UnloadAnswer,
     UnloadRequest,
 )
+from rootstockd.control.server import Server
 from rootstockd.fleet.fleet import HOLD
 from rootstockd.host.devices import process_memory
 from rootstockd.host.log_rate import LogRate
@@ -54,10 +58,26 @@ log = logging.getLogger(__name__)
 log.addFilter(LogRate(log))
 
 
+def control_server(daemon: Daemon, sock: socket.socket) -> Server:
+    """The server on a daemon's control socket."""
+
+    def whose(scope: Scope) -> int | None:
+        uid = int(scope["client"][0])
+        return None if daemon.accounts.is_admin(uid) else uid
+
+    app = Paced(BoundedBody(make_app(daemon)), whose)
+    return Server(app, sock, functools.partial(ControlProtocol, daemon.accounts))
+
+
 def make_app(daemon: Daemon) -> FastAPI:
     """The control API of a daemon."""
     app = FastAPI(title="rootstockd", version=rootstockd.__version__, responses=REFUSALS)
-    app.add_exception_handler(RequestValidationError, invalid_request)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_request: Request, error: RequestValidationError) -> Response:
+        """What is wrong with a request, without what came: that may be nothing that JSON can say."""
+        problems = error.errors()[:10]
+        return json_response(422, [{"loc": p["loc"], "msg": p["msg"], "type": p["type"]} for p in problems])
 
     @app.exception_handler(RootstockError)
     async def refuse(_request: Request, error: RootstockError) -> Response:

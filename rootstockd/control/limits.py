@@ -10,8 +10,6 @@ from typing import TypeAlias
 
 import h11
 import uvicorn
-from fastapi import Request
-from fastapi.exceptions import RequestValidationError
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -221,13 +219,6 @@ class BoundedBody:
             return waiting.pop() if waiting else await receive()
 
         await self._app(scope, receive_body, send)
-
-
-async def invalid_request(_request: Request, error: Exception) -> Response:
-    """What is wrong with a request, without what came: that may be nothing that JSON can say."""
-    assert isinstance(error, RequestValidationError)
-    problems = error.errors()[:10]
-    return json_response(422, [{"loc": p["loc"], "msg": p["msg"], "type": p["type"]} for p in problems])
 
 
 def json_response(status: int, detail: object, headers: dict[str, str] | None = None) -> Response:

@@ -6,6 +6,7 @@ docs/monitoring.md lists them. Counters begin with the daemon and never go back.
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -30,6 +31,8 @@ from starlette.routing import Route
 
 import rootstockd
 from rootstock_client.errors import ConnectionLostError, DaemonNotFoundError, NotAnsweringError, RootstockError
+from rootstockd.control.limits import BoundedProtocol, Paced
+from rootstockd.control.server import Server
 from rootstockd.supervision.meter import Histogram
 from rootstockd.supervision.roles import State
 
@@ -85,8 +88,8 @@ async def exposition(daemon: Daemon, accept: str, *, users: bool) -> Response:
     return Response(text + form.end, media_type=form.content_type)
 
 
-def make_metrics_app(daemon: Daemon) -> Starlette:
-    """What answers on the port for metrics, to whoever asks."""
+def metrics_server(daemon: Daemon, sock: socket.socket) -> Server:
+    """The server on the port where a daemon has its metrics, for whoever asks."""
     made: dict[bool, tuple[float, Response]] = {}
     making = asyncio.Lock()
 
@@ -98,7 +101,8 @@ def make_metrics_app(daemon: Daemon) -> Starlette:
                 made[form] = time.monotonic(), await exposition(daemon, accept, users=daemon.config.metrics_users)
             return made[form][1]
 
-    return Starlette(routes=[Route("/metrics", metrics)])
+    app = Starlette(routes=[Route("/metrics", metrics)])
+    return Server(Paced(app, lambda _: 0), sock, BoundedProtocol)  # the app reads no bodies
 
 
 class DaemonCollector(Collector):

@@ -1,23 +1,16 @@
-"""The HTTP servers: for the control API on the control socket, and for metrics alone on a port."""
+"""What serves HTTP, on the daemon's loop or a command's."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import socket
 from collections.abc import Callable, Generator
-from typing import TYPE_CHECKING
 
 import uvicorn
-from starlette.types import ASGIApp, Scope
+from starlette.types import ASGIApp
 
-from rootstockd.control.api import make_app
-from rootstockd.control.limits import BoundedBody, BoundedProtocol, ControlProtocol, Paced
-from rootstockd.control.metrics import make_metrics_app
+from rootstockd.control.limits import BoundedProtocol
 from rootstockd.sessions.door import Door
-
-if TYPE_CHECKING:
-    from rootstockd.daemon import Daemon
 
 
 class Server(uvicorn.Server):
@@ -62,19 +55,3 @@ class Server(uvicorn.Server):
     def capture_signals(self) -> Generator[None, None, None]:
         """Leave the signals alone."""
         yield
-
-
-def control_server(daemon: Daemon, sock: socket.socket) -> Server:
-    """The server on a daemon's control socket."""
-
-    def whose(scope: Scope) -> int | None:
-        uid = int(scope["client"][0])
-        return None if daemon.accounts.is_admin(uid) else uid
-
-    app = Paced(BoundedBody(make_app(daemon)), whose)
-    return Server(app, sock, functools.partial(ControlProtocol, daemon.accounts))
-
-
-def metrics_server(daemon: Daemon, sock: socket.socket) -> Server:
-    """The server on the port where a daemon has its metrics."""
-    return Server(Paced(make_metrics_app(daemon), lambda _: 0), sock, BoundedProtocol)  # the app reads no bodies
