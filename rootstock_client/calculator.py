@@ -6,7 +6,7 @@ import copy
 import json
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, cast
@@ -19,12 +19,11 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from rootstock_client.connection import Connection
 from rootstock_client.errors import ProtocolError, UnsupportedError, model_changed
 from rootstock_client.ipi import PROTOCOL_VERSION, FloatArray, ForceReady
+from rootstock_client.parameters import ON_REQUEST, PARAMETERS, SENT
 from rootstock_client.patience import patience_in_seconds
 from rootstock_client.snapshot import Box, Snapshot
 from rootstock_client.units import BOHR, HARTREE
 
-_ON_REQUEST = frozenset({"stress", "energies"})
-"""What costs extra, and is computed only for those who ask."""
 _POTENTIAL = ("model", "dtype", "dispersion")
 """The parameters that choose a potential; the others say how it is evaluated."""
 _BOHR, _FORCE = np.array(BOHR), np.array(HARTREE / BOHR)
@@ -57,6 +56,8 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         tolerance: how far a faster implementation's forces may differ from the reference's on the first structure, in
             eV/Å, and by this part of the largest force where that is over 1 eV/Å, up to 100; energies (in eV an atom)
             and virials likewise. By default 1e-4 in float32 and 1e-9, rounding, in float64.
+        properties: what is computed with each evaluation, asked for or not: some of "stress" and "energies". For
+            workflows that write down what a calculator has, and can't be had to ask.
         fingerprint: what the model's must be; see the attribute. None takes it as it is found.
         patience: how many seconds to wait for a daemon that has gone; see RootstockClient.
     """
@@ -75,6 +76,7 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         dispersion: bool | dict[str, Any] = False,
         exact: bool = False,
         tolerance: float | None = None,
+        properties: Sequence[str] = (),
         fingerprint: str | None = None,
         patience: float | None = None,
     ) -> None:
@@ -82,7 +84,8 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         self._seen: Snapshot | None = None
         """What `results` belong to. None before they change, so that whoever sees one twice has those in between."""
         self.results: dict[str, Any]
-        super().__init__(model=model, dtype=dtype, head=head, dispersion=dispersion, exact=exact, tolerance=tolerance)
+        how = {"exact": exact, "tolerance": tolerance, "properties": properties}
+        super().__init__(model=model, dtype=dtype, head=head, dispersion=dispersion, **how)
         self._potential = self._chosen(self._settings())
         self.fingerprint = fingerprint
 
@@ -133,14 +136,14 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         self._seen = None if atoms is None else Snapshot(atoms)
 
     def set(self, **parameters: Any) -> dict[str, Any]:
-        """Change some of `model`, `dtype`, `head`, `dispersion`, `exact` and `tolerance`; what has changed.
+        """Change some of `model`, `dtype`, `head`, `dispersion`, `exact`, `tolerance`, `properties`; what has changed.
 
         Raises:
             TypeError: there is no such parameter, or a value is of the wrong kind.
         """
-        if unknown := parameters.keys() - _PARAMETERS.keys():
-            raise TypeError(f"there is no parameter {', '.join(sorted(unknown))}; there are {', '.join(_PARAMETERS)}")
-        changed = super().set(**{name: _PARAMETERS[name](value) for name, value in parameters.items()})
+        if unknown := parameters.keys() - PARAMETERS.keys():
+            raise TypeError(f"there is no parameter {', '.join(sorted(unknown))}; there are {', '.join(PARAMETERS)}")
+        changed = super().set(**{name: PARAMETERS[name](value) for name, value in parameters.items()})
         return cast("dict[str, Any]", changed)
 
     def todict(self, skip_default: bool = True) -> dict[str, Any]:  # noqa: FBT001,FBT002 - ASE's signature
@@ -150,7 +153,9 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         """
         settings = {**self._settings(), "fingerprint": self.fingerprint}
         return {
-            key: value for key, value in settings.items() if not skip_default or not (value is None or value is False)
+            key: value
+            for key, value in settings.items()
+            if not skip_default or not (value is None or value is False or value == ())
         }
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
@@ -177,7 +182,7 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
             if name not in self.results:
                 if not allow_calculation:
                     return None
-                self._calculate(snapshot, frozenset({name}))
+                self._calculate(snapshot, frozenset({name}), self.results)
             if allow_calculation:  # else it is taken if it is there, as by what writes trajectories
                 self._asked.add(name)
             result = self.results[name]
@@ -197,7 +202,7 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         del system_changes
         self._leave_to_parent()
         with self._lock:
-            self._calculate(self._seen if atoms is None else Snapshot(atoms), frozenset(properties or ()))
+            self._calculate(self._seen if atoms is None else Snapshot(atoms), frozenset(properties or ()), {})
 
     def _leave_to_parent(self) -> None:
         """After a fork the session is the parent's, and locks may be held for ever by threads that are not there."""
@@ -210,14 +215,18 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
 
     # --- the exchange
 
-    def _calculate(self, snapshot: Snapshot | None, asked: frozenset[str]) -> None:
+    def _calculate(self, snapshot: Snapshot | None, asked: frozenset[str], given: dict[str, Any]) -> None:
+        """Have results with what is asked for; those of the same structure that were `given` out stay as they were.
+
+        Another backend may compute it this time: a session's first answer is the reference's.
+        """
         if snapshot is None:
             raise CalculatorSetupError("there are no atoms to evaluate yet")
         if self._box is None or not self._box.fits(snapshot):
             self._box = Box(snapshot)
         if "stress" in asked and not self._box.has_stress:
             raise PropertyNotImplementedError("stress needs a periodic system with a volume: set cell and pbc")
-        wanted = (asked | self._asked | self._asked_before) & _ON_REQUEST
+        wanted = (asked | self._asked | self._asked_before | set(self.parameters["properties"])) & ON_REQUEST
         if not self._box.has_stress:
             wanted -= {"stress"}
         try:
@@ -225,7 +234,7 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         except UnsupportedError as error:
             raise PropertyNotImplementedError(str(error)) from error
         self._seen = None
-        self.results = results
+        self.results = {**results, **given}
         self._seen = snapshot
 
     def _evaluate(self, snapshot: Snapshot, box: Box, wanted: frozenset[str]) -> dict[str, Any]:
@@ -308,7 +317,7 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
                 "charge": snapshot.charge,
                 "spin": snapshot.spin,
                 "want": ["energy", "forces", *sorted(wanted)],
-                **{name: settings[name] for name in _PARAMETERS},  # others note down things of their own beside them
+                **{name: settings[name] for name in SENT},  # others note down things of their own beside them
             }
             self._init = json.dumps(fields).encode()
             self._system = system
@@ -373,32 +382,6 @@ class _Forked:
 
 
 _forked = _Forked()
-
-
-def _dispersion(value: Any) -> bool | dict[str, Any]:
-    """As INIT has it."""
-    if not isinstance(value, dict):
-        return _yes_or_no("dispersion", value)
-    return {key: setting if isinstance(setting, str) else float(setting) for key, setting in value.items()}
-
-
-def _yes_or_no(name: str, value: Any) -> bool:
-    """A word such as "zero" or "no" would count as True."""
-    if not isinstance(value, (bool, np.bool_)):
-        allowed = "True, False or a dict" if name == "dispersion" else "True or False"
-        raise TypeError(f"{name} is {allowed}, not {value!r}")
-    return bool(value)
-
-
-_PARAMETERS: dict[str, Callable[[Any], Any]] = {
-    "model": str,
-    "dtype": lambda value: None if value is None else np.dtype(value).name,  # numpy.float32 is as good as "float32"
-    "head": lambda value: value,
-    "dispersion": _dispersion,
-    "exact": lambda value: _yes_or_no("exact", value),
-    "tolerance": lambda value: None if value is None else float(value),
-}
-"""What each may be given as, as INIT has it."""
 
 
 def _read_extras(text: bytes, energies: int) -> tuple[str | None, str | None, FloatArray]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -39,7 +40,7 @@ class RootstockClient:
     def __repr__(self) -> str:
         return f"RootstockClient({str(self.socket)!r}, patience={self.patience:g})"
 
-    def calculator(
+    def calculator(  # noqa: PLR0913 - what a session can ask for
         self,
         model: str,
         *,
@@ -48,6 +49,7 @@ class RootstockClient:
         dispersion: bool | dict[str, Any] = False,
         exact: bool = False,
         tolerance: float | None = None,
+        properties: Sequence[str] = (),
         fingerprint: str | None = None,
     ) -> RootstockCalculator:
         """An ASE calculator that has `model` evaluated by the daemon.
@@ -59,6 +61,7 @@ class RootstockClient:
             dispersion: whether to add a D3 correction, or a dict with its settings; see RootstockCalculator.
             exact: same structure, same bits, whatever came before and whatever other sessions do.
             tolerance: how far a faster implementation may differ from the reference, in eV/Å; see RootstockCalculator.
+            properties: what is computed with each evaluation, asked for or not: some of "stress" and "energies".
             fingerprint: what the model's must be, such as that of the job that this one goes on from; ModelChangedError
                 is raised if it is another.
         """
@@ -72,6 +75,7 @@ class RootstockClient:
             dispersion=dispersion,
             exact=exact,
             tolerance=tolerance,
+            properties=properties,
             fingerprint=fingerprint,
             patience=self.patience,
         )

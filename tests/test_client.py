@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import multiprocessing
 import os
 import pickle
@@ -95,6 +96,53 @@ def test_stress_is_computed_only_when_it_is_asked_for(daemon: RunningDaemon) -> 
     atoms.rattle(0.01, seed=10)
     atoms.get_forces()  # nobody asked for the last one's
     assert "stress" not in atoms.calc.results
+
+
+def test_what_was_given_out_stays_when_more_is_asked_for(daemon: RunningDaemon) -> None:
+    """A session's first answer is mace-torch's, and what answers next differs by some µeV an atom in float32."""
+    atoms = bulk("Cu", cubic=True) * (3, 3, 3)
+    atoms.rattle(0.1, seed=1)
+    atoms.calc = daemon.client().calculator("mace-emt-small", dtype="float32")
+    energy, forces, first = atoms.get_potential_energy(), atoms.get_forces(), atoms.calc.backend
+    stress = atoms.get_stress()
+    energies = atoms.get_potential_energies()
+    assert first != atoms.calc.backend
+    assert atoms.get_potential_energy() == energy
+    np.testing.assert_array_equal(atoms.get_forces(), forces)
+    np.testing.assert_array_equal(atoms.get_stress(), stress)
+    np.testing.assert_allclose(sum(energies), energy, atol=2e-3)
+    atoms.calc.calculate(atoms)  # who says so has it all anew
+    assert atoms.get_potential_energy() != energy
+
+
+def test_properties_that_come_with_each_evaluation(daemon: RunningDaemon, tmp_path: Path) -> None:
+    """For workflows that write down what a calculator has."""
+    atoms = copper()
+    calculator = daemon.client().calculator("emt", properties=["stress", "energies", "forces"])
+    atoms.calc = calculator
+    before = evaluations(daemon)
+    with Trajectory(tmp_path / "md.traj", "w", atoms) as trajectory:
+        for step in range(3):
+            atoms.rattle(0.01, seed=step)
+            atoms.get_potential_energy()
+            trajectory.write()
+    assert evaluations(daemon) == before + 3
+    with Trajectory(tmp_path / "md.traj") as trajectory:
+        for frame in trajectory:
+            np.testing.assert_allclose(frame.get_stress(), emt(frame).get_stress(), atol=1e-9)
+            np.testing.assert_allclose(frame.get_potential_energies(), emt(frame).get_potential_energies(), atol=1e-9)
+    atoms.pbc = False
+    atoms.get_potential_energy()  # there is none, and nobody has asked for it by name
+    assert calculator.results.keys() == {"energy", "free_energy", "forces", "energies"}
+    again = daemon.client().calculator(**json.loads(json.dumps(calculator.todict())))
+    assert again.parameters == calculator.parameters
+    assert "properties" not in daemon.client().calculator("emt").todict()
+    calculator.set(properties=())
+    atoms.get_potential_energy()
+    assert calculator.results.keys() == {"energy", "free_energy", "forces"}
+    for wrong in ("stress", ["dipole"], 3):
+        with pytest.raises(TypeError):
+            daemon.client().calculator("emt", properties=wrong)
 
 
 def test_what_is_only_written_is_not_asked_for(daemon: RunningDaemon, tmp_path: Path) -> None:

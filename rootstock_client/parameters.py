@@ -1,0 +1,47 @@
+"""What a calculator may be told, and what becomes of each value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+ON_REQUEST = frozenset({"stress", "energies"})
+"""What costs extra, and is computed only for those who ask."""
+ALWAYS = frozenset({"energy", "free_energy", "forces"})
+"""What comes with every evaluation."""
+
+
+def _properties(names: Iterable[str]) -> tuple[str, ...]:
+    """Those of them that cost extra."""
+    if isinstance(names, str) or not (asked := set(names)) <= ON_REQUEST | ALWAYS:
+        raise TypeError(f"properties is a list with some of {', '.join(sorted(ON_REQUEST))}, not {names!r}")
+    return tuple(sorted(asked - ALWAYS))
+
+
+def _dispersion(value: Any) -> bool | dict[str, Any]:
+    if not isinstance(value, dict):
+        return _yes_or_no("dispersion", value)
+    return {key: setting if isinstance(setting, str) else float(setting) for key, setting in value.items()}
+
+
+def _yes_or_no(name: str, value: Any) -> bool:
+    """A word such as "zero" or "no" would count as True."""
+    if not isinstance(value, (bool, np.bool_)):
+        allowed = "True, False or a dict" if name == "dispersion" else "True or False"
+        raise TypeError(f"{name} is {allowed}, not {value!r}")
+    return bool(value)
+
+
+SENT: dict[str, Callable[[Any], Any]] = {
+    "model": str,
+    "dtype": lambda value: None if value is None else np.dtype(value).name,  # numpy.float32 is as good as "float32"
+    "head": lambda value: value,
+    "dispersion": _dispersion,
+    "exact": lambda value: _yes_or_no("exact", value),
+    "tolerance": lambda value: None if value is None else float(value),
+}
+"""What each may be given as, as INIT has it."""
+PARAMETERS: dict[str, Callable[[Any], Any]] = {**SENT, "properties": _properties}
+"""These, and what says which properties INIT asks for."""
