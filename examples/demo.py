@@ -177,6 +177,8 @@ def daemon(folder: Path) -> Iterator[None]:
 def measure(folder: Path, device: str) -> dict[str, Any]:
     """Times both ways, with the daemon otherwise idle: to the first force from nothing (s), and a step (s)."""
     weights = str(importlib.resources.files("rootstockd.models") / "embedded" / f"{MODEL}.model")
+    # the process's threads sleep while they wait, as the daemon's do: spinning is slow wherever others need the CPUs
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     setups = {"daemon": THROUGH_DAEMON, "process": IN_PROCESS.format(weights=weights, device=device, dtype=DTYPE)}
     first: dict[str, float] = {}
     answers: dict[str, list[tuple[float, float, np.ndarray]]] = {way: [] for way in setups}
@@ -190,7 +192,7 @@ def measure(folder: Path, device: str) -> dict[str, Any]:
             first[way] = time.perf_counter() - start
             console.print(f"first force, {way}: {first[way]:.1f} s")
         # a few steps each in turn, so that whatever else the machine does is shared fairly; the first ones of a turn
-        # do not count: the other side's threads still spin, waiting for work
+        # do not count: caches are the other side's
         for turn in range(TURNS):
             seeds = range(1 + turn * TURN_STEPS, 1 + (turn + 1) * TURN_STEPS)
             for way, job in jobs.items():
@@ -290,7 +292,8 @@ def table(results: dict[str, dict[str, Any]], times: dict[str, Any], device: str
     race("108 Cu, one step (median)", times["step"], 1000, "ms")
     if device == "cpu":
         threads = os.environ.get("OMP_NUM_THREADS")
-        words = "as many as torch takes by itself" if threads is None else f"OMP_NUM_THREADS={threads}"
+        words = "as many as torch takes" if threads is None else f"OMP_NUM_THREADS={threads}"
+        words += f", OMP_WAIT_POLICY={os.environ['OMP_WAIT_POLICY']}"
         picture.add_row("    threads of the process", "", words, "")
     picture.add_section()
     label = f"NVE of 108 Cu, {dynamics['steps']} steps: energy drift"
