@@ -60,6 +60,9 @@ def home():
             shutil.copy(EMBEDDED_MODEL, home / "mirror" / name)
         shutil.copy(EMBEDDED_MODEL, home / "my-mace.model")
         yield home
+        # all that was started has ended with the last of a page's commands, but where one of them failed
+        stop = [sys.executable, "-m", "rootstockd", "stop", "--force"]
+        subprocess.run(stop, env=environment(home), capture_output=True, check=False, timeout=60)
 
 
 def environment(home):
@@ -104,33 +107,45 @@ def assert_shown(printed, shown):
 def test_commands_and_programs(name, home):
     blocks = BLOCK.findall((DOCS / name).read_text())
     assert len(blocks) > 1
-    try:
-        for kind, text in blocks:
-            if kind in {"toml", "xml"}:
-                (name,) = re.findall(r"~/(\S+)", text.partition("\n")[0])
-                path = home / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with path.open("a") as file:
-                    file.write(text)
-            elif kind == "python":
-                old = version("torch-sim-atomistic").startswith("0.3")  # the last for Python 3.11
-                program = text.replace("ts.Integrator.", "ts.integrators.") if old else text
-                printed = run([sys.executable, "-c", program], home)
-                assert printed.strip()
-            elif kind == "text":
-                assert_shown(printed, text)
-            else:
-                for line in text.splitlines():
-                    assert line.startswith("$ "), line
-                    run(["bash", "-c", line.removeprefix("$ ")], home)
-    finally:  # all that it started has ended with the last of its commands, but where one of them failed
-        subprocess.run(
-            [sys.executable, "-m", "rootstockd", "stop", "--force"],
-            env=environment(home),
-            capture_output=True,
-            check=False,
-            timeout=60,
-        )
+    for kind, text in blocks:
+        if kind in {"toml", "xml"}:
+            (name,) = re.findall(r"~/(\S+)", text.partition("\n")[0])
+            path = home / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as file:
+                file.write(text)
+        elif kind == "python":
+            old = version("torch-sim-atomistic").startswith("0.3")  # the last for Python 3.11
+            program = text.replace("ts.Integrator.", "ts.integrators.") if old else text
+            printed = run([sys.executable, "-c", program], home)
+            assert printed.strip()
+        elif kind == "text":
+            assert_shown(printed, text)
+        else:
+            for line in text.splitlines():
+                assert line.startswith("$ "), line
+                run(["bash", "-c", line.removeprefix("$ ")], home)
+
+
+def test_the_tour(home):
+    """The README's, by hand."""
+    tour = (DOCS.parent / "README.md").read_text().partition("## A tour")[2].partition("\n## ")[0]
+    printed = {}
+    for kind, text in BLOCK.findall(tour):
+        if kind == "python":
+            printed["python"] = run([sys.executable, "-c", text], home)
+        for command in re.findall(r"^\$ (rootstockd .*)", text, re.MULTILINE):
+            printed[command.split()[1]] = run(["bash", "-c", command], home)
+    assert list(printed) == ["start", "python", "status", "logs", "stop"]
+    assert "\nready on cpu, models loaded: mace-emt-small\n" in f"\n{printed['start']}"
+    assert str(home / "run") in printed["start"]
+    steps = printed["python"].count("BFGS:")
+    evaluations = steps + 1  # and one for the stress
+    row = rf"^mace-emt-small  float64  ready  cpu +0 +0 .* {evaluations} +1\.0 "
+    assert re.search(row, printed["status"], re.MULTILINE) and f" {evaluations}  " in tour
+    assert "\nmace-emt-small: fused (mace-torch 0.3.16, torch 2." in printed["status"]
+    assert len(printed["logs"].splitlines()) == 2
+    assert printed["stop"] == "stopped\n"
 
 
 def commands_of(path):
