@@ -458,6 +458,25 @@ def test_what_lies_at_the_address(start_daemon, runtime_folder: Path) -> None:
     assert "others may write to it" in start().stderr
 
 
+def test_what_lies_beside_the_address(runtime_folder: Path) -> None:
+    """The lock file of another tool is no daemon's, and backups of an editor are nobody's who starts one."""
+    folder = runtime_folder / "beside"
+    folder.mkdir(mode=0o700)
+    address, log = folder / "uv.sock", folder / "log"
+    precious = {name: folder / name for name in ("uv.lock", "uv.soc~", "uv.contro~")}
+    for path in precious.values():
+        path.write_text("precious")
+    refused = rootstockd("start", "--device", "cpu", "--socket", address, "--log-file", log)
+    assert f"Error: {folder}/uv.lock is not the lock file of a daemon of yours; it is left alone." in refused.stderr
+    assert "choose another --socket" in refused.stderr and refused.returncode == 1
+    assert precious.pop("uv.lock").read_text() == "precious"
+    (folder / "uv.lock").unlink()
+    assert rootstockd("start", "--device", "cpu", "--socket", address, "--log-file", log).returncode == 0
+    assert rootstockd("stop", "--socket", address).returncode == 0
+    assert {path.name for path in folder.iterdir()} == {"log", *precious}
+    assert all(path.read_text() == "precious" for path in precious.values())
+
+
 def test_killed_daemon_takes_its_workers_along_and_can_be_started_again(own_daemon: RunningDaemon) -> None:
     status = own_daemon.client().status()
     worker = psutil.Process(status["models"][0]["pid"])

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from rootstock_client.runtime_dir import MAX_SOCKET_PATH
-from rootstockd.host.sockets import AddressError, claim_gpu, listen, lock, make_runtime_dir
+from rootstockd.host.sockets import AddressError, claim_gpu, listen, lock, make_runtime_dir, name_until_open
 
 as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
 
@@ -106,6 +106,39 @@ def test_what_is_no_socket_is_left_alone_and_named(short, kind):
         assert path.read_text() == "precious"
     if kind.startswith("link"):
         assert (short / "other.sock").exists()
+
+
+@pytest.mark.parametrize("name", ["uv.sock", "a.control", "a" * 200])
+def test_the_name_until_a_socket_is_open(short, name):
+    """It is that of no backup of an editor, and as long as the shortest control socket's at most."""
+    unseen = name_until_open(short / name)
+    assert unseen.parent == short and len(unseen.name) == len("a.control") and unseen.name.startswith(".rsd")
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "live", "stale"])
+def test_what_lies_where_a_socket_is_until_it_is_open(short, kind):
+    """What a daemon left that was killed just then is replaced."""
+    path = short / "a.sock"
+    unseen = name_until_open(path)
+    with socket.socket(socket.AF_UNIX) as other:
+        match kind:
+            case "file":
+                unseen.write_text("precious")
+            case "folder":
+                unseen.mkdir()
+            case "live":
+                other.bind(str(unseen))
+                other.listen()
+            case "stale":
+                stale_socket(unseen)
+        before = unseen.lstat()
+        if kind == "stale":
+            with listen(path, 0o600):
+                assert answers(path) and not unseen.exists()
+        else:
+            with pytest.raises(AddressError, match=f"{unseen}.*; it is left alone"), listen(path, 0o600):
+                pass
+            assert os.path.samestat(unseen.lstat(), before) and not path.exists()
 
 
 def test_a_socket_that_somebody_listens_on_is_left_alone_and_named(short):
@@ -251,7 +284,7 @@ def test_the_lock_of_a_process_that_was_killed_is_free(short):
     done = take_elsewhere(path)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert path.read_text() not in ("", f"{os.getpid()}\n")
-    path.write_text("4194304 and much more than a pid\n")
+    path.write_text("4194304\n")
     with lock(path):
         assert path.read_text() == f"{os.getpid()}\n"
 
@@ -304,19 +337,41 @@ def test_a_lock_file_removed_while_it_was_opened_is_made_anew(short, monkeypatch
         assert path.read_text() == f"{os.getpid()}\n"
 
 
-@pytest.mark.parametrize("kind", ["link", "folder"])
+@pytest.mark.parametrize("kind", ["link", "folder", "fifo"])
 def test_a_lock_file_that_is_none_is_left_alone_and_named(short, kind):
     path = short / "a.lock"
     target = short / "precious"
     target.write_text("precious")
-    if kind == "link":
-        path.symlink_to(target)
-    else:
-        path.mkdir()
-    with pytest.raises(AddressError, match=f"can't open the lock file {path}"), lock(path):
+    match kind:
+        case "link":
+            path.symlink_to(target)
+        case "folder":
+            path.mkdir()
+        case "fifo":
+            os.mkfifo(path)
+    with pytest.raises(AddressError, match=rf"{path}.*choose another --socket"), lock(path):
         pass
     assert target.read_text() == "precious"
     assert os.path.lexists(path)
+
+
+@pytest.mark.parametrize("words", ["precious", "7\nprecious", "7", "7 8\n", " 7\n", "7\n\n", "\0", "1" * 40 + "\n"])
+def test_a_lock_file_of_another_program_is_left_alone_and_named(short, words):
+    path = short / "uv.lock"
+    path.write_text(words)
+    with pytest.raises(AddressError, match=f"{path} is not the lock file of a daemon of yours"), lock(path):
+        pass
+    assert path.read_text() == words
+
+
+@as_root
+def test_a_lock_file_of_somebody_else_is_left_alone_and_named(short):
+    path = short / "a.lock"
+    path.write_text("7\n")
+    os.chown(path, 12345, -1)
+    with pytest.raises(AddressError, match=f"{path} is not the lock file of a daemon of yours"), lock(path):
+        pass
+    assert path.read_text() == "7\n"
 
 
 # --- the folder

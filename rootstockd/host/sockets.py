@@ -6,10 +6,12 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import shutil
 import socket
 import stat
 import struct
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,6 +24,8 @@ _FLOCK = "hhqqi"
 _WHOLE_FILE = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
 """A lock that only somebody who may write to the file can have, unlike flock's: a worker may not. It can have one for
 reading, and keep it when its daemon has died."""
+_HOLDER = re.compile(rb"(?:\d{1,10}\n)?")
+"""What a lock file of ours has in it: a process id, or nothing where the disk was full."""
 
 
 class AddressError(Exception):
@@ -69,18 +73,17 @@ def already_runs(address: Path, pid: str) -> str:
 def lock(path: Path) -> Iterator[None]:
     """Hold a lock on `path`, with our process id in it; the file goes with the lock.
 
+    A file that a daemon of this user has left is taken over. Anything else is left alone.
+
     Raises:
-        AddressError: another daemon has it.
+        AddressError: another daemon has it, or it is something else.
     """
     while True:
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        except OSError as error:
-            raise AddressError(f"can't open the lock file {path}: {error.strerror}.") from error
+        fd = _open_lock(path)
         try:
             fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _WHOLE_FILE)
         except OSError as error:
-            holder = os.read(fd, 32).decode("ascii", "replace").strip() or "unknown"
+            holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
             is_daemon = struct.unpack(_FLOCK, fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _WHOLE_FILE))[0] != fcntl.F_RDLCK
             os.close(fd)
             if is_daemon:
@@ -102,6 +105,27 @@ def lock(path: Path) -> Iterator[None]:
         os.close(fd)
 
 
+def _open_lock(path: Path) -> int:
+    """Open or make the lock file, unless what lies there is somebody's else: the name is a common one.
+
+    Raises:
+        AddressError: it is, or can't be opened.
+    """
+    try:  # opening a named pipe would wait for whoever writes into it
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+    except OSError as error:
+        raise AddressError(
+            f"can't open the lock file {path}: {error.strerror}. Move it away, or choose another --socket."
+        ) from error
+    info = os.fstat(fd)
+    if stat.S_ISREG(info.st_mode) and info.st_uid == os.getuid() and _HOLDER.fullmatch(os.pread(fd, 32, 0)):
+        return fd
+    os.close(fd)
+    raise AddressError(
+        f"{path} is not the lock file of a daemon of yours; it is left alone. Move it away, or choose another --socket."
+    )
+
+
 @contextlib.contextmanager
 def listen(
     path: Path, mode: int, group: str | None = None, *, keep: Callable[[], bool] = lambda: False
@@ -116,15 +140,15 @@ def listen(
     """
     if len(os.fsencode(path)) > MAX_SOCKET_PATH:
         raise AddressError(f"the socket path {path} is too long; Unix sockets allow {MAX_SOCKET_PATH} bytes.")
+    unseen = name_until_open(path)  # nobody shall see a socket that is not open yet
     _check_free(path)
-    # nobody shall see a socket that is not open yet; the other name is no longer than the right one
-    unseen = path.with_name(path.name[:-1] + ("-" if path.name.endswith("~") else "~"))
+    _check_free(unseen)
     unseen.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as sock:
         try:
             sock.bind(os.fspath(unseen))
         except OSError as error:
-            raise AddressError(f"can't listen on {path}: {error.strerror}.") from error
+            raise AddressError(f"can't listen on {path}: {error.strerror or error}.") from error
         ours = unseen.lstat()
         try:
             if group is not None:
@@ -138,6 +162,15 @@ def listen(
             _remove(unseen, ours)
             if not keep():
                 _remove(path, ours)
+
+
+def name_until_open(path: Path) -> Path:
+    """What a socket is called until it can be connected to, beside its own name; the kernel goes on calling it so.
+
+    Nobody else has such a name. It is always the same, so that one that was left is found again, and no longer than the
+    shortest `NAME.control`.
+    """
+    return path.with_name(f".rsd{zlib.crc32(os.fsencode(path.name)) & 0xFFFFF:05x}")
 
 
 @contextlib.contextmanager

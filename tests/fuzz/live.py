@@ -19,6 +19,8 @@ from ase.calculators.emt import EMT
 
 import streams
 from rootstock_client import RootstockClient
+from rootstock_client.runtime_dir import control_socket
+from rootstockd.host.sockets import name_until_open
 
 
 class GoodSession:
@@ -87,15 +89,16 @@ def throw(socket_path: Path, stream: bytes, cuts: Sequence[int], *, wait: bool) 
                     pass
 
 
-def descriptors(pid: int) -> int:
+def descriptors(pid: int, control: Path) -> int:
     """How many a process has, but for control connections, which come and go with whoever asks."""
     # of an accepted connection the kernel tells the name that its listener was bound to, which is no longer its own
     lines = Path("/proc/net/unix").read_text().splitlines()
-    control = {f"socket:[{line.split()[6]}]" for line in lines if ".contro" in line}
+    bound = f" {name_until_open(control)}"
+    of_control = {f"socket:[{line.split()[6]}]" for line in lines if line.endswith(bound)}
     count = 0
     for entry in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):  # it has just been closed
-            count += str(entry.readlink()) not in control
+            count += str(entry.readlink()) not in of_control
     return count
 
 
@@ -106,7 +109,7 @@ def footprint(client: RootstockClient) -> dict[str, Any]:
     processes = {"daemon": status["pid"], **{m["name"]: m["pid"] for m in status["models"] if m["pid"]}}
     for name, pid in processes.items():
         process = psutil.Process(pid)
-        told[f"{name} descriptors"] = descriptors(pid)
+        told[f"{name} descriptors"] = descriptors(pid, control_socket(client.socket))
         told[f"{name} maps"] = len(Path(f"/proc/{pid}/maps").read_text().splitlines())
         told[f"{name} memory / MB"] = round(process.memory_info().rss / 1e6, 1)
     return told
