@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -10,11 +12,13 @@ import pytest
 from rootstockd.environments.specification import SpecificationError, read_specification
 from rootstockd.models.catalogue import CatalogueError, read_catalogue
 from rootstockd.settings.config import Config, SettingsFile
-from rootstockd.settings.config_file import ConfigError
+from rootstockd.settings.config_file import ConfigError, read_config_file
 from rootstockd.settings.config_layers import make_config
-from rootstockd.settings.toml_file import read_toml
+from rootstockd.settings.toml_file import MOST_BYTES, MOST_PARTS, read_toml
 
 DEFAULTS = {"socket": "/run/x/rootstockd.sock", "devices": ["cpu"]}
+KEY = ".".join(MOST_PARTS * "a")
+"""As long as a key may be."""
 
 
 @pytest.fixture
@@ -149,14 +153,90 @@ def test_nesting_without_end_is_an_error_like_others(write, text):
         read_catalogue(path)
     with pytest.raises(SpecificationError, match=r"config\.toml: "):
         read_specification(path)
-    path.write_text("[m]\nfamily = 'mace'\narguments.a" + 3000 * ".a" + " = 1")
-    try:
-        read_toml(path)
-        words = "model 'm': arguments"
-    except ValueError:  # newer Pythons bound such a key themselves
-        words = "nested too deeply"
+
+
+def test_a_file_is_read_up_to_a_size(tmp_path):
+    """A large one of nothing takes no room on disk, and would take all of the memory."""
+    path = tmp_path / "config.toml"
+    path.write_text("#" * MOST_BYTES)
+    assert read_toml(path) == {}
+    with path.open("wb") as file:
+        file.truncate(100_000_000)
+    words = r"config\.toml: it has more than 524,288 bytes\."
+    tracemalloc.start()
+    with pytest.raises(ConfigError, match=words):
+        named(path)
+    assert tracemalloc.get_traced_memory()[1] < 10 * MOST_BYTES
+    tracemalloc.stop()
     with pytest.raises(CatalogueError, match=words):
         read_catalogue(path)
+    with pytest.raises(SpecificationError, match=words):
+        read_specification(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a.KEY = 1",
+        "[a.KEY]",
+        "[[ a.KEY ]]",
+        "x = [1.5, {a.KEY = 1}]",
+        "'a' " + 16 * """.'' . "=#]" """ + "= 1",
+        r"""x = "\\" # '''""" + "\na.KEY = 1",
+        r'x = """\"""" # \\"""""' + "\na.KEY = 1",
+        r"x = '\'" + "\ny = ''''a\\''''\na.KEY = 1",
+    ],
+)
+def test_keys_have_only_so_many_parts(write, text):
+    with pytest.raises(ValueError, match=r"^a key of it has more than 32 parts\.$"):
+        read_toml(write(text.replace("KEY", KEY)))
+    read_toml(write(text.replace("a.KEY", KEY).replace("'a' .", "")))
+
+
+def test_a_key_of_thousands_of_parts_takes_no_memory(write):
+    path = write("a" + 20_000 * ".a" + " = 1")
+    tracemalloc.start()
+    with pytest.raises(ConfigError, match=r"config\.toml: a key of it has more than 32 parts\."):
+        named(path)
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "# a.KEY",
+        "x = 'a.KEY'",
+        r'x = "\"a.KEY" # b',
+        "x = '''\n'a.KEY''''",
+        'x = """\n\\"""a.KEY"""""',
+        f"x = [{99 * '1.5, '}]",
+        f"x = [\n{99 * '1.5, {a.b = 2.5}, '}]",
+    ],
+)
+def test_dots_elsewhere_are_no_parts_of_keys(write, text):
+    assert len(read_toml(write(text.replace("KEY", KEY)))) == text.startswith("x")
+
+
+@pytest.mark.parametrize("line", ["[" + 5_000 * " ", 100_000 * " ", 100_000 * "["], ids=["table", "blanks", "brackets"])
+def test_a_key_that_is_there_twice_is_found_at_once(write, line):
+    path = write(f'a = 1\na = """\n{line}\n"""')
+    begun = time.monotonic()
+    with pytest.raises(ValueError, match=r"^a is set twice, again in line 2\.$"):
+        read_toml(path)
+    assert time.monotonic() - begun < 5
+
+
+def test_of_many_wrong_settings_some_are_named(write):
+    path = write("max_atoms = 7\n" + "".join(f"a{number} = 1\n" for number in range(30_000)))
+    begun = time.monotonic()
+    with pytest.raises(ConfigError) as caught:
+        read_config_file(SettingsFile(path=path))
+    assert time.monotonic() - begun < 20
+    *first, last = str(caught.value).splitlines()
+    assert len(first) == 50 and "there is no setting 'a49'" in first[-1]
+    assert last == f"configuration {path}: more is wrong than is listed here."
+    assert caught.value.rest == {"max_atoms": 7}
 
 
 def test_relative_paths_start_at_the_file(write):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 import rootstock_client
@@ -414,6 +415,13 @@ def test_a_daemon_that_runs(
     place.unlink()
     os.mkfifo(place, 0o644)
     assert "it is no regular file" in daemon.run("reload").stderr
+    place.unlink()
+    write(place, f"max_sessions = 9\na{20_000 * '.a'} = 1\n")
+    assert f"configuration {place}: a key of it has more than 32 parts." in daemon.run("reload").stderr
+    with place.open("wb") as file:
+        file.truncate(100_000_000)
+    assert f"configuration {place}: it has more than 524,288 bytes." in daemon.run("reload").stderr
+    assert psutil.Process(daemon.client().status()["pid"]).memory_info().rss < 200_000_000
     place.unlink()
     assert daemon.client().status()["config"]["max_sessions"] == 8
 

@@ -356,8 +356,8 @@ def read_catalogue(path: Path) -> dict[str, Entry]:
     for name, fields in document.items():
         if not NAME.fullmatch(name):
             raise CatalogueError(
-                f"catalogue {path}: model {name!r}: a name has letters, digits and . _ + - and begins with one of the "
-                "first two"
+                f"catalogue {path}: model {name[:100]!r}: a name has letters, digits and . _ + - and begins with one "
+                "of the first two"
             )
         try:
             entry = Entry.model_validate(fields)

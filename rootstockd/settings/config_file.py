@@ -38,6 +38,10 @@ _NOT_RELOADED = "access.socket_group"
 _OF_THE_SITES_DAEMONS = ("access", "socket", "log_file", "metrics", "metrics_users")
 """What a site's file says of the site's daemons alone. A user's own is nobody else's to open, whatever it says, and the
 port for metrics is taken."""
+_DESCRIBED = 50
+"""Settings that are wrong, of which each is told."""
+_LONGEST = 100
+"""Characters of a key that are shown."""
 _ANYTHING = {"socket": "/socket", "devices": ["cpu"]}
 """For what has no default, when a part of the settings is checked alone."""
 
@@ -123,20 +127,27 @@ def checked(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     try:
         Settings.model_validate({**_ANYTHING, **given})
     except ValidationError as error:
-        right = given
+        right = _copied(given)
         for problem in error.errors(include_url=False):
-            right = _without(right, problem["loc"])
+            _remove(right, problem["loc"])
         return right, describe(error)
     return given, []
 
 
-def _without(table: dict[str, Any], place: tuple[int | str, ...]) -> dict[str, Any]:
-    """A table without what stands there; of a list without the whole."""
-    name, *rest = place
-    inner = table.get(str(name))
-    if rest and isinstance(inner, dict):
-        return {**table, str(name): _without(inner, tuple(rest))}
-    return {other: value for other, value in table.items() if other != name}
+def _copied(table: dict[str, Any]) -> dict[str, Any]:
+    """A table and those in it, but no lists."""
+    return {name: _copied(value) if isinstance(value, dict) else value for name, value in table.items()}
+
+
+def _remove(table: dict[str, Any], place: tuple[int | str, ...]) -> None:
+    """Take out of a table what stands there; of a list the whole."""
+    *parents, name = map(str, place)
+    for parent in parents:
+        if not isinstance(inner := table.get(parent), dict):
+            name = parent
+            break
+        table = inner
+    table.pop(name, None)
 
 
 def _place(location: tuple[int | str, ...]) -> tuple[str, ...]:
@@ -159,6 +170,8 @@ def describe(error: ValidationError) -> list[str]:
     lines: dict[tuple[str, ...], str] = {}
     for problem in error.errors(include_url=False):
         place = _place(problem["loc"])
+        if len(lines) == _DESCRIBED and place not in lines:
+            return [*lines.values(), "more is wrong than is listed here."]
         if problem["type"] == "extra_forbidden":
             lines[place] = _unknown(place)
         elif place in lines and problem["type"] == "literal_error":  # the other member of a union
@@ -179,4 +192,4 @@ def _unknown(place: tuple[str, ...]) -> str:
     beside = difflib.get_close_matches(key, model.model_fields, n=1, cutoff=0.5)
     near = elsewhere or [".".join((*parents, name)) for name in beside]
     hint = f"; did you mean {near[0]!r}?" if near else f"; there are: {', '.join(model.model_fields)}."
-    return f"there is no setting {'.'.join(place)!r}{hint}"
+    return f"there is no setting {'.'.join(place)[:_LONGEST]!r}{hint}"
