@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from rootstock_client.errors import AccessDeniedError, DaemonNotFoundError, LimitError
-from rootstock_client.runtime_dir import START_HINT
+from rootstock_client.runtime_dir import MAX_SOCKET_PATH, SOCKET_VARIABLE, START_HINT
 
 LINGER = 2.0
 """Seconds that a stream we end is still read: a socket closed on unread bytes is a reset."""
@@ -33,11 +33,16 @@ def connect(path: Path, timeout: float | None = None) -> socket.socket:
         timeout: seconds that this and each later operation on the socket may take.
 
     Raises:
-        DaemonNotFoundError: nobody answers there.
+        DaemonNotFoundError: nobody answers there, or nobody could.
         TimeoutError: somebody is there and accepts no connections.
         AccessDeniedError: the socket is not open to this user.
         LimitError: this process may have no more files open.
     """
+    if len(os.fsencode(path)) > MAX_SOCKET_PATH:
+        raise DaemonNotFoundError(
+            f"the socket path {path} is too long; Unix sockets allow {MAX_SOCKET_PATH} bytes.",
+            "Name it by a shorter path, such as through a symbolic link to its folder.",
+        )
     try:
         sock = _Socket(socket.AF_UNIX, socket.SOCK_STREAM)
     except OSError as error:
@@ -62,6 +67,11 @@ def connect(path: Path, timeout: float | None = None) -> socket.socket:
             raise
         if isinstance(error, (TimeoutError, BlockingIOError)):  # with a timeout a full queue is EAGAIN, at once
             raise TimeoutError(f"{path} accepts no connections") from error
+        if isinstance(error, ConnectionRefusedError) and path.exists() and not path.is_socket():
+            raise DaemonNotFoundError(  # from None: it is not waited for as a daemon is that died
+                f"{path} is no socket.",
+                f"Name the one that `rootstockd start` says, or set {SOCKET_VARIABLE} to it.",
+            ) from None
         raise DaemonNotFoundError(
             f"no rootstockd answers at {path}: {(error.strerror or str(error)).lower()}.", START_HINT
         ) from error

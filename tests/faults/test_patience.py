@@ -109,6 +109,25 @@ def test_a_first_connection_to_nothing_fails_at_once(runtime_folder: Path) -> No
     assert time.monotonic() - start < 3  # not its 60 s
 
 
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("/dev/null", "/dev/null is no socket.\nName the one"),
+        ("/tmp", "/tmp is no socket.\nName the one"),
+        (f"/{107 * 'x'}", f"the socket path /{107 * 'x'} is too long; Unix sockets allow 107 bytes.\nName it by a sho"),
+    ],
+    ids=["device", "folder", "long"],
+)
+def test_an_address_that_is_none_is_called_so_at_once(address: str, words: str) -> None:
+    atoms = copper()
+    atoms.calc = RootstockClient(address).calculator("emt")
+    start = time.monotonic()
+    with pytest.raises(DaemonNotFoundError) as caught:
+        atoms.get_forces()
+    assert str(caught.value).startswith(words)
+    assert time.monotonic() - start < 3
+
+
 def test_a_first_connection_where_a_daemon_died_waits_a_little(own_daemon: RunningDaemon, monkeypatch) -> None:
     assert patience.STALE == 5.0  # s, as the README says
     process = psutil.Process(own_daemon.pid)
