@@ -15,6 +15,7 @@ NEEDS = (
 
 def main() -> None:
     """Run the command; that of another installation, or say what it takes to have it, if this one is a client's."""
+    _open_closed()
     if missing := [name for name in NEEDS if find_spec(name) is None]:
         if other := _next_in_path():
             os.execv(other, [other, *sys.argv[1:]])  # noqa: S606 - whatever the user would have called
@@ -34,6 +35,15 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         at = f"{error.filename}: " if error.filename else ""
         sys.exit(f"Error: {at}{error.strerror}. Make room and try again.")
+
+
+def _open_closed() -> None:
+    """Have standard streams that are closed be /dev/null, or libraries and workers wrote into what is opened next."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            stream = Path(os.devnull).open(mode)  # noqa: SIM115 - for as long as the process lives
+            os.set_inheritable(stream.fileno(), True)  # noqa: FBT003 - the os module has no other way
+            setattr(sys, name, stream)
 
 
 def _next_in_path() -> str:

@@ -603,6 +603,46 @@ def test_foreground_ends_with_a_signal(runtime_folder: Path) -> None:
         assert "stopped" in process.stderr.read()
 
 
+@pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
+def test_foreground_without_standard_streams(runtime_folder: Path, closed: str) -> None:
+    """What is opened next does not take their numbers, under which others would write into it."""
+    address = runtime_folder / "closed.sock"
+    command = [sys.executable, "-m", "rootstockd", "start", "--foreground", "--device", "cpu", "--socket", str(address)]
+    with subprocess.Popen(["sh", "-c", f'exec "$@" {closed}', "sh", *command]) as process:
+        try:
+            wait_for(lambda: address.exists() or process.poll() is not None)
+            wait_for(lambda: "ready" in rootstockd("status", "--socket", address).stdout)
+            assert Path(f"/proc/{process.pid}/fd/2").readlink() == Path(os.devnull)
+            atoms = copper()
+            atoms.calc = RootstockClient(address).calculator("emt")
+            atoms.get_forces()
+        finally:
+            process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+
+
+def test_a_start_that_fails_tells_nothing_that_another_daemon_logs(runtime_folder: Path) -> None:
+    """Of several that are started at once, all with the same log, one runs on."""
+    address, log, ended = runtime_folder / "taken.sock", runtime_folder / "taken.log", threading.Event()
+    address.write_text("precious")
+
+    def run_on() -> None:
+        with log.open("a") as file:
+            while not ended.wait(0.001):
+                file.write("2026-01-02 03:04:05,678 INFO rootstockd.daemon: ready on it\n")
+                file.flush()
+
+    winner = threading.Thread(target=run_on)
+    log.touch(mode=0o600)
+    winner.start()
+    try:
+        done = rootstockd("start", "--device", "cpu", "--socket", address, "--log-file", log)
+    finally:
+        ended.set()
+        winner.join()
+    assert done.stderr.splitlines()[-1].startswith(f"Error: {address} is not a socket; it is left alone.")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
 def test_whatever_ends_start_wait_ends_its_daemon(runtime_folder: Path, number: signal.Signals) -> None:
     address, log = runtime_folder / f"wait-{number}.sock", runtime_folder / f"wait-{number}.log"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from rootstockd.monitoring.rows import told_apart
 from rootstockd.settings.config import COMMAND_LINE, Config
 
 POLL = 0.05
+_DATED = re.compile(r"\n\d{4}-\d\d-\d\d ")
 
 
 def serve_in_front(config: Config) -> None:
@@ -155,8 +157,9 @@ def wait_until_ready(process: subprocess.Popen[bytes], config: Config, log_posit
         words = log.read().decode(errors="replace").strip()
     if process.returncode == 0:
         raise Refused("the daemon was stopped before it was ready.")
-    # the command in the background has said why in its last line or lines
-    reason = words.rpartition("Error: ")[2] if "Error: " in words else words
+    # the command in the background has said why in its last line or lines; further lines that begin with a date are of
+    # another daemon, which was started at the same moment with the same log
+    reason = _DATED.split(words.rpartition("Error: ")[2])[0] if "Error: " in words else words
     raise Refused(reason or f"the daemon ended with exit status {process.returncode} and said nothing.")
 
 
