@@ -15,7 +15,9 @@ import pytest
 from rootstock_client.errors import UnknownModelError
 from rootstockd.models.catalogue import Catalogue, CatalogueError, Entry
 from rootstockd.settings import state_dir
-from rootstockd.settings.state_dir import StateError, state_dirs
+from rootstockd.settings.config import SettingsFile
+from rootstockd.settings.config_file import ConfigError, read_config_file
+from rootstockd.settings.state_dir import StateError, site_folder, state_dirs
 
 EMT = 'family = "ase"\narguments = { calculator = "ase.calculators.emt:EMT" }\n'
 
@@ -266,6 +268,16 @@ def test_a_named_catalogue_that_others_may_write(write):
     path.chmod(0o666)
     with pytest.raises(CatalogueError, match=f"all users may write to {path}.*: chmod o-w"):
         Catalogue.load([path])
+
+
+def test_a_device_is_no_catalogue_and_keeps_its_mode(places, monkeypatch):
+    with pytest.raises(CatalogueError, match="/dev/zero is neither a file nor a folder") as caught:
+        Catalogue.load([Path("/dev/zero")])
+    assert "chmod" not in str(caught.value)
+    monkeypatch.setenv("ROOTSTOCKD_SITE", os.devnull)
+    with pytest.raises(ConfigError, match=r"/dev/null is neither a file nor a folder.*: name another") as refused:
+        read_config_file(SettingsFile(path=site_folder() / "config.toml"))
+    assert "chmod" not in str(refused.value)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")

@@ -204,6 +204,7 @@ def test_environments(states, expected) -> None:
         (changed(MINE, owner=0), ALICE, None, ""),
         (changed(MINE, owner=4321), ALICE, "problem", "ROOTSTOCKD_SOCKET"),
         (changed(MINE, is_folder=False), ALICE, "problem", "rm "),
+        (changed(MINE, is_folder=False, is_device=True), ALICE, "problem", "export ROOTSTOCKD_SOCKET="),
         (changed(MINE, free=0), ALICE, "problem", "df -h"),
         (changed(MINE, exists=False, writable=False), ALICE, "problem", "unset XDG_RUNTIME_DIR"),
         (changed(MINE, exists=False, writable=False), changed(ALICE, uid=0, runtime=""), "problem", "--socket"),
@@ -254,6 +255,22 @@ def test_a_file_where_a_folder_should_be(tmp_path: Path) -> None:
         (found,) = check_storage("cache", places.look_at_folder(path), "")
         assert (found.level, found.what) == ("problem", f"{tmp_path / 'file'} is no folder")
     assert places.look_at_folder(tmp_path / "new/rootstockd").writable
+
+
+def test_a_device_where_a_folder_should_be_is_left_as_it_is() -> None:
+    for path in (Path(os.devnull), Path(os.devnull) / "rootstockd"):
+        folder = places.look_at_folder(path, follow=True)
+        (found,) = [*places.check_trust(folder), *check_storage("state", folder, "export ROOTSTOCKD_STATE=FOLDER")]
+        assert (found.what, found.mend) == ("/dev/null is no folder", "export ROOTSTOCKD_STATE=FOLDER")
+
+
+def test_a_link_to_a_folder_is_one_for_what_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    folder = places.look_at_folder(tmp_path / "link", follow=True)
+    assert not bad([*places.check_trust(folder), *check_storage("state", folder, "")])
+    (tmp_path / "dangling").symlink_to(tmp_path / "gone")
+    assert not places.look_at_folder(tmp_path / "dangling", follow=True).is_folder
+    assert not places.look_at_folder(tmp_path / "link").is_folder  # others may be led elsewhere by whoever made it
 
 
 def test_storage() -> None:

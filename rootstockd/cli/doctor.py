@@ -114,14 +114,14 @@ def _places(named: Path | None) -> Iterator[Finding]:
     yield from places.check_runtime_folder(places.look_at_folder(address.parent), login, there)
     for path in [address] if login.named else dict.fromkeys([address, SYSTEM_DIR / address.name]):
         yield from places.check_address(places.look_at_address(path), login)
-    yield from places.check_trust(places.look_at_folder(SYSTEM_STATE))
-    yield from places.check_trust(places.look_at_folder(own_state()))
+    yield from places.check_trust(places.look_at_folder(SYSTEM_STATE, follow=True))
+    yield from places.check_trust(places.look_at_folder(own_state(), follow=True))
     for name, path, mend in (
         ("state", own_state(), "export ROOTSTOCKD_STATE=FOLDER"),
         ("cache", platformdirs.user_cache_path("rootstockd"), "export XDG_CACHE_HOME=FOLDER"),
         ("log", default_log_file(address).parent, "rootstockd start --log-file FILE"),
     ):
-        yield from places.check_storage(name, places.look_at_folder(path), mend, needed=name == "log")
+        yield from places.check_storage(name, places.look_at_folder(path, follow=True), mend, needed=name == "log")
 
 
 def _settings() -> Iterator[Finding]:

@@ -29,6 +29,8 @@ class Folder:
     path: Path
     exists: bool = True
     is_folder: bool = True
+    is_device: bool = False
+    """Such as `/dev/null`, which the machine needs where it is and as it is."""
     owner: int = 0
     mode: int = 0o700
     writable: bool = True
@@ -44,27 +46,32 @@ class Folder:
         return bool(self.mode & (stat.S_IWGRP | stat.S_IWOTH))
 
 
-def look_at_folder(path: Path) -> Folder:
-    """As it is, without following a link; or what is no folder, and in its way."""
+def look_at_folder(path: Path, *, follow: bool = False) -> Folder:
+    """As it is, or what is no folder, and in its way. Where `follow`, it may be a link, as to another disk."""
     try:
-        info = path.lstat()
+        info = path.stat() if follow else path.lstat()
     except OSError:
-        above = path.parent
+        above = path
         while not os.path.isdir(above):  # noqa: PTH112 - no where one may not look
             if os.path.lexists(above):
-                return Folder(above, is_folder=False, writable=False)
+                return Folder(above, is_folder=False, is_device=_is_device(above), writable=False)
             above = above.parent
         return Folder(path, exists=False, writable=os.access(above, os.W_OK | os.X_OK), free=_free(above), above=above)
     return Folder(
         path,
         True,  # noqa: FBT003
         stat.S_ISDIR(info.st_mode),
+        _is_device(path),
         info.st_uid,
         stat.S_IMODE(info.st_mode),
         os.access(path, os.W_OK | os.X_OK),
         _free(path),
         path,
     )
+
+
+def _is_device(path: Path) -> bool:
+    return path.is_char_device() or path.is_block_device()
 
 
 def _free(path: Path) -> int:
@@ -158,7 +165,8 @@ def check_runtime_folder(folder: Folder, login: Login, address: Address) -> Iter
     where = "runtime folder"
     believe = "Clients do not believe a socket there, and no daemon starts: others could impersonate it."
     if folder.exists and not folder.is_folder:
-        yield problem(where, f"{folder.path} is no folder", believe, f"rm {folder.path}")
+        mend = f"export {SOCKET_VARIABLE}={_elsewhere(login)}" if folder.is_device else f"rm {folder.path}"
+        yield problem(where, f"{folder.path} is no folder", believe, mend)
     elif folder.exists and folder.owner not in (login.uid, 0):
         whose = f"{folder.path} belongs to {user_name(folder.owner)}"
         yield problem(where, whose, believe, f"export {SOCKET_VARIABLE}={_elsewhere(login)}")
@@ -251,7 +259,7 @@ def check_address(address: Address, login: Login) -> Iterator[Finding]:
 
 def check_trust(folder: Folder) -> Iterator[Finding]:
     """A state directory: whether only its owner could have put something there."""
-    if folder.exists and folder.mode & stat.S_IWOTH:
+    if folder.exists and folder.is_folder and folder.mode & stat.S_IWOTH:
         yield problem(
             "state",
             f"all users may write to {folder.path}",
@@ -270,9 +278,8 @@ def check_storage(name: str, folder: Folder, mend: str, *, needed: bool = False)
         needed: no daemon starts without it. Others may be somebody else's to write, such as a cluster's shared state.
     """
     if folder.exists and not folder.is_folder:
-        yield problem(
-            name, f"{folder.path} is no folder", "Nothing can be kept there.", f"mv {folder.path} {folder.path}.old"
-        )
+        away = mend if folder.is_device else f"mv {folder.path} {folder.path}.old"
+        yield problem(name, f"{folder.path} is no folder", "Nothing can be kept there.", away)
     elif not folder.writable:
         tell = problem if needed else warning
         yield tell(name, f"no permission to write to {folder.above}", "Nothing new can be kept there.", mend)

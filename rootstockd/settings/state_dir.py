@@ -76,9 +76,12 @@ def check_trusted(path: Path) -> None:
     group may, which has no other members: many systems give each user one, and a umask of 002. Debian's sshd does so.
 
     Raises:
-        StateError: it is not so; what mends it.
+        StateError: it is not so; what mends it. Or it is neither file nor folder, such as `/dev/null`, whose mode is to
+            stay.
     """
     status = path.stat()
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+        raise StateError(f"{path} is neither a file nor a folder, so nothing is read from it: name another.")
     uid, mode = status.st_uid, status.st_mode
     if uid not in {0, os.geteuid(), _owner_of_named_state(path)}:
         raise StateError(
