@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import fcntl
 import os
+import re
 import shlex
 import signal
+import stat
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +25,8 @@ SILENCE = 60.0
 """Seconds that a daemon may take for its status: nodes are busy."""
 TURN, SHARE = 0, 1
 """Bytes of the file beside the socket, by which its two locks are told apart."""
+_NOTE = re.compile(rb"(?:\d{1,20} *\n)?")
+"""What is in that file: a process id, or nothing yet."""
 
 
 class NodeDaemon:
@@ -126,6 +130,15 @@ class NodeDaemon:
             return os.path.samestat(os.fstat(fd), self._file.stat())
         return False
 
+    def _check_ours(self, fd: int) -> None:
+        """Raise RootstockError where the file is somebody else's, and only has the same name."""
+        info = os.fstat(fd)
+        if not (stat.S_ISREG(info.st_mode) and info.st_uid == os.getuid() and _NOTE.fullmatch(os.pread(fd, 32, 0))):
+            raise RootstockError(
+                f"{self._file} is not a file by which a daemon of yours is shared; it is left alone.",
+                "Move it away, or choose another socket.",
+            )
+
     def _remove_file(self) -> None:
         assert self._fd is not None
         if self._is_current(self._fd):
@@ -172,11 +185,12 @@ class NodeDaemon:
                 "Choose another socket, or fix the folder's owner and mode (chmod go-w).",
             )
         while True:
-            try:
-                fd = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:  # opening a named pipe would wait for whoever writes into it
+                fd = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
             except OSError as error:
                 raise RootstockError(f"can't share a daemon by {self._file}: {error.strerror}.") from error
             try:
+                self._check_ours(fd)
                 await _until_locked(fd, TURN)
                 if self._is_current(fd):
                     return fd

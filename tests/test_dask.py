@@ -316,3 +316,11 @@ def test_one_starts_it_and_the_last_one_stops_it(tmp_path: Path) -> None:
         asyncio.run(story())
     finally:
         node.stop()
+
+
+@pytest.mark.parametrize("words", ["precious", "7 precious\n"])
+def test_a_file_of_another_program_is_not_shared_by(tmp_path: Path, words: str) -> None:
+    (path := tmp_path / "uv.shared").write_text(words)
+    with pytest.raises(RootstockError, match=f"{path} is not a file by which a daemon of yours is shared"):
+        asyncio.run(NodeDaemon(tmp_path / "uv.sock", ["false"], {}).join())
+    assert path.read_text() == words
