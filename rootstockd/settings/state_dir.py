@@ -76,18 +76,17 @@ def check_trusted(path: Path) -> None:
     group may, which has no other members: many systems give each user one, and a umask of 002. Debian's sshd does so.
 
     Raises:
-        StateError: it is not so; what mends it. Or it is neither file nor folder, such as `/dev/null`, whose mode is to
-            stay.
+        StateError: it is not so; what mends it, but for `/dev/null` and the like, whose modes are to stay.
     """
     status = path.stat()
-    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
-        raise StateError(f"{path} is neither a file nor a folder, so nothing is read from it: name another.")
     uid, mode = status.st_uid, status.st_mode
     if uid not in {0, os.geteuid(), _owner_of_named_state(path)}:
         raise StateError(
             f"{path} belongs to another user ({user_name(uid)}), so what is in it is not used: have it given to "
             f"{user_name(os.geteuid())} or to root, `chown {user_name(os.geteuid())} {path}`."
         )
+    if mode & (stat.S_IWGRP | stat.S_IWOTH) and not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise StateError(f"{path} is neither a file nor a folder, so nothing is read from it: name another.")
     if mode & stat.S_IWOTH:
         raise StateError(f"all users may write to {path}, so what is in it is not to be trusted: chmod o-w {path}")
     if mode & stat.S_IWGRP and not _is_owners_alone(path, uid, status.st_gid):
