@@ -181,7 +181,7 @@ class DaemonFullError(LimitError):
 
 
 class UserLimitError(LimitError):
-    """One user has all the sessions, atoms, models or evaluations that one user may have; others may have room."""
+    """One user has all the sessions, atoms or models that one may have, or may have no evaluations; others may."""
 
     code = "user-limit"
 

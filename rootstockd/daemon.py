@@ -230,6 +230,7 @@ class Daemon:
         shares = {account.uid: account.quota.share for account in self.accounts.active}
         for supervisor in self.fleet.supervisors():
             supervisor.scheduler.reshare(shares)
+        self.accounts.let_in()
         models_kept = self.fleet.retire_changed(catalogue)
         self._load_kept()
         for name, sessions in models_kept.items():

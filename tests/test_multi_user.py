@@ -438,6 +438,28 @@ def test_evaluations_go_by_shares_and_by_others_after_a_reload(start, open_folde
         assert 2 * done["rsd-bob"] < done["rsd-alice"] < 4.5 * done["rsd-bob"], done
 
 
+def test_evaluations_that_are_held_are_their_users_alone(start, open_folder, monkeypatch):
+    """Of four sessions of Alice's one at a time is at the worker, in turn; Bob's are all there."""
+    (open_folder / "slow.py").write_text(SLOW)
+    (open_folder / "models.toml").write_text('[slow]\nfamily = "ase"\narguments = { calculator = "slow:Slow" }\n')
+    monkeypatch.setenv("PYTHONPATH", str(open_folder), prepend=os.pathsep)
+    rules = f'catalogues = ["models.toml"]\nbatch_atoms = 4\n[access]\ngroups = ["{GROUP}"]\n'
+    daemon = start(f"{rules}[users.rsd-alice]\nqueued = 1\n")
+
+    def done(user: str) -> list[int]:
+        return [each["evaluations"] for each in daemon.client().status()["sessions"] if each["user"] == user]
+
+    with contextlib.ExitStack() as stack:
+        for name in ("rsd-alice", "rsd-bob"):
+            stack.enter_context(as_user(name, STEPS, str(daemon.socket)))
+        wait_for(lambda: all(len(done(name)) == 4 and min(done(name)) > 8 for name in ("rsd-alice", "rsd-bob")), 60)
+        alice = done("rsd-alice")
+        assert max(alice) - min(alice) < 8, alice  # they did not all begin at once
+        seen = [daemon.model("slow") for _ in range(50)]
+        most = max(model["waiting"] + model["batch_under_way"] // 4 for model in seen)
+        assert most in (4, 5), most
+
+
 def test_new_rules_hold_for_what_comes_and_leave_what_is_there(start):
     daemon = start(f'[access]\ngroups = ["{GROUP}"]\n')
     file = daemon.folder.parent / "config.toml"

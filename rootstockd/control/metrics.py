@@ -222,11 +222,11 @@ class DaemonCollector(Collector):
         accounts = self._daemon.accounts
         sessions = GaugeMetricFamily("rootstockd_user_sessions", "Open sessions of a user.", labels=["user"])
         queue = GaugeMetricFamily(
-            "rootstockd_user_queue_length", "Evaluations of a user that wait or run.", labels=["user"]
+            "rootstockd_user_queue_length", "Evaluations of a user that wait, are held, or run.", labels=["user"]
         )
         for account in accounts.active:
             sessions.add_metric([account.name], account.sessions)
-            queue.add_metric([account.name], account.queued)
+            queue.add_metric([account.name], account.queued + account.held)
         evaluations = CounterMetricFamily(
             "rootstockd_user_evaluations", "Evaluations that a user got results of.", labels=["user"]
         )

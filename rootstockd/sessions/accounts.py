@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from rootstock_client.errors import AccessDeniedError, DaemonFullError, LimitError, UserLimitError
+from rootstock_client.errors import AccessDeniedError, DaemonFullError, LimitError, RootstockError, UserLimitError
 from rootstockd.host.peers import Peer
 from rootstockd.settings.config import Config, Quota
 from rootstockd.users import user_name
@@ -31,8 +31,18 @@ class Coming(Protocol):
         """It is being loaded, or about to be."""
 
 
+class Holder(Protocol):
+    """What it needs of a session whose evaluation it holds."""
+
+    def let_in(self) -> None:
+        """The evaluation goes to its model."""
+
+    def evaluated(self, error: RootstockError | None) -> None:
+        """It won't be done."""
+
+
 @dataclass(slots=True)
-class _Held:
+class _Asked:
     """A model that a user asked for."""
 
     supervisor: Coming
@@ -43,13 +53,17 @@ class _Held:
 class Account:
     """What one user has of the daemon now, and may have."""
 
-    __slots__ = ("_models", "atoms", "name", "queued", "quota", "sessions", "staged", "uid")
+    __slots__ = ("_held", "_models", "atoms", "name", "queued", "quota", "sessions", "staged", "uid")
 
     def __init__(self, uid: int, quota: Quota) -> None:
         self.uid, self.quota = uid, quota
         self.name = user_name(uid)
-        self.sessions = self.atoms = self.queued = self.staged = 0
-        self._models: dict[Hashable, _Held] = {}
+        self.sessions = self.atoms = self.staged = 0
+        self.queued = 0
+        """Evaluations that wait or run at their models."""
+        self._models: dict[Hashable, _Asked] = {}
+        self._held: dict[Holder, None] = {}
+        """Whose evaluations are over the limit, in the order in which they came."""
 
     def stage(self, size: int) -> None:
         """An INIT of so many bytes is about to come; a single one may be as long as any.
@@ -65,19 +79,55 @@ class Account:
             )
         self.staged += size
 
-    def enqueue(self) -> None:
-        """One more evaluation waits or runs.
+    def enqueue(self, session: Holder) -> bool:
+        """One more evaluation: whether it goes to its model now, or else is held until `let_in` has it go there.
 
         Raises:
-            UserLimitError: the user has as many as they may.
+            UserLimitError: the user may have none at all.
         """
-        if self.quota.queued is not None and self.queued >= self.quota.queued:
-            raise UserLimitError(
-                f"{self.name} has {so_many(self.queued, 'evaluation')} under way already, as many as one user may "
-                "(limits.queued).",
-                "Run fewer jobs at once, or ask whoever runs this daemon for a higher limit.",
-            )
+        most = self.quota.queued
+        if most is not None and (self._held or self.queued >= most):
+            if most == 0:
+                raise self._none_at_all()
+            self._held[session] = None
+            return False
         self.queued += 1
+        return True
+
+    def dequeue(self, session: Holder) -> bool:
+        """An evaluation is over, or nobody wants it any more; whether to call `let_in` once nothing else is halfway."""
+        if session in self._held:
+            del self._held[session]
+        else:
+            self.queued -= 1
+        return bool(self._held)
+
+    def let_in(self) -> None:
+        """Have evaluations go to their models that need not be held any more, first come first served."""
+        most = self.quota.queued
+        while self._held and (most is None or self.queued < most):
+            session = next(iter(self._held))
+            del self._held[session]
+            self.queued += 1
+            session.let_in()
+        if most == 0:
+            for session in list(self._held):
+                session.evaluated(self._none_at_all())
+
+    def holds(self, session: Holder) -> bool:
+        """Whether the evaluation of a session is held."""
+        return session in self._held
+
+    @property
+    def held(self) -> int:
+        """Evaluations that are."""
+        return len(self._held)
+
+    def _none_at_all(self) -> UserLimitError:
+        return UserLimitError(
+            f"{self.name} may have no evaluations (limits.queued is 0).",
+            "Ask whoever runs this daemon for a higher limit.",
+        )
 
     @property
     def models(self) -> int:
@@ -111,7 +161,7 @@ class Account:
 
     def ask(self, key: Hashable, supervisor: Coming) -> None:
         """A model is loaded for the user, if it is not there."""
-        held = self._models.setdefault(key, _Held(supervisor))
+        held = self._models.setdefault(key, _Asked(supervisor))
         held.supervisor = supervisor
 
     def join(self, key: Hashable) -> None:
@@ -151,6 +201,11 @@ class Accounts:
         self._quotas = {uid: config.quota(name) for uid, name in by_uid.items()}
         for account in self._accounts.values():
             account.quota = self._quotas.get(account.uid, config.limits)
+
+    def let_in(self) -> None:
+        """Have evaluations go to their models that new rules hold no more."""
+        for account in self.active:
+            account.let_in()
 
     def _numbers(self, setting: str, names: Iterable[str], look_up: Callable[[str], int]) -> Iterator[int]:
         """The ids of those names that there are: one who has left is no reason not to start."""

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, ValidationInfo, field_validator
 
-from rootstock_client.errors import InvalidInitError, InvalidStructureError
+from rootstock_client.errors import InvalidInitError, InvalidStructureError, LimitError
 from rootstock_client.ipi import PROTOCOL_VERSION
 from rootstock_client.units import BOHR
 from rootstockd.sessions.functionals import functional
@@ -112,6 +112,21 @@ class InitRequest(BaseModel):
     def energies(self) -> bool:
         """Whether to compute per-atom energies."""
         return self.want is not None and "energies" in self.want
+
+    def check_size(self, most: int) -> None:
+        """Whether a message may have so many atoms.
+
+        Raises:
+            LimitError: it may have `most`.
+        """
+        several = self.batch_size > 1
+        if len(self.numbers) * self.batch_size > most:
+            what = f"{len(self.numbers)} atoms{f' x {self.batch_size} structures' if several else ''}"
+            raise LimitError(
+                f"{what} in one message; this daemon takes {most} atoms.",
+                f"{'Send fewer structures at once' if several else 'Use a smaller structure'}, or have whoever "
+                "runs the daemon raise `max_atoms`.",
+            )
 
 
 def is_announced(text: bytes) -> bool:

@@ -17,7 +17,6 @@ from rootstock_client.errors import (
     LimitError,
     RootstockError,
     error_from_code,
-    model_changed,
 )
 from rootstockd.host.log_rate import LogRate
 from rootstockd.host.peers import Peer
@@ -25,6 +24,7 @@ from rootstockd.sessions.accounts import Account
 from rootstockd.sessions.attachments import Line
 from rootstockd.sessions.init_request import InitRequest, is_announced, parse_init
 from rootstockd.sessions.roles import Host
+from rootstockd.sessions.same_potential import SamePotential
 from rootstockd.sessions.system import System
 from rootstockd.sessions.transport import GuardedTransport
 from rootstockd.supervision.roles import Client, State
@@ -67,8 +67,7 @@ class Session(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport
         self._preset: InitRequest | None = None
         self._line: Line | None = None
-        self._potential = ""
-        """The fingerprint of what has computed for a driver that can't compare it."""
+        self._potential = SamePotential()
         self._leaving = self._finishing = False
         """Its stream is to be left to the next daemon; a message had begun when that was said."""
         self._model: Supervisor | None = None
@@ -261,14 +260,7 @@ class Session(asyncio.BufferedProtocol):
             request = parse_init(text, self._preset)
             if request.attach and self._line is not None:
                 raise InvalidInitError("a stream that was handed over can't bring another.")
-            if len(request.numbers) * request.batch_size > self._host.limits.atoms:
-                several = request.batch_size > 1
-                what = f"{len(request.numbers)} atoms{f' x {request.batch_size} structures' if several else ''}"
-                raise LimitError(
-                    f"{what} in one message; this daemon takes {self._host.limits.atoms} atoms.",
-                    f"{'Send fewer structures at once' if several else 'Use a smaller structure'}, or have whoever "
-                    "runs the daemon raise `max_atoms`.",
-                )
+            request.check_size(self._host.limits.atoms)
             assert self.account is not None
             model = self._host.open_model(request, self.account, self.system.key if self._model else None)
             self._release()
@@ -288,7 +280,7 @@ class Session(asyncio.BufferedProtocol):
         if json:
             self._preset = request if request.stock else None
         if json and self._line is None:
-            self._potential = request.fingerprint or ""
+            self._potential = SamePotential(request.fingerprint)
         if json and request.attach:
             self._ipi.accept(request.batch_size, announced=True, offered=True)
             return
@@ -309,8 +301,7 @@ class Session(asyncio.BufferedProtocol):
         assert self.account is not None
         if self._evaluation is not None:
             self._model.scheduler.withdraw(self._evaluation)
-            self._evaluation = None
-            self.account.queued -= 1
+            self._over()
         self._model.workers.release(self.system.number)
         self._model.leave(self)
         self._model = None
@@ -319,11 +310,18 @@ class Session(asyncio.BufferedProtocol):
     @property
     def queued(self) -> bool:
         """It has an evaluation that waits for its turn."""
-        return self._model is not None and self._evaluation not in (None, *self._model.scheduler.running)
+        here = self._model is not None and self._evaluation not in (None, *self._model.scheduler.running)
+        return here and not self.held
+
+    @property
+    def held(self) -> bool:
+        """It has one that is over the user's limit, and yet to go to its model."""
+        return self.account is not None and self.account.holds(self)
 
     def move(self, model: Supervisor) -> bool:
         """Go over to another worker of the same model; whether that could be: not while an evaluation is under way."""
-        old, evaluation = self._model, self._evaluation
+        old = self._model
+        evaluation = None if self.held else self._evaluation
         assert old is not None
         if evaluation is not None:
             if evaluation in old.scheduler.running or evaluation.withdrawn:
@@ -350,26 +348,40 @@ class Session(asyncio.BufferedProtocol):
                 self._host.check_open()
             self._finishing = False
             system.take_cells(cells)
-            account.enqueue()
+            now = account.enqueue(self)
         except RootstockError as error:
             self._ipi.fail(error)
             return
-        now = time.perf_counter()
-        away = now - self._answered if self._answered else 0.0
-        exact = system.request.exact
-        self._evaluation = Evaluation(self, system.atoms, account.uid, account.quota.share, now, away, exact)
-        self._model.submit(self._evaluation)
+        self._evaluation = Evaluation(self, system.atoms, account.uid, alone=system.request.exact)
+        if now:
+            self.let_in()
+
+    def let_in(self) -> None:
+        """The evaluation goes to its model; for how long it was held is not the model's to make good."""
+        assert self._model is not None and self._evaluation is not None and self.account is not None
+        evaluation = self._evaluation
+        evaluation.submitted = now = time.perf_counter()
+        evaluation.away = now - self._answered if self._answered else 0.0
+        evaluation.share = self.account.quota.share
+        self._model.submit(evaluation)
+
+    def _over(self) -> None:
+        """The evaluation is; others of the user that were held come when this session has done what it is at."""
+        assert self.account is not None
+        self._evaluation = None
+        if self.account.dequeue(self):
+            asyncio.get_running_loop().call_soon(self.account.let_in)
 
     def evaluated(self, error: RootstockError | None) -> None:
         """The supervisor's word: the result lies in the slot, or there is none."""
         if self._evaluation is None or self.account is None:
             return  # the driver has gone, or gone on, meanwhile
-        self._evaluation = None
+        self._over()
         self._answered = time.perf_counter()
-        self.account.queued -= 1
         try:
             if error is None and (self._line is not None or self._preset is not None):
-                error = self._changed()
+                assert self._model is not None
+                error = self._potential.compare(self._model, self._line)
             if error is None:
                 self.evaluations += 1
                 self._ipi.finish()
@@ -380,20 +392,6 @@ class Session(asyncio.BufferedProtocol):
             log.exception("session %d of %s (pid %d) is cut off", self.id, self.user, self.pid)
             self._closing = True
             self._transport.close()
-
-    def _changed(self) -> RootstockError | None:
-        """That a stock driver, which has no notion of it, would get the result of another potential than before."""
-        assert self._model is not None
-        now = self._model.workers.fingerprint
-        if not self._potential:
-            self._potential = now
-            if self._line is not None:
-                self._line.tell_model(now)
-        if now == self._potential:
-            return None
-        return model_changed(
-            self._model.spec.name, self._potential, now, "attach anew" if self._line else "open another connection"
-        )
 
     def end(self, error: RootstockError | None) -> None:
         """Say no more; let the driver read what was said, and read what it still says, before closing."""

@@ -110,7 +110,7 @@ class Quota(BaseModel):
 
     sessions: Count = Field(default=2_000, ge=0)
     queued: Count | None = Field(default=None, ge=0)
-    """Evaluations that wait or run at once; None for one in each session."""
+    """Evaluations that wait or run at models at once, others are held; None for one in each session."""
     atoms: Count = Field(default=20_000_000, ge=0)
     """Atoms in all sessions together; each takes about 80 bytes."""
     models: Count = Field(default=8, ge=0)

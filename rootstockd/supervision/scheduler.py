@@ -67,7 +67,7 @@ class Evaluation(Generic[Owner]):
         atoms: how large it is.
         user: whose it is.
         share: how much of the worker that user gets, relative to others.
-        submitted: when it was asked for, by a clock of the owner's.
+        submitted: when it came here, by a clock of the owner's: what its user's limit held comes when that lets it go.
         away: how long after the owner's last answer that was, in seconds; 0 if there was none.
         alone: it gains nothing from company, and is in no batch with others.
     """

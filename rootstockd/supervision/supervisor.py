@@ -225,8 +225,11 @@ class Supervisor:
         self._dispatcher.sample()
 
     def give_up(self, error: RootstockError) -> None:
-        """Tell all who wait for an evaluation that it won't be done."""
+        """Tell all who wait for an evaluation that it won't be done, also those whose users' limits hold it."""
+        held = [client for client in self.clients if client.held]  # now: what comes next of the others is not meant
         self._dispatcher.give_up(error)
+        for client in held:
+            client.evaluated(error)
 
     def tell_verdicts(self) -> None:
         """Tell at once all that was to be told later: nobody else has anything of it any more."""

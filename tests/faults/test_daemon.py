@@ -24,6 +24,7 @@ from ase.mep import NEB
 from ase.optimize import BFGS
 
 from conftest import RunningDaemon, wait_for
+from plain_driver import PlainDriver
 from rootstock_client import ipi
 from rootstock_client.errors import (
     DrainingError,
@@ -129,10 +130,15 @@ def end_jobs() -> Iterator[list[Job]]:
     jobs.clear()
 
 
-@pytest.mark.parametrize("fate", FATES)
+@pytest.mark.parametrize(("fate", "queued"), [*((fate, "") for fate in FATES), (restarted, "1")])
 def test_no_trajectory_differs(
-    own_daemon: RunningDaemon, fate: Callable[[RunningDaemon], None], end_jobs: list[Job]
+    start_daemon, fate: Callable[[RunningDaemon], None], queued: str, end_jobs: list[Job], monkeypatch
 ) -> None:
+    """Nor where each user may have one evaluation at a time."""
+    if queued:
+        monkeypatch.setenv("ROOTSTOCKD_LIMITS__QUEUED", queued)
+    own_daemon = start_daemon("--model", "emt")
+
     def atoms(seed: int) -> Atoms:
         made = copper(1 + seed % 3, seed)
         made.calc = own_daemon.client().calculator("emt", exact=True)
@@ -348,6 +354,32 @@ def test_a_stock_driver_fetches_its_last_result(own_daemon: RunningDaemon) -> No
         time.sleep(0.3)
         sock.sendall(ipi.GETFORCE)
         assert sock.recv(12, socket.MSG_WAITALL) == ipi.FORCEREADY
+
+
+def test_stock_drivers_whose_evaluations_are_held_get_their_results(start_daemon, monkeypatch) -> None:
+    """By a limit of evaluations at a time; a daemon that stops lets one after another go on until they are done."""
+    monkeypatch.setenv("ROOTSTOCKD_LIMITS__QUEUED", "1")
+    daemon = start_daemon("--model", "emt")
+    worker = daemon.model("emt")["pid"]
+    os.kill(worker, signal.SIGSTOP)
+    drivers = [PlainDriver(daemon, copper(seed=seed)) for seed in range(4)]
+    for driver in drivers:
+        assert driver.status() == "NEEDINIT"
+        driver.init(b" ")
+        driver.positions()
+    wait_for(lambda: [session["state"] for session in daemon.client().status()["sessions"]] == ["busy"] * 4)
+    model = daemon.model("emt")
+    assert (model["waiting"], model["batch_under_way"]) == (0, 4)
+    drivers.pop().sock.close()
+    os.kill(daemon.pid, signal.SIGTERM)
+    wait_for(lambda: daemon.client().status()["state"] == "draining")
+    os.kill(worker, signal.SIGCONT)
+    for driver in drivers:
+        energy, forces, _, _ = driver.forces()
+        driver.atoms.calc = EMT()
+        assert energy == pytest.approx(driver.atoms.get_potential_energy(), abs=1e-9)
+        np.testing.assert_allclose(forces, driver.atoms.get_forces(), rtol=0, atol=1e-9)
+        driver.sock.close()
 
 
 def test_a_driver_that_never_fetches_does_not_keep_the_daemon(own_daemon: RunningDaemon) -> None:

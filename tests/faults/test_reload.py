@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,8 +20,7 @@ from ase import Atoms
 from ase.build import bulk
 from ase.calculators.emt import EMT
 
-from conftest import RunningDaemon, wait_for
-from plain_driver import PlainDriver
+from conftest import RunningDaemon, rootstockd, wait_for
 from rootstock_client import RootstockClient
 from rootstock_client.errors import LimitError, UnknownModelError, UserLimitError
 
@@ -199,33 +201,102 @@ def test_a_wrong_file_changes_nothing_and_says_why(configured, folder):
         atoms.get_potential_energy()
     (folder / "config.toml").write_text(good + "[limits]\nqueued = 0\n")
     assert configured.run("reload").returncode == 0
-    with pytest.raises(UserLimitError, match=r"has 0 evaluations under way already, .* \(limits\.queued\)"):
+    with pytest.raises(UserLimitError, match=r"may have no evaluations \(limits\.queued is 0\)"):
         atoms.get_potential_energy()
 
 
-def test_only_evaluations_under_way_count_as_queued(configured, folder):
-    """One that is over, or whose driver has gone, is in nobody's way."""
-    (folder / "config.toml").write_text((folder / "config.toml").read_text() + "[limits]\nqueued = 1\n")
-    assert configured.run("reload").returncode == 0
-    atoms, worker = crystal(1), configured.model("emt")["pid"]
-    atoms.calc = configured.client().calculator("emt")
-    for _ in range(3):
-        atoms.rattle(0.01)
-        atoms.get_potential_energy()
-    os.kill(worker, signal.SIGSTOP)
-    try:
-        with PlainDriver(configured, crystal(2)) as other:
-            assert other.status() == "NEEDINIT"
-            other.init(b" ")
-            other.positions()
-            wait_for(lambda: "busy" in [session["state"] for session in configured.client().status()["sessions"]])
-            atoms.rattle(0.01)
-            with pytest.raises(UserLimitError, match=r"has 1 evaluation under way already, .* \(limits\.queued\)"):
-                atoms.get_potential_energy()
-        wait_for(lambda: len(configured.client().status()["sessions"]) <= 1)
-    finally:
-        os.kill(worker, signal.SIGCONT)
-    atoms.get_potential_energy()
+MD = """
+import sys
+import numpy as np
+from ase import units
+from ase.build import bulk
+from ase.calculators.emt import EMT
+from ase.md.verlet import VelocityVerlet
+from rootstock_client import RootstockClient
+number, model, socket = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+atoms = bulk("Cu", cubic=True)
+atoms.rattle(0.05, seed=number)
+atoms.calc = EMT(asap_cutoff=False) if model == "itself" else RootstockClient(socket).calculator(model)
+print("begun", flush=True)
+VelocityVerlet(atoms, 2 * units.fs).run(200)
+print(float(atoms.get_potential_energy()), *atoms.positions.ravel().tolist(), flush=True)
+"""
+
+
+def md(daemon: RunningDaemon, number: int, model: str = "emt") -> subprocess.Popen[str]:
+    """A job of the user's, in a process of its own."""
+    command = [sys.executable, "-c", MD, str(number), model, str(daemon.socket)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def numbers_of(job: subprocess.Popen[str]) -> np.ndarray:
+    """The energy at its end, and where its atoms are."""
+    said = job.communicate(timeout=120)[0]
+    assert job.returncode == 0
+    return np.array(said.split("\n")[-2].split(), dtype=float)
+
+
+def metric(daemon: RunningDaemon, begin: str) -> float:
+    """The sum of a metric's values, of those that begin like this."""
+    lines = rootstockd("metrics", "show", "--socket", daemon.socket).stdout.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(begin))
+
+
+def at_models(daemon: RunningDaemon) -> int:
+    """Evaluations of four atoms that wait or run at any model."""
+    models = daemon.client().status()["models"]
+    return sum(model["waiting"] + model["batch_under_way"] // 4 for model in models)
+
+
+def busy(daemon: RunningDaemon) -> int:
+    return [session["state"] for session in daemon.client().status()["sessions"]].count("busy")
+
+
+def signal_all(pids: list[int], number: signal.Signals) -> None:
+    for process in pids:
+        os.kill(process, number)
+
+
+def test_evaluations_over_the_limit_wait(configured, folder):
+    """Jobs of one user, on two models: none fails, whatever happens to another, and never are more at the workers."""
+
+    def limit(queued: int) -> None:
+        (folder / "config.toml").write_text(f"{good}[limits]\nqueued = {queued}\n")
+        assert configured.run("reload").returncode == 0
+
+    good = (folder / "config.toml").read_text()
+    assert configured.run("load", "mine").returncode == 0
+    workers = [configured.model(model)["pid"] for model in ("emt", "mine")]
+    limit(1)
+    with contextlib.ExitStack() as stack:
+        jobs = {
+            number: stack.enter_context(md(configured, number, model))
+            for number, model in enumerate(("emt", "mine", "emt", "mine", "emt"))
+        }
+        for job in jobs.values():
+            stack.callback(job.kill)
+            assert job.stdout is not None and job.stdout.readline() == "begun\n"
+        wait_for(lambda: len(configured.client().status()["sessions"]) == 5)
+        signal_all(workers, signal.SIGSTOP)
+        stack.callback(signal_all, workers, signal.SIGCONT)
+        wait_for(lambda: busy(configured) == 5)
+        assert at_models(configured) == 1 and metric(configured, "rootstockd_user_queue_length") == 5
+        jobs.pop(1 if configured.model("emt")["batch_under_way"] else 0).kill()  # one that is held
+        wait_for(lambda: busy(configured) == 4)
+        signal_all(workers, signal.SIGCONT)
+        assert max(at_models(configured) for _ in range(10)) == 1
+        signal_all(workers, signal.SIGSTOP)
+        wait_for(lambda: busy(configured) == 4)
+        assert at_models(configured) == 1
+        batches = metric(configured, "rootstockd_batch_evaluations_count")
+        assert 0 < batches == metric(configured, "rootstockd_batch_evaluations_sum")
+        limit(3)
+        assert at_models(configured) == 3 and busy(configured) == 4
+        signal_all(workers, signal.SIGCONT)
+        alone = [stack.enter_context(md(configured, number, "itself")) for number in jobs]
+        references = [numbers_of(job) for job in alone]
+        np.testing.assert_allclose([numbers_of(job) for job in jobs.values()], references, rtol=0, atol=1e-6)
+    wait_for(lambda: metric(configured, "rootstockd_user_queue_length") == 0)
 
 
 def test_a_changed_model_is_a_new_worker_and_sessions_keep_the_old(configured, folder):
