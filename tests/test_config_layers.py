@@ -331,6 +331,37 @@ def test_check_says_what_would_keep_it_from_starting(folder: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("sevennet-0", "environment 'sevennet' was not built"),
+        ("nothing", """model 'nothing': its arguments need calculator = "module:Class"."""),
+        ("half", """model 'half': its arguments need calculator = "module:Class"."""),
+        ("asee", "model 'asee': there is no family asee; did you mean ase?\n"),
+        ("strange", "model 'strange': there is no family cp2k; there are ase, ipi, mace, noop"),
+        ("gone", "model 'gone': there is no file"),
+    ],
+)
+def test_check_says_which_models_can_not_be_loaded(folder: Path, model: str, words: str) -> None:
+    """It keeps a daemon from starting, or where others can be loaded it is worth a warning."""
+    write(
+        folder / "more.toml",
+        '[nothing]\nfamily = "ase"\n[asee]\nfamily = "asee"\n[strange]\nfamily = "cp2k"\n'
+        '[half]\nfamily = "ase"\narguments = { calculator = "ase.calculators.emt:" }\n'
+        f'[gone]\nfamily = "mace"\nweights = "gone.model"\nsha256 = "{"0" * 64}"\n',
+    )
+    write(folder / "bad.toml", f'catalogues = ["more.toml"]\nmodels = ["{model}"]\n')
+    done = command("config", "check", folder / "bad.toml")
+    assert done.returncode == 1 and f"models: {words}" in done.stderr
+    write(folder / "good.toml", f'catalogues = ["more.toml"]\nmodels = ["{model}", "emt"]\n')
+    done = command("config", "check", folder / "good.toml")
+    assert done.returncode == 0 and f"models: {words}" in done.stdout
+    assert "a daemon can start with" in done.stdout
+    if model in ("nothing", "half", "asee", "strange"):
+        listed = command("models", "list", "--catalogue", folder / "more.toml").stdout
+        assert re.search(rf"^{model} .* wrong entry ", listed, re.MULTILINE)
+
+
 def test_check_says_where_no_socket_can_be(folder: Path) -> None:
     (folder / "file").touch()
     (folder / "open").mkdir()

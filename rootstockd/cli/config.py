@@ -21,7 +21,7 @@ from rootstockd.cli.options import devices_of, files_to_read, settings_again, se
 from rootstockd.host.devices import DeviceError, choose_devices, found_devices
 from rootstockd.host.log_file import check_folder, check_log
 from rootstockd.host.sockets import AddressError, check_host
-from rootstockd.models.availability import not_to_preload
+from rootstockd.models.availability import not_loadable
 from rootstockd.models.catalogue import Catalogue, CatalogueError
 from rootstockd.sessions.accounts import Accounts
 from rootstockd.settings.config import Config, Device
@@ -149,7 +149,7 @@ def look_over(settings: Config) -> tuple[list[str], list[str]]:
         catalogue = Catalogue.load(settings.catalogues, settings.where("catalogues"))
     except CatalogueError as error:
         return [*problems, str(error)], []
-    errors = not_to_preload(settings.models, catalogue)
+    errors = not_loadable(settings.models, catalogue)
     missing = [f"models: {error}" for error in errors if isinstance(error, ModelLoadError)]
     problems += [f"models: {error}" for error in errors if not isinstance(error, ModelLoadError)]
     if len(errors) < len(settings.models):  # a daemon starts with the others

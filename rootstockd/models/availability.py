@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Iterable
+from importlib import metadata
 
 from rootstock_client.errors import ModelLoadError, UnknownModelError
-from rootstockd.environments.finding import has_environment
+from rootstockd.environments.finding import Environment, find_environment
 from rootstockd.models.catalogue import Catalogue, Entry
+from rootstockd.models.spec import spec_of
 from rootstockd.models.store import weights_of
 from rootstockd.models.whole_files import StoreError
 from rootstockd.settings.state_dir import StateError
+from rootstockd.worker.engines import ENTRY_POINTS, FAMILIES, ase
 
 
 def located(name: str, entry: Entry) -> Entry:
@@ -50,12 +54,50 @@ def not_to_preload(names: Iterable[str], catalogue: Catalogue) -> list[UnknownMo
     return missing
 
 
+def not_loadable(names: Iterable[str], catalogue: Catalogue) -> list[UnknownModelError | ModelLoadError]:
+    """As `not_to_preload`, with all else that can be seen without a worker and would keep one from loading them."""
+    missing: list[UnknownModelError | ModelLoadError] = []
+    for name in names:
+        try:
+            known, entry = catalogue.resolve(name)
+            entry = located(known, entry)
+            if _no_file(entry):
+                raise ModelLoadError(f"model {known!r}: there is no file {entry.weights}.")
+            if wrong := _wrong(known, entry, find_environment(*entry.place)):
+                raise ModelLoadError(f"model {known!r}: {wrong}{'' if wrong.endswith('?') else '.'}")
+        except (UnknownModelError, ModelLoadError) as error:
+            missing.append(error)
+    return missing
+
+
+def _no_file(entry: Entry) -> bool:
+    return entry.weights is not None and not os.path.isfile(entry.weights)  # noqa: PTH113 - no where one may not look
+
+
+def _wrong(name: str, entry: Entry, environment: Environment) -> str:
+    """What is wrong with an entry itself; which families an environment has that was built, only that can say."""
+    if entry.family == "ase":
+        return ase.problem_of(spec_of(name, entry))
+    if environment.built or entry.family in FAMILIES:
+        return ""
+    families = [*FAMILIES, *(point.name for point in metadata.entry_points(group=ENTRY_POINTS))]
+    if entry.family in families:
+        return ""
+    near = difflib.get_close_matches(entry.family, families, n=1)
+    meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(families)}"
+    return f"there is no family {entry.family}; {meant}"
+
+
 def lack(name: str, entry: Entry) -> str:
     """What keeps workers from loading a model, in a word or two; empty if nothing."""
     try:
-        weights = located(name, entry).weights
+        entry = located(name, entry)
     except ModelLoadError:
         return "to pull"
-    if weights is not None and not os.path.isfile(weights):  # noqa: PTH113 - says no where one may not look
+    if _no_file(entry):
         return "missing"
-    return "" if has_environment(*entry.place) else "needs env"
+    try:
+        environment = find_environment(*entry.place)
+    except ModelLoadError:
+        return "needs env"
+    return "wrong entry" if _wrong(name, entry, environment) else ""

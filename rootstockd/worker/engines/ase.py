@@ -20,6 +20,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import re
 import sys
 import tempfile
 from contextlib import nullcontext
@@ -54,6 +55,7 @@ from rootstockd.worker.engines.deterministic import deterministic, fuse_nothing
 from rootstockd.worker.failures import describe
 from rootstockd.worker.memory import gpu_memory
 
+_CALCULATOR = re.compile(r"\w+(\.\w+)*:\w+(\.\w+)*")
 _ARGUMENTS = {"calculator", "options", "info", "complete_cell", "energy", "max_atoms"}
 _KNOWN = ("energy", "free_energy", "forces", "stress", "energies")
 _SAME_ENERGY = 1e-6
@@ -291,7 +293,7 @@ def load(spec: ModelSpec) -> AseEngine:
     Raises:
         EngineError: it can't be made, or what the catalogue says makes no sense.
     """
-    if problem := _problem(spec):
+    if problem := problem_of(spec):
         raise EngineError("model-load", f"model {spec.name!r}: {problem}")
     engine = AseEngine(spec)
     if spec.device != "cpu":
@@ -299,14 +301,14 @@ def load(spec: ModelSpec) -> AseEngine:
     return engine
 
 
-def _problem(spec: ModelSpec) -> str:
-    """What is wrong with the entry, if anything is."""
+def problem_of(spec: ModelSpec) -> str:
+    """What can be seen to be wrong with an entry without making its calculator; empty if nothing."""
     arguments = spec.arguments
     unknown = sorted(set(arguments) - _ARGUMENTS)
     strange = sorted(set(arguments.get("info", {})) - {"charge", "spin"})
     problems = {
         f"no such arguments: {', '.join(unknown)}. Keyword arguments of the calculator go into `options`": unknown,
-        'its arguments need calculator = "module:Class"': ":" not in str(arguments.get("calculator")),
+        'its arguments need calculator = "module:Class"': (not _CALCULATOR.fullmatch(str(arguments.get("calculator")))),
         f"nobody says a system's {', '.join(strange)}; `info` can have charge and spin": strange,
         '`energy` can be "energy" or "free_energy"': arguments.get("energy") not in (None, "energy", "free_energy"),
         'it needs both weights and an option with the value "{weights}", or neither': (
