@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from rootstockd.processes.folders import FolderError
 from rootstockd.processes.worker_process import End
 from rootstockd.supervision.failed_starts import MAX_BLAMED, MAX_HUNG, MAX_KILLED, PAUSES, FailedStarts
 from rootstockd.supervision.workers import is_shortage
@@ -36,7 +37,9 @@ def test_what_the_machine_lacks_is_no_doing_of_the_models() -> None:
     for number in (errno.EMFILE, errno.EAGAIN, errno.ENOMEM, errno.ENOSPC):
         assert is_shortage(OSError(number, os.strerror(number)))
     assert is_shortage(MemoryError())
-    assert not is_shortage(FileNotFoundError(errno.ENOENT, "No such file"))
+    for number in (errno.ENOENT, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE):
+        assert is_shortage(FolderError(number, os.strerror(number)))
+    assert not is_shortage(FileNotFoundError(errno.ENOENT, "No such file"))  # its interpreter's
     assert not is_shortage(RuntimeError("its own fault"))
 
 

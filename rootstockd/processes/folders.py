@@ -39,7 +39,6 @@ _CACHES = {
 """Variables that tell compilers, and matplotlib, which MACE imports, where to keep what they made."""
 
 
-_SCRATCH = "rootstockd-worker-"
 _ROOM = 65_536
 """Bytes that must be free for scratch."""
 _SOCKETS = Path("/tmp"), "ipi_rootstockd-"  # noqa: S108 - programs that dial in look for sockets in /tmp/ipi_...
@@ -53,6 +52,10 @@ _MPI_ALONE = {
 """For one process of Open MPI or MPICH that has no network, as a confined program has none."""
 
 
+class FolderError(OSError):
+    """A folder for a worker can't be had. That is the machine's doing and no model's, whatever its number."""
+
+
 class WorkerFolders:
     """One worker's folders. The scratch folder exists, and is locked, until `remove`.
 
@@ -60,11 +63,11 @@ class WorkerFolders:
         spec: the worker's model; None for one that loads none, and has nothing to keep.
 
     Raises:
-        OSError: there is no room for scratch.
+        FolderError: there is no place for scratch, or no room.
     """
 
     def __init__(self, spec: ModelSpec | None) -> None:
-        self._held = [_make_folder(Path(tempfile.gettempdir()), _SCRATCH)]
+        self._held = [_make_folder(*_scratch())]
         self.scratch = self._held[0][0]
         self._confined = spec is None or spec.confine
         self.programs = spec is not None and spec.family == "ipi"
@@ -107,29 +110,39 @@ def _try_room(folder: str) -> None:
             if file.write(bytes(_ROOM)) < _ROOM:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
-        raise OSError(error.errno, f"{error.strerror} in {tempfile.gettempdir()}") from error
+        raise _failed(error, _scratch()[0]) from error
+
+
+def _failed(error: OSError, place: Path) -> FolderError:
+    """That none can be had there."""
+    named = " (the daemon's TMPDIR)" if str(place) == os.environ.get("TMPDIR") else ""
+    return FolderError(error.errno, f"{error.strerror} in {place}{named}, where workers' folders are made")
+
+
+def _scratch() -> tuple[Path, str]:
+    """Where scratch lies, and how its folders' names begin."""
+    return Path(tempfile.gettempdir()), "rootstockd-worker-"
 
 
 def _make_folder(place: Path, prefix: str) -> tuple[str, int]:
     """A new folder, and the descriptor that keeps it locked: an unlocked one counts as a dead daemon's."""
-    while True:
-        path = tempfile.mkdtemp(prefix=f"{prefix}{os.getuid()}-", dir=place)
-        with contextlib.suppress(FileNotFoundError):  # another daemon was faster, and has removed it
-            folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            with contextlib.suppress(BlockingIOError):  # or looks whether it is left behind
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.exists(path):
-                    return path, folder
-            os.close(folder)
+    try:
+        while True:
+            path = tempfile.mkdtemp(prefix=f"{prefix}{os.getuid()}-", dir=place)
+            with contextlib.suppress(FileNotFoundError):  # another daemon was faster, and has removed it
+                folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                with contextlib.suppress(BlockingIOError):  # or looks whether it is left behind
+                    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if os.path.exists(path):
+                        return path, folder
+                os.close(folder)
+    except OSError as error:
+        raise _failed(error, place) from error
 
 
 def remove_left_behind() -> None:
     """Remove the folders of daemons of ours that were killed: nobody holds their locks."""
-    found = [
-        path
-        for place, prefix in ((Path(tempfile.gettempdir()), _SCRATCH), _SOCKETS)
-        for path in place.glob(f"{prefix}{os.getuid()}-*")
-    ]
+    found = [path for place, prefix in (_scratch(), _SOCKETS) for path in place.glob(f"{prefix}{os.getuid()}-*")]
     for path in found:
         try:
             folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)

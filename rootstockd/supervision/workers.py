@@ -10,6 +10,7 @@ from dataclasses import replace
 from rootstock_client.errors import ModelLoadError, RootstockError
 from rootstockd.environments.finding import Environment, find_environment
 from rootstockd.models.spec import in_environment
+from rootstockd.processes.folders import FolderError
 from rootstockd.processes.output import Ration
 from rootstockd.processes.worker_process import End, WorkerProcess
 from rootstockd.supervision.dispatcher import Dispatcher
@@ -33,7 +34,7 @@ _NO_THREAD = "can't start new thread"
 def is_shortage(error: Exception) -> bool:
     """Whether a worker could not be started for what the machine lacks for a while: no doing of the model's."""
     if isinstance(error, OSError):
-        return error.errno in _SHORT
+        return isinstance(error, FolderError) or error.errno in _SHORT
     return isinstance(error, MemoryError) or str(error) == _NO_THREAD
 
 

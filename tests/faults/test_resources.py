@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,6 +27,7 @@ from ase.build import bulk
 
 from conftest import open_descriptors
 from rootstock_client import RootstockClient, ipi
+from rootstock_client.control import request
 from rootstock_client.errors import LimitError, RootstockError
 from rootstockd.host.descriptors import share_descriptors
 from rootstockd.host.handed_over import handed_over
@@ -336,5 +339,42 @@ def test_a_worker_that_dies_while_there_is_no_room_for_the_next(serve, tmp_path:
             assert f"No space left on device in {mounted}" in said["loading"]["text"]
             assert not step.done()
             filler.unlink()
+            step.result(60)
+        served.end()
+
+
+@pytest.mark.parametrize(("what", "words"), [("gone", "No such file"), ("read-only", "Read-only file system")])
+def test_a_worker_that_dies_while_there_is_no_place_for_the_next(
+    serve, tmp_path: Path, monkeypatch, what: str, words: str
+) -> None:
+    """A TMPDIR that was a script's or a Slurm job's, say: that is no verdict on the model, and its job waits."""
+    with small_disk(tmp_path, "1m") if what == "read-only" else contextlib.nullcontext(tmp_path / "own") as place:
+        place.mkdir(exist_ok=True)
+        monkeypatch.setenv("TMPDIR", str(place))
+        served = serve(tmp_path / "log")
+        atoms = session(served)
+
+        def remount(how: str) -> None:
+            subprocess.run(["mount", "-o", f"remount,{how}", str(place)], check=True)
+
+        if what == "gone":
+            shutil.rmtree(place)
+        else:
+            remount("ro")
+        again(atoms)
+        os.kill(served.client().status()["models"][0]["pid"], 9)
+        with ThreadPoolExecutor(1) as pool:
+            step = pool.submit(again, atoms)
+            wait_for(lambda: step.done() or served.client().status()["models"][0]["restarts"] > 6)
+            assert not step.done()
+            said = served.client().status()["models"][0]["loading"]["text"]
+            where = f"{words}[^:]* in {place} [(]the daemon's TMPDIR[)]"
+            (told,) = request(served.socket, "GET", "/v1/loading?model=emt")  # as the job asks that waits
+            for text in (said, told["text"], served.log.read_text()):
+                assert re.search(where, text), text
+            if what == "gone":
+                place.mkdir()
+            else:
+                remount("rw")
             step.result(60)
         served.end()
