@@ -25,6 +25,8 @@ Count: TypeAlias = Annotated[int, NUMBER]
 Share: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False), NUMBER]
 Timeout: TypeAlias = Annotated[float, FINITE, SECONDS]
 """Seconds."""
+SHORTEST = 0.1
+"""Seconds that a worker is given for anything: it is looked at ten times in its limit, which is to cost nothing."""
 Forever: TypeAlias = Literal["forever"]
 KeepAlive: TypeAlias = Annotated[Annotated[float, Field(ge=0, allow_inf_nan=False)] | Forever, SECONDS]
 """Seconds that a model stays in memory after its last evaluation, or "forever": until its memory is wanted."""
@@ -177,9 +179,9 @@ class Settings(BaseModel):
     """Where a daemon in the background writes its log."""
     drain_timeout: Timeout = Field(default=60.0, ge=0)
     """Seconds that a stopping daemon gives evaluations under way."""
-    hang_timeout: Timeout = Field(default=60.0, gt=0)
+    hang_timeout: Timeout = Field(default=60.0, ge=SHORTEST)
     """Seconds that any batch may take; a slow model gets more (`HangLimit`). After that its worker is replaced."""
-    load_timeout: Timeout = Field(default=600.0, gt=0)
+    load_timeout: Timeout = Field(default=600.0, ge=SHORTEST)
     """Seconds that a worker may take to load its model."""
     worker_memory: Annotated[int | None, BYTES] = Field(default=None, ge=2**28)
     """Bytes of memory that a worker on a CPU may use (RLIMIT_DATA); without it, as many as the machine has."""
