@@ -423,8 +423,10 @@ class Daemon:
         """Have a model leave memory; see `Fleet.unload`.
 
         Raises:
+            DrainingError: the daemon stops: what is under way is done first.
             RootstockError: it is not there, or has evaluations under way.
         """
+        self.check_open()
         return self.fleet.unload(self.catalogue.name_of(name), dtype, force=force)  # it may be in no catalogue any more
 
 

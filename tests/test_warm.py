@@ -25,7 +25,7 @@ from conftest import RunningDaemon, wait_for
 from plain_driver import PlainDriver
 from rootstock_client import RootstockClient, ipi
 from rootstock_client.control import request
-from rootstock_client.errors import LimitError, UserLimitError
+from rootstock_client.errors import DrainingError, LimitError, UserLimitError
 
 FAULTS = Path(__file__).parent / "faults"
 MB = 10**6
@@ -487,6 +487,27 @@ def test_a_forced_unload_is_no_reason_to_wait_for_a_stop(start: Callable[..., Ru
             stop = pool.submit(daemon.run, "stop")
             wait_for(lambda: "draining" in daemon.log.read_text())
             assert not (daemon.model("lj")["loading"] or {}).get("held")
+            job.result()
+        assert stop.result().returncode == 0
+
+
+def test_nothing_is_unloaded_of_a_daemon_that_stops(start: Callable[..., RunningDaemon]) -> None:
+    """Or the evaluation that it waits for would begin anew, and be dropped."""
+    daemon = start("drain_timeout = 1000\n", "--model", "lj")
+    with PlainDriver(daemon, copper(), model="lj") as job:
+        assert job.status() == "NEEDINIT"
+        job.init(b" ")
+        os.kill(worker := daemon.model("lj")["pid"], signal.SIGSTOP)
+        job.positions()
+        job.send(b"GETFORCE    ")
+        wait_for(lambda: [session["state"] for session in daemon.client().status()["sessions"]] == ["busy"])
+        with ThreadPoolExecutor(1) as pool:
+            stop = pool.submit(daemon.run, "stop")
+            wait_for(lambda: daemon.client().status()["state"] == "draining")
+            for force in (False, True):
+                with pytest.raises(DrainingError):
+                    request(daemon.socket, "POST", "/v1/unload", {"model": "lj", "force": force})
+            os.kill(worker, signal.SIGCONT)
             job.result()
         assert stop.result().returncode == 0
 
