@@ -42,6 +42,7 @@ from rootstockd.host.sockets import (
     listen_tcp,
     lock,
     make_runtime_dir,
+    remove,
     remove_if_empty,
     url_of,
 )
@@ -119,7 +120,7 @@ class Daemon:
                     ours.callback(remove_if_empty, folder)
                 ours.enter_context(lock(self.config.lock))
                 if folder == job_runtime_dir():  # Slurm may have killed those who would have removed it
-                    ours.callback(share_file(self.config.socket).unlink, missing_ok=True)
+                    ours.callback(remove, share_file(self.config.socket))
             devices = found_devices(self.config.devices)
             for device in devices:
                 if device.kind == "cuda":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 import re
 import shutil
@@ -19,6 +20,8 @@ from rootstock_client.runtime_dir import MAX_SOCKET_PATH, SYSTEM_DIR, is_private
 from rootstockd.host import passed
 from rootstockd.host.peers import peer_of
 from rootstockd.users import user_name
+
+log = logging.getLogger(__name__)
 
 _FLOCK = "hhqqi"
 _WHOLE_FILE = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
@@ -64,6 +67,22 @@ def remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
+def remove(path: Path, ours: os.stat_result | None = None) -> None:
+    """Remove a file at the end: one that can't be removed is a line in the log.
+
+    Args:
+        path: where it is.
+        ours: which one; another that somebody has put in its place meanwhile is left alone.
+    """
+    try:
+        if ours is None or os.path.samestat(path.lstat(), ours):
+            path.unlink()
+    except FileNotFoundError:
+        pass
+    except OSError as error:  # of the folder, say, in whose place a file is by now
+        log.warning("can't remove %s: %s", path, error.strerror)
+
+
 def already_runs(address: Path, pid: str) -> str:
     """What is said where a second daemon is to start."""
     return f"a daemon already runs at {address} (pid {pid}). See `rootstockd status`; end it with `rootstockd stop`."
@@ -101,7 +120,7 @@ def lock(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        _remove(path, os.fstat(fd))
+        remove(path, os.fstat(fd))
         os.close(fd)
 
 
@@ -159,9 +178,9 @@ def listen(
             unseen.rename(path)
             yield sock
         finally:
-            _remove(unseen, ours)
+            remove(unseen, ours)
             if not keep():
-                _remove(path, ours)
+                remove(path, ours)
 
 
 def name_until_open(path: Path) -> Path:
@@ -288,13 +307,6 @@ def _listener(address: str) -> str:
         except OSError:
             return "which one, it does not say"
     return f"pid {peer.pid} of {user_name(peer.uid)}"
-
-
-def _remove(path: Path, ours: os.stat_result) -> None:
-    """Remove a file of ours, unless somebody has put another in its place meanwhile."""
-    with contextlib.suppress(FileNotFoundError):
-        if os.path.samestat(path.lstat(), ours):
-            path.unlink()
 
 
 def _check_free(path: Path) -> None:

@@ -339,6 +339,24 @@ def test_signals_once_and_twice(own_daemon: RunningDaemon) -> None:
     assert outcome[0] == pytest.approx(reference.get_potential_energy(), abs=1e-6)
 
 
+def test_a_stop_where_a_file_is_in_the_place_of_the_folder(own_daemon: RunningDaemon) -> None:
+    """It ends well, and says what it could not remove."""
+    process = psutil.Process(own_daemon.pid)
+    away = own_daemon.folder.rename(own_daemon.folder.with_name("away"))
+    own_daemon.folder.touch()
+    try:
+        process.terminate()
+        psutil.wait_procs([process], timeout=20)
+        assert not process.is_running()
+    finally:
+        own_daemon.folder.unlink()
+        away.rename(own_daemon.folder)
+    lines = own_daemon.log.read_text().splitlines()
+    assert lines[-1].endswith("INFO rootstockd.daemon: stopped")
+    assert sum("can't remove" in line and line.endswith(": Not a directory") for line in lines) == 5
+    assert not any("Traceback" in line for line in lines)
+
+
 def test_a_stock_driver_fetches_its_last_result(own_daemon: RunningDaemon) -> None:
     """It has no way to ask again: what it sent before the daemon began to stop is answered, though it asks late."""
     text = b'{"rootstock": 1, "model": "emt", "numbers": [29, 29], "pbc": [false, false, false], "preset": true}'
