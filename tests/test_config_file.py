@@ -46,6 +46,22 @@ def named(path: Path, flags: dict[str, object] | None = None) -> Config:
         ("files = []", "no setting 'files'; "),
         ('max_atoms = "many"', "max_atoms: 'many' is not an integer."),
         ("max_atoms = -1", "max_atoms: -1 is less than 1."),
+        *(
+            (
+                f'[access]\n{name} = ["a", "b\\u0000"]',
+                f"access.{name}.1: 'b\\x00' is no name: it has control characters.",
+            )
+            for name in ("users", "groups", "admins")
+        ),
+        ('access.socket_group = "a\\n"', "access.socket_group: 'a\\n' is no name: it has control characters."),
+        ('[users."a\\u0000"]\nsessions = 3', "users: 'a\\x00' is no name: it has control characters."),
+        ('models = ["\\u001b[1m"]', "models.0: '\\x1b[1m' is no name: it has control characters."),
+        ('catalogues = ["a", "b\\u0000"]', "catalogues.1: 'b\\x00' is no path: it has a NUL."),
+        *(
+            (f'{name} = "{path}\\u0000b"', f"{name}: '{path}\\x00b' is no path: it has a NUL.")
+            for name in ("socket", "log_file")
+            for path in ("/a", "a", "~a")
+        ),
         ("hang_timeout = 1e-9", "hang_timeout: 1e-09 is less than 0.1."),
         ("load_timeout = 0.01", "load_timeout: 0.01 is less than 0.1."),
         ("limits = 5", "limits: 5 is not a table of fields."),
@@ -127,6 +143,11 @@ def test_a_file_that_all_may_write_is_refused(write):
 def test_a_path_that_json_has_no_words_for():
     with pytest.raises(ConfigError, match=r"socket: '/a\\udcff\.sock' is not UTF-8\."):
         make_config((), {}, {"socket": Path(os.fsdecode(b"/a\xff.sock"))}, DEFAULTS)
+
+
+def test_variables_are_checked_as_files_are():
+    with pytest.raises(ConfigError, match=r"^ROOTSTOCKD_ACCESS__SOCKET_GROUP: access.socket_group: 'a\\n' is no name"):
+        make_config((), {"ROOTSTOCKD_ACCESS__SOCKET_GROUP": "a\n"}, {}, DEFAULTS)
 
 
 def test_a_folder_is_no_file(tmp_path):

@@ -191,30 +191,22 @@ class Accounts:
         self.apply(config)
 
     def apply(self, config: Config) -> None:
-        """Take over new rules. Sessions that are there stay; the rules are for what comes."""
-        self._config, access = config, config.access
-        self.warnings.clear()
-        self._admins = {0, os.getuid(), *self._numbers("access.admins", access.admins, _uid)}
-        self._users = {*self._numbers("access.users", access.users, _uid)}
-        self._groups = {*self._numbers("access.groups", access.groups, _gid)}
-        by_uid = {uid: name for name in config.users for uid in self._numbers("users", [name], _uid)}
-        self._quotas = {uid: config.quota(name) for uid, name in by_uid.items()}
+        """Take over new rules, or none where this fails. Sessions that are there stay; they are for what comes."""
+        access, warnings = config.access, list[str]()
+        admins = {0, os.getuid(), *_numbers("access.admins", access.admins, _uid, warnings)}
+        users = {*_numbers("access.users", access.users, _uid, warnings)}
+        groups = {*_numbers("access.groups", access.groups, _gid, warnings)}
+        by_uid = {uid: name for name in config.users for uid in _numbers("users", [name], _uid, warnings)}
+        quotas = {uid: config.quota(name) for uid, name in by_uid.items()}
+        self._config, self._admins, self._users, self._groups, self._quotas = config, admins, users, groups, quotas
+        self.warnings = warnings
         for account in self._accounts.values():
-            account.quota = self._quotas.get(account.uid, config.limits)
+            account.quota = quotas.get(account.uid, config.limits)
 
     def let_in(self) -> None:
         """Have evaluations go to their models that new rules hold no more."""
         for account in self.active:
             account.let_in()
-
-    def _numbers(self, setting: str, names: Iterable[str], look_up: Callable[[str], int]) -> Iterator[int]:
-        """The ids of those names that there are: one who has left is no reason not to start."""
-        for name in names:
-            try:
-                yield look_up(name)
-            except KeyError:
-                what = "group" if look_up is _gid else "user"
-                self.warnings.append(f"{setting}: there is no {what} {name!r} on this machine")
 
     def is_admin(self, uid: int) -> bool:
         """Whether a user may stop and reload the daemon, and see what others do."""
@@ -332,6 +324,16 @@ class Accounts:
         """Count the atoms of a system out."""
         account.atoms -= atoms
         self._atoms -= atoms
+
+
+def _numbers(setting: str, names: Iterable[str], look_up: Callable[[str], int], warnings: list[str]) -> Iterator[int]:
+    """The ids of those names that there are: one who has left is no reason not to start, and a warning."""
+    for name in names:
+        try:
+            yield look_up(name)
+        except KeyError:
+            what = "group" if look_up is _gid else "user"
+            warnings.append(f"{setting}: there is no {what} {name!r} on this machine")
 
 
 def _uid(name: str) -> int:

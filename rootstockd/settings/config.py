@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -32,16 +33,28 @@ KeepAlive: TypeAlias = Annotated[Annotated[float, Field(ge=0, allow_inf_nan=Fals
 """Seconds that a model stays in memory after its last evaluation, or "forever": until its memory is wanted."""
 
 
-def _check_utf8(path: Path) -> Path:
-    """JSON has no other paths, and a daemon is handed its settings so."""
+def _check_name(name: str) -> str:
+    if re.search(r"[\x00-\x1f\x7f]", name):
+        raise ValueError(f"{name[:60]!a} is no name: it has control characters")
+    return name
+
+
+Name: TypeAlias = Annotated[str, AfterValidator(_check_name)]
+"""Of a user, a group or a model: what can be none is refused here, and not where it is looked up."""
+
+
+def _check_path(path: Path) -> Path:
+    """Neither has JSON other paths, and a daemon is handed its settings so, nor has the kernel."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
         raise ValueError(f"{str(path)!a} is not UTF-8") from None
+    if "\0" in str(path):
+        raise ValueError(f"{str(path)!a} is no path: it has a NUL")
     return path
 
 
-TextPath: TypeAlias = Annotated[Path, AfterValidator(_check_utf8)]
+TextPath: TypeAlias = Annotated[Path, AfterValidator(_check_path)]
 
 
 class Device(BaseModel):
@@ -90,12 +103,12 @@ class Access(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    users: tuple[str, ...] = ()
-    groups: tuple[str, ...] = ()
+    users: tuple[Name, ...] = ()
+    groups: tuple[Name, ...] = ()
     """Who may have structures evaluated. With neither users nor groups it is whoever can open the socket."""
-    admins: tuple[str, ...] = ()
+    admins: tuple[Name, ...] = ()
     """Who, beside root and the daemon's own user, may stop and reload it and see what others do."""
-    socket_group: str | None = None
+    socket_group: Name | None = None
     """A group that both sockets are given to, with mode 0660. Without one both are open to all users of
     the machine, if others may use the daemon at all."""
 
@@ -143,7 +156,7 @@ class Settings(BaseModel):
     """The session socket; the control socket and the lock lie beside it."""
     devices: tuple[Device, ...]
     """All CPUs, or all GPUs: a model's numbers shall not depend on where there was room."""
-    models: tuple[str, ...] = ()
+    models: tuple[Name, ...] = ()
     """Loaded before the daemon calls itself ready; others are loaded when first asked for."""
     catalogues: tuple[TextPath, ...] = ()
     """Files of further models."""
@@ -226,6 +239,13 @@ class Settings(BaseModel):
         if socket in (control_socket(socket), socket.with_suffix(".lock")):
             raise ValueError(f"{socket.name} is what another file of the daemon is called; call it {socket.stem}.sock")
         return socket
+
+    @field_validator("users")
+    @classmethod
+    def _called(cls, users: dict[str, OwnQuota]) -> dict[str, OwnQuota]:
+        for name in users:  # an error of the keys' type would have them in its place
+            _check_name(name)
+        return users
 
     @field_validator("devices")
     @classmethod

@@ -105,7 +105,9 @@ def read_config_file(file: SettingsFile) -> dict[str, Any]:
 
 def _placed(path: Any, file: SettingsFile) -> Any:
     """A path of a file, whole; `~` is a home. What is none is left to be refused."""
-    return file.path.parent / os.path.expanduser(path) if path and isinstance(path, str) else path  # noqa: PTH111
+    if not path or not isinstance(path, str) or "\0" in path:
+        return path
+    return file.path.parent / os.path.expanduser(path)  # noqa: PTH111
 
 
 def _load(file: SettingsFile) -> dict[str, Any]:

@@ -185,6 +185,7 @@ def test_a_wrong_file_changes_nothing_and_says_why(configured, folder):
         ("max_sessions = 0\n" + good, "max_sessions"),
         ('catalogues = ["/nowhere.toml"]\n', "/nowhere.toml"),
         ("= 3", "config.toml"),
+        ('[access]\nusers = ["a\\u0000b"]\n', "access.users.0: 'a\\x00b' is no name"),
     ):
         (folder / "config.toml").write_text(text)
         done = configured.run("reload")
