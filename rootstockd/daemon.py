@@ -158,12 +158,20 @@ class Daemon:
         control = ours.enter_context(listen(self.config.control, mode, group))
         return ours.enter_context(listen(self.config.socket, mode, group, keep=lambda: self._replaced)), control
 
-    def _open_or_close(self) -> None:
-        """Who can open the sockets follows the lists; where systemd has made them it is for its units to say."""
-        if not self._manager.sockets:
-            for path in (self.config.control, self.config.socket):
-                with contextlib.suppress(FileNotFoundError):  # nobody can open what somebody has removed
-                    path.chmod(self.config.socket_mode)
+    def _open_or_close(self) -> list[str]:
+        """Who can open the sockets follows the lists; where systemd has made them it is for its units to say.
+
+        Returns:
+            What is in the way. Lists hold all the same; without any, nobody but administrators is let in.
+        """
+        failed = []
+        for path in () if self._manager.sockets else (self.config.control, self.config.socket):
+            try:
+                path.chmod(self.config.socket_mode)
+            except OSError as error:
+                failed.append(f"who can open {path} stays as it is: {error.strerror}; `rootstockd reload` tries again")
+        self.accounts.closed = bool(failed) and not self.config.shared
+        return failed
 
     def _adopt(self, ours: contextlib.ExitStack) -> tuple[socket.socket, socket.socket]:
         """Take over both sockets from systemd."""
@@ -203,12 +211,25 @@ class Daemon:
             What has changed and is not taken over by all.
 
         Raises:
-            ConfigError, CatalogueError: something in them is wrong; all stays as it is.
+            ConfigError, CatalogueError: something in them is wrong, or can't be found out; all stays as it is.
+            RootstockError: the new ones hold, but the daemon itself failed in what follows from them.
         """
-        if self.state != "ready":  # and not to be called so for this
-            return self._reload()
-        with self._manager.reloading():
-            return self._reload()
+        ready = self.state == "ready"  # and not to be called so for this
+        before = self.config
+        try:
+            with self._manager.reloading() if ready else contextlib.nullcontext():
+                return self._reload()
+        except (ConfigError, CatalogueError):
+            raise
+        except Exception as error:
+            log.exception("reloading failed")
+            what = f"the daemon itself failed: {type(error).__name__}: {error}"
+            if self.config is before:
+                raise ConfigError(f"{what}; `rootstockd logs` has more.") from error
+            raise RootstockError(
+                f"the new configuration and catalogues hold, but not all was done that follows from them: {what}.",
+                "`rootstockd restart` does all of it; `rootstockd logs` has more, for whoever maintains rootstockd.",
+            ) from error
 
     def _reload(self) -> ReloadReport:
         if self._log_file is not None:
@@ -219,12 +240,12 @@ class Daemon:
         fresh = read_again(self.config)
         catalogue = Catalogue.load(fresh.catalogues, fresh.where("catalogues"))
         restart_needed = sorted(name for name in changes(self.config, fresh) if not reloadable(name))
-        self.config = take_over(self.config, fresh)
-        self.catalogue = catalogue
-        self._open_or_close()
-        self.accounts.apply(self.config)
-        self.fleet.apply(self.config)
-        self._look_over(not_to_preload(fresh.models, catalogue))
+        config = take_over(self.config, fresh)
+        self.accounts.apply(config)  # the last that may fail; from here on the new settings hold
+        self.config, self.catalogue = config, catalogue
+        self.fleet.apply(config)
+        in_the_way = self._open_or_close()
+        self._look_over(not_to_preload(fresh.models, catalogue), in_the_way)
         for name in restart_needed:
             log.warning("%s has changed and takes effect with the next restart", name)
         log.info("reloaded")
@@ -248,17 +269,23 @@ class Daemon:
                 self.fleet.keep(key, located(name, entry))
         self.fleet.keep_only(kept)
 
-    def _look_over(self, missing: Iterable[RootstockError]) -> None:
+    def _look_over(self, missing: Iterable[RootstockError], in_the_way: Iterable[str] = ()) -> None:
         """Warn of what can't be meant so, and of models that are to be loaded at a start and are not there."""
         absent = [f"to be loaded at the start, and can't be: {error}" for error in missing]
-        self.warnings = [*self.accounts.warnings, *self.catalogue.warnings(), *self._closed_folder(), *absent]
+        closed = [*in_the_way, *self._closed_folder()]
+        self.warnings = [*self.accounts.warnings, *self.catalogue.warnings(), *closed, *absent]
         for warning in self.warnings:
             log.warning("%s", warning)
 
     def _closed_folder(self) -> list[str]:
         """That those who may use the daemon don't find its sockets."""
         folder = self.config.socket.parent
-        if self._manager.sockets or not self.config.shared or not folder.exists() or folder.stat().st_mode & 0o011:
+        if self._manager.sockets or not self.config.shared:
+            return []
+        try:
+            if folder.stat().st_mode & 0o011:
+                return []
+        except OSError:  # it is yet to be made; or what is in the way of its sockets is said of these
             return []
         return [
             f"nobody else can look into {folder}, where the sockets are: `chmod go+x {folder}` lets others use them"
@@ -286,6 +313,8 @@ class Daemon:
             self.reload()
         except (ConfigError, CatalogueError) as error:
             log.error("not reloaded, all stays as it is: %s", error)  # noqa: TRY400 - its trace says nothing
+        except RootstockError as error:
+            log.error("%s", error)  # noqa: TRY400 - nor does this one's
 
     # --- the four parts of its life
 

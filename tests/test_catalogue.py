@@ -89,6 +89,9 @@ def test_weights_that_are_not_those_that_are_meant(write, tmp_path):
     assert Catalogue.load([path]).warnings() == [f"model 'a': {tmp_path}/a.model has 3 bytes, and its entry says 4"]
     (tmp_path / "a.model").write_bytes(b"abcd")
     assert Catalogue.load([path]).warnings() == []
+    long = "a" * 300  # there can be none, as below a folder that is closed to us
+    path = write(f'[a]\nfamily = "mace"\nweights = "{long}"\n{PIN}')
+    assert Catalogue.load([path]).warnings() == [f"model 'a': there is no file {tmp_path}/{long}"]
 
 
 def test_hidden_models_are_not_suggested():

@@ -8,6 +8,7 @@ import json
 import os
 import pwd
 import re
+import signal
 import socket
 import stat
 import subprocess
@@ -489,6 +490,47 @@ def test_a_daemon_is_opened_and_closed_by_its_lists(start):
         assert daemon.run("reload").returncode == 0
         with job(name, daemon) as (answer,):
             assert isinstance(answer, float)
+
+
+@contextlib.contextmanager
+def out_of_reach(daemon: RunningDaemon) -> Iterator[None]:
+    """A daemon's folder is elsewhere meanwhile, and a file is in its place."""
+    away = daemon.folder.rename(daemon.folder.with_name("away"))
+    daemon.folder.touch()
+    try:
+        yield
+    finally:
+        daemon.folder.unlink()
+        away.rename(daemon.folder)
+
+
+def test_rules_hold_though_the_sockets_can_not_be_reached(start):
+    """Who is on no list any more is kept out, be the sockets as open as they were."""
+    daemon = start('[access]\nusers = ["rsd-alice", "rsd-bob"]\n')
+    file, pid = daemon.folder.parent / "config.toml", daemon.pid
+
+    def hang_up(rules: str, times: int) -> None:
+        file.write_text(rules)
+        with out_of_reach(daemon):
+            os.kill(pid, signal.SIGHUP)
+            wait_for(lambda: daemon.log.read_text().count(": reloaded") == times)
+        assert stat.S_IMODE(daemon.socket.stat().st_mode) == 0o666
+
+    hang_up('[access]\nusers = ["rsd-alice"]\n', 1)
+    for name, admitted in (("rsd-alice", True), ("rsd-bob", False)):
+        with job(name, daemon) as (answer,):
+            assert isinstance(answer, float) if admitted else answer == "access-denied"
+    status = daemon.client().status()
+    assert status["config"]["access"]["users"] == ["rsd-alice"]
+    warning = f"who can open {daemon.socket} stays as it is: Not a directory; `rootstockd reload` tries again"
+    assert warning in status["warnings"] and warning in daemon.log.read_text()
+    hang_up("", 2)  # without any list it is its owner's alone
+    with job("rsd-alice", daemon) as answers:
+        assert answers == ["access-denied"]
+    assert models_for("rsd-alice", daemon) == "access-denied"
+    assert daemon.run("reload").stdout == "reloaded\n"
+    assert stat.S_IMODE(daemon.socket.stat().st_mode) == 0o600
+    assert "Traceback" not in daemon.log.read_text()
 
 
 def test_who_opens_a_daemon_whose_folder_is_closed_is_told(start):

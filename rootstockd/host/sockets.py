@@ -168,19 +168,18 @@ def listen(
             sock.bind(os.fspath(unseen))
         except OSError as error:
             raise AddressError(f"can't listen on {path}: {error.strerror or error}.") from error
-        ours = unseen.lstat()
+        ours, at = unseen.lstat(), unseen
         try:
             if group is not None:
                 _give_to(unseen, group)
             unseen.chmod(mode)
             passed.refuse(sock)
             sock.listen(1024)
-            unseen.rename(path)
+            at = unseen.rename(path)
             yield sock
         finally:
-            remove(unseen, ours)
-            if not keep():
-                remove(path, ours)
+            if at == unseen or not keep():
+                remove(at, ours)
 
 
 def name_until_open(path: Path) -> Path:

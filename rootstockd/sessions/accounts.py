@@ -186,6 +186,8 @@ class Accounts:
         self._evaluations: Counter[str] = Counter()
         """Of sessions that have ended, by user."""
         self._allowed: tuple[int, str] | None = None
+        self.closed = False
+        """Its sockets could not be closed to others, of whom it has no list any more: none is let in."""
         self.warnings: list[str] = []
         """Of the configuration: names that this machine does not know, who may have left or never have been."""
         self.apply(config)
@@ -218,7 +220,7 @@ class Accounts:
         Raises:
             AccessDeniedError: they may not.
         """
-        if not self._config.access.restricted or peer.uid in self._admins | self._users:
+        if not (self._config.access.restricted or self.closed) or peer.uid in self._admins | self._users:
             return
         if self._groups.isdisjoint(peer.groups):
             raise AccessDeniedError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -204,6 +205,46 @@ def test_a_wrong_file_changes_nothing_and_says_why(configured, folder):
     assert configured.run("reload").returncode == 0
     with pytest.raises(UserLimitError, match=r"may have no evaluations \(limits\.queued is 0\)"):
         atoms.get_potential_energy()
+
+
+BROKEN = """
+import os, pwd
+from rootstockd.fleet.fleet import Fleet
+
+def failing(call, when):
+    def made(*arguments):
+        if os.path.exists(os.path.join({folder!r}, when)):
+            raise OSError(5, "Input/output error")
+        return call(*arguments)
+    return made
+
+pwd.getpwnam = failing(pwd.getpwnam, "before")
+Fleet.retire_changed = failing(Fleet.retire_changed, "after")
+"""
+"""For a daemon that fails itself, before the new settings hold or after it, while a file of that name is there."""
+
+
+def test_a_daemon_that_fails_itself_says_what_holds(folder, start_daemon, monkeypatch) -> None:
+    """To whoever asked, by HTTP or by a signal."""
+    (folder / "sitecustomize.py").write_text(BROKEN.format(folder=str(folder)))
+    monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+    config, rules = folder / "config.toml", '[access]\nusers = ["root"]\n'
+    config.write_text(rules)
+    daemon = start_daemon("--config", str(config))
+    why = "the daemon itself failed: OSError: [Errno 5] Input/output error"
+    for when, told, logged, holds in (
+        ("before", f"nothing was changed: {why}", f"not reloaded, all stays as it is: {why}", 10_000),
+        ("after", f"follows from them: {why}", f"follows from them: {why}", 50),
+    ):
+        config.write_text(f"max_sessions = 50\n{rules}")
+        (folder / when).touch()
+        done = daemon.run("reload")
+        assert done.returncode == 1 and told in " ".join(done.stderr.split()), done.stderr
+        os.kill(pid(daemon), signal.SIGHUP)
+        wait_for(lambda logged=logged: re.search(f"ERROR .*{re.escape(logged)}", daemon.log.read_text()))
+        assert daemon.client().status()["config"]["max_sessions"] == holds
+        (folder / when).unlink()
+    assert daemon.run("reload").returncode == 0
 
 
 MD = """
