@@ -25,6 +25,7 @@ from conftest import ALL_OF_RICH, RunningDaemon, wait_for
 from rootstock_client import ipi
 from rootstock_client.runtime_dir import control_socket
 from rootstockd.control.limits import MAX_CONNECTIONS, PACE
+from rootstockd.control.schema import LONG
 from rootstockd.host.log_rate import MOST
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be several users")
@@ -98,6 +99,34 @@ try:
     print(json.dumps([model["name"] for model in RootstockClient(arguments[0]).models()]))
 except RootstockError as error:
     print(json.dumps(error.code))
+"""
+
+
+LOADING = f"""{ASKS}{BECOME}
+from pathlib import Path
+from rootstock_client.control import request
+print(request(Path(arguments[0]), "GET", "/v1/loading?model=emt")[0]["text"])
+"""
+SMALL = """
+from ase.calculators.emt import EMT
+
+class Small(EMT):
+    def calculate(self, atoms, *arguments, **more):
+        if len(atoms) > 8:
+            raise MemoryError("Unable to allocate 1 GiB")
+        super().calculate(atoms, *arguments, **more)
+"""
+SIZES = f"""{ASKS}{COMPUTES}{BECOME}
+answers = []
+for repeat in map(int, arguments[1:]):
+    atoms = bulk("Cu", cubic=True) * (repeat, 1, 1)
+    atoms.calc = RootstockClient(arguments[0]).calculator("small")
+    try:
+        atoms.get_potential_energy()
+        answers.append("")
+    except RootstockError as error:
+        answers.append(str(error))
+print(json.dumps(answers))
 """
 
 
@@ -265,6 +294,48 @@ def test_whoever_may_use_it_may_see_its_models_and_themselves(start):
     assert command_for("rsd-bob", daemon, "reload")[0] == 0
     assert re.search(r"asked to reload by rsd-bob \(pid \d+\)$", daemon.log.read_text(), re.MULTILINE)
     assert re.search(r"rsd-alice \(pid \d+\) may not ask to stop", daemon.log.read_text())
+
+
+def told_while_it_waits(name: str, daemon: RunningDaemon) -> str:
+    """What a user's job is told that waits for EMT."""
+    with as_user(name, LOADING, str(daemon.socket)) as process:
+        out, err = process.communicate(timeout=60)
+        assert out, err
+        return out.strip()
+
+
+def test_how_large_others_structures_are_is_told_to_administrators_alone(start):
+    daemon = start(f'[access]\ngroups = ["{GROUP}"]\nusers = ["rsd-carol"]\nadmins = ["rsd-carol"]\n')
+    os.kill(worker := daemon.model("emt")["pid"], signal.SIGSTOP)
+    try:
+        with as_user("rsd-alice", JOB, str(daemon.socket), "1", "1") as process:
+            wait_for(lambda: daemon.model("emt")["batch_seconds"] > LONG)
+            for name, atoms in (("rsd-alice", 4), ("rsd-bob", 0), ("rsd-carol", 4)):
+                (model,) = status_for(name, daemon)["models"]
+                assert model["batch_under_way"] == atoms and model["batch_seconds"] > LONG, name
+                what = "a batch of 4 atoms" if atoms else "a batch with others' structures"
+                assert f"emt has been at {what} for " in command_for(name, daemon, "status")[1]
+                assert told_while_it_waits(name, daemon).startswith(f"has been at {what} for "), name
+            os.kill(worker, signal.SIGCONT)
+            process.communicate(timeout=60)
+    finally:
+        os.kill(worker, signal.SIGCONT)
+
+
+def test_whose_structure_is_too_large_is_told_of_their_own_alone(start, open_folder, monkeypatch):
+    (open_folder / "small.py").write_text(SMALL)
+    (open_folder / "models.toml").write_text('[small]\nfamily = "ase"\narguments = { calculator = "small:Small" }\n')
+    monkeypatch.setenv("PYTHONPATH", str(open_folder), prepend=os.pathsep)
+    daemon = start(f'catalogues = ["models.toml"]\n[access]\ngroups = ["{GROUP}"]\n')
+    for name, sizes, largest in (("rsd-alice", "123", "8"), ("rsd-bob", "3", None), ("rsd-bob", "13", "4")):
+        with as_user(name, SIZES, str(daemon.socket), *sizes) as process:
+            out, err = process.communicate(timeout=60)
+        assert out, err
+        *good, bad = json.loads(out)
+        assert not any(good) and "do not fit" in bad
+        found = re.search(r"The largest of yours that this model has evaluated had (\d+) atoms", bad)
+        assert (found[1] if found else None) == largest
+        assert ("largest" in bad) == (largest is not None)
 
 
 def test_who_asks_without_end_waits_and_keeps_nobody_out(start):

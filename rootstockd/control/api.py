@@ -102,7 +102,7 @@ def make_app(daemon: Daemon) -> FastAPI:
             memory=resident_memory(os.getpid()) or 0,
             evaluations=daemon.fleet.evaluations,
             models=[
-                model_status(model, daemon.fleet)
+                model_status(model, daemon.fleet, None if everything else uid)
                 for model in daemon.fleet.supervisors()
                 if model.pid or model.clients or not model.retired
             ],
@@ -139,11 +139,12 @@ def make_app(daemon: Daemon) -> FastAPI:
         ]
 
     @app.get("/v1/loading")
-    async def loading(model: str | None = None) -> list[Loading]:
+    async def loading(request: Request, model: str | None = None) -> list[Loading]:
         """Models that are not there yet or at a long batch, or the one of that name or alias, for whoever waits."""
         entry = None if model is None else daemon.catalogue.name_of(model)
-        supervisors = daemon.fleet.supervisors()
-        states = [long_batch(supervisor) or loading_status(supervisor, daemon.fleet) for supervisor in supervisors]
+        supervisors, uid = daemon.fleet.supervisors(), caller(request)
+        who = None if daemon.accounts.is_admin(uid) else uid
+        states = [long_batch(supervisor, who) or loading_status(supervisor, daemon.fleet) for supervisor in supervisors]
         return [state for state in states if state is not None and entry in (None, state.name)]
 
     _take_orders(app, daemon)
@@ -221,9 +222,14 @@ def loading_status(model: Supervisor, fleet: Fleet) -> Loading | None:
     )
 
 
-def long_batch(model: Supervisor) -> Loading | None:
-    """The batch that a model is at, where it has been for so long that whoever waits may wonder; else None."""
-    atoms, seconds = model.under_way
+def long_batch(model: Supervisor, user: int | None) -> Loading | None:
+    """The batch that a model is at, where it has been for so long that whoever waits may wonder; else None.
+
+    Args:
+        model: the model.
+        user: who asks; None for an administrator, who may know how large others' structures are.
+    """
+    atoms, seconds = model.under_way(user)
     if seconds < LONG:
         return None
     return Loading(name=model.spec.name, dtype=model.spec.dtype, state="ready", elapsed=seconds, atoms=atoms)
@@ -240,12 +246,12 @@ def device_status(device: Device, fleet: Fleet) -> DeviceStatus:
     )
 
 
-def model_status(model: Supervisor, fleet: Fleet) -> ModelStatus:
-    """A model as status shows it."""
+def model_status(model: Supervisor, fleet: Fleet, user: int | None) -> ModelStatus:
+    """A model as status shows it to a user, or to an administrator (None)."""
     why = model.error or model.refusal
     keep_alive = fleet.keep_alive(model)
     latencies = model.meter.latencies(0.5, 0.99)
-    batch, seconds = model.under_way
+    batch, seconds = model.under_way(user)
     workers, info = model.workers, model.workers.info
     return ModelStatus(
         name=model.spec.name,

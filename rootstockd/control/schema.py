@@ -19,8 +19,9 @@ LONG = 4.0
 
 
 def at_a_batch(atoms: int, seconds: float) -> str:
-    """What is said of a model that has been at a batch for so long."""
-    return f"has been at a batch of {so_many(atoms, 'atom')} for {seconds:.0f} s"
+    """What is said of a model that has been at a batch for so long; of others' batches the size is not told."""
+    what = f"a batch of {so_many(atoms, 'atom')}" if atoms else "a batch with others' structures"
+    return f"has been at {what} for {seconds:.0f} s"
 
 
 class Loading(BaseModel):
@@ -39,7 +40,7 @@ class Loading(BaseModel):
     obstacle: str = ""
     """What is in its way while it waits."""
     atoms: int = 0
-    """Of the batch that it is at; 0 where it is not there."""
+    """Of the batch that it is at; 0 where it is not there, or others' structures are in the batch."""
     held: float = 0.0
     """Seconds until it is loaded again that an administrator had leave memory in spite of its work."""
 
@@ -47,7 +48,7 @@ class Loading(BaseModel):
     @property
     def text(self) -> str:
         """The same in words."""
-        if self.atoms:
+        if self.state == "ready":
             return at_a_batch(self.atoms, self.elapsed)
         if self.held:
             return f"was unloaded by an administrator, and is loaded again in {self.held:.0f} s"
@@ -96,9 +97,10 @@ class ModelStatus(BaseModel):
     waiting: int
     """Evaluations in the queue."""
     batch_under_way: int = 0
-    """Atoms of the batch that the worker is at; 0 where it is at none."""
+    """Atoms of the batch that the worker is at; 0 where it is at none, and where others' structures are in it, unless
+    an administrator asks."""
     batch_seconds: float = 0.0
-    """Since that began."""
+    """Since that began; 0 where it is at none."""
     evaluations: int
     batches: int
     restarts: int

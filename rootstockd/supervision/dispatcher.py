@@ -64,8 +64,8 @@ class Dispatcher:
         """Somebody is waited for until then."""
         self._new = False
         """There is a system's first structure in the batch under way."""
-        self._largest = {False: 0, True: 0}
-        """Atoms of the largest evaluation so far, by whether it was `alone`: those may take far more."""
+        self._largest: dict[tuple[int, bool], int] = {}
+        """Atoms of each user's largest evaluation so far, by whether it was `alone`: those may take far more."""
         self._verdicts: dict[Evaluation[Client], tuple[RootstockError, asyncio.Handle]] = {}
         """What is yet to be told of evaluations that won't be done."""
         self._amends = Amends(lambda evaluation, error: evaluation.owner.evaluated(error), self._in_use)
@@ -79,7 +79,7 @@ class Dispatcher:
     def hang_limit(self) -> float:
         """Seconds that the batch under way may take."""
         sizes = [evaluation.atoms for evaluation in self.scheduler.running]
-        larger = max(sizes) > max(self._largest.values())
+        larger = max(sizes) > max(self._largest.values(), default=0)
         return self._hang_limit.seconds(sum(sizes), first=self._new, larger=larger)
 
     @property
@@ -197,10 +197,10 @@ class Dispatcher:
         if f"model {self._name!r}" not in error.message:  # an engine need not know what it is called here
             error.message = f"model {self._name!r}: {error.message}"
         if isinstance(error, LimitError):
-            alone = any(e.alone for e in self.scheduler.running if e.owner.system.number == failure.slot)
-            if largest := self._largest[alone]:
-                how = " with `exact`" if alone else ""
-                error.message += f" The largest that this model has evaluated{how} had {largest} atoms."
+            evaluation = next(e for e in self.scheduler.running if e.owner.system.number == failure.slot)
+            if largest := self._largest.get((evaluation.user, evaluation.alone)):  # others' are not theirs to know
+                how = " with `exact`" if evaluation.alone else ""
+                error.message += f" The largest of yours that this model has evaluated{how} had {largest} atoms."
             log.warning("%s", error.message, extra={"about": f"model {self._name}, structures that are too large"})
         self._failures[failure.slot] = error
 
@@ -230,7 +230,8 @@ class Dispatcher:
             done = [evaluation for evaluation in batch if evaluation.owner.system.number not in failures]
             self._hang_limit.learn(sum(evaluation.atoms for evaluation in done), seconds, first=new)
             for evaluation in done:
-                self._largest[evaluation.alone] = max(self._largest[evaluation.alone], evaluation.atoms)
+                kind = evaluation.user, evaluation.alone
+                self._largest[kind] = max(self._largest.get(kind, 0), evaluation.atoms)
 
     def give_up(self, error: RootstockError) -> None:
         """Tell all who wait for an evaluation that it won't be done."""

@@ -202,13 +202,18 @@ class Supervisor:
         """What it does where it is."""
         return self._dispatcher.meter
 
-    @property
-    def under_way(self) -> tuple[int, float]:
-        """The atoms of the batch that its worker is at, and seconds since it began; zeros where there is none."""
+    def under_way(self, user: int | None) -> tuple[int, float]:
+        """The atoms of the batch that its worker is at, and seconds since it began; zeros where there is none.
+
+        Args:
+            user: for whom all must be, or there are no atoms; None for whoever they are for.
+        """
         running = self.scheduler.running
         if self.state is not State.READY or not running:
             return 0, 0.0
-        return sum(evaluation.atoms for evaluation in running), time.perf_counter() - self._dispatcher.sent
+        told = user is None or all(evaluation.user == user for evaluation in running)
+        atoms = sum(evaluation.atoms for evaluation in running) if told else 0
+        return atoms, time.perf_counter() - self._dispatcher.sent
 
     @property
     def evaluations(self) -> int:
