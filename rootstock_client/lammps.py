@@ -49,7 +49,7 @@ _OVERRULED = re.compile(
 virial as the fixes before them left them: at each step, or (`rigid`, `msst`, `ave` and others) at the first one of a
 run. `langevin` is one with `gjf`, which can't be seen."""
 _CLEAR = re.compile(r"^[ \t]*clear\b", re.MULTILINE)
-_RUNS = re.compile(r"^[ \t]*(run|rerun|minimize|dynamical_matrix|third_order)\b", re.MULTILINE)
+_RUNS = re.compile(r"^[ \t]*(run|rerun|minimize|dynamical_matrix|third_order|hyper|neb|prd|tad|temper)\b", re.MULTILINE)
 
 
 class Potential:
@@ -76,8 +76,8 @@ class Potential:
         settings: whatever else `RootstockClient.calculator` takes.
 
     Raises:
-        UnsupportedError: there is more than one process of MPI, or other units, two dimensions, or a fix that would be
-            overruled.
+        UnsupportedError: there is more than one process of MPI, or other units, two dimensions, `run_style respa`, or a
+            fix that would be overruled. The command that runs raises it where respa came later.
         InvalidStructureError: the elements are not those of the types.
         DaemonNotFoundError: there is no daemon.
     """
@@ -249,6 +249,7 @@ class Potential:
 
     def _evaluate(self, nlocal: int, tags: Any, x: Any, f: Any) -> None:
         lmp, name, order = self._lmp, self._name, self._order
+        _refuse_respa(lmp)  # it may have come with any script
         types = ctypes.string_at(lmp.extract_atom("type"), 4 * nlocal)
         if tags.tobytes() != self._tags or types != self._types:
             order = self._take_atoms(tags, types)
@@ -323,12 +324,25 @@ def _check(lmp: Any) -> None:
             "LAMMPS has two dimensions, and models have three.",
             "For a layer take `dimension 3` and `boundary p p f`; `fix setforce NULL NULL 0` keeps it flat.",
         )
+    _refuse_respa(lmp)
     for name, style in _fixes(lmp):
         if _OVERRULED.match(style):
             raise UnsupportedError(
                 f"fix {name} ({style}) would not know of the model's forces, which come after it.",
                 f"Make the Potential first, then fix {name}.",
             )
+
+
+def _refuse_respa(lmp: Any) -> None:
+    """It calls a fix external when a run is set up, throws its forces away, and never asks for any again.
+
+    Raises:
+        UnsupportedError: it is this LAMMPS's run style.
+    """
+    if lmp.extract_global("respa_levels"):
+        raise UnsupportedError(
+            "LAMMPS would not apply the model's forces under `run_style respa`.", "Take `run_style verlet`."
+        )
 
 
 def _script(command: str, given: Any) -> str:

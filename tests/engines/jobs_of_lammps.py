@@ -306,6 +306,37 @@ def overruled(socket):
     return {"expected": OVERRULED, "said": said}
 
 
+def with_respa(socket, out):
+    """`run_style respa` before the model, after it, and in scripts; and on with `verlet`."""
+    script = Path(f"{out}.in")
+    script.write_text("run 3\nrun_style respa 2 4 pair 2\nrun 20\n")
+    said = []
+
+    def attempt(command, *given):
+        try:
+            command(*given)
+        except RootstockError as error:
+            said.append(f"{type(error).__name__}: {error}")
+
+    lmp = made()
+    lmp.command("run_style respa 2 4 pair 2")
+    attempt(lambda: Potential(lmp, "emt", elements=["Cu"], socket=socket))
+    lmp.command("run_style verlet")
+    Potential(lmp, "emt", elements=["Cu"], socket=socket)
+    lmp.command("fix move all nve")
+    lmp.command("run_style respa 2 4 pair 2")
+    attempt(lmp.command, "run 20")
+    lmp.command("run_style verlet")
+    attempt(lmp.file, str(script))
+    step = lmp.extract_global("ntimestep")
+    attempt(lmp.commands_string, f"run_style verlet\ninclude {script}")
+    then = lmp.extract_global("ntimestep")
+    lmp.command("run_style verlet")
+    begin = state(lmp)
+    lmp.command("run 100")
+    return {"said": said, "steps": [step, then], "begin": begin, "end": state(lmp)}
+
+
 def cleared(socket, out):
     """`clear`, and what comes after it, with a script among them."""
     lmp = made()
@@ -326,7 +357,7 @@ def cleared(socket, out):
     attempt("commands_list", ["clear", "run 1"])
     begin = state(lmp)  # nothing was cleared by these
     lmp.commands_string(f"clear\n{setup}")
-    for command in ("run 5", "minimize 0 1e-4 10 10"):
+    for command in ("run 5", "minimize 0 1e-4 10 10", "hyper 5 5 none"):
         attempt("command", command)
     first_one = weakref.ref(first)
     other = Potential(lmp, "emt", elements=["Cu"], socket=socket)
@@ -368,7 +399,7 @@ JOBS = {
     "refused": refused,
     "overruled": overruled,
 }
-WITH_FILES = {"failing": failing, "signalled": signalled, "cleared": cleared}
+WITH_FILES = {"failing": failing, "signalled": signalled, "cleared": cleared, "respa": with_respa}
 """Those that write files."""
 
 if __name__ == "__main__":

@@ -199,9 +199,17 @@ def test_fixes_that_would_not_know_of_the_model_come_after_it(daemon: RunningDae
         assert f"fix before ({fix.split()[0]})" in words and "Make the Potential first" in words
 
 
+def test_respa_which_would_run_without_the_models_forces_is_refused(daemon: RunningDaemon, tmp_path: Path) -> None:
+    done = ran(daemon, "respa", tmp_path)
+    assert len(done["said"]) == 4, "made under respa; respa alone; in a script; in an included one"
+    assert all(said.startswith("UnsupportedError: ") and "`run_style respa`" in said for said in done["said"])
+    assert done["steps"] == [3, 6], "steps before it are done, and none of its own"
+    same_trajectory(*(atoms_of(done[when], METAL) for when in ("begin", "end")), steps=100)
+
+
 def test_lammps_runs_with_a_model_or_not_at_all_after_clear(daemon: RunningDaemon, tmp_path: Path) -> None:
     done = ran(daemon, "cleared", tmp_path)
-    assert len(done["said"]) == 4 and all("would run without a model" in words for words in done["said"])
+    assert len(done["said"]) == 5 and all("would run without a model" in words for words in done["said"])
     for when in ("begin", "end"):
         atoms = atoms_of(done[when], METAL)
         atoms.calc = EMT()
