@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from rootstock_client.errors import DeviceFailedError, RootstockError
+from rootstock_client.errors import DeviceFailedError, LimitError, RootstockError
 from rootstockd.processes.worker_process import End
 
 
@@ -20,6 +20,9 @@ class Loading:
         """How long the latest took."""
         self.without: dict[str, str] = {}
         """Backends that ended a worker when they were tried, and how."""
+        self._lacking: set[str] = set()
+        """Those among them for which memory lacked: until the model is loaded."""
+        self._lacked = False
         self.since = time.perf_counter()
         """When a worker was started, or when the model began to wait for room."""
 
@@ -29,11 +32,14 @@ class Loading:
         return time.perf_counter() - self.since
 
     def begin(self, stage: str = "") -> None:
-        """It begins to wait, or a worker is started."""
+        """It begins to wait, with nothing said against any backend for want of memory; or a worker is started."""
+        if not stage:
+            self._forget_lack()
         self.stage, self.trying, self.since = stage, "", time.perf_counter()
 
     def done(self) -> float:
-        """The model is loaded; how long it took."""
+        """The model is loaded; how long it took. The next worker may find more memory."""
+        self._forget_lack()
         self.seconds = self.elapsed
         return self.seconds
 
@@ -48,3 +54,23 @@ class Loading:
             return False
         self.without[self.trying] = reported.message if reported else end.how
         return True
+
+    def lacked_memory(self, error: LimitError) -> bool:
+        """Have another worker try: once more the same, then without the backend that was being tried, if one was.
+
+        Args:
+            error: what the worker said that lacked memory; others may have given some back by the next.
+        """
+        if not self.trying:
+            return False
+        if self._lacked:
+            self.without[self.trying] = error.message.rstrip(".")
+            self._lacking.add(self.trying)
+        self._lacked = True
+        return True
+
+    def _forget_lack(self) -> None:
+        self._lacked = False
+        for name in self._lacking:
+            self.without.pop(name, None)  # all of it may have been forgotten meanwhile
+        self._lacking.clear()

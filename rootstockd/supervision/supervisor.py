@@ -344,7 +344,7 @@ class Supervisor:
         if isinstance(error, LimitError):  # it only wants memory
             log.warning("model %s: %s", self.spec.name, error.message)
             failed.forget()
-            if await self._landlord.make_room(self):
+            if await self._landlord.make_room(self) or self.loading.lacked_memory(error):
                 error = None
         error = error or failed.verdict()
         environment = self.workers.environment

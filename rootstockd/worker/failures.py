@@ -18,6 +18,10 @@ _NO_MEMORY = (
 """What libraries say that have one class of exception for whatever goes wrong: torch, matscipy, C++, cuBLAS, which says
 the one before the last where memory lacks for its handle. The last is torch's, too: while it words a lack of memory it
 asks NVML what others have, which is forbidden on MIG instances."""
+_NOT_MAPPED = ("cannot map zero-fill pages", "failed to map segment", "cannot allocate memory")
+"""What the loader of shared libraries says, in an ImportError or an OSError without a number."""
+_LOST = ("error return without exception set", "without setting an exception")
+"""What Python says in a SystemError where memory lacked for the MemoryError, too."""
 
 
 def text_of(error: BaseException) -> str:
@@ -42,9 +46,26 @@ def print_error(error: BaseException) -> None:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether it says that memory lacked."""
+    return _lack(error) is not None
+
+
+def _lack(error: BaseException) -> BaseException | None:
+    """Who says that memory lacked: it, or what lies beneath a package's own words for a library that is not loaded."""
+    if _says_so(error):
+        return error
+    cause = error.__cause__ or error.__context__
+    of_loader = isinstance(error, ImportError) or (isinstance(error, OSError) and error.errno is None)
+    return _lack(cause) if of_loader and cause is not None else None
+
+
+def _says_so(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
-    return isinstance(error, RuntimeError) and any(words in text_of(error).lower() for words in _NO_MEMORY)
+    text = text_of(error).lower()
+    return any(
+        isinstance(error, kind) and any(words in text for words in said)
+        for kind, said in ((RuntimeError, _NO_MEMORY), ((ImportError, OSError), _NOT_MAPPED), (SystemError, _LOST))
+    )
 
 
 def disk_full(error: BaseException) -> bool:
@@ -59,6 +80,6 @@ def in_disorder(error: BaseException) -> bool:
 
 def shortage(error: BaseException) -> str:
     """What such an exception says of how much there was, and how much was wanted; empty if nothing."""
-    text = text_of(error)
+    text = text_of(_lack(error) or error)
     begin = max(text.find("DefaultCPUAllocator: "), 0)  # torch puts the place in its source before it
     return ". ".join(text[begin:].split(". ")[:3]).strip(". \n")

@@ -695,6 +695,62 @@ def test_what_exhausts_the_memory_of_mace_is_told_so(start_daemon, tmp_path: Pat
     daemon.stop()
 
 
+IN_LITTLE = """
+import importlib, os, resource, sys
+(data,) = [int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData")]
+resource.setrlimit(resource.RLIMIT_DATA, (data * 1024 + 2**20, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+sys.path = [path for path in sys.path if path != os.path.dirname(__file__)]
+del sys.modules["numba"]
+importlib.import_module("numba")
+"""
+"""A numba that has no memory to be imported: others took it a moment ago."""
+IN_TRYING = re.compile(r"a worker that tried it ended \(model 'mace-emt-small' does not fit the device's memory: ")
+
+
+@pytest.fixture
+def little_memory(tmp_path: Path, monkeypatch) -> Path:
+    """As long as there is this file, workers have none for what accelerates MACE."""
+    library = tmp_path / "numba.py"
+    library.write_text(IN_LITTLE)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]).rstrip(":"))
+    return library
+
+
+def served_by(daemon: RunningDaemon) -> str:
+    """Of a session's second structure: the first is compared, and the answer is mace-torch's."""
+    atoms = bulk("Cu", cubic=True)
+    with daemon.client().calculator("mace-emt-small") as atoms.calc:
+        for _ in range(2):
+            atoms.rattle(0.1, seed=1)
+            atoms.get_forces()
+        return str(atoms.calc.backend)
+
+
+def test_memory_that_lacks_for_a_moment_takes_no_backend_away(start_daemon, little_memory: Path) -> None:
+    daemon = start_daemon()
+    with ThreadPoolExecutor(1) as pool:
+        served = pool.submit(served_by, daemon)
+        wait_for(lambda: "does not fit the device's memory" in daemon.log.read_text(), timeout=60)
+        little_memory.unlink()
+        assert served.result() == "fused"
+    model = daemon.model("mace-emt-small")
+    assert (model["note"], model["restarts"]) == (None, 1)
+
+
+def test_a_model_without_memory_to_be_accelerated_is_served_until_there_is_some(
+    start_daemon, little_memory: Path
+) -> None:
+    daemon = start_daemon("--model", "mace-emt-small")
+    assert served_by(daemon) == "mace-torch"
+    model = daemon.model("mace-emt-small")
+    assert len(IN_TRYING.findall(model["note"])) == 2, model["note"]
+    assert model["restarts"] == 3, "once more the same, without the one, without the other"
+    little_memory.unlink()
+    os.kill(model["pid"], signal.SIGKILL)
+    assert served_by(daemon) == "fused"
+    assert not daemon.model("mace-emt-small")["note"]
+
+
 @contextlib.contextmanager
 def in_batches(daemon: RunningDaemon, jobs: list[Atoms], rounds: int) -> Iterator[tuple[Any, Any]]:
     """Jobs evaluated together, so often, get what they get alone; the model's status before and after that."""

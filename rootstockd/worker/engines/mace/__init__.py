@@ -246,10 +246,19 @@ class MaceEngine:
         log.warning("model %r: %s; it gets %s for its like", self._name, self._doubt_of, self._reference.name)
 
     def _best(self, candidates: Sequence[Backend]) -> tuple[Backend | None, list[str]]:
-        """The first that gives the reference's numbers, if one does; and why those before it are not used."""
+        """The first that gives the reference's numbers, if one does; and why those before it are not used.
+
+        Raises:
+            Exception: memory lacked for the two of them, or the device failed.
+        """
         notes: list[str] = []
         for backend in candidates:
-            why = self._fault(backend)
+            try:
+                why = self._fault(backend)
+            except Exception as error:
+                if out_of_memory(error):
+                    stages.begin(stages.CHECKS, backend.name)  # alone the reference may have enough
+                raise
             backend.forget()
             if not why:
                 return backend, notes

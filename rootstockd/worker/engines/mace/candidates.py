@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from rootstockd.worker import stages
 from rootstockd.worker.engines import ModelSpec, Result, Task
-from rootstockd.worker.failures import describe, in_disorder
+from rootstockd.worker.failures import describe, in_disorder, out_of_memory
 
 BY_EDGES, FUSED, CUEQUIVARIANCE = "mace-torch by edges", "fused", "cuequivariance"
 
@@ -37,7 +37,7 @@ def backends_for(model: Any, spec: ModelSpec) -> tuple[list[Backend], str]:
     """What fits model and device, the fastest first, and what is in the way of a faster one.
 
     Raises:
-        Exception: the device failed in making one.
+        Exception: memory lacked, or the device failed, in making one.
     """
     found: list[Backend] = []
     notes = []
@@ -50,7 +50,7 @@ def backends_for(model: Any, spec: ModelSpec) -> tuple[list[Backend], str]:
         try:
             found.insert(0, _made(name, model, spec.device))
         except Exception as error:
-            if in_disorder(error):
+            if out_of_memory(error) or in_disorder(error):  # no fault of its own; or the process is lost
                 raise
             why = str(error) if isinstance(error, (ImportError, NotApplicableError)) else describe(error)
             notes.append(f"not accelerated{' further' if found else ''}: {why}")
