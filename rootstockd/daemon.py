@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import signal
 import socket
 import time
@@ -46,6 +45,7 @@ from rootstockd.host.sockets import (
     remove_if_empty,
     url_of,
 )
+from rootstockd.host.surroundings import closed_folder, one_thread
 from rootstockd.models.availability import located, not_to_preload
 from rootstockd.models.catalogue import Catalogue, CatalogueError, Entry
 from rootstockd.processes.folders import remove_left_behind
@@ -97,7 +97,7 @@ class Daemon:
         self.state = "starting"
         self.since = time.time()
         self.metrics_url: str | None = None
-        for warning in self._one_thread():
+        for warning in one_thread() if any(device.kind == "cpu" for device in config.devices) else ():
             self.warnings.append(warning)
             log.warning("%s", warning)
         self._replaced = False
@@ -272,33 +272,11 @@ class Daemon:
     def _look_over(self, missing: Iterable[RootstockError], in_the_way: Iterable[str] = ()) -> None:
         """Warn of what can't be meant so, and of models that are to be loaded at a start and are not there."""
         absent = [f"to be loaded at the start, and can't be: {error}" for error in missing]
-        closed = [*in_the_way, *self._closed_folder()]
-        self.warnings = [*self.accounts.warnings, *self.catalogue.warnings(), *closed, *absent]
+        others = self.config.shared and not self._manager.sockets  # those who find it by its folder
+        closed = closed_folder(self.config.socket.parent) if others else []
+        self.warnings = [*self.accounts.warnings, *self.catalogue.warnings(), *in_the_way, *closed, *absent]
         for warning in self.warnings:
             log.warning("%s", warning)
-
-    def _closed_folder(self) -> list[str]:
-        """That those who may use the daemon don't find its sockets."""
-        folder = self.config.socket.parent
-        if self._manager.sockets or not self.config.shared:
-            return []
-        try:
-            if folder.stat().st_mode & 0o011:
-                return []
-        except OSError:  # it is yet to be made; or what is in the way of its sockets is said of these
-            return []
-        return [
-            f"nobody else can look into {folder}, where the sockets are: `chmod go+x {folder}` lets others use them"
-        ]
-
-    def _one_thread(self) -> list[str]:
-        """That workers get a variable that was meant for jobs."""
-        processors = len(os.sched_getaffinity(0))
-        on_cpu = any(device.kind == "cpu" for device in self.config.devices)
-        if not on_cpu or processors == 1 or os.environ.get("OMP_NUM_THREADS") != "1":
-            return []
-        what = f"OMP_NUM_THREADS is 1, so that models on the CPU compute with 1 of {processors} processors"
-        return [f"{what}: it is meant for jobs. `unset OMP_NUM_THREADS`, and start the daemon anew"]
 
     def _on_end(self, number: signal.Signals) -> None:
         log.info("%s: stopping", number.name)
