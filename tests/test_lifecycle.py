@@ -623,7 +623,7 @@ def test_foreground_without_standard_streams(runtime_folder: Path, closed: str) 
 
 def test_a_start_that_fails_tells_nothing_that_another_daemon_logs(runtime_folder: Path) -> None:
     """Of several that are started at once, all with the same log, one runs on."""
-    address, log, ended = runtime_folder / "taken.sock", runtime_folder / "taken.log", threading.Event()
+    address, log, ended = runtime_folder / "precious.sock", runtime_folder / "precious.log", threading.Event()
     address.write_text("precious")
 
     def run_on() -> None:

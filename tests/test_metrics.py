@@ -244,7 +244,7 @@ def test_requests_to_the_port_are_let_in_one_after_another(daemon: RunningDaemon
         sock.sendall(many * b"GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n")
         while answers.count(b"HTTP/1.1 404") < many:
             answers += sock.recv(65536)
-    assert time.monotonic() - begin >= (many - 1) * PACE
+    assert time.monotonic() - begin > 0.9 * (many - 1) * PACE  # the loop's clock has whole milliseconds
 
 
 def look_at_port_if_let_in(daemon: RunningDaemon) -> set[str]:

@@ -42,9 +42,10 @@ def daemon(older_kernel: bool, start_shared_daemon: Callable[..., RunningDaemon]
 @pytest.fixture(autouse=True)
 def nothing_stays(daemon: RunningDaemon) -> Iterator[None]:
     pid = daemon.client().status()["pid"]
-    before = live.descriptors(pid)
+    control = control_socket(daemon.socket)
+    before = live.descriptors(pid, control)
     yield
-    wait_for(lambda: live.descriptors(pid) <= before, timeout=4 * LINGERS)
+    wait_for(lambda: live.descriptors(pid, control) <= before, timeout=4 * LINGERS)
     assert not daemon.client().status()["sessions"]
     assert "Traceback" not in daemon.log.read_text()
 
