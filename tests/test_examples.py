@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -12,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ase.build import bulk
 
 from conftest import RunningDaemon
+from rootstock_client.errors import ModelChangedError
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ASES_OWN = "ignore:Setting the shape on a NumPy array"
@@ -78,6 +81,22 @@ def test_barrier(run: Run):
     found = run("neb_vacancy.py")
     assert found["barrier_ev"] == pytest.approx(found["reference_barrier_ev"], abs=0.06)
     assert found["reaction_energy_ev"] == pytest.approx(0, abs=1e-4)
+
+
+def test_a_band_does_not_go_on_without_an_image(daemon: RunningDaemon, monkeypatch: pytest.MonkeyPatch):
+    """As ASE's own does with `parallel=True`, with whatever lay in the array."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    example = importlib.import_module("neb_vacancy")
+    client = daemon.client()
+    images = [bulk("Cu") for _ in range(4)]
+    for image in images:
+        image.calc = client.calculator("emt")
+    band = example.ParallelNEB(images, method="improvedtangent")
+    assert band.get_forces().shape == (2, 3)
+    images[1].calc.fingerprint = "0" * 16
+    band.set_positions(band.get_positions() + 0.01)
+    with pytest.raises(ModelChangedError):
+        band.get_forces()
 
 
 def test_phonons(run: Run):
