@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib import metadata
 
 from rootstock_client.errors import ModelLoadError, UnknownModelError
@@ -45,29 +45,32 @@ def not_to_preload(names: Iterable[str], catalogue: Catalogue) -> list[UnknownMo
 
     There is no such model, without which it does not start; or the weights are not here, and it starts if others' are.
     """
-    missing: list[UnknownModelError | ModelLoadError] = []
-    for name in names:
-        try:
-            located(*catalogue.resolve(name))
-        except (UnknownModelError, ModelLoadError) as error:
-            missing.append(error)
-    return missing
+    return _refused(names, catalogue, located)
 
 
 def not_loadable(names: Iterable[str], catalogue: Catalogue) -> list[UnknownModelError | ModelLoadError]:
     """As `not_to_preload`, with all else that can be seen without a worker and would keep one from loading them."""
-    missing: list[UnknownModelError | ModelLoadError] = []
+    return _refused(names, catalogue, _check_loadable)
+
+
+def _refused(
+    names: Iterable[str], catalogue: Catalogue, check: Callable[[str, Entry], object]
+) -> list[UnknownModelError | ModelLoadError]:
+    refused: list[UnknownModelError | ModelLoadError] = []
     for name in names:
         try:
-            known, entry = catalogue.resolve(name)
-            entry = located(known, entry)
-            if _no_file(entry):
-                raise ModelLoadError(f"model {known!r}: there is no file {entry.weights}.")
-            if wrong := _wrong(known, entry, find_environment(*entry.place)):
-                raise ModelLoadError(f"model {known!r}: {wrong}{'' if wrong.endswith('?') else '.'}")
+            check(*catalogue.resolve(name))
         except (UnknownModelError, ModelLoadError) as error:
-            missing.append(error)
-    return missing
+            refused.append(error)
+    return refused
+
+
+def _check_loadable(name: str, entry: Entry) -> None:
+    entry = located(name, entry)
+    if _no_file(entry):
+        raise ModelLoadError(f"model {name!r}: there is no file {entry.weights}.")
+    if wrong := _wrong(name, entry, find_environment(*entry.place)):
+        raise ModelLoadError(f"model {name!r}: {wrong}{'' if wrong.endswith('?') else '.'}")
 
 
 def _no_file(entry: Entry) -> bool:
