@@ -9,7 +9,6 @@ import os
 import re
 import shlex
 import signal
-import stat
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any, cast
 
 from rootstock_client.control import request
 from rootstock_client.errors import AccessDeniedError, ConnectionLostError, DaemonNotFoundError, RootstockError
-from rootstock_client.runtime_dir import START_HINT, is_private, job_runtime_dir, share_file
+from rootstock_client.runtime_dir import START_HINT, is_own_note, is_private, job_runtime_dir, share_file
 
 POLL = 0.05
 """Seconds between looks at what can't be waited for."""
@@ -132,8 +131,7 @@ class NodeDaemon:
 
     def _check_ours(self, fd: int) -> None:
         """Raise RootstockError where the file is somebody else's, and only has the same name."""
-        info = os.fstat(fd)
-        if not (stat.S_ISREG(info.st_mode) and info.st_uid == os.getuid() and _NOTE.fullmatch(os.pread(fd, 32, 0))):
+        if not is_own_note(fd, _NOTE):
             raise RootstockError(
                 f"{self._file} is not a file by which a daemon of yours is shared; it is left alone.",
                 "Move it away, or choose another socket.",

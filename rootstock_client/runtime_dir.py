@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket as socketlib
 import stat
 from pathlib import Path
@@ -70,6 +71,17 @@ def is_private(folder: Path, *owners: int) -> bool:
     except OSError:
         return False
     return stat.S_ISDIR(info.st_mode) and info.st_uid in owners and not info.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def is_own_note(fd: int, note: re.Pattern[bytes]) -> bool:
+    """Whether an open file is a regular one of this user, and has nothing in it but a note of this form.
+
+    Args:
+        fd: its descriptor.
+        note: what a file of ours may have in it, in up to 31 bytes.
+    """
+    info = os.fstat(fd)
+    return stat.S_ISREG(info.st_mode) and info.st_uid == os.getuid() and bool(note.fullmatch(os.pread(fd, 32, 0)))
 
 
 def _answers(path: Path) -> bool:

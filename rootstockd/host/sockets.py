@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from rootstock_client.runtime_dir import MAX_SOCKET_PATH, SYSTEM_DIR, is_private
+from rootstock_client.runtime_dir import MAX_SOCKET_PATH, SYSTEM_DIR, is_own_note, is_private
 from rootstockd.host import passed
 from rootstockd.host.peers import peer_of
 from rootstockd.users import user_name
@@ -136,8 +136,7 @@ def _open_lock(path: Path) -> int:
         raise AddressError(
             f"can't open the lock file {path}: {error.strerror}. Move it away, or choose another --socket."
         ) from error
-    info = os.fstat(fd)
-    if stat.S_ISREG(info.st_mode) and info.st_uid == os.getuid() and _HOLDER.fullmatch(os.pread(fd, 32, 0)):
+    if is_own_note(fd, _HOLDER):
         return fd
     os.close(fd)
     raise AddressError(
