@@ -21,6 +21,7 @@ import os
 import re
 import socket as socketlib
 import stat
+import time
 from pathlib import Path
 
 from rootstock_client.errors import DaemonNotFoundError
@@ -31,6 +32,8 @@ SYSTEM_DIR = Path("/run/rootstockd")
 JOB_VARIABLE = "SLURM_JOB_ID"
 MAX_SOCKET_PATH = 107
 """Bytes that a Unix socket's address can hold (sun_path, with its final zero)."""
+_PAUSE = 0.05
+"""Seconds between looks at a queue that is full."""
 
 MET: set[Path] = set()
 """Addresses at which a daemon has answered this process, or one that it was forked from. It is waited for."""
@@ -84,10 +87,49 @@ def is_own_note(fd: int, note: re.Pattern[bytes]) -> bool:
     return stat.S_ISREG(info.st_mode) and info.st_uid == os.getuid() and bool(note.fullmatch(os.pread(fd, 32, 0)))
 
 
-def _answers(path: Path) -> bool:
-    """Whether somebody listens: a daemon that was killed leaves its socket behind."""
-    with socketlib.socket(socketlib.AF_UNIX, socketlib.SOCK_STREAM) as probe:
-        return probe.connect_ex(os.fspath(path)) == 0
+def too_long(path: Path) -> str:
+    """What is said of a path that no Unix socket can have; empty of others."""
+    fits = len(os.fsencode(path)) <= MAX_SOCKET_PATH
+    return "" if fits else f"the socket path {path} is too long; Unix sockets allow {MAX_SOCKET_PATH} bytes."
+
+
+def probe(address: str | os.PathLike[str], timeout: float = 1.0) -> socketlib.socket:
+    """Connect to a Unix socket, to see whether somebody listens: a daemon that was killed leaves its socket behind.
+
+    Args:
+        address: a path, or an abstract address.
+        timeout: seconds to wait while its queue is full. To connect would wait for ever at a daemon that is suspended.
+
+    Raises:
+        ConnectionRefusedError: nobody listens.
+        BlockingIOError: somebody does, and takes no connections.
+        OSError: it can't be told.
+    """
+    deadline = time.monotonic() + timeout
+    sock = socketlib.socket(socketlib.AF_UNIX, socketlib.SOCK_STREAM)
+    try:
+        sock.setblocking(False)  # noqa: FBT003 - the socket module has no other way
+        while True:
+            try:
+                sock.connect(os.fspath(address))
+            except BlockingIOError:  # at once, with any timeout of the socket's
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(_PAUSE)
+            else:
+                return sock
+    except BaseException:
+        sock.close()
+        raise
+
+
+def answers(path: Path, timeout: float = 1.0) -> bool:
+    """Whether somebody listens, and takes connections; as `probe`."""
+    try:
+        probe(path, timeout).close()
+    except OSError:
+        return False
+    return True
 
 
 def find_socket(socket: str | os.PathLike[str] | None = None) -> Path:
@@ -116,7 +158,7 @@ def find_socket(socket: str | os.PathLike[str] | None = None) -> Path:
     if found:
         if len(found) == 1:
             return found[0]
-        return next((path for path in found if _answers(path)), found[0])
+        return next(filter(answers, found), found[0])
     if away := [path for path in (*(folder / SOCKET_NAME for folder in own), system) if path in MET]:
         return away[0]
     raise DaemonNotFoundError(

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from rootstock_client.errors import AccessDeniedError, DaemonNotFoundError, LimitError
-from rootstock_client.runtime_dir import MAX_SOCKET_PATH, SOCKET_VARIABLE, START_HINT
+from rootstock_client.runtime_dir import SOCKET_VARIABLE, START_HINT, too_long
 
 LINGER = 2.0
 """Seconds that a stream we end is still read: a socket closed on unread bytes is a reset."""
@@ -38,11 +38,8 @@ def connect(path: Path, timeout: float | None = None) -> socket.socket:
         AccessDeniedError: the socket is not open to this user.
         LimitError: this process may have no more files open.
     """
-    if len(os.fsencode(path)) > MAX_SOCKET_PATH:
-        raise DaemonNotFoundError(
-            f"the socket path {path} is too long; Unix sockets allow {MAX_SOCKET_PATH} bytes.",
-            "Name it by a shorter path, such as through a symbolic link to its folder.",
-        )
+    if problem := too_long(path):
+        raise DaemonNotFoundError(problem, "Name it by a shorter path, such as through a symbolic link to its folder.")
     try:
         sock = _Socket(socket.AF_UNIX, socket.SOCK_STREAM)
     except OSError as error:

@@ -6,13 +6,23 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
 from rootstock_client import runtime_dir
 from rootstock_client.errors import DaemonNotFoundError
-from rootstock_client.runtime_dir import control_socket, find_socket, is_private, job_runtime_dir, user_runtime_dir
+from rootstock_client.runtime_dir import (
+    answers,
+    control_socket,
+    find_socket,
+    is_private,
+    job_runtime_dir,
+    user_runtime_dir,
+)
 
 as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
 
@@ -40,6 +50,22 @@ def put_socket(folder: Path) -> Path:
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(path))
     return path
+
+
+@contextmanager
+def suspended(folder: Path) -> Iterator[socket.socket]:
+    """A daemon that takes no connections, and whose queue is full."""
+    with ExitStack() as stack:
+        daemon = stack.enter_context(socket.socket(socket.AF_UNIX))
+        daemon.bind(str(folder / "rootstockd.sock"))
+        daemon.listen(0)
+        while True:
+            client = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK))
+            try:
+                client.connect(str(folder / "rootstockd.sock"))
+            except BlockingIOError:
+                break
+        yield daemon
 
 
 def test_the_order(places, monkeypatch):
@@ -78,6 +104,39 @@ def test_in_a_slurm_job_its_own_folder_goes_first(places, monkeypatch):
             assert find_socket() == in_user
     finally:
         shutil.rmtree(folder)
+
+
+def test_a_daemon_that_is_suspended_holds_nobody_up(places):
+    job = f"5{os.getpid()}"
+    folder = Path(f"/tmp/rootstockd-{os.getuid()}-job-{job}")
+    folder.mkdir(mode=0o700)
+    try:
+        with suspended(folder), socket.socket(socket.AF_UNIX) as other:
+            other.bind(str(places[0] / "rootstockd.sock"))
+            other.listen()
+            done = subprocess.run(
+                [sys.executable, "-c", "from rootstock_client.runtime_dir import find_socket; print(find_socket())"],
+                env={**os.environ, "SLURM_JOB_ID": job},
+                capture_output=True,
+                text=True,
+                timeout=20,
+                check=False,
+            )
+            assert done.stdout.strip() == str(places[0] / "rootstockd.sock"), done.stderr
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_a_queue_that_is_full_for_a_moment_is_waited_for(short):
+    with suspended(short) as daemon:
+
+        def take_one() -> None:
+            daemon.accept()[0].close()
+
+        soon = threading.Timer(0.3, take_one)
+        soon.start()
+        assert answers(short / "rootstockd.sock", 20.0)
+        soon.join()
 
 
 def test_an_empty_variable_counts_for_nothing(places, monkeypatch):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from rootstock_client.runtime_dir import MAX_SOCKET_PATH
+from rootstock_client.runtime_dir import MAX_SOCKET_PATH, answers
 from rootstockd.host.sockets import AddressError, claim_gpu, listen, lock, make_runtime_dir, name_until_open
 
 as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
@@ -27,15 +27,6 @@ def short():
     """A folder whose path is short enough for sockets."""
     with tempfile.TemporaryDirectory(prefix="rsd-") as folder:
         yield Path(folder)
-
-
-def answers(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(str(path))
-        except OSError:
-            return False
-        return True
 
 
 def stale_socket(path: Path) -> None:

@@ -15,7 +15,7 @@ import tomlkit
 from click.core import ParameterSource
 
 from rootstock_client.errors import ModelLoadError, RootstockError
-from rootstock_client.runtime_dir import MAX_SOCKET_PATH, SYSTEM_DIR, is_private
+from rootstock_client.runtime_dir import SYSTEM_DIR, is_private, too_long
 from rootstockd.cli.common import Refused, console, default_socket, fetch_config, print_warnings, socket_in_use
 from rootstockd.cli.options import devices_of, files_to_read, settings_again, settings_options, settings_said
 from rootstockd.host.devices import DeviceError, choose_devices, found_devices
@@ -175,8 +175,8 @@ def _problems_of_places(settings: Config) -> Iterator[str]:
 def _problems_of_sockets(settings: Config) -> Iterator[str]:
     address, folder = settings.socket, settings.socket.parent
     for path in (address, settings.control):
-        if len(os.fsencode(path)) > MAX_SOCKET_PATH:
-            yield f"socket: the path {path} is too long; Unix sockets allow {MAX_SOCKET_PATH} bytes."
+        if problem := too_long(path):
+            yield f"socket: {problem}"
         elif os.path.lexists(path) and not stat.S_ISSOCK(path.lstat().st_mode):
             yield f"socket: {path} is not a socket, and a daemon leaves it alone."
     try:

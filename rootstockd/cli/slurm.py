@@ -27,10 +27,10 @@ from rootstock_client.runtime_dir import (
     SOCKET_NAME,
     SOCKET_VARIABLE,
     SYSTEM_DIR,
+    answers,
     control_socket,
     job_runtime_dir,
 )
-from rootstock_client.sockets import connect
 from rootstockd.cli.common import Refused
 from rootstockd.cli.ending import end
 from rootstockd.cli.launching import POLL
@@ -296,7 +296,7 @@ def prolog(options: list[str], /, **_: Any) -> None:
         if job is None:
             return
         job.touch()
-        if not answers():
+        if not has_daemon():
             STARTED.touch()  # before there is one: this command may be killed
             try:
                 start_for_node(options)
@@ -317,7 +317,7 @@ def epilog() -> None:
         job.unlink(missing_ok=True)
         if STARTED.exists() and not any(JOBS.glob("[0-9]*")):
             try:
-                if answers():
+                if has_daemon():
                     end(SITE_SOCKET)
             except RootstockError as error:
                 raise Refused(error) from error
@@ -352,13 +352,9 @@ def jobs() -> Iterator[Path | None]:
         os.close(folder)
 
 
-def answers() -> bool:
-    """Whether the node has a daemon."""
-    try:
-        connect(control_socket(SITE_SOCKET), 5.0).close()
-    except (RootstockError, TimeoutError):
-        return False
-    return True
+def has_daemon() -> bool:
+    """Whether the node has one."""
+    return answers(control_socket(SITE_SOCKET), 5.0)
 
 
 def start_for_node(options: list[str]) -> None:
@@ -383,7 +379,7 @@ def start_for_node(options: list[str]) -> None:
             start_new_session=True,
         )
         try:
-            while not answers():
+            while not has_daemon():
                 if process.poll() is not None:
                     words.seek(0)
                     reason = words.read().decode(errors="replace").strip().removeprefix("Error: ")

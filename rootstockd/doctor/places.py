@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import socket
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from rootstock_client.runtime_dir import MAX_SOCKET_PATH, SOCKET_NAME, SOCKET_VARIABLE, SYSTEM_DIR
+from rootstock_client.runtime_dir import MAX_SOCKET_PATH, SOCKET_NAME, SOCKET_VARIABLE, SYSTEM_DIR, probe
 from rootstockd.doctor.findings import IN_VAIN, Finding, note, ok, problem, warning
 from rootstockd.host.peers import peer_of
 from rootstockd.users import user_name
@@ -18,8 +17,6 @@ FULL = 1_000_000
 """Bytes free below which a disk is full."""
 LITTLE = 10**9
 """Bytes free below which weights and environments may not fit."""
-_ANSWER = 1.0
-"""Seconds for somebody who listens to take a connection."""
 
 
 @dataclass(frozen=True)
@@ -103,17 +100,15 @@ def look_at_address(path: Path) -> Address:
         return Address(path, "absent")
     if not stat.S_ISSOCK(info.st_mode):
         return Address(path, "foreign", info.st_uid)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(_ANSWER)
-        try:
-            probe.connect(os.fspath(path))
-            peer = peer_of(probe)
-        except ConnectionRefusedError:
-            return Address(path, "stale", info.st_uid)
-        except PermissionError:
-            return Address(path, "closed", info.st_uid)
-        except OSError:
-            return Address(path, "busy", info.st_uid)
+    try:
+        with probe(path) as sock:
+            peer = peer_of(sock)
+    except ConnectionRefusedError:
+        return Address(path, "stale", info.st_uid)
+    except PermissionError:
+        return Address(path, "closed", info.st_uid)
+    except OSError:
+        return Address(path, "busy", info.st_uid)
     return Address(path, "live", info.st_uid, f"pid {peer.pid} of {user_name(peer.uid)}")
 
 

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from rootstock_client.runtime_dir import MAX_SOCKET_PATH, SYSTEM_DIR, is_own_note, is_private
+from rootstock_client.runtime_dir import SYSTEM_DIR, is_own_note, is_private, probe, too_long
 from rootstockd.host import passed
 from rootstockd.host.peers import peer_of
 from rootstockd.users import user_name
@@ -156,8 +156,8 @@ def listen(
     Raises:
         AddressError: the address is too long, or taken.
     """
-    if len(os.fsencode(path)) > MAX_SOCKET_PATH:
-        raise AddressError(f"the socket path {path} is too long; Unix sockets allow {MAX_SOCKET_PATH} bytes.")
+    if problem := too_long(path):
+        raise AddressError(problem)
     unseen = name_until_open(path)  # nobody shall see a socket that is not open yet
     _check_free(path)
     _check_free(unseen)
@@ -298,12 +298,11 @@ def claim_gpu(uuid: str) -> Iterator[None]:
 
 def _listener(address: str) -> str:
     """Who listens at an address, as the kernel says."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
-        try:
-            probe.connect(address)
-            peer = peer_of(probe)
-        except OSError:
-            return "which one, it does not say"
+    try:
+        with probe(address) as sock:
+            peer = peer_of(sock)
+    except OSError:
+        return "which one, it does not say"
     return f"pid {peer.pid} of {user_name(peer.uid)}"
 
 
@@ -318,12 +317,10 @@ def _check_free(path: Path) -> None:
         raise AddressError(f"{path} is not a socket; it is left alone. Move it away, or choose another --socket.")
     if info.st_uid != os.getuid():
         raise AddressError(f"the socket {path} belongs to uid {info.st_uid}; it is left alone.")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(1.0)
-        try:
-            probe.connect(os.fspath(path))
-        except ConnectionRefusedError:
-            return
-        except OSError as error:
-            raise AddressError(f"can't tell whether somebody listens on {path} ({error}); it is left alone.") from error
+    try:
+        probe(path).close()
+    except ConnectionRefusedError:
+        return
+    except OSError as error:
+        raise AddressError(f"can't tell whether somebody listens on {path} ({error}); it is left alone.") from error
     raise AddressError(f"another program listens on {path}; it is left alone. Choose another --socket.")
