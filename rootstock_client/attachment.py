@@ -127,7 +127,7 @@ def _greet(stream: socket.socket) -> bytes | None:
             raise ProtocolError(f"the driver began with {word!r}, which is not i-PI's protocol.")
 
 
-class Potential:
+class PotentialSoFar:
     """What has computed for a driver, which has no notion of it: no other shall go on with its trajectory."""
 
     def __init__(self) -> None:
@@ -172,7 +172,7 @@ class Attachment:
         patience: float,
         wait: float,
         shared_memory: bool,
-        potential: Potential,
+        potential: PotentialSoFar,
     ) -> None:
         self._potential = potential
         self._daemon, self._address, self._describe = daemon, address, describe
@@ -337,8 +337,8 @@ def hand_over(line: socket.socket, stream: socket.socket, computed: Callable[[st
     """
     try:
         socket.send_fds(line, [ipi.ATTACH], [stream.fileno()])
-        while (answer := receive(line, ipi.HEADER_SIZE)) == ipi.MODEL:
-            computed(receive(line, *ipi.INT.unpack(receive(line, ipi.INT.size))).decode())
+        while (answer := receive(line, ipi.HEADER_SIZE)) == ipi.MODEL and (said := _text(line)) is not None:
+            computed(said.decode())
     except OSError:
         answer = b""
     if answer != ipi.EXIT:
@@ -346,6 +346,18 @@ def hand_over(line: socket.socket, stream: socket.socket, computed: Callable[[st
 
 
 def _error(line: socket.socket, answer: bytes) -> RootstockError:
-    if answer == ipi.ERROR and len(size := receive(line, ipi.INT.size)) == ipi.INT.size:
-        return RootstockError.from_json(receive(line, *ipi.INT.unpack(size)))
+    if answer == ipi.ERROR and (said := _text(line)) is not None:
+        return RootstockError.from_json(said)
     return ConnectionLostError("rootstockd closed the connection.", "`rootstockd logs` may say why.")
+
+
+def _text(line: socket.socket) -> bytes | None:
+    """What is behind a header, its size before it; None if the stream ends before that does."""
+    try:
+        if len(size := receive(line, ipi.INT.size)) < ipi.INT.size:
+            return None
+        (length,) = ipi.INT.unpack(size)
+        said = receive(line, length)
+    except OSError:
+        return None
+    return said if len(said) == length else None

@@ -31,9 +31,15 @@ from ase.calculators.socketio import SocketIOCalculator
 from conftest import RunningDaemon, open_descriptors, wait_for
 from plain_driver import PlainDriver
 from rootstock_client import ipi
-from rootstock_client.attachment import offer, parse_address
+from rootstock_client.attachment import hand_over, offer, parse_address
 from rootstock_client.control import fetch
-from rootstock_client.errors import InvalidInitError, InvalidStructureError, ProtocolError, RootstockError
+from rootstock_client.errors import (
+    ConnectionLostError,
+    InvalidInitError,
+    InvalidStructureError,
+    ProtocolError,
+    RootstockError,
+)
 from rootstock_client.shared_memory import Translation
 from rootstockd.cli.system import System, read_parameters, read_structure
 from rootstockd.host.descriptors import DESCRIPTORS_A_SESSION
@@ -587,6 +593,25 @@ def test_a_stream_that_was_handed_over_brings_no_other(daemon: RunningDaemon) ->
         assert b"can't bring another" in ours.recv(4096)
     wait_for(lambda: not sessions(daemon, os.getpid()))
     assert "Traceback" not in daemon.log.read_text()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [ipi.MODEL + ipi.INT.pack(16) + b"0123456789abcdef", ipi.error_frame(RootstockError("no"))],
+    ids=["model", "error"],
+)
+def test_a_daemon_that_dies_in_the_middle_of_what_it_says_is_one_that_is_lost(said: bytes) -> None:
+    """A part of a fingerprint is none, of which the next daemon's would be another."""
+    for size in range(len(said)):
+        line, daemon = socket.socketpair()
+        driver, stream = socket.socketpair()
+        told: list[str] = []
+        with line, daemon, driver, stream:
+            daemon.sendall(said[:size])
+            daemon.shutdown(socket.SHUT_WR)
+            with pytest.raises(ConnectionLostError, match="closed the connection"):
+                hand_over(line, stream, told.append)
+        assert told == []
 
 
 def last_words(line: socket.socket) -> RootstockError:

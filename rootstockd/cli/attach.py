@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from rootstock_client.attachment import Address, Attachment, Potential, offer_when_there, parse_address
+from rootstock_client.attachment import Address, Attachment, PotentialSoFar, offer_when_there, parse_address
 from rootstock_client.errors import RootstockError
 from rootstock_client.patience import patience_in_seconds
 from rootstock_client.sockets import dismiss
@@ -98,7 +98,7 @@ def attach(
             announce(System(json.loads(init)), where)
         return init
 
-    potential = Potential()
+    potential = PotentialSoFar()
     attachments = [
         Attachment(daemon, where, describe, patience=patience, wait=wait, shared_memory=shm, potential=potential)
         for _ in range(count)
