@@ -134,7 +134,7 @@ def _get(name: str, entry: Entry, right: str, folder: Path, wishes: Wishes) -> t
         return _download(url, part, entry, right, folder, wishes), url
     path = Path(wishes.mirror, file_name(entry.url)).absolute()
     if not path.is_file():
-        raise StoreError(f"the mirror has no {path}, which would be its copy of {entry.url} has.")
+        raise StoreError(f"the mirror has no {path}, which would be its copy of {entry.url}.")
     if (file := _copy(path, part, entry, right, folder, wishes.say)) is None:
         raise StoreError(f"what the mirror has is not the file that is meant, so it was not kept: {path}.")
     return file, str(path)
