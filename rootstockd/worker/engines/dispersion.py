@@ -29,6 +29,7 @@ from rootstockd.worker.engines import (
     load_family,
     symbol,
 )
+from rootstockd.worker.lattice import normals
 
 _BOHR, _HARTREE = 0.52917726, 27.21138505
 """In Å and eV, as in the D3 program of 2010 and in torch-dftd; later values would shift energies by 2e-7 of them."""
@@ -178,9 +179,9 @@ def _spread(cell: Array, positions: Array, pbc: tuple[bool, bool, bool], reach: 
     s-dftd3 1.7 has another energy for cells that are periodic in some directions only.
     """
     open_axes = [axis for axis in range(3) if not pbc[axis]]
-    normals = np.linalg.svd(cell[list(pbc)])[2][3 - len(open_axes) :]
+    across = normals(cell[list(pbc)])
     spread = cell.copy()
-    spread[open_axes] = normals * (np.ptp(positions @ normals.T, axis=0) + reach + 1.0)[:, None]
+    spread[open_axes] = across * (np.ptp(positions @ across.T, axis=0) + reach + 1.0)[:, None]
     return spread
 
 

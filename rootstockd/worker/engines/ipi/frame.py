@@ -7,6 +7,7 @@ from typing import Tuple
 import numpy as np
 
 from rootstockd.worker.engines import Array
+from rootstockd.worker.lattice import normals
 
 ALONE = 1000.0
 """Å from one image to the next in directions that are not periodic."""
@@ -73,9 +74,7 @@ def _complete(cell: Array, pbc: Tuple[bool, bool, bool]) -> Tuple[Array, Array]:
     if all(pbc):
         return np.empty((0, 3)), cell
     periodic = np.array(pbc)
-    if not periodic.any():
-        return np.eye(3), np.eye(3) * ALONE
-    normals = np.linalg.svd(cell[periodic])[2][periodic.sum() :]
+    across = normals(cell[periodic])
     cell = cell.copy()
-    cell[~periodic] = normals * ALONE
-    return normals, cell
+    cell[~periodic] = across * ALONE
+    return across, cell
