@@ -21,7 +21,7 @@ from rootstock_client.errors import (
 from rootstock_client.runtime_dir import START_HINT, control_socket
 from rootstock_client.sockets import connect
 from rootstockd.cli.common import QUIET, saying
-from rootstockd.cli.units import is_systemd
+from rootstockd.cli.systemd_units import is_systemd
 from rootstockd.host.peers import peer_of
 
 PEEK = socketlib.MSG_PEEK | socketlib.MSG_DONTWAIT

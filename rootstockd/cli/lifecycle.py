@@ -28,7 +28,7 @@ from rootstockd.cli.ending import FORCE_TIMEOUT, daemon_process, end
 from rootstockd.cli.launching import POLL, launch, serve_in_front, stay_with
 from rootstockd.cli.options import settings_again, settings_options, settings_said
 from rootstockd.cli.successor import take_environment
-from rootstockd.cli.units import unit_at
+from rootstockd.cli.systemd_units import unit_at
 from rootstockd.control.schema import ReloadReport
 from rootstockd.host.devices import DeviceError, found_devices
 from rootstockd.host.peers import peer_of

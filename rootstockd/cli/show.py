@@ -31,7 +31,7 @@ from rootstockd.cli.common import (
 )
 from rootstockd.cli.options import files_to_read
 from rootstockd.cli.quantities import count, duration, plural, size, span
-from rootstockd.cli.units import unit_at
+from rootstockd.cli.systemd_units import unit_at
 from rootstockd.control.schema import LONG, DaemonStatus, ModelStatus, at_a_batch
 from rootstockd.monitoring.rows import dtypes, session_dtype, settings_in_words, told_apart
 from rootstockd.settings.config import Config

@@ -36,7 +36,7 @@ from rootstockd.cli.ending import end
 from rootstockd.cli.launching import POLL
 from rootstockd.cli.lifecycle import start
 from rootstockd.cli.options import settings_said
-from rootstockd.cli.units import unit_at
+from rootstockd.cli.systemd_units import unit_at
 from rootstockd.host.devices import VISIBLE
 from rootstockd.host.sockets import AddressError, make_runtime_dir
 from rootstockd.settings.config_file import ConfigError
