@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -287,7 +288,30 @@ def test_the_file_for_node_exporter(daemon: RunningDaemon, tmp_path: Path) -> No
     assert written("rootstockd_evaluations_total", **EMT) == before("rootstockd_evaluations_total", **EMT)
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
     done = rootstockd("metrics", "write", tmp_path / "none" / "x.prom", "--socket", daemon.socket)
-    assert done.returncode == 1 and "can't write" in done.stderr
+    assert done.returncode == 1 and f"can't be kept in {tmp_path}/none: No such file or directory." in done.stderr
+
+
+def test_a_file_for_node_exporter_that_can_not_be_written_leaves_the_one_before(
+    daemon: RunningDaemon, tmp_path: Path
+) -> None:
+    file = tmp_path / "rootstockd.prom"
+    file.write_text("before")
+    limited = ["sh", "-c", 'ulimit -f 1; exec "$@"', "sh", sys.executable, "-m", "rootstockd"]  # 1 KiB, or half of it
+    done = subprocess.run(
+        [*limited, "metrics", "write", file, "--socket", daemon.socket], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1 and f"{file} can't be kept in {tmp_path}: File too large." in done.stderr
+    assert file.read_text() == "before" and list(tmp_path.iterdir()) == [file]
+
+
+def test_files_for_node_exporter_are_written_by_several_at_once(daemon: RunningDaemon, tmp_path: Path) -> None:
+    """Such as cron's runs where one takes longer than its minute."""
+    file = tmp_path / "rootstockd.prom"
+    command = [sys.executable, "-m", "rootstockd", "metrics", "write", str(file), "--socket", str(daemon.socket)]
+    runs = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, umask=0o027) for _ in range(6)]
+    assert [(run.communicate(timeout=60)[1], run.returncode) for run in runs] == [("", 0)] * len(runs)
+    assert file.stat().st_mode & 0o777 == 0o640 and list(tmp_path.iterdir()) == [file]
+    assert Metrics(read_text(file.read_text())).names
 
 
 # --- what is shipped

@@ -44,6 +44,7 @@ def write(file: Path, socket: Path | None) -> None:
     rootstockd metrics write /var/lib/prometheus/node-exporter/rootstockd.prom
     """  # noqa: D301 - click wants the character \\b itself
     # imports what only this command needs
+    from rootstockd.models import whole_files  # noqa: PLC0415
     from rootstockd.monitoring.textfile import for_textfile  # noqa: PLC0415
 
     try:
@@ -51,12 +52,10 @@ def write(file: Path, socket: Path | None) -> None:
         text = for_textfile(fetch(path, "GET", "/metrics").decode(), path)
     except RootstockError as error:
         raise Refused(error) from error
-    fresh = file.with_name(f"{file.name}.new")
     try:
-        fresh.write_text(text, encoding="utf-8")
-        fresh.replace(file)
-    except OSError as error:
-        raise Refused(f"can't write {file}: {error.strerror}.") from error
+        whole_files.write(file, text)
+    except whole_files.StoreError as error:
+        raise Refused(str(error)) from error
 
 
 @metrics.command()

@@ -97,11 +97,24 @@ def no_room(folder: Path, needed: int | None = None) -> str:
     return f"there is no room in {folder}: {free / 1e6:.1f} MB are free{want}."
 
 
-def replace(part: Path, path: Path) -> None:
+def write(path: Path, text: str) -> None:
+    """Write a file that whoever else does may be writing, too; who may read it is for the umask to say.
+
+    Raises:
+        StoreError: it can't be written.
+    """
+    part = path.with_name(f".{path.name}-{os.urandom(4).hex()}")
+    with part_file(part, str(path)):
+        part.write_text(text, encoding="utf-8")
+        replace(part, path, mode=None)
+
+
+def replace(part: Path, path: Path, *, mode: int | None = 0o644) -> None:
     """Give a written file its name, such that after a loss of power there is the old file or the new one."""
     fd = os.open(part, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.fchmod(fd, 0o644)
+        if mode is not None:
+            os.fchmod(fd, mode)
         os.fsync(fd)
     finally:
         os.close(fd)
