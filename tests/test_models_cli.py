@@ -22,6 +22,7 @@ from fileserver import serving
 from rootstock_client.errors import ModelLoadError, UnknownModelError
 from rootstockd.models import store
 from rootstockd.models.whole_files import StoreError, lock
+from rootstockd.settings.toml_file import MOST_BYTES
 
 DATA = os.urandom(300_000)
 
@@ -265,6 +266,17 @@ def test_add(models, state, tmp_path, start_daemon, server):
     models("verify", "second")  # whose file was the same
     models("remove", "second", "--force", "--socket", daemon.socket)
     assert not list(state.glob("weights/*.model")) and not list(state.glob("weights/*.json"))
+
+
+def test_a_catalogue_that_is_full(models, state):
+    """With one more model it could not be read, nor any of its models had."""
+    file = store.own_folder().parent / "models.toml"
+    file.write_text("# " + "x" * (MOST_BYTES - 100) + "\n")
+    before = file.read_text()
+    said = models("add", "second", EMBEDDED_MODEL, "--family", "noop", fails=True)
+    assert f"second was not added: with it {file} would have more than 524,288 bytes" in said
+    assert file.read_text() == before and not list(state.glob("weights/*"))
+    assert "second" not in models("list")
 
 
 def test_a_pipe_is_not_waited_for(models, state, tmp_path):

@@ -25,6 +25,7 @@ from rootstockd.models.store import Record, Stored
 from rootstockd.models.trial import try_out
 from rootstockd.models.whole_files import StoreError, lock, part_file, replace
 from rootstockd.settings.state_dir import own_state
+from rootstockd.settings.toml_file import MOST_BYTES
 from rootstockd.settings.validation import describe
 from rootstockd.worker.engines import ENTRY_POINTS, FAMILIES
 
@@ -145,6 +146,11 @@ def _write_entry(name: str, entry: Entry, folder: Path) -> None:
     fields["weights"] = f"{folder.name}/{entry.weights.name}"  # relative, so that the state directory may be moved
     with _edited(folder) as document:
         document[name] = fields
+        if len(tomlkit.dumps(document).encode()) > MOST_BYTES:
+            raise StoreError(
+                f"{name} was not added: with it {own_file()} would have more than {MOST_BYTES:,} bytes, and could not "
+                "be read. `rootstockd models remove` those that nobody uses."
+            )
 
 
 def remove_entry(name: str, folder: Path) -> bool:
