@@ -47,6 +47,13 @@ def named(path: Path, flags: dict[str, object] | None = None) -> Config:
         ('max_atoms = "many"', "max_atoms: 'many' is not an integer."),
         ("max_atoms = -1", "max_atoms: -1 is less than 1."),
         *(
+            (f"{name} = 1_000_000_001", f"{name}: 1000000001 is more than 1000000000.")
+            for name in ("max_atoms", "total_atoms", "max_sessions", "batch_atoms", "limits.sessions", "limits.queued")
+        ),
+        ("[users.a]\natoms = 1_000_000_001", "users.a.atoms: 1000000001 is more than 1000000000."),
+        (f"worker_memory = {2**63}", f"worker_memory: {2**63} is more than {2**50}."),
+        (f"device_memory = {2**63}", f"device_memory: {2**63} is more than {2**50}."),
+        *(
             (
                 f'[access]\n{name} = ["a", "b\\u0000"]',
                 f"access.{name}.1: 'b\\x00' is no name: it has control characters.",

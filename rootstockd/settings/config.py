@@ -22,7 +22,10 @@ Address: TypeAlias = Annotated[
 ]
 """A host's name or number and a port; IPv6 has brackets."""
 
-Count: TypeAlias = Annotated[int, NUMBER]
+Count: TypeAlias = Annotated[int, Field(le=10**9), NUMBER]
+"""Of what there may be; i-PI's protocol counts atoms in 32 bits."""
+Bytes: TypeAlias = Annotated[int, Field(le=2**50), BYTES]
+"""More than any machine has, and no more than the kernel can be told."""
 Share: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False), NUMBER]
 Timeout: TypeAlias = Annotated[float, FINITE, SECONDS]
 """Seconds."""
@@ -163,7 +166,7 @@ class Settings(BaseModel):
     keep_alive: KeepAlive = "forever"
     """How long a model stays that nobody uses; an entry of a catalogue may say otherwise for its model, and what is in
     `models` stays."""
-    device_memory: Annotated[int | None, BYTES] = Field(default=None, ge=2**20)
+    device_memory: Bytes | None = Field(default=None, ge=2**20)
     """Bytes that all models on one device may take together. Without it what a GPU has, but for a reserve, and as much
     as they like on a CPU."""
     metrics: Address | None = None
@@ -196,7 +199,7 @@ class Settings(BaseModel):
     """Seconds that any batch may take; a slow model gets more (`HangLimit`). After that its worker is replaced."""
     load_timeout: Timeout = Field(default=600.0, ge=SHORTEST)
     """Seconds that a worker may take to load its model."""
-    worker_memory: Annotated[int | None, BYTES] = Field(default=None, ge=2**28)
+    worker_memory: Bytes | None = Field(default=None, ge=2**28)
     """Bytes of memory that a worker on a CPU may use (RLIMIT_DATA); without it, as many as the machine has."""
 
     @property
