@@ -192,12 +192,6 @@ def posdata_head(cell: FloatArray, inverse: FloatArray, natoms: int) -> bytes:
     return POSDATA + cell.T.tobytes() + inverse.T.tobytes() + INT.pack(natoms)
 
 
-def posdata_batch_head(cells: FloatArray, inverses: FloatArray, natoms: int) -> bytes:
-    """The same for a batch: cells and inverses are (B, 3, 3)."""
-    pairs = np.stack([cells, inverses], axis=1).transpose(0, 1, 3, 2)
-    return POSDATA + INT.pack(natoms) + pairs.tobytes()
-
-
 def error_frame(error: RootstockError) -> bytes:
     """An ERROR message."""
     body = error.to_json()

@@ -86,14 +86,6 @@ class MessageReader(Generic[Message]):
         else:
             self.end += size
 
-    def feed(self, data: bytes) -> int:
-        """Copy in as much of `data` as there is room for, and say how much that was."""
-        room = self.get_buffer()
-        size = min(len(room), len(data))
-        room[:size] = data[:size]
-        self.received(size)
-        return size
-
     def next_message(self) -> Message | None:
         """The next message, or None when more bytes must come first.
 

@@ -184,7 +184,7 @@ class RunningDaemon:
         cells = np.array([np.eye(3) * 9] * len(frames))
         with socket.socket(socket.AF_UNIX) as sock:
             sock.connect(str(self.socket))
-            head = ipi.posdata_batch_head(cells, np.linalg.inv(cells), len(numbers))
+            head = ipi.POSDATA + ipi.INT.pack(len(numbers)) + np.stack([cells, np.linalg.inv(cells)], axis=1).tobytes()
             sock.sendall(ipi.init_frame(json.dumps(system).encode()) + head + frames.tobytes() + ipi.GETFORCE)
             side.expect(ipi.GETFORCE)
             while (message := side.next_message()) is None:

@@ -498,15 +498,10 @@ def test_what_comes_for_a_side_that_is_closed_is_lost():
 # --- what we write is what i-PI writes
 
 
-@pytest.mark.parametrize("batch", [1, 2, 3])
-def test_our_frames_are_laid_out_as_i_pi_lays_them_out(batch):
-    cells, inverses, positions = structures(batch, 4, seed=2)
-    if batch == 1:
-        ours = ipi.posdata_head(cells[0], inverses[0], 4)
-        assert ours + positions.tobytes() == posdata(cells, inverses, positions)
-    ours = ipi.posdata_batch_head(cells, inverses, 4)
-    if batch > 1:
-        assert ours + positions.tobytes() == posdata(cells, inverses, positions)
+def test_our_frames_are_laid_out_as_i_pi_lays_them_out():
+    cells, inverses, positions = structures(1, 4, seed=2)
+    ours = ipi.posdata_head(cells[0], inverses[0], 4)
+    assert ours + positions.tobytes() == posdata(cells, inverses, positions)
     assert ipi.init_frame(b"abc") == init(b"abc")
     assert ipi.error_frame(TROUBLE) == error(TROUBLE.to_json())
 

@@ -46,6 +46,15 @@ def take_all(reader: MessageReader[Any]) -> list[Any]:
     return list(iter(reader.next_message, None))
 
 
+def feed(reader: MessageReader[Any], data: bytes) -> int:
+    """Write as much of `data` as there is room for, and say how much that was."""
+    room = reader.get_buffer()
+    size = min(len(room), len(data))
+    room[:size] = data[:size]
+    reader.received(size)
+    return size
+
+
 def deliver(reader: MessageReader[Any], stream: bytes, cuts: Sequence[int], taken: Sequence[bool]) -> list[Any]:
     """Write `stream` as a socket would, cut at `cuts`; messages are taken after a piece where `taken` says so."""
     messages = []
@@ -53,16 +62,12 @@ def deliver(reader: MessageReader[Any], stream: bytes, cuts: Sequence[int], take
     for number, (start, end) in enumerate(itertools.pairwise(edges)):
         piece = stream[start:end]
         while piece:
-            buffer = reader.get_buffer(-1)
-            if not buffer:
+            if not reader.get_buffer(-1):
                 assert reader.full
                 messages += take_all(reader)
                 assert not reader.full
                 continue
-            size = min(len(buffer), len(piece))
-            buffer[:size] = piece[:size]
-            reader.received(size)
-            piece = piece[size:]
+            piece = piece[feed(reader, piece) :]
         if taken[number % len(taken)]:
             messages += take_all(reader)
             assert not reader.full  # or nobody would read on
@@ -103,15 +108,15 @@ def test_what_the_owner_does_not_take_is_kept(step):
     reader = MessageReader(grammar())
     fed = 0
     while not reader.full:
-        fed += (size := reader.feed(stream[fed : fed + step]))
+        fed += (size := feed(reader, stream[fed : fed + step]))
         assert size > 0
     assert fed == STAGING_SIZE
     assert len(reader.get_buffer()) == 0
-    assert reader.feed(b"more") == 0
+    assert feed(reader, b"more") == 0
     messages = take_all(reader)
     assert not reader.full
     while fed < len(stream):
-        fed += reader.feed(stream[fed:])
+        fed += feed(reader, stream[fed:])
         messages += take_all(reader)
     assert messages == expected(items)
 
@@ -122,7 +127,7 @@ def test_full_again_while_messages_wait():
     assert reader.next_message() is None
     stream = item(b"I", b"x" * 95) * 1000
     fed = 0
-    while size := reader.feed(stream[fed:]):
+    while size := feed(reader, stream[fed:]):
         fed += size
     assert reader.full
     assert fed == STAGING_SIZE
@@ -132,12 +137,12 @@ def test_full_again_while_messages_wait():
 def test_a_long_item_that_is_all_there_leaves_no_room():
     """And one that lacks a byte is not full, or that byte would never be read."""
     reader = MessageReader(grammar())
-    reader.feed(item(b"I", bytes(STAGING_SIZE))[:5])
+    feed(reader, item(b"I", bytes(STAGING_SIZE))[:5])
     assert reader.next_message() is None
-    reader.feed(bytes(STAGING_SIZE - 5))
-    reader.feed(bytes(4))
+    feed(reader, bytes(STAGING_SIZE - 5))
+    feed(reader, bytes(4))
     assert not reader.full
-    assert reader.feed(bytes(1)) == 1
+    assert feed(reader, bytes(1)) == 1
     assert reader.full
     assert len(reader.get_buffer()) == 0
     assert take_all(reader) == [(b"I", bytes(STAGING_SIZE))]
@@ -146,12 +151,12 @@ def test_a_long_item_that_is_all_there_leaves_no_room():
 def test_a_buffer_that_lacks_bytes_of_a_long_item_is_not_full():
     reader = MessageReader(grammar())
     long = item(b"I", bytes(2 * STAGING_SIZE))
-    reader.feed(long[:5])
+    feed(reader, long[:5])
     assert reader.next_message() is None
     fed = 5
     while fed < len(long):
         assert not reader.full
-        fed += (size := reader.feed(long[fed : fed + STAGING_SIZE]))
+        fed += (size := feed(reader, long[fed : fed + STAGING_SIZE]))
         assert size > 0
     assert take_all(reader) == [(b"I", bytes(2 * STAGING_SIZE))]
 
@@ -166,7 +171,7 @@ def test_large_memory_is_filled_without_staging():
         yield "done"
 
     reader = MessageReader(into_memory())
-    reader.feed(b"12345ab")
+    feed(reader, b"12345ab")
     assert reader.next_message() is None
     assert memory[:3] == b"ab\0"
     buffer = reader.get_buffer()
@@ -182,12 +187,12 @@ def test_large_memory_is_filled_without_staging():
 def test_the_buffer_is_empty_only_when_full():
     """Also when the memory being filled is full and the owner has not yet asked for the message."""
     reader = MessageReader(grammar())
-    reader.feed(item(b"M", b"abcd")[:5])
+    feed(reader, item(b"M", b"abcd")[:5])
     assert reader.next_message() is None
-    assert reader.feed(b"abcd") == 4
+    assert feed(reader, b"abcd") == 4
     assert not reader.full
     assert len(reader.get_buffer()) > 0
-    assert reader.feed(item(b"I", b"xy")) == 7
+    assert feed(reader, item(b"I", b"xy")) == 7
     assert take_all(reader) == [(b"M", b"abcd"), (b"I", b"xy")]
 
 
@@ -196,12 +201,12 @@ def test_a_long_item_takes_memory_only_as_it_arrives():
     size = 512 * 2**20
     tracemalloc.start()
     try:
-        reader.feed(b"I" + size.to_bytes(4, "little"))
+        feed(reader, b"I" + size.to_bytes(4, "little"))
         assert reader.next_message() is None
         assert len(reader.get_buffer()) <= STAGING_SIZE
         sent = 0
         while sent < 2**20:
-            sent += reader.feed(bytes(STAGING_SIZE))
+            sent += feed(reader, bytes(STAGING_SIZE))
             assert reader.next_message() is None
         assert tracemalloc.get_traced_memory()[1] < 6 * 2**20
     finally:
@@ -211,14 +216,14 @@ def test_a_long_item_takes_memory_only_as_it_arrives():
 def test_what_is_skipped_takes_no_memory():
     reader = MessageReader(grammar())
     size = 64 * 2**20
-    reader.feed(b"S" + size.to_bytes(4, "little"))
+    feed(reader, b"S" + size.to_bytes(4, "little"))
     chunk = bytes(STAGING_SIZE)
     left = size
     tracemalloc.start()
     try:
         while left:
             assert reader.next_message() is None
-            left -= reader.feed(chunk[:left])
+            left -= feed(reader, chunk[:left])
         assert tracemalloc.get_traced_memory()[1] < STAGING_SIZE
     finally:
         tracemalloc.stop()
@@ -232,11 +237,11 @@ def test_memory_is_given_back_after_a_long_item():
     fed = 0
     messages = []
     while fed < len(stream):
-        fed += reader.feed(stream[fed:])
+        fed += feed(reader, stream[fed:])
         messages += take_all(reader)
     assert messages == [(b"I", pattern(20 * STAGING_SIZE, 1))]
     assert len(reader.get_buffer()) == STAGING_SIZE
-    reader.feed(item(b"I", b"next"))
+    feed(reader, item(b"I", b"next"))
     assert take_all(reader) == [(b"I", b"next")]
 
 
@@ -247,7 +252,7 @@ def test_a_long_item_takes_no_more_memory_than_its_size_and_gives_it_back_at_onc
     stream = item(b"I", pattern(size, 1))
     fed = 0
     while fed < len(stream):
-        fed += reader.feed(stream[fed:])
+        fed += feed(reader, stream[fed:])
         assert len(reader.staging) <= size
         if fed < len(stream):
             assert reader.next_message() is None
