@@ -385,7 +385,8 @@ class SameBackend(Arm):
         return None
 
     def system(self, natoms: int) -> None:
-        from rootstockd.worker.engines import ModelSpec, System, load_engine  # noqa: PLC0415
+        from rootstockd.worker.engines import ModelSpec, System  # noqa: PLC0415
+        from rootstockd.worker.engines.loading import load_engine  # noqa: PLC0415
 
         super().system(natoms)
         if self._engine is None:

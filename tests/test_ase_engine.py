@@ -14,7 +14,8 @@ from ase.calculators.calculator import all_changes
 from ase.calculators.emt import EMT
 
 from conftest import sha256
-from rootstockd.worker.engines import EngineError, ModelSpec, Result, System, Task, load_engine
+from rootstockd.worker.engines import EngineError, ModelSpec, Result, System, Task
+from rootstockd.worker.engines.loading import load_engine
 
 
 class Odd(EMT):  # type: ignore[misc]

@@ -20,8 +20,9 @@ from ase.calculators.lj import LennardJones
 from conftest import EMBEDDED_MODEL, sha256
 from rootstock_client.units import BOHR
 from rootstockd.worker.conformance import CHECKS, ConformanceError, Skipped, Subject
-from rootstockd.worker.engines import EngineError, ModelSpec, Result, System, Task, load_engine
+from rootstockd.worker.engines import EngineError, ModelSpec, Result, System, Task
 from rootstockd.worker.engines.ase import AseEngine
+from rootstockd.worker.engines.loading import load_engine
 
 EMT = {"calculator": "ase.calculators.emt:EMT"}
 D3 = {"damping": "bj", "xc": "pbe", "cutoff": 40 * BOHR, "cnthr": 40 * BOHR}

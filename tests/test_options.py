@@ -22,7 +22,8 @@ from ase.calculators.emt import EMT
 from conftest import EMBEDDED_MODEL, RunningDaemon, sha256, wait_for
 from rootstock_client.errors import InvalidInitError, LimitError, UnknownElementError
 from rootstock_client.units import BOHR
-from rootstockd.worker.engines import ModelSpec, System, Task, load_engine
+from rootstockd.worker.engines import ModelSpec, System, Task
+from rootstockd.worker.engines.loading import load_engine
 
 MODEL = "mace-emt-small"
 D3 = {"damping": "bj", "xc": "pbe", "cutoff": 40 * BOHR, "cnthr": 40 * BOHR}

@@ -27,7 +27,7 @@ from rootstockd.models.whole_files import StoreError, lock, part_file, replace
 from rootstockd.settings.state_dir import own_state
 from rootstockd.settings.toml_file import MOST_BYTES
 from rootstockd.settings.validation import describe
-from rootstockd.worker.engines import ENTRY_POINTS, FAMILIES
+from rootstockd.worker.engines.loading import ENTRY_POINTS, FAMILIES
 
 
 def add(name: str, file: Path, fields: dict[str, Any], sha256: str, say: Say) -> Entry:

@@ -14,7 +14,8 @@ from rootstockd.models.spec import spec_of
 from rootstockd.models.store import weights_of
 from rootstockd.models.whole_files import StoreError
 from rootstockd.settings.state_dir import StateError
-from rootstockd.worker.engines import ENTRY_POINTS, FAMILIES, ase
+from rootstockd.worker.engines import ase
+from rootstockd.worker.engines.loading import ENTRY_POINTS, FAMILIES
 
 
 def located(name: str, entry: Entry) -> Entry:

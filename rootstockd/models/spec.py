@@ -12,8 +12,9 @@ from ase.data import atomic_numbers
 from rootstockd.environments.finding import Environment
 from rootstockd.environments.versions import versions_of_entry_point, versions_of_modules
 from rootstockd.models.catalogue import Entry
-from rootstockd.worker.engines import ENTRY_POINTS, FAMILIES, ModelSpec
+from rootstockd.worker.engines import ModelSpec
 from rootstockd.worker.engines.ipi.recipe import NOT_OF_NUMBERS
+from rootstockd.worker.engines.loading import ENTRY_POINTS, FAMILIES
 
 FINGERPRINT_DIGITS = 16
 """Hexadecimal: nobody has so many models that two of them are the same by chance."""

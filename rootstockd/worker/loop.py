@@ -41,14 +41,8 @@ from typing import Any
 
 from rootstockd.worker import stages
 from rootstockd.worker.attached import A_DEFECT, Attached
-from rootstockd.worker.engines import (
-    Engine,
-    EngineBrokenError,
-    EngineError,
-    ModelSpec,
-    Task,
-    load_engine,
-)
+from rootstockd.worker.engines import Engine, EngineBrokenError, EngineError, ModelSpec, Task
+from rootstockd.worker.engines.loading import load_engine
 from rootstockd.worker.failures import describe, out_of_memory, print_error, shortage
 from rootstockd.worker.memory import Bound, GpuCache, memory_limit, trim
 from rootstockd.worker.slots import Slot

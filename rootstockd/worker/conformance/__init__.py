@@ -34,7 +34,8 @@ from rootstockd.worker.conformance.physics import (
     virial_is_a_slope,
 )
 from rootstockd.worker.conformance.subject import ConformanceError, Skipped, Subject, Tolerance
-from rootstockd.worker.engines import ModelSpec, load_engine
+from rootstockd.worker.engines import ModelSpec
+from rootstockd.worker.engines.loading import load_engine
 from rootstockd.worker.failures import describe
 
 __all__ = ["CHECKS", "ConformanceError", "Skipped", "Subject", "Tolerance", "main"]

@@ -26,9 +26,9 @@ from rootstockd.worker.engines import (
     Result,
     System,
     Task,
-    load_family,
     symbol,
 )
+from rootstockd.worker.engines.loading import load_family
 from rootstockd.worker.lattice import normals
 
 _BOHR, _HARTREE = 0.52917726, 27.21138505
