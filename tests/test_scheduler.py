@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from rootstockd.supervision.scheduler import (
     GROW_AFTER,
@@ -210,6 +210,18 @@ def test_what_a_worker_was_at_that_was_sent_away_is_at_the_front_again():
     assert scheduler.next_batch() == [three]
 
 
+def test_a_fresh_worker_gets_nothing_but_what_others_ended_over():
+    """As one that sessions go over to, whose evaluations the other worker did not bear."""
+    scheduler, _ = queue()
+    suspects = [Evaluation(f"session {n}", 10, attempts=1) for n in range(2)]
+    for suspect in suspects:
+        scheduler.submit(suspect)
+    for clock, suspect in enumerate(suspects):
+        assert scheduler.next_batch(clock) == [suspect]
+        assert scheduler.finished(0.1, clock + 0.1) == [suspect]
+    assert (scheduler.running, scheduler.waiting) == ([], 0)
+
+
 def test_clear_gives_up_what_runs_and_what_waits():
     scheduler, (a, b, c) = queue(60, 60, 60)
     scheduler.next_batch()
@@ -259,17 +271,23 @@ class Story(RuleBasedStateMachine):
         self.put_back = []
         self.clock = 0.0
 
+    @initialize(attempts=st.sampled_from([[], [1, 1], [2, 1, 1]]))
+    def come_from_another_worker(self, attempts):
+        for session, ends in enumerate(attempts):
+            self.submit(10, session, 1.0, 0.0, False, ends)
+
     @rule(
         atoms=st.one_of(st.integers(1, 60), st.integers(90, 300)),
         session=st.integers(0, 20),
         shares=st.sampled_from([1.0, 0.1, 3.0]),
         away=st.sampled_from([10.0, 0.0, 1e-3]),
         alone=st.booleans(),
+        attempts=st.sampled_from([0, 0, 0, 1, 2]),
     )
-    def submit(self, atoms, session, shares, away, alone):
+    def submit(self, atoms, session, shares, away, alone, attempts):
         if any(evaluation.owner == session for evaluation in self.live):
             return  # a session has one at a time
-        evaluation = Evaluation(session, atoms, session % 3, shares, self.clock, away, alone)
+        evaluation = Evaluation(session, atoms, session % 3, shares, self.clock, away, alone, attempts)
         self.live.append(evaluation)
         self.scheduler.submit(evaluation)
 

@@ -605,6 +605,48 @@ def test_who_was_with_a_worker_that_fails_goes_on_with_the_other(
         wait_for(lambda: all(now > then for now, then in zip(jobs.steps, done, strict=True)), timeout=60)
 
 
+SLOW = """
+import os, time
+from ase.calculators.emt import EMT
+
+class Slow(EMT):
+    def __init__(self):
+        super().__init__()
+        time.sleep({loading})
+
+    def calculate(self, *arguments, **more):
+        time.sleep({seconds})
+        if os.path.exists({end!r}):
+            os._exit(3)
+        super().calculate(*arguments, **more)
+"""
+SLOW_ENTRY = '[slow]\nfamily = "ase"\narguments = { calculator = "slow:Slow" }\n'
+
+
+def test_evaluations_that_a_worker_ended_over_go_to_a_fresh_one(
+    start: Callable[..., RunningDaemon], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that has seen no others yet: all are done there, one by one."""
+    (tmp_path / "slow.py").write_text(SLOW.format(loading=3, seconds=0.5, end=str(end := tmp_path / "end")))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    daemon = start("", "--model", "slow", devices=2, catalogue=SLOW_ENTRY)
+    with Jobs(daemon, "slow", 1, 1) as oldest:
+        wait_for(lambda: oldest.steps[0])
+        os.kill(pid := daemon.model("slow")["pid"], signal.SIGSTOP)
+        with Jobs(daemon, "slow", 7, 1) as jobs:
+            wait_for(lambda: [session["state"] for session in daemon.client().status()["sessions"]] == ["busy"] * 8)
+            os.kill(pid, signal.SIGCONT)  # from here on these are in one batch, by turns with the oldest
+            wait_for(lambda: len(workers(daemon, "slow")) == 2, timeout=60)
+            wait_for(lambda: workers(daemon, "slow")[0]["batch_under_way"] == 7 * len(copper()))
+            end.touch()
+            wait_for(lambda: "ended: exit status 3" in daemon.log.read_text())
+            end.unlink()
+            done = list(jobs.steps)
+            wait_for(lambda: all(now > then for now, then in zip(jobs.steps, done, strict=True)), timeout=60)
+            assert all(worker["batches"] for worker in workers(daemon, "slow"))
+    assert "Traceback" not in daemon.log.read_text()
+
+
 def test_sessions_of_a_replica_that_goes_are_those_of_the_first_again(hot: RunningDaemon) -> None:
     client = hot.client()
     with Jobs(hot, "emt", 7, 3):

@@ -85,6 +85,8 @@ class End:
     """By a signal from somewhere else."""
     starved: bool = False
     """The kernel may have sent it for want of memory."""
+    unheard: bool = False
+    """The daemon itself failed at what it said."""
 
 
 ROUNDING = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
@@ -318,9 +320,9 @@ class WorkerProcess:
             if not self.look():
                 return
 
-    def distrust(self, what: str) -> None:
-        """End it, and believe nothing more of what it has said or says: it is not what a worker can say."""
-        self.kill(End(f"it sent {what}", blamed=True))
+    def distrust(self, verdict: End) -> None:
+        """End it, and hear nothing more of what it has said or says."""
+        self.kill(verdict)
         self.hang_up()
 
     def hang_up(self) -> None:

@@ -214,15 +214,17 @@ class Dispatcher:
         new, self._new = self._new, False
         # a failure takes as long as it takes, and says nothing of what evaluations cost
         batch = self.scheduler.finished(None if failures else seconds, sent + seconds)
-        if self.scheduler.waiting:
-            self.dispatch()  # first the device, then the answers
-        self.batches += 1
-        self.evaluations += len(batch)
-        self._computed += seconds
-        self.last_use = sent + seconds
-        for evaluation in batch:
-            owner = evaluation.owner
-            owner.evaluated(failures.get(owner.system.number) if failures else None)
+        try:
+            if self.scheduler.waiting:
+                self.dispatch()  # first the device, then the answers
+        finally:  # which there are, whatever is wrong with what is next
+            self.batches += 1
+            self.evaluations += len(batch)
+            self._computed += seconds
+            self.last_use = sent + seconds
+            for evaluation in batch:
+                owner = evaluation.owner
+                owner.evaluated(failures.get(owner.system.number) if failures else None)
         self.meter.done(batch, sent, seconds)
         if self._going:
             self._let_go()

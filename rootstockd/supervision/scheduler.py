@@ -270,10 +270,9 @@ class Scheduler(Generic[Owner]):
 
     def _may_be_long(self, atoms: int) -> bool:
         """Whether what comes next may take much longer than so many atoms do: as a rule it does not."""
-        user = self._next_user()
-        if not user.queue:  # what waits is what a worker died of
+        if self.waiting == len(self._again):  # what waits is what a worker died of, and there may be no users
             return False
-        first = user.queue[0][2]
+        first = self._next_user().queue[0][2]
         return first.alone or first.atoms >= 2 * atoms
 
     def _precedes(self, left: Evaluation[Owner], user: _User[Owner]) -> bool:
@@ -327,7 +326,7 @@ class Scheduler(Generic[Owner]):
         return batch
 
     def _next_user(self) -> _User[Owner]:
-        """Whose turn it is: of those who wait, whoever had least. If nobody does, it is anybody."""
+        """Whose turn it is: of those who wait, whoever had least. If nobody does, it is any user that there is."""
         users = self._users.values()
         if len(users) == 1:  # as it mostly is
             return next(iter(users))
@@ -351,10 +350,12 @@ class Scheduler(Generic[Owner]):
             seconds: how long it took, where that says what a batch of this size costs.
             now: when it was, by the clock of `Evaluation.submitted`; None if nobody is to be expected back.
         """
-        batch, self.running = self.running, []
+        batch = self.running
+        long = now is not None and self.waiting and batch and self._may_be_long(min(map(_ATOMS, batch)))
+        self.running = []  # not before: if that failed, nobody else would have the batch
         if self._left:
             self._left = {}
-        if now is not None and self.waiting and batch and self._may_be_long(min(map(_ATOMS, batch))):
+        if now is not None and long:
             self._left, self._ended = {evaluation.owner: evaluation for evaluation in batch}, now
         if seconds is not None and batch:
             self._curve(batch[0].alone).learn(sum(evaluation.atoms for evaluation in batch), seconds)

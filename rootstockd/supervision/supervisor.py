@@ -302,6 +302,7 @@ class Supervisor:
         failed = FailedStarts(self.spec.name)
         while not self._leaving.is_set():
             self._set_state(State.LOADING)
+            before = self.evaluations
             end, error = await self.workers.run(variables)
             if self.state is State.LOADING and self.loading.drop_backend(end, error):
                 backend, how = self.loading.trying, self.loading.without[self.loading.trying]
@@ -312,7 +313,7 @@ class Supervisor:
             lost = not self._leaving.is_set() and await self._landlord.has_lost(self, failed=failed_there)
             if self._leaving.is_set():
                 return
-            if self.state is State.LOADING:
+            if self.state is State.LOADING or (end.unheard and self.evaluations == before):  # it did nothing
                 failed.add(end)
             else:
                 failed.forget()

@@ -35,6 +35,9 @@ class Listener(Protocol):
     def distrust(self) -> None:
         """The worker said what makes no sense: nothing that it says can be trusted, nor what it computes."""
 
+    def not_heard(self, error: Exception) -> None:
+        """The daemon itself failed at what the worker said."""
+
 
 class WorkerMessages:
     """Hears what the workers of a model say, one after another.
@@ -50,8 +53,15 @@ class WorkerMessages:
 
     def hear(self, kind: bytes, body: bytes) -> None:
         """A message has come."""
-        if self._dispatcher.heard(kind, body):
-            return
+        try:
+            if not self._dispatcher.heard(kind, body):
+                self._hear(kind, body)
+        except Exception as error:  # of the daemon's own: or what the worker is at would be nobody's any more
+            log.exception("model %s: the daemon itself failed at what its worker said; it is ended", self._name)
+            self._listener.not_heard(error)
+
+    def _hear(self, kind: bytes, body: bytes) -> None:
+        """It is not about the batch under way, or makes no sense."""
         try:
             said = parse(kind, body)
             self._check_time(kind, said)

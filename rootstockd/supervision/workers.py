@@ -172,4 +172,10 @@ class Workers:
     def distrust(self) -> None:
         """It said what makes no sense, and is ended: what it computes can't be trusted either."""
         if self.now is not None:
-            self.now.distrust("what is no message")
+            self.now.distrust(End("it sent what is no message", blamed=True))
+
+    def not_heard(self, error: Exception) -> None:
+        """The daemon itself failed at what it said, and ends it: another does again what it was at."""
+        how = f"the daemon itself failed: {type(error).__name__}: {error}"
+        if self.now is not None:
+            self.now.distrust(End(how, blamed=True, unheard=True))

@@ -285,6 +285,74 @@ def test_several_bad_ones_at_once(daemon: RunningDaemon) -> None:
     assert [type(outcome) for outcome in outcomes] == [EvaluationError] * 4 + [LimitError] + [EvaluationError] * 2
 
 
+# --- failures of the daemon's own
+
+FAILING = """
+import os, sys
+from {module} import {name}
+
+def failing(call):
+    def made(*arguments, **more):
+        frame = sys._getframe()
+        while frame is not None and frame.f_code.co_name != {inside!r}:
+            frame = frame.f_back
+        if frame is not None and os.path.exists({file!r}):
+            if {once}:
+                os.unlink({file!r})
+            raise KeyError("of its own")
+        return call(*arguments, **more)
+    return made
+
+{name}.{method} = failing({name}.{method})
+"""
+"""For a daemon that fails in a method, called by way of another function, while there is a file, which may go by it."""
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "method", "inside"),
+    [
+        ("supervision.scheduler", "Scheduler", "finished", "_done"),
+        ("processes.worker_process", "WorkerProcess", "evaluate", "_done"),  # the next batch
+        ("supervision.meter", "Meter", "done", "_done"),
+        ("supervision.dispatcher", "Dispatcher", "failed", "hear"),
+    ],
+)
+def test_a_daemon_that_fails_at_what_a_worker_says_loses_no_evaluation(
+    start_hostile, tmp_path: Path, monkeypatch, module: str, name: str, method: str, inside: str
+) -> None:
+    """Another worker repeats what was under way; what was done is told."""
+    file = tmp_path / "now"
+    fault = {"module": f"rootstockd.{module}", "name": name, "method": method, "inside": inside}
+    (tmp_path / "sitecustomize.py").write_text(FAILING.format(**fault, file=str(file), once=True))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    running = start_hostile()
+    with mates(running):
+        file.touch()
+        assert isinstance(evaluate(running, behave(slab(), hostile.NAN)), EvaluationError)
+        wait_for(lambda: running.model("hostile")["restarts"] == 1 and running.model("hostile")["state"] == "ready")
+    log = running.log.read_text()
+    assert "the daemon itself failed at what its worker said" in log and "KeyError: 'of its own'" in log
+    assert "the worker of hostile ended: the daemon itself failed: KeyError" in log
+    running.stop()
+
+
+def test_a_daemon_that_fails_whatever_worker_there_is_tells_so(start_hostile, tmp_path: Path, monkeypatch) -> None:
+    file = tmp_path / "now"
+    file.touch()
+    fault = {"module": "rootstockd.supervision.scheduler", "name": "Scheduler", "method": "next_batch"}
+    (tmp_path / "sitecustomize.py").write_text(FAILING.format(**fault, inside="_loaded", file=str(file), once=False))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    running = start_hostile(load="")
+    error = evaluate(running, slab())
+    assert isinstance(error, ModelLoadError) and "the daemon itself failed: KeyError: 'of its own', 5 times" in str(
+        error
+    )
+    file.unlink()
+    running.run("load", "hostile")
+    np.testing.assert_allclose(evaluate(running, slab()), expected(slab()), atol=1e-9)
+    running.stop()
+
+
 # --- signals from somewhere else
 
 
