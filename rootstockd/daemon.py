@@ -322,7 +322,7 @@ class Daemon:
         if self._manager.sockets:
             door.close()
         for supervisor in self.fleet.supervisors():
-            supervisor.held_until = 0.0  # what waits for it would keep all others waiting
+            supervisor.release()  # what waits for it would keep all others waiting
         log.info("draining%s: %d sessions", " for a restart" * self._replaced, len(self.sessions))
         for session in self.sessions:
             session.leave()
@@ -422,7 +422,7 @@ class Daemon:
         model = self.fleet.open(key, entry, anew=True)
         for supervisor in self.fleet.supervisors():  # with those that sessions keep as they were
             if (supervisor.spec.name, supervisor.spec.dtype) == (key.name, key.dtype):
-                supervisor.held_until = 0.0
+                supervisor.release()
         if model.error is not None:
             raise model.error
         return key.name, key.dtype

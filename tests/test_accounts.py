@@ -92,6 +92,23 @@ def test_none_at_all() -> None:
     assert second.state == "refused"
 
 
+class Loading:
+    """What an account sees of a model."""
+
+    coming = True
+
+
+def test_a_user_whose_models_load_though_the_sessions_have_gone_is_not_active() -> None:
+    accounts = Accounts(Config(socket=Path("/nowhere"), devices=(Device(name="cpu"),)))
+    peer, model = Peer(os.getpid(), os.getuid(), frozenset()), Loading()
+    account = accounts.open_session(peer)
+    assert accounts.active == [account]
+    account.ask(WorkerKey("emt", "float64"), model)
+    accounts.close_session(account, 0)
+    assert accounts.active == []
+    assert accounts.open_session(peer) is account and account.models == 1
+
+
 # --- sessions
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ase import Atoms
+from ase import Atoms, units
 from ase.build import bulk
 from ase.calculators.emt import EMT
 
@@ -26,6 +26,7 @@ from plain_driver import PlainDriver
 from rootstock_client import RootstockClient, ipi
 from rootstock_client.control import request
 from rootstock_client.errors import DrainingError, LimitError, UserLimitError
+from rootstockd.fleet.warm_model import LONG_FOR
 
 FAULTS = Path(__file__).parent / "faults"
 MB = 10**6
@@ -547,6 +548,74 @@ def test_unloading_while_a_job_runs(start: Callable[..., RunningDaemon]) -> None
         assert words in done.stdout + done.stderr
 
 
+def slowly(folder: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """Have daemons take three seconds for workers' folders, as on a share."""
+    (folder / "sitecustomize.py").write_text(
+        "import time\nfrom rootstockd.processes.folders import WorkerFolders\n"
+        f"quick = WorkerFolders.{method}\n"
+        "def slow(*arguments):\n    time.sleep(3)\n    return quick(*arguments)\n"
+        f"WorkerFolders.{method} = slow\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+
+
+def test_a_forced_unload_while_another_goes_for_the_model(
+    start: Callable[..., RunningDaemon], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stays away, too, and leaves its place to others."""
+    slowly(tmp_path, monkeypatch, "remove")
+    daemon = start(f"device_memory = {FITS_ONE}\n", "--model", "lj")
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(with_model, daemon, "emt")
+        wait_for(lambda: "emt needs its memory" in daemon.log.read_text())
+        request(daemon.socket, "POST", "/v1/unload", {"model": "emt", "force": True})
+        wait_for(lambda: daemon.model("emt")["loading"]["held"] < 25)
+        assert daemon.model("emt")["state"] == "waiting" and not in_memory(daemon)
+        assert daemon.run("load", "lj").returncode == 0
+        assert daemon.run("unload", "lj").returncode == 0
+        assert daemon.run("load", "emt").returncode == 0
+        job.result()
+
+
+def test_slow_disks_keep_nobody_waiting_but_whoever_wants_the_model(
+    start: Callable[..., RunningDaemon], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slowly(tmp_path, monkeypatch, "__init__")
+    daemon = start("", "--model", "lj")
+    atoms, longest = with_model(daemon, "lj"), 0.0
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(with_model, daemon, "emt")
+        while not other.done():
+            began = time.monotonic()
+            ask_again(atoms)
+            longest = max(longest, time.monotonic() - began)
+        other.result()
+    assert longest < 2
+
+
+def test_who_hears_that_a_model_goes_may_ask_for_another(start: Callable[..., RunningDaemon]) -> None:
+    """In the same moment: its structure ended workers, and it is told so when the worker goes that others had since."""
+    hostile = '[hostile]\nfamily = "ase"\narguments = { calculator = "hostile:Hostile" }\n'
+    daemon = start("keep_alive = 0.5\n", catalogue=hostile)
+    bad, good = copper(), copper()
+    bad.positions[:, 2] += 300 - bad.positions[0, 2]  # which it exits at
+    cell = bad.cell.array / units.Bohr
+    text = {"rootstock": 1, "numbers": [29] * len(bad), "pbc": [False] * 3, "want": ["energy", "forces"]}
+    first, second = (ipi.init_frame(json.dumps({**text, "model": name}).encode()) for name in ("hostile", "lj"))
+    step = ipi.posdata_head(cell, np.linalg.inv(cell), len(bad)) + (bad.positions / units.Bohr).tobytes() + ipi.GETFORCE
+    with socket.socket(socket.AF_UNIX) as driver, ThreadPoolExecutor(1) as pool:
+        driver.connect(str(daemon.socket))
+        driver.sendall(first + step + second)
+        wait_for(lambda: workers(daemon, "hostile") and daemon.model("hostile")["restarts"] == 1)
+        good.calc = daemon.client().calculator("hostile")
+        pool.submit(good.get_forces).result()
+        assert daemon.model("hostile")["restarts"] == 2
+        wait_for(lambda: workers(daemon, "lj"))
+        assert "hostile in float64 leaves cpu:0: nobody has used it" in daemon.log.read_text()
+        wait_for(lambda: "lj" in in_memory(daemon) or "model lj is ready" in daemon.log.read_text())
+    assert "Traceback" not in daemon.log.read_text()
+
+
 # --- several devices
 
 
@@ -621,6 +690,20 @@ class Slow(EMT):
         super().calculate(*arguments, **more)
 """
 SLOW_ENTRY = '[slow]\nfamily = "ase"\narguments = { calculator = "slow:Slow" }\n'
+
+
+def test_evaluations_that_waited_for_a_model_to_load_bring_no_replica(
+    start: Callable[..., RunningDaemon], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But those do that have waited for its worker for some seconds since."""
+    (tmp_path / "slow.py").write_text(SLOW.format(loading=7, seconds=0.1, end=""))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    daemon = start(devices=2, catalogue=SLOW_ENTRY)
+    with Jobs(daemon, "slow", 8, 1):
+        wait_for(lambda: daemon.client().status()["models"] and daemon.model("slow")["state"] == "ready")
+        began = time.monotonic()
+        wait_for(lambda: len(workers(daemon, "slow")) == 2)
+        assert time.monotonic() - began > LONG_FOR - 2  # looks, one a second
 
 
 def test_evaluations_that_a_worker_ended_over_go_to_a_fresh_one(

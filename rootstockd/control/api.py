@@ -8,7 +8,6 @@ import logging
 import math
 import os
 import socket
-import time
 from typing import TYPE_CHECKING
 
 import psutil
@@ -218,7 +217,7 @@ def loading_status(model: Supervisor, fleet: Fleet) -> Loading | None:
         elapsed=model.loading.elapsed,
         expected=fleet.expected_seconds(model),
         obstacle=model.obstacle,
-        held=max(0.0, model.held_until - time.monotonic()),
+        held=model.held,
     )
 
 

@@ -71,7 +71,7 @@ class Admission:
     async def admit(self, model: Supervisor) -> dict[str, str] | None:
         began = time.monotonic()
         while model.wanted:
-            if model.held_until > time.monotonic():
+            if model.held:
                 model.obstacle = ""  # that is none
                 await asyncio.sleep(POLL)
                 began = time.monotonic()
@@ -94,6 +94,9 @@ class Admission:
             if plan is not None:
                 model.device, model.memory.set_aside = self._rooms.devices[plan.room], need
                 await self._evict(model, [tenant.number for tenant in plan.evicted])
+                if model.held:  # since then
+                    model.device = None
+                    continue
                 return self._config.worker_environment(self._rooms.devices[plan.room]) if model.wanted else None
             there = self._rooms.describe(rooms, self._roster.supervisors())
             model.obstacle = f"{model.spec.name} needs {need / 1e6:.0f} MB; {there}"

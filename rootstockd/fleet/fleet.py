@@ -10,9 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import time
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 
 from rootstock_client.errors import LimitError, ModelLoadError, RootstockError
 from rootstockd.fleet import placement
@@ -100,8 +99,8 @@ class Fleet:
         for supervisor in self.supervisors():
             supervisor.tell_verdicts()
 
-    def supervisors(self) -> Iterator[Supervisor]:
-        """All supervisors, with those that are on their way out."""
+    def supervisors(self) -> list[Supervisor]:
+        """All supervisors of now, with those that are on their way out."""
         return self._roster.supervisors()
 
     @property
@@ -247,7 +246,10 @@ class Fleet:
         for key in failed:
             self._roster.forget(key)
         for supervisor in supervisors:
-            supervisor.held_until = time.monotonic() + HOLD if force else 0.0
+            if force:
+                supervisor.hold(HOLD)
+            else:
+                supervisor.release()
             self._admission.unload(supervisor, "an administrator said so")
             supervisor.loading.without = {}  # what ended a worker may be mended, or was none of its doing
         for model in self._models.values():
@@ -295,7 +297,7 @@ class Fleet:
     def _look_after(self) -> None:
         for supervisor in self.supervisors():
             supervisor.sample()
-        for model in self._models.values():
+        for model in list(self._models.values()):  # whoever is told that one goes may ask for another
             self._spread(model)
             self._thin_out(model)
             if not model.replicas:
@@ -309,8 +311,7 @@ class Fleet:
                 self._expire(supervisor)
         for key, model in list(self._models.items()):
             first = model.first
-            held = first.held_until > time.monotonic()
-            needed = first.clients or first.wanted or model.replicas or model.kept or held
+            needed = first.clients or first.wanted or model.replicas or model.kept or first.held
             told = first.refusal is None or first.idle_seconds > REFUSED  # why it did not come
             # of those with options there may be any number
             seen = bool(key.options) or first.idle_seconds > min(BROKEN, self.keep_alive(first))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from rootstockd.fleet.warm_model import WarmModel, WorkerKey
 from rootstockd.settings.config import KeepAlive
@@ -18,11 +18,9 @@ class Roster:
         """What ends with its last session, as the catalogue has something else under its name, or as it was a replica;
         and how long its model was to stay."""
 
-    def supervisors(self) -> Iterator[Supervisor]:
-        """All supervisors, with those that are on their way out."""
-        for model in self.models.values():
-            yield from model.supervisors
-        yield from self.retired
+    def supervisors(self) -> list[Supervisor]:
+        """All supervisors of now, with those that are on their way out: what is done with them may bring more."""
+        return [*(supervisor for model in self.models.values() for supervisor in model.supervisors), *self.retired]
 
     @property
     def kept(self) -> list[Supervisor]:

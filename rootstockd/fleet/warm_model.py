@@ -42,7 +42,8 @@ class WarmModel:
     first: Supervisor
     replicas: list[Supervisor] = field(default_factory=list)
     _hot_for: int = 0
-    """Looks in a row at which one of its workers had a long queue; negative where it gets no replica for so many."""
+    """Looks in a row at which all of its workers were ready and one had a long queue; negative where it gets no replica
+    for so many."""
 
     @property
     def supervisors(self) -> list[Supervisor]:
@@ -90,13 +91,14 @@ class WarmModel:
             Whether it has been long for some time, and there is nobody to share it with.
         """
         long = max(supervisor.pace.queue for supervisor in self.supervisors) >= LONG
-        self._hot_for = self._hot_for + 1 if self._hot_for < 0 or long else 0
-        if self._hot_for <= 0:
-            return False
         ready = self.ready
+        whole = len(ready) == len(self.supervisors)  # else more waits than does as a rule
+        self._hot_for = self._hot_for + 1 if self._hot_for < 0 or (long and whole) else 0
+        if self._hot_for < 0 or not long:
+            return False
         moved = placement.shift([round(supervisor.pace.queue) for supervisor in ready]) if len(ready) > 1 else None
         if moved is None:
-            return self._hot_for >= LONG_FOR and len(ready) == len(self.supervisors)
+            return self._hot_for >= LONG_FOR
         source, target, count = moved
         ready[source].hand_over(ready[target], count)
         ready[source].pace.queue -= count

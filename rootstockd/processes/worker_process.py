@@ -154,7 +154,7 @@ class WorkerProcess:
         output: WorkerOutput | None = None
         try:
             if spec.confine or spec.family == "ipi":
-                folders = WorkerFolders(spec)
+                folders = await asyncio.to_thread(WorkerFolders, spec)  # disks, and homes over a network, take time
             output = WorkerOutput(spec.name, ration)
             ours.setblocking(False)  # noqa: FBT003 - the socket module has no other way
             passed.refuse(ours)  # it sends none

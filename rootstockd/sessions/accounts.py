@@ -182,6 +182,7 @@ class Accounts:
 
     def __init__(self, config: Config) -> None:
         self._accounts: dict[int, Account] = {}
+        """Of those who have sessions, or models that are being loaded, when their latest session ended."""
         self._sessions = self._atoms = 0
         self._evaluations: Counter[str] = Counter()
         """Of sessions that have ended, by user."""
@@ -280,7 +281,7 @@ class Accounts:
     @property
     def active(self) -> list[Account]:
         """Of those who have sessions."""
-        return list(self._accounts.values())
+        return [account for account in self._accounts.values() if account.sessions]
 
     def evaluations(self, sessions: Iterable[tuple[str, int]]) -> dict[str, int]:
         """How many were done for each user since the daemon began, by login name.

@@ -41,9 +41,6 @@ class Supervisor:
         load_timeout: seconds that loading may take.
     """
 
-    held_until = 0.0
-    """By `time.monotonic`: it does not come back before, as an administrator wanted its memory."""
-
     def __init__(
         self,
         spec: ModelSpec,
@@ -79,7 +76,8 @@ class Supervisor:
         self._leaving = asyncio.Event()
         """Its worker is to end, for good or so that others may have its memory."""
         self.retired = False
-        self._ended_at = 0.0
+        self._held_until = self._ended_at = 0.0
+        """By `time.monotonic`."""
         self._task = asyncio.create_task(self._keep_warm(), name=f"supervisor {spec.name}")
 
     @property
@@ -165,6 +163,19 @@ class Supervisor:
         """Come into memory, if it is not there."""
         self._dispatcher.last_use = time.perf_counter()
         self._wanted.set()
+
+    def hold(self, seconds: float) -> None:
+        """Do not come back for so long, as an administrator wanted its memory."""
+        self._held_until = time.monotonic() + seconds
+
+    def release(self) -> None:
+        """Come back as soon as it is wanted."""
+        self._held_until = 0.0
+
+    @property
+    def held(self) -> float:
+        """Seconds until it may come back."""
+        return max(0.0, self._held_until - time.monotonic())
 
     def unload(self) -> None:
         """Leave memory, until somebody asks for it again, as what waits does; `vacated` says when it is done."""
