@@ -205,6 +205,9 @@ def test_users_are_named_on_the_port_where_the_settings_say_so(daemon: RunningDa
     assert daemon.run("reload").returncode == 0
     wait_for(lambda: "rootstockd_user_sessions" in look_at_port(daemon).names)
     assert look_at_port(daemon)("rootstockd_user_sessions", user=user_name(os.getuid())) >= 1
+    file = config.with_name("rootstockd.prom")
+    assert rootstockd("metrics", "write", file, "--socket", daemon.socket).returncode == 0
+    assert "rootstockd_user_sessions" in Metrics(read_text(file.read_text())).names
 
 
 def test_the_port_has_metrics_alone(daemon: RunningDaemon) -> None:
@@ -278,12 +281,16 @@ def test_a_port_that_is_taken(runtime_folder: Path) -> None:
         Config(socket=Path("/nowhere"), devices=(Device(name="cpu"),), metrics="9746")
 
 
-def test_the_file_for_node_exporter(daemon: RunningDaemon, tmp_path: Path) -> None:
-    step(copper(daemon))
+def test_the_file_for_node_exporter(own_daemon: RunningDaemon, tmp_path: Path) -> None:
+    daemon = own_daemon
+    atoms = copper(daemon)
+    step(atoms)
     file = tmp_path / "rootstockd.prom"
-    assert rootstockd("metrics", "write", file, "--socket", daemon.socket).returncode == 0
+    assert rootstockd("metrics", "write", file, "--socket", daemon.socket, umask=0o077).returncode == 0
+    assert file.stat().st_mode & 0o777 == 0o644
     before, written = look(daemon), Metrics(read_text(file.read_text()))
-    assert written.names == {name for name in before.names if not name.startswith("process_")}
+    assert {"rootstockd_user_sessions", "rootstockd_user_evaluations_total"} <= before.names
+    assert written.names == {name for name in before.names if not name.startswith(("process_", "rootstockd_user_"))}
     assert all(sample.labels["socket"] == str(daemon.socket) for sample in written.samples)
     assert written("rootstockd_evaluations_total", **EMT) == before("rootstockd_evaluations_total", **EMT)
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
@@ -308,9 +315,9 @@ def test_files_for_node_exporter_are_written_by_several_at_once(daemon: RunningD
     """Such as cron's runs where one takes longer than its minute."""
     file = tmp_path / "rootstockd.prom"
     command = [sys.executable, "-m", "rootstockd", "metrics", "write", str(file), "--socket", str(daemon.socket)]
-    runs = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, umask=0o027) for _ in range(6)]
+    runs = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, umask=0o077) for _ in range(6)]
     assert [(run.communicate(timeout=60)[1], run.returncode) for run in runs] == [("", 0)] * len(runs)
-    assert file.stat().st_mode & 0o777 == 0o640 and list(tmp_path.iterdir()) == [file]
+    assert file.stat().st_mode & 0o777 == 0o644 and list(tmp_path.iterdir()) == [file]
     assert Metrics(read_text(file.read_text())).names
 
 

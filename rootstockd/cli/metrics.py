@@ -37,8 +37,9 @@ def write(file: Path, socket: Path | None) -> None:
     """Write the metrics to a file, for node_exporter to read.
 
     For its textfile collector; written at once, so that nobody reads a half. Each has the daemon's socket as a
-    label, as a machine may have several; those that node_exporter has of itself (process_...) are left out. The file
-    stays as it is where no daemon answers.
+    label, as a machine may have several; those that node_exporter has of itself (process_...) are left out. All may
+    read the file, so it says what each user does only where the setting metrics_users has it so. It stays as it is
+    where no daemon answers.
 
     \b
     rootstockd metrics write /var/lib/prometheus/node-exporter/rootstockd.prom
@@ -49,7 +50,7 @@ def write(file: Path, socket: Path | None) -> None:
 
     try:
         path = socket_in_use(socket)
-        text = for_textfile(fetch(path, "GET", "/metrics").decode(), path)
+        text = for_textfile(fetch(path, "GET", "/metrics?public=true").decode(), path)
     except RootstockError as error:
         raise Refused(error) from error
     try:

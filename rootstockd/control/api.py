@@ -111,9 +111,12 @@ def make_app(daemon: Daemon) -> FastAPI:
         )
 
     @app.get("/metrics", response_class=PlainTextResponse)
-    async def metrics(request: Request) -> Response:
-        """Metrics for Prometheus; what each user does is for administrators."""
-        users = daemon.accounts.is_admin(caller(request))
+    async def metrics(request: Request, *, public: bool = False) -> Response:
+        """Metrics for Prometheus; what each user does is for administrators.
+
+        Those that are `public`, for whoever is to read them, are as on the port: `metrics_users` decides.
+        """
+        users = daemon.config.metrics_users if public else daemon.accounts.is_admin(caller(request))
         return await exposition(daemon, request.headers.get("accept", ""), users=users)
 
     @app.get("/v1/models")

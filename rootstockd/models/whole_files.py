@@ -98,7 +98,7 @@ def no_room(folder: Path, needed: int | None = None) -> str:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file that whoever else does may be writing, too; who may read it is for the umask to say.
+    """Write a file that whoever else does may be writing, too, for all to read.
 
     Raises:
         StoreError: it can't be written.
@@ -106,15 +106,14 @@ def write(path: Path, text: str) -> None:
     part = path.with_name(f".{path.name}-{os.urandom(4).hex()}")
     with part_file(part, str(path)):
         part.write_text(text, encoding="utf-8")
-        replace(part, path, mode=None)
+        replace(part, path)
 
 
-def replace(part: Path, path: Path, *, mode: int | None = 0o644) -> None:
+def replace(part: Path, path: Path) -> None:
     """Give a written file its name, such that after a loss of power there is the old file or the new one."""
     fd = os.open(part, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        if mode is not None:
-            os.fchmod(fd, mode)
+        os.fchmod(fd, 0o644)
         os.fsync(fd)
     finally:
         os.close(fd)
