@@ -298,7 +298,7 @@ class Daemon:
 
     async def _start(self, sessions_socket: socket.socket) -> Door:
         """Load what is to be preloaded, and open the door. Sessions that come early wait for their model."""
-        door = Door(sessions_socket, lambda connection: Session(self, peer_of(connection)))
+        door = Door(sessions_socket, lambda connection: Session(self, peer_of(connection)), self.look_up)
         self._load_kept()
         loaded = asyncio.create_task(_settled(self.fleet))
         stopped = asyncio.create_task(self._stop.wait())
@@ -360,6 +360,10 @@ class Daemon:
         loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
         for number in (signal.SIGUSR1, signal.SIGUSR2):  # Slurm's `--signal=USR1@60` goes to all processes of a job
             signal.signal(number, signal.SIG_IGN)
+
+    def look_up(self, connection: socket.socket) -> asyncio.Future[None] | None:
+        """What a new connection waits for until it is known whose it is, if anything."""
+        return self.accounts.look_up(peer_of(connection).uid)
 
     # --- what sessions need
 

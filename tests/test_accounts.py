@@ -53,7 +53,7 @@ class Holder:
 
 @given(st.lists(st.tuples(st.sampled_from(["come", "go", "limit"]), st.integers(0, 5))))
 def test_as_many_as_may_be_there_are_in_the_order_in_which_they_came(steps: list[tuple[str, int]]) -> None:
-    account = Account(os.getuid(), Quota(queued=2))
+    account = Account(os.getuid(), "alice", Quota(queued=2))
     there: list[Holder] = []
     held: deque[Holder] = deque()
     for what, number in steps:
@@ -81,7 +81,7 @@ def test_as_many_as_may_be_there_are_in_the_order_in_which_they_came(steps: list
 
 
 def test_none_at_all() -> None:
-    account = Account(os.getuid(), Quota(queued=1))
+    account = Account(os.getuid(), "alice", Quota(queued=1))
     first, second = Holder(), Holder()
     assert account.enqueue(first) and not account.enqueue(second)
     second.state = "held"

@@ -8,18 +8,21 @@ import json
 import os
 import pwd
 import re
+import select
 import signal
 import socket
 import stat
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ase.build import bulk
 
 from conftest import ALL_OF_RICH, RunningDaemon, wait_for
 from rootstock_client import ipi
@@ -27,6 +30,7 @@ from rootstock_client.runtime_dir import control_socket
 from rootstockd.control.limits import MAX_CONNECTIONS, PACE
 from rootstockd.control.schema import LONG
 from rootstockd.host.log_rate import MOST
+from rootstockd.sessions.directory import FRESH, PATIENCE
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be several users")
 
@@ -272,6 +276,101 @@ def test_users_and_groups_may_use_it_and_others_may_not(start):
     assert daemon.run("stop").returncode == 0
     (daemon.folder.parent / "config.toml").write_text('[access]\nusers = ["rsd-carol", "nobody-of-that-name"]\n')
     assert warning in daemon.run("start", "--device", "cpu", "--log-file", daemon.log, *daemon.options).stdout
+
+
+@contextlib.contextmanager
+def another(name: str, *options: str) -> Iterator[int]:
+    """A user who comes now, and goes again; their uid."""
+    with contextlib.suppress(KeyError):  # of a run that was killed
+        pwd.getpwnam(name)
+        subprocess.run(["userdel", "--force", name], check=True)
+    subprocess.run(["useradd", "--no-create-home", "--no-user-group", *options, name], check=True)
+    try:
+        yield pwd.getpwnam(name).pw_uid
+    finally:
+        subprocess.run(["userdel", "--force", name], check=True)
+
+
+def answers_of(name: str, daemon: RunningDaemon, sessions: int = 1) -> list[float | str]:
+    """What a user's sessions get, which then end."""
+    with job(name, daemon, sessions) as answers:
+        return answers
+
+
+def test_lists_are_of_whoever_has_the_names_now(start):
+    """Users who come after the daemon, and another who gets the uid of one who has gone."""
+    daemon = start(
+        '[access]\nusers = ["rsd-dave", "rsd-erin"]\nadmins = ["rsd-dave"]\n[users.rsd-erin]\nsessions = 1\n'
+    )
+    with another("rsd-dave") as uid:
+        assert isinstance(answers_of("rsd-dave", daemon)[0], float)
+        assert command_for("rsd-dave", daemon, "load", "lj")[0] == 0
+    with another("rsd-frank", "--uid", str(uid)):
+        wait_for(lambda: answers_of("rsd-frank", daemon) == ["access-denied"], timeout=FRESH + 10)
+        status, _, words = command_for("rsd-frank", daemon, "unload", "lj")
+        assert status == 1 and "rsd-frank may not use this daemon" in words, words
+    with another("rsd-erin", "--uid", str(uid)):  # who has limits of her own
+        wait_for(lambda: answers_of("rsd-erin", daemon, 2)[1] == "user-limit", timeout=FRESH + 10)
+    assert daemon.model("lj")["state"] == "ready"
+
+
+def test_groups_are_what_they_are_now(start):
+    daemon = start('[access]\ngroups = ["rsd-late"]\n')
+    assert answers_of("rsd-carol", daemon) == ["access-denied"]
+    subprocess.run(["groupadd", "--users", "rsd-carol", "rsd-late"], check=True)
+    try:
+        wait_for(lambda: isinstance(answers_of("rsd-carol", daemon)[0], float), timeout=FRESH + 10)
+    finally:
+        subprocess.run(["groupdel", "rsd-late"], check=True)
+
+
+HANGING = """
+import os, pwd, time
+
+def hanging(look_up):
+    def call(what):
+        while os.path.exists("{file}"):
+            time.sleep(0.05)
+        return look_up(what)
+    return call
+
+pwd.getpwuid, pwd.getpwnam = hanging(pwd.getpwuid), hanging(pwd.getpwnam)
+"""
+"""A directory of users that does not answer while there is a file."""
+
+
+def test_a_directory_of_users_that_hangs_is_waited_for_a_moment_and_by_no_other(start, open_folder, monkeypatch):
+    """Whoever is known is let in, whoever is not is told why; steps, requests, reload and stop go on."""
+    (open_folder / "sitecustomize.py").write_text(HANGING.format(file=open_folder / "hang"))
+    with monkeypatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(open_folder), prepend=os.pathsep)
+        daemon = start('[access]\nusers = ["rsd-alice", "rsd-bob"]\n')
+    atoms = bulk("Cu", cubic=True)
+    atoms.calc = daemon.client().calculator("emt")
+    atoms.get_potential_energy()
+    assert isinstance(answers_of("rsd-bob", daemon)[0], float)
+    time.sleep(FRESH)
+    (open_folder / "hang").touch()
+    with as_user("rsd-bob", JOB, str(daemon.socket), "1", "1") as process:
+        slowest, deadline = 0.0, time.monotonic() + 60
+        while not select.select([process.stdout], [], [], 0)[0] and time.monotonic() < deadline:
+            before = time.perf_counter()
+            atoms.rattle(0.001)
+            atoms.get_potential_energy()
+            slowest = max(slowest, time.perf_counter() - before)
+        assert isinstance(json.loads(process.stdout.readline())[0], float)
+        process.communicate()
+    assert slowest < PATIENCE / 2, slowest
+    assert isinstance(answers_of("rsd-bob", daemon)[0], float)
+    assert daemon.log.read_text().count("no answer within 2 s") == 1  # who is asked for already is not waited for again
+    status, _, words = command_for("rsd-carol", daemon, "status")
+    assert status == 1 and "can't find out who uid" in words, words
+    done = daemon.run("reload")
+    assert "users and groups can't be looked up" in done.stdout, done.stdout + done.stderr
+    assert isinstance(answers_of("rsd-alice", daemon)[0], float)
+    assert "no answer within 2 s of this machine's directory of users" in daemon.log.read_text()
+    atoms.calc.close()
+    assert daemon.run("stop").returncode == 0
 
 
 def test_whoever_may_use_it_may_see_its_models_and_themselves(start):

@@ -44,7 +44,6 @@ from rootstockd.models.catalogue import CatalogueError
 from rootstockd.settings.config import Device
 from rootstockd.settings.config_file import ConfigError
 from rootstockd.supervision.roles import State
-from rootstockd.users import user_name
 
 if TYPE_CHECKING:
     from rootstockd.daemon import Daemon
@@ -65,7 +64,7 @@ def control_server(daemon: Daemon, sock: socket.socket) -> Server:
         return None if daemon.accounts.is_admin(uid) else uid
 
     app = Paced(BoundedBody(make_app(daemon)), whose)
-    return Server(app, sock, functools.partial(ControlProtocol, daemon.accounts))
+    return Server(app, sock, functools.partial(ControlProtocol, daemon.accounts), daemon.look_up)
 
 
 def make_app(daemon: Daemon) -> FastAPI:
@@ -156,14 +155,19 @@ def make_app(daemon: Daemon) -> FastAPI:
 def _take_orders(app: FastAPI, daemon: Daemon) -> None:
     """What administrators alone may ask for."""
 
+    def who(request: Request) -> str:
+        """Whoever asks, in words."""
+        assert request.client is not None
+        return f"{daemon.accounts.name_of(caller(request))} (pid {request.client.port})"
+
     async def admin(request: Request) -> None:
         uid = caller(request)
         if not daemon.accounts.is_admin(uid):
             what = request.url.path.rpartition("/")[2]
-            about = f"requests of {user_name(uid)}"
-            log.warning("%s may not ask to %s", who(request), what, extra={"about": about})
+            name = daemon.accounts.name_of(uid)
+            log.warning("%s may not ask to %s", who(request), what, extra={"about": f"requests of {name}"})
             raise AccessDeniedError(
-                f"{user_name(uid)} does not administer this daemon.",
+                f"{name} does not administer this daemon.",
                 "Only its own user, root, and those in access.admins of its configuration do.",
             )
 
@@ -200,12 +204,6 @@ def caller(request: Request) -> int:
     """The uid of whoever asks."""
     assert request.client is not None
     return int(request.client.host)
-
-
-def who(request: Request) -> str:
-    """Whoever asks, in words."""
-    assert request.client is not None
-    return f"{user_name(caller(request))} (pid {request.client.port})"
 
 
 def loading_status(model: Supervisor, fleet: Fleet) -> Loading | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 from collections.abc import Callable, Generator
@@ -20,9 +21,16 @@ class Server(uvicorn.Server):
         app: what answers.
         sock: a listening socket that does not block; closed with the server.
         make_protocol: makes the protocol for a connection, of uvicorn's settings and state.
+        look_up: what is to be waited for before that; see `Door`.
     """
 
-    def __init__(self, app: ASGIApp, sock: socket.socket, make_protocol: Callable[..., BoundedProtocol]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        sock: socket.socket,
+        make_protocol: Callable[..., BoundedProtocol],
+        look_up: Callable[[socket.socket], asyncio.Future[None] | None] = lambda _: None,
+    ) -> None:
         config = uvicorn.Config(
             app,
             proxy_headers=False,  # they would change who asks
@@ -33,7 +41,7 @@ class Server(uvicorn.Server):
         )
         config.timeout_graceful_shutdown = 1  # a request that never ends must not keep the daemon from ending
         super().__init__(config)
-        self._sock, self._make_protocol = sock, make_protocol
+        self._sock, self._make_protocol, self._look_up = sock, make_protocol, look_up
 
     async def run_until_stopped(self) -> None:
         """Serve until `should_exit` is set."""
@@ -43,7 +51,9 @@ class Server(uvicorn.Server):
         """Open the door."""
         await super().startup(sockets)
         self._door = Door(
-            self._sock, lambda _connection: self._make_protocol(self.config, self.server_state, self.lifespan.state)
+            self._sock,
+            lambda _connection: self._make_protocol(self.config, self.server_state, self.lifespan.state),
+            self._look_up,
         )
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

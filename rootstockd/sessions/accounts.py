@@ -1,22 +1,22 @@
 """Who may use the daemon, and how much of it each user has: names and numbers, no I/O on the path of a step.
 
 A user is a uid, as the kernel tells it of a connection (SO_PEERCRED, SO_PEERGROUPS); nothing that a client says counts.
+Names of the configuration are those of whoever has them when a connection comes (`Directory`).
 """
 
 from __future__ import annotations
 
-import grp
+import asyncio
 import os
-import pwd
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
 from rootstock_client.errors import AccessDeniedError, DaemonFullError, LimitError, RootstockError, UserLimitError
 from rootstockd.host.peers import Peer
+from rootstockd.sessions.directory import ALL_NAMES, Directory
 from rootstockd.settings.config import Config, Quota
-from rootstockd.users import user_name
 from rootstockd.words import so_many
 
 STAGED_BYTES = 128 * 2**20
@@ -55,9 +55,8 @@ class Account:
 
     __slots__ = ("_held", "_models", "atoms", "name", "queued", "quota", "sessions", "staged", "uid")
 
-    def __init__(self, uid: int, quota: Quota) -> None:
-        self.uid, self.quota = uid, quota
-        self.name = user_name(uid)
+    def __init__(self, uid: int, name: str, quota: Quota) -> None:
+        self.uid, self.name, self.quota = uid, name, quota
         self.sessions = self.atoms = self.staged = 0
         self.queued = 0
         """Evaluations that wait or run at their models."""
@@ -183,6 +182,7 @@ class Accounts:
     def __init__(self, config: Config) -> None:
         self._accounts: dict[int, Account] = {}
         """Of those who have sessions, or models that are being loaded, when their latest session ended."""
+        self._directory = Directory()
         self._sessions = self._atoms = 0
         self._evaluations: Counter[str] = Counter()
         """Of sessions that have ended, by user."""
@@ -195,16 +195,37 @@ class Accounts:
 
     def apply(self, config: Config) -> None:
         """Take over new rules, or none where this fails. Sessions that are there stay; they are for what comes."""
-        access, warnings = config.access, list[str]()
-        admins = {0, os.getuid(), *_numbers("access.admins", access.admins, _uid, warnings)}
-        users = {*_numbers("access.users", access.users, _uid, warnings)}
-        groups = {*_numbers("access.groups", access.groups, _gid, warnings)}
-        by_uid = {uid: name for name in config.users for uid in _numbers("users", [name], _uid, warnings)}
-        quotas = {uid: config.quota(name) for uid, name in by_uid.items()}
-        self._config, self._admins, self._users, self._groups, self._quotas = config, admins, users, groups, quotas
-        self.warnings = warnings
+        access = config.access
+        lists = {"access.admins": access.admins, "access.users": access.users, "users": tuple(config.users)}
+        unknown = self._directory.take_over([name for names in lists.values() for name in names], access.groups)
+        self._config, self._ours = config, {0, os.getuid()}
+        if unknown is None:
+            self.warnings = [f"users and groups can't be looked up: no answer of this machine within {ALL_NAMES:g} s"]
+        else:
+            users, groups = unknown
+            self.warnings = [
+                f"{setting}: there is no user {name!r} on this machine"
+                for setting, names in lists.items()
+                for name in names
+                if name in users
+            ]
+            self.warnings += [
+                f"access.groups: there is no group {name!r} on this machine" for name in access.groups if name in groups
+            ]
         for account in self._accounts.values():
-            account.quota = quotas.get(account.uid, config.limits)
+            account.quota = self._quota(account.uid)
+
+    def look_up(self, uid: int) -> asyncio.Future[None] | None:
+        """Have it known who somebody is who has just connected; what to wait for, or None."""
+        return self._directory.look_up(uid)
+
+    def name_of(self, uid: int) -> str:
+        """A user's login name, or the number where none is known."""
+        return self._directory.login_of(uid)
+
+    def _quota(self, uid: int) -> Quota:
+        own = [name for name in self._directory.names_of(uid) if name in self._config.users]
+        return self._config.quota(own[0]) if own else self._config.limits
 
     def let_in(self) -> None:
         """Have evaluations go to their models that new rules hold no more."""
@@ -213,7 +234,7 @@ class Accounts:
 
     def is_admin(self, uid: int) -> bool:
         """Whether a user may stop and reload the daemon, and see what others do."""
-        return uid in self._admins
+        return uid in self._ours or self._is_on(self._config.access.admins, uid)
 
     def check_may_use(self, peer: Peer) -> None:
         """Whether a user may have structures evaluated.
@@ -221,13 +242,25 @@ class Accounts:
         Raises:
             AccessDeniedError: they may not.
         """
-        if not (self._config.access.restricted or self.closed) or peer.uid in self._admins | self._users:
+        access = self._config.access
+        if not (access.restricted or self.closed) or self.is_admin(peer.uid) or self._is_on(access.users, peer.uid):
             return
-        if self._groups.isdisjoint(peer.groups):
+        if not self._directory.gids_of(access.groups).isdisjoint(peer.groups):
+            return
+        if not self._directory.knows(peer.uid):
             raise AccessDeniedError(
-                f"{user_name(peer.uid)} may not use this daemon.",
-                "Ask whoever runs it to add you to access.users or access.groups of its configuration.",
+                f"the daemon can't find out who uid {peer.uid} is: this machine's directory of users does not answer.",
+                "Try again later. `getent passwd` asks it (SSSD, LDAP) as well.",
             )
+        raise AccessDeniedError(
+            f"{self.name_of(peer.uid)} may not use this daemon.",
+            "Ask whoever runs it to add you to access.users or access.groups of its configuration.",
+        )
+
+    def _is_on(self, names: Iterable[str], uid: int) -> bool:
+        """Whether a list has a user."""
+        theirs = self._directory.names_of(uid)
+        return any(name in theirs for name in names)
 
     def open_session(self, peer: Peer) -> Account:
         """Count a session in.
@@ -239,8 +272,10 @@ class Accounts:
         self.check_may_use(peer)
         self.check_room()
         account = self._accounts.get(peer.uid)
+        name, quota = self.name_of(peer.uid), self._quota(peer.uid)
         if account is None:
-            account = Account(peer.uid, self._quotas.get(peer.uid, self._config.limits))
+            account = Account(peer.uid, name, quota)
+        account.name, account.quota = name, quota
         if account.sessions >= account.quota.sessions:
             raise UserLimitError(
                 f"{account.name} has {so_many(account.sessions, 'session')} already, as many as one user may "
@@ -327,21 +362,3 @@ class Accounts:
         """Count the atoms of a system out."""
         account.atoms -= atoms
         self._atoms -= atoms
-
-
-def _numbers(setting: str, names: Iterable[str], look_up: Callable[[str], int], warnings: list[str]) -> Iterator[int]:
-    """The ids of those names that there are: one who has left is no reason not to start, and a warning."""
-    for name in names:
-        try:
-            yield look_up(name)
-        except KeyError:
-            what = "group" if look_up is _gid else "user"
-            warnings.append(f"{setting}: there is no {what} {name!r} on this machine")
-
-
-def _uid(name: str) -> int:
-    return pwd.getpwnam(name).pw_uid
-
-
-def _gid(name: str) -> int:
-    return grp.getgrnam(name).gr_gid

@@ -10,7 +10,8 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from rootstock_client import ipi
 from rootstock_client.errors import LimitError, RootstockError
@@ -23,6 +24,8 @@ log.addFilter(LogRate(log))
 
 AT_ONCE = 64
 """Connections taken before the loop looks after others again."""
+MOST_WAITING = 16
+"""Connections that wait until it is known whose they are; `descriptors.py` has room for so many at two doors."""
 PAUSE = 0.2
 """Seconds until the next try when the machine had nothing left for a connection."""
 
@@ -34,24 +37,31 @@ class Door:
         sock: a listening socket that does not block; closed with the door.
         make_protocol: makes the protocol for a connection, as soon as it is taken, so that all of a burst are counted;
             raises the RootstockError to tell it where there is no room even to let a protocol say so.
+        look_up: what is to be waited for before that, if anything. As many as `MOST_WAITING` connections wait so,
+            then no others are taken until one need not any more.
     """
 
     def __init__(
         self,
         sock: socket.socket,
         make_protocol: Callable[[socket.socket], asyncio.BaseProtocol],
+        look_up: Callable[[socket.socket], asyncio.Future[None] | None] = lambda _: None,
     ) -> None:
-        self._sock, self._make_protocol = sock, make_protocol
+        self._sock, self._make_protocol, self._look_up = sock, make_protocol, look_up
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
         self._pause: asyncio.TimerHandle | None = None
         self._complained = False
+        self._waiting = 0
+        self._crowded = False
+        """As many wait as may."""
         self._loop.add_reader(sock, self._on_connections)
 
     def close(self) -> None:
         """Take no more connections; those that wait are refused by the kernel."""
         if self._pause is not None:
             self._pause.cancel()
+        self._crowded = False
         self._loop.remove_reader(self._sock)
         self._sock.close()
 
@@ -70,14 +80,45 @@ class Door:
                 return
             self._complained = False
             try:
-                protocol = self._make_protocol(connection)
-            except RootstockError as error:
-                turn_away(connection, error)
+                known = self._look_up(connection)
             except Exception as error:
                 self._fail(connection, error)
-            else:
-                self._tasks.add(task := self._loop.create_task(self._let_in(protocol, connection)))
-                task.add_done_callback(self._tasks.discard)
+                continue
+            if known is None:
+                self._take(connection)
+                continue
+            self._go_on(self._take_later(known, connection))
+            self._waiting += 1
+            if self._waiting >= MOST_WAITING:
+                self._crowded = True
+                self._loop.remove_reader(self._sock)
+                return
+
+    async def _take_later(self, known: asyncio.Future[None], connection: socket.socket) -> None:
+        try:
+            await known
+        except asyncio.CancelledError:
+            connection.close()
+            raise
+        self._waiting -= 1
+        if self._crowded:
+            self._crowded = False
+            self._loop.add_reader(self._sock, self._on_connections)
+        self._take(connection)
+
+    def _take(self, connection: socket.socket) -> None:
+        try:
+            protocol = self._make_protocol(connection)
+        except RootstockError as error:
+            turn_away(connection, error)
+        except Exception as error:
+            self._fail(connection, error)
+        else:
+            self._go_on(self._let_in(protocol, connection))
+
+    def _go_on(self, work: Coroutine[Any, Any, None]) -> None:
+        self._tasks.add(task := self._loop.create_task(work))
+        task.add_done_callback(self._tasks.discard)
 
     async def _let_in(self, protocol: asyncio.BaseProtocol, connection: socket.socket) -> None:
         try:

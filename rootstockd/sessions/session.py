@@ -30,7 +30,6 @@ from rootstockd.sessions.transport import GuardedTransport
 from rootstockd.supervision.roles import Client, State
 from rootstockd.supervision.scheduler import Evaluation
 from rootstockd.supervision.supervisor import Supervisor
-from rootstockd.users import user_name
 
 log = logging.getLogger(__name__)
 log.addFilter(LogRate(log))
@@ -92,7 +91,7 @@ class Session(asyncio.BufferedProtocol):
     @property
     def user(self) -> str:
         """Login name of whoever opened the connection, as the kernel says."""
-        return self.account.name if self.account else user_name(self.uid)
+        return self.account.name if self.account else self._host.accounts.name_of(self.uid)
 
     @property
     def state(self) -> str:

@@ -127,7 +127,7 @@ def told(sock: socket.socket) -> str:
 # --- descriptors
 
 
-@pytest.mark.parametrize(("limit", "sessions"), [(20, 1), (64, 2), (1024, 227), (1_000_000, 234_362)])
+@pytest.mark.parametrize(("limit", "sessions"), [(20, 1), (100, 2), (1024, 219), (1_000_000, 234_354)])
 def test_descriptors_for_sessions(limit: int, sessions: int) -> None:
     allowed, lingering = share_descriptors(limit)
     assert allowed == sessions
@@ -136,19 +136,19 @@ def test_descriptors_for_sessions(limit: int, sessions: int) -> None:
 
 def test_few_descriptors(serve) -> None:
     """Sessions are refused before descriptors run out; those that are there go on, and others come when they end."""
-    served = serve(limits={"-n": 64})
-    allowed, _ = share_descriptors(64)
+    served = serve(limits={"-n": 100})
+    allowed, _ = share_descriptors(100)
     atoms = [session(served, seed) for seed in range(allowed)]
     with contextlib.ExitStack() as stack:
         for _ in range(30):
             sock = stack.enter_context(served.connect())
-            assert f"its {allowed} sessions already, all that its limit of 64 open files (ulimit -n) allows" in told(
+            assert f"its {allowed} sessions already, all that its limit of 100 open files (ulimit -n) allows" in told(
                 sock
             )
             assert len(served.client().status()["sessions"]) == allowed
         for one in atoms:
             again(one)
-        assert open_descriptors(served.process.pid) < 64
+        assert open_descriptors(served.process.pid) < 100
     os.kill(served.client().status()["models"][0]["pid"], 9)  # a new worker can be started all the same
     for one in atoms:
         again(one)
@@ -159,8 +159,8 @@ def test_few_descriptors(serve) -> None:
 
 def test_a_burst_of_connections(serve) -> None:
     """All that come in one turn of the loop are counted at once: none of them takes the last descriptor."""
-    served = serve(limits={"-n": 80})
-    allowed, _ = share_descriptors(80)
+    served = serve(limits={"-n": 112})
+    allowed, _ = share_descriptors(112)
     atoms = session(served)
     os.kill(served.process.pid, signal.SIGSTOP)  # they wait at the door, and are taken together
     with contextlib.ExitStack() as stack:
@@ -168,7 +168,7 @@ def test_a_burst_of_connections(serve) -> None:
         os.kill(served.process.pid, signal.SIGCONT)
         for sock in burst[allowed - 1 :]:
             assert "sessions already" in told(sock)
-        assert open_descriptors(served.process.pid) < 80
+        assert open_descriptors(served.process.pid) < 112
         for sock in burst[: allowed - 1]:
             sock.sendall(ipi.STATUS)
             assert sock.recv(12) == ipi.NEEDINIT
