@@ -249,6 +249,8 @@ def logs(socket: Path | None, lines: int, follow: bool) -> None:
     with contextlib.suppress(RootstockError):
         if unit := unit_at(find_socket(socket)):
             done = subprocess.run(unit.journal(f"--lines={lines}", *["--follow"] * follow), check=False)
+            if done.returncode and unit.roots:
+                raise Refused("its log is in the journal, for root and members of the group systemd-journal to read.")
             raise SystemExit(done.returncode)
     path = log_file(socket)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,11 @@ class Unit:
         """How its systemd is spoken to."""
         return ["systemctl", *["--user"] * self.user]
 
+    @property
+    def roots(self) -> bool:
+        """It is root's, and whoever asks is not root."""
+        return not self.user and os.geteuid() != 0
+
     def ask(self, verb: str, *names: str) -> None:
         """Have systemd do something, and wait until it has.
 
@@ -33,8 +39,16 @@ class Unit:
             Refused: it could not, or the user may not.
         """
         command = [*self.systemctl, verb, *names]
-        if subprocess.run(command, check=False).returncode:
-            raise Refused(f"`{' '.join(command)}` failed. The reason is in `{' '.join(self.journal())}`.")
+        if not subprocess.run(command, check=False).returncode:
+            return
+        said = f"`{' '.join(command)}` failed."
+        if self.roots:
+            raise Refused(
+                f"{said} What the machine's systemd runs is root's to start and to stop, or of those to whom polkit "
+                "gives that; access.admins of the daemon's configuration does not, but for `rootstockd reload`, `load` "
+                "and `unload`."
+            )
+        raise Refused(f"{said} The reason is in `{' '.join(self.journal())}`.")
 
     def stop(self, *, force: bool) -> None:
         """Have it stopped, and its socket closed: the next client would start it again.
