@@ -191,6 +191,7 @@ def test_the_first_client_starts_it(machine: Machine) -> None:
     line = "rootstockd.daemon: ready on /run/rootstockd/cpu.sock"  # with neither a time nor a priority of ours
     assert line in machine.journal(SERVICE).splitlines()
     assert line not in machine.journal(SERVICE, "--priority=notice")
+    assert line in machine.do("journalctl", "--identifier=rootstockd", "--output=cat").splitlines()
 
 
 def test_killed_under_a_job(machine: Machine) -> None:
@@ -276,8 +277,13 @@ def test_our_commands_leave_it_to_systemd(machine: Machine) -> None:
     done = machine.rootstockd("start", "--device", "cpu")
     assert done.returncode != 0
     assert f"starts {SERVICE}" in done.stderr
-    done = machine.rootstockd("stop", user="in-alice")
+    for command in ("stop", "restart"):
+        done = machine.rootstockd(command, user="in-alice")
+        assert done.returncode != 0
+        assert "is root's to start and to stop" in done.stderr and "journalctl" not in done.stderr
+    done = machine.rootstockd("logs", user="in-alice")
     assert done.returncode != 0
+    assert "for root and members of the group systemd-journal to read" in done.stderr
     assert main_pid(machine) == pid
     done = machine.rootstockd("restart")
     assert done.returncode == 0, done.stderr
@@ -366,7 +372,11 @@ def test_uninstall(machine: Machine) -> None:
     assert SOCKET in done.stdout.splitlines()[0] and "rm /etc/systemd/system/rootstockd@.service\n" in done.stdout
     done = machine.rootstockd("systemd", "uninstall")
     assert done.returncode == 0, done.stderr
+    assert "\n  rm -r /var/cache/rootstockd\n  userdel rootstockd\n" in done.stdout
+    assert machine.run("ls", "/etc/sysusers.d", "/run/rootstockd").stdout == ""
+    again = machine.rootstockd("systemd", "uninstall")
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.startswith("nothing is installed in /etc/systemd/system\n") and "userdel" in again.stdout
     units = machine.root / "etc/systemd/system"
     assert {path.name for path in units.rglob("*rootstockd*")} == {"rootstockd@.service.d", f"{OTHER}.d"}  # the test's
-    assert not (machine.root / "run/rootstockd/cpu.sock").exists()
     assert (machine.root / SETTINGS.lstrip("/")).exists()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pwd
 import shlex
 import shutil
 import subprocess
@@ -13,13 +15,17 @@ from pathlib import Path
 import click
 
 import rootstockd
+from rootstock_client.runtime_dir import SYSTEM_DIR
 from rootstockd.cli.common import Refused, console, default_socket
 from rootstockd.cli.options import devices_of
 from rootstockd.host.devices import find_gpus, visible_gpus
 from rootstockd.settings.config_file import FILE_NAME
+from rootstockd.settings.state_dir import SYSTEM_STATE
 
 _SHIPPED_COMMAND = "/usr/bin/rootstockd"
 _SHIPPED_MANUAL = "man:rootstockd(1)"
+SYSTEM_CACHE = Path("/var/cache/rootstockd")
+"""CacheDirectory= of the units."""
 _HIDDEN = tuple(map(Path, ("/home", "/root", "/run/user", "/tmp", "/var/tmp")))  # noqa: S108 - they are looked at
 """What ProtectHome= and PrivateTmp= keep from a service."""
 _DROP_INS = "rootstockd*@*.d/rootstockd-{}.conf"
@@ -116,12 +122,17 @@ def install(user: bool, instances: tuple[str, ...], dry_run: bool) -> None:
 @click.option("--user", is_flag=True, help="Your own systemd, not the machine's.")
 @click.option("--dry-run", is_flag=True, help="Only show what would be removed and done.")
 def uninstall(user: bool, dry_run: bool) -> None:
-    """Stop the daemons that systemd runs, and remove the units. Settings, weights and drop-ins of yours stay."""
+    """Stop the daemons that systemd runs, and remove the units.
+
+    Settings, weights and drop-ins of yours stay, and so does the user rootstockd: how to remove these is said.
+    """
     place = Place.of(user=user)
     ours = {*units(place), *place.units.glob(_DROP_INS.format("*"))}
     there = sorted(path for path in ours if path.exists())
     if not there:
-        raise Refused(f"nothing is installed in {place.units}.")
+        click.echo(f"nothing is installed in {place.units}")
+        tell_left(place)
+        return
     listed = subprocess.run(
         [*place.systemctl, "list-units", "--all", "--plain", "--no-legend", "rootstockd*@*"],
         check=False,
@@ -141,7 +152,13 @@ def uninstall(user: bool, dry_run: bool) -> None:
         run(disable)
     for path in there:
         remove(path)
+    made = () if user else (place.settings / "sysusers.d", place.settings / "tmpfiles.d", SYSTEM_DIR)
+    for folder in made:
+        with contextlib.suppress(OSError):  # others have something there, or it has gone
+            folder.rmdir()
+            click.echo(f"removed {folder}, which was empty")
     run(reload)
+    tell_left(place)
 
 
 def instances_of(gpus: tuple[str, ...]) -> list[str]:
@@ -186,6 +203,19 @@ def tell_next(place: Place, names: list[str], settings: Path) -> None:
         soft_wrap=True,
         markup=False,
     )
+
+
+def tell_left(place: Place) -> None:
+    """Say how to remove what stays of the machine's daemons; docs/administration.md has all of it."""
+    if place.user:
+        return
+    folders = place.settings / "rootstockd", SYSTEM_STATE, SYSTEM_CACHE
+    commands = [["rm", "-r", str(folder)] for folder in folders if folder.is_dir()]
+    with contextlib.suppress(KeyError):
+        commands.append(["userdel", pwd.getpwnam("rootstockd").pw_name])
+    if commands:
+        words = "\n".join(f"  {shlex.join(command)}" for command in commands)
+        click.echo(f"\nSettings, weights, environments and notes stay, until you remove them:\n\n{words}")
 
 
 def shipped() -> Path:
