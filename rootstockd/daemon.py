@@ -431,15 +431,16 @@ class Daemon:
             raise model.error
         return key.name, key.dtype
 
-    def unload(self, name: str, dtype: str | None = None, *, force: bool = False) -> int:
-        """Have a model leave memory; see `Fleet.unload`.
+    def unload(self, name: str, dtype: str | None, who: str, *, force: bool = False) -> int:
+        """Have a model leave memory because an administrator said so; see `Fleet.unload`.
 
         Raises:
             DrainingError: the daemon stops: what is under way is done first.
             RootstockError: it is not there, or has evaluations under way.
         """
         self.check_open()
-        return self.fleet.unload(self.catalogue.name_of(name), dtype, force=force)  # it may be in no catalogue any more
+        name = self.catalogue.name_of(name)  # it may be in no catalogue any more
+        return self.fleet.unload(name, dtype, who, force=force)
 
 
 async def _settled(fleet: Fleet) -> None:

@@ -41,6 +41,8 @@ def named(path: Path, flags: dict[str, object] | None = None) -> Config:
         ("max_atom = 3", "no setting 'max_atom'; did you mean 'max_atoms'?"),
         ("xyzzy = 3", "no setting 'xyzzy'; there are: "),
         ("[xyzzy]", "no setting 'xyzzy'; there are: "),
+        ("bogus2 = 3", "no setting 'bogus2'; there are: socket, devices"),
+        ("broken = 3", "no setting 'broken'; there are: socket, devices"),
         ("sessions = 3", "no setting 'sessions'; did you mean 'limits.sessions'?"),
         ("[limits]\nmax_sessions = 3", "no setting 'limits.max_sessions'; did you mean 'max_sessions'?"),
         ("files = []", "no setting 'files'; "),

@@ -502,6 +502,9 @@ def test_the_lock_gives_the_same_versions_until_they_are_updated(state: Path, tm
     shown = env("show", "own")
     assert "numpy 1.1" in shown and str(found("own").path) in shown and " MB" in shown
     assert "own" in env("list")
+    listed = {one["name"]: one for one in json.loads(env("list", "--json"))}
+    assert (listed["own"]["state"], listed["own"]["path"]) == ("built", str(found("own").path))
+    assert listed["mace"]["state"] == "specified" and listed["mace"]["description"]
     with zipfile.ZipFile(wheels / "numpy/numpy-1.1-py3-none-any.whl", "a") as wheel:
         wheel.writestr("numpy/more.py", "")
     words = env("update", "own", "--locked", fails=True, UV_CACHE_DIR=str(tmp_path / "another-cache"))
@@ -645,6 +648,8 @@ def test_whatever_is_damaged_is_told(own: Build, file: str, text: bytes, problem
     path.write_bytes(text)
     assert problem in problems_of(own)
     assert "broken" in env("list")
+    (listed,) = [one for one in json.loads(env("list", "--json")) if one["name"] == "own"]
+    assert listed["state"] == "broken" and problem in listed["problems"]
     assert problem in " ".join(env("show", "own", fails=True).split())
     env("create", "own")
     assert problems_of(found("own")) == []

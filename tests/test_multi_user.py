@@ -373,6 +373,19 @@ def test_a_directory_of_users_that_hangs_is_waited_for_a_moment_and_by_no_other(
     assert daemon.run("stop").returncode == 0
 
 
+WHOSE = f"""{ASKS}from rootstockd.cli.fetching import daemon_of_another{BECOME}
+print(daemon_of_another())
+"""
+
+
+def test_who_registers_a_model_is_told_that_a_daemon_of_another_does_not_read_it(start, monkeypatch):
+    daemon = start('[access]\nusers = ["rsd-alice"]\n')
+    monkeypatch.setenv("ROOTSTOCKD_SOCKET", str(daemon.socket))
+    for name, whose in (("rsd-alice", str(daemon.socket)), ("root", "None")):
+        with as_user(name, WHOSE) as process:
+            assert process.communicate(timeout=60)[0].strip() == whose
+
+
 def test_whoever_may_use_it_may_see_its_models_and_themselves(start):
     daemon = start('[access]\nusers = ["rsd-alice"]\nadmins = ["rsd-bob"]\n')
     assert daemon.socket.with_suffix(".control").stat().st_mode & 0o777 == 0o666

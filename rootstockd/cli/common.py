@@ -69,7 +69,7 @@ catalogue_option = click.option(
     type=click.Path(path_type=Path, resolve_path=True),
     help="A TOML file of further models; may be given repeatedly.",
 )
-
+json_option = click.option("--json", "as_json", is_flag=True, help="For programs.")
 
 Answer = TypeVar("Answer", bound=BaseModel)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rootstock_client.errors import RootstockError
-from rootstockd.cli.common import Refused, catalogue_option, console, saying
+from rootstockd.cli.common import Refused, catalogue_option, console, json_option, saying
 from rootstockd.cli.completion import environments
 from rootstockd.environment_builds import archive
 from rootstockd.environment_builds.building import Plan, build, without_torchs_builds
@@ -139,14 +140,18 @@ def update(name: str, locked: bool, spec: Path | None, offline: bool, python: st
 
 
 @env.command("list")
-def list_() -> None:
+@json_option
+def list_(as_json: bool) -> None:
     """Show all environments, built or specified."""
+    built = built_environments()
+    specified = specification_files()
+    if as_json:
+        click.echo(json.dumps([_for_programs(name, specified) for name in sorted({*built, *specified})], indent=2))
+        return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("environment", "built", "python", "in"):
         table.add_column(heading, no_wrap=True)
     table.add_column("description")
-    built = built_environments()
-    specified = specification_files()
     for name in sorted({*built, *specified}):
         if name in built:
             there, wrong = _state_of(name)
@@ -157,6 +162,17 @@ def list_() -> None:
         else:
             table.add_row(name, "-", "", "", escape(read_specification(specified[name]).description))
     console.print(table)
+
+
+def _for_programs(name: str, specified: Mapping[str, Path]) -> dict[str, object]:
+    """An environment's state: built, broken or specified."""
+    there, wrong = _state_of(name)
+    if there is not None:
+        words, state = there.manifest.specification.description, "broken" if wrong else "built"
+        known = {"built": there.day, "python": there.manifest.python, "path": str(there.path)}
+        return {"name": name, "state": state, "description": words, **known, "problems": wrong}
+    words = read_specification(specified[name]).description if name in specified else ""
+    return {"name": name, "state": "broken" if wrong else "specified", "description": words, "problems": wrong}
 
 
 @env.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import sys
 from collections.abc import Callable, Generator
@@ -13,6 +14,7 @@ import click
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from rootstock_client.errors import RootstockError
+from rootstock_client.runtime_dir import find_socket
 from rootstockd.cli.common import Refused, catalogue_option, console
 from rootstockd.cli.completion import models_to_pull
 from rootstockd.cli.quantities import megabytes
@@ -152,4 +154,18 @@ def add(name: str, file: Path, sha256: str, elements: str, **fields: Any) -> Non
     for key, values in (("elements", entry.elements), ("heads", entry.heads)):
         if values:
             console.print(f"{key} {', '.join(values)}", soft_wrap=True, markup=False)
-    console.print(f"entry {own_file()}; a running daemon takes it over with `rootstockd reload`", soft_wrap=True)
+    where = f"entry {own_file()}"
+    if (others := daemon_of_another()) is not None:
+        what = "reads none but its own user's and root's: give it to them, or `rootstockd start` one of your own"
+        console.print(f"{where}; the daemon at {others} {what}", soft_wrap=True, markup=False)
+    else:
+        console.print(f"{where}; a running daemon takes it over with `rootstockd reload`", soft_wrap=True, markup=False)
+
+
+def daemon_of_another() -> Path | None:
+    """The socket of the daemon that commands find, if it is another user's, and not root that registers."""
+    with contextlib.suppress(RootstockError):
+        address = find_socket(None)
+        if os.geteuid() != 0 and address.lstat().st_uid != os.geteuid():
+            return address
+    return None

@@ -13,7 +13,7 @@ from rich.table import Table
 from rootstock_client.control import request
 from rootstock_client.errors import ModelLoadError, RootstockError, UnknownModelError
 from rootstock_client.runtime_dir import find_socket
-from rootstockd.cli.common import Refused, catalogue_option, console, fetch_status, socket_option
+from rootstockd.cli.common import Refused, catalogue_option, console, fetch_status, json_option, socket_option
 from rootstockd.cli.completion import catalogue_models
 from rootstockd.cli.fetching import add, pull, refused
 from rootstockd.cli.quantities import megabytes, plural
@@ -27,8 +27,6 @@ from rootstockd.models.store import Stored
 from rootstockd.models.whole_files import lock
 
 _LACKS = {"missing": "red", "needs env": "yellow"}
-
-json_option = click.option("--json", "as_json", is_flag=True, help="For programs.")
 
 
 @click.group()

@@ -178,10 +178,10 @@ def _take_orders(app: FastAPI, daemon: Daemon) -> None:
         return LoadAnswer(model=name, dtype=dtype)
 
     @app.post("/v1/unload", status_code=202, dependencies=[Depends(admin)])
-    async def unload(request: UnloadRequest) -> UnloadAnswer:
+    async def unload(asked: UnloadRequest, request: Request) -> UnloadAnswer:
         """Have a model leave memory."""
-        waiting = daemon.unload(request.model, request.dtype, force=request.force)
-        return UnloadAnswer(waiting=waiting, held=HOLD if request.force else 0.0)
+        waiting = daemon.unload(asked.model, asked.dtype, who(request), force=asked.force)
+        return UnloadAnswer(waiting=waiting, held=HOLD if asked.force else 0.0)
 
     @app.post("/v1/stop", status_code=202, dependencies=[Depends(admin)])
     async def stop(asked: StopRequest, request: Request) -> None:
@@ -197,6 +197,7 @@ def _take_orders(app: FastAPI, daemon: Daemon) -> None:
         try:
             return daemon.reload()
         except (ConfigError, CatalogueError) as error:
+            log.error("not reloaded, all stays as it is: %s", error)  # noqa: TRY400 - its trace says nothing
             raise RootstockError(f"nothing was changed: {error}") from error
 
 

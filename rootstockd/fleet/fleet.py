@@ -204,7 +204,7 @@ class Fleet:
             )
         self._roster.forget(max(unused, key=lambda k: variants[k].first.idle_seconds))
 
-    def unload(self, name: str, dtype: str | None = None, *, force: bool = False) -> int:
+    def unload(self, name: str, dtype: str | None, who: str, *, force: bool = False) -> int:
         """Have a model leave memory. Sessions keep it, and wait for it to come back when they next ask.
 
         Backends that it did without, as they ended a worker, are tried again then.
@@ -212,6 +212,7 @@ class Fleet:
         Args:
             name: the catalogue's name.
             dtype: of which workers; of all if None.
+            who: the administrator who said so, for the log.
             force: evaluations under way are to be repeated, when it comes back after HOLD.
 
         Returns:
@@ -250,7 +251,7 @@ class Fleet:
                 supervisor.hold(HOLD)
             else:
                 supervisor.release()
-            self._admission.unload(supervisor, "an administrator said so")
+            self._admission.unload(supervisor, f"{who} said so")
             supervisor.loading.without = {}  # what ended a worker may be mended, or was none of its doing
         for model in self._models.values():
             if model.first in supervisors:

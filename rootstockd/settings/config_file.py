@@ -191,7 +191,7 @@ def _unknown(place: tuple[str, ...]) -> str:
             kind = model.model_fields[parent].annotation
             model = (get_args(kind) or (kind,))[-1]
     elsewhere = [".".join(path) for path, _ in all_settings() if path[-1] == key]
-    beside = difflib.get_close_matches(key, model.model_fields, n=1, cutoff=0.5)
+    beside = difflib.get_close_matches(key, model.model_fields, n=1)
     near = elsewhere or [".".join((*parents, name)) for name in beside]
     hint = f"; did you mean {near[0]!r}?" if near else f"; there are: {', '.join(model.model_fields)}."
     return f"there is no setting {'.'.join(place)[:_LONGEST]!r}{hint}"

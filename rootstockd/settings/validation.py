@@ -114,7 +114,7 @@ def describe(error: ValidationError, fields: Iterable[str] = ()) -> str:
     problem = error.errors(include_url=False)[0]
     said = in_words(problem, ".".join(map(str, problem["loc"]))[:100])
     if problem["type"] == "extra_forbidden" and len(problem["loc"]) == 1:
-        near = difflib.get_close_matches(str(problem["loc"][0]), fields, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(str(problem["loc"][0]), fields, n=1)
         said += f"; did you mean {near[0]}?" if near else ""
     return said
 

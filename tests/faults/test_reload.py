@@ -240,6 +240,7 @@ def test_a_daemon_that_fails_itself_says_what_holds(folder, start_daemon, monkey
         (folder / when).touch()
         done = daemon.run("reload")
         assert done.returncode == 1 and told in " ".join(done.stderr.split()), done.stderr
+        assert when == "after" or f": {logged}" in daemon.log.read_text()
         os.kill(pid(daemon), signal.SIGHUP)
         wait_for(lambda logged=logged: re.search(f"ERROR .*{re.escape(logged)}", daemon.log.read_text()))
         assert daemon.client().status()["config"]["max_sessions"] == holds
