@@ -27,7 +27,7 @@ FRESH = 5.0
 PATIENCE = 2.0
 """Seconds that a new connection waits for an answer; then what was known before counts."""
 GRACE = 60.0
-"""Seconds for which a user whom no directory knows any more is who they were: it may be on its way up again."""
+"""Seconds for which a user or a group that no directory knows any more counts as before: it may be starting again."""
 MOST = 32
 """Users that are looked up at a time; of others what was known before counts."""
 ALL_NAMES = 5.0
@@ -55,7 +55,8 @@ class Directory:
 
     def __init__(self) -> None:
         self._users: dict[int, _User] = {}
-        self._gids: dict[str, int] = {}
+        self._gids: dict[str, tuple[int, float]] = {}
+        """Each with when that was found."""
         self._aliases: dict[int, tuple[str, ...]] = {}
         """Names of the configuration, by whose they were when it was read."""
         self._groups: tuple[str, ...] = ()
@@ -72,15 +73,16 @@ class Directory:
         self._groups = groups
         if found is None:
             return None
-        uids, self._gids = found
+        uids, gids = found
         aliases: dict[int, tuple[str, ...]] = {}
         for name, uid in uids.items():
             aliases[uid] = (*aliases.get(uid, ()), name)
         now = time.monotonic()
+        self._gids = {name: (gid, now) for name, gid in gids.items()}
         others = {uid: _User(user.login, (), -math.inf) for uid, user in self._users.items()}
         self._users = {**others, **{uid: _User(names[0], names, now) for uid, names in aliases.items()}}
         self._aliases = aliases
-        return users - uids.keys(), set(groups) - self._gids.keys()
+        return users - uids.keys(), set(groups) - gids.keys()
 
     def look_up(self, uid: int) -> asyncio.Future[None] | None:
         """Have it known who somebody is who has just connected.
@@ -119,7 +121,8 @@ class Directory:
         # an answer to what was asked before a reload is none
         if found and groups is self._groups and (found.login is not None or known is None or now - known.since > GRACE):
             self._users[uid] = _User(found.login or str(uid), found.names, now)
-            self._gids = found.gids
+            still = {name: group for name, group in self._gids.items() if now - group[1] <= GRACE}
+            self._gids = {**still, **{name: (gid, now) for name, gid in found.gids.items()}}
         answer = self._under_way.pop(uid)
         if not answer.done():
             answer.set_result(None)
@@ -147,7 +150,7 @@ class Directory:
 
     def gids_of(self, groups: Iterable[str]) -> set[int]:
         """The numbers of those groups that there are."""
-        return {self._gids[name] for name in groups if name in self._gids}
+        return {self._gids[name][0] for name in groups if name in self._gids}
 
 
 def _find(uid: int, aliases: Iterable[str], groups: Iterable[str]) -> _Found:
