@@ -271,6 +271,30 @@ def test_reload(machine: Machine) -> None:
     assert main_pid(machine) == pid
 
 
+def test_settings_are_checked_while_it_runs(machine: Machine) -> None:
+    """Though clients find its sockets through links of systemd's; links and files of others are told as ever."""
+    address, control = "/run/rootstockd/rootstockd.sock", "/run/rootstockd/rootstockd.control"
+    machine.do("systemctl", "start", SERVICE)
+    assert machine.do("readlink", address) == "/run/rootstockd/cpu.sock\n"
+    machine.write("/srv/validated.toml", 'models = ["emt"]\n')
+    for arguments in ((), ("/srv/validated.toml",), ("--instance", "cpu")):
+        done = machine.rootstockd("config", "check", *arguments)
+        assert (done.returncode, done.stderr) == (0, "")
+    machine.do("systemctl", "stop", SOCKET, SERVICE)
+    machine.do(PYTHON, "-c", "import socket; socket.socket(socket.AF_UNIX).bind('/srv/theirs.sock')")
+    for path in (address, control):
+        for make in (["ln", "-s", "/srv/theirs.sock"], ["cp", "/srv/validated.toml"]):
+            machine.do(*make, path)
+            done = machine.rootstockd("config", "check")
+            machine.do("rm", path)
+            assert (done.returncode, f"socket: {path} is not a socket" in done.stderr) == (1, True), done.stderr
+    machine.do("touch", "/run/rootstockd/cpu.sock")
+    done = machine.rootstockd("config", "check", "--instance", "cpu")
+    machine.do("rm", "/run/rootstockd/cpu.sock")
+    assert (done.returncode, "/run/rootstockd/cpu.sock is not a socket" in done.stderr) == (1, True), done.stderr
+    machine.do("systemctl", "start", SOCKET)
+
+
 def test_our_commands_leave_it_to_systemd(machine: Machine) -> None:
     machine.do("systemctl", "start", SERVICE)
     pid = main_pid(machine)

@@ -18,6 +18,7 @@ from rootstock_client.errors import ModelLoadError, RootstockError
 from rootstock_client.runtime_dir import SYSTEM_DIR, is_private, too_long
 from rootstockd.cli.common import Refused, console, default_socket, fetch_config, print_warnings, socket_in_use
 from rootstockd.cli.options import devices_of, files_to_read, settings_again, settings_options, settings_said
+from rootstockd.cli.systemd_units import unit_at
 from rootstockd.host.devices import DeviceError, choose_devices, found_devices
 from rootstockd.host.log_file import check_folder, check_log
 from rootstockd.host.sockets import AddressError, check_host
@@ -84,10 +85,12 @@ def check(file: Path | None, instance: str | None) -> None:
     """
     devices, problems = (None, []) if instance is None else _devices_for(instance)
     print_warnings(unknown_variables(os.environ))
-    files = files_to_read(file, instance)
+    # where its unit says, whatever the settings say
+    socket = None if instance is None else default_socket().with_name(f"{instance}.sock")
+    files = files_to_read(file, instance, socket)
     defaults = {"socket": default_socket(), "devices": [Device(name="cpu")]}
     try:
-        settings = make_config(files, os.environ, {"devices": devices}, defaults)
+        settings = make_config(files, os.environ, {"socket": socket, "devices": devices}, defaults)
     except ConfigError as error:
         problems += str(error).splitlines()
         if error.rest is None:
@@ -174,10 +177,11 @@ def _problems_of_places(settings: Config) -> Iterator[str]:
 
 def _problems_of_sockets(settings: Config) -> Iterator[str]:
     address, folder = settings.socket, settings.socket.parent
+    # systemd's own may be links to where it listens (Symlinks=)
     for path in (address, settings.control):
         if problem := too_long(path):
             yield f"socket: {problem}"
-        elif os.path.lexists(path) and not stat.S_ISSOCK(path.lstat().st_mode):
+        elif os.path.lexists(path) and not stat.S_ISSOCK(path.lstat().st_mode) and not unit_at(path):
             yield f"socket: {path} is not a socket, and a daemon leaves it alone."
     try:
         check_folder(address)
