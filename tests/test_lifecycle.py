@@ -139,6 +139,29 @@ def test_stop_leaves_nothing(own_daemon: RunningDaemon) -> None:
     assert "no rootstockd answers" in done.stderr
 
 
+def test_stop_finds_one_by_its_lock_and_nobody_else(start_daemon, runtime_folder: Path) -> None:
+    """Where its sockets have gone. A lock file's number alone proves nothing: it may be another process's by now."""
+    daemon = start_daemon()
+    pid, lock = daemon.pid, daemon.socket.with_suffix(".lock")
+    other = runtime_folder / "other.lock"
+    with subprocess.Popen(["sleep", "60"]) as bystander:
+        for text in (f"{bystander.pid}\n", f"{pid}\n"):  # neither has a lock on this file
+            other.write_text(text)
+            done = rootstockd("stop", "--socket", other.with_suffix(".sock"))
+            assert (done.returncode, "no rootstockd answers" in done.stderr) == (1, True), done.stderr
+        other.unlink()
+        for path in (daemon.socket, daemon.socket.with_suffix(".control")):
+            path.unlink()
+        lock.write_text(f"{bystander.pid}\n")
+        assert daemon.run("stop", "--force").returncode == 1
+        assert bystander.poll() is None and daemon.processes()
+        bystander.kill()
+    lock.write_text(f"{pid}\n")
+    done = daemon.run("stop")
+    assert (done.returncode, f"stopped (pid {pid}" in done.stdout) == (0, True), done.stderr
+    assert not daemon.processes() and not lock.exists()
+
+
 def test_restart_keeps_the_settings(start_daemon) -> None:
     daemon = start_daemon("--model", "emt", "--max-atoms", "5000")
     atoms = copper()

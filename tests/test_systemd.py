@@ -320,6 +320,28 @@ def test_our_commands_leave_it_to_systemd(machine: Machine) -> None:
     machine.do("systemctl", "start", SOCKET)
 
 
+def test_a_daemon_that_systemd_took_the_address_from(machine: Machine) -> None:
+    address = "/run/rootstockd/rootstockd.sock"
+    machine.do("systemctl", "stop", SOCKET, SERVICE)
+    for answered, options in ((True, ()), (False, ()), (False, ("--force",))):
+        done = machine.rootstockd("start", "--device", "cpu")
+        assert done.returncode == 0, done.stderr
+        pid = str(status_of(machine, address)["pid"])
+        machine.do("systemctl", "start", SOCKET)
+        if answered:
+            done = machine.rootstockd("doctor")
+            assert f"pid {pid} is a daemon for {address}" in done.stdout and f"> kill {pid}\n" in done.stdout
+        machine.do("systemctl", "stop", SOCKET, SERVICE)
+        done = machine.rootstockd("doctor")
+        assert f"pid {pid} is a daemon for {address}" in done.stdout and "> rootstockd stop\n" in done.stdout
+        assert done.returncode == 1
+        done = machine.rootstockd("stop", *options)
+        assert (done.returncode, f"stopped (pid {pid}" in done.stdout) == (0, True), done.stderr
+        assert machine.run("kill", "-0", pid).returncode
+    assert machine.rootstockd("stop").returncode == 1
+    machine.do("systemctl", "start", SOCKET)
+
+
 def test_a_users_own(machine: Machine) -> None:
     user = "in-bob"
     machine.do("systemctl", "start", f"user@{USERS[user]}.service")

@@ -15,12 +15,13 @@ import platformdirs
 from rich.text import Text
 
 import rootstockd
-from rootstock_client.errors import AccessDeniedError, RootstockError
+from rootstock_client.errors import AccessDeniedError, DaemonNotFoundError, RootstockError
 from rootstock_client.runtime_dir import SYSTEM_DIR, find_socket
 from rootstockd.cli.common import console, default_log_file, default_socket, fetch_status, socket_option
 from rootstockd.cli.options import files_to_read
 from rootstockd.doctor import gpus, machine, places, running, settings, software
 from rootstockd.doctor.findings import Examination, Finding, Level, examine
+from rootstockd.host.lock_holder import lock_holder
 from rootstockd.settings.state_dir import SYSTEM_STATE, own_state
 from rootstockd.users import user_name
 
@@ -130,15 +131,21 @@ def _settings() -> Iterator[Finding]:
 
 
 def _daemon(named: Path | None, timeout: float) -> Iterator[Finding]:
-    left = False
+    address, left, answering = default_socket(), False, None
     try:
         address = find_socket(named)
         left = places.look_at_address(address).state == "stale"
         status = fetch_status(address, timeout=timeout * 0.8)
     except RootstockError as error:
         yield from running.check_absence(error, left=left)
+        if not isinstance(error, DaemonNotFoundError):
+            return
     else:
+        answering = status.pid
         yield from running.check_running(status, gpus.look_at_driver())
+    with lock_holder(address.with_suffix(".lock")) as holder:
+        if holder is not None:
+            yield from running.check_reachable(address, holder[0], answering)
 
 
 def _show(found: dict[str, list[Finding]], counts: Counter[Level]) -> None:

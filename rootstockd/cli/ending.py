@@ -7,7 +7,7 @@ import os
 import select
 import signal
 import socket as socketlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rootstock_client.control import request
@@ -22,6 +22,7 @@ from rootstock_client.runtime_dir import START_HINT, control_socket
 from rootstock_client.sockets import connect
 from rootstockd.cli.common import QUIET, saying
 from rootstockd.cli.systemd_units import is_systemd
+from rootstockd.host.lock_holder import lock_holder
 from rootstockd.host.peers import peer_of
 
 PEEK = socketlib.MSG_PEEK | socketlib.MSG_DONTWAIT
@@ -76,10 +77,7 @@ def end(socket: Path, *, force: bool = False) -> None:
             if not force:
                 raise
             limit = 0.0
-        while limit > 0 and not select.select([process], [], [], min(limit, QUIET))[0]:
-            limit -= QUIET
-            say(DRAINING)
-        if not select.select([process], [], [], 0)[0]:
+        if not _has_ended(process, limit, say):
             try:
                 signal.pidfd_send_signal(process, 0)  # may we?
                 socket.unlink(missing_ok=True)  # or its successor would begin, where it is being restarted
@@ -89,3 +87,32 @@ def end(socket: Path, *, force: bool = False) -> None:
                     "the daemon does not end, and is another user's.", "As root: `rootstockd stop --force`."
                 ) from error
             select.select([process], [], [])
+
+
+def end_unreachable(socket: Path, *, force: bool = False) -> int | None:
+    """Stop a daemon of this user's that has the lock of an address, whoever has the address by now.
+
+    Args:
+        socket: the address, at which no daemon answers.
+        force: kill one that does not end soon.
+
+    Returns:
+        The process's id; None where no daemon has the lock.
+    """
+    with lock_holder(socket.with_suffix(".lock")) as holder, saying(DRAINING) as say:
+        if holder is None:
+            return None
+        pid, process = holder
+        signal.pidfd_send_signal(process, signal.SIGTERM)
+        if not _has_ended(process, FORCE_TIMEOUT if force else float("inf"), say):
+            signal.pidfd_send_signal(process, signal.SIGKILL)
+            select.select([process], [], [])
+        return pid
+
+
+def _has_ended(process: int, limit: float, say: Callable[[str], None]) -> bool:
+    """Wait for a process to end, for so many seconds at most."""
+    while limit > 0 and not select.select([process], [], [], min(limit, QUIET))[0]:
+        limit -= QUIET
+        say(DRAINING)
+    return bool(select.select([process], [], [], 0)[0])

@@ -19,12 +19,13 @@ from rootstockd.cli.common import (
     ask,
     console,
     default_log_file,
+    default_socket,
     fetch_config,
     print_warnings,
     socket_in_use,
     socket_option,
 )
-from rootstockd.cli.ending import FORCE_TIMEOUT, daemon_process, end
+from rootstockd.cli.ending import FORCE_TIMEOUT, daemon_process, end, end_unreachable
 from rootstockd.cli.launching import POLL, launch, serve_in_front, stay_with
 from rootstockd.cli.options import settings_again, settings_options, settings_said
 from rootstockd.cli.successor import take_environment
@@ -71,7 +72,12 @@ def start(foreground: bool, wait: bool, **said: Any) -> None:
 @click.option("--force", is_flag=True, help="Do not wait for evaluations under way.")
 def stop(socket: Path | None, force: bool) -> None:
     """Let the daemon finish the evaluations under way, and end it."""
-    address = socket_in_use(socket)
+    try:
+        address = socket_in_use(socket)
+    except Refused:
+        if not _stopped_unreachable(default_socket(), force=force):
+            raise
+        return
     if unit := unit_at(address):
         unit.stop(force=force)
         console.print(f"stopped; `{' '.join(unit.systemctl)} start {unit.socket}` starts it again")
@@ -83,6 +89,8 @@ def stop(socket: Path | None, force: bool) -> None:
             break
         except DaemonNotFoundError as error:
             if not address.exists() or time.monotonic() > deadline:
+                if _stopped_unreachable(address, force=force):
+                    return
                 raise Refused(error) from error
             time.sleep(POLL)
         except RootstockError as error:
@@ -90,6 +98,14 @@ def stop(socket: Path | None, force: bool) -> None:
     if address.exists():
         raise Refused("it has ended, but it was being restarted: stop its successor, too.")
     console.print("stopped")
+
+
+def _stopped_unreachable(address: Path, *, force: bool) -> bool:
+    """Whether there was a daemon that has lost its socket, as to systemd, and has been stopped."""
+    pid = end_unreachable(address, force=force)
+    if pid is not None:
+        console.print(f"stopped (pid {pid}, to which nobody could connect any more)")
+    return pid is not None
 
 
 @click.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import rootstockd
 from rootstock_client.errors import AccessDeniedError, DaemonNotFoundError, RootstockError
@@ -32,6 +33,23 @@ def check_absence(error: RootstockError, *, left: bool) -> Iterator[Finding]:
         yield problem("daemon", error.message, "Jobs of this user are refused at once.", advice=error.hint)
     else:
         yield problem("daemon", error.message, "Jobs may wait for it in vain.", advice=error.hint)
+
+
+def check_reachable(address: Path, holder: int, answering: int | None) -> Iterator[Finding]:
+    """Whether the daemon that has an address's lock is the one whom clients find there.
+
+    Args:
+        address: its session socket's.
+        holder: its process.
+        answering: the process of the daemon that answers there; None where none does.
+    """
+    if holder != answering:
+        yield problem(
+            "daemon",
+            f"pid {holder} is a daemon for {address}, to which nobody can connect any more",
+            "Its socket was removed or replaced, as by systemd. It still has its memory and its GPU.",
+            "rootstockd stop" if answering is None else f"kill {holder}",
+        )
 
 
 def check_running(daemon: DaemonStatus, driver: Driver) -> Iterator[Finding]:
