@@ -240,7 +240,8 @@ def test_the_machines_daemon_reads_no_users_file(folder: Path, user: int) -> Non
         (folder / "site/config.toml").chmod(0o600)
         done = run_as(user, *show)  # it must not be as if nobody were kept out
         assert done.returncode == 1
-        assert f"configuration {folder}/site/config.toml: Permission denied." in done.stderr
+        file = folder / "site/config.toml"
+        assert re.search(rf"configuration {file}: {user} may not read it: chgrp \S+ {file}; chmod 640", done.stderr)
 
 
 def test_files_that_others_may_write_are_refused(folder: Path, user: int) -> None:

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sysconfig
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from machine import PYTHON, REPOSITORY, USERS, Machine
 pytestmark = pytest.mark.skipif((why := machines.why_not()) is not None, reason=why or "")
 SERVICE, SOCKET = "rootstockd@cpu.service", "rootstockd@cpu.socket"
 OTHER, OTHER_SOCKET = "rootstockd@auto.service", "rootstockd@auto.socket"
+PREFIX = Path(PYTHON).parent.parent
 SETTINGS = "/etc/rootstockd/config.toml"
 
 GATES = '''
@@ -318,6 +320,97 @@ def test_our_commands_leave_it_to_systemd(machine: Machine) -> None:
     assert f"systemctl start {SOCKET}" in done.stdout
     assert [main_pid(machine), machine.property(SOCKET, "ActiveState")] == ["0", "inactive"]
     machine.do("systemctl", "start", SOCKET)
+
+
+@pytest.fixture
+def mended(machine: Machine) -> Iterator[None]:
+    """Whatever a test has done to the service, it runs at the end."""
+    yield
+    machine.do("chown", "root:root", SETTINGS)
+    machine.do("chmod", "644", SETTINGS)
+    machine.write(SETTINGS, 'models = ["emt"]\n')
+    machine.do("systemctl", "restart", SERVICE)
+
+
+def wait_for_restarts(machine: Machine) -> None:
+    """Until systemd has started it anew a few more times."""
+    before = int(machine.property(SERVICE, "NRestarts"))
+    wait_for(lambda: int(machine.property(SERVICE, "NRestarts")) >= before + 3, timeout=60)
+
+
+def test_one_that_fails_again_and_again(machine: Machine, mended: None) -> None:
+    machine.write(SETTINGS, 'models = ["chgnet"]\n')
+    machine.run("systemctl", "restart", "--no-block", SERVICE)
+    wait_for_restarts(machine)
+    again = f"systemd starts {SERVICE} again and again"
+    done = machine.rootstockd("status")
+    assert (done.returncode, again in done.stderr, "chgnet" in done.stderr) == (1, True, True), done.stderr
+    done = machine.rootstockd("status", user="in-alice")  # who may not read the journal
+    assert f"see `journalctl --unit {SERVICE}`" in done.stderr
+    done = machine.rootstockd("doctor", "--timeout", "30")
+    assert (done.returncode, f"problem  daemon          {again}" in done.stdout) == (1, True), done.stdout
+    assert "problem  settings        models: " in done.stdout
+    assert "> rootstockd config check --instance cpu\n" in done.stdout
+
+    machine.write(SETTINGS, 'metrics = "127.0.0.1:9746"\n')
+    wait_for_restarts(machine)
+    done = machine.rootstockd("status")
+    assert (done.returncode, "for metrics: Address family not supported" in done.stderr) == (1, True), done.stderr
+
+    machine.write(SETTINGS, "")
+    machine.do("chmod", "700", PREFIX)
+    wait_for_restarts(machine)
+    done = machine.rootstockd("status")
+    machine.do("chmod", "755", PREFIX)
+    assert (done.returncode, f"{PYTHON}: Permission denied" in done.stderr) == (1, True), done.stderr
+
+
+def test_what_its_user_may_not(machine: Machine, mended: None) -> None:
+    """Though root may, who asks."""
+    machine.do("systemctl", "start", SERVICE)
+    machine.do("chmod", "600", SETTINGS)
+    words = f"rootstockd may not read it: chgrp rootstockd {SETTINGS}; chmod 640 {SETTINGS}"
+    for arguments in ((), ("--instance", "cpu")):
+        done = machine.rootstockd("config", "check", *arguments)
+        assert (done.returncode, words in done.stderr) == (1, True), done.stderr
+    assert machine.rootstockd("config", "check", SETTINGS).returncode == 0  # to be put somewhere else
+    assert words in machine.rootstockd("reload").stderr
+    assert words in machine.rootstockd("doctor").stdout
+    in_tmp = ("env", "--unset=XDG_RUNTIME_DIR", PYTHON, "-m", "rootstockd")
+    done = machine.run(*in_tmp, "config", "check", user="in-alice")
+    assert done.returncode == 0, done.stderr
+    assert f"in-alice may not read {SETTINGS}" in done.stdout and "nothing is wrong with" not in done.stdout
+    machine.do("chgrp", "rootstockd", SETTINGS)
+    machine.do("chmod", "640", SETTINGS)
+    assert machine.rootstockd("config", "check").returncode == 0
+    machine.do("systemctl", "reload", SERVICE)
+
+    machine.write(SETTINGS, 'metrics = "127.0.0.1:9746"\n')
+    done = machine.rootstockd("config", "check")
+    assert (done.returncode, f"{SERVICE} may open no port" in done.stderr) == (1, True), done.stderr
+    drop_in = f"/etc/systemd/system/{SERVICE}.d/metrics.conf"
+    machine.write(drop_in, "[Service]\nRestrictAddressFamilies=AF_INET\nIPAddressAllow=localhost\n")
+    machine.do("systemctl", "daemon-reload")
+    assert machine.rootstockd("config", "check").returncode == 0
+    machine.do("systemctl", "restart", SERVICE)
+    assert status_of(machine, "/run/rootstockd/cpu.sock")["metrics"] == "http://127.0.0.1:9746/metrics"
+    machine.do("rm", "-r", drop_in)
+    machine.do("systemctl", "daemon-reload")
+
+
+def test_doctor_names_the_services_places(machine: Machine) -> None:
+    machine.do("systemctl", "start", SERVICE)
+    said = machine.rootstockd("doctor", "--timeout", "30").stdout
+    assert f"in the journal: journalctl --unit {SERVICE}" in said and "/var/cache/rootstockd," in said
+    assert not any(words in said for words in ("/root/.cache", "/var/log/rootstockd", "somebody else's"))
+
+
+def test_install_says_what_its_user_may_not_enter(machine: Machine) -> None:
+    machine.do("chmod", "700", PREFIX)
+    done = machine.rootstockd("systemd", "install")
+    machine.do("chmod", "755", PREFIX)
+    assert done.returncode == 1
+    assert f"may not enter {PREFIX}, where this installation is: chmod 755 {PREFIX}" in done.stderr
 
 
 def test_a_daemon_that_systemd_took_the_address_from(machine: Machine) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from rootstock_client.errors import ModelLoadError, RootstockError
 from rootstock_client.runtime_dir import SYSTEM_DIR, is_private, too_long
 from rootstockd.cli.common import Refused, console, default_socket, fetch_config, print_warnings, socket_in_use
 from rootstockd.cli.options import devices_of, files_to_read, settings_again, settings_options, settings_said
+from rootstockd.cli.service import service_at, service_of
 from rootstockd.cli.systemd_units import unit_at
 from rootstockd.host.devices import DeviceError, choose_devices, found_devices
 from rootstockd.host.log_file import check_folder, check_log
@@ -25,9 +27,10 @@ from rootstockd.host.sockets import AddressError, check_host
 from rootstockd.models.availability import not_loadable
 from rootstockd.models.catalogue import Catalogue, CatalogueError
 from rootstockd.sessions.accounts import Accounts
-from rootstockd.settings.config import Config, Device
+from rootstockd.settings.config import Config, Device, SettingsFile
 from rootstockd.settings.config_file import ConfigError, reloadable
 from rootstockd.settings.config_layers import as_table, by_name, changes, make_config, unknown_variables
+from rootstockd.users import user_name
 
 _COLUMN = 60
 """Remarks stand below each other, but for settings that are longer than this."""
@@ -83,8 +86,48 @@ def check(file: Path | None, instance: str | None) -> None:
     are catalogues, models, devices, users and groups that the settings name, and where the sockets, the log and the
     metrics go.
     """
-    devices, problems = (None, []) if instance is None else _devices_for(instance)
     print_warnings(unknown_variables(os.environ))
+    looked = examined(file, instance)
+    print_warnings([*looked.doubts, *looked.closed()])
+    if looked.problems:
+        raise Refused("\n".join(looked.problems))
+    there = [str(place.path) for place in looked.files if os.access(place.path, os.R_OK)]
+    good = "a daemon can start with" if looked.doubts else "nothing is wrong with"
+    if there:
+        console.print(f"{good} {', '.join(there)}")
+    elif not looked.closed():
+        console.print(f"there is no {' or '.join(str(place.path) for place in looked.files)}, and none is needed")
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What is to be said of the settings of a daemon that is not there yet."""
+
+    files: tuple[SettingsFile, ...]
+    problems: list[str]
+    """What would keep it from starting."""
+    doubts: list[str]
+    """What it would warn of."""
+
+    def closed(self) -> list[str]:
+        """What is said of files that this user may not read, and does without."""
+        paths = (place.path for place in self.files if place.others and os.path.exists(place.path))
+        return [
+            f"{user_name(os.geteuid())} may not read {path}: what is wrong with it is not known, and a daemon of yours "
+            "does without it"
+            for path in paths
+            if not os.access(path, os.R_OK)
+        ]
+
+
+def examined(file: Path | None, instance: str | None) -> Examined:
+    """Look at all that a daemon would be started with.
+
+    Args:
+        file: in place of the files that it would read.
+        instance: which of systemd's instances it is.
+    """
+    devices, problems = (None, []) if instance is None else _devices_for(instance)
     # where its unit says, whatever the settings say
     socket = None if instance is None else default_socket().with_name(f"{instance}.sock")
     files = files_to_read(file, instance, socket)
@@ -94,17 +137,13 @@ def check(file: Path | None, instance: str | None) -> None:
     except ConfigError as error:
         problems += str(error).splitlines()
         if error.rest is None:
-            raise Refused("\n".join(problems)) from error
+            return Examined(files, problems, [])
         settings = error.rest
     found, doubts = look_over(settings)
-    warnings = [*Accounts(settings).warnings, *doubts]
-    print_warnings(warnings)
-    if problems := problems + found:
-        raise Refused("\n".join(problems))
-    there = [place["path"] for place in _files(settings) if place["there"]]
-    good = "a daemon can start with" if warnings else "nothing is wrong with"
-    looked = " or ".join(place["path"] for place in _files(settings))
-    console.print(f"{good} {', '.join(there)}" if there else f"there is no {looked}, and none is needed")
+    service = service_at(settings.socket) if instance is None else service_of(instance)
+    if service is not None:
+        found += service.problems(settings, given=file)
+    return Examined(files, problems + found, [*Accounts(settings).warnings, *doubts])
 
 
 def _devices_for(instance: str) -> tuple[tuple[Device, ...], list[str]]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 from collections import Counter
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import click
@@ -18,9 +19,10 @@ import rootstockd
 from rootstock_client.errors import AccessDeniedError, DaemonNotFoundError, RootstockError
 from rootstock_client.runtime_dir import SYSTEM_DIR, find_socket
 from rootstockd.cli.common import console, default_log_file, default_socket, fetch_status, socket_option
-from rootstockd.cli.options import files_to_read
+from rootstockd.cli.config import examined
+from rootstockd.cli.service import SERVICE_CACHE, Service, service_at
 from rootstockd.doctor import gpus, machine, places, running, settings, software
-from rootstockd.doctor.findings import Examination, Finding, Level, examine
+from rootstockd.doctor.findings import Examination, Finding, Level, examine, note, ok, problem
 from rootstockd.host.lock_holder import lock_holder
 from rootstockd.settings.state_dir import SYSTEM_STATE, own_state
 from rootstockd.users import user_name
@@ -75,9 +77,18 @@ def _examinations(named: Path | None, timeout: float) -> dict[str, Examination]:
         "GPUs": _gpus,
         "software": partial(_software, named),
         "places": partial(_places, named),
-        "settings": _settings,
+        "settings": partial(_settings, named),
         "daemon": partial(_daemon, named, timeout),
     }
+
+
+@cache
+def _service(named: Path | None) -> Service | None:
+    """What systemd has where clients look."""
+    try:
+        return service_at(find_socket(named))
+    except RootstockError:
+        return None
 
 
 def _machine() -> Iterator[Finding]:
@@ -98,6 +109,8 @@ def _software(named: Path | None) -> Iterator[Finding]:
 
 def _is_own(named: Path | None) -> bool:
     """Whether jobs here use a daemon that has this user's environments, or none."""
+    if (service := _service(named)) is not None:
+        return service.is_administered  # the machine's has root's
     try:
         address = find_socket(named)
         told = fetch_status(address, timeout=_SOON).config is not None
@@ -117,27 +130,47 @@ def _places(named: Path | None) -> Iterator[Finding]:
         yield from places.check_address(places.look_at_address(path), login)
     yield from places.check_trust(places.look_at_folder(SYSTEM_STATE, follow=True))
     yield from places.check_trust(places.look_at_folder(own_state(), follow=True))
-    for name, path, mend in (
-        ("state", own_state(), "export ROOTSTOCKD_STATE=FOLDER"),
-        ("cache", platformdirs.user_cache_path("rootstockd"), "export XDG_CACHE_HOME=FOLDER"),
-        ("log", default_log_file(address).parent, "rootstockd start --log-file FILE"),
-    ):
+    service = _service(named)
+    kept = [("state", own_state(), "export ROOTSTOCKD_STATE=FOLDER")]
+    if service is None or service.unit.user:
+        kept.append(("cache", platformdirs.user_cache_path("rootstockd"), "export XDG_CACHE_HOME=FOLDER"))
+    elif service.is_administered:
+        kept.append(("cache", SERVICE_CACHE, f"systemctl edit {service.unit.service}"))
+    if service is None:
+        kept.append(("log", default_log_file(address).parent, "rootstockd start --log-file FILE"))
+    for name, path, mend in kept:
         yield from places.check_storage(name, places.look_at_folder(path, follow=True), mend, needed=name == "log")
+    if service is not None:
+        yield ok("log", f"in the journal: {shlex.join(service.unit.journal())}")
 
 
-def _settings() -> Iterator[Finding]:
-    yield from settings.check_settings(files_to_read(), os.environ, default_socket())
-    yield from settings.check_catalogue()
+def _settings(named: Path | None) -> Iterator[Finding]:
+    service = _service(named)
+    instance = service.instance if service is not None and service.is_administered else None
+    of_catalogue = list(settings.check_catalogue())
+    told = {finding.what for finding in of_catalogue}
+    looked = examined(None, instance)
+    # what is at sockets' places is told with these
+    problems = [text for text in looked.problems if text not in told and not text.startswith("socket: ")]
+    doubts = [text for text in looked.doubts if text not in told]
+    check = "rootstockd config check" + (f" --instance {instance}" if instance else "")
+    yield from settings.check_settings(looked.files, problems, doubts, check)
+    yield from (note("settings", text) for text in looked.closed())
+    yield from of_catalogue
 
 
 def _daemon(named: Path | None, timeout: float) -> Iterator[Finding]:
     address, left, answering = default_socket(), False, None
+    failing = ""
+    if (service := _service(named)) is not None and (failing := service.failing()):
+        yield problem("daemon", failing, "Jobs wait for it in vain.", shlex.join(service.unit.journal()))
     try:
         address = find_socket(named)
         left = places.look_at_address(address).state == "stale"
         status = fetch_status(address, timeout=timeout * 0.8)
     except RootstockError as error:
-        yield from running.check_absence(error, left=left)
+        if not failing:
+            yield from running.check_absence(error, left=left)
         if not isinstance(error, DaemonNotFoundError):
             return
     else:

@@ -31,6 +31,7 @@ from rootstockd.cli.common import (
 )
 from rootstockd.cli.options import files_to_read
 from rootstockd.cli.quantities import count, duration, plural, size, span
+from rootstockd.cli.service import service_at
 from rootstockd.cli.systemd_units import unit_at
 from rootstockd.control.schema import LONG, DaemonStatus, ModelStatus, at_a_batch
 from rootstockd.monitoring.rows import dtypes, session_dtype, settings_in_words, told_apart
@@ -54,14 +55,23 @@ _GAP = 2
 @click.option("--json", "as_json", is_flag=True, help="For programs; the schema has a version.")
 def status(socket: Path | None, as_json: bool) -> None:
     """Show what the daemon is doing."""
+    address = socket_in_use(socket)
     try:
-        daemon = fetch_status(socket_in_use(socket))
+        daemon = fetch_status(address)
     except RootstockError as error:
-        raise Refused(error) from error
+        raise Refused(_failing(address) or error) from error
     if as_json:
         click.echo(daemon.model_dump_json(indent=2))
     else:
         show(daemon)
+    if daemon.state == "starting" and (failing := _failing(address)):
+        raise Refused(failing)
+
+
+def _failing(address: Path) -> str:
+    """That systemd starts the daemon at an address again and again; empty where it does not."""
+    service = service_at(address)
+    return "" if service is None else service.failing()
 
 
 def show(daemon: DaemonStatus) -> None:

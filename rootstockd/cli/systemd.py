@@ -18,6 +18,7 @@ import rootstockd
 from rootstock_client.runtime_dir import SYSTEM_DIR
 from rootstockd.cli.common import Refused, console, default_socket
 from rootstockd.cli.options import devices_of
+from rootstockd.cli.service import may
 from rootstockd.host.devices import find_gpus, visible_gpus
 from rootstockd.settings.config_file import FILE_NAME
 from rootstockd.settings.state_dir import SYSTEM_STATE
@@ -28,6 +29,8 @@ SYSTEM_CACHE = Path("/var/cache/rootstockd")
 """CacheDirectory= of the units."""
 _HIDDEN = tuple(map(Path, ("/home", "/root", "/run/user", "/tmp", "/var/tmp")))  # noqa: S108 - they are looked at
 """What ProtectHome= and PrivateTmp= keep from a service."""
+_USER = "rootstockd"
+"""Whom the machine's daemons run as."""
 _DROP_INS = "rootstockd*@*.d/rootstockd-{}.conf"
 _HEAD = "# Made by `rootstockd systemd install`, and again by the next one.\n"
 
@@ -115,6 +118,7 @@ def install(user: bool, instances: tuple[str, ...], dry_run: bool) -> None:
             f"{address} is that of a daemon started by hand: `rootstockd stop` it first, or systemd takes its address.",
             style="yellow",
         )
+    check_usable(place)
     tell_next(place, names, settings)
 
 
@@ -315,6 +319,21 @@ def check_place(place: Place) -> None:
                 f"{part} belongs to uid {owner}, who could change what the machine's daemons run. Install rootstockd "
                 "as root, with a Python of root's (/usr/bin/python3 -m venv /opt/rootstockd), or say --user."
             )
+
+
+def check_usable(place: Place) -> None:
+    """Whether the machine's service's user may run what it is to run, but for parts that a drop-in shows to it alone.
+
+    Raises:
+        Refused: it may not.
+    """
+    for part in () if place.user else parts():
+        for folder in () if part in hidden() else (*reversed(part.parents), part):
+            if not may(_USER, "-x", folder):
+                raise Refused(
+                    f"the user {_USER}, whom the service runs as, may not enter {folder}, where this installation is: "
+                    f"chmod 755 {folder}"
+                )
 
 
 def run(command: list[str]) -> None:

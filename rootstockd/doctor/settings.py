@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+import os
+from collections.abc import Iterator
 
 from rootstockd.doctor.findings import Finding, ok, problem, warning
 from rootstockd.models.catalogue import Catalogue, CatalogueError
 from rootstockd.settings.config import SettingsFile
-from rootstockd.settings.config_file import ConfigError
-from rootstockd.settings.config_layers import make_config, unknown_variables
+from rootstockd.settings.config_layers import unknown_variables
 
 
-def check_settings(files: tuple[SettingsFile, ...], variables: Mapping[str, str], socket: Path) -> Iterator[Finding]:
+def check_settings(
+    files: tuple[SettingsFile, ...], problems: list[str], doubts: list[str], command: str
+) -> Iterator[Finding]:
     """Whether a daemon could start with the settings that it would find.
 
     Args:
-        files: where it would look for them.
-        variables: the environment.
-        socket: an address where they name none.
+        files: where it looks for them.
+        problems: what would keep it from starting.
+        doubts: what it would warn of.
+        command: what says the same again.
     """
-    for text in unknown_variables(variables):
+    for text in unknown_variables(os.environ):
         yield warning("settings", text, "The setting that it was meant for is unchanged.", "rootstockd config show")
-    try:
-        make_config(files, variables, {}, {"socket": socket, "devices": ("cpu",)})
-    except ConfigError as error:
-        for line in str(error).splitlines():
-            yield problem("settings", line, "No daemon starts with it, or reloads it.", "rootstockd config check")
-    else:
-        yield from (ok("settings", str(file.path)) for file in files if file.path.exists())
+    for text in doubts:
+        yield warning("settings", text, "A daemon starts without it.", command)
+    for text in problems:
+        yield problem("settings", text, "No daemon starts with it, or reloads it.", command)
+    if not problems:
+        yield from (ok("settings", str(file.path)) for file in files if os.access(file.path, os.R_OK))
 
 
 def check_catalogue() -> Iterator[Finding]:

@@ -6,6 +6,7 @@ import difflib
 import os
 import stat
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from pydantic import ValidationError
@@ -15,6 +16,7 @@ from rootstockd.settings.config import Device, Settings, SettingsFile
 from rootstockd.settings.state_dir import StateError, check_links, check_trusted
 from rootstockd.settings.toml_file import read_toml
 from rootstockd.settings.validation import in_words
+from rootstockd.users import group_name, user_name
 
 FILE_NAME = "config.toml"
 """What the settings of a site and of a user are called in their folders."""
@@ -89,7 +91,7 @@ def read_config_file(file: SettingsFile) -> dict[str, Any]:
     except PermissionError as error:
         if file.others:
             return {}
-        raise ConfigError(f"configuration {file.path}: {error.strerror}.") from error
+        raise ConfigError(not_readable(file.path, user_name(os.geteuid()), group_name(os.getegid()))) from error
     except (OSError, ValueError, StateError) as error:
         raise ConfigError(f"configuration {file.path}: {error}") from error
     for name in given.keys() & {"socket", "log_file"}:
@@ -101,6 +103,11 @@ def read_config_file(file: SettingsFile) -> dict[str, Any]:
     if problems:
         raise ConfigError("\n".join(f"configuration {file.path}: {text}" for text in problems), right)
     return right
+
+
+def not_readable(path: Path, user: str, group: str) -> str:
+    """What is said of a file that the daemon's user, who has this group, may not read."""
+    return f"configuration {path}: {user} may not read it: chgrp {group} {path}; chmod 640 {path}"
 
 
 def _placed(path: Any, file: SettingsFile) -> Any:

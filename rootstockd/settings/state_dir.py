@@ -17,7 +17,7 @@ from pathlib import Path
 
 import platformdirs
 
-from rootstockd.users import user_name
+from rootstockd.users import group_name, user_name
 
 VARIABLE = "ROOTSTOCKD_STATE"
 """An environment variable: the one state directory to use, for reading and writing, such as a cluster's shared one."""
@@ -91,7 +91,7 @@ def check_trusted(path: Path) -> None:
         raise StateError(f"all users may write to {path}, so what is in it is not to be trusted: chmod o-w {path}")
     if mode & stat.S_IWGRP and not _is_owners_alone(path, uid, status.st_gid):
         raise StateError(
-            f"the group {_group(status.st_gid)} may write to {path}, so what is in it is not to be trusted: "
+            f"the group {group_name(status.st_gid)} may write to {path}, so what is in it is not to be trusted: "
             f"chmod g-w {path}"
         )
 
@@ -144,10 +144,3 @@ def _is_owners_alone(path: Path, uid: int, gid: int) -> bool:
 def _others_of(gid: int, _now: int) -> set[int]:
     """Whose primary group it is. A directory service may take seconds to say, and sessions would be asking."""
     return {user.pw_uid for user in pwd.getpwall() if user.pw_gid == gid}
-
-
-def _group(gid: int) -> str:
-    try:
-        return grp.getgrgid(gid).gr_name
-    except KeyError:
-        return str(gid)
