@@ -388,8 +388,8 @@ def test_what_its_user_may_not(machine: Machine, mended: None) -> None:
     machine.write(SETTINGS, 'metrics = "127.0.0.1:9746"\n')
     done = machine.rootstockd("config", "check")
     assert (done.returncode, f"{SERVICE} may open no port" in done.stderr) == (1, True), done.stderr
-    drop_in = f"/etc/systemd/system/{SERVICE}.d/metrics.conf"
-    machine.write(drop_in, "[Service]\nRestrictAddressFamilies=AF_INET\nIPAddressAllow=localhost\n")
+    drop_in = f"/etc/systemd/system/{SERVICE}.d"
+    machine.write(f"{drop_in}/metrics.conf", "[Service]\nRestrictAddressFamilies=AF_INET\nIPAddressAllow=localhost\n")
     machine.do("systemctl", "daemon-reload")
     assert machine.rootstockd("config", "check").returncode == 0
     machine.do("systemctl", "restart", SERVICE)
