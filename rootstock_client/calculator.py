@@ -17,7 +17,7 @@ from ase.calculators.calculator import Calculator, CalculatorSetupError, Propert
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from rootstock_client.connection import Connection
-from rootstock_client.errors import ProtocolError, UnsupportedError, model_changed
+from rootstock_client.errors import ProtocolError, UnsupportedError, model_changed, used_in_step
 from rootstock_client.ipi import PROTOCOL_VERSION, FloatArray, ForceReady
 from rootstock_client.parameters import ON_REQUEST, PARAMETERS, SENT
 from rootstock_client.patience import patience_in_seconds
@@ -117,6 +117,8 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         self._connection = connection
         self._pid = os.getpid()
         self._lock = threading.RLock()
+        self._in_step = False
+        """Whoever has the lock all the same runs inside the step, in its thread."""
         self._box: Box | None = None
         self._asked: set[str] = set()
         self._asked_before: set[str] = set()
@@ -169,6 +171,7 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         Raises:
             PropertyNotImplementedError: the model does not have it, or the system has no stress.
             ModelChangedError: the catalogue has another potential under this model's name by now.
+            InStepError: it would take an evaluation inside another one, or the session was closed inside it.
             RootstockError: the evaluation failed; the message says why.
         """
         if name not in self.implemented_properties:
@@ -176,17 +179,32 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         self._leave_to_parent()
         with self._lock:
             snapshot = self._seen if atoms is None else Snapshot(atoms)
-            if snapshot is not None and (self._seen is None or snapshot.changes(self._seen)):
-                self._seen, self.results = None, {}
-                self._asked_before, self._asked = self._asked, set()
-            if name not in self.results:
-                if not allow_calculation:
-                    return None
-                self._calculate(snapshot, frozenset({name}), self.results)
-            if allow_calculation:  # else it is taken if it is there, as by what writes trajectories
-                self._asked.add(name)
-            result = self.results[name]
+            if self._in_step:
+                result = self._look(name, snapshot)
+                if result is None and allow_calculation:
+                    raise used_in_step()
+            else:
+                try:
+                    self._in_step = True
+                    if snapshot is not None and (self._seen is None or snapshot.changes(self._seen)):
+                        self._seen, self.results = None, {}
+                        self._asked_before, self._asked = self._asked, set()
+                    if name not in self.results:
+                        if not allow_calculation:
+                            return None
+                        self._calculate(snapshot, frozenset({name}), self.results)
+                    if allow_calculation:  # else it is taken if it is there, as by what writes trajectories
+                        self._asked.add(name)
+                    result = self.results[name]
+                finally:
+                    self._in_step = False
             return result.copy() if isinstance(result, np.ndarray) else result
+
+    def _look(self, name: str, snapshot: Snapshot | None) -> Any:
+        """A property if it is there, else None. Nothing is touched: a step goes on after this."""
+        if snapshot is None or self._seen is None or snapshot.changes(self._seen):
+            return None
+        return self.results.get(name)
 
     def get_spin_polarized(self) -> bool:
         """Potentials have no spin density. (Without this, ASE gives each instance a method of its own: a cycle.)"""
@@ -202,7 +220,13 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         del system_changes
         self._leave_to_parent()
         with self._lock:
-            self._calculate(self._seen if atoms is None else Snapshot(atoms), frozenset(properties or ()), {})
+            if self._in_step:
+                raise used_in_step()
+            try:
+                self._in_step = True
+                self._calculate(self._seen if atoms is None else Snapshot(atoms), frozenset(properties or ()), {})
+            finally:
+                self._in_step = False
 
     def _leave_to_parent(self) -> None:
         """After a fork the session is the parent's, and locks may be held for ever by threads that are not there."""
@@ -337,7 +361,7 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         self._begin(other._connection)
 
     def close(self) -> None:
-        """Close the session. The next evaluation opens a new one."""
+        """Close the session. The next evaluation opens a new one; the one that this is called inside of fails."""
         self._leave_to_parent()
         self._connection.close()
 
@@ -350,7 +374,8 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        hidden = ("_connection", "_pid", "_lock", "_box", "_asked", "_asked_before", "_system", "_init", "_extras")
+        session = ("_connection", "_pid", "_lock", "_in_step", "_box")
+        hidden = (*session, "_asked", "_asked_before", "_system", "_init", "_extras")
         state = {key: value for key, value in self.__dict__.items() if key not in hidden}
         # another thread may be at work
         seen, results = self._seen, self.results

@@ -17,9 +17,11 @@ from rootstock_client.errors import (
     DaemonFullError,
     DaemonNotFoundError,
     DrainingError,
+    InStepError,
     InvalidStructureError,
     RootstockError,
     UserLimitError,
+    used_in_step,
 )
 from rootstock_client.loading import say_why
 from rootstock_client.patience import Outage, patience_with
@@ -50,7 +52,8 @@ class Connection:
     went wrong is never read again. Once a daemon has answered this process, one that has gone or is stopping is waited
     for; once it has answered this connection, also one that has no place when it has just come back.
 
-    Threads may share it: one exchange at a time.
+    Threads may share it: one exchange at a time. What runs inside a step, in its own thread (a signal's handler, a
+    finalizer), can't wait for it: it may close the session, and no more.
 
     Args:
         path: the daemon's session socket.
@@ -60,7 +63,11 @@ class Connection:
 
     def __init__(self, path: Path, patience: float = 0.0, *, met: bool = False) -> None:
         self.path, self.patience, self.met = path, patience, met
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._in_step = False
+        """Whoever has the lock all the same runs inside the step, in its thread."""
+        self._closed = False
+        """By somebody who does, since the step began."""
         self._sock: socket.socket | None = None
         self._pid = 0
         self._init = b""
@@ -80,23 +87,32 @@ class Connection:
             DaemonNotFoundError, ConnectionLostError, DrainingError, DaemonFullError, UserLimitError: there is no
                 daemon, or no place, and patience is at its end; a process that has met no daemon at this address has
                 none unless somebody answers, and a new session has none for a place.
+            InStepError: it was asked for inside another step, or the session was closed inside this one.
             RootstockError: what the daemon says is wrong.
         """
         with self._lock:
-            self._target.forces = forces
-            if self._pid != os.getpid():  # after a fork the connection is the parent's
-                self._close()
-            if self._sock is not None:
-                try:
-                    return self._exchange(self._sock, init, head, positions)
-                except (ConnectionLostError, DrainingError):
+            if self._in_step:
+                raise used_in_step()
+            try:
+                self._in_step, self._closed = True, False
+                self._target.forces = forces
+                if self._pid != os.getpid():  # after a fork the connection is the parent's
                     self._close()
-            return self._open_and_exchange(init, head, positions)
+                if self._sock is not None:
+                    try:
+                        return self._exchange(self._sock, init, head, positions)
+                    except (ConnectionLostError, DrainingError):
+                        self._close()
+                return self._open_and_exchange(init, head, positions)
+            finally:
+                self._in_step = False
 
     def _open_and_exchange(self, init: bytes, head: bytes, positions: ipi.FloatArray) -> ipi.ForceReady:
         outage, met = Outage(self.path), self.met
         connected = False
         while True:
+            if self._closed:  # what was left to do was to wait
+                raise self._lost()
             try:
                 self._side = DriverSide(self._target, limits=_AS_SENT)
                 self._pid = os.getpid()
@@ -127,6 +143,8 @@ class Connection:
             buffers.insert(0, frame := ipi.init_frame(init))
             size += len(frame)
         try:
+            if self._closed:  # before there was a socket to close
+                raise self._lost()
             self._init = init
             self._side.expect(ipi.GETFORCE)
             try:
@@ -167,7 +185,14 @@ class Connection:
             if (message := side.next_message()) is not None:
                 return message
 
-    def _lost(self) -> ConnectionLostError:
+    def _lost(self) -> RootstockError:
+        if self._closed:
+            return InStepError(
+                f"the session with rootstockd at {self.path} was closed in the middle of a step, by a signal's handler "
+                "or a finalizer that ran inside it; the step has no result.",
+                "Repeat the step, which opens a session anew. A handler that ends the job raises SystemExit after "
+                "close().",
+            )
         return ConnectionLostError(
             f"rootstockd at {self.path} closed the connection in the middle of a step.",
             "`rootstockd logs` may say why; if it was stopped, start it again and repeat the step.",
@@ -179,8 +204,9 @@ class Connection:
             sock.close()
 
     def close(self) -> None:
-        """Close the session; the next step opens a new one."""
+        """Close the session; the next step opens a new one. One that this is called inside of ends with InStepError."""
         with self._lock:
+            self._closed = True
             self._close()
 
 

@@ -192,6 +192,22 @@ class DriverNotFoundError(RootstockError, ConnectionError):
     code = "driver-not-found"
 
 
+class InStepError(RootstockError, RuntimeError):
+    """A session that was used or closed inside one of its own steps, by a signal's handler or a finalizer."""
+
+    code = "in-step"
+
+
+def used_in_step() -> InStepError:
+    """What is said to who asks for an evaluation inside another, in the same thread, which can't go on meanwhile."""
+    return InStepError(
+        "an evaluation was asked for in the middle of another one of the same calculator or session, by a signal's "
+        "handler or a finalizer that ran inside it.",
+        "Have the handler note that it was called, and evaluate after the step; or let it evaluate with a calculator "
+        "made by copy.copy(calculator), which has a session of its own.",
+    )
+
+
 class NotAnsweringError(RootstockError, TimeoutError):
     """A daemon is there and does not answer."""
 

@@ -8,7 +8,9 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -28,8 +30,9 @@ from ase.optimize import BFGS
 
 from conftest import RunningDaemon, rootstockd, wait_for
 from rootstock_client import RootstockClient
+from rootstock_client.calculator import RootstockCalculator
 from rootstock_client.connection import Connection
-from rootstock_client.errors import LimitError
+from rootstock_client.errors import InStepError, LimitError
 from rootstock_client.snapshot import LARGE, Box, Snapshot
 from rootstock_client.units import BOHR
 
@@ -525,6 +528,117 @@ def test_an_interrupted_step_does_not_leave_its_answer_to_the_next(daemon: Runni
         atoms.get_forces()
     atoms.rattle(0.1, seed=5)
     same(atoms)
+
+
+INSIDE_A_STEP = """
+import copy, gc, os, signal, sys, threading
+import numpy as np
+from ase.build import bulk
+from ase.calculators.emt import EMT
+from rootstock_client import RootstockClient
+from rootstock_client.errors import InStepError
+
+client = RootstockClient(sys.argv[1])
+atoms = bulk("Cu", cubic=True)
+calculator = atoms.calc = client.calculator("emt")
+sharing = client.calculator("emt")
+sharing.share_session(calculator)
+atoms.get_stress()
+worker = next(model["pid"] for model in client.status()["models"] if model["name"] == "emt")
+other = atoms.copy()
+other.rattle(0.2, seed=3)
+called = []
+
+def inside(*_):
+    called.append(True)
+    try:
+        print(eval(sys.argv[2]))
+    except InStepError as error:
+        print("refused:", error.message)
+    finally:
+        os.kill(worker, signal.SIGCONT)
+
+def by_a_copy(structure):
+    os.kill(worker, signal.SIGCONT)
+    structure.calc = copy.copy(calculator)
+    check(structure)
+
+class Finalized:
+    def __del__(self):
+        inside()
+
+def check(structure):
+    reference = structure.copy()
+    reference.calc = EMT()
+    np.testing.assert_allclose(structure.get_forces(), reference.get_forces(), atol=1e-9)
+
+if sys.argv[3] == "signal":
+    signal.signal(signal.SIGUSR1, inside)
+else:
+    def collect(*_):
+        cycle = Finalized()
+        cycle.itself = cycle
+        del cycle
+        gc.collect()
+    signal.signal(signal.SIGUSR1, collect)
+atoms.rattle(0.1, seed=1)
+os.kill(worker, signal.SIGSTOP)
+threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+try:
+    check(atoms)
+    assert "stress" in calculator.results, "what was asked for at the last step is not forgotten"
+    print("went on")
+except InStepError as error:
+    print("lost:", error.message)
+assert called
+for seed in (2, 3):
+    check(atoms)
+    atoms.rattle(0.1, seed=seed)
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "what", "said"),
+    [
+        ("signal", "atoms.get_potential_energy()", "refused: .*\nwent on\n"),
+        ("signal", "calculator.calculate(other)", "refused: .*\nwent on\n"),
+        ("signal", "sharing.get_property('energy', other)", "refused: .*\nwent on\n"),
+        ("finalizer", "calculator.get_property('energy', other)", "refused: .*\nwent on\n"),
+        ("signal", "calculator.get_property('energy', other, allow_calculation=False)", "None\nwent on\n"),
+        ("signal", "by_a_copy(other)", "None\nwent on\n"),
+        ("signal", "calculator.close()", "None\nlost: .* was closed in the middle of a step.*\n"),
+        ("finalizer", "client.close()", "None\nlost: .* was closed in the middle of a step.*\n"),
+    ],
+)
+def test_what_runs_inside_a_step(daemon: RunningDaemon, how: str, what: str, said: str) -> None:
+    """A signal's handler, or a finalizer: it can't wait for the step, which can't go on meanwhile."""
+    command = [sys.executable, "-c", INSIDE_A_STEP, str(daemon.socket), what, how]
+    try:
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    finally:
+        os.kill(daemon.model("emt")["pid"], signal.SIGCONT)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(said, done.stdout), done.stdout
+
+
+def test_a_step_sends_its_own_system_whatever_runs_inside_it(
+    daemon: RunningDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A handler may come while the system is being described, too."""
+    atoms, other = copper(), bulk("Ag", cubic=True)
+    calculator = atoms.calc = daemon.client().calculator("emt")
+    chosen, refused = RootstockCalculator._chosen, []
+
+    def inside(settings: dict[str, Any]) -> Any:
+        monkeypatch.undo()
+        with pytest.raises(InStepError, match="in the middle of another"):
+            calculator.get_property("energy", other)
+        refused.append(True)
+        return chosen(settings)
+
+    monkeypatch.setattr(RootstockCalculator, "_chosen", staticmethod(inside))
+    same(atoms)
+    assert refused
 
 
 def test_relaxation_with_variable_cell_takes_one_evaluation_a_step(daemon: RunningDaemon, tmp_path: Path) -> None:

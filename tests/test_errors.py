@@ -49,6 +49,7 @@ def test_an_error_can_be_pickled(kind):
         (errors.UnknownModelError, KeyError),
         (errors.InvalidStructureError, ValueError),
         (errors.UnsupportedError, NotImplementedError),
+        (errors.InStepError, RuntimeError),
     ],
 )
 def test_who_knows_only_pythons_own_errors_can_catch_them(kind, builtin):
