@@ -51,7 +51,7 @@ def connect(path: Path, timeout: float | None = None) -> socket.socket:
         ) from error
     try:
         sock.settimeout(timeout)
-        sock.connect(os.fspath(path))
+        _connect(sock, path)
     except PermissionError as error:
         sock.close()
         raise AccessDeniedError(
@@ -76,6 +76,19 @@ def connect(path: Path, timeout: float | None = None) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+def _connect(sock: socket.socket, path: Path) -> None:
+    """Connect until it is so: Python says it as well where a signal has interrupted the wait for a full queue."""
+    while True:
+        sock.connect(os.fspath(path))
+        try:
+            sock.getpeername()
+        except OSError as error:
+            if error.errno != errno.ENOTCONN:
+                raise
+        else:
+            return
 
 
 def receive(sock: socket.socket, size: int) -> bytes:

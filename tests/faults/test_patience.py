@@ -30,6 +30,7 @@ from rootstock_client.errors import (
     UserLimitError,
 )
 from rootstock_client.patience import Outage, patience_in_seconds
+from rootstock_client.sockets import connect
 
 
 def copper() -> Atoms:
@@ -98,6 +99,33 @@ def test_a_limit_of_the_jobs_own_ends_the_step(own_daemon: RunningDaemon, monkey
     atoms = copper()
     atoms.calc = own_daemon.client().calculator("emt")
     np.testing.assert_array_equal(atoms.get_forces(), before)
+
+
+def test_signals_while_no_connections_are_accepted(runtime_folder: Path) -> None:
+    """Python takes a connect that was interrupted for one that was made."""
+    path = runtime_folder / "full.sock"
+    with socket.socket(socket.AF_UNIX) as door, socket.socket(socket.AF_UNIX) as first:
+        door.bind(str(path))
+        door.listen(0)
+        first.connect(str(path))  # the queue is full
+        handler = signal.signal(signal.SIGALRM, lambda *_: None)
+        accepted: list[socket.socket] = []
+        accepting = threading.Timer(0.5, lambda: accepted.append(door.accept()[0]))
+        accepting.start()
+        signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
+        try:
+            with connect(path) as sock:
+                accepting.join()
+                assert sock.getpeername() == str(path)
+                sock.sendall(b"there")
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, handler)
+        accepted.append(door.accept()[0])
+        assert accepted[1].recv(5) == b"there"
+        for end in accepted:
+            end.close()
+    path.unlink()
 
 
 def test_a_first_connection_to_nothing_fails_at_once(runtime_folder: Path) -> None:
