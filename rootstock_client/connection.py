@@ -23,12 +23,12 @@ from rootstock_client.errors import (
     UserLimitError,
     used_in_step,
 )
-from rootstock_client.loading import say_why
+from rootstock_client.loading import LONG, Silence
 from rootstock_client.patience import Outage, patience_with
 from rootstock_client.runtime_dir import MET
 from rootstock_client.sockets import connect
 
-SILENCE = struct.pack("ll", 5, 0)
+SILENCE = struct.pack("ll", LONG, 0)
 """Seconds and microseconds without a word from the daemon after which a job asks why; the kernel counts them."""
 _AS_SENT = ipi.Limits(atoms=2**31 - 1)
 """How many atoms are right is for the daemon to say, and for _Target: just as many as were sent."""
@@ -166,7 +166,7 @@ class Connection:
         return answer
 
     def _receive(self, sock: socket.socket) -> ipi.EngineMessage:
-        side, silences = self._side, 0
+        side, silence = self._side, None
         while True:
             try:
                 size = sock.recv_into(side.get_buffer())
@@ -175,14 +175,15 @@ class Connection:
                     raise
                 if not isinstance(error, BlockingIOError):
                     raise self._lost() from error
-                silences += 1  # SILENCE has gone by
-                if silences & (silences - 1) == 0:  # more and more rarely, as there may be a thousand who ask
-                    say_why(self.path, self._init)
+                silence = silence or Silence(self.path, self._init)  # SILENCE has gone by
+                silence.lasts()
                 continue
             if size == 0:
                 raise self._lost()
             side.received(size)
             if (message := side.next_message()) is not None:
+                if silence is not None:
+                    silence.over()
                 return message
 
     def _lost(self) -> RootstockError:

@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -21,7 +22,7 @@ from ase.build import bulk
 from ase.calculators.emt import EMT
 
 from conftest import RunningDaemon, wait_for
-from rootstock_client import RootstockClient, ipi, patience
+from rootstock_client import RootstockClient, connection, ipi, loading, patience
 from rootstock_client.errors import (
     ConnectionLostError,
     DaemonFullError,
@@ -126,6 +127,26 @@ def test_signals_while_no_connections_are_accepted(runtime_folder: Path) -> None
         for end in accepted:
             end.close()
     path.unlink()
+
+
+def test_a_daemon_that_hangs(
+    own_daemon: RunningDaemon, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job says once that it gets no answer, and that it goes on."""
+    monkeypatch.setattr(connection, "SILENCE", struct.pack("ll", 0, 200_000))
+    monkeypatch.setattr(loading, "TIMEOUT", 0.2)
+    atoms = copper()
+    atoms.calc = own_daemon.client().calculator("emt")
+    atoms.get_forces()
+    os.kill(pid := own_daemon.pid, signal.SIGSTOP)
+    going_on = threading.Timer(2.0, os.kill, (pid, signal.SIGCONT))
+    going_on.start()
+    atoms.rattle(0.05, seed=2)
+    with caplog.at_level(logging.WARNING, "rootstock_client"):
+        atoms.get_forces()
+    silent, again = (record.message for record in caplog.records)
+    assert "has not answered for" in silent and "`rootstockd status`" in silent and "waits" in silent
+    assert "answers again; this job waited" in again
 
 
 def test_a_first_connection_to_nothing_fails_at_once(runtime_folder: Path) -> None:
