@@ -87,12 +87,15 @@ def work() -> None:
     status = 1
     try:
         enter_environment()
+        from rootstockd.worker.compiled import remove_broken
+
         # only now: numpy is a package, and starts threads when it is imported
         from rootstockd.worker.engines import ModelSpec
         from rootstockd.worker.loop import main, send
 
         if missing is not None:
             send(channel, b"C", {"missing": missing})
+            remove_broken(Path(os.environ["NUMBA_CACHE_DIR"]))  # its model's own, as whatever a confined worker writes
         status = main(channel, ModelSpec(**json.loads(spec)))
     except BaseException:  # whatever it is, the process must end, and threads that an engine left must not keep it
         with contextlib.suppress(Exception):

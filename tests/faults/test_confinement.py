@@ -621,6 +621,34 @@ def test_what_was_compiled_is_there_for_the_models_next_worker_alone(probed: Run
     assert {stat.S_IMODE(folder.stat().st_mode) for folder in folders} == {0o700}
 
 
+@pytest.mark.parametrize("suffix", ["nbi", "nbc"])
+@pytest.mark.parametrize("left", ["nothing", "zeros", "a half", "garbage", "garbage within"])
+def test_what_a_power_loss_leaves_of_compiled_code_is_compiled_anew(
+    probed: RunningDaemon, left: str, suffix: str
+) -> None:
+    pytest.importorskip("numba")
+    evaluate(probed, "compiled")
+    pid = probed.model("compiled")["pid"]
+    cache = Path(environment(pid)["NUMBA_CACHE_DIR"])
+    (file,) = cache.glob(f"*/*.{suffix}")
+    whole = file.read_bytes()
+    garbage = bytes(range(255, 200, -1))
+    file.write_bytes(
+        {
+            "nothing": b"",
+            "zeros": bytes(len(whole)),
+            "a half": whole[: len(whole) // 2],
+            "garbage": (garbage * len(whole))[: len(whole)],
+            "garbage within": whole[:20] + garbage + whole[20 + len(garbage) :],
+        }[left]
+    )
+    os.kill(pid, signal.SIGKILL)
+    assert evaluate(probed, "compiled") == 0
+    assert f"{cache} had 1 broken files, which were removed" in probed.log.read_text()
+    os.kill(probed.model("compiled")["pid"], signal.SIGKILL)
+    assert evaluate(probed, "compiled") == 1, "once"
+
+
 def test_a_cache_that_others_may_write_to_is_not_used(
     start_daemon: Callable[..., RunningDaemon], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

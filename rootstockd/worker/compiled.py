@@ -1,0 +1,41 @@
+"""What numba has kept in a model's cache: whether it can still be read.
+
+Numba takes a file that can't be for an error of whatever it was compiled for, at each start. Such are left by a power
+loss: names are on the disk then, and what was written is not.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import pickletools
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+_PICKLES = {".nbi": 2, ".nbc": 1}
+"""Files of numba's by their suffixes, and how many pickles one of them has: an index begins with a version."""
+
+
+def remove_broken(folder: Path) -> None:
+    """Remove what is none of numba's files any more, so that it is compiled anew.
+
+    Args:
+        folder: the cache; there may be none yet.
+    """
+    broken = [file for file in folder.glob("*/*") if file.suffix in _PICKLES and not _is_whole(file)]
+    for file in broken:
+        file.unlink(missing_ok=True)
+    if broken:
+        log.warning("%s had %d broken files, which were removed: they are compiled anew", folder, len(broken))
+
+
+def _is_whole(file: Path) -> bool:
+    try:
+        content = io.BytesIO(file.read_bytes())
+        for _ in range(_PICKLES[file.suffix]):
+            for _ in pickletools.genops(content):
+                pass
+    except Exception:  # garbage has it fail in any way
+        return False
+    return True
