@@ -6,9 +6,12 @@ import copy
 import multiprocessing
 import os
 import pickle
+import py_compile
 import shutil
+import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,10 +22,11 @@ from ase.build import bulk
 from pydantic import ValidationError
 from test_ipi import Springs
 
-from conftest import RunningDaemon, rootstockd
+from conftest import RunningDaemon, rootstockd, wait_for
+from plain_driver import PlainDriver
 from rootstock_client.calculator import RootstockCalculator
 from rootstock_client.control import request
-from rootstock_client.errors import ModelChangedError
+from rootstock_client.errors import ModelChangedError, ModelLoadError
 from rootstockd.environments.finding import Environment
 from rootstockd.models import store
 from rootstockd.models.availability import located
@@ -163,6 +167,15 @@ def test_a_module_of_ones_own_is_told_by_what_is_in_it(tmp_path: Path, monkeypat
         assert first != fingerprint(name, file, "a = 0.7\n")
         assert first == fingerprint(name, file, "a = 0.5\n")
         (tmp_path / file).with_name(".#being_edited.py").unlink()
+    library, moved = (f"folder/{name}.cpython-311-x86_64-linux-gnu.so" for name in ("loops", "inner/loops"))
+    first = fingerprint("folder", library, "made of C")
+    assert first != fingerprint("folder", library, "made of it anew"), "what is compiled counts as well"
+    assert first == fingerprint("folder", library, "made of C")
+    assert (
+        first == fingerprint("folder", "folder/data.json", "{}") == fingerprint("folder", "folder/__pycache__/a.py", "")
+    )
+    (tmp_path / library).unlink()
+    assert first != fingerprint("folder", moved, "made of C"), "so does where it lies"
 
 
 def test_a_checksum_that_is_none() -> None:
@@ -342,6 +355,144 @@ def test_another_version_of_what_computes(site: Site) -> None:
     install(site.packages, "springs", "1.0")
     request(site.daemon.socket, "POST", "/v1/unload", {"model": "packaged"})
     atoms.get_potential_energy()
+
+
+LINES = """
+import ase.calculators.lj
+
+
+def made():
+    return ase.calculators.lj.LennardJones(epsilon={epsilon})
+"""
+
+
+def write(file: Path, text: str) -> None:
+    """A file of other content, at once."""
+    file.parent.mkdir(exist_ok=True)
+    file.with_suffix(".new").write_text(text)
+    file.with_suffix(".new").replace(file)
+
+
+def own(site: Site, name: str, first: str, **files: str) -> Atoms:
+    """A job with a model of one's own, a folder of modules."""
+    for file, text in {"__init__": first, **files}.items():
+        write(site.packages / name / f"{file}.py", text)
+    site.say(1.0, f'[{name}]\nfamily = "ase"\narguments = {{ calculator = "{name}:made" }}\n')
+    return calculated(site, name)
+
+
+def killed(site: Site, model: str) -> None:
+    os.kill(site.daemon.model(model)["pid"], signal.SIGKILL)
+
+
+GATED = """
+import os, time
+
+while not os.path.exists("{gate}"):
+    time.sleep(0.01)
+from .lines import made
+"""
+
+
+def test_a_module_that_is_changed_while_a_worker_imports_it(site: Site) -> None:
+    """A fingerprint is of what the worker has imported, not of what was there when it was started."""
+    gate, lines = site.packages / "gate", site.packages / "gated" / "lines.py"
+    gate.touch()
+    atoms = own(site, "gated", GATED.format(gate=gate), lines=LINES.format(epsilon=1.0))
+    energy = atoms.get_potential_energy()
+    with PlainDriver(site.daemon, atoms, model="gated") as driver:  # which knows no fingerprints
+        driver.init(b" ")
+        driver.positions()
+        assert driver.forces()[0] == pytest.approx(energy)
+        gate.unlink()
+        killed(site, "gated")
+        driver.positions()
+        wait_for(lambda: (site.daemon.model("gated")["loading"] or {}).get("stage") == "weights")
+        write(lines, LINES.format(epsilon=2.0))
+        gate.touch()
+        with pytest.raises((AssertionError, ConnectionError)):
+            driver.forces()
+    refused(atoms)
+    assert calculated(site, "gated").get_potential_energy() == pytest.approx(2 * energy)
+    assert "the worker of gated ended: what it computes with was changed while it loaded" in site.daemon.log.read_text()
+    assert site.daemon.model("gated")["restarts"] == 2
+
+
+def test_a_module_that_is_changed_without_end(site: Site) -> None:
+    own(site, "restless", LINES.format(epsilon=1.0))
+    over = threading.Event()
+
+    def change() -> None:
+        while not over.wait(0.02):
+            write(site.packages / "restless" / "note.py", f"# {time.time()}\n")
+
+    changing = threading.Thread(target=change)
+    changing.start()
+    try:
+        killed(site, "restless")
+        with pytest.raises(
+            ModelLoadError, match="5 workers .* what it computes with was changed .*, 5 times"
+        ) as caught:
+            calculated(site, "restless")
+    finally:
+        over.set()
+        changing.join()
+    assert caught.value.hint.startswith("Ask again when ")
+
+
+def test_byte_code_of_another_source_is_not_used(site: Site) -> None:
+    """It was made of one of the same size in the same second, and Python would take it for this one's."""
+    source = site.packages / "stale" / "lines.py"
+    atoms = own(site, "stale", "from .lines import made\n", lines=LINES.format(epsilon=1.0))
+    energy = atoms.get_potential_energy()
+    compiled = py_compile.compile(str(source), doraise=True)
+    when = source.stat().st_mtime_ns
+    write(source, LINES.format(epsilon=2.0))
+    os.utime(source, ns=(when, when))
+    killed(site, "stale")
+    refused(atoms)
+    assert calculated(site, "stale").get_potential_energy() == pytest.approx(2 * energy)
+    assert Path(compiled).exists()
+
+
+def test_byte_code_without_source_is_what_it_computes_with(site: Site) -> None:
+    source = site.packages / "sourceless" / "lines.py"
+
+    def compile_alone(epsilon: float) -> None:
+        write(source, LINES.format(epsilon=epsilon))
+        py_compile.compile(str(source), str(source.with_suffix(".pyc")), doraise=True)
+        source.unlink()
+
+    compile_alone(1.0)
+    atoms = own(site, "sourceless", "from .lines import made\n")
+    compile_alone(2.0)
+    killed(site, "sourceless")
+    refused(atoms)
+
+
+def test_what_numba_compiled_of_another_source_is_not_used(site: Site) -> None:
+    """Of a function that calls others it knows when its own file was changed, and not when theirs were."""
+    pytest.importorskip("numba")
+    calling = """
+import ase.calculators.lj, numba
+from .terms import term
+
+
+@numba.njit(cache=True)
+def sum_up(x):
+    return term(x)
+
+
+def made():
+    return ase.calculators.lj.LennardJones(epsilon=sum_up(1.0))
+"""
+    terms = "import numba\n\n\n@numba.njit\ndef term(x):\n    return {} * x\n"
+    atoms = own(site, "compiled", calling, terms=terms.format(1.0))
+    energy = atoms.get_potential_energy()
+    write(site.packages / "compiled" / "terms.py", terms.format(2.0))
+    killed(site, "compiled")
+    refused(atoms)
+    assert calculated(site, "compiled").get_potential_energy() == pytest.approx(2 * energy)
 
 
 def test_what_is_no_change(site: Site) -> None:

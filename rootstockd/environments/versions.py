@@ -7,21 +7,20 @@ import hashlib
 import os
 from collections.abc import Iterable
 from importlib import metadata
-from importlib.machinery import PathFinder
+from importlib.machinery import PathFinder, all_suffixes
 from pathlib import Path
 
 from rootstockd.environments.finding import Environment
+from rootstockd.worker.files import digest_of
 
 
-def versions_of_modules(environment: Environment, modules: Iterable[str]) -> dict[str, str]:
-    """Versions of the packages that top-level modules come from; of a module that lies in none, what its files are."""
-    versions: dict[str, str] = {}
-    for module in modules:
-        if providers := _providers(environment, module):
-            versions.update(_versions(providers))
-        elif digest := _digest_of_module(environment, module):
-            versions[module] = digest
-    return versions
+def versions_of_module(environment: Environment, module: str) -> dict[str, str]:
+    """Versions of the packages that a top-level module comes from; nothing where it lies in none."""
+    return _versions(_providers(environment, module))
+
+
+_SUFFIXES = tuple(all_suffixes())
+"""Of modules: of sources, of byte code that has none beside it, and of libraries, also for another Python than ours."""
 
 
 def versions_of_entry_point(environment: Environment, group: str, name: str) -> dict[str, str]:
@@ -40,19 +39,25 @@ def _versions(distributions: Iterable[metadata.Distribution]) -> dict[str, str]:
     return versions
 
 
-def _digest_of_module(environment: Environment, module: str) -> str:
-    """SHA-256 of a module's file, or of all modules in its folder; empty where it is not found."""
+def digest_of_module(environment: Environment, module: str) -> str:
+    """SHA-256 of a top-level module's file, or of all modules in its folder, compiled ones too; empty without one."""
     folders = [*environment.packages, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    PathFinder.invalidate_caches()  # a folder that was not there when it was looked for
     spec = PathFinder.find_spec(module, folders)
     if spec is None:
         return ""
-    files = [file for folder in spec.submodule_search_locations or () for file in sorted(Path(folder).rglob("*.py"))]
+    files = [
+        (Path(folder), file.relative_to(folder))
+        for folder in spec.submodule_search_locations or ()
+        for file in sorted(Path(folder).rglob("*"))
+        if file.name.endswith(_SUFFIXES) and file.parent.name != "__pycache__" and file.is_file()
+    ]
     if not files and spec.has_location and spec.origin:
-        files = [Path(spec.origin)]
+        files = [(Path(spec.origin).parent, Path(Path(spec.origin).name))]
     digest = hashlib.sha256()
-    for file in files:
-        with contextlib.suppress(OSError):  # a link to nowhere, as editors make them
-            digest.update(f"{file.name}\0".encode("utf-8", "replace") + file.read_bytes())
+    for folder, file in files:
+        with contextlib.suppress(OSError):  # one that is being replaced
+            digest.update(f"{file}\0{digest_of(folder / file)}\0".encode("utf-8", "replace"))
     return digest.hexdigest()
 
 

@@ -131,7 +131,7 @@ def _key(spec: ModelSpec, device: str) -> str:
     """All that may make a difference to what a model takes."""
     what = {**dataclasses.asdict(spec), "device": device}
     # where the file lies, whose content is known; and what takes little, of which there may be any number
-    for indifferent in ("weights", "confine", "dispersion", "fingerprint"):
+    for indifferent in ("weights", "confine", "dispersion", "fingerprint", "own_modules"):
         del what[indifferent]
     return json.dumps(what, sort_keys=True)
 

@@ -10,7 +10,7 @@ from typing import Any
 from ase.data import atomic_numbers
 
 from rootstockd.environments.finding import Environment
-from rootstockd.environments.versions import versions_of_entry_point, versions_of_modules
+from rootstockd.environments.versions import digest_of_module, versions_of_entry_point, versions_of_module
 from rootstockd.models.catalogue import Entry
 from rootstockd.worker.engines import ModelSpec
 from rootstockd.worker.engines.ipi.recipe import NOT_OF_NUMBERS
@@ -52,23 +52,30 @@ def spec_of(
 
 
 def in_environment(spec: ModelSpec, environment: Environment) -> ModelSpec:
-    """What a worker is to load there: the fingerprint is also of the versions of the packages that compute."""
-    versions = _computing(spec, environment)
-    return dataclasses.replace(spec, fingerprint=_digest([spec.fingerprint, versions])) if versions else spec
-
-
-def _computing(spec: ModelSpec, environment: Environment) -> dict[str, str]:
-    """Versions of the packages that say what a model computes.
+    """What a worker is to load there: the fingerprint is also of the versions of the packages that compute.
 
     Those are the engine's or calculator's own, and D3's. What these are made of, such as torch, makes a difference of
-    rounding, as another device does.
+    rounding, as another device does. Modules that lie in no package count by what is in them.
     """
+    versions: dict[str, str] = {}
+    own: dict[str, str] = {}
     if spec.family not in FAMILIES:
         versions = versions_of_entry_point(environment, ENTRY_POINTS, spec.family)
-    else:
-        modules = {"mace": "mace", "ase": str(spec.arguments.get("calculator", "")).partition(":")[0].partition(".")[0]}
-        versions = versions_of_modules(environment, filter(None, [modules.get(spec.family)]))
-    return versions | (versions_of_modules(environment, ["dftd3"]) if spec.dispersion is not None else {})
+    for module in _computing(spec):
+        if of_packages := versions_of_module(environment, module):
+            versions |= of_packages
+        elif digest := digest_of_module(environment, module):
+            own[module] = digest
+    if not (versions or own):
+        return spec
+    return dataclasses.replace(spec, fingerprint=_digest([spec.fingerprint, versions | own]), own_modules=list(own))
+
+
+def _computing(spec: ModelSpec) -> list[str]:
+    """Top-level modules that say what a model computes."""
+    calculator = str(spec.arguments.get("calculator", "")).partition(":")[0].partition(".")[0]
+    modules = [{"mace": "mace", "ase": calculator}.get(spec.family, ""), "dftd3" if spec.dispersion is not None else ""]
+    return [module for module in modules if module]
 
 
 def _published(entry: Entry) -> str:

@@ -190,9 +190,11 @@ def _open_folders(folder: int) -> None:
 
 def _cache(spec: ModelSpec) -> str | None:
     """The model's cache, if there is a place for it."""
-    what = json.dumps([spec.family, spec.environment, spec.sha256 or spec.name, spec.arguments], sort_keys=True)
+    what = [spec.family, spec.environment, spec.sha256 or spec.name, spec.arguments]
+    if spec.own_modules:  # of which numba compares one alone with what it has compiled, and not what that calls
+        what.append(spec.fingerprint)
     caches = platformdirs.user_cache_path("rootstockd") / "compiled"
-    folder = caches / hashlib.sha256(what.encode()).hexdigest()[:16]
+    folder = caches / hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         for path in (caches, folder):

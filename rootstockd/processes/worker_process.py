@@ -87,6 +87,8 @@ class End:
     """The kernel may have sent it for want of memory."""
     unheard: bool = False
     """The daemon itself failed at what it said."""
+    changed: bool = False
+    """What it computes with was, while it loaded that."""
 
 
 ROUNDING = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")

@@ -47,6 +47,8 @@ class FailedStarts:
         blamed = [end for end in self._ends if end.blamed]
         if len(blamed) >= MAX_BLAMED or sum(end.hung for end in blamed) >= MAX_HUNG:
             hint = "`rootstockd logs` has what they printed."
+            if blamed[-1].changed:
+                hint = "Ask again when the package that computes, or the module, stays as it is."
         elif len(self._ends) - len(blamed) >= MAX_KILLED:
             blamed, hint = self._ends, "The model is tried again when somebody next asks for it."
             if any(end.signalled for end in self._ends):

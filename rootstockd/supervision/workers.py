@@ -69,7 +69,7 @@ class Workers:
     ) -> None:
         self.now: WorkerProcess | None = None
         self.ready = False
-        """It has the model."""
+        """It says that it has the model."""
         self.info: EngineInfo | None = None
         """What it computes with."""
         self.environment: Environment | None = None
@@ -86,6 +86,8 @@ class Workers:
         self._ration = Ration()
         self._error: RootstockError | None = None
         self._unwanted = False
+        self._tasks: list[asyncio.Task[None]] = []
+        """Of the worker of now."""
 
     async def run(self, variables: dict[str, str]) -> tuple[End, RootstockError | None]:
         """One worker from its start to its end.
@@ -113,11 +115,12 @@ class Workers:
         if self._unwanted:
             worker.kill()
         watching = watch(worker, spec.name, self._occupation, self._tick)
-        task = asyncio.create_task(watching, name=f"watch {spec.name}")
+        self._tasks = [asyncio.create_task(watching, name=f"watch {spec.name}")]
         try:
             return await worker.wait(), self._error
         finally:
-            task.cancel()
+            for task in self._tasks:
+                task.cancel()
             self.now = None
             self.memory.end()
 
@@ -153,10 +156,29 @@ class Workers:
     def computes(self, info: EngineInfo, *, ready: bool) -> None:
         """What it computes with; whether it has the model only now."""
         self.info = info
-        if ready:
+        if ready and self.now is not None:
             self.ready = True
+            confirming = self._confirm(self.now, info)
+            self._tasks.append(asyncio.create_task(confirming, name=f"confirm {self._spec.name}"))
+
+    async def _confirm(self, worker: WorkerProcess, info: EngineInfo) -> None:
+        """Look once more at what it computes with: its fingerprint is of what was there before it imported that."""
+        end: End | None = None
+        try:
+            _, spec = await asyncio.to_thread(_with_environment, self._spec)
+            if spec.fingerprint != self.fingerprint:
+                end = End("what it computes with was changed while it loaded", blamed=True, changed=True)
+        except Exception as error:  # or the model would count as loading for ever
+            how = f"what it computes with could not be looked at again: {error}"
+            end = End(how, blamed=not is_shortage(error))
+        if not worker.usable or self._unwanted:
+            return
+        if end is None:
             self.loading.done()
             self._loaded(info)
+        else:
+            worker.kill(end)
+            worker.hang_up()
 
     def not_loaded(self, error: RootstockError) -> None:
         """Loading has failed: the model is broken, unless it only wants memory."""

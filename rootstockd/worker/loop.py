@@ -46,6 +46,7 @@ from rootstockd.worker.engines.loading import load_engine
 from rootstockd.worker.failures import describe, out_of_memory, print_error, shortage
 from rootstockd.worker.memory import Bound, GpuCache, memory_limit, trim
 from rootstockd.worker.slots import Slot
+from rootstockd.worker.sources import import_from_source
 from rootstockd.worker.version import DISORDER, MESSAGE_SIZE
 
 _BETWEEN = 1.0
@@ -222,6 +223,7 @@ def main(channel: socket.socket, spec: ModelSpec) -> int:
     if bound is not None:
         bound.renew()
     stages.tell(lambda stage, backend: send(channel, b"P", {"stage": stage, "backend": backend}))
+    import_from_source(spec.own_modules)
     try:
         engine = load_engine(spec)
     except BaseException as error:  # it may be somebody's code that calls sys.exit()

@@ -68,6 +68,8 @@ class ModelSpec:
     """Seconds that an evaluation may take, where the catalogue says; likewise the daemon's."""
     fingerprint: str = ""
     """Of all that determines its numbers (`rootstockd.models.spec`), in hexadecimal; the daemon's, not the engine's."""
+    own_modules: list[str] = field(default_factory=list)
+    """Top-level modules that its fingerprint has by what is in their files; see `rootstockd.worker.sources`."""
     without: dict[str, str] = field(default_factory=dict)
     """Ways to compute that are not tried, as they ended a worker that did; and how."""
 
