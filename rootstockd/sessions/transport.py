@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 from typing import cast
 
+from rootstockd.host.log_rate import LogRate
 from rootstockd.host.passed import MOST, close_aside, descriptors_in
 
+log = logging.getLogger(__name__)
+log.addFilter(LogRate(log))
+
 _SIZE = 65_536
+_NOTHING = memoryview(b"")
 
 
 class GuardedTransport(asyncio.Transport):
@@ -31,7 +37,7 @@ class GuardedTransport(asyncio.Transport):
         self._stream, self._own = stream, own
         self.set_protocol(protocol)
         self._loop = asyncio.get_running_loop()
-        self._unsent = b""
+        self._unsent = _NOTHING
         self._eof = self._closing = self._closed = False
         self._room = MOST if stream.family == socket.AF_UNIX else 0
         self._tcp = stream.family != socket.AF_UNIX
@@ -66,7 +72,7 @@ class GuardedTransport(asyncio.Transport):
             self._loop.add_writer(self._stream, self._write_on)
             self._protocol.pause_writing()
             data = memoryview(data)[sent:]
-        self._unsent += bytes(data)  # a copy: the slot may change
+        self._unsent = memoryview(b"".join((self._unsent, data)))  # a copy: the slot may change
 
     def write_eof(self) -> None:
         self._eof = True
@@ -87,6 +93,13 @@ class GuardedTransport(asyncio.Transport):
         self._lose(None)
 
     def _read(self) -> None:
+        try:
+            self._take_in()
+        except Exception as error:  # as the loop's own does
+            log.exception("a connection is closed, as what it said could not be dealt with")
+            self._lose(error)
+
+    def _take_in(self) -> None:
         how = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
         try:
             size, ancillary, _, _ = self._stream.recvmsg_into([self._reader.get_buffer(-1)], self._room, how)
@@ -120,6 +133,7 @@ class GuardedTransport(asyncio.Transport):
         self._unsent = self._unsent[self._send(self._unsent) :]
         if self._unsent or self._closed:
             return
+        self._unsent = _NOTHING  # and not the end of what was sent, all of which it would keep
         self._loop.remove_writer(self._stream)
         if self._closing:
             self._lose(None)
