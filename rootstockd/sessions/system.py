@@ -14,7 +14,10 @@ from rootstockd.sessions.init_request import InitRequest
 from rootstockd.worker.engines import ModelSpec
 from rootstockd.worker.slots import Slot
 
-_numbers = itertools.count(1)
+_MOST = 2**31 - 1
+"""The largest number of a slot that the messages to workers have room for."""
+_numbers = itertools.count()
+_in_use: set[int] = set()
 
 
 class System:
@@ -48,8 +51,10 @@ class System:
             accounts.give_back(account, self.atoms)
             raise
         self.slot.numbers[:] = request.numbers
-        self.number = next(_numbers)
-        """Unique for each that ever was."""
+        numbers = (count % _MOST + 1 for count in _numbers)
+        self.number = next(number for number in numbers if number not in _in_use)
+        """Unique for each that is there, and used again when no message about the last one can be under way."""
+        _in_use.add(self.number)
         self.settings: dict[str, Any] = {
             "pbc": request.pbc,
             "charge": request.charge,
@@ -96,5 +101,6 @@ class System:
         """It is not used any more."""
         self._accounts.give_back(self._account, self.atoms)
         self._account.leave(self.key)
+        _in_use.discard(self.number)
         self.slot.close()
         del self.slot  # its memory goes now, not when the garbage collector next runs

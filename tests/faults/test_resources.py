@@ -42,14 +42,22 @@ class Served:
         folder: where its sockets lie.
         log: where its output goes.
         limits: soft and hard limit for each resource.
+        run: what its Python does.
         settings: more of its Config.
     """
 
-    def __init__(self, folder: Path, log: Path, limits: dict[int, int] | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        log: Path,
+        limits: dict[int, int] | None = None,
+        run: tuple[str, str] = ("-m", "rootstockd.serve"),
+        **settings: Any,
+    ) -> None:
         self.socket, self.log = folder / "d.sock", log
         config = Config(socket=self.socket, devices=(Device(name="cpu"),), models=("emt",), log_file=log, **settings)
         shell = "".join(f"ulimit {flag} {value}; " for flag, value in (limits or {}).items())
-        command = ["/bin/bash", "-c", f'{shell}exec "$@"', "-", sys.executable, "-m", "rootstockd.serve"]
+        command = ["/bin/bash", "-c", f'{shell}exec "$@"', "-", sys.executable, *run]
         with log.open("ab") as output, handed_over(config.model_dump_json()) as given:
             self.process = subprocess.Popen(command, stdin=given, stdout=output, stderr=output)
         wait_for(self.ready)
@@ -122,6 +130,26 @@ def told(sock: socket.socket) -> str:
     fields = json.loads(data[16:])
     assert fields["code"] in ("full", "limit")
     return fields["message"]
+
+
+# --- numbers
+
+MANY_BEFORE = """
+import itertools, runpy
+import rootstockd.sessions.system
+rootstockd.sessions.system._numbers = itertools.count(2**31 - 3)
+runpy.run_module("rootstockd.serve", run_name="__main__")
+"""
+"""A daemon that has had two thousand million INITs already."""
+
+
+def test_slots_have_numbers_that_messages_have_room_for(serve) -> None:
+    """However many there were; and none that another has."""
+    served = serve(run=("-c", MANY_BEFORE))
+    kept = [session(served, seed) for seed in range(6)]
+    for atoms in kept:
+        again(atoms)
+    assert served.log.read_text().count("Traceback") == 0
 
 
 # --- descriptors
