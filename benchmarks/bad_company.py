@@ -1,11 +1,13 @@
-"""One session's steps while 64 others do what they should not: send half a message, read nothing, say nothing."""
+"""One session's steps while 64 others do what they should not: send half a message, read nothing, talk without end."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import socket
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -45,11 +47,40 @@ def silent(_sock: socket.socket) -> None:
     """Not a word."""
 
 
+def flood(text: bytes) -> Callable[[socket.socket], None]:
+    """The same again and again, as fast as it is read; what is answered is read, too."""
+
+    def begin(sock: socket.socket) -> None:
+        def send() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    sock.sendall(text)
+
+        def read() -> None:
+            with contextlib.suppress(OSError):
+                while sock.recv(65_536):
+                    pass
+
+        for one in (send, read):
+            threading.Thread(target=one, daemon=True).start()
+
+    return begin
+
+
+def inits(model: str) -> bytes:
+    """As many INITs as fit the daemon's staging buffer."""
+    system = {"rootstock": 1, "model": model, "numbers": [29], "pbc": [False] * 3}
+    return ipi.init_frame(json.dumps(system).encode()) * 600
+
+
 COMPANY = {
     "64 half-sent messages": half_sent,
     "64 slow readers": slow_reader,
     "64 slow writers": slow_writer,
     "64 silent ones": silent,
+    "64 that INIT a model without end": flood(inits("noop")),
+    "64 that INIT what is no model": flood(inits("no-such-model")),
+    "64 that ask STATUS without end": flood(ipi.STATUS * 5_000),
 }
 
 
@@ -60,8 +91,15 @@ def company(path: Path, kind: str) -> Iterator[None]:
         for _ in range(MANY if kind != ALONE else 0):
             sock = stack.enter_context(socket.socket(socket.AF_UNIX))
             sock.connect(str(path))
+            stack.callback(_hang_up, sock)
             COMPANY[kind](sock)
         yield
+
+
+def _hang_up(sock: socket.socket) -> None:
+    """Also where threads are at it."""
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 def run(settings: Settings, results: Results) -> None:

@@ -63,13 +63,17 @@ class TakeOver(NamedTuple):
     """Send READY; what comes next is a descriptor, and no bytes. Then call `taken_over`."""
 
 
+class Dropped(NamedTuple):
+    """Nothing is to be done: a POSDATA was read that fits no system. Many of them take their time all the same."""
+
+
 class Close(NamedTuple):
     """End the connection; `error` is None when the driver said EXIT."""
 
     error: RootstockError | None
 
 
-Event: TypeAlias = Send | Init | Evaluate | SendResult | TakeOver | Close
+Event: TypeAlias = Send | Init | Evaluate | SendResult | TakeOver | Dropped | Close
 
 
 class _State(enum.Enum):
@@ -77,7 +81,7 @@ class _State(enum.Enum):
     """Nothing is known of the system yet, or its INIT was refused."""
     READY = enum.auto()
     BUSY = enum.auto()
-    """An evaluation is under way; what the driver says meanwhile waits."""
+    """An evaluation is under way, or an INIT has no answer yet; what the driver says meanwhile waits."""
     HAVEDATA = enum.auto()
     """A result, or a failure, waits for its GETFORCE."""
     OFFERED = enum.auto()
@@ -89,14 +93,15 @@ class _State(enum.Enum):
 
 _NEEDINIT, _READY, _BUSY, _HAVEDATA, _OFFERED, _HANDOVER, _CLOSED = _State
 _SEND_RESULT = SendResult()
+_DROPPED = Dropped()
 
 
 class EngineSide:
     """The engine's role: what the daemon plays towards every driver.
 
     The owner writes bytes into `get_buffer()`, says how many with `received()`, and takes events with `next_event()`
-    until that returns None. It answers Init with `accept` or `refuse`, and Evaluate with `finish` or `fail`, and then
-    asks for events again. A ProtocolError ends the stream.
+    until that returns None. It answers Init with `accept` or `refuse`, and Evaluate with `finish` or `fail`, each when
+    it likes, and then asks for events again. A ProtocolError ends the stream.
 
     Args:
         place: where to put the positions of `natoms` atoms.
@@ -122,7 +127,7 @@ class EngineSide:
 
     @property
     def busy(self) -> bool:
-        """An evaluation is under way."""
+        """An evaluation is under way, or an INIT has no answer yet."""
         return self._state is _BUSY
 
     @property
@@ -246,7 +251,7 @@ class EngineSide:
             return self._evaluate
         return None
 
-    def _react(self, message: DriverMessage) -> Event | None:
+    def _react(self, message: DriverMessage) -> Event:
         match message:
             case Status() if self._state is _OFFERED:
                 self._state = _HANDOVER
@@ -254,6 +259,7 @@ class EngineSide:
             case Status():
                 return Send({_NEEDINIT: NEEDINIT, _READY: READY}.get(self._state, HAVEDATA))
             case Init():
+                self._state = _BUSY
                 return message
             case PosData():
                 return self._posdata(message)
@@ -263,17 +269,17 @@ class EngineSide:
                 self._state = _CLOSED
                 return Close(None)
 
-    def _posdata(self, message: PosData) -> Event | None:
+    def _posdata(self, message: PosData) -> Event:
         if self._state is _OFFERED:
             raise ProtocolError("POSDATA where a descriptor should be handed over")
         if self._state is _NEEDINIT:
             if self._error is None:
                 raise ProtocolError("POSDATA before INIT: the engine does not know the species yet")
-            return None  # the INIT was refused: GETFORCE will say why
+            return _DROPPED  # the INIT was refused: GETFORCE will say why
         self._error = message.error
         if message.error is not None:
             self._state = _HAVEDATA
-            return None
+            return _DROPPED
         self._state = _BUSY
         return Evaluate(message.cells)
 

@@ -9,6 +9,7 @@ import asyncio
 import functools
 import inspect
 import os
+import socket
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -26,6 +27,7 @@ from rootstockd.host.peers import Peer
 from rootstockd.sessions.accounts import Account, Accounts
 from rootstockd.sessions.registry import SessionRegistry
 from rootstockd.sessions.session import Session, stopping_error
+from rootstockd.sessions.turns import Turns
 from rootstockd.settings.config import Config, Device, Quota
 from rootstockd.supervision.roles import Client, Landlord, State
 from rootstockd.supervision.supervisor import Supervisor
@@ -53,7 +55,7 @@ class Holder:
 
 @given(st.lists(st.tuples(st.sampled_from(["come", "go", "limit"]), st.integers(0, 5))))
 def test_as_many_as_may_be_there_are_in_the_order_in_which_they_came(steps: list[tuple[str, int]]) -> None:
-    account = Account(os.getuid(), "alice", Quota(queued=2))
+    account = Account(os.getuid(), "alice", Quota(queued=2), Turns())
     there: list[Holder] = []
     held: deque[Holder] = deque()
     for what, number in steps:
@@ -81,7 +83,7 @@ def test_as_many_as_may_be_there_are_in_the_order_in_which_they_came(steps: list
 
 
 def test_none_at_all() -> None:
-    account = Account(os.getuid(), "alice", Quota(queued=1))
+    account = Account(os.getuid(), "alice", Quota(queued=1), Turns())
     first, second = Holder(), Holder()
     assert account.enqueue(first) and not account.enqueue(second)
     second.state = "held"
@@ -125,6 +127,10 @@ class _Landlord:
         return self.other
 
 
+_STREAM = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+"""One that nobody hangs up."""
+
+
 class _Transport:
     """The driver's end: what it has been sent."""
 
@@ -137,6 +143,13 @@ class _Transport:
 
     def set_write_buffer_limits(self, high: int) -> None:
         assert high == 0
+
+    def get_extra_info(self, name: str) -> socket.socket:
+        assert name == "socket"
+        return _STREAM
+
+    def is_closing(self) -> bool:
+        return self.closed
 
     def write_eof(self) -> None:
         self.closed = True
@@ -180,6 +193,8 @@ class House:
         session, transport = Session(cast("Any", self), Peer(os.getpid(), os.getuid(), frozenset())), _Transport()
         session.connection_made(cast("asyncio.Transport", transport))
         self.say(session, ipi.init_frame(TEXT % more) + STEP * steps)
+        self.account.turns.leave(session)
+        session.take_turn()
         self.drivers.append((session, transport))
         return session, transport
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from rootstock_client.errors import UnknownModelError
+from rootstockd.models import catalogue as catalogue_module
 from rootstockd.models.catalogue import Catalogue, CatalogueError, Entry
 from rootstockd.settings import state_dir
 from rootstockd.settings.config import SettingsFile
@@ -158,6 +159,28 @@ def test_what_was_added_since_it_was_read(tmp_path, monkeypatch):
     with pytest.raises(UnknownModelError, match="There are"):
         catalogue.resolve("yours")
     assert Catalogue.load().resolve("mine")[0] == "mine"
+
+
+def test_a_thousand_that_ask_for_a_name_that_is_none_look_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("ROOTSTOCKD_STATE", str(tmp_path))
+    monkeypatch.setattr("rootstockd.models.catalogue._LOOKED", 60.0)
+    looks = []
+    for what in ("has_environment", "_times"):
+        true = getattr(catalogue_module, what)
+        monkeypatch.setattr(f"rootstockd.models.catalogue.{what}", lambda *a, true=true: looks.append(a) or true(*a))
+    catalogue = Catalogue.load()
+    said = set()
+    for number in range(1000):
+        with pytest.raises(UnknownModelError) as caught:
+            catalogue.resolve("yours")
+        said.add(caught.value.hint)
+        if not number:
+            once = len(looks)
+    assert len(looks) == once and len(said) == 1
+    (tmp_path / "models.toml").write_text(f"[yours]\n{EMT}")
+    monkeypatch.setattr("rootstockd.models.catalogue._LOOKED", 0.0)
+    with pytest.raises(UnknownModelError, match="`rootstockd reload`"):
+        catalogue.resolve("yours")
 
 
 @pytest.mark.parametrize("name", ["q" * 5000, "nequip", "gpt4"])

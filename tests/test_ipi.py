@@ -397,6 +397,7 @@ def test_a_refused_batch_is_read_in_the_layout_it_was_announced_in():
     assert isinstance(side.next_event(), ipi.Init)
     side.refuse(TROUBLE, 2, announced=True)
     feed(side, posdata(*structures(2, 3, seed=1)) + GETFORCE + STATUS)
+    assert side.next_event() == DROPPED
     assert side.next_event() == engine_side.Send(error(TROUBLE.to_json()))
     assert side.next_event() == engine_side.Send(word("NEEDINIT"))
 
@@ -725,7 +726,7 @@ def engine_in(state: str) -> engine_side.EngineSide:
         side.fail(TROUBLE)
     elif state == "misfit":
         feed(side, posdata(*structures(1, 5, seed=1)))
-        assert side.next_event() is None
+        assert side.next_event() == DROPPED
     elif state == "closed":
         feed(side, EXIT)
         assert side.next_event() == engine_side.Close(None)
@@ -736,7 +737,7 @@ NOTHING, HELD, WRONG, CLOSED = "nothing", "held", "wrong", "closed"
 NEEDINIT, READY, HAVEDATA = map(word, ("NEEDINIT", "READY", "HAVEDATA"))
 MESSAGES = {"STATUS": STATUS, "INIT": init(b"{}"), "POSDATA": POSDATA, "GETFORCE": GETFORCE, "EXIT": EXIT}
 MESSAGES["MISFIT"] = posdata(*structures(1, 3, seed=1))
-OPENED = ipi.Init(b"{}")
+OPENED, DROPPED = ipi.Init(b"{}"), engine_side.Dropped()
 
 TABLE: dict[str, dict[str, tuple[Any, Any]]] = {
     # state: message: (what the owner is told, what a STATUS is answered afterwards)
@@ -751,8 +752,8 @@ TABLE: dict[str, dict[str, tuple[Any, Any]]] = {
     "refused": {
         "STATUS": (engine_side.Send(NEEDINIT), NEEDINIT),
         "INIT": (OPENED, READY),
-        "POSDATA": (NOTHING, NEEDINIT),
-        "MISFIT": (NOTHING, NEEDINIT),
+        "POSDATA": (DROPPED, NEEDINIT),
+        "MISFIT": (DROPPED, NEEDINIT),
         "GETFORCE": (engine_side.Send(error(TROUBLE.to_json())), NEEDINIT),
         "EXIT": (engine_side.Close(None), CLOSED),
     },
@@ -760,7 +761,7 @@ TABLE: dict[str, dict[str, tuple[Any, Any]]] = {
         "STATUS": (engine_side.Send(READY), READY),
         "INIT": (OPENED, READY),
         "POSDATA": (engine_side.Evaluate, HAVEDATA),
-        "MISFIT": (NOTHING, HAVEDATA),
+        "MISFIT": (DROPPED, HAVEDATA),
         "GETFORCE": (WRONG, None),
         "EXIT": (engine_side.Close(None), CLOSED),
     },
@@ -776,7 +777,7 @@ TABLE: dict[str, dict[str, tuple[Any, Any]]] = {
         "STATUS": (engine_side.Send(HAVEDATA), HAVEDATA),
         "INIT": (OPENED, READY),
         "POSDATA": (engine_side.Evaluate, HAVEDATA),
-        "MISFIT": (NOTHING, HAVEDATA),
+        "MISFIT": (DROPPED, HAVEDATA),
         "GETFORCE": (engine_side.SendResult(), READY),
         "EXIT": (engine_side.Close(None), CLOSED),
     },
@@ -784,7 +785,7 @@ TABLE: dict[str, dict[str, tuple[Any, Any]]] = {
         "STATUS": (engine_side.Send(HAVEDATA), HAVEDATA),
         "INIT": (OPENED, READY),
         "POSDATA": (engine_side.Evaluate, HAVEDATA),
-        "MISFIT": (NOTHING, HAVEDATA),
+        "MISFIT": (DROPPED, HAVEDATA),
         "GETFORCE": (engine_side.Send(error(TROUBLE.to_json())), READY),
         "EXIT": (engine_side.Close(None), CLOSED),
     },
@@ -860,12 +861,25 @@ def test_a_refused_init_is_answered_once_at_each_getforce():
     assert side.next_event() == ipi.Init(b"bad")
     side.refuse(TROUBLE, announced=True)
     no = engine_side.Send(error(TROUBLE.to_json()))
-    assert [side.next_event() for _ in range(3)] == [no, no, engine_side.Send(NEEDINIT)]
+    assert [side.next_event() for _ in range(5)] == [DROPPED, no, no, DROPPED, engine_side.Send(NEEDINIT)]
     assert side.next_event() == ipi.Init(b"good")
     side.accept(announced=True)
     assert isinstance(side.next_event(), engine_side.Evaluate)
     side.finish()
     assert [side.next_event(), side.next_event()] == [engine_side.SendResult(), None]
+
+
+def test_what_comes_behind_an_init_waits_until_it_is_answered():
+    """As long as its owner likes: it may have others to look after before."""
+    side = engine_in("havedata")
+    feed(side, init(b"{}") + STATUS)
+    assert side.next_event() == OPENED
+    assert [side.next_event() for _ in range(3)] == [None] * 3
+    feed(side, GETFORCE)
+    assert side.next_event() is None
+    side.refuse(TROUBLE, announced=True)
+    said = [engine_side.Send(NEEDINIT), engine_side.Send(error(TROUBLE.to_json())), None]
+    assert [side.next_event() for _ in range(3)] == said
 
 
 def test_a_failure_that_nobody_asked_for_is_forgotten():
@@ -925,6 +939,8 @@ def test_a_stock_driver_whose_evaluation_fails_is_hung_up_on(how):
     if how == "fail":
         assert isinstance(side.next_event(), engine_side.Evaluate)
         side.fail(TROUBLE)
+    else:
+        assert side.next_event() == DROPPED
     event = side.next_event()
     assert isinstance(event, engine_side.Close)
     assert isinstance(event.error, EvaluationError if how == "fail" else InvalidStructureError)
@@ -973,7 +989,8 @@ def test_positions_that_fit_nowhere_are_an_error_and_then_forgotten():
     side = engine_in("ready")
     feed(side, MESSAGES["MISFIT"] + STATUS + GETFORCE + STATUS + POSDATA)
     misfit = engine_side.Send(error(InvalidStructureError("3 atoms", "send 2").to_json()))
-    assert [side.next_event() for _ in range(3)] == [engine_side.Send(HAVEDATA), misfit, engine_side.Send(READY)]
+    said = [engine_side.Send(HAVEDATA), misfit, engine_side.Send(READY)]
+    assert [side.next_event() for _ in range(4)] == [DROPPED, *said]
     assert isinstance(side.next_event(), engine_side.Evaluate)
 
 

@@ -460,6 +460,54 @@ def test_who_asks_without_end_waits_and_keeps_nobody_out(start):
         assert float(out) > 49 * PACE, err
 
 
+FLOODING = f"""{ASKS}
+import socket, threading, time
+from rootstock_client import ipi
+{BECOME}
+init = ipi.init_frame(json.dumps({{"rootstock": 1, "model": "emt", "numbers": [29], "pbc": [False] * 3}}).encode())
+answers = [0] * 100
+
+def send(sock):
+    while True:
+        sock.sendall((init + ipi.STATUS) * 100)
+
+def read(number, sock):
+    while said := sock.recv(1200):
+        answers[number] += said.count(ipi.READY)
+
+for number in range(100):
+    sock = socket.socket(socket.AF_UNIX)
+    sock.connect(arguments[0])
+    threading.Thread(target=send, args=[sock], daemon=True).start()
+    threading.Thread(target=read, args=[number, sock], daemon=True).start()
+time.sleep(1)
+print(flush=True)
+sys.stdin.read()
+print(sum(answers), flush=True)
+os._exit(0)
+"""
+
+
+def test_a_flood_of_one_user_leaves_others_their_steps_and_inits(start):
+    """And none of its INITs is refused."""
+    daemon = start('[access]\nusers = ["rsd-alice", "rsd-bob"]\n')
+    atoms = bulk("Cu", cubic=True)
+    atoms.calc = daemon.client().calculator("emt")
+    energy = atoms.get_potential_energy()
+    with as_user("rsd-alice", FLOODING, str(daemon.socket)) as flood:
+        assert flood.stdout is not None and flood.stdout.readline()
+        steps, until = 0, time.monotonic() + 3
+        while time.monotonic() < until:
+            atoms.calc.results.clear()
+            assert atoms.get_potential_energy() == energy
+            steps += 1
+        with job("rsd-bob", daemon, sessions=20) as energies:
+            assert energies == pytest.approx([energy] * 20)
+        out, err = flood.communicate(timeout=30)
+    assert int(out) > 10, err
+    assert steps > 100
+
+
 @contextlib.contextmanager
 def connecting_as(uid: int) -> Iterator[None]:
     """Connections that are opened meanwhile are this user's, as the kernel tells it."""

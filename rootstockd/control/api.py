@@ -18,7 +18,7 @@ from starlette.types import Scope
 
 import rootstockd
 from rootstock_client.errors import AccessDeniedError, RootstockError
-from rootstockd.control.limits import REFUSALS, BoundedBody, ControlProtocol, Paced, json_response
+from rootstockd.control.limits import AT_FIRST, REFUSALS, BoundedBody, ControlProtocol, Paced, json_response
 from rootstockd.control.metrics import exposition
 from rootstockd.control.schema import (
     LONG,
@@ -41,6 +41,7 @@ from rootstockd.host.devices import process_memory
 from rootstockd.host.log_rate import LogRate
 from rootstockd.models.availability import lack
 from rootstockd.models.catalogue import CatalogueError
+from rootstockd.sessions.turns import Allowance
 from rootstockd.settings.config import Device
 from rootstockd.settings.config_file import ConfigError
 from rootstockd.supervision.roles import State
@@ -58,10 +59,12 @@ log.addFilter(LogRate(log))
 
 def control_server(daemon: Daemon, sock: socket.socket) -> Server:
     """The server on a daemon's control socket."""
+    paces: dict[tuple[int, bool], Allowance] = {}
 
-    def whose(scope: Scope) -> int | None:
+    def whose(scope: Scope) -> Allowance:
         uid = int(scope["client"][0])
-        return None if daemon.accounts.is_admin(uid) else uid
+        is_admin = daemon.accounts.is_admin(uid)
+        return paces.setdefault((uid, is_admin), Allowance(AT_FIRST if is_admin else 0.0))
 
     app = Paced(BoundedBody(make_app(daemon)), whose)
     return Server(app, sock, functools.partial(ControlProtocol, daemon.accounts), daemon.look_up)

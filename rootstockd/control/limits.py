@@ -18,6 +18,7 @@ from uvicorn.server import ServerState
 from rootstock_client.errors import AccessDeniedError
 from rootstockd.host.peers import peer_of
 from rootstockd.sessions.accounts import Accounts
+from rootstockd.sessions.turns import Allowance
 
 MAX_BODY = 64 * 1024
 """Bytes of a request's body."""
@@ -34,8 +35,10 @@ DEADLINE = 10.0
 MAX_SCRAPERS = 8
 """Connections at a time to the port for metrics, likewise."""
 PACE = 0.02
-"""Seconds between two requests of a user who does not administer the daemon, and between any two to the port for
-metrics: each keeps the loop from steps."""
+"""Seconds between two requests of a user, and between any two to the port for metrics: each keeps the loop from
+steps."""
+AT_FIRST = 1.0
+"""Seconds' worth of them that those who administer the daemon may send at once."""
 
 Reason: TypeAlias = tuple[int, str]
 TOO_LARGE: Reason = (413, f"a request's body may have {MAX_BODY} bytes")
@@ -173,19 +176,18 @@ class Paced:
 
     Args:
         app: the app.
-        whose: among whose requests one takes its turn; those of None go in at once.
+        whose: what is left to those among whose requests one takes its turn.
     """
 
-    def __init__(self, app: ASGIApp, whose: Callable[[Scope], int | None]) -> None:
+    def __init__(self, app: ASGIApp, whose: Callable[[Scope], Allowance]) -> None:
         self._app, self._whose = app, whose
-        self._next: dict[int, float] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and (who := self._whose(scope)) is not None:
-            now = time.monotonic()
-            turn = max(now, self._next.get(who, now))
-            self._next[who] = turn + PACE
-            await asyncio.sleep(turn - now)
+        if scope["type"] == "http":
+            now, allowance = time.monotonic(), self._whose(scope)
+            wait = allowance.wait(now)
+            allowance.take(now, PACE)
+            await asyncio.sleep(wait)
         await self._app(scope, receive, send)
 
 

@@ -33,6 +33,7 @@ import rootstockd
 from rootstock_client.errors import ConnectionLostError, DaemonNotFoundError, NotAnsweringError, RootstockError
 from rootstockd.control.limits import BoundedProtocol, Paced
 from rootstockd.control.server import Server
+from rootstockd.sessions.turns import Allowance
 from rootstockd.supervision.meter import Histogram
 from rootstockd.supervision.roles import State
 
@@ -102,7 +103,8 @@ def metrics_server(daemon: Daemon, sock: socket.socket) -> Server:
             return made[form][1]
 
     app = Starlette(routes=[Route("/metrics", metrics)])
-    return Server(Paced(app, lambda _: 0), sock, BoundedProtocol)  # the app reads no bodies
+    pace = Allowance()
+    return Server(Paced(app, lambda _: pace), sock, BoundedProtocol)  # the app reads no bodies
 
 
 class DaemonCollector(Collector):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import socket
 import struct
 from typing import NamedTuple
@@ -28,3 +29,10 @@ def peer_of(sock: socket.socket) -> Peer:
     except OSError:  # more of them than that
         groups = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 4 * _MOST_GROUPS)
     return Peer(pid, uid, frozenset(struct.unpack(f"{len(groups) // 4}I", groups)) | {gid})
+
+
+def hung_up(fd: int) -> bool:
+    """Whether nobody is at the other end of a socket any more, whatever of what they said is yet to be read."""
+    poll = select.poll()
+    poll.register(fd, 0)
+    return bool(poll.poll(0))

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -41,6 +42,9 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 FILES = (".model", ".pt", ".pth", ".ckpt")
 """How files of weights are called, and no model of a catalogue."""
 _SUGGESTED = 3
+_LOOKED = 2.0
+"""Seconds for which what was found on the machine is told without looking again: a thousand jobs may ask for a name
+that is none, and each look takes as long as many steps."""
 
 
 class CatalogueError(Exception):
@@ -178,6 +182,10 @@ class Catalogue(Mapping[str, Entry]):
             self.origins.update(dict.fromkeys(entries, path))
         self._extra: tuple[Path, ...] = ()
         self._read: dict[Path, int] = {}
+        self._looked = -_LOOKED
+        self._fresh: Catalogue | None = None
+        """What the files say by now, where they have changed since they were read."""
+        self._complete: list[str] = []
         self._aliases: dict[str, str] = {}
         places = list(dict.fromkeys(self.origins.values()))
         for name in sorted(self._entries, key=lambda name: places.index(self.origins[name])):
@@ -256,35 +264,39 @@ class Catalogue(Mapping[str, Entry]):
         known = self.name_of(name)
         if known in self._entries:
             return known, self._entries[known]
-        shown = [name for name, entry in self._entries.items() if not entry.hidden]
+        shown = self._shown()
         aliases = [alias for alias, meant in self._aliases.items() if meant in shown]
         what = f"there is no model {name[:100]!r}."
         if "/" in name or name.endswith(FILES):
             raise UnknownModelError(
                 what, "A client names a model, never a file: `rootstockd models add NAME FILE` gives a file a name."
             )
-        if self._added_since(name):
+        self._look()
+        if self._fresh is not None and name in self._fresh:
             raise UnknownModelError(what, "It was added since this daemon read its catalogues: `rootstockd reload`.")
         near = _nearest(name, [*shown, *aliases])
         hint = f"Did you mean {' or '.join(near)}? " if near else ""
         raise UnknownModelError(
             what,
-            f"{hint}There are: {', '.join(self._complete(shown))}. `rootstockd models list` has those as well whose "
+            f"{hint}There are: {', '.join(self._complete)}. `rootstockd models list` has those as well whose "
             "weights are to be pulled first, or whose environment is to be built.",
         )
 
-    def _added_since(self, name: str) -> bool:
-        """Whether the files have a model by now that they had not when they were read."""
-        try:
-            return _times(self._extra) != self._read and name in Catalogue.load(self._extra)
-        except CatalogueError:  # for whoever reloads
-            return False
+    def _shown(self) -> list[str]:
+        return [name for name, entry in self._entries.items() if not entry.hidden]
 
-    def _complete(self, names: Iterable[str]) -> list[str]:
-        """Those of these that have an environment and nothing to pull, sorted."""
-        places = {name: self._entries[name].place for name in names if not self._entries[name].url}
+    def _look(self) -> None:
+        """Look what the files say by now, and which models have an environment and nothing to pull."""
+        if time.monotonic() < self._looked + _LOOKED:
+            return
+        try:
+            self._fresh = Catalogue.load(self._extra) if _times(self._extra) != self._read else None
+        except CatalogueError:  # for whoever reloads
+            self._fresh = None
+        places = {name: self._entries[name].place for name in self._shown() if not self._entries[name].url}
         there = {place for place in set(places.values()) if has_environment(*place)}
-        return sorted(name for name, place in places.items() if place in there)
+        self._complete = sorted(name for name, place in places.items() if place in there)
+        self._looked = time.monotonic()
 
 
 def _nearest(name: str, names: list[str]) -> list[str]:

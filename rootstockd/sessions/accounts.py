@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,6 +16,7 @@ from typing import Protocol
 from rootstock_client.errors import AccessDeniedError, DaemonFullError, LimitError, RootstockError, UserLimitError
 from rootstockd.host.peers import Peer
 from rootstockd.sessions.directory import ALL_NAMES, Directory
+from rootstockd.sessions.turns import Turns
 from rootstockd.settings.config import Config, Quota
 from rootstockd.words import so_many
 
@@ -53,10 +54,10 @@ class _Asked:
 class Account:
     """What one user has of the daemon now, and may have."""
 
-    __slots__ = ("_held", "_models", "atoms", "name", "queued", "quota", "sessions", "staged", "uid")
+    __slots__ = ("_held", "_models", "atoms", "name", "queued", "quota", "sessions", "staged", "turns", "uid")
 
-    def __init__(self, uid: int, name: str, quota: Quota) -> None:
-        self.uid, self.name, self.quota = uid, name, quota
+    def __init__(self, uid: int, name: str, quota: Quota, turns: Turns) -> None:
+        self.uid, self.name, self.quota, self.turns = uid, name, quota, turns
         self.sessions = self.atoms = self.staged = 0
         self.queued = 0
         """Evaluations that wait or run at their models."""
@@ -183,6 +184,8 @@ class Accounts:
         self._accounts: dict[int, Account] = {}
         """Of those who have sessions, or models that are being loaded, when their latest session ended."""
         self._directory = Directory()
+        self._turns: defaultdict[int, Turns] = defaultdict(Turns)
+        """Also of users without sessions: who comes and goes has no more of them."""
         self._sessions = self._atoms = 0
         self._evaluations: Counter[str] = Counter()
         """Of sessions that have ended, by user."""
@@ -274,7 +277,7 @@ class Accounts:
         account = self._accounts.get(peer.uid)
         name, quota = self.name_of(peer.uid), self._quota(peer.uid)
         if account is None:
-            account = Account(peer.uid, name, quota)
+            account = Account(peer.uid, name, quota, self._turns[peer.uid])
         account.name, account.quota = name, quota
         if account.sessions >= account.quota.sessions:
             raise UserLimitError(

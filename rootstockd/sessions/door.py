@@ -18,12 +18,15 @@ from rootstock_client.errors import LimitError, RootstockError
 from rootstockd.host import passed
 from rootstockd.host.log_rate import LogRate
 from rootstockd.sessions.transport import GuardedTransport
+from rootstockd.sessions.turns import Allowance
 
 log = logging.getLogger(__name__)
 log.addFilter(LogRate(log))
 
-AT_ONCE = 64
-"""Connections taken before the loop looks after others again."""
+PACE = 0.001
+"""Seconds between two connections in the long run: each keeps the loop from steps, and who it is of is known late."""
+AT_FIRST = 1.0
+"""Seconds' worth of them that may come at once: 1,000 jobs that start together."""
 MOST_WAITING = 16
 """Connections that wait until it is known whose they are; `descriptors.py` has room for so many at two doors."""
 PAUSE = 0.2
@@ -52,10 +55,11 @@ class Door:
         self._tasks: set[asyncio.Task[None]] = set()
         self._pause: asyncio.TimerHandle | None = None
         self._complained = False
+        self._allowance = Allowance(AT_FIRST)
         self._waiting = 0
         self._crowded = False
         """As many wait as may."""
-        self._loop.add_reader(sock, self._on_connections)
+        self._loop.add_reader(sock, self._on_connection)
 
     def close(self) -> None:
         """Take no more connections; those that wait are refused by the kernel."""
@@ -65,34 +69,42 @@ class Door:
         self._loop.remove_reader(self._sock)
         self._sock.close()
 
-    def _on_connections(self) -> None:
-        for _ in range(AT_ONCE):
-            try:
-                connection, _ = self._sock.accept()
-            except (BlockingIOError, ConnectionAbortedError):
-                return
-            except OSError as error:  # the connection still waits: to come again at once would be to spin
-                if not self._complained:
-                    log.warning("can't take a connection: %s; trying again every %g s", error.strerror, PAUSE)
-                self._complained = True
-                self._loop.remove_reader(self._sock)
-                self._pause = self._loop.call_later(PAUSE, self._loop.add_reader, self._sock, self._on_connections)
-                return
-            self._complained = False
-            try:
-                known = self._look_up(connection)
-            except Exception as error:
-                self._fail(connection, error)
-                continue
-            if known is None:
-                self._take(connection)
-                continue
-            self._go_on(self._take_later(known, connection))
-            self._waiting += 1
-            if self._waiting >= MOST_WAITING:
-                self._crowded = True
-                self._loop.remove_reader(self._sock)
-                return
+    def _on_connection(self) -> None:
+        """Take one; others have their turn before the next."""
+        now = self._loop.time()
+        if wait := self._allowance.wait(now):
+            self._rest(wait)
+            return
+        try:
+            connection, _ = self._sock.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError as error:  # the connection still waits: to come again at once would be to spin
+            if not self._complained:
+                log.warning("can't take a connection: %s; trying again every %g s", error.strerror, PAUSE)
+            self._complained = True
+            self._rest(PAUSE)
+            return
+        self._allowance.take(now, PACE)
+        self._complained = False
+        try:
+            known = self._look_up(connection)
+        except Exception as error:
+            self._fail(connection, error)
+            return
+        if known is None:
+            self._take(connection)
+            return
+        self._go_on(self._take_later(known, connection))
+        self._waiting += 1
+        if self._waiting >= MOST_WAITING:
+            self._crowded = True
+            self._loop.remove_reader(self._sock)
+
+    def _rest(self, seconds: float) -> None:
+        """Whoever comes meanwhile waits in the socket's queue."""
+        self._loop.remove_reader(self._sock)
+        self._pause = self._loop.call_later(seconds, self._loop.add_reader, self._sock, self._on_connection)
 
     async def _take_later(self, known: asyncio.Future[None], connection: socket.socket) -> None:
         try:
@@ -103,7 +115,7 @@ class Door:
         self._waiting -= 1
         if self._crowded:
             self._crowded = False
-            self._loop.add_reader(self._sock, self._on_connections)
+            self._loop.add_reader(self._sock, self._on_connection)
         self._take(connection)
 
     def _take(self, connection: socket.socket) -> None:

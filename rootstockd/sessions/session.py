@@ -19,7 +19,7 @@ from rootstock_client.errors import (
     error_from_code,
 )
 from rootstockd.host.log_rate import LogRate
-from rootstockd.host.peers import Peer
+from rootstockd.host.peers import Peer, hung_up
 from rootstockd.sessions.accounts import Account
 from rootstockd.sessions.attachments import Line
 from rootstockd.sessions.init_request import InitRequest, is_announced, parse_init
@@ -37,6 +37,8 @@ log.addFilter(LogRate(log))
 _session_numbers = itertools.count(1)
 _CUT_OFF = ConnectionLostError("the daemon stopped in the middle of a step.", "Repeat the step with the next one.")
 """What is said of a stream that ends though its driver did nothing wrong."""
+_AT_ONCE = range(8)
+"""Messages that are answered before others have their turn. A step has fewer."""
 LINGER = 2.0
 """Seconds that a connection we end is still read: i-PI hangs when a socket closes on what it has just sent."""
 
@@ -73,6 +75,10 @@ class Session(asyncio.BufferedProtocol):
         self._evaluation: Evaluation[Client] | None = None
         self._answered = 0.0
         """When the last evaluation was over, if there was one."""
+        self._init: bytes | None = None
+        """The text of an INIT that waits for its turn."""
+        self._rewarded = 0
+        """Evaluations there were when a turn was last asked for."""
         self._reading_paused = self._writing_paused = self._closing = False
         self._staged = 0
         self._refusal: RootstockError | None = None
@@ -134,8 +140,7 @@ class Session(asyncio.BufferedProtocol):
             self._ipi.received(nbytes)
             self._advance()
             if self._ipi.full and not self._closing:  # a driver that runs ahead of its results waits
-                self._reading_paused = True
-                self._transport.pause_reading()
+                self._pause_reading()
 
     def pause_writing(self) -> None:
         self._writing_paused = True
@@ -143,7 +148,7 @@ class Session(asyncio.BufferedProtocol):
     def resume_writing(self) -> None:
         self._writing_paused = False
         self._leave_at_rest()
-        self._advance()
+        self._go_on()
 
     def eof_received(self) -> None:
         return None  # the transport closes itself
@@ -156,6 +161,8 @@ class Session(asyncio.BufferedProtocol):
         self._release()
         if self.account is not None:
             self._unstage()
+            self._init = None
+            self.account.turns.leave(self)
             self._host.accounts.close_session(self.account, self.evaluations)
             self.account = None
         self._host.sessions.discard(self)
@@ -194,10 +201,12 @@ class Session(asyncio.BufferedProtocol):
     # --- the protocol's side
 
     def _advance(self) -> None:
-        """Do all that can be done with what has come."""
+        """Do what can be done with what has come; where that is much, a little of it now."""
         try:
-            # a driver that does not read its answers gets no more of them, and nothing evaluated meanwhile
-            while not (self._closing or self._writing_paused) and (event := self._ipi.next_event()) is not None:
+            for _ in _AT_ONCE:
+                # a driver that does not read its answers gets no more of them, and nothing evaluated meanwhile
+                if self._closing or self._writing_paused or (event := self._ipi.next_event()) is None:
+                    break
                 if isinstance(event, engine_side.Evaluate):  # not `match`: it takes its time, and this is a step's way
                     self._evaluate(event.cells)
                 elif isinstance(event, engine_side.SendResult):
@@ -206,15 +215,64 @@ class Session(asyncio.BufferedProtocol):
                         self._leave_at_rest()
                 else:
                     self._do(event)
+            else:
+                self._pause_reading()
+                self._ask_for_turn()
         except RootstockError as error:
             self._count(error)
             # a stock driver says no INIT that is too long to be staged
             if self._ipi.announced or isinstance(error, LimitError):
                 self._transport.write(ipi.error_frame(error))
             self.end(error)
-        if self._reading_paused and not self._closing and not self._ipi.full:
+        if self._reading_paused and not self._closing and not self._ipi.full and not self._waits:
             self._reading_paused = False
             self._transport.resume_reading()
+
+    def _pause_reading(self) -> None:
+        self._reading_paused = True
+        self._transport.pause_reading()
+
+    @property
+    def _waits(self) -> bool:
+        """It has asked for a turn, and yet to have it."""
+        return self.account is not None and self.account.turns.waits(self)
+
+    def _ask_for_turn(self) -> None:
+        assert self.account is not None
+        self.account.turns.ask(self, earned=self.evaluations > self._rewarded)
+        self._rewarded = self.evaluations
+
+    def take_turn(self) -> None:
+        """Go on with what is no step: the INIT that waits, or more of what the driver has said at once."""
+        if self._closing or self._transport.is_closing():
+            return
+        if hung_up(self._transport.get_extra_info("socket").fileno()):  # what it said may last for minutes
+            self._closing = True
+            self._transport.abort()
+            return
+        if self._init is not None:
+            text, self._init = self._init, None
+            try:
+                self._initialise(text)
+            except Exception as error:
+                self._cut_off(error)
+            del text
+            self._unstage()
+        self._go_on()
+        self._leave_at_rest()
+
+    def _go_on(self) -> None:
+        """Do what can be done, where no transport would close the connection for a defect in that."""
+        try:
+            self._advance()
+        except Exception as error:
+            self._cut_off(error)
+
+    def _cut_off(self, defect: Exception) -> None:
+        """The daemon's own code has failed."""
+        log.error("session %d of %s (pid %d) is cut off", self.id, self.user, self.pid, exc_info=defect)
+        self._closing = True
+        self._transport.close()
 
     def _do(self, event: engine_side.Event) -> None:
         """What is not on the path of a step, and STATUS."""
@@ -222,8 +280,8 @@ class Session(asyncio.BufferedProtocol):
             case engine_side.Send():
                 self._say(event.data)
             case ipi.Init():
-                self._initialise(event.text)
-                self._unstage()
+                self._init = event.text
+                self._ask_for_turn()
             case engine_side.TakeOver():
                 self._line = Line(self._transport, self)
             case engine_side.Close():
@@ -387,10 +445,8 @@ class Session(asyncio.BufferedProtocol):
             else:
                 self._ipi.fail(error)
             self._advance()
-        except Exception:  # of the daemon's own: others in the batch are yet to be told
-            log.exception("session %d of %s (pid %d) is cut off", self.id, self.user, self.pid)
-            self._closing = True
-            self._transport.close()
+        except Exception as error:  # others in the batch are yet to be told
+            self._cut_off(error)
 
     def end(self, error: RootstockError | None) -> None:
         """Say no more; let the driver read what was said, and read what it still says, before closing."""

@@ -1,0 +1,138 @@
+"""Sessions that say without end what costs a daemon time: all others' steps go on, and so do status and stop."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conftest import RunningDaemon
+from rootstock_client import ipi
+from rootstock_client.runtime_dir import control_socket
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "fuzz"))
+import live
+
+SESSIONS = 20
+SECONDS = 3.0
+STEPS = 30
+"""In that time at least. A good session does some 200 a second alone, and some 50 where others work on the machine."""
+FLOOD = """
+import socket, sys, threading
+path, sessions = sys.argv[1:]
+first, again, asks = (bytes.fromhex(sys.stdin.readline()) for _ in range(3))
+
+def connected():
+    sock = socket.socket(socket.AF_UNIX)
+    sock.connect(path)
+    return sock
+
+def send(sock):
+    sock.sendall(first)
+    while True:
+        sock.sendall(again)
+
+def read(sock):
+    while sock.recv(65536):
+        pass
+
+def come_and_go():
+    while True:
+        with connected() as sock:
+            sock.sendall(first)
+
+def ask():
+    sock = connected()
+    while True:
+        sock.sendall(asks)
+        data = b""
+        while b"\\r\\n\\r\\n" not in data:
+            data += sock.recv(65536)
+        head, _, body = data.partition(b"\\r\\n\\r\\n")
+        (size,) = (int(line.split(b":")[1]) for line in head.split(b"\\r\\n") if line.startswith(b"content-length"))
+        while len(body) < size:
+            body += sock.recv(65536)
+
+for _ in range(int(sessions)):
+    if asks:
+        what = [ask]
+    elif not again:
+        what = [come_and_go]
+    else:
+        sock = connected()
+        what = [lambda sock=sock: send(sock), lambda sock=sock: read(sock)]
+    for one in what:
+        threading.Thread(target=one, daemon=True).start()
+print(flush=True)
+sys.stdin.read()
+"""
+"""In a process of its own, as fast as it can; until its input ends."""
+
+
+def init(model: str = "noop", natoms: int = 1) -> bytes:
+    system = {"rootstock": 1, "model": model, "numbers": [29] * natoms, "pbc": [False] * 3}
+    return ipi.init_frame(json.dumps(system).encode())
+
+
+def posdata(natoms: int, cell: float = 1.0) -> bytes:
+    return ipi.posdata_head(cell * np.eye(3), np.eye(3), natoms) + bytes(24 * natoms)
+
+
+FLOODS = {
+    "INIT of no model": (b"", init("nope") * 200),
+    "INIT": (b"", init() * 200),
+    "long INIT": (b"", init(natoms=50_000)),
+    "STATUS": (b"", ipi.STATUS * 2000),
+    "structures of no system": (init("nope"), posdata(0) * 400),
+    "structures of another size": (init(), posdata(2) * 300),
+    "cells that are none": (init(), (posdata(1, np.nan) + ipi.GETFORCE) * 200),
+    "connections": (b"", b""),
+    "connections with INIT": (init(), b""),
+}
+
+
+@pytest.fixture(scope="module")
+def daemon(older_kernel: bool, start_shared_daemon: Callable[..., RunningDaemon]) -> RunningDaemon:
+    """EMT for those who behave, `noop` for those who don't."""
+    return start_shared_daemon("--model", "emt", "--model", "noop")
+
+
+def check_beside(daemon: RunningDaemon, path: Path, sessions: int, *what: bytes) -> None:
+    """Another session's steps, right as ever, and status go on beside a flood; and afterwards nothing stays."""
+    before = live.footprint(daemon.client())
+    command = [sys.executable, "-c", FLOOD, str(path), str(sessions)]
+    with live.GoodSession(daemon.socket) as good:
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as flood:
+            assert flood.stdin is not None and flood.stdout is not None
+            flood.stdin.write(b"".join(text.hex().encode() + b"\n" for text in what))
+            flood.stdin.flush()
+            assert flood.stdout.readline()
+            time.sleep(0.5)
+            steps = len(good.latencies)
+            time.sleep(SECONDS)
+            steps = len(good.latencies) - steps
+            assert daemon.client().status()["state"] == "ready"
+            flood.kill()
+        assert not good.errors, good.errors
+    assert steps >= STEPS
+    live.settled(daemon.client())
+    assert live.footprint(daemon.client())["restarts"] == before["restarts"]
+
+
+@pytest.mark.parametrize("what", FLOODS)
+def test_beside_sessions_that_talk_without_end(daemon: RunningDaemon, what: str) -> None:
+    first, again = FLOODS[what]
+    check_beside(daemon, daemon.socket, SESSIONS if again else 4, first, again, b"")
+    assert "Traceback" not in daemon.log.read_text()
+
+
+@pytest.mark.parametrize("what", ["/v1/status", "/v1/models", "/metrics"])
+def test_beside_requests_without_end(daemon: RunningDaemon, what: str) -> None:
+    asks = f"GET {what} HTTP/1.1\r\nhost: x\r\n\r\n".encode()
+    check_beside(daemon, control_socket(daemon.socket), 4, b"", b"", asks)

@@ -1,0 +1,73 @@
+"""Turns at what is no step: one at a time, and paced for whoever takes much."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from rootstockd.sessions.turns import AT_FIRST, SHARE, Turns
+
+
+class Taker:
+    """Takes turns that last so many seconds, as long as it may."""
+
+    def __init__(self, turns: Turns, seconds: float, *, earned: bool = False) -> None:
+        self._turns, self._seconds, self._earned = turns, seconds, earned
+        self.taken: list[float] = []
+
+    def ask(self) -> None:
+        self._turns.ask(self, earned=self._earned)
+
+    def take_turn(self) -> None:
+        began = time.perf_counter()
+        while time.perf_counter() < began + self._seconds:
+            pass
+        self.taken.append(began)
+        self.ask()
+
+
+def run(seconds: float, begin: Callable[[], object]) -> None:
+    async def live() -> None:
+        begin()
+        await asyncio.sleep(seconds)
+
+    asyncio.run(live())
+
+
+def test_between_two_turns_others_have_theirs() -> None:
+    """Another user's, as often; and one user's are first come first served."""
+    ours, theirs = Turns(), Turns()
+    a, b, c = Taker(ours, 0.001), Taker(ours, 0.001), Taker(theirs, 0.001)
+    run(0.2, lambda: (a.ask(), b.ask(), c.ask()))
+    both = [(time, "ab"[taker is b]) for taker in (a, b) for time in taker.taken]
+    assert "".join(name for _, name in sorted(both)) in "ab" * len(both)
+    assert abs(len(c.taken) - len(both)) <= 2
+
+
+def test_whoever_takes_much_waits_and_whoever_is_new_does_not() -> None:
+    ours, theirs = Turns(), Turns()
+    greedy, late = Taker(ours, 0.02), Taker(theirs, 0.02)
+
+    def begin() -> None:
+        greedy.ask()
+        asyncio.get_running_loop().call_later(1.5, late.ask)
+
+    run(1.7, begin)
+    assert 0.02 * len(greedy.taken) < AT_FIRST + 4 * SHARE * 1.7
+    assert len(late.taken) > 3
+
+
+def test_turns_that_a_step_came_of_are_not_paced() -> None:
+    worker = Taker(Turns(), 0.02, earned=True)
+    run(1.7, worker.ask)
+    assert 0.02 * len(worker.taken) > AT_FIRST + 4 * SHARE * 1.7
+
+
+def test_who_is_gone_has_no_turn() -> None:
+    turns = Turns()
+    a, b = Taker(turns, 0.0), Taker(turns, 0.0)
+    a.take_turn = lambda: a.taken.append(0.0)  # type: ignore[method-assign]
+    run(0.05, lambda: (a.ask(), b.ask(), turns.leave(b)))
+    assert a.taken and not b.taken
+    assert not turns.waits(b)
