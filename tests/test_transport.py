@@ -11,6 +11,8 @@ import uvloop
 
 from rootstockd.sessions.transport import GuardedTransport
 
+uvloop.run(asyncio.sleep(0))  # the first makes a pipe for signals that libuv keeps, and that no test is to be blamed for
+
 
 class Protocol(asyncio.BufferedProtocol):
     """Notes what it is told."""
