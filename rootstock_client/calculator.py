@@ -16,8 +16,9 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator, CalculatorSetupError, PropertyNotImplementedError, all_changes
 from ase.stress import full_3x3_to_voigt_6_stress
 
+import rootstock_client.ase_errors  # noqa: F401 - has our errors be ASE's
 from rootstock_client.connection import Connection
-from rootstock_client.errors import ProtocolError, UnsupportedError, model_changed, used_in_step
+from rootstock_client.errors import ProtocolError, model_changed, used_in_step
 from rootstock_client.ipi import PROTOCOL_VERSION, FloatArray, ForceReady
 from rootstock_client.parameters import ON_REQUEST, PARAMETERS, SENT
 from rootstock_client.patience import patience_in_seconds
@@ -170,9 +171,10 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
 
         Raises:
             PropertyNotImplementedError: the model does not have it, or the system has no stress.
+            CalculationFailed: the structure can't be evaluated: EvaluationError, InvalidStructureError.
             ModelChangedError: the catalogue has another potential under this model's name by now.
             InStepError: it would take an evaluation inside another one, or the session was closed inside it.
-            RootstockError: the evaluation failed; the message says why.
+            RootstockError: all else, and these; the message says why. `rootstock_client.ase_errors` has what is what.
         """
         if name not in self.implemented_properties:
             raise PropertyNotImplementedError(f"{name} is not among what rootstockd computes")
@@ -253,10 +255,7 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         wanted = (asked | self._asked | self._asked_before | set(self.parameters["properties"])) & ON_REQUEST
         if not self._box.has_stress:
             wanted -= {"stress"}
-        try:
-            results = self._evaluate(snapshot, self._box, wanted)
-        except UnsupportedError as error:
-            raise PropertyNotImplementedError(str(error)) from error
+        results = self._evaluate(snapshot, self._box, wanted)
         self._seen = None
         self.results = {**results, **given}
         self._seen = snapshot

@@ -676,6 +676,13 @@ def test_found_by_environment_and_by_runtime_directory(daemon: RunningDaemon, mo
     assert rootstockd("status").stdout.startswith("rootstockd ")
 
 
+def test_errors_do_without_ase() -> None:
+    """The daemon and commands have them, and ASE takes longer to import than most commands."""
+    code = "import sys, rootstock_client.errors, rootstockd.cli.attach, rootstock_client.attachment\n"
+    code += "assert 'ase.calculators.calculator' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
 def test_the_client_needs_numpy_and_ase_only() -> None:
     """Its modules import nothing of the daemon, and no third package but numpy and ASE with what that needs."""
     code = (

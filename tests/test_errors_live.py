@@ -10,6 +10,8 @@ import shutil
 import signal
 import socket
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,8 +20,13 @@ import numpy as np
 import pytest
 from ase import Atoms, units
 from ase.build import bulk
-from ase.calculators.calculator import PropertyNotImplementedError
+from ase.calculators.calculator import (
+    CalculationFailed,
+    CalculatorSetupError,
+    PropertyNotImplementedError,
+)
 from ase.calculators.emt import EMT
+from ase.io.bundletrajectory import BundleTrajectory
 
 from conftest import EMBEDDED_MODEL, RunningDaemon, daemons, sha256, wait_for
 from rootstock_client import RootstockClient, RootstockError, ipi, runtime_dir
@@ -237,7 +244,7 @@ def test_a_head_that_the_model_lacks(daemon: RunningDaemon) -> None:
     atoms.calc = daemon.client().calculator("mace-emt-small", head="r2scan")
     with pytest.raises(PropertyNotImplementedError, match="no head 'r2scan'") as caught:
         atoms.get_potential_energy()
-    assert isinstance(caught.value.__cause__, UnsupportedError)
+    assert isinstance(caught.value, UnsupportedError)
 
 
 def test_a_property_that_the_model_lacks(odd_calculators: RunningDaemon) -> None:
@@ -315,12 +322,85 @@ def test_a_refused_init_is_said_again(start_daemon, tmp_path) -> None:
 def test_an_engine_that_gives_nan(odd_calculators: RunningDaemon) -> None:
     """Numbers that are none never reach a driver."""
     client = odd_calculators.client()
-    atoms = Atoms("He2", [[0, 0, 0], [0, 0, 1e-160]])
+    atoms = crashing()
     error = failing(atoms, client, "lj")
     assert isinstance(error, EvaluationError)
     assert "NaN or infinite" in error.message
     atoms.positions[1, 2] = 1.5
     assert atoms.get_potential_energy() < 0
+
+
+def crashing() -> Atoms:
+    """An engine of Lennard-Jones gives NaN for it."""
+    return Atoms("He2", [[0, 0, 0], [0, 0, 1e-160]])
+
+
+def test_ase_knows_which_errors_are_its_own(odd_calculators: RunningDaemon, tmp_path: Path) -> None:
+    """Scripts catch these, and so does ASE: a trajectory goes on without the results."""
+    client = odd_calculators.client()
+    flat = copper()
+    flat.set_cell([[1, 0, 0], [2, 0, 0], [0, 0, 3]])
+    for atoms, model, kind in (
+        (crashing(), "lj", CalculationFailed),
+        (flat, "emt", CalculationFailed),
+        (Atoms("U"), "emt", CalculatorSetupError),
+        (copper(), "no-such-model", CalculatorSetupError),
+    ):
+        with pytest.raises(kind):
+            raise failing(atoms, client, model)
+        assert isinstance(failing(atoms, client, model), RuntimeError)
+    with client.calculator("lj") as calculator:
+        atoms = crashing()
+        atoms.calc = calculator
+        trajectory = BundleTrajectory(str(tmp_path / "a.bundle"), "w", atoms)
+        trajectory.write()
+        trajectory.close()
+    back = BundleTrajectory(str(tmp_path / "a.bundle"))[0]
+    assert back.positions.tolist() == atoms.positions.tolist()
+
+
+def test_a_daemon_that_is_gone_is_no_error_of_ases(tmp_path: Path) -> None:
+    """A script that passes over structures that fail must not pass over all."""
+    error = failing(copper(), RootstockClient(tmp_path / "none.sock"))
+    assert isinstance(error, DaemonNotFoundError)
+    assert not isinstance(error, RuntimeError)
+
+
+IN_A_POOL = """
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+from ase import Atoms
+from ase.calculators.calculator import CalculationFailed
+
+
+def energy(positions):
+    from rootstock_client import RootstockClient
+
+    atoms = Atoms("He2", positions)
+    atoms.calc = RootstockClient(sys.argv[1]).calculator("lj")
+    return atoms.get_potential_energy()
+
+
+if __name__ == "__main__":
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        try:
+            pool.submit(energy, [[0, 0, 0], [0, 0, 1e-160]]).result()
+        except CalculationFailed as error:
+            print(type(error).__name__, error.code, "rootstock_client" in sys.modules, error.message)
+"""
+
+
+def test_an_error_of_ases_is_one_for_who_gets_it_from_another_process(
+    odd_calculators: RunningDaemon, tmp_path: Path
+) -> None:
+    """Although nothing of ours was imported there."""
+    script = tmp_path / "pool.py"
+    script.write_text(IN_A_POOL)
+    command = [sys.executable, str(script), str(odd_calculators.socket)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.startswith("EvaluationError evaluation True "), done.stderr
 
 
 def test_no_daemon(tmp_path, monkeypatch) -> None:
