@@ -1,8 +1,9 @@
 """Path-integral MD of copper with i-PI, whose beads go through rootstockd in one batch.
 
-Start a daemon first: `rootstockd start --model mace-emt-small`. Then `pip install ipi` and `python pimd_ipi.py`.
-It writes i-PI's input, starts i-PI, and has `rootstockd attach` give its connection to the daemon. The kinetic energy
-is more than the classical 3/2 kT by what the nuclei's quantum nature adds.
+Start a daemon first: `rootstockd start --model mace-emt-small`. Then `pip install ipi` and `python pimd_ipi.py`, in an
+environment that has the client; it need not have the daemon. It writes i-PI's input, starts i-PI, and has `rootstockd
+attach` give its connection to the daemon. The kinetic energy is more than the classical 3/2 kT by what the nuclei's
+quantum nature adds.
 """
 
 from __future__ import annotations

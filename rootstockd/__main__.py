@@ -7,10 +7,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 NEEDS = (
-    *("click", "fastapi", "h11", "platformdirs", "prometheus_client", "psutil", "pydantic", "pynvml", "requests"),
+    *("fastapi", "h11", "platformdirs", "prometheus_client", "psutil", "pydantic", "pynvml", "requests"),
     *("rich", "tomlkit", "uv", "uvicorn", "uvloop"),
 )
 """Modules of the extra `daemon`: some of them may be there for another reason."""
+FOR_CLIENTS = ("attach", "--version")
+"""What does without them: `attach` runs where a driver does."""
 
 
 def main() -> None:
@@ -19,10 +21,12 @@ def main() -> None:
     if missing := [name for name in NEEDS if find_spec(name) is None]:
         if other := _next_in_path():
             os.execv(other, [other, *sys.argv[1:]])  # noqa: S606 - whatever the user would have called
-        sys.exit(
-            f"rootstockd: this installation is for clients only, without {', '.join(missing)}.\n"
-            "Install the daemon with what it needs: pip install 'rootstockd[daemon]'"
-        )
+        if not any(word in FOR_CLIENTS for word in sys.argv[1:2]):
+            sys.exit(
+                f"rootstockd: this installation is for clients only, without {', '.join(missing)}.\n"
+                f"It has {' and '.join(FOR_CLIENTS)}. For the rest call the daemon's command by its path, such as "
+                "/opt/rootstockd/bin/rootstockd, or install what it needs: pip install 'rootstockd[daemon]'"
+            )
     from rootstockd.cli import main as command  # noqa: PLC0415
     from rootstockd.worker.failures import disk_full  # noqa: PLC0415
 

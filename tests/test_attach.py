@@ -43,6 +43,7 @@ from rootstock_client.errors import (
 from rootstock_client.shared_memory import Translation
 from rootstockd.cli.system import System, read_parameters, read_structure
 from rootstockd.host.descriptors import DESCRIPTORS_A_SESSION
+from terminal import Terminal
 
 BIN = Path(sys.executable).parent
 STEPS = 12
@@ -314,6 +315,19 @@ def socket_calculator(folder: Path, atoms: Atoms) -> Iterator[SocketIOCalculator
     with SocketIOCalculator(unixsocket=folder.name) as calculator:
         atoms.calc = calculator
         yield calculator
+
+
+def test_a_terminal_is_told_how_far_it_has_come(daemon: RunningDaemon, folder: Path) -> None:
+    atoms = structure()
+    given = ("attach", folder.name, "--model", "emt", "--structure", str(folder / "init.xyz"))
+    with Terminal(*given, "--socket", str(daemon.socket)) as terminal:
+        said = f"attaching 8 atoms (Cu8, pbc TTT), emt, to /tmp/ipi_{folder.name}"
+        terminal.until(lambda text: text.split("\n")[:2] == [said, "waiting for the driver"])
+        with socket_calculator(folder, atoms):
+            check(atoms)
+            terminal.until(lambda text: "1 session, 1 evaluation, " in text.split("\n")[1])
+        assert terminal.end() == 0
+        assert terminal.text.strip().split("\n") == [said, "the driver has ended"]
 
 
 def test_ase(daemon: RunningDaemon, folder: Path, compatible) -> None:

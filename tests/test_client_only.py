@@ -1,16 +1,24 @@
-"""An installation for jobs, without the daemon's needs: a virtual environment with numpy and ASE, and nothing more."""
+"""An installation for jobs, without the daemon's needs: a virtual environment with what the package depends on."""
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 import venv
 from importlib import metadata, util
 from pathlib import Path
 
+import numpy as np
 import pytest
+from ase import Atoms
+from ase.build import bulk
+from ase.calculators.emt import EMT
+from ase.calculators.socketio import SocketIOCalculator
 
 import rootstockd
+from conftest import RunningDaemon
 from rootstockd.__main__ import NEEDS
 
 if sys.version_info >= (3, 11):
@@ -19,6 +27,8 @@ else:
     import tomli as tomllib
 
 SOURCE = Path(rootstockd.__file__).parent.parent
+PROJECT = tomllib.loads((SOURCE / "pyproject.toml").read_text())["project"]
+BASE = {re.split("[<>=]", requirement)[0] for requirement in PROJECT["dependencies"]}
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +37,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("client")
     venv.create(folder, symlinks=True)
     (packages,) = folder.glob("lib/python*/site-packages")
-    for name in ("numpy", "numpy.libs", "scipy", "scipy.libs", "ase"):
+    for name in (*BASE, "numpy.libs", "scipy", "scipy.libs"):
         beside = Path(str(metadata.distribution(name.partition(".")[0]).locate_file(name)))
         if beside.exists():
             (packages / name).symlink_to(beside)
@@ -80,6 +90,7 @@ def test_the_command_says_what_it_takes(python: Path) -> None:
         return done.stderr.splitlines()[0]
 
     assert says().endswith(f"without {', '.join(NEEDS)}.")
+    assert run(python, "-m", "rootstockd", "--version").stdout == f"rootstockd, version {rootstockd.__version__}\n"
     (packages,) = python.parent.parent.glob("lib/python*/site-packages")
     for name in set(NEEDS) - {"uvloop"}:  # they came with something else
         origin = Path(str(util.find_spec(name).origin))  # type: ignore[union-attr]
@@ -88,10 +99,32 @@ def test_the_command_says_what_it_takes(python: Path) -> None:
     assert says().endswith("without uvloop.")
 
 
+def test_a_driver_that_listens_is_attached(python: Path, daemon: RunningDaemon, tmp_path: Path) -> None:
+    """By the command that is installed beside it."""
+    atoms = bulk("Cu", cubic=True)
+    atoms.rattle(0.05, seed=1)
+    atoms.write(tmp_path / "init.xyz")
+
+    def numbers(atoms: Atoms) -> list[float]:
+        return [atoms.get_potential_energy(), *atoms.get_forces().ravel()]
+
+    address = f"client-only-{os.getpid()}"
+    options = ("--model", "emt", "--structure", tmp_path / "init.xyz", "--socket", daemon.socket)
+    command = [python, "-I", "-m", "rootstockd", "attach", address, *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        with SocketIOCalculator(unixsocket=address) as calculator:
+            atoms.calc = calculator
+            found = numbers(atoms)
+        said, _ = process.communicate(timeout=60)
+    assert (process.returncode, said.splitlines()[-1]) == (0, "the driver has ended"), said
+    atoms.calc = EMT()
+    np.testing.assert_allclose(found, numbers(atoms), atol=1e-9)
+
+
 def test_all_needs_are_known() -> None:
-    """What the extra asks for on this Python is what the command looks for."""
-    extra = tomllib.loads((SOURCE / "pyproject.toml").read_text())["project"]["optional-dependencies"]["daemon"]
-    wanted = {requirement.partition(">")[0] for requirement in extra if "python_version" not in requirement}
+    """What the extra asks for on this Python, beyond what a client has, is what the command looks for."""
+    extra = PROJECT["optional-dependencies"]["daemon"]
+    wanted = {requirement.partition(">")[0] for requirement in extra if "python_version" not in requirement} - BASE
     provided = {
         name: {distribution.replace("_", "-") for distribution in found}
         for name, found in metadata.packages_distributions().items()

@@ -11,7 +11,7 @@ import uvloop
 
 from rootstockd.sessions.transport import GuardedTransport
 
-uvloop.run(asyncio.sleep(0))  # the first makes a pipe for signals that libuv keeps, and that no test is to be blamed for
+uvloop.run(asyncio.sleep(0))  # the first makes a pipe that libuv keeps, and that no test is to be blamed for
 
 
 class Protocol(asyncio.BufferedProtocol):

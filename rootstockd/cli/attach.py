@@ -1,4 +1,7 @@
-"""`attach`: a daemon for drivers that listen, such as i-PI and ASE's SocketIOCalculator."""
+"""`attach`: a daemon for drivers that listen, such as i-PI and ASE's SocketIOCalculator.
+
+It runs where the driver does, in a client's installation, which has the client, ASE and click.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,10 @@ import json
 import os
 import queue
 import signal
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,17 +21,19 @@ from typing import Any
 import click
 
 from rootstock_client.attachment import Address, Attachment, PotentialSoFar, offer_when_there, parse_address
+from rootstock_client.control import request
 from rootstock_client.errors import RootstockError
 from rootstock_client.patience import patience_in_seconds
 from rootstock_client.sockets import dismiss
-from rootstockd.cli.common import Refused, console, fetch_status, socket_in_use, socket_option, watched
+from rootstockd.cli.clients import Refused, dtype_option, socket_in_use, socket_option
 from rootstockd.cli.completion import catalogue_models
-from rootstockd.cli.fleet import dtype_option
 from rootstockd.cli.quantities import plural
 from rootstockd.cli.system import System, periodicity, read_structure
 
 POLL = 1.0
 """Seconds between looks at how far it has come."""
+_TO_THE_END = "\x1b[K"
+"""Has a terminal blank the rest of a line; `click.echo` leaves it out where there is none."""
 
 
 @click.command()
@@ -113,12 +119,12 @@ def attach(
             raise Refused(error) from error
         finally:
             _leave(attachments)
-    console.print("the driver has ended")
+    click.echo("the driver has ended")
 
 
 def announce(system: System, where: Address) -> None:
     """Say what was chosen."""
-    console.print(f"attaching {system} to {where}", markup=False, soft_wrap=True)
+    click.echo(f"attaching {system} to {where}{_TO_THE_END}")
 
 
 def _run(attachments: list[Attachment], daemon: Path) -> None:
@@ -139,7 +145,7 @@ def _run(attachments: list[Attachment], daemon: Path) -> None:
 
     for attachment in attachments:
         threading.Thread(target=serve, args=(attachment,), daemon=True).start()
-    with console.status("waiting for the driver") if watched() else contextlib.nullcontext() as spinner:
+    with _progress() as say:
         before, then = 0, time.monotonic()
         for _ in attachments:
             while True:
@@ -147,21 +153,38 @@ def _run(attachments: list[Attachment], daemon: Path) -> None:
                     if (error := ends.get(timeout=POLL)) is not None:
                         raise error
                     break
-                if spinner is not None:
+                if say is not None:
                     done, now = _evaluations(daemon), time.monotonic()
                     attached = sum(attachment.attached for attachment in attachments)
                     rate = max(0, done - before) / (now - then)
                     before, then = done, now
-                    spinner.update(f"{plural(attached, 'session')}, {plural(done, 'evaluation')}, {rate:.1f}/s")
+                    say(f"{plural(attached, 'session')}, {plural(done, 'evaluation')}, {rate:.1f}/s")
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str], None] | None]:
+    """What says in the last line of a terminal how far it has come; None where there is none."""
+    if not sys.stdout.isatty():
+        yield None
+        return
+
+    def say(text: str) -> None:  # what is printed next, also by another thread, goes over it
+        click.echo(f"{text}{_TO_THE_END}\r", nl=False)
+
+    say("waiting for the driver")
+    try:
+        yield say
+    finally:
+        say("")
 
 
 def _evaluations(daemon: Path) -> int:
-    """What the daemon has done for this process; 0 while it does not say."""
+    """What the daemon, of whichever version, has done for this process; 0 while it does not say."""
     try:
-        sessions = fetch_status(daemon, timeout=POLL).sessions
-    except RootstockError:
+        status: Any = request(daemon, "GET", "/v1/status", timeout=POLL)
+        return sum(session["evaluations"] for session in status["sessions"] if session["pid"] == os.getpid())
+    except (RootstockError, LookupError, TypeError):
         return 0
-    return sum(session.evaluations for session in sessions if session.pid == os.getpid())
 
 
 def _leave(attachments: list[Attachment]) -> None:

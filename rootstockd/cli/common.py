@@ -1,4 +1,4 @@
-"""What several commands share: the --socket option, and how errors end a command."""
+"""What several commands share: a daemon's status and settings, where its log is, what is said while one waits."""
 
 from __future__ import annotations
 
@@ -22,9 +22,7 @@ from rootstock_client.errors import RootstockError
 from rootstock_client.runtime_dir import (
     JOB_VARIABLE,
     SOCKET_NAME,
-    SOCKET_VARIABLE,
     SYSTEM_DIR,
-    find_socket,
     job_runtime_dir,
     user_runtime_dir,
 )
@@ -45,23 +43,6 @@ if not watched() and not os.environ.get("COLUMNS", "").lstrip("0").isdecimal():
 QUIET = 2.0
 """Seconds until the first line about what a command waits for; one that takes no longer says nothing of it."""
 
-
-def absolute(_context: click.Context, _option: click.Parameter, path: Path | None) -> Path | None:
-    """From wherever it is used; a link in it is still one, for whoever opens the file to see."""
-    try:
-        return None if path is None else path.absolute()
-    except FileNotFoundError:
-        raise click.BadParameter(f"{path} starts at the working directory, and that was removed.") from None
-
-
-socket_option = click.option(
-    "--socket",
-    type=click.Path(path_type=Path, readable=False),
-    callback=absolute,
-    envvar=SOCKET_VARIABLE,
-    show_envvar=True,
-    help="The daemon's session socket.",
-)
 catalogue_option = click.option(
     "--catalogue",
     "catalogues",
@@ -72,14 +53,6 @@ catalogue_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="For programs.")
 
 Answer = TypeVar("Answer", bound=BaseModel)
-
-
-class Refused(click.ClickException):
-    """An error with its hint, as a command's last words."""
-
-    def __init__(self, error: Exception | str) -> None:
-        super().__init__(str(error))
-
 
 SYSTEM_LOG = Path("/var/log/rootstockd/rootstockd.log")
 """Of the machine's daemon, where systemd does not have it."""
@@ -99,18 +72,6 @@ def default_log_file(socket: Path) -> Path:
         return folder / f"job-{os.environ[JOB_VARIABLE]}.{os.environ.get('SLURMD_NODENAME') or gethostname()}.log"
     standard = socket.name == SOCKET_NAME and socket.parent in (SYSTEM_DIR, user_runtime_dir())
     return folder / ("rootstockd.log" if standard else "-".join(socket.with_suffix("").parts[1:]) + ".log")
-
-
-def socket_in_use(socket: Path | None) -> Path:
-    """The session socket of the daemon to talk to.
-
-    Raises:
-        Refused: there is none.
-    """
-    try:
-        return find_socket(socket)
-    except RootstockError as error:
-        raise Refused(error) from error
 
 
 def fetch_status(socket: Path, *, timeout: float = 10.0) -> DaemonStatus:

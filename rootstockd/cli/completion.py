@@ -1,7 +1,8 @@
 """`completion`: the script that has a shell complete commands, and the names that it then asks for.
 
 A shell asks while somebody types, so nothing here waits: a daemon has half a second, and where names can't be had there
-are none. All commands have this module, so what only one kind of names needs is imported when these are asked for.
+are none. All commands have this module, a client's `attach` too, so what only one kind of names needs is imported when
+these are asked for.
 """
 
 # ruff: noqa: PLC0415
@@ -17,10 +18,9 @@ from click.shell_completion import CompletionItem, get_completion_class
 
 from rootstock_client.errors import RootstockError
 from rootstock_client.runtime_dir import find_socket
-from rootstockd.cli.common import fetch_status
-from rootstockd.control.schema import DaemonStatus
 
 if TYPE_CHECKING:
+    from rootstockd.control.schema import DaemonStatus
     from rootstockd.models.catalogue import Entry
 
 _PATIENCE = 0.5
@@ -100,6 +100,8 @@ def devices(_ctx: click.Context, _parameter: click.Parameter, incomplete: str) -
 
 
 def _daemon(ctx: click.Context) -> DaemonStatus | None:
+    from rootstockd.cli.common import fetch_status
+
     try:
         return fetch_status(find_socket(ctx.params.get("socket")), timeout=_PATIENCE)
     except RootstockError:

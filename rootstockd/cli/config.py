@@ -17,7 +17,8 @@ from click.core import ParameterSource
 
 from rootstock_client.errors import ModelLoadError, RootstockError
 from rootstock_client.runtime_dir import SYSTEM_DIR, is_private, too_long
-from rootstockd.cli.common import Refused, console, default_socket, fetch_config, print_warnings, socket_in_use
+from rootstockd.cli.clients import Refused, socket_in_use
+from rootstockd.cli.common import console, default_socket, fetch_config, print_warnings
 from rootstockd.cli.options import devices_of, files_to_read, settings_again, settings_options, settings_said
 from rootstockd.cli.service import service_at, service_of
 from rootstockd.cli.systemd_units import unit_at

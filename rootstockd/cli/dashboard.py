@@ -13,7 +13,8 @@ from pathlib import Path
 import click
 
 from rootstock_client.errors import RootstockError
-from rootstockd.cli.common import Refused, fetch_status, socket_in_use, socket_option
+from rootstockd.cli.clients import Refused, socket_in_use, socket_option
+from rootstockd.cli.common import fetch_status
 from rootstockd.dashboard.feed import Feed
 from rootstockd.dashboard.server import Page, page_server
 from rootstockd.users import user_name

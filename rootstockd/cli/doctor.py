@@ -18,7 +18,8 @@ from rich.text import Text
 import rootstockd
 from rootstock_client.errors import AccessDeniedError, DaemonNotFoundError, RootstockError
 from rootstock_client.runtime_dir import SYSTEM_DIR, find_socket
-from rootstockd.cli.common import console, default_log_file, default_socket, fetch_status, socket_option
+from rootstockd.cli.clients import socket_option
+from rootstockd.cli.common import console, default_log_file, default_socket, fetch_status
 from rootstockd.cli.config import examined
 from rootstockd.cli.service import SERVICE_CACHE, Service, service_at
 from rootstockd.doctor import gpus, machine, places, running, settings, software

@@ -14,7 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from rootstock_client.errors import RootstockError
-from rootstockd.cli.common import Refused, catalogue_option, console, json_option, saying
+from rootstockd.cli.clients import Refused
+from rootstockd.cli.common import catalogue_option, console, json_option, saying
 from rootstockd.cli.completion import environments
 from rootstockd.environment_builds import archive
 from rootstockd.environment_builds.building import Plan, build, without_torchs_builds

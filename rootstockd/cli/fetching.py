@@ -15,7 +15,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from rootstock_client.errors import RootstockError
 from rootstock_client.runtime_dir import find_socket
-from rootstockd.cli.common import Refused, catalogue_option, console
+from rootstockd.cli.clients import Refused
+from rootstockd.cli.common import catalogue_option, console
 from rootstockd.cli.completion import models_to_pull
 from rootstockd.cli.quantities import megabytes
 from rootstockd.models import store

@@ -8,14 +8,13 @@ from pathlib import Path
 import click
 
 from rootstock_client.errors import RootstockError
-from rootstockd.cli.common import Refused, ask, console, fetch_status, saying, socket_in_use, socket_option
+from rootstockd.cli.clients import Refused, dtype_option, socket_in_use, socket_option
+from rootstockd.cli.common import ask, console, fetch_status, saying
 from rootstockd.cli.completion import catalogue_models, models_in_memory
 from rootstockd.cli.quantities import plural
 from rootstockd.control.schema import LoadAnswer, ModelStatus, UnloadAnswer
 
 POLL = 0.1
-
-dtype_option = click.option("--dtype", type=click.Choice(["float32", "float64"]), help="What it computes in.")
 
 
 @click.command()

@@ -13,7 +13,8 @@ from typing import BinaryIO
 
 from rootstock_client.errors import DaemonNotFoundError, RootstockError
 from rootstock_client.runtime_dir import find_socket
-from rootstockd.cli.common import Refused, console, fetch_status, print_warnings, saying
+from rootstockd.cli.clients import Refused
+from rootstockd.cli.common import console, fetch_status, print_warnings, saying
 from rootstockd.cli.ending import DRAINING, end
 from rootstockd.control.schema import DaemonStatus
 from rootstockd.host.handed_over import handed_over

@@ -14,17 +14,8 @@ from rootstock_client.control import request
 from rootstock_client.errors import ConnectionLostError, DaemonNotFoundError, RootstockError
 from rootstock_client.runtime_dir import control_socket
 from rootstock_client.sockets import connect
-from rootstockd.cli.common import (
-    Refused,
-    ask,
-    console,
-    default_log_file,
-    default_socket,
-    fetch_config,
-    print_warnings,
-    socket_in_use,
-    socket_option,
-)
+from rootstockd.cli.clients import Refused, socket_in_use, socket_option
+from rootstockd.cli.common import ask, console, default_log_file, default_socket, fetch_config, print_warnings
 from rootstockd.cli.ending import FORCE_TIMEOUT, daemon_process, end, end_unreachable
 from rootstockd.cli.launching import POLL, launch, serve_in_front, stay_with
 from rootstockd.cli.options import settings_again, settings_options, settings_said

@@ -9,7 +9,7 @@ import click
 
 from rootstock_client.control import fetch
 from rootstock_client.errors import RootstockError
-from rootstockd.cli.common import Refused, socket_in_use, socket_option
+from rootstockd.cli.clients import Refused, socket_in_use, socket_option
 
 
 @click.group()

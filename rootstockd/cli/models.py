@@ -13,7 +13,8 @@ from rich.table import Table
 from rootstock_client.control import request
 from rootstock_client.errors import ModelLoadError, RootstockError, UnknownModelError
 from rootstock_client.runtime_dir import find_socket
-from rootstockd.cli.common import Refused, catalogue_option, console, fetch_status, json_option, socket_option
+from rootstockd.cli.clients import Refused, socket_option
+from rootstockd.cli.common import catalogue_option, console, fetch_status, json_option
 from rootstockd.cli.completion import catalogue_models
 from rootstockd.cli.fetching import add, pull, refused
 from rootstockd.cli.quantities import megabytes, plural

@@ -11,7 +11,8 @@ import click
 from click.core import ParameterSource
 
 from rootstock_client.runtime_dir import SOCKET_VARIABLE
-from rootstockd.cli.common import Refused, absolute, catalogue_option, default_log_file, default_socket, socket_option
+from rootstockd.cli.clients import Refused, absolute, socket_option
+from rootstockd.cli.common import catalogue_option, default_log_file, default_socket
 from rootstockd.cli.completion import catalogue_models, devices, gpus
 from rootstockd.host.devices import DeviceError, choose_devices
 from rootstockd.settings.config import Config, Device, SettingsFile

@@ -20,15 +20,8 @@ from rich.text import Text
 
 from rootstock_client.errors import RootstockError
 from rootstock_client.runtime_dir import find_socket
-from rootstockd.cli.common import (
-    Refused,
-    console,
-    default_log_file,
-    default_socket,
-    fetch_status,
-    socket_in_use,
-    socket_option,
-)
+from rootstockd.cli.clients import Refused, socket_in_use, socket_option
+from rootstockd.cli.common import console, default_log_file, default_socket, fetch_status
 from rootstockd.cli.options import files_to_read
 from rootstockd.cli.quantities import count, duration, plural, size, span
 from rootstockd.cli.service import service_at

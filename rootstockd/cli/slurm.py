@@ -31,7 +31,7 @@ from rootstock_client.runtime_dir import (
     control_socket,
     job_runtime_dir,
 )
-from rootstockd.cli.common import Refused
+from rootstockd.cli.clients import Refused
 from rootstockd.cli.ending import end
 from rootstockd.cli.launching import POLL
 from rootstockd.cli.lifecycle import start

@@ -16,7 +16,8 @@ import click
 
 import rootstockd
 from rootstock_client.runtime_dir import SYSTEM_DIR
-from rootstockd.cli.common import Refused, console, default_socket
+from rootstockd.cli.clients import Refused
+from rootstockd.cli.common import console, default_socket
 from rootstockd.cli.options import devices_of
 from rootstockd.cli.service import may
 from rootstockd.host.devices import find_gpus, visible_gpus

@@ -7,7 +7,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from rootstockd.cli.common import Refused
+from rootstockd.cli.clients import Refused
 
 _BOOTED = Path("/run/systemd/system")
 """There where systemd is the machine's init (sd_booted(3))."""

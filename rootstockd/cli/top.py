@@ -19,7 +19,8 @@ import click
 from rich.live import Live
 
 from rootstock_client.errors import RootstockError
-from rootstockd.cli.common import Refused, console, fetch_status, socket_in_use, socket_option, watched
+from rootstockd.cli.clients import Refused, socket_in_use, socket_option
+from rootstockd.cli.common import console, fetch_status, watched
 from rootstockd.cli.frame import frame
 from rootstockd.cli.tables import SORTS, View
 from rootstockd.control.schema import DaemonStatus
