@@ -86,9 +86,7 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         """What `results` belong to. None before they change, so that whoever sees one twice has those in between."""
         self.results: dict[str, Any]
         how = {"exact": exact, "tolerance": tolerance, "properties": properties}
-        super().__init__(model=model, dtype=dtype, head=head, dispersion=dispersion, **how)
-        self._potential = self._chosen(self._settings())
-        self.fingerprint = fingerprint
+        super().__init__(model=model, dtype=dtype, head=head, dispersion=dispersion, fingerprint=fingerprint, **how)
 
     backend: str | None
     """What computed the last result, such as `mace-torch`, `fused`, or the name of an ASE calculator."""
@@ -101,13 +99,13 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
 
         Device and backend are not in it. None until a daemon has said it with a result, if it was not given. From then
         on results with another fingerprint, or with none, are not given out, but ModelChangedError is raised. Setting
-        `model`, `dtype` or `dispersion` makes it None again.
+        `model`, `dtype` or `dispersion` makes it None again. It is in `parameters`, for codes that write these down.
         """
-        return self._fingerprint
+        return cast("str | None", self.parameters["fingerprint"])
 
     @fingerprint.setter
     def fingerprint(self, fingerprint: str | None) -> None:
-        self._fingerprint, self._extras = fingerprint or None, None  # with the next result it is compared again
+        self.parameters["fingerprint"], self._extras = fingerprint or None, None  # it is compared again with the next
 
     def __repr__(self) -> str:
         settings = "".join(f"{key}={value!r}, " for key, value in self.todict().items() if key != "fingerprint")
@@ -139,7 +137,7 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         self._seen = None if atoms is None else Snapshot(atoms)
 
     def set(self, **parameters: Any) -> dict[str, Any]:
-        """Change some of `model`, `dtype`, `head`, `dispersion`, `exact`, `tolerance`, `properties`; what has changed.
+        """Change some parameters, called as in the constructor; those that have changed.
 
         Raises:
             TypeError: there is no such parameter, or a value is of the wrong kind.
@@ -147,6 +145,9 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         if unknown := parameters.keys() - PARAMETERS.keys():
             raise TypeError(f"there is no parameter {', '.join(sorted(unknown))}; there are {', '.join(PARAMETERS)}")
         changed = super().set(**{name: PARAMETERS[name](value) for name, value in parameters.items()})
+        if "fingerprint" in parameters:
+            self._extras = None
+            self._potential = self._chosen(self._settings())  # which is the one that it belongs to
         return cast("dict[str, Any]", changed)
 
     def todict(self, skip_default: bool = True) -> dict[str, Any]:  # noqa: FBT001,FBT002 - ASE's signature
@@ -154,10 +155,9 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
 
         The fingerprint is among it once it is known, so that the one made again is the same potential or refuses.
         """
-        settings = {**self._settings(), "fingerprint": self.fingerprint}
         return {
             key: value
-            for key, value in settings.items()
+            for key, value in self._settings().items()
             if not skip_default or not (value is None or value is False or value == ())
         }
 
@@ -302,8 +302,8 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         return answer, per_atom
 
     def _settings(self) -> dict[str, Any]:
-        """The parameters, such that nobody changes them meanwhile."""
-        settings = dict(self.parameters)
+        """The parameters, such that nobody changes them meanwhile; others note down things of their own beside them."""
+        settings = {name: self.parameters[name] for name in PARAMETERS}
         if isinstance(dispersion := settings["dispersion"], dict):
             settings["dispersion"] = dict(dispersion)
         return settings
@@ -321,17 +321,18 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         Raises:
             ModelChangedError: it is not, or does not say.
         """
-        if self._fingerprint in (None, fingerprint):
-            self._fingerprint = fingerprint
+        if (before := self.fingerprint) in (None, fingerprint):
+            self.parameters["fingerprint"] = fingerprint
             return
         self._connection.close()  # a session keeps its model, and the next shall find what has been put back meanwhile
-        raise model_changed(self.parameters["model"], self._fingerprint, fingerprint, "make a new calculator")
+        raise model_changed(self.parameters["model"], before, fingerprint, "make a new calculator")
 
     def describe(self, snapshot: Snapshot, box: Box, wanted: frozenset[str]) -> bytes:
         """The INIT text for a system and what is wanted of it; made anew only when something in it has changed."""
         electrons = (snapshot.charge, snapshot.spin)
         settings = self._settings()
-        system = (snapshot.numbers, snapshot.pbc, box.left_handed, electrons, wanted, settings)
+        sent = {name: settings[name] for name in SENT}
+        system = (snapshot.numbers, snapshot.pbc, box.left_handed, electrons, wanted, sent)
         if system != self._system:
             fields = {
                 "rootstock": PROTOCOL_VERSION,
@@ -340,7 +341,7 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
                 "charge": snapshot.charge,
                 "spin": snapshot.spin,
                 "want": ["energy", "forces", *sorted(wanted)],
-                **{name: settings[name] for name in SENT},  # others note down things of their own beside them
+                **sent,
             }
             self._init = json.dumps(fields).encode()
             self._system = system

@@ -43,5 +43,9 @@ SENT: dict[str, Callable[[Any], Any]] = {
     "tolerance": lambda value: None if value is None else float(value),
 }
 """What each may be given as, as INIT has it."""
-PARAMETERS: dict[str, Callable[[Any], Any]] = {**SENT, "properties": _properties}
-"""These, and what says which properties INIT asks for."""
+PARAMETERS: dict[str, Callable[[Any], Any]] = {
+    **SENT,
+    "properties": _properties,
+    "fingerprint": lambda value: value or None,
+}
+"""These, what says which properties INIT asks for, and what the answer is compared with."""

@@ -158,22 +158,29 @@ def quacc_here(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("recipe", ["static", "relax", "phonon"])
-def test_quacc(recipe: str, both, quacc_here, compatible) -> None:
+def test_quacc(recipe: str, daemon: RunningDaemon, both, quacc_here, compatible) -> None:
     """Its recipes for potentials hand a calculator to `matcalc.load_fp`, which gives it back."""
     from quacc.recipes.mlip.core import relax_job, static_job
     from quacc.recipes.mlip.phonons import phonon_flow
 
     atoms = copper()
+    recorded: list[dict[str, Any]] = []
 
     def run(make: Make) -> dict[str, Any]:
         how = {"library": "matcalc", "name": make()}
         if recipe == "static":
-            return static_job(atoms, **how)
+            done = static_job(atoms, **how)
+            recorded.append({key: value for key, value in done["parameters"].items() if key != "version"})  # QuAcc's
+            return done
         if recipe == "relax":
             return relax_job(atoms, relax_cell=True, opt_params={"fmax": 1e-3}, **how)
         return phonon_flow(bulk("Al"), supercell_matrix=np.diag([3, 3, 3]).tolist(), job_params={"static_job": how})
 
     ours, theirs = both(run)
+    if recorded:
+        assert recorded[0]["fingerprint"] == daemon.model("emt")["fingerprint"]
+        atoms.calc = daemon.client().calculator(**recorded[0])
+        assert atoms.get_potential_energy() == ours["results"]["energy"]
     if recipe == "phonon":
         found = [one["results"]["force_constants"] for one in (ours, theirs)]
         np.testing.assert_allclose(*found, atol=1e-6)

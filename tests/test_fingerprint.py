@@ -535,6 +535,25 @@ def test_a_job_that_goes_on_where_another_ended(site: Site) -> None:
         calculated(site, fingerprint=before)
 
 
+def test_a_fingerprint_is_one_of_the_parameters(site: Site) -> None:
+    """Codes write these down, such as QuAcc, which notes down something of its own beside them."""
+    atoms = calculated(site)
+    calculator, known = atoms.calc, atoms.calc.fingerprint
+    assert calculator.parameters["fingerprint"] == known is not None
+    assert known not in calculator._init.decode()
+    calculator.parameters["version"] = "theirs"
+    assert site.daemon.client().calculator(**calculator.todict()).fingerprint == known
+    done = calculator.results
+    assert calculator.set(**calculator.todict()) == {} and calculator.results == done != {}
+    calculator.set(fingerprint="0" * 16)
+    with pytest.raises(ModelChangedError):
+        atoms.get_potential_energy()
+    calculator.set(model="emt")
+    assert atoms.get_potential_energy() and calculator.fingerprint not in (None, "0" * 16, known)
+    calculator.set(model="mine", fingerprint=known)
+    assert atoms.get_potential_energy() and calculator.fingerprint == known
+
+
 def test_a_fingerprint_that_is_set_later(site: Site) -> None:
     atoms = calculated(site)
     known = atoms.calc.fingerprint
