@@ -7,7 +7,6 @@ import json
 import os
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, cast
 
@@ -22,6 +21,7 @@ from rootstock_client.errors import ProtocolError, model_changed, used_in_step
 from rootstock_client.ipi import PROTOCOL_VERSION, FloatArray, ForceReady
 from rootstock_client.parameters import ON_REQUEST, PARAMETERS, SENT
 from rootstock_client.patience import patience_in_seconds
+from rootstock_client.runtime_dir import find_socket
 from rootstock_client.snapshot import Box, Snapshot
 from rootstock_client.units import BOHR, HARTREE
 
@@ -33,7 +33,7 @@ _NO_ENERGIES = np.empty(0)
 
 
 class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
-    """An ASE calculator that sends structures to a daemon. Made by `RootstockClient.calculator`.
+    """An ASE calculator that sends structures to a daemon. `RootstockClient.calculator` makes them.
 
     Energies are in eV, forces in eV/Å, stress in eV/Å³ (Voigt order xx, yy, zz, yz, xz, xy; ASE's sign), per-atom
     energies in eV. Stress is there for systems that are periodic along at least one lattice vector and have a cell
@@ -45,8 +45,8 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
     It may be pickled, copied and used after a fork (each copy opens a session of its own), and shared by threads.
 
     Args:
-        socket: the daemon's session socket.
         model: catalogue name.
+        socket: the daemon's session socket; looked for as RootstockClient does if None.
         dtype: what the model computes in; the catalogue's choice if None.
         head: which of the model's heads.
         dispersion: True for the D3 correction of mace-torch's `mace_mp(dispersion=True)`; a dict for another, with some
@@ -61,6 +61,10 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
             workflows that write down what a calculator has, and can't be had to ask.
         fingerprint: what the model's must be; see the attribute. None takes it as it is found.
         patience: how many seconds to wait for a daemon that has gone; see RootstockClient.
+
+    Raises:
+        DaemonNotFoundError: no socket was found.
+        TypeError, ValueError: a parameter is of the wrong kind.
     """
 
     name = "rootstockd"
@@ -69,9 +73,9 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
 
     def __init__(  # noqa: PLR0913 - what a session can ask for
         self,
-        socket: str | os.PathLike[str],
         model: str,
         *,
+        socket: str | os.PathLike[str] | None = None,
         dtype: str | None = None,
         head: str | None = None,
         dispersion: bool | dict[str, Any] = False,
@@ -81,7 +85,7 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         fingerprint: str | None = None,
         patience: float | None = None,
     ) -> None:
-        self._begin(Connection(Path(socket), patience_in_seconds(patience)))
+        self._begin(Connection(find_socket(socket), patience_in_seconds(patience)))
         self._seen: Snapshot | None = None
         """What `results` belong to. None before they change, so that whoever sees one twice has those in between."""
         self.results: dict[str, Any]

@@ -68,8 +68,8 @@ class RootstockClient:
         from rootstock_client.calculator import RootstockCalculator  # the one place that needs ASE  # noqa: PLC0415
 
         calculator = RootstockCalculator(
-            self.socket,
             model,
+            socket=self.socket,
             dtype=dtype,
             head=head,
             dispersion=dispersion,

@@ -13,6 +13,13 @@ ALWAYS = frozenset({"energy", "free_energy", "forces"})
 """What comes with every evaluation."""
 
 
+def _model(name: Any) -> str:
+    """A None that a script has for a name would be looked for in the catalogue."""
+    if not isinstance(name, str):
+        raise TypeError(f"model is a name from the catalogue, such as 'mace-mp-medium', not {name!r}")
+    return str(name)
+
+
 def _properties(names: Iterable[str]) -> tuple[str, ...]:
     """Those of them that cost extra."""
     if isinstance(names, str) or not (asked := set(names)) <= ON_REQUEST | ALWAYS:
@@ -35,7 +42,7 @@ def _yes_or_no(name: str, value: Any) -> bool:
 
 
 SENT: dict[str, Callable[[Any], Any]] = {
-    "model": str,
+    "model": _model,
     "dtype": lambda value: None if value is None else np.dtype(value).name,  # numpy.float32 is as good as "float32"
     "head": lambda value: value,
     "dispersion": _dispersion,

@@ -441,7 +441,11 @@ def test_what_is_set_is_what_counts(daemon: RunningDaemon) -> None:
     assert atoms.get_potential_energy() == first
     calculator.set(dispersion=corrected)
     assert atoms.get_potential_energy() != first
-    for wrong, words in (({"pbc": True}, "no parameter pbc"), ({"exact": "no"}, "exact is True or False")):
+    for wrong, words in (
+        ({"pbc": True}, "no parameter pbc"),
+        ({"exact": "no"}, "exact is True or False"),
+        ({"model": None}, "model is a name from the catalogue, such as .*, not None"),
+    ):
         with pytest.raises(TypeError, match=words):
             calculator.set(**wrong)
 
@@ -673,6 +677,9 @@ def test_found_by_environment_and_by_runtime_directory(daemon: RunningDaemon, mo
     (home / "rootstockd.sock").symlink_to(daemon.socket)
     (home / "rootstockd.control").symlink_to(daemon.socket.with_suffix(".control"))
     assert RootstockClient().status()["pid"] == daemon.client().status()["pid"]
+    atoms = copper()
+    with RootstockCalculator("emt") as atoms.calc:  # as codes make it that know a class and its arguments
+        assert np.isfinite(atoms.get_potential_energy())
     assert rootstockd("status").stdout.startswith("rootstockd ")
 
 

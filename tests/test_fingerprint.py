@@ -604,11 +604,11 @@ def test_a_daemon_that_says_no_fingerprint(tmp_path: Path, extras: bytes) -> Non
         server = threading.Thread(target=serve)
         server.start()
         atoms = copper()
-        with RootstockCalculator(tmp_path / "sock", "emt", fingerprint="0123456789abcdef") as atoms.calc:
+        with RootstockCalculator("emt", socket=tmp_path / "sock", fingerprint="0123456789abcdef") as atoms.calc:
             with pytest.raises(ModelChangedError, match="its fingerprint was 0123456789abcdef, and now none is named"):
                 atoms.get_forces()
             assert not atoms.calc.results and atoms.calc.fingerprint == "0123456789abcdef"
-        with RootstockCalculator(tmp_path / "sock", "emt") as atoms.calc:
+        with RootstockCalculator("emt", socket=tmp_path / "sock") as atoms.calc:
             atoms.get_forces()
             assert (atoms.calc.backend, atoms.calc.fingerprint) == ("EMT" if extras else None, None)
         server.join()
