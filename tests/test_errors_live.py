@@ -126,6 +126,13 @@ def test_unknown_element(daemon: RunningDaemon, bystander, model: str) -> None:
     assert "Al, Ni, Cu" in error.hint
 
 
+def test_a_placeholder_is_no_element(daemon: RunningDaemon, bystander) -> None:
+    atoms = copper()
+    atoms[2].symbol = "X"
+    error = failing(atoms, daemon.client())
+    assert error.message == 'atom 2 has the atomic number 0 ("X").'
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_positions_that_are_not_finite(daemon: RunningDaemon, bystander, bad: float) -> None:
     atoms = copper()

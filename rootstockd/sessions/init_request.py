@@ -14,6 +14,7 @@ from rootstock_client.units import BOHR
 from rootstockd.sessions.functionals import functional
 from rootstockd.settings.validation import describe
 
+LAST_ELEMENT = 118
 MAX_BATCH_SIZE = 1024
 MAX_CUTOFF = 100.0
 """Å; the work grows with the third power of a cutoff."""
@@ -53,7 +54,7 @@ class InitRequest(BaseModel):
     """Version of this protocol."""
     model: str = Field(max_length=200)
     """Catalogue name."""
-    numbers: Annotated[list[Annotated[int, Field(ge=1, le=118)]], FailFast()]
+    numbers: Annotated[list[Annotated[int, Field(ge=1, le=LAST_ELEMENT)]], FailFast()]
     """Atomic number of each atom."""
     pbc: tuple[bool, bool, bool]
     charge: Annotated[float, Field(allow_inf_nan=False)] | None = None
@@ -129,6 +130,21 @@ class InitRequest(BaseModel):
             )
 
 
+def _no_request(error: ValidationError) -> InvalidInitError:
+    """What is said of the first thing that is wrong in an INIT."""
+    problem = error.errors(include_url=False)[0]
+    hint = ""
+    if problem["loc"][:1] == ("numbers",):
+        hint = f"The elements have the atomic numbers 1 to {LAST_ELEMENT}; 0, ASE's X, is a placeholder for none."
+        if problem["type"] in ("greater_than_equal", "less_than_equal"):
+            number = f"{problem['input']}"[:20]
+            name = ' ("X")' if number == "0" else ""
+            return InvalidInitError(f"atom {problem['loc'][1]} has the atomic number {number}{name}.", hint)
+    what = describe(error)
+    wrong = "INIT can't be read" if problem["type"] == "json_invalid" else "the session's request is invalid"
+    return InvalidInitError(f"{wrong}: {what}{'' if what.endswith('?') else '.'}", hint)
+
+
 def is_announced(text: bytes) -> bool:
     """Whether the driver behind this INIT is one of rootstockd's own, which says JSON."""
     return text.lstrip()[:1] == b"{"
@@ -162,16 +178,7 @@ def parse_init(text: bytes, preset: InitRequest | None) -> InitRequest:
     try:
         request = InitRequest.model_validate_json(text)
     except ValidationError as error:
-        what = describe(error)
-        problem = error.errors(include_url=False)[0]
-        unreadable = problem["type"] == "json_invalid"
-        hint = (
-            "They are atomic numbers, 1 to 118; ASE's X, 0, is no element."
-            if problem["loc"][:1] == ("numbers",)
-            else ""
-        )
-        wrong = "INIT can't be read" if unreadable else "the session's request is invalid"
-        raise InvalidInitError(f"{wrong}: {what}{'' if what.endswith('?') else '.'}", hint) from error
+        raise _no_request(error) from error
     if request.rootstock != PROTOCOL_VERSION:
         said = str(request.rootstock)[:20]
         raise InvalidInitError(
