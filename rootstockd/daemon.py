@@ -49,8 +49,8 @@ from rootstockd.host.surroundings import closed_folder, one_thread
 from rootstockd.models.availability import located, not_to_preload
 from rootstockd.models.catalogue import Catalogue, CatalogueError, Entry
 from rootstockd.processes.folders import remove_left_behind
+from rootstockd.sessions.acceptor import Acceptor
 from rootstockd.sessions.accounts import Account, Accounts
-from rootstockd.sessions.door import Door
 from rootstockd.sessions.init_request import InitRequest
 from rootstockd.sessions.registry import SessionRegistry
 from rootstockd.sessions.session import LINGER, Session, stopping_error
@@ -137,13 +137,13 @@ class Daemon:
             serving = [asyncio.create_task(server.run_until_stopped(), name="http") for server in servers]
             attendance = asyncio.create_task(self._manager.attend(self), name="systemd")
             try:
-                door = await self._start(sessions)
+                acceptor = await self._start(sessions)
                 if not self._stop.is_set():
                     log.info("ready on %s", self.config.socket)
                     self._manager.notify("READY=1", f"STATUS={describe(self)}")
                     await self._stop.wait()
                 self._manager.notify("STOPPING=1")
-                await self._drain(door)
+                await self._drain(acceptor)
             finally:
                 await self.fleet.stop(stopping_error())
                 attendance.cancel()
@@ -296,9 +296,9 @@ class Daemon:
 
     # --- the four parts of its life
 
-    async def _start(self, sessions_socket: socket.socket) -> Door:
-        """Load what is to be preloaded, and open the door. Sessions that come early wait for their model."""
-        door = Door(sessions_socket, lambda connection: Session(self, peer_of(connection)), self.look_up)
+    async def _start(self, sessions_socket: socket.socket) -> Acceptor:
+        """Load what is to be preloaded, and take connections. Sessions that come early wait for their model."""
+        acceptor = Acceptor(sessions_socket, lambda connection: Session(self, peer_of(connection)), self.look_up)
         self._load_kept()
         loaded = asyncio.create_task(_settled(self.fleet))
         stopped = asyncio.create_task(self._stop.wait())
@@ -310,17 +310,17 @@ class Daemon:
             raise errors[0]  # systemd tries again
         if not self._stop.is_set():
             self.state = "ready"
-        return door
+        return acceptor
 
-    async def _drain(self, door: Door) -> None:
+    async def _drain(self, acceptor: Acceptor) -> None:
         """Take no new evaluations; let those under way end, and their drivers fetch the results.
 
-        The door stays open meanwhile: whoever comes is told that the daemon is stopping, and may wait for the next.
+        Connections are taken meanwhile: whoever comes is told that the daemon is stopping, and may wait for the next.
         Where systemd keeps the socket, they wait in its queue, and the next daemon finds them there.
         """
         self.state = "draining"
         if self._manager.sockets:
-            door.close()
+            acceptor.close()
         for supervisor in self.fleet.supervisors():
             supervisor.release()  # what waits for it would keep all others waiting
         log.info("draining%s: %d sessions", " for a restart" * self._replaced, len(self.sessions))
@@ -340,7 +340,7 @@ class Daemon:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._force.wait(), 0.02)
         if not self._manager.sockets:
-            door.close()
+            acceptor.close()
         for session in self.sessions:
             session.end(stopping_error())
         with contextlib.suppress(asyncio.TimeoutError):

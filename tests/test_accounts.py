@@ -29,7 +29,7 @@ from rootstockd.sessions.registry import SessionRegistry
 from rootstockd.sessions.session import Session, stopping_error
 from rootstockd.sessions.turns import Turns
 from rootstockd.settings.config import Config, Device, Quota
-from rootstockd.supervision.roles import Client, Landlord, State
+from rootstockd.supervision.roles import Client, Placer, State
 from rootstockd.supervision.supervisor import Supervisor
 from rootstockd.worker.engines import ModelSpec
 
@@ -114,7 +114,7 @@ def test_a_user_whose_models_load_though_the_sessions_have_gone_is_not_active() 
 # --- sessions
 
 
-class _Landlord:
+class _Placer:
     """Lets no model come into memory."""
 
     def __init__(self) -> None:
@@ -123,7 +123,7 @@ class _Landlord:
     async def admit(self, _model: Supervisor) -> None:
         await asyncio.Event().wait()
 
-    def stand_in(self, _model: Supervisor) -> Supervisor | None:
+    def other_worker(self, _model: Supervisor) -> Supervisor | None:
         return self.other
 
 
@@ -167,13 +167,13 @@ class House:
         self.accounts, self.sessions = Accounts(self.config), SessionRegistry()
         self.errors: Counter[str] = Counter()
         self.draining = False
-        self.landlord = _Landlord()
+        self.placer = _Placer()
         self.model, self.replica = self.supervisor(), self.supervisor()
         self.drivers: list[tuple[Session, _Transport]] = []
 
     def supervisor(self) -> Supervisor:
         spec = ModelSpec(name="emt", family="ase", device="cpu", dtype="float64")
-        return Supervisor(spec, cast("Landlord", self.landlord), 1000, 60, 60)
+        return Supervisor(spec, cast("Placer", self.placer), 1000, 60, 60)
 
     def check_open(self) -> None:
         if self.draining:
@@ -190,7 +190,7 @@ class House:
 
     def drive(self, *, more: bytes = b"", steps: int = 1) -> tuple[Session, _Transport]:
         """A driver that has sent so many steps."""
-        session, transport = Session(cast("Any", self), Peer(os.getpid(), os.getuid(), frozenset())), _Transport()
+        session, transport = Session(cast("Placer", self), Peer(os.getpid(), os.getuid(), frozenset())), _Transport()
         session.connection_made(cast("asyncio.Transport", transport))
         self.say(session, ipi.init_frame(TEXT % more) + STEP * steps)
         self.account.turns.leave(session)
@@ -343,7 +343,7 @@ async def test_a_model_that_fails_or_has_no_room_tells_those_that_are_held_as_we
 async def test_where_another_worker_stands_in_they_are_held_for_that(house: House) -> None:
     house.drive()
     house.drive()
-    house.landlord.other = house.replica
+    house.placer.other = house.replica
     house.model._fail(ModelLoadError("broken"))
     assert house.where() == "qh" and len(house.replica.clients) == 2
     house.compute(house.replica)

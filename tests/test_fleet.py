@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rootstockd.fleet.device_manager import DeviceManager
 from rootstockd.fleet.measured import FILE, HEAVY, LIGHT, Measured, Measurements
-from rootstockd.fleet.placement import Room, Tenant, first_to_go, place, place_replica, shift, stays, to_evict
-from rootstockd.fleet.rooms import Rooms
+from rootstockd.fleet.placement import DeviceSpace, Resident, first_to_go, place, place_replica, shift, stays, to_evict
 from rootstockd.host.devices import DeviceError, Gpu, Memory, find_devices, process_memory, visible_gpus
 from rootstockd.settings.config import Config, Device
 from rootstockd.supervision.memory_use import CONTEXT, taken
@@ -27,8 +27,8 @@ from rootstockd.worker.engines import ModelSpec
 
 GB = 10**9
 
-tenants = st.builds(
-    Tenant,
+residents = st.builds(
+    Resident,
     number=st.integers(0, 10**6),
     memory=st.integers(0, 50),
     last_use=st.floats(-1000, 0),
@@ -39,90 +39,92 @@ budgets = st.none() | st.integers(0, 120)
 
 
 @st.composite
-def rooms(draw: Callable[..., object]) -> list[Room]:
+def spaces(draw: Callable[..., object]) -> list[DeviceSpace]:
     found = []
     for number in range(draw(st.integers(1, 4))):
-        inside = draw(st.lists(tenants, max_size=6, unique_by=lambda tenant: tenant.number))
-        found.append(Room(number, draw(budgets), draw(st.floats(0, 3)), tuple(inside)))
+        inside = draw(st.lists(residents, max_size=6, unique_by=lambda resident: resident.number))
+        found.append(DeviceSpace(number, draw(budgets), draw(st.floats(0, 3)), tuple(inside)))
     return found
 
 
 # --- placement
 
 
-@given(rooms(), st.integers(0, 130))
-def test_a_model_goes_where_it_fits_once_who_goes_has_gone(devices: list[Room], need: int) -> None:
+@given(spaces(), st.integers(0, 130))
+def test_a_model_goes_where_it_fits_once_who_goes_has_gone(devices: list[DeviceSpace], need: int) -> None:
     plan = place(need, devices)
     if plan is None:
-        for room in devices:
-            assert room.free + sum(tenant.memory for tenant in room.tenants if tenant.idle) < need
+        for space in devices:
+            assert space.free + sum(resident.memory for resident in space.residents if resident.idle) < need
         return
-    room = devices[plan.room]
-    assert room.free + sum(tenant.memory for tenant in plan.evicted) >= need
-    assert all(tenant.idle and tenant in room.tenants for tenant in plan.evicted)
+    space = devices[plan.space]
+    assert space.free + sum(resident.memory for resident in plan.evicted) >= need
+    assert all(resident.idle and resident in space.residents for resident in plan.evicted)
     for spared in plan.evicted:  # nobody goes for nothing
-        assert room.free + sum(t.memory for t in plan.evicted if t is not spared) < need
-    if any(room.free >= need for room in devices):
+        assert space.free + sum(t.memory for t in plan.evicted if t is not spared) < need
+    if any(space.free >= need for space in devices):
         assert plan.evicted == ()
 
 
-@given(rooms(), st.integers(0, 130))
-def test_what_was_to_be_kept_goes_last(devices: list[Room], need: int) -> None:
+@given(spaces(), st.integers(0, 130))
+def test_what_was_to_be_kept_goes_last(devices: list[DeviceSpace], need: int) -> None:
     plan = place(need, devices)
-    if plan is None or not any(tenant.kept for tenant in plan.evicted):
+    if plan is None or not any(resident.kept for resident in plan.evicted):
         return
-    for room in devices:  # nowhere is it enough that the others go
-        assert to_evict(need, stays(room)) is None
+    for space in devices:  # nowhere is it enough that the others go
+        assert to_evict(need, stays(space)) is None
 
 
-@given(rooms(), st.integers(0, 130))
-def test_of_the_idle_the_least_recently_used_goes(devices: list[Room], need: int) -> None:
-    for room in devices:
-        evicted = to_evict(need, room)
+@given(spaces(), st.integers(0, 130))
+def test_of_the_idle_the_least_recently_used_goes(devices: list[DeviceSpace], need: int) -> None:
+    for space in devices:
+        evicted = to_evict(need, space)
         if not evicted:
             continue
         # whoever was used before the last to go and stays had nothing that helped
         last = max((t.kept, t.last_use) for t in evicted)
-        earlier = [t for t in room.tenants if t.idle and (t.kept, t.last_use) < last and t not in evicted]
-        free = room.free + sum(t.memory for t in evicted)
+        earlier = [t for t in space.residents if t.idle and (t.kept, t.last_use) < last and t not in evicted]
+        free = space.free + sum(t.memory for t in evicted)
         newest = max(evicted, key=lambda t: (t.kept, t.last_use))
         assert sum(t.memory for t in earlier) + free - newest.memory < need
 
 
-@given(rooms(), st.integers(0, 130))
-def test_a_replica_costs_nobody_anything(devices: list[Room], need: int) -> None:
+@given(spaces(), st.integers(0, 130))
+def test_a_replica_costs_nobody_anything(devices: list[DeviceSpace], need: int) -> None:
     plan = place_replica(need, devices)
     if plan is not None:
-        assert plan.evicted == () and devices[plan.room].free >= need and devices[plan.room].load < 0.5
+        assert plan.evicted == () and devices[plan.space].free >= need and devices[plan.space].load < 0.5
 
 
 def test_models_spread_over_devices_with_room() -> None:
-    devices = [Room(number, 100, 0.0) for number in range(4)]
+    devices = [DeviceSpace(number, 100, 0.0) for number in range(4)]
     where = []
     for number in range(8):
         plan = place(10, devices)
         assert plan is not None
-        where.append(plan.room)
-        room = devices[plan.room]
-        devices[plan.room] = Room(room.number, 100, 0.0, (*room.tenants, Tenant(number, 10, 0.0, idle=True)))
+        where.append(plan.space)
+        space = devices[plan.space]
+        devices[plan.space] = DeviceSpace(
+            space.number, 100, 0.0, (*space.residents, Resident(number, 10, 0.0, idle=True))
+        )
     assert sorted(where[:4]) == sorted(where[4:]) == [0, 1, 2, 3]
 
 
 def test_nobody_goes_for_nothing_nor_one_who_was_to_be_kept_where_another_may() -> None:
-    small, large = Tenant(1, 10, -9.0, idle=True), Tenant(2, 50, -1.0, idle=True)
-    assert to_evict(40, Room(0, 60, 0.0, (small, large))) == (large,)
-    kept = Tenant(3, 50, -99.0, idle=True, kept=True)
-    assert place(40, [Room(0, 50, 0.0, (kept,)), Room(1, 50, 1.0, (large,))]).room == 1  # type: ignore[union-attr]
+    small, large = Resident(1, 10, -9.0, idle=True), Resident(2, 50, -1.0, idle=True)
+    assert to_evict(40, DeviceSpace(0, 60, 0.0, (small, large))) == (large,)
+    kept = Resident(3, 50, -99.0, idle=True, kept=True)
+    assert place(40, [DeviceSpace(0, 50, 0.0, (kept,)), DeviceSpace(1, 50, 1.0, (large,))]).space == 1  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(("limit", "now", "then"), [(None, 5, 95), (50, 5, 50), (2, 2, 2)])  # GB
 def test_what_other_programs_have_is_not_there_and_may_be_later(limit: int | None, now: int, then: int) -> None:
     gpu = Device(name="cuda:0", uuid="GPU-1")
-    rooms = Rooms(Config(socket=Path("/s"), devices=(gpu,), device_memory=limit and limit * GB))
-    rooms._gpus[gpu.name] = Memory(total=100 * GB, free=10 * GB)
-    (room,) = rooms.now([], [])
-    assert (room.free, room.left(kept=True)) == (now * GB, then * GB)
-    assert ("beside other programs" in rooms.describe([room], [])) == (now < then)
+    spaces = DeviceManager(Config(socket=Path("/s"), devices=(gpu,), device_memory=limit and limit * GB))
+    spaces._gpus[gpu.name] = Memory(total=100 * GB, free=10 * GB)
+    (space,) = spaces.now([], [])
+    assert (space.free, space.left(kept=True)) == (now * GB, then * GB)
+    assert ("beside other programs" in spaces.describe([space], [])) == (now < then)
 
 
 def test_what_a_worker_has_of_a_gpu_is_what_the_driver_says_or_else_what_it_says_itself() -> None:
@@ -134,23 +136,23 @@ def test_what_a_worker_has_of_a_gpu_is_what_the_driver_says_or_else_what_it_says
 
 def test_a_gpu_that_does_not_answer_is_nobodys_choice() -> None:
     gpus = tuple(Device(name=f"cuda:{i}", uuid=f"GPU-{i}") for i in range(3))
-    rooms = Rooms(Config(socket=Path("/s"), devices=gpus))
-    rooms._gpus.update({gpu.name: Memory(total=100 * GB, free=50 * GB) for gpu in (gpus[0], gpus[2])})
-    assert [room.number for room in rooms.now([], [])] == [0, 2]
-    rooms._gpus.clear()  # where the driver tells of none there is no limit that is known
-    assert [room.free for room in rooms.now([], [])] == [math.inf] * 3
+    spaces = DeviceManager(Config(socket=Path("/s"), devices=gpus))
+    spaces._gpus.update({gpu.name: Memory(total=100 * GB, free=50 * GB) for gpu in (gpus[0], gpus[2])})
+    assert [space.number for space in spaces.now([], [])] == [0, 2]
+    spaces._gpus.clear()  # where the driver tells of none there is no limit that is known
+    assert [space.free for space in spaces.now([], [])] == [math.inf] * 3
 
 
 def test_a_device_with_less_to_do_goes_first() -> None:
-    busy, calm = Room(0, None, 0.9), Room(1, None, 0.1, (Tenant(1, 5, 0.0, idle=True),))
-    assert place(1, [busy, calm]).room == 1  # type: ignore[union-attr]
+    busy, calm = DeviceSpace(0, None, 0.9), DeviceSpace(1, None, 0.1, (Resident(1, 5, 0.0, idle=True),))
+    assert place(1, [busy, calm]).space == 1  # type: ignore[union-attr]
 
 
-@given(st.lists(tenants, max_size=6))
-def test_who_goes_first(inside: list[Tenant]) -> None:
+@given(st.lists(residents, max_size=6))
+def test_who_goes_first(inside: list[Resident]) -> None:
     first = first_to_go(inside)
     if first is None:
-        assert not any(tenant.idle for tenant in inside)
+        assert not any(resident.idle for resident in inside)
     else:
         assert first.idle
         assert all((first.kept, first.last_use) <= (t.kept, t.last_use) for t in inside if t.idle)

@@ -11,17 +11,17 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from rootstockd.control.limits import BoundedProtocol
-from rootstockd.sessions.door import Door
+from rootstockd.sessions.acceptor import Acceptor
 
 
 class Server(uvicorn.Server):
-    """uvicorn on the daemon's own loop, with a door that outlasts whatever happens at it; signals stay the daemon's.
+    """uvicorn on the daemon's own loop, whose acceptor outlasts whatever happens to it; signals stay the daemon's.
 
     Args:
         app: what answers.
         sock: a listening socket that does not block; closed with the server.
         make_protocol: makes the protocol for a connection, of uvicorn's settings and state.
-        look_up: what is to be waited for before that; see `Door`.
+        look_up: what is to be waited for before that; see `Acceptor`.
     """
 
     def __init__(
@@ -48,9 +48,9 @@ class Server(uvicorn.Server):
         await self.serve(sockets=[])
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Open the door."""
+        """Take connections from now on."""
         await super().startup(sockets)
-        self._door = Door(
+        self._door = Acceptor(
             self._sock,
             lambda _connection: self._make_protocol(self.config, self.server_state, self.lifespan.state),
             self._look_up,

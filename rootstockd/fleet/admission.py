@@ -8,9 +8,9 @@ import time
 
 from rootstock_client.errors import LimitError
 from rootstockd.fleet import placement
-from rootstockd.fleet.placement import Room
-from rootstockd.fleet.rooms import Rooms
-from rootstockd.fleet.roster import Roster
+from rootstockd.fleet.device_manager import DeviceManager
+from rootstockd.fleet.placement import DeviceSpace
+from rootstockd.fleet.registry import ModelRegistry
 from rootstockd.settings.config import Config
 from rootstockd.supervision.meter import Totals
 from rootstockd.supervision.roles import State
@@ -26,16 +26,16 @@ NO_ROOM = (
 
 
 class Admission:
-    """The landlord of all supervisors.
+    """Gives all supervisors a place on a device.
 
     Args:
         config: the daemon's settings.
-        roster: the models.
-        rooms: what is in the devices' memory.
+        registry: the models.
+        devices: what is in the devices' memory.
     """
 
-    def __init__(self, config: Config, roster: Roster, rooms: Rooms) -> None:
-        self._config, self._roster, self._rooms = config, roster, rooms
+    def __init__(self, config: Config, registry: ModelRegistry, devices: DeviceManager) -> None:
+        self._config, self._registry, self._devices = config, registry, devices
         self._totals: dict[tuple[str, str, str], Totals] = {}
         """By model, dtype and device."""
 
@@ -43,26 +43,26 @@ class Admission:
         """Take over changed settings."""
         self._config = config
 
-    def rooms(self) -> list[Room]:
+    def spaces(self) -> list[DeviceSpace]:
         """The devices as they are."""
-        return self._rooms.now(self._roster.supervisors(), self._roster.kept)
+        return self._devices.now(self._registry.supervisors(), self._registry.kept)
 
-    def _rooms_for(self, supervisor: Supervisor) -> list[Room]:
+    def _spaces_for(self, supervisor: Supervisor) -> list[DeviceSpace]:
         """The devices as they are for a model that is to load: what was to be kept does not go for what is, too."""
-        owner = self._roster.owner(supervisor)
-        rooms = self._rooms.for_model(self.rooms(), supervisor.spec)
-        return [placement.stays(room) for room in rooms] if owner is not None and owner.kept else rooms
+        owner = self._registry.owner(supervisor)
+        spaces = self._devices.for_model(self.spaces(), supervisor.spec)
+        return [placement.stays(space) for space in spaces] if owner is not None and owner.kept else spaces
 
     def unload(self, supervisor: Supervisor, why: str) -> None:
         """Have a worker leave memory."""
         name, dtype = supervisor.spec.name, supervisor.spec.dtype
         log.info("model %s in %s leaves %s: %s", name, dtype, supervisor.device or "the queue", why)
-        self._rooms.remember(supervisor)
+        self._devices.remember(supervisor)
         supervisor.unload()
 
     def counted(self) -> dict[tuple[str, str, str], Totals]:
         """What was done since the daemon began, by model, dtype and device, to the last evaluation."""
-        for supervisor in self._roster.supervisors():
+        for supervisor in self._registry.supervisors():
             supervisor.meter.count()
         return self._totals
 
@@ -76,32 +76,32 @@ class Admission:
                 await asyncio.sleep(POLL)
                 began = time.monotonic()
                 continue
-            rooms = self._rooms_for(model)
-            need, least = self._rooms.need(model, rooms)
-            owner = self._roster.owner(model)
+            spaces = self._spaces_for(model)
+            need, least = self._devices.need(model, spaces)
+            owner = self._registry.owner(model)
             if owner is not None and model is not owner.first:
                 taken = {supervisor.device for supervisor in owner.supervisors}
-                rooms = [room for room in rooms if self._rooms.devices[room.number] not in taken]
-                plan = placement.place_replica(need, rooms)
+                spaces = [space for space in spaces if self._devices.devices[space.number] not in taken]
+                plan = placement.place_replica(need, spaces)
                 if plan is None:  # it is not needed so much that anybody should go or wait for it
-                    self._roster.drop(owner, [model])
+                    self._registry.drop(owner, [model])
                     return None
             else:
-                plan = placement.place(need, rooms)
+                plan = placement.place(need, spaces)
                 waited = time.monotonic() - began
                 if plan is None and waited >= self._config.room_timeout:
-                    need, plan = least, placement.place(least, rooms)  # what it grew to may have been one large batch
+                    need, plan = least, placement.place(least, spaces)  # what it grew to may have been one large batch
             if plan is not None:
-                model.device, model.memory.set_aside = self._rooms.devices[plan.room], need
-                await self._evict(model, [tenant.number for tenant in plan.evicted])
+                model.device, model.memory.set_aside = self._devices.devices[plan.space], need
+                await self._evict(model, [resident.number for resident in plan.evicted])
                 if model.held:  # since then
                     model.device = None
                     continue
-                return self._config.worker_environment(self._rooms.devices[plan.room]) if model.wanted else None
-            there = self._rooms.describe(rooms, self._roster.supervisors())
+                return self._config.worker_environment(self._devices.devices[plan.space]) if model.wanted else None
+            there = self._devices.describe(spaces, self._registry.supervisors())
             model.obstacle = f"{model.spec.name} needs {need / 1e6:.0f} MB; {there}"
             kept = owner is not None and owner.kept
-            hopeless = all(least > room.left(kept=kept) for room in rooms)  # even if all had gone that ever do
+            hopeless = all(least > space.left(kept=kept) for space in spaces)  # even if all had gone that ever do
             if hopeless or waited >= self._config.room_timeout:
                 raise self._refusal(model, waited)
             await asyncio.sleep(POLL)
@@ -111,16 +111,16 @@ class Admission:
         key = model.spec.name, model.spec.dtype, str(model.device)
         return self._totals.setdefault(key, Totals())
 
-    async def has_lost(self, model: Supervisor, *, failed: bool) -> bool:
+    async def lost_device(self, model: Supervisor, *, failed: bool) -> bool:
         if model.device is None or model.device.kind == "cpu":
             return False
         if failed:
-            self._rooms.avoid(model.device, model.spec)
-        await self._rooms.measure(self._roster.supervisors())
-        return self._room_of(model) is None
+            self._devices.avoid(model.device, model.spec)
+        await self._devices.measure(self._registry.supervisors())
+        return self._space_of(model) is None
 
-    def stand_in(self, model: Supervisor) -> Supervisor | None:
-        owner = self._roster.owner(model)
+    def other_worker(self, model: Supervisor) -> Supervisor | None:
+        owner = self._registry.owner(model)
         others = [other for other in owner.supervisors if other is not model] if owner else []
         there = [other for state in (State.READY, State.LOADING) for other in others if other.state is state]
         return there[0] if there else None
@@ -129,31 +129,31 @@ class Admission:
         assert model.device is not None
         if self._config.worker_memory is not None and model.device.kind == "cpu":
             return False  # its own limit, which nobody else's end raises
-        room = self._room_of(model)
-        first = room and placement.first_to_go(room.tenants)  # it is loading and does not itself
+        space = self._space_of(model)
+        first = space and placement.first_to_go(space.residents)  # it is loading and does not itself
         if first is None:
             return False
         await self._evict(model, [first.number])
         return True
 
-    def _room_of(self, model: Supervisor) -> Room | None:
+    def _space_of(self, model: Supervisor) -> DeviceSpace | None:
         """Where a model is; None if that GPU does not answer, and others do."""
-        rooms = self._rooms_for(model)
-        return next((room for room in rooms if self._rooms.devices[room.number] == model.device), None)
+        spaces = self._spaces_for(model)
+        return next((space for space in spaces if self._devices.devices[space.number] == model.device), None)
 
     async def _evict(self, model: Supervisor, evicted: list[int]) -> None:
         """Have others go for a model, and wait until all that leave its device have left."""
-        for supervisor in self._roster.supervisors():
+        for supervisor in self._registry.supervisors():
             if id(supervisor) in evicted:
                 self.unload(supervisor, f"{model.spec.name} needs its memory")
-        others = [supervisor for supervisor in self._roster.supervisors() if supervisor is not model]
+        others = [supervisor for supervisor in self._registry.supervisors() if supervisor is not model]
         leaving = [other for other in others if other.device == model.device and not other.present]
         if leaving:
             waiting = [asyncio.create_task(other.vacated()) for other in leaving]
             await asyncio.wait(waiting, timeout=STOP_PATIENCE)
             for task in waiting:
                 task.cancel()
-            await self._rooms.measure(self._roster.supervisors())
+            await self._devices.measure(self._registry.supervisors())
 
     def _refusal(self, model: Supervisor, waited: float) -> LimitError:
         return LimitError(

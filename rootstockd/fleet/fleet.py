@@ -16,9 +16,9 @@ from collections.abc import Collection
 from rootstock_client.errors import LimitError, ModelLoadError, RootstockError
 from rootstockd.fleet import placement
 from rootstockd.fleet.admission import NO_ROOM, Admission
-from rootstockd.fleet.placement import Room
-from rootstockd.fleet.rooms import Rooms
-from rootstockd.fleet.roster import Roster
+from rootstockd.fleet.device_manager import DeviceManager
+from rootstockd.fleet.placement import DeviceSpace
+from rootstockd.fleet.registry import ModelRegistry
 from rootstockd.fleet.warm_model import WarmModel, WorkerKey
 from rootstockd.host.devices import Memory
 from rootstockd.models.availability import located
@@ -57,10 +57,10 @@ class Fleet:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._devices = Rooms(config)
-        self._roster = Roster()
-        self._admission = Admission(config, self._roster, self._devices)
-        self._models = self._roster.models
+        self._devices = DeviceManager(config)
+        self._registry = ModelRegistry()
+        self._admission = Admission(config, self._registry, self._devices)
+        self._models = self._registry.models
         self._watching: asyncio.Task[None] | None = None
 
     def begin(self, devices: tuple[Device, ...]) -> None:
@@ -101,12 +101,12 @@ class Fleet:
 
     def supervisors(self) -> list[Supervisor]:
         """All supervisors of now, with those that are on their way out."""
-        return self._roster.supervisors()
+        return self._registry.supervisors()
 
     @property
     def kept(self) -> list[Supervisor]:
         """Supervisors of the models that are to stay."""
-        return self._roster.kept
+        return self._registry.kept
 
     def keep(self, key: WorkerKey, entry: Entry) -> None:
         """Have a model stay, and loaded if it is not, or could not be."""
@@ -155,7 +155,7 @@ class Fleet:
         spec = self._spec(key, entry)
         model = self._models.get(key)
         if model is not None and model.spec != spec:  # the catalogue has been changed since
-            self._roster.retire(model.supervisors, model.keep_alive)
+            self._registry.retire(model.supervisors, model.keep_alive)
             keep, model = keep or model.kept, None
         if model is None and key.options:
             self._make_way(key)
@@ -188,7 +188,7 @@ class Fleet:
             if entry is not None and model.kept:
                 self.open(key, entry)
             else:
-                self._roster.forget(key)
+                self._registry.forget(key)
         return dict(keeping)
 
     def _make_way(self, key: WorkerKey) -> None:
@@ -202,7 +202,7 @@ class Fleet:
                 f"model {key.name!r} is in use with {MAX_VARIANTS} different settings already, each with a worker.",
                 "Use settings that are loaded already, or try again when others have gone.",
             )
-        self._roster.forget(max(unused, key=lambda k: variants[k].first.idle_seconds))
+        self._registry.forget(max(unused, key=lambda k: variants[k].first.idle_seconds))
 
     def unload(self, name: str, dtype: str | None, who: str, *, force: bool = False) -> int:
         """Have a model leave memory. Sessions keep it, and wait for it to come back when they next ask.
@@ -245,7 +245,7 @@ class Fleet:
                 f"Wait for them, or use --force: they are repeated when it is loaded again, {HOLD:.0f} s later.",
             )
         for key in failed:
-            self._roster.forget(key)
+            self._registry.forget(key)
         for supervisor in supervisors:
             if force:
                 supervisor.hold(HOLD)
@@ -255,7 +255,7 @@ class Fleet:
             supervisor.loading.without = {}  # what ended a worker may be mended, or was none of its doing
         for model in self._models.values():
             if model.first in supervisors:
-                self._roster.drop(model, model.replicas)
+                self._registry.drop(model, model.replicas)
         return under_way
 
     def expected_seconds(self, supervisor: Supervisor) -> float | None:
@@ -265,8 +265,8 @@ class Fleet:
 
     def keep_alive(self, supervisor: Supervisor) -> float:
         """Seconds that a supervisor may have nothing to do until its worker goes; infinite where that stays."""
-        owner = self._roster.owner(supervisor)
-        said = self._roster.retired.get(supervisor) if owner is None else owner.keep_alive
+        owner = self._registry.owner(supervisor)
+        said = self._registry.retired.get(supervisor) if owner is None else owner.keep_alive
         said = self._config.keep_alive if said is None else said
         seconds = math.inf if said == "forever" else said
         if owner is not None and supervisor is not owner.first:
@@ -303,11 +303,11 @@ class Fleet:
             self._thin_out(model)
             if not model.replicas:
                 self._expire(model.first)
-        for room in self._admission.rooms():
-            self._shrink(room)
-        for supervisor in list(self._roster.retired):
+        for space in self._admission.spaces():
+            self._shrink(space)
+        for supervisor in list(self._registry.retired):
             if supervisor.ended:
-                del self._roster.retired[supervisor]
+                del self._registry.retired[supervisor]
             else:
                 self._expire(supervisor)
         for key, model in list(self._models.items()):
@@ -318,7 +318,7 @@ class Fleet:
             seen = bool(key.options) or first.idle_seconds > min(BROKEN, self.keep_alive(first))
             broken = first.worth_replacing and not first.clients and not model.kept and seen
             if broken or (first.state is State.COLD and told and not needed):
-                self._roster.forget(key)
+                self._registry.forget(key)
 
     def _expire(self, supervisor: Supervisor) -> None:
         """Have a worker go that nobody has used for long enough."""
@@ -330,16 +330,16 @@ class Fleet:
         idle = [replica for replica in model.replicas if replica.idle_seconds > self.keep_alive(replica)]
         if idle:
             log.info("model %s has little to do, and one worker less", model.spec.name)
-            self._roster.drop(model, idle)
+            self._registry.drop(model, idle)
 
-    def _shrink(self, room: Room) -> None:
+    def _shrink(self, space: DeviceSpace) -> None:
         """Where models have grown to more than a device has for them, have idle ones go.
 
         If that is not enough, one goes that loads and has more than was set aside for it. The others have work.
         """
-        if room.free >= 0:
+        if space.free >= 0:
             return
-        device, evicted = self.devices[room.number], placement.to_evict(0, room)
+        device, evicted = self.devices[space.number], placement.to_evict(0, space)
         if evicted is None:
             there = [
                 supervisor for supervisor in self.supervisors() if supervisor.present and supervisor.device == device
@@ -347,38 +347,38 @@ class Fleet:
             loading = [supervisor for supervisor in there if supervisor.state is State.LOADING]
             growing = [supervisor for supervisor in loading if supervisor.memory.now > supervisor.memory.set_aside]
             if growing:
-                self._stop_loading(min(growing, key=lambda supervisor: supervisor.loading.elapsed), room)
+                self._stop_loading(min(growing, key=lambda supervisor: supervisor.loading.elapsed), space)
                 return
-            evicted = tuple(tenant for tenant in room.tenants if tenant.idle)
-        numbers = [tenant.number for tenant in evicted]
-        why = f"models on {device} take {-room.free / 1e6:.0f} MB more than they may"
+            evicted = tuple(resident for resident in space.residents if resident.idle)
+        numbers = [resident.number for resident in evicted]
+        why = f"models on {device} take {-space.free / 1e6:.0f} MB more than they may"
         for supervisor in self.supervisors():
             if id(supervisor) in numbers:
                 self._admission.unload(supervisor, why)
 
-    def _stop_loading(self, supervisor: Supervisor, room: Room) -> None:
+    def _stop_loading(self, supervisor: Supervisor, space: DeviceSpace) -> None:
         memory = supervisor.memory
         self._devices.remember_stopped(supervisor)
         supervisor.refuse(
             LimitError(
                 f"model {supervisor.spec.name!r}: loading it was stopped: it has {memory.now / 1e6:.0f} MB, where "
                 f"{memory.set_aside / 1e6:.0f} MB were set aside for it, and no more is free: "
-                f"{self._devices.describe([room], self.supervisors())}.",
+                f"{self._devices.describe([space], self.supervisors())}.",
                 NO_ROOM,
             )
         )
 
     def _spread(self, model: WarmModel) -> None:
         """Share the work of a hot model out to the workers it has, or have one more."""
-        self._roster.drop(model, model.lost)
+        self._registry.drop(model, model.lost)
         if model.share_out():
             self._replicate(model)
 
     def _replicate(self, model: WarmModel) -> None:
         taken = {supervisor.device for supervisor in model.supervisors}
-        rooms = [room for room in self._admission.rooms() if self.devices[room.number] not in taken]
-        need, _ = self._devices.need(model.first, rooms)
-        if placement.place_replica(need, rooms) is None:
+        spaces = [space for space in self._admission.spaces() if self.devices[space.number] not in taken]
+        need, _ = self._devices.need(model.first, spaces)
+        if placement.place_replica(need, spaces) is None:
             return
         log.info("model %s has more to do than %s can: it gets another worker", model.spec.name, model.first.device)
         model.replicas.append(self._supervisor(model.spec))

@@ -17,7 +17,7 @@ COOL = 0.5
 
 
 @dataclass(frozen=True)
-class Tenant:
+class Resident:
     """A worker on a device."""
 
     number: int
@@ -33,27 +33,27 @@ class Tenant:
 
 
 @dataclass(frozen=True)
-class Room:
-    """A device."""
+class DeviceSpace:
+    """A device, as a place for workers."""
 
     number: int
     """Which."""
     budget: int | None
-    """Bytes for all tenants; None where there is no limit."""
+    """Bytes for all residents; None where there is no limit."""
     load: float
     """How many of its workers compute at a time, on average."""
-    tenants: tuple[Tenant, ...] = ()
+    residents: tuple[Resident, ...] = ()
     most: int | None = None
-    """Bytes for all tenants if other programs had left its memory; the budget's, if it is None."""
+    """Bytes for all residents if other programs had left its memory; the budget's, if it is None."""
 
     @property
     def free(self) -> float:
-        """Bytes; less than none where tenants have grown."""
-        return math.inf if self.budget is None else self.budget - sum(tenant.memory for tenant in self.tenants)
+        """Bytes; less than none where residents have grown."""
+        return math.inf if self.budget is None else self.budget - sum(resident.memory for resident in self.residents)
 
     def left(self, *, kept: bool) -> float:
-        """Bytes if all had gone, other programs too; but for tenants that were to be kept, if so."""
-        staying = sum(tenant.memory for tenant in self.tenants if kept and tenant.kept)
+        """Bytes if all had gone, other programs too; but for residents that were to be kept, if so."""
+        staying = sum(resident.memory for resident in self.residents if kept and resident.kept)
         most = self.budget if self.most is None else self.most
         return math.inf if most is None else most - staying
 
@@ -62,55 +62,55 @@ class Room:
 class Plan:
     """Where a model goes, and who goes for it."""
 
-    room: int
-    evicted: tuple[Tenant, ...] = ()
+    space: int
+    evicted: tuple[Resident, ...] = ()
 
 
-def place(need: int, rooms: Iterable[Room]) -> Plan | None:
+def place(need: int, spaces: Iterable[DeviceSpace]) -> Plan | None:
     """Where a model that takes `need` bytes goes; None if it fits nowhere as things are."""
-    rooms = list(rooms)
-    fitting = [room for room in rooms if need <= room.free]
+    spaces = list(spaces)
+    fitting = [space for space in spaces if need <= space.free]
     if fitting:
         return Plan(min(fitting, key=_comfort).number)
-    plans = [(room, who) for room in rooms if (who := to_evict(need, room)) is not None]
+    plans = [(space, who) for space in spaces if (who := to_evict(need, space)) is not None]
     if not plans:
         return None
-    room, who = min(plans, key=lambda plan: (_loss(plan[1]), _comfort(plan[0])))
-    return Plan(room.number, who)
+    space, who = min(plans, key=lambda plan: (_loss(plan[1]), _comfort(plan[0])))
+    return Plan(space.number, who)
 
 
-def place_replica(need: int, rooms: Iterable[Room]) -> Plan | None:
+def place_replica(need: int, spaces: Iterable[DeviceSpace]) -> Plan | None:
     """Where a second worker of a model goes, among devices that have none of it: nobody goes for it."""
-    cool = [room for room in rooms if room.load < COOL and need <= room.free]
+    cool = [space for space in spaces if space.load < COOL and need <= space.free]
     return Plan(min(cool, key=_comfort).number) if cool else None
 
 
-def to_evict(need: int, room: Room) -> tuple[Tenant, ...] | None:
+def to_evict(need: int, space: DeviceSpace) -> tuple[Resident, ...] | None:
     """Who goes, of those that may, for `need` bytes to be free; None if that is not enough."""
-    short = need - room.free
-    chosen: list[Tenant] = []
-    for tenant in sorted((t for t in room.tenants if t.idle), key=_worth):
+    short = need - space.free
+    chosen: list[Resident] = []
+    for resident in sorted((t for t in space.residents if t.idle), key=_worth):
         if short <= 0:
             break
-        chosen.append(tenant)
-        short -= tenant.memory
+        chosen.append(resident)
+        short -= resident.memory
     if short > 0:
         return None
-    for tenant in reversed(chosen.copy()):  # who was chosen before a larger one may not be needed for it
-        if short + tenant.memory <= 0:
-            chosen.remove(tenant)
-            short += tenant.memory
+    for resident in reversed(chosen.copy()):  # who was chosen before a larger one may not be needed for it
+        if short + resident.memory <= 0:
+            chosen.remove(resident)
+            short += resident.memory
     return tuple(chosen)
 
 
-def first_to_go(tenants: Iterable[Tenant]) -> Tenant | None:
+def first_to_go(residents: Iterable[Resident]) -> Resident | None:
     """Whose memory others get first; None where nobody may go."""
-    return min((t for t in tenants if t.idle), key=_worth, default=None)
+    return min((one for one in residents if one.idle), key=_worth, default=None)
 
 
-def stays(room: Room) -> Room:
+def stays(space: DeviceSpace) -> DeviceSpace:
     """The same, where nobody goes who was to be kept."""
-    return replace(room, tenants=tuple(replace(t, idle=t.idle and not t.kept) for t in room.tenants))
+    return replace(space, residents=tuple(replace(t, idle=t.idle and not t.kept) for t in space.residents))
 
 
 def shift(queues: Sequence[int]) -> tuple[int, int, int] | None:
@@ -125,13 +125,13 @@ def shift(queues: Sequence[int]) -> tuple[int, int, int] | None:
     return (longest, shortest, count) if count > 0 else None
 
 
-def _worth(tenant: Tenant) -> tuple[bool, float]:
-    return tenant.kept, tenant.last_use
+def _worth(resident: Resident) -> tuple[bool, float]:
+    return resident.kept, resident.last_use
 
 
-def _comfort(room: Room) -> tuple[int, int, float, int]:
-    return round(room.load * STEPS_OF_LOAD), len(room.tenants), -room.free, room.number
+def _comfort(space: DeviceSpace) -> tuple[int, int, float, int]:
+    return round(space.load * STEPS_OF_LOAD), len(space.residents), -space.free, space.number
 
 
-def _loss(evicted: tuple[Tenant, ...]) -> tuple[int, float]:
-    return sum(tenant.kept for tenant in evicted), max((tenant.last_use for tenant in evicted), default=-math.inf)
+def _loss(evicted: tuple[Resident, ...]) -> tuple[int, float]:
+    return sum(t.kept for t in evicted), max((t.last_use for t in evicted), default=-math.inf)

@@ -12,7 +12,7 @@ from rootstock_client.errors import EvaluationError, LimitError, RootstockError
 from rootstockd.host.log_rate import LogRate
 from rootstockd.processes.messages import Failure
 from rootstockd.processes.worker_process import End, WorkerProcess
-from rootstockd.supervision.amends import Amends
+from rootstockd.supervision.delayed_verdicts import DelayedVerdicts
 from rootstockd.supervision.failed_starts import FROM_OUTSIDE
 from rootstockd.supervision.hang_limit import HangLimit
 from rootstockd.supervision.meter import Meter, Totals
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 log.addFilter(LogRate(log))
 
-AMENDS = 60.0
+LONGEST_DELAY = 60.0
 """Seconds at most by which the news that workers ended over a structure is late."""
 RECENT = 1.0
 """Seconds after an evaluation in which somebody is still expected to want more."""
@@ -68,7 +68,7 @@ class Dispatcher:
         """Atoms of each user's largest evaluation so far, by whether it was `alone`: those may take far more."""
         self._verdicts: dict[Evaluation[Client], tuple[RootstockError, asyncio.Handle]] = {}
         """What is yet to be told of evaluations that won't be done."""
-        self._amends = Amends(lambda evaluation, error: evaluation.owner.evaluated(error), self._in_use)
+        self._delayed = DelayedVerdicts(lambda evaluation, error: evaluation.owner.evaluated(error), self._in_use)
 
     @property
     def queue(self) -> int:
@@ -92,9 +92,9 @@ class Dispatcher:
         """There is a worker that is ready, or none."""
         self._worker = worker
         if worker is None:
-            self._amends.pause()
+            self._delayed.pause()
         else:
-            self._amends.go_on()
+            self._delayed.resume()
 
     def _in_use(self) -> bool:
         return self.queue > 0 or time.perf_counter() - self.last_use < RECENT
@@ -252,7 +252,7 @@ class Dispatcher:
         """Tell at once all that was to be told later."""
         for evaluation in list(self._verdicts):
             self._tell_verdict(evaluation)
-        self._amends.settle()
+        self._delayed.tell_all()
 
     def _tell_verdict(self, evaluation: Evaluation[Client]) -> None:
         error, handle = self._verdicts.pop(evaluation)
@@ -293,7 +293,7 @@ class Dispatcher:
             # others have the worker first, for as long as they had none: whoever tries the same again would keep it
             if self.scheduler.waiting:
                 evaluation.withdrawn = True
-                self._amends.owe(evaluation, error, min(evaluation.lost + loading, AMENDS))
+                self._delayed.add(evaluation, error, min(evaluation.lost + loading, LONGEST_DELAY))
             else:
                 self.tell_later(evaluation, error)
 

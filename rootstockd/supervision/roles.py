@@ -56,7 +56,7 @@ class Client(Protocol):
         """Go over to another worker of the same model; whether that could be: not while an evaluation is under way."""
 
 
-class Landlord(Protocol):
+class Placer(Protocol):
     """What a supervisor needs of whoever has the devices: the fleet."""
 
     async def admit(self, model: Supervisor) -> dict[str, str] | None:
@@ -69,7 +69,7 @@ class Landlord(Protocol):
             LimitError: none has, and it was waited for long enough.
         """
 
-    async def has_lost(self, model: Supervisor, *, failed: bool) -> bool:
+    async def lost_device(self, model: Supervisor, *, failed: bool) -> bool:
         """Whether a model's device can't be used any more, and others can.
 
         Args:
@@ -80,7 +80,7 @@ class Landlord(Protocol):
     def totals(self, model: Supervisor) -> Totals:
         """What was ever done of a model on the device that it has."""
 
-    def stand_in(self, model: Supervisor) -> Supervisor | None:
+    def other_worker(self, model: Supervisor) -> Supervisor | None:
         """Another worker of the same model that computes, or is about to."""
 
     async def make_room(self, model: Supervisor) -> bool:

@@ -16,7 +16,7 @@ from rootstockd.settings.config import Device
 from rootstockd.supervision.dispatcher import Dispatcher
 from rootstockd.supervision.failed_starts import FailedStarts
 from rootstockd.supervision.meter import Meter
-from rootstockd.supervision.roles import Client, Landlord, State
+from rootstockd.supervision.roles import Client, Placer, State
 from rootstockd.supervision.scheduler import Evaluation
 from rootstockd.supervision.workers import TICK, Workers
 from rootstockd.worker.engines import EngineInfo, ModelSpec
@@ -35,7 +35,7 @@ class Supervisor:
 
     Args:
         spec: the model.
-        landlord: whoever has the devices.
+        placer: whoever has the devices.
         batch_atoms: the most atoms in one forward pass.
         hang_timeout: seconds that any batch may take.
         load_timeout: seconds that loading may take.
@@ -44,7 +44,7 @@ class Supervisor:
     def __init__(
         self,
         spec: ModelSpec,
-        landlord: Landlord,
+        placer: Placer,
         batch_atoms: int,
         hang_timeout: float,
         load_timeout: float,
@@ -62,7 +62,7 @@ class Supervisor:
         """What is in the way of loading, while it waits."""
         self.refusal: LimitError | None = None
         """Why it is not in memory, where there was no room for it."""
-        self._landlord = landlord
+        self._placer = placer
         self._settled = asyncio.Event()
         self._stopping = asyncio.Event()
         self._wanted = asyncio.Event()
@@ -296,7 +296,7 @@ class Supervisor:
             self.loading.begin()
             self.refusal = None
             try:
-                variables = await self._landlord.admit(self)
+                variables = await self._placer.admit(self)
             except LimitError as error:
                 self.refuse(error)
                 continue
@@ -304,7 +304,7 @@ class Supervisor:
                 self.obstacle = ""
             if variables is not None:
                 self._vacant.clear()
-                self._dispatcher.meter = Meter(self._landlord.totals(self))
+                self._dispatcher.meter = Meter(self._placer.totals(self))
                 await self._stay(variables)
                 self.meter.count()
 
@@ -321,7 +321,7 @@ class Supervisor:
                 self._replace(end)
                 continue
             failed_there = end.disorder or isinstance(error, DeviceFailedError)
-            lost = not self._leaving.is_set() and await self._landlord.has_lost(self, failed=failed_there)
+            lost = not self._leaving.is_set() and await self._placer.lost_device(self, failed=failed_there)
             if self._leaving.is_set():
                 return
             if self.state is State.LOADING or (end.unheard and self.evaluations == before):  # it did nothing
@@ -356,7 +356,7 @@ class Supervisor:
         if isinstance(error, LimitError):  # it only wants memory
             log.warning("model %s: %s", self.spec.name, error.message)
             failed.forget()
-            if await self._landlord.make_room(self) or self.loading.lacked_memory(error):
+            if await self._placer.make_room(self) or self.loading.lacked_memory(error):
                 error = None
         error = error or failed.verdict()
         environment = self.workers.environment
@@ -369,7 +369,7 @@ class Supervisor:
         self.error = error
         self._ended_at = time.monotonic()
         self._set_state(State.FAILED)
-        if (other := self._landlord.stand_in(self)) is not None:
+        if (other := self._placer.other_worker(self)) is not None:
             self.tell_verdicts()  # or whom they are for would have to stay
             for client in list(self.clients):
                 client.move(other)

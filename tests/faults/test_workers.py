@@ -230,7 +230,7 @@ def test_whoever_ends_workers_hears_of_it_when_others_have_had_one_again(daemon:
 
 
 def test_many_who_end_workers_leave_others_a_good_part_of_the_time(daemon: RunningDaemon) -> None:
-    """They hear of it one after another, and only while there is a worker: test_amends.py says when."""
+    """They hear of it one after another, and only while there is a worker: test_delayed_verdicts.py says when."""
     over, verdicts = threading.Event(), itertools.count()
 
     def try_again_and_again() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from rootstockd.fleet.measured import Measured, Measurements
-from rootstockd.fleet.placement import Room, Tenant
+from rootstockd.fleet.placement import DeviceSpace, Resident
 from rootstockd.host.devices import Memory, find_gpus, gpu_memory, machine_memory, process_memory
 from rootstockd.settings.config import Config, Device
 from rootstockd.supervision.memory_use import taken
@@ -28,8 +28,8 @@ AVOIDED = 600.0
 """Seconds in which a model does not go to a GPU again that it could not use, if there is another."""
 
 
-class Rooms:
-    """The devices of a daemon, each a `Room` for models.
+class DeviceManager:
+    """The devices of a daemon, each a `DeviceSpace` to placement.
 
     Args:
         config: the daemon's settings.
@@ -63,7 +63,7 @@ class Rooms:
 
     # --- as placement sees them
 
-    def now(self, supervisors: Iterable[Supervisor], kept: Iterable[Supervisor]) -> list[Room]:
+    def now(self, supervisors: Iterable[Supervisor], kept: Iterable[Supervisor]) -> list[DeviceSpace]:
         """The devices as they are; without GPUs that do not answer, if others do.
 
         Args:
@@ -75,16 +75,16 @@ class Rooms:
             if supervisor.present and supervisor.device is not None:
                 present[supervisor.device.name].append(supervisor)
         last = {id(supervisor) for supervisor in kept}
-        rooms = []
+        spaces = []
         answering = [device for device in self.devices if self._answers(device)]
         for number, device in enumerate(self.devices):
             if answering and device not in answering:
                 continue  # else it would have most room, and be everybody's choice
             inside = present[device.name]
-            tenants = tuple(_tenant(supervisor, kept=id(supervisor) in last) for supervisor in inside)
+            residents = tuple(_resident(supervisor, kept=id(supervisor) in last) for supervisor in inside)
             load = sum(supervisor.pace.load for supervisor in inside)
-            rooms.append(Room(number, self._budget(device, tenants), load, tenants, self._most(device)))
-        return rooms
+            spaces.append(DeviceSpace(number, self._budget(device, residents), load, residents, self._most(device)))
+        return spaces
 
     def _answers(self, device: Device) -> bool:
         return device.kind == "cpu" or self._gpus.get(device.name) is not None
@@ -100,13 +100,14 @@ class Rooms:
         """A worker of a model found that it can't use a device."""
         self._avoided[device.name, spec.name, spec.dtype] = time.monotonic() + AVOIDED
 
-    def for_model(self, rooms: list[Room], spec: ModelSpec) -> list[Room]:
-        """Those rooms that a model does not avoid; all, if it avoids them all."""
+    def for_model(self, spaces: list[DeviceSpace], spec: ModelSpec) -> list[DeviceSpace]:
+        """Those devices that a model does not avoid; all, if it avoids them all."""
         now = time.monotonic()
-        names = [(self.devices[room.number].name, spec.name, spec.dtype) for room in rooms]
-        return [room for room, name in zip(rooms, names, strict=True) if self._avoided.get(name, 0.0) < now] or rooms
+        names = [(self.devices[space.number].name, spec.name, spec.dtype) for space in spaces]
+        usable = [space for space, name in zip(spaces, names, strict=True) if self._avoided.get(name, 0.0) < now]
+        return usable or spaces
 
-    def need(self, supervisor: Supervisor, rooms: Iterable[Room]) -> tuple[int, int]:
+    def need(self, supervisor: Supervisor, spaces: Iterable[DeviceSpace]) -> tuple[int, int]:
         """Bytes to have free for a model: what it grew to before, or a guess; and what it takes only to be loaded.
 
         The first is no more than a device has, as long as it has not been seen to need more only to be loaded.
@@ -118,15 +119,15 @@ class Rooms:
             weights = _file_size(spec.weights)
             least = max(weights, self._measurements.at_least(spec, label))
             expected = max(least, self._measurements.guess(spec, label, weights))
-        largest = max((math.inf if room.budget is None else room.budget for room in rooms), default=math.inf)
+        largest = max((math.inf if space.budget is None else space.budget for space in spaces), default=math.inf)
         whole = expected if expected <= largest else max(least, int(largest))
         return whole, (known.loaded if known else whole)
 
-    def _budget(self, device: Device, tenants: tuple[Tenant, ...]) -> int | None:
+    def _budget(self, device: Device, residents: tuple[Resident, ...]) -> int | None:
         """Bytes for all models on a device; other programs' on a GPU are not theirs."""
         if (memory := self._gpus.get(device.name)) is None:
             return self._limit
-        others = max(0, memory.total - memory.free - sum(tenant.memory for tenant in tenants))
+        others = max(0, memory.total - memory.free - sum(resident.memory for resident in residents))
         return self._limited(int(memory.total * (1 - RESERVE)) - others)
 
     def _most(self, device: Device) -> int | None:
@@ -137,19 +138,19 @@ class Rooms:
     def _limited(self, there: int) -> int:
         return there if self._limit is None else min(self._limit, there)
 
-    def describe(self, rooms: Iterable[Room], supervisors: Iterable[Supervisor]) -> str:
+    def describe(self, spaces: Iterable[DeviceSpace], supervisors: Iterable[Supervisor]) -> str:
         """Who is where, in words."""
         names = {id(supervisor): supervisor.spec.name for supervisor in supervisors}
         texts = []
-        for room in rooms:
+        for space in spaces:
             there = [
-                f"{names[tenant.number]} ({tenant.memory / 1e6:.0f} MB{'' if tenant.idle else ', has work'})"
-                for tenant in room.tenants
+                f"{names[resident.number]} ({resident.memory / 1e6:.0f} MB{'' if resident.idle else ', has work'})"
+                for resident in space.residents
             ]
-            size = f"{room.budget / 1e6:.0f} MB" if room.budget is not None else "no limit"
-            if room.budget is not None and room.most is not None and room.most > room.budget:
-                size = f"{max(0, room.budget) / 1e6:.0f} MB beside other programs"
-            texts.append(f"{self.devices[room.number]} has {size}, with {', '.join(there) or 'nothing'} there")
+            size = f"{space.budget / 1e6:.0f} MB" if space.budget is not None else "no limit"
+            if space.budget is not None and space.most is not None and space.most > space.budget:
+                size = f"{max(0, space.budget) / 1e6:.0f} MB beside other programs"
+            texts.append(f"{self.devices[space.number]} has {size}, with {', '.join(there) or 'nothing'} there")
         return "; ".join(texts)
 
     def memory(self, device: Device) -> Memory | None:
@@ -218,9 +219,9 @@ class Rooms:
             await asyncio.to_thread(self._measurements.save)
 
 
-def _tenant(supervisor: Supervisor, *, kept: bool) -> Tenant:
+def _resident(supervisor: Supervisor, *, kept: bool) -> Resident:
     memory = supervisor.memory.claimed(ready=supervisor.state is State.READY)
-    return Tenant(id(supervisor), memory, -supervisor.idle_seconds, may_go(supervisor), kept)
+    return Resident(id(supervisor), memory, -supervisor.idle_seconds, may_go(supervisor), kept)
 
 
 def may_go(supervisor: Supervisor) -> bool:

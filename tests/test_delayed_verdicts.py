@@ -12,8 +12,8 @@ import pytest
 
 from rootstock_client.errors import EvaluationError
 from rootstockd.processes.worker_process import End, WorkerProcess
-from rootstockd.supervision.amends import Amends
-from rootstockd.supervision.dispatcher import AMENDS, Dispatcher
+from rootstockd.supervision.delayed_verdicts import DelayedVerdicts
+from rootstockd.supervision.dispatcher import LONGEST_DELAY, Dispatcher
 from rootstockd.supervision.roles import Client
 from rootstockd.supervision.scheduler import MAX_BLAMED, Evaluation
 
@@ -55,7 +55,7 @@ class Told:
 
     def __init__(self, others: bool = True) -> None:
         self.when: dict[str, float] = {}
-        self.amends = Amends(self._tell, lambda: others)
+        self.delayed = DelayedVerdicts(self._tell, lambda: others)
 
     def _tell(self, evaluation: Any, error: object) -> None:
         assert error is ERROR
@@ -65,9 +65,9 @@ class Told:
 def test_of_a_user_one_after_another(run: Callable[[Awaitable[None]], None]) -> None:
     async def there_is_a_worker() -> None:
         told = Told()
-        told.amends.go_on()
+        told.delayed.resume()
         for name, user, seconds in [("a", 1, 3.0), ("b", 1, 2.0), ("c", 2, 4.0), ("d", 1, 1.0)]:
-            told.amends.owe(evaluation(name, user), ERROR, seconds)
+            told.delayed.add(evaluation(name, user), ERROR, seconds)
         await asyncio.sleep(100)
         assert told.when == pytest.approx({"a": 3.0, "c": 4.0, "b": 5.0, "d": 6.0})
 
@@ -77,21 +77,21 @@ def test_of_a_user_one_after_another(run: Callable[[Awaitable[None]], None]) -> 
 def test_only_time_with_a_worker_counts(run: Callable[[Awaitable[None]], None]) -> None:
     async def it_comes_and_goes() -> None:
         told = Told()
-        told.amends.owe(evaluation("a"), ERROR, 3.0)
-        told.amends.owe(evaluation("b"), ERROR, 3.0)
+        told.delayed.add(evaluation("a"), ERROR, 3.0)
+        told.delayed.add(evaluation("b"), ERROR, 3.0)
         await asyncio.sleep(10)
-        told.amends.go_on()
+        told.delayed.resume()
         await asyncio.sleep(2)
-        told.amends.pause()
+        told.delayed.pause()
         await asyncio.sleep(10)
         assert not told.when
-        told.amends.go_on()
+        told.delayed.resume()
         await asyncio.sleep(2)
         assert told.when == pytest.approx({"a": 23.0})
-        told.amends.pause()
-        told.amends.owe(evaluation("c"), ERROR, 1.0)
+        told.delayed.pause()
+        told.delayed.add(evaluation("c"), ERROR, 1.0)
         await asyncio.sleep(10)
-        told.amends.go_on()
+        told.delayed.resume()
         await asyncio.sleep(100)
         assert told.when == pytest.approx({"a": 23.0, "b": 36.0, "c": 37.0})
 
@@ -102,8 +102,8 @@ def test_nobody_is_kept_waiting_for_no_one(run: Callable[[Awaitable[None]], None
     async def alone() -> None:
         told = Told(others=False)
         for name in "abc":
-            told.amends.owe(evaluation(name), ERROR, 3.0)
-        told.amends.go_on()
+            told.delayed.add(evaluation(name), ERROR, 3.0)
+        told.delayed.resume()
         await asyncio.sleep(1)
         assert told.when == pytest.approx({"a": 0.0, "b": 0.0, "c": 0.0})
 
@@ -113,11 +113,11 @@ def test_nobody_is_kept_waiting_for_no_one(run: Callable[[Awaitable[None]], None
 def test_all_at_once_at_the_end(run: Callable[[Awaitable[None]], None]) -> None:
     async def stopped() -> None:
         told = Told()
-        told.amends.go_on()
+        told.delayed.resume()
         for name, user in [("a", 1), ("b", 1), ("c", 2)]:
-            told.amends.owe(evaluation(name, user), ERROR, 3.0)
+            told.delayed.add(evaluation(name, user), ERROR, 3.0)
         await asyncio.sleep(1)
-        told.amends.settle()
+        told.delayed.tell_all()
         assert set(told.when) == {"a", "b", "c"}
         await asyncio.sleep(100)
         assert told.when == pytest.approx(dict.fromkeys("abc", 1.0))
@@ -143,6 +143,6 @@ def test_nobody_hears_later_than_after_a_minute(run: Callable[[Awaitable[None]],
             dispatcher.worker_lost(End("it crashed", blamed=True), 600.0)
         dispatcher.have(cast("WorkerProcess", SimpleNamespace()))
         await asyncio.sleep(10_000)
-        assert when == pytest.approx({1: AMENDS}) and AMENDS == 60.0
+        assert when == pytest.approx({1: LONGEST_DELAY}) and LONGEST_DELAY == 60.0
 
     run(slow_to_load())

@@ -1,4 +1,4 @@
-"""The door: takes connections from a listening socket, and goes on whatever happens at it.
+"""Takes connections from a listening socket, and goes on whatever happens at it.
 
 The loop's own server closes itself for good when `accept` fails, and takes nobody in any more when a protocol could
 not be made. Here either costs the one connection, and where the machine has run out of something, a pause.
@@ -28,16 +28,16 @@ PACE = 0.001
 AT_FIRST = 1.0
 """Seconds' worth of them that may come at once: 1,000 jobs that start together."""
 MOST_WAITING = 16
-"""Connections that wait until it is known whose they are; `descriptors.py` has room for so many at two doors."""
+"""Connections that wait until it is known whose they are; `descriptors.py` has room for so many at two sockets."""
 PAUSE = 0.2
 """Seconds until the next try when the machine had nothing left for a connection."""
 
 
-class Door:
+class Acceptor:
     """Takes connections until it is closed.
 
     Args:
-        sock: a listening socket that does not block; closed with the door.
+        sock: a listening socket that does not block; closed with this.
         make_protocol: makes the protocol for a connection, as soon as it is taken, so that all of a burst are counted;
             raises the RootstockError to tell it where there is no room even to let a protocol say so.
         look_up: what is to be waited for before that, if anything. As many as `MOST_WAITING` connections wait so,

@@ -13,7 +13,7 @@ from rootstockd.supervision.scheduler import Evaluation
 Tell = Callable[[Evaluation[Client], RootstockError], object]
 
 
-class Amends:
+class DelayedVerdicts:
     """Evaluations that were given up, until others have had a worker for as long as they had none for each.
 
     Of each user one after another, and only time in which there is a worker counts: or many jobs of one user would
@@ -32,14 +32,14 @@ class Amends:
         """Of whoever is next of each user, while there is a worker."""
         self._there = False
 
-    def owe(self, evaluation: Evaluation[Client], error: RootstockError, seconds: float) -> None:
+    def add(self, evaluation: Evaluation[Client], error: RootstockError, seconds: float) -> None:
         """Tell of an evaluation when others have had a worker for so long."""
         due = self._due.setdefault(evaluation.user, deque())
         due.append((evaluation, error, seconds))
         if self._there and len(due) == 1:
             self._wait(evaluation.user)
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """There is a worker."""
         self._there = True
         for user in list(self._due):
@@ -55,7 +55,7 @@ class Amends:
             self._due[user].appendleft((evaluation, error, left))
         self._timers.clear()
 
-    def settle(self) -> None:
+    def tell_all(self) -> None:
         """Tell all at once."""
         due, self._due = self._due, {}
         for timer in self._timers.values():
@@ -67,9 +67,9 @@ class Amends:
 
     def _wait(self, user: int) -> None:
         seconds = self._due[user][0][2] if self._others() else 0.0
-        self._timers[user] = asyncio.get_running_loop().call_later(seconds, self._pay, user)
+        self._timers[user] = asyncio.get_running_loop().call_later(seconds, self._tell_next, user)
 
-    def _pay(self, user: int) -> None:
+    def _tell_next(self, user: int) -> None:
         del self._timers[user]
         due = self._due[user]
         evaluation, error, _ = due.popleft()

@@ -9,7 +9,7 @@ from rootstockd.settings.config import KeepAlive
 from rootstockd.supervision.supervisor import Supervisor
 
 
-class Roster:
+class ModelRegistry:
     """All models of a daemon."""
 
     def __init__(self) -> None:
