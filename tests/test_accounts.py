@@ -6,6 +6,7 @@ Sessions, accounts and supervisors are those of the daemon; drivers' bytes, and 
 from __future__ import annotations
 
 import asyncio
+import atexit
 import functools
 import inspect
 import os
@@ -129,6 +130,7 @@ class _Placer:
 
 _STREAM = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
 """One that nobody hangs up."""
+atexit.register(_STREAM.close)
 
 
 class _Transport:
@@ -190,7 +192,7 @@ class House:
 
     def drive(self, *, more: bytes = b"", steps: int = 1) -> tuple[Session, _Transport]:
         """A driver that has sent so many steps."""
-        session, transport = Session(cast("Placer", self), Peer(os.getpid(), os.getuid(), frozenset())), _Transport()
+        session, transport = Session(cast("Any", self), Peer(os.getpid(), os.getuid(), frozenset())), _Transport()
         session.connection_made(cast("asyncio.Transport", transport))
         self.say(session, ipi.init_frame(TEXT % more) + STEP * steps)
         self.account.turns.leave(session)
