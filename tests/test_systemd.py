@@ -343,6 +343,7 @@ def test_one_that_fails_again_and_again(machine: Machine, mended: None) -> None:
     machine.run("systemctl", "restart", "--no-block", SERVICE)
     wait_for_restarts(machine)
     again = f"systemd starts {SERVICE} again and again"
+    wait_for(lambda: machine.rootstockd("status").returncode, timeout=60)  # it was up a moment ago
     done = machine.rootstockd("status")
     assert (done.returncode, again in done.stderr, "chgnet" in done.stderr) == (1, True, True), done.stderr
     done = machine.rootstockd("status", user="in-alice")  # who may not read the journal

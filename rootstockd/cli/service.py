@@ -7,7 +7,6 @@ import pwd
 import re
 import socket as socketlib
 import subprocess
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +16,13 @@ from rootstockd.settings.config_file import not_readable
 
 SERVICE_CACHE = Path("/var/cache/rootstockd")
 """What the machine's daemons have for a cache (CacheDirectory=)."""
-_PROPERTIES = ("ActiveState", "ActiveExitTimestampMonotonic", "NRestarts", "ExecMainStatus", "User", "Group")
+_TIMES = "ActiveExitTimestampMonotonic", "ExecMainStartTimestampMonotonic"
+_PROPERTIES = ("ActiveState", *_TIMES, "NRestarts", "ExecMainStatus", "User", "Group")
 _PORTS = ("RestrictAddressFamilies", "IPAddressAllow", "IPAddressDeny")
 _AGAIN = 2
 """Restarts after which one that is not up yet is being restarted again and again."""
-_LATELY = 60.0
-"""Seconds after it was up in which it may have been restarted just once since, and load its models."""
+_ONCE = 10.0
+"""Seconds after it was up in which its daemon is started once: it may load its models for as long as that takes."""
 _REASON = re.compile(r"^Error: (.+)|: (Failed (?:at step|to locate|to execute) .+)", re.MULTILINE)
 """A daemon's last words, or systemd's where it could not run its command."""
 _INSTANCE = re.compile(r"rootstockd@(.+)\.service")
@@ -55,8 +55,8 @@ class Service:
     def failing(self) -> str:
         """That it fails again and again, how often, and why; empty where it does not."""
         restarts, state = int(self.told.get("NRestarts") or 0), self.told.get("ActiveState")
-        up_until = int(self.told.get("ActiveExitTimestampMonotonic") or 0) / 1e6
-        if state == "active" or restarts < _AGAIN or (up_until and time.monotonic() - up_until < _LATELY):
+        up_until, started = (int(self.told.get(when) or 0) / 1e6 for when in _TIMES)
+        if state == "active" or restarts < _AGAIN or (up_until and started < up_until + _ONCE):
             return ""
         journal = self.unit.journal("--lines=100", "--output=cat", "--quiet", "--no-pager")
         said = subprocess.run(journal, check=False, capture_output=True, text=True).stdout  # nothing where one may not

@@ -57,7 +57,6 @@ class WorkerMessages:
             if not self._dispatcher.heard(kind, body):
                 self._hear(kind, body)
         except Exception as error:  # of the daemon's own: or what the worker is at would be nobody's any more
-            log.exception("model %s: the daemon itself failed at what its worker said; it is ended", self._name)
             self._listener.not_heard(error)
 
     def _hear(self, kind: bytes, body: bytes) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -19,6 +20,8 @@ from rootstockd.supervision.memory_use import MemoryUse
 from rootstockd.supervision.watchdog import Occupation, watch
 from rootstockd.supervision.worker_messages import WorkerMessages
 from rootstockd.worker.engines import EngineInfo, ModelSpec
+
+log = logging.getLogger(__name__)
 
 TICK = 1.0
 """Seconds between looks at how long a worker has been at something, at most."""
@@ -173,12 +176,15 @@ class Workers:
             end = End(how, blamed=not is_shortage(error))
         if not worker.usable or self._unwanted:
             return
-        if end is None:
-            self.loading.done()
-            self._loaded(info)
-        else:
+        if end is not None:
             worker.kill(end)
             worker.hang_up()
+            return
+        try:
+            self.loading.done()
+            self._loaded(info)
+        except Exception as error:
+            self.not_heard(error)
 
     def not_loaded(self, error: RootstockError) -> None:
         """Loading has failed: the model is broken, unless it only wants memory."""
@@ -198,6 +204,8 @@ class Workers:
 
     def not_heard(self, error: Exception) -> None:
         """The daemon itself failed at what it said, and ends it: another does again what it was at."""
+        what = "the daemon itself failed at what its worker said; it is ended"
+        log.error("model %s: %s", self._spec.name, what, exc_info=error)
         how = f"the daemon itself failed: {type(error).__name__}: {error}"
         if self.now is not None:
             self.now.distrust(End(how, blamed=True, unheard=True))
