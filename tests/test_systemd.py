@@ -7,7 +7,6 @@ import json
 import subprocess
 import sysconfig
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +18,6 @@ from machine import PYTHON, REPOSITORY, USERS, Machine
 pytestmark = pytest.mark.skipif((why := machines.why_not()) is not None, reason=why or "")
 SERVICE, SOCKET = "rootstockd@cpu.service", "rootstockd@cpu.socket"
 OTHER, OTHER_SOCKET = "rootstockd@auto.service", "rootstockd@auto.socket"
-PREFIX = Path(PYTHON).parent.parent
 SETTINGS = "/etc/rootstockd/config.toml"
 
 GATES = '''
@@ -358,12 +356,14 @@ def test_one_that_fails_again_and_again(machine: Machine, mended: None) -> None:
     done = machine.rootstockd("status")
     assert (done.returncode, "for metrics: Address family not supported" in done.stderr) == (1, True), done.stderr
 
-    machine.write(SETTINGS, "")
-    machine.do("chmod", "700", PREFIX)
+    drop_in = "/etc/systemd/system/rootstockd@.service.d/not-run.conf"
+    machine.write(drop_in, "[Service]\nExecStart=\nExecStart=/etc/hostname\n")
+    machine.do("systemctl", "daemon-reload")
     wait_for_restarts(machine)
     done = machine.rootstockd("status")
-    machine.do("chmod", "755", PREFIX)
-    assert (done.returncode, f"{PYTHON}: Permission denied" in done.stderr) == (1, True), done.stderr
+    machine.do("rm", drop_in)
+    machine.do("systemctl", "daemon-reload")
+    assert (done.returncode, "Failed at step EXEC spawning /etc/hostname: " in done.stderr) == (1, True), done.stderr
 
 
 def test_what_its_user_may_not(machine: Machine, mended: None) -> None:
@@ -407,11 +407,18 @@ def test_doctor_names_the_services_places(machine: Machine) -> None:
 
 
 def test_install_says_what_its_user_may_not_enter(machine: Machine) -> None:
-    machine.do("chmod", "700", PREFIX)
-    done = machine.rootstockd("systemd", "install")
-    machine.do("chmod", "755", PREFIX)
+    prefix = "/opt/rootstockd"
+    machine.do(PYTHON, "-m", "venv", "--without-pip", prefix)
+    packages = machine.do(
+        f"{prefix}/bin/python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"
+    ).strip()
+    ours = f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n{REPOSITORY}\n"
+    machine.write(f"{packages}/ours.pth", ours)
+    machine.do("chmod", "700", prefix)
+    done = machine.run(f"{prefix}/bin/python", "-m", "rootstockd", "systemd", "install")
+    machine.do("rm", "-r", prefix)
     assert done.returncode == 1
-    assert f"may not enter {PREFIX}, where this installation is: chmod 755 {PREFIX}" in done.stderr
+    assert f"may not enter {prefix}, where this installation is: chmod 755 {prefix}" in done.stderr, done.stderr
 
 
 def test_a_daemon_that_systemd_took_the_address_from(machine: Machine) -> None:
