@@ -145,13 +145,20 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
 
         Raises:
             TypeError: there is no such parameter, or a value is of the wrong kind.
+            InStepError: it was called inside a step, whose results would count as those of the new parameters.
         """
         if unknown := parameters.keys() - PARAMETERS.keys():
             raise TypeError(f"there is no parameter {', '.join(sorted(unknown))}; there are {', '.join(PARAMETERS)}")
-        changed = super().set(**{name: PARAMETERS[name](value) for name, value in parameters.items()})
-        if "fingerprint" in parameters:
-            self._extras = None
-            self._potential = self._chosen(self._settings())  # which is the one that it belongs to
+        checked = {name: PARAMETERS[name](value) for name, value in parameters.items()}
+        with self._lock:
+            if self._in_step:
+                raise used_in_step("parameters were set")
+            changed = super().set(**checked)
+            chosen = self._chosen(self._settings())
+            if "fingerprint" in parameters:  # it belongs to what is chosen now
+                self._potential, self._extras = chosen, None
+            elif chosen != self._potential:
+                self._potential, self.fingerprint = chosen, None
         return cast("dict[str, Any]", changed)
 
     def todict(self, skip_default: bool = True) -> dict[str, Any]:  # noqa: FBT001,FBT002 - ASE's signature

@@ -198,11 +198,11 @@ class InStepError(RootstockError, RuntimeError):
     code = "in-step"
 
 
-def used_in_step() -> InStepError:
-    """What is said to who asks for an evaluation inside another, in the same thread, which can't go on meanwhile."""
+def used_in_step(what: str = "an evaluation was asked for") -> InStepError:
+    """What is said to who wants something inside a step, in the same thread, which can't go on meanwhile."""
     return InStepError(
-        "an evaluation was asked for in the middle of another one of the same calculator or session, by a signal's "
-        "handler or a finalizer that ran inside it.",
+        f"{what} in the middle of a step of the same calculator or session, by a signal's handler or a finalizer that "
+        "ran inside it.",
         "Have the handler note that it was called, and evaluate after the step; or let it evaluate with a calculator "
         "made by copy.copy(calculator), which has a session of its own.",
     )

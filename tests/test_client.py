@@ -610,6 +610,7 @@ for seed in (2, 3):
         ("finalizer", "calculator.get_property('energy', other)", "refused: .*\nwent on\n"),
         ("signal", "calculator.get_property('energy', other, allow_calculation=False)", "None\nwent on\n"),
         ("signal", "by_a_copy(other)", "None\nwent on\n"),
+        ("signal", "calculator.set(model='noop')", "refused: .*\nwent on\n"),
         ("signal", "calculator.close()", "None\nlost: .* was closed in the middle of a step.*\n"),
         ("finalizer", "client.close()", "None\nlost: .* was closed in the middle of a step.*\n"),
     ],
@@ -635,7 +636,7 @@ def test_a_step_sends_its_own_system_whatever_runs_inside_it(
 
     def inside(settings: dict[str, Any]) -> Any:
         monkeypatch.undo()
-        with pytest.raises(InStepError, match="in the middle of another"):
+        with pytest.raises(InStepError, match="in the middle of a step"):
             calculator.get_property("energy", other)
         refused.append(True)
         return chosen(settings)
@@ -643,6 +644,17 @@ def test_a_step_sends_its_own_system_whatever_runs_inside_it(
     monkeypatch.setattr(RootstockCalculator, "_chosen", staticmethod(inside))
     same(atoms)
     assert refused
+
+
+def test_parameters_that_are_set_again_go_with_the_model_that_is_set(daemon: RunningDaemon) -> None:
+    atoms = copper()
+    calculator = atoms.calc = daemon.client().calculator("emt")
+    same(atoms)
+    assert calculator.fingerprint
+    calculator.set(model="noop")
+    assert calculator.fingerprint is None and "fingerprint" not in calculator.todict()
+    calculator.set(**calculator.parameters)
+    assert atoms.get_potential_energy() == 0 and calculator.fingerprint
 
 
 def test_relaxation_with_variable_cell_takes_one_evaluation_a_step(daemon: RunningDaemon, tmp_path: Path) -> None:

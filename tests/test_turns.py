@@ -6,6 +6,8 @@ import asyncio
 import time
 from collections.abc import Callable
 
+import pytest
+
 from rootstockd.sessions.turns import AT_FIRST, SHARE, Turns
 
 
@@ -64,10 +66,30 @@ def test_turns_that_a_step_came_of_are_not_paced() -> None:
     assert 0.02 * len(worker.taken) > AT_FIRST + 4 * SHARE * 1.7
 
 
+@pytest.mark.parametrize("earned", [True, False])
+def test_whoever_comes_for_one_step_and_goes_is_not_paced(earned: bool) -> None:
+    turns, taken = Turns(), list[Taker]()
+
+    class OneStep(Taker):
+        def ask(self) -> None:
+            taken.append(self)
+            asyncio.get_running_loop().call_soon(self.go)
+
+        def go(self) -> None:
+            turns.leave(self, earned=earned)
+            come()
+
+    def come() -> None:
+        turns.ask(OneStep(turns, 0.02), earned=False)
+
+    run(1.7, come)
+    assert (0.02 * len(taken) > AT_FIRST + 4 * SHARE * 1.7) == earned
+
+
 def test_who_is_gone_has_no_turn() -> None:
     turns = Turns()
     a, b = Taker(turns, 0.0), Taker(turns, 0.0)
     a.take_turn = lambda: a.taken.append(0.0)  # type: ignore[method-assign]
-    run(0.05, lambda: (a.ask(), b.ask(), turns.leave(b)))
+    run(0.05, lambda: (a.ask(), b.ask(), turns.leave(b, earned=False)))
     assert a.taken and not b.taken
     assert not turns.waits(b)

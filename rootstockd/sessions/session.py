@@ -162,7 +162,7 @@ class Session(asyncio.BufferedProtocol):
         if self.account is not None:
             self._unstage()
             self._init = None
-            self.account.turns.leave(self)
+            self.account.turns.leave(self, earned=self._earned)
             self._host.accounts.close_session(self.account, self.evaluations)
             self.account = None
         self._host.sessions.discard(self)
@@ -237,9 +237,14 @@ class Session(asyncio.BufferedProtocol):
         """It has asked for a turn, and yet to have it."""
         return self.account is not None and self.account.turns.waits(self)
 
+    @property
+    def _earned(self) -> bool:
+        """A step came of its last turn."""
+        return self.evaluations > self._rewarded
+
     def _ask_for_turn(self) -> None:
         assert self.account is not None
-        self.account.turns.ask(self, earned=self.evaluations > self._rewarded)
+        self.account.turns.ask(self, earned=self._earned)
         self._rewarded = self.evaluations
 
     def take_turn(self) -> None:

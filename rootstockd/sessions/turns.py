@@ -67,7 +67,7 @@ class Turns:
             earned: a step came of the last one, which does not count, then.
         """
         if earned:
-            self._allowance.give_back(self._cost.pop(taker, 0.0) / SHARE)
+            self._give_back(taker)
         self._waiting[taker] = None
         if self._next is None:
             self._schedule()
@@ -76,10 +76,15 @@ class Turns:
         """Whether it has asked, and yet to have its turn."""
         return taker in self._waiting
 
-    def leave(self, taker: Taker) -> None:
-        """It is gone."""
+    def leave(self, taker: Taker, *, earned: bool) -> None:
+        """It is gone; `earned` as for `ask`."""
         self._waiting.pop(taker, None)
+        if earned:
+            self._give_back(taker)
         self._cost.pop(taker, None)
+
+    def _give_back(self, taker: Taker) -> None:
+        self._allowance.give_back(self._cost.pop(taker, 0.0) / SHARE)
 
     def _schedule(self) -> None:
         loop = asyncio.get_running_loop()
