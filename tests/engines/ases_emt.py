@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import ase.calculators.emt
@@ -14,7 +13,7 @@ class EMT(RootstockCalculator):
     """As ASE's, which takes options that a daemon's does not have."""
 
     def __init__(self, **_options: Any) -> None:
-        super().__init__(os.environ["ROOTSTOCKD_SOCKET"], "emt")
+        super().__init__("emt")  # at ROOTSTOCKD_SOCKET
 
 
 ase.calculators.emt.EMT = EMT
