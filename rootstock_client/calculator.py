@@ -154,11 +154,10 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
             if self._in_step:
                 raise used_in_step("parameters were set")
             changed = super().set(**checked)
-            chosen = self._chosen(self._settings())
             if "fingerprint" in parameters:  # it belongs to what is chosen now
-                self._potential, self._extras = chosen, None
-            elif chosen != self._potential:
-                self._potential, self.fingerprint = chosen, None
+                self._potential, self._extras = self._chosen(self._settings()), None
+            else:
+                self._forget_another(self._settings())
         return cast("dict[str, Any]", changed)
 
     def todict(self, skip_default: bool = True) -> dict[str, Any]:  # noqa: FBT001,FBT002 - ASE's signature
@@ -356,9 +355,13 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
             }
             self._init = json.dumps(fields).encode()
             self._system = system
-            if (chosen := self._chosen(settings)) != self._potential:
-                self._potential, self.fingerprint = chosen, None
+            self._forget_another(settings)
         return self._init
+
+    def _forget_another(self, settings: dict[str, Any]) -> None:
+        """A fingerprint of what was chosen before these is none of theirs."""
+        if (chosen := self._chosen(settings)) != self._potential:
+            self._potential, self.fingerprint = chosen, None
 
     # --- its life
 

@@ -18,7 +18,7 @@ from click.core import ParameterSource
 from rootstock_client.errors import ModelLoadError, RootstockError
 from rootstock_client.runtime_dir import SYSTEM_DIR, is_private, too_long
 from rootstockd.cli.clients import Refused, socket_in_use
-from rootstockd.cli.common import console, default_socket, fetch_config, print_warnings
+from rootstockd.cli.common import console, default_socket, fetch_config, json_option, print_warnings
 from rootstockd.cli.options import devices_of, files_to_read, settings_again, settings_options, settings_said
 from rootstockd.cli.service import service_at, service_of
 from rootstockd.cli.systemd_units import unit_at
@@ -51,7 +51,7 @@ def config() -> None:
     "--running", is_flag=True, help="The settings of the running daemon, and what has changed in its files since."
 )
 @click.option("--origins/--no-origins", default=True, help="Say where each comes from.  [default: origins]")
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@json_option
 def show(running: bool, origins: bool, as_json: bool, socket: Path | None, **said: Any) -> None:
     """Show what `rootstockd start` would use with these options, as TOML."""
     problems = ""

@@ -19,15 +19,13 @@ from rootstock_client.runtime_dir import SYSTEM_DIR
 from rootstockd.cli.clients import Refused
 from rootstockd.cli.common import console, default_socket
 from rootstockd.cli.options import devices_of
-from rootstockd.cli.service import may
+from rootstockd.cli.service import SERVICE_CACHE, may
 from rootstockd.host.devices import find_gpus, visible_gpus
 from rootstockd.settings.config_file import FILE_NAME
 from rootstockd.settings.state_dir import SYSTEM_STATE
 
 _SHIPPED_COMMAND = "/usr/bin/rootstockd"
 _SHIPPED_MANUAL = "man:rootstockd(1)"
-SYSTEM_CACHE = Path("/var/cache/rootstockd")
-"""CacheDirectory= of the units."""
 _HIDDEN = tuple(map(Path, ("/home", "/root", "/run/user", "/tmp", "/var/tmp")))  # noqa: S108 - they are looked at
 """What ProtectHome= and PrivateTmp= keep from a service."""
 _USER = "rootstockd"
@@ -214,10 +212,10 @@ def tell_left(place: Place) -> None:
     """Say how to remove what stays of the machine's daemons; docs/administration.md has all of it."""
     if place.user:
         return
-    folders = place.settings / "rootstockd", SYSTEM_STATE, SYSTEM_CACHE
+    folders = place.settings / "rootstockd", SYSTEM_STATE, SERVICE_CACHE
     commands = [["rm", "-r", str(folder)] for folder in folders if folder.is_dir()]
     with contextlib.suppress(KeyError):
-        commands.append(["userdel", pwd.getpwnam("rootstockd").pw_name])
+        commands.append(["userdel", pwd.getpwnam(_USER).pw_name])
     if commands:
         words = "\n".join(f"  {shlex.join(command)}" for command in commands)
         click.echo(f"\nSettings, weights, environments and notes stay, until you remove them:\n\n{words}")

@@ -50,7 +50,7 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Take connections from now on."""
         await super().startup(sockets)
-        self._door = Acceptor(
+        self._acceptor = Acceptor(
             self._sock,
             lambda _connection: self._make_protocol(self.config, self.server_state, self.lifespan.state),
             self._look_up,
@@ -58,7 +58,7 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close it, and end what is under way."""
-        self._door.close()
+        self._acceptor.close()
         await super().shutdown(sockets)
 
     @contextlib.contextmanager
