@@ -30,7 +30,7 @@ from rootstock_client.errors import (
 from rootstock_client.patience import Outage, patience_with
 from rootstock_client.runtime_dir import MET
 from rootstock_client.shared_memory import Translation
-from rootstock_client.sockets import connect, dismiss, receive
+from rootstock_client.sockets import connect, dismiss, establish, receive
 
 IPI_PREFIX = "/tmp/ipi_"  # noqa: S108 - i-PI's and ASE's
 LAST_PORT = 65_535
@@ -80,7 +80,7 @@ def dial(address: Address, patience: float) -> socket.socket:
             else:
                 stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
                 try:
-                    stream.connect(address.where)
+                    establish(stream, address.where)
                 except BaseException:
                     stream.close()
                     raise

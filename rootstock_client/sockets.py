@@ -51,7 +51,7 @@ def connect(path: Path, timeout: float | None = None) -> socket.socket:
         ) from error
     try:
         sock.settimeout(timeout)
-        _connect(sock, path)
+        establish(sock, os.fspath(path))
     except PermissionError as error:
         sock.close()
         raise AccessDeniedError(
@@ -78,10 +78,16 @@ def connect(path: Path, timeout: float | None = None) -> socket.socket:
     return sock
 
 
-def _connect(sock: socket.socket, path: Path) -> None:
-    """Connect until it is so: Python says it as well where a signal has interrupted the wait for a full queue."""
+def establish(sock: socket.socket, where: str) -> None:
+    """Connect to a Unix socket until it is so.
+
+    Python says so as well where a signal has interrupted the wait for a full queue.
+
+    Raises:
+        OSError: it can't be.
+    """
     while True:
-        sock.connect(os.fspath(path))
+        sock.connect(where)
         try:
             sock.getpeername()
         except OSError as error:

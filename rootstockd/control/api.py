@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import logging
 import math
@@ -39,6 +38,7 @@ from rootstockd.control.server import Server
 from rootstockd.fleet.fleet import HOLD
 from rootstockd.host.devices import process_memory
 from rootstockd.host.log_rate import LogRate
+from rootstockd.host.threads import in_thread
 from rootstockd.models.availability import lack
 from rootstockd.models.catalogue import CatalogueError
 from rootstockd.sessions.turns import Allowance
@@ -126,7 +126,7 @@ def make_app(daemon: Daemon) -> FastAPI:
         """What the daemon could load."""
         states = daemon.fleet.states()
         entries = dict(daemon.catalogue.items())
-        lacks = await asyncio.to_thread(lambda: {name: lack(name, entry) for name, entry in entries.items()})
+        lacks = await in_thread(lambda: {name: lack(name, entry) for name, entry in entries.items()})
         return [
             CatalogueEntry(
                 name=name,

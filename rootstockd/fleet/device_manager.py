@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import math
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 from rootstockd.fleet.measured import Measured, Measurements
 from rootstockd.fleet.placement import DeviceSpace, Resident
 from rootstockd.host.devices import Memory, find_gpus, gpu_memory, machine_memory, process_memory
+from rootstockd.host.threads import in_thread
 from rootstockd.settings.config import Config, Device
 from rootstockd.supervision.memory_use import taken
 from rootstockd.supervision.roles import State
@@ -184,7 +184,7 @@ class DeviceManager:
         """Look at how much memory workers and devices have."""
         asked = [(supervisor, supervisor.pid) for supervisor in supervisors if supervisor.pid is not None]
         devices = [device for device in self.devices if device.kind == "cuda"]
-        gpus, resident = await asyncio.to_thread(_look, devices, [pid for _, pid in asked])
+        gpus, resident = await in_thread(_look, devices, [pid for _, pid in asked])
         self._heard(gpus)
         for supervisor, pid in asked:
             if supervisor.pid != pid or supervisor.device is None:
@@ -216,7 +216,7 @@ class DeviceManager:
     async def save(self) -> None:
         """Write down what is new."""
         if self._measurements.unsaved:
-            await asyncio.to_thread(self._measurements.save)
+            await in_thread(self._measurements.save)
 
 
 def _resident(supervisor: Supervisor, *, kept: bool) -> Resident:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import logging
-import os
-import tempfile
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from rootstockd.models.whole_files import StoreError, write
 from rootstockd.settings.state_dir import StateError, own_state, state_dirs
 from rootstockd.worker.engines import ModelSpec
 
@@ -110,20 +108,10 @@ class Measurements:
         path = own_state() / FILE
         try:
             path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-            content = _File.dump_json({**_read(path), **fresh}, indent=1)
-            fd, draft = tempfile.mkstemp(prefix=f".{FILE}-", dir=path.parent)
-            try:
-                with os.fdopen(fd, "wb") as file:
-                    file.write(content)
-                    os.fchmod(file.fileno(), 0o644)
-                Path(draft).replace(path)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    Path(draft).unlink()
-                raise
-        except OSError as error:  # a shared folder that is read alone, say: then it is known to this daemon alone
+            write(path, _File.dump_json({**_read(path), **fresh}, indent=1).decode())
+        except (StoreError, OSError) as error:  # a shared folder that is read alone, say: then only this one knows it
             if not self._complained:
-                log.warning("how much memory models take can't be saved: %s: %s", path, error.strerror)
+                log.warning("how much memory models take can't be saved: %s", error)
             self._complained = True
 
 

@@ -21,6 +21,7 @@ from rootstockd import worker
 from rootstockd.environments.finding import Environment
 from rootstockd.host import passed
 from rootstockd.host.handed_over import handed_over
+from rootstockd.host.threads import in_thread
 from rootstockd.processes.folders import WorkerFolders
 from rootstockd.processes.output import Ration, WorkerOutput
 from rootstockd.worker.engines import ModelSpec
@@ -156,7 +157,7 @@ class WorkerProcess:
         output: WorkerOutput | None = None
         try:
             if spec.confine or spec.family == "ipi":
-                folders = await asyncio.to_thread(WorkerFolders, spec)  # disks, and homes over a network, take time
+                folders = await in_thread(WorkerFolders, spec)  # disks, and homes over a network, take time
             output = WorkerOutput(spec.name, ration)
             ours.setblocking(False)  # noqa: FBT003 - the socket module has no other way
             passed.refuse(ours)  # it sends none
@@ -236,7 +237,7 @@ class WorkerProcess:
         self.hang_up()  # what it started may live on, and have more to say
         self._output.finish()
         if self._folders is not None:
-            await asyncio.to_thread(self._folders.remove)
+            await in_thread(self._folders.remove)
         if status == -signal.SIGKILL and self._verdict:
             return self._verdict
         return ending(status, self._memory_kills[0], memory_kills())

@@ -11,6 +11,7 @@ from dataclasses import replace
 from rootstock_client.errors import DeviceFailedError, LimitError, ModelLoadError, RootstockError
 from rootstockd.environments.finding import damage_of
 from rootstockd.host.log_rate import LogRate
+from rootstockd.host.threads import in_thread
 from rootstockd.processes.worker_process import End
 from rootstockd.settings.config import Device
 from rootstockd.supervision.dispatcher import Dispatcher
@@ -360,7 +361,7 @@ class Supervisor:
                 error = None
         error = error or failed.verdict()
         environment = self.workers.environment
-        if error and environment and (damage := await asyncio.to_thread(damage_of, environment)):
+        if error and environment and (damage := await in_thread(damage_of, environment)):
             error.hint = f"{damage} {error.hint}".strip()
         return error
 

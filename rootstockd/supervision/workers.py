@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from rootstock_client.errors import ModelLoadError, RootstockError
 from rootstockd.environments.finding import Environment, find_environment
+from rootstockd.host.threads import in_thread
 from rootstockd.models.spec import in_environment
 from rootstockd.processes.folders import FolderError
 from rootstockd.processes.output import Ration
@@ -42,11 +43,6 @@ def is_shortage(error: Exception) -> bool:
 
 
 def _with_environment(spec: ModelSpec) -> tuple[Environment, ModelSpec]:
-    """Where a worker is to be started now, and what it is to load there.
-
-    Raises:
-        ModelLoadError: there is no such place.
-    """
     environment = find_environment(spec.environment, spec.family)
     return environment, in_environment(spec, environment)
 
@@ -73,6 +69,8 @@ class Workers:
         self.now: WorkerProcess | None = None
         self.ready = False
         """It says that it has the model."""
+        self._confirmed = False
+        """What it has is what it was to load."""
         self.info: EngineInfo | None = None
         """What it computes with."""
         self.environment: Environment | None = None
@@ -101,12 +99,12 @@ class Workers:
         Returns:
             How it ended, and what was said to be wrong; a `LimitError` where only memory was.
         """
-        self.ready = self._unwanted = False
+        self.ready = self._confirmed = self._unwanted = False
         self._error = None
         self.loading.begin("starting")
         self.memory.begin()
         try:
-            environment, spec = await asyncio.to_thread(_with_environment, self._spec)
+            environment, spec = await self._look()
             self.environment, self.fingerprint = environment, spec.fingerprint
             spec = replace(spec, without=self.loading.without)
             hear = self._messages.hear
@@ -127,6 +125,20 @@ class Workers:
             self.now = None
             self.memory.end()
 
+    async def _look(self) -> tuple[Environment, ModelSpec]:
+        """Where a worker is to be started now, and what it is to load there.
+
+        Raises:
+            ModelLoadError: there is no such place, or no disk says so.
+        """
+        try:
+            return await asyncio.wait_for(in_thread(_with_environment, self._spec), self._load_timeout)
+        except asyncio.TimeoutError as error:
+            raise ModelLoadError(
+                f"what it computes with could not be looked at within {self._load_timeout:.3g} s.",
+                "See whether the file systems of its environment and its modules answer (`df`).",
+            ) from error
+
     def end(self) -> None:
         """It is not wanted any more, be it there or about to be."""
         self._unwanted = True
@@ -144,7 +156,7 @@ class Workers:
         dispatcher = self._dispatcher
         if self._unwanted:
             return None
-        if not self.ready:
+        if not self._confirmed:
             return Occupation("loading", self.loading.since, self._load_timeout)
         if not dispatcher.scheduler.running:
             return None
@@ -168,7 +180,7 @@ class Workers:
         """Look once more at what it computes with: its fingerprint is of what was there before it imported that."""
         end: End | None = None
         try:
-            _, spec = await asyncio.to_thread(_with_environment, self._spec)
+            _, spec = await self._look()
             if spec.fingerprint != self.fingerprint:
                 end = End("what it computes with was changed while it loaded", blamed=True, changed=True)
         except Exception as error:  # or the model would count as loading for ever
@@ -180,6 +192,7 @@ class Workers:
             worker.kill(end)
             worker.hang_up()
             return
+        self._confirmed = True
         try:
             self.loading.done()
             self._loaded(info)
