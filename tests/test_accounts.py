@@ -212,7 +212,8 @@ class House:
     def where(self) -> str:
         """One letter a driver: its evaluation is [h]eld, [q]ueued, [r]unning; or none is under way, `-`."""
         return "".join(
-            "h" if s.held else "q" if s.queued else "r" if s.state == "busy" else "-" for s, _ in self.drivers
+            "h" if s.client.held else "q" if s.client.queued else "r" if s.state == "busy" else "-"
+            for s, _ in self.drivers
         )
 
     def compute(self, model: Supervisor | None = None) -> None:
@@ -307,9 +308,9 @@ async def test_a_session_that_goes_while_it_is_held_and_one_while_another_is(hou
 @in_a_house
 async def test_one_that_is_held_goes_over_to_another_worker_without_being_let_in(house: House) -> None:
     house.drive()
-    (held, _), model, replica = house.drive(), house.model, house.replica
+    held, model, replica = house.drive()[0].client, house.model, house.replica
     model.hand_over(replica, 2)  # it is not in the queue that is to be shared out
-    assert replica.clients == {house.drivers[0][0]} and house.where() == "qh"
+    assert replica.clients == {house.drivers[0][0].client} and house.where() == "qh"
     model.hand_over(replica, 2)
     assert held in model.clients
     assert held.move(replica) and held in replica.clients and not model.clients
@@ -357,7 +358,7 @@ async def test_where_another_worker_stands_in_they_are_held_for_that(house: Hous
 @in_a_house
 async def test_a_model_that_is_unloaded_or_retired_meanwhile_comes_back_for_it(house: House) -> None:
     house.drive()
-    held, model = house.drive()[0], house.supervisor()
+    held, model = house.drive()[0].client, house.supervisor()
     assert held.move(model)
     model.unload()
     model.retire()
@@ -414,5 +415,5 @@ async def test_the_time_in_which_it_was_held_counts_for_nothing(house: House) ->
     await turn()
     (found,) = house.model.scheduler.next_batch()
     client: Client = found.owner
-    assert client is house.drivers[0][0] and found.away > 0.05
-    assert found.submitted - house.drivers[1][0]._answered < 0.05
+    assert client is house.drivers[0][0].client and found.away > 0.05
+    assert found.submitted - house.drivers[1][0].client._answered < 0.05

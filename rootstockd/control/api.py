@@ -293,13 +293,13 @@ def model_status(model: Supervisor, fleet: Fleet, user: int | None) -> ModelStat
 
 def session_status(session: Session) -> SessionStatus:
     """A session as status shows it."""
-    request = session.request
+    request, key = session.client.request, session.client.key
     return SessionStatus(
         id=session.id,
         user=session.user,
         pid=session.pid,
         model=request.model if request else None,
-        dtype=session.system.key.dtype if request else None,
+        dtype=key.dtype if key else None,
         dispersion=bool(request and request.options),
         exact=bool(request and request.exact),
         natoms=len(request.numbers) if request else None,

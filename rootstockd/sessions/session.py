@@ -23,13 +23,11 @@ from rootstockd.host.peers import Peer, hung_up
 from rootstockd.sessions.accounts import Account
 from rootstockd.sessions.attachments import Line
 from rootstockd.sessions.init_request import InitRequest, is_announced, parse_init
+from rootstockd.sessions.model_client import ModelClient
 from rootstockd.sessions.roles import Host
 from rootstockd.sessions.same_potential import SamePotential
-from rootstockd.sessions.system import System
 from rootstockd.sessions.transport import GuardedTransport
-from rootstockd.supervision.roles import Client, State
-from rootstockd.supervision.scheduler import Evaluation
-from rootstockd.supervision.supervisor import Supervisor
+from rootstockd.supervision.roles import State
 
 log = logging.getLogger(__name__)
 log.addFilter(LogRate(log))
@@ -60,8 +58,8 @@ class Session(asyncio.BufferedProtocol):
         self.account: Account | None = None
         self.since = time.time()
         self.evaluations = 0
-        self.request: InitRequest | None = None
-        self.system: System
+        self.client: ModelClient
+        """Of whoever is let in."""
         self._host = host
         self._ipi = engine_side.EngineSide(self._place, host.limits, self._stage)
         self.get_buffer = self._ipi.get_buffer  # type: ignore[method-assign]  # one call less for each read
@@ -71,10 +69,6 @@ class Session(asyncio.BufferedProtocol):
         self._potential = SamePotential()
         self._leaving = self._finishing = False
         """Its stream is to be left to the next daemon; a message had begun when that was said."""
-        self._model: Supervisor | None = None
-        self._evaluation: Evaluation[Client] | None = None
-        self._answered = 0.0
-        """When the last evaluation was over, if there was one."""
         self._init: bytes | None = None
         """The text of an INIT that waits for its turn."""
         self._rewarded = 0
@@ -84,6 +78,7 @@ class Session(asyncio.BufferedProtocol):
         self._refusal: RootstockError | None = None
         try:
             self.account = host.accounts.open_session(peer)
+            self.client = ModelClient(self.id, host, self.account, self._evaluated)
         except RootstockError as error:
             about = f"refused sessions of {self.user}"
             log.warning(
@@ -102,9 +97,9 @@ class Session(asyncio.BufferedProtocol):
     @property
     def state(self) -> str:
         """In a word, for status."""
-        if self._evaluation is not None:
+        if self.client.evaluation is not None:
             return "busy"
-        return "idle" if self.request is not None else "new"
+        return "idle" if self.client.request is not None else "new"
 
     @property
     def under_way(self) -> bool:
@@ -112,9 +107,9 @@ class Session(asyncio.BufferedProtocol):
 
         That is any but one whose model is yet to load, where the driver is told so and can ask the next daemon.
         """
-        if self._evaluation is None or self._model is None:
+        if self.client.evaluation is None or self.client.model is None:
             return False
-        return self._model.state is State.READY or not self._ipi.announced
+        return self.client.model.state is State.READY or not self._ipi.announced
 
     @property
     def unfetched(self) -> bool:
@@ -158,8 +153,8 @@ class Session(asyncio.BufferedProtocol):
         if self._line is not None:
             self._line.stop_waiting()
             self._line.end(None)
-        self._release()
         if self.account is not None:
+            self.client.release()
             self._unstage()
             self._init = None
             self.account.turns.leave(self, earned=self._earned)
@@ -210,7 +205,7 @@ class Session(asyncio.BufferedProtocol):
                 if isinstance(event, engine_side.Evaluate):  # not `match`: it takes its time, and this is a step's way
                     self._evaluate(event.cells)
                 elif isinstance(event, engine_side.SendResult):
-                    self._transport.write(self.system.slot.reply)
+                    self._transport.write(self.client.system.slot.reply)
                     if self._leaving:
                         self._leave_at_rest()
                 else:
@@ -323,17 +318,9 @@ class Session(asyncio.BufferedProtocol):
             if request.attach and self._line is not None:
                 raise InvalidInitError("a stream that was handed over can't bring another.")
             request.check_size(self._host.limits.atoms)
-            assert self.account is not None
-            model = self._host.open_model(request, self.account, self.system.key if self._model else None)
-            self._release()
-            try:
-                self._bind(request, model)
-            except (OSError, MemoryError) as error:
-                why = (isinstance(error, OSError) and error.strerror) or "out of memory"
-                raise LimitError(f"the daemon has no room for another system: {why}.", "Try again later.") from error
+            self.client.bind(request)
         except RootstockError as error:
-            self._release()
-            self.request = None
+            self.client.release()
             batch_size, preset = (request.batch_size, request.preset) if request else (1, False)
             # as new: its traceback holds the text of the INIT
             error = error_from_code(error.code, error.message, error.hint)
@@ -349,101 +336,25 @@ class Session(asyncio.BufferedProtocol):
         stock = self._preset is not None
         self._ipi.accept(request.batch_size, announced=not stock, await_init=json and stock)
 
-    def _bind(self, request: InitRequest, model: Supervisor) -> None:
-        """Have a system, to be filled as its cell and positions come."""
-        assert self.account is not None
-        self.system = System(request, model.spec, self.account, self._host.accounts, self.id)
-        self.request, self._model = request, model
-        model.join(self)
-
-    def _release(self) -> None:
-        """Give back what the current system holds."""
-        if self._model is None:
-            return
-        assert self.account is not None
-        if self._evaluation is not None:
-            self._model.scheduler.withdraw(self._evaluation)
-            self._over()
-        self._model.workers.release(self.system.number)
-        self._model.leave(self)
-        self._model = None
-        self.system.close()
-
-    @property
-    def queued(self) -> bool:
-        """It has an evaluation that waits for its turn."""
-        here = self._model is not None and self._evaluation not in (None, *self._model.scheduler.running)
-        return here and not self.held
-
-    @property
-    def held(self) -> bool:
-        """It has one that is over the user's limit, and yet to go to its model."""
-        return self.account is not None and self.account.holds(self)
-
-    def move(self, model: Supervisor) -> bool:
-        """Go over to another worker of the same model; whether that could be: not while an evaluation is under way."""
-        old = self._model
-        evaluation = None if self.held else self._evaluation
-        assert old is not None
-        if evaluation is not None:
-            if evaluation in old.scheduler.running or evaluation.withdrawn:
-                return False
-            old.scheduler.withdraw(evaluation)
-            evaluation.withdrawn = False
-        old.workers.release(self.system.number)
-        model.join(self)
-        self._model = model
-        old.leave(self)
-        if evaluation is not None:
-            model.submit(evaluation)
-        return True
-
     def _place(self, natoms: int) -> memoryview:
         attached = "The structure, or the species, given to `attach` has to have the driver's atoms."
-        return self.system.place(natoms, attached if self._line else "Send a new INIT when atoms come or go.")
+        return self.client.system.place(natoms, attached if self._line else "Send a new INIT when atoms come or go.")
 
     def _evaluate(self, cells: bytes) -> None:
-        account, system = self.account, self.system
-        assert self._model is not None and account is not None
         try:
             if not self._finishing:  # a driver that was in the middle of a message is let come to rest
                 self._host.check_open()
             self._finishing = False
-            system.take_cells(cells)
-            now = account.enqueue(self)
+            self.client.evaluate(cells)
         except RootstockError as error:
             self._ipi.fail(error)
-            return
-        self._evaluation = Evaluation(self, system.atoms, account.uid, alone=system.request.exact)
-        if now:
-            self.let_in()
 
-    def let_in(self) -> None:
-        """The evaluation goes to its model; for how long it was held is not the model's to make good."""
-        assert self._model is not None and self._evaluation is not None and self.account is not None
-        evaluation = self._evaluation
-        evaluation.submitted = now = time.perf_counter()
-        evaluation.away = now - self._answered if self._answered else 0.0
-        evaluation.share = self.account.quota.share
-        self._model.submit(evaluation)
-
-    def _over(self) -> None:
-        """The evaluation is; others of the user that were held come when this session has done what it is at."""
-        assert self.account is not None
-        self._evaluation = None
-        if self.account.dequeue(self):
-            asyncio.get_running_loop().call_soon(self.account.let_in)
-
-    def evaluated(self, error: RootstockError | None) -> None:
-        """The supervisor's word: the result lies in the slot, or there is none."""
-        if self._evaluation is None or self.account is None:
-            return  # the driver has gone, or gone on, meanwhile
-        self._over()
-        self._answered = time.perf_counter()
+    def _evaluated(self, error: RootstockError | None) -> None:
+        """The result lies in the slot, or there is none."""
         try:
             if error is None and (self._line is not None or self._preset is not None):
-                assert self._model is not None
-                error = self._potential.compare(self._model, self._line)
+                assert self.client.model is not None
+                error = self._potential.compare(self.client.model, self._line)
             if error is None:
                 self.evaluations += 1
                 self._ipi.finish()
@@ -457,9 +368,8 @@ class Session(asyncio.BufferedProtocol):
         """Say no more; let the driver read what was said, and read what it still says, before closing."""
         if self._closing:
             return
-        if self._evaluation is not None and error is not None and self._model is not None:
-            self._model.scheduler.withdraw(self._evaluation)  # or it would outlive its slot
-            self.evaluated(error)
+        if error is not None and self.client.evaluation is not None:
+            self.client.give_up(error)
             if self._closing:  # a stock driver's failure is its end
                 return
         self._closing = True
