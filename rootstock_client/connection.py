@@ -122,6 +122,8 @@ class Connection:
                 answer = self._exchange(self._sock, init, head, positions)
             except (DaemonNotFoundError, ConnectionLostError, DrainingError, DaemonFullError, UserLimitError) as error:
                 self._close()
+                if self._pid != os.getpid():  # a fork meanwhile, and no outage
+                    continue
                 answered = connected or self.path in MET
                 outage.wait(error, patience_with(error, self.patience, met=met, answered=answered))
             except RootstockError:

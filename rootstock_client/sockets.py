@@ -7,6 +7,7 @@ import errno
 import os
 import socket
 import time
+import weakref
 from pathlib import Path
 
 from rootstock_client.errors import AccessDeniedError, DaemonNotFoundError, LimitError
@@ -23,6 +24,23 @@ class _Socket(socket.socket):
 
     def __del__(self) -> None:
         self.close()
+
+
+_sockets: weakref.WeakSet[_Socket] = weakref.WeakSet()
+"""Of this process."""
+
+
+def _forked() -> None:
+    """Leave the parent's connections to the parent: it alone reads what comes, and they end when it closes them.
+
+    A child that was forked inside a step, by a signal's handler, finds its own copy lost and repeats the step.
+    """
+    for sock in list(_sockets):
+        sock.close()
+    _sockets.clear()
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 def connect(path: Path, timeout: float | None = None) -> socket.socket:
@@ -49,6 +67,7 @@ def connect(path: Path, timeout: float | None = None) -> socket.socket:
             "this process has as many files open as it may (`ulimit -n`), so there can be no further session.",
             "Have structures share a calculator, or close() those that are done with.",
         ) from error
+    _sockets.add(sock)
     try:
         sock.settimeout(timeout)
         establish(sock, os.fspath(path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import json
@@ -373,6 +374,64 @@ sys.exit(os.waitstatus_to_exitcode(status))
 @pytest.mark.parametrize("what", ["atoms.get_forces()", "calculator.calculate(atoms)", "calculator.close()"])
 def test_fork_while_another_thread_is_in_a_step(daemon: RunningDaemon, what: str) -> None:
     subprocess.run([sys.executable, "-c", FORKING_IN_A_STEP, str(daemon.socket), what], check=True, timeout=60)
+
+
+FORKING_BY_A_SIGNAL = """
+import os, signal, sys, threading, time
+import numpy as np
+from ase.build import bulk
+from ase.calculators.emt import EMT
+from rootstock_client import RootstockClient
+
+calculator = RootstockClient(sys.argv[1], patience=5).calculator("emt")
+atoms = bulk("Cu", cubic=True) * (6, 6, 6)
+calculator.get_property("energy", atoms)
+child, forked_in_a_step = None, False
+
+
+def fork(*_):
+    global child, forked_in_a_step
+    if child is None:
+        child, forked_in_a_step = os.fork(), calculator._connection._in_step
+
+
+signal.signal(signal.SIGUSR1, fork)
+threading.Timer(float(sys.argv[2]), os.kill, (os.getpid(), signal.SIGUSR1)).start()
+step = 0
+while child is None or step < 10:
+    step += child is not None
+    atoms.rattle(0.01, seed=1000 * (child == 0) + step)
+    reference = atoms.copy()
+    forces = calculator.get_property("forces", atoms)
+    reference.calc = EMT()
+    np.testing.assert_allclose(forces, reference.get_forces(), atol=1e-9)
+if child:
+    _, status = os.waitpid(child, 0)
+    print(forked_in_a_step)
+    sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+def test_a_signal_that_forks_in_a_step(daemon: RunningDaemon) -> None:
+    """As programs do that save their state so: both processes go on, and each reads what is for it alone."""
+    in_a_step = 0
+    for moment in range(10):
+        command = [sys.executable, "-c", FORKING_BY_A_SIGNAL, str(daemon.socket), str(0.2 + 0.011 * moment)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+        in_a_step += done.stdout == "True\n"
+        if in_a_step == 3:
+            return
+    assert in_a_step
+
+
+def test_close_ends_the_session_though_a_child_lives(daemon: RunningDaemon) -> None:
+    before, calculator = sessions(daemon), daemon.client().calculator("emt")
+    calculator.get_property("energy", copper())
+    with contextlib.closing(multiprocessing.get_context("fork").Pool(1)) as pool:
+        pool.apply(os.getpid)
+        calculator.close()
+        wait_for(lambda: sessions(daemon) == before)
+    pool.join()
 
 
 def test_threads_that_share_a_calculator_in_calculate(daemon: RunningDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
