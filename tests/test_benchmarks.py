@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 if not (REPOSITORY / "benchmarks").is_dir():
     pytest.skip("the benchmarks are not here: this is no checkout", allow_module_level=True)
 
-from benchmarks import child, common, first_force, machine, models, overhead, report, run_local, scale  # noqa: E402
+from benchmarks import child, common, first_force, machine, models, overhead, profile_step, report, run_local, scale  # noqa: E402
 
 SHORT = ["--only", "ipc", "--quick", "--sizes", "10,100", "--no-install"]
 
@@ -134,6 +134,15 @@ class TestNumbers:
         monkeypatch.setattr(models, "SEED", models.SEED + 1)
         assert models.cached("mp0-small-random") != before
         assert "random" in before.name
+
+
+def test_a_profile_counts_a_function_once_a_sample() -> None:
+    """However often it is in a stack; and what it calls counts for it as well."""
+    a, b = "a (/x/rootstockd/one.py:3)", "b (/x/rootstockd/two.py:9)"
+    raw = f"{a};{b};{a} 30\n{a};send (libc.so.6) 70\n"
+    of_ours, alone = profile_step.shares(raw).split("\n\n")
+    assert of_ours.splitlines()[2:] == ["  100.0 %  a (rootstockd/one.py)", "   30.0 %  b (rootstockd/two.py)"]
+    assert alone.splitlines()[1:] == ["   70.0 %  send (libc.so.6)", "   30.0 %  a (rootstockd/one.py)"]
 
 
 class TestReport:
