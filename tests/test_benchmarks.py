@@ -18,7 +18,19 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 if not (REPOSITORY / "benchmarks").is_dir():
     pytest.skip("the benchmarks are not here: this is no checkout", allow_module_level=True)
 
-from benchmarks import child, common, first_force, machine, models, overhead, profile_step, report, run_local, scale  # noqa: E402
+from benchmarks import (
+    child,
+    common,
+    first_force,
+    machine,
+    models,
+    overhead,
+    profile_step,
+    report,
+    run_local,
+    scale,
+    size,
+)  # noqa: E402
 
 SHORT = ["--only", "ipc", "--quick", "--sizes", "10,100", "--no-install"]
 
@@ -197,6 +209,23 @@ class TestContestants:
         forces = [[value for row in found["forces"] for value in row] for found in results]
         assert forces[0] == pytest.approx(forces[1], abs=1e-9)
         assert max(forces[0]) > 0.01
+
+    def test_the_largest_system_fits_a_machine_of_24_gb(self, tmp_path: Path) -> None:
+        """Going by what an atom takes: in all three processes, each at its peak."""
+        settings = common.Settings(quick=True, device="cpu", folder=tmp_path, rootstock=None)
+        natoms = 500_000
+        with common.Daemon(settings, "--model", "noop") as daemon:
+            arm = common.Child(settings, "rootstockd", socket=daemon.socket, model="noop")
+            with common.contestants([arm]):
+                arm.system(100)
+                pids = [daemon.pid, daemon.worker("noop"), *arm.pids]
+                for pid in pids:
+                    common.reset_peak(pid)
+                before = sum(map(common.peak, pids))
+                arm.system(natoms, warm_up=size.WARM_UP)
+                grown = sum(map(common.peak, pids)) - before
+        assert 300 < grown / natoms < size.BYTES
+        assert max(size.SIZES) * size.BYTES < 20e9
 
     def test_a_step_with_stress_is_one_evaluation(self, tmp_path: Path) -> None:
         settings = common.Settings(quick=True, device="cpu", folder=tmp_path, rootstock=None)
