@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,9 @@ def number(value: float | None) -> str:
     """A number, short."""
     if value is None:
         return "not measured"
-    return f"{value:,.0f}" if abs(value) >= 1_000 else f"{value:.3g}"
+    if abs(value) >= 999.5:  # which three digits would round to 1e+03
+        return f"{value:,.0f}"
+    return f"{value:.3g}".replace("e-0", "e-")
 
 
 def table(head: list[str], rows: list[list[str]]) -> Iterator[str]:
@@ -142,4 +145,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads may stop, as `head` does
     main()

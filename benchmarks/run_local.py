@@ -39,7 +39,6 @@ def run(options: argparse.Namespace, save: Callable[[dict[str, Any]], object]) -
     names = chosen(options)
     gpus = machine.gpus()
     device = ("cuda" if gpus else "cpu") if options.device == "auto" else options.device
-    os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # so that cuda:0 of the peers is the daemon's
     used = use_cpus(options.cpus or (CPUS if device == "cpu" else len(os.sched_getaffinity(0))))
     result: dict[str, Any] = {
         "schema": SCHEMA,
@@ -139,12 +138,17 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def prepare() -> None:
+    """Make of this process, and so of all it starts, one that measures."""
+    for name in [name for name in os.environ if name.startswith(("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_"))]:
+        del os.environ[name]  # peers are measured as users start them, whatever this shell has
+    os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # so that cuda:0 of the peers is the daemon's
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that daemons are stopped
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Read the command line, run, write, report; 1 if something could not be measured or a GPU test failed."""
     options = parser().parse_args(arguments)
-    for name in [name for name in os.environ if name.startswith(("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_"))]:
-        del os.environ[name]  # peers are measured as users start them, whatever this shell has
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that daemons are stopped
     status = 0
     if options.gpu_checks:
         gpus = machine.gpus()
@@ -170,4 +174,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    prepare()
     sys.exit(main())

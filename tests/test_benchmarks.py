@@ -5,14 +5,19 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
+import psutil
 import pytest
+
+from rootstock_client import RootstockClient
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 if not (REPOSITORY / "benchmarks").is_dir():
@@ -37,10 +42,11 @@ SHORT = ["--only", "ipc", "--quick", "--sizes", "10,100", "--no-install"]
 
 @pytest.fixture(autouse=True)
 def as_before() -> Iterator[None]:
-    """A benchmark pins the process that it runs in."""
-    cpus = os.sched_getaffinity(0)
+    """A benchmark pins the process that it runs in, and lets it open many files."""
+    cpus, files = os.sched_getaffinity(0), resource.getrlimit(resource.RLIMIT_NOFILE)
     yield
     os.sched_setaffinity(0, cpus)
+    resource.setrlimit(resource.RLIMIT_NOFILE, files)
 
 
 def result(step: float, limit: float) -> dict[str, Any]:
@@ -175,6 +181,27 @@ class TestReport:
     def test_quartiles_that_overlap_are_said_to(self) -> None:
         assert "quartiles overlap" in "\n".join(report.two(result(50.0, 1), result(50.1, 1)))
 
+    @pytest.mark.parametrize(
+        ("value", "shown"),
+        [
+            *((999.96, "1,000"), (-999.96, "-1,000"), (999.4, "999"), (1_234.5, "1,234"), (99.96, "100"), (0.5, "0.5")),
+            *((0.00012345, "0.000123"), (2.4e-5, "2.4e-5"), (6.123e-12, "6.12e-12"), (0.0, "0")),
+            *((12_345_678.9, "12,345,679"), (None, "not measured")),
+        ],
+    )
+    def test_numbers_are_as_people_write_them(self, value: float | None, shown: str) -> None:
+        assert report.number(value) == shown
+
+    def test_the_command_ends_quietly_where_nobody_reads_on(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.json"
+        path.write_text(json.dumps(result(50.0, 1)))
+        command = [sys.executable, "-m", "benchmarks.report", path]
+        with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+            assert running.stdout is not None and running.stderr is not None
+            running.stdout.close()
+            assert running.stderr.read() == b""
+        assert running.returncode == -signal.SIGPIPE
+
     def test_the_command_compares_files(self, tmp_path: Path) -> None:
         paths = []
         for name, step in (("a", 50.0), ("b", 100.0)):
@@ -292,6 +319,32 @@ class TestRunLocal:
         assert found["notes"] == ["failed: RuntimeError: OSError: no more"]
         assert [goal["met"] for goal in found["goals"]] == [False]
         assert "not measured to the end: ipc" in capsys.readouterr().err
+
+    def test_only_the_command_changes_its_process(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        from benchmarks import ipc
+
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        monkeypatch.setattr(ipc, "run", lambda *_: None)
+        before = {**os.environ}, signal.getsignal(signal.SIGTERM)
+        assert run_local.main([*SHORT, "--results", str(tmp_path), "--label", "empty"]) == 0
+        assert ({**os.environ}, signal.getsignal(signal.SIGTERM)) == before
+        assert "written" in capsys.readouterr().out
+
+    def test_the_command_stops_its_daemons_when_it_is_told_to_end(self, tmp_path: Path, runtime_folder: Path) -> None:
+        """They were started without this shell's numbers of threads, which users don't set."""
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(runtime_folder)}
+        command = [sys.executable, "-m", "benchmarks.run_local", *SHORT, "--results", str(tmp_path)]
+        with subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, text=True) as running:
+            assert running.stdout is not None
+            assert any("rootstockd, step" in line for line in running.stdout)
+            (path,) = runtime_folder.glob("rsd-bench-*/*/d.sock")
+            daemon = psutil.Process(RootstockClient(path).status()["pid"])
+            assert not [name for name in daemon.environ() if name.startswith("OMP_")]
+            running.terminate()
+            assert running.wait(60) == 143
+        assert not daemon.is_running() or daemon.status() == psutil.STATUS_ZOMBIE
 
     def test_ipc_only_leaves_out_what_needs_a_model(self) -> None:
         assert run_local.chosen(run_local.parser().parse_args(["--ipc-only"])) == list(run_local.WITHOUT_MODELS)
