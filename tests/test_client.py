@@ -30,7 +30,7 @@ from ase.io import Trajectory
 from ase.optimize import BFGS
 
 from conftest import RunningDaemon, rootstockd, wait_for
-from rootstock_client import RootstockClient
+from rootstock_client import RootstockClient, sockets
 from rootstock_client.calculator import RootstockCalculator
 from rootstock_client.connection import Connection
 from rootstock_client.errors import InStepError, LimitError
@@ -81,6 +81,29 @@ def test_one_evaluation_serves_all_properties(daemon: RunningDaemon) -> None:
     assert atoms.get_potential_energy(force_consistent=True) == energy
     np.testing.assert_array_equal(atoms.get_forces(), forces)
     assert evaluations(daemon) == before + 1
+
+
+def test_a_step_of_a_thousand_atoms_is_one_sendmsg_and_one_recv_into(
+    daemon: RunningDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    class Counting(sockets._Socket):
+        def __getattribute__(self, name: str) -> Any:
+            if name.startswith(("send", "recv")):
+                calls.append(name)
+            return super().__getattribute__(name)
+
+    monkeypatch.setattr(sockets, "_Socket", Counting)
+    atoms = bulk("Cu", cubic=True) * (5, 5, 10)
+    with daemon.client().calculator("emt", properties=["stress", "forces"]) as atoms.calc:
+        atoms.get_forces()  # INIT goes with the first
+        assert calls == ["sendmsg", "recv_into"]
+        for step in range(5):
+            calls.clear()
+            atoms.rattle(0.01, seed=step)
+            atoms.get_forces()
+            assert calls == ["sendmsg", "recv_into"]
 
 
 def test_stress_is_computed_only_when_it_is_asked_for(daemon: RunningDaemon) -> None:
