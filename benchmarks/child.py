@@ -159,12 +159,13 @@ class NoopInProcess(Arm):
 
 
 class Rootstockd(Arm):
-    """Options: socket, model."""
+    """Options: socket, model, dtype (the model's own if there is none)."""
 
     def calculator(self) -> Any:
         from rootstock_client import RootstockClient  # noqa: PLC0415
 
-        return RootstockClient(self.options["socket"]).calculator(self.options["model"])
+        client = RootstockClient(self.options["socket"])
+        return client.calculator(self.options["model"], dtype=self.options.get("dtype"))
 
     def result(self, step: int) -> dict[str, Any]:
         return {**super().result(step), "backend": self.atoms.calc.backend}

@@ -169,6 +169,11 @@ def cpu_seconds(pid: int) -> float:
     return float(times.user + times.system)
 
 
+def sleeps(pid: int) -> int:
+    """How often a process's first thread has waited for something: its voluntary context switches."""
+    return int(psutil.Process(pid).num_ctx_switches().voluntary)
+
+
 # --- daemons
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import peers
-from benchmarks.common import Child, Daemon, Results, Settings, contestants, cpu_seconds, interleave, ratio
+from benchmarks.common import Child, Daemon, Results, Settings, contestants, cpu_seconds, interleave, ratio, sleeps
 
 SIZES = (10, 32, 100, 320, 1_000, 3_200, 10_000, 32_000, 100_000)
 QUICK = (10, 100, 1_000, 10_000)
@@ -67,18 +67,19 @@ def _block_medians(values: list[float], steps: int) -> list[float]:
 
 
 def _cpu(results: Results, wire: Child, daemon: Daemon, sizes: tuple[int, ...], settings: Settings) -> None:
-    """CPU time a step in daemon and worker; the kernel counts in ticks of 10 ms, so over many steps."""
+    """CPU time a step in daemon and worker, in ticks of 10 ms, so over many steps; and how often they go to sleep."""
     pids = {"daemon": daemon.pid, "worker": daemon.worker("noop")}
     for natoms in (size for size in sizes if size in {100, 1_000, 10_000}):
         wire.system(natoms, warm_up=20)
         steps = 2_000 if settings.quick else 10_000
         if natoms > 1_000:
             steps //= 5
-        before = {name: cpu_seconds(pid) for name, pid in pids.items()}
+        before = {name: (cpu_seconds(pid), sleeps(pid)) for name, pid in pids.items()}
         wire.steps(steps)
         for name, pid in pids.items():
-            used = MICRO * (cpu_seconds(pid) - before[name]) / steps
+            used, slept = MICRO * (cpu_seconds(pid) - before[name][0]) / steps, (sleeps(pid) - before[name][1]) / steps
             results.add(name, "CPU time of a step", "µs", [used], natoms=natoms)
+            results.add(name, "voluntary context switches of a step", "", [slept], natoms=natoms)
 
 
 def _goals(results: Results, sizes: tuple[int, ...]) -> None:

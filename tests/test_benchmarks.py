@@ -286,6 +286,31 @@ class TestContestants:
         overhead._arms(common.Settings(True, "cpu", tmp_path, None), cast("common.Daemon", Daemon()), model)
         assert asked == dict.fromkeys((*overhead.TIMED, overhead.EXACT), True)
 
+    @pytest.mark.timeout(900)  # five processes import torch, one after another
+    def test_a_model_is_seen_in_its_other_dtype_and_by_a_second_pair_of_processes(self, tmp_path: Path) -> None:
+        pytest.importorskip("mace", reason="mace-torch is not installed")
+        settings = common.Settings(quick=True, device="cpu", folder=tmp_path, rootstock=None)
+        results = common.Results("overhead", parameters={"backends": {}})
+        model, natoms = models.embedded(), overhead.SMALL
+        overhead._over_same(results, model, natoms, 1, {"rootstockd": [3.0], "same backend": [2.0]})
+        with common.Daemon(settings, "--model", model.name) as daemon:
+            worker = daemon.worker(model.name)
+            overhead._second_pair(settings, results, daemon, model)
+            assert daemon.worker(model.name) != worker
+            overhead._other_dtype(settings, results, daemon, model)
+        overhead._goals(results, model, (natoms,))
+        of = {"model": model.name, "natoms": natoms}
+        second = results.find("rootstockd", overhead.OVER_SAME, **of, pair=2)
+        assert second is not None
+        (goal,) = (goal for goal in results.goals if goal["what"].endswith("the same backend's"))
+        assert goal["value"] == pytest.approx((1.5 + second) / 2)
+        assert results.notes[0].endswith(f"the same backend's, by two pairs of processes: 1.500, {second:.3f}")
+        energy = results.find("rootstockd", "energy of an atom, off MACECalculator", **of, dtype="float32")
+        force = results.find("rootstockd", "largest force component, off MACECalculator", **of, dtype="float32")
+        assert energy is not None and energy < 1e-4
+        assert force is not None and 1e-9 < force < 1e-4  # neither is float64
+        assert results.parameters["backends"][model.name]["64, float32"] not in {None, "mace-torch"}
+
     def test_a_rate_is_over_the_time_of_all_that_it_counts(self, tmp_path: Path) -> None:
         """What is in flight when the time is over is waited for, and counts."""
         settings = common.Settings(quick=True, device="cpu", folder=tmp_path, rootstock=None)
