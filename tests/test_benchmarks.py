@@ -23,7 +23,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 if not (REPOSITORY / "benchmarks").is_dir():
     pytest.skip("the benchmarks are not here: this is no checkout", allow_module_level=True)
 
-from benchmarks import (
+from benchmarks import (  # noqa: E402
     child,
     common,
     first_force,
@@ -35,7 +35,7 @@ from benchmarks import (
     run_local,
     scale,
     size,
-)  # noqa: E402
+)
 
 SHORT = ["--only", "ipc", "--quick", "--sizes", "10,100", "--no-install"]
 
