@@ -43,6 +43,15 @@ def counts(budget: Budget, several: list[Size], free: int) -> list[int]:
     return passes
 
 
+def test_how_large_a_structure_would_fit() -> None:
+    budget = Budget()
+    assert budget.would_fit(Size(1000, 50_000), 10**9) == 0, "nothing was measured"
+    budget.learn(Size(100, 5_000), 10**8)
+    assert budget.would_fit(Size(1000, 50_000), 10**9 // 2) == 400
+    assert budget.would_fit(Size(1000, 100_000), 10**9 // 2) == 200, "twice as dense"
+    assert budget.would_fit(Size(1000, 50_000), 2 * 10**9) == 0, "it should have fitted"
+
+
 def test_as_long_as_nothing_is_known_all_go_into_one_pass():
     assert counts(Budget(), [Size(10**6, 10**8)] * 3, free=1) == [3]
 

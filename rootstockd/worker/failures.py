@@ -44,6 +44,19 @@ def print_error(error: BaseException) -> None:
         traceback.print_exception(type(error), error, error.__traceback__)
 
 
+class DoesNotFitError(MemoryError):
+    """Memory lacked for a structure.
+
+    Args:
+        cause: what said so.
+        atoms: how many atoms one like it may have; 0 where that is not known.
+    """
+
+    def __init__(self, cause: BaseException, atoms: int) -> None:
+        super().__init__(shortage(cause))
+        self.atoms = atoms
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether it says that memory lacked."""
     return _lack(error) is not None

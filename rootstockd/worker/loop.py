@@ -43,7 +43,7 @@ from rootstockd.worker import stages
 from rootstockd.worker.attached import A_DEFECT, Attached
 from rootstockd.worker.engines import Engine, EngineBrokenError, EngineError, ModelSpec, Task
 from rootstockd.worker.engines.loading import load_engine
-from rootstockd.worker.failures import describe, out_of_memory, print_error, shortage
+from rootstockd.worker.failures import DoesNotFitError, describe, out_of_memory, print_error, shortage
 from rootstockd.worker.memory import Bound, GpuCache, memory_limit, trim
 from rootstockd.worker.slots import Slot
 from rootstockd.worker.sources import import_from_source
@@ -199,9 +199,11 @@ def too_large(slot: Slot, error: BaseException) -> EngineError:
     limit = memory_limit()
     reason = f": {text}" if (text := shortage(error)) else ""
     allowed = f" (a worker may use {limit / 2**30:.2f} GiB here)" if limit else ""
+    fits = error.atoms if isinstance(error, DoesNotFitError) else 0
+    smaller = f" As dense as this, a structure of {fits} atoms would fit, and perhaps a larger one." if fits else ""
     return EngineError(
         "limit",
-        f"{slot.natoms} atoms{structures} do not fit the device's memory{allowed}{reason}.",
+        f"{slot.natoms} atoms{structures} do not fit the device's memory{allowed}{reason}.{smaller}",
         "Use a smaller structure, float32 where it is float64, or wait until others leave more memory free.",
     )
 

@@ -69,6 +69,16 @@ class Budget:
             default=0.0,
         )
 
+    def would_fit(self, size: Size, free: int) -> int:
+        """Of a structure for which memory lacked: atoms that one like it may have; 0 where that is not known.
+
+        Args:
+            size: its own.
+            free: bytes that there were for it.
+        """
+        need = self.need(size)
+        return int(size.atoms * SAFE * free / need) if need > free else 0
+
     def count(self, sizes: Sequence[Size], free: int) -> int:
         """How many structures, from the first on, go into the next pass.
 

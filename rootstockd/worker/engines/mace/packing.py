@@ -6,7 +6,7 @@ from typing import Callable, Sequence
 
 from rootstockd.worker.engines import Result
 from rootstockd.worker.engines.mace.budget import Budget, Size, total
-from rootstockd.worker.failures import out_of_memory
+from rootstockd.worker.failures import DoesNotFitError, out_of_memory
 from rootstockd.worker.memory import memory_of
 
 
@@ -31,26 +31,38 @@ class Packing:
 
         Returns:
             Results in the same order.
+
+        Raises:
+            DoesNotFitError: memory lacked for one structure alone.
         """
         if len(sizes) == 1:
             return self._one(sizes, slice(0, 1), evaluate)
         results: list[Result] = []
         while rest := sizes[len(results) :]:  # looked at anew after each pass, which may have taught something
-            count = self._budget.count(rest, max(0, self._memory.free() - self._held()))
+            count = self._budget.count(rest, self._free())
             results += self._one(rest[:count], slice(len(results), len(results) + count), evaluate)
         return results
 
     def _one(self, sizes: Sequence[Size], pack: slice, evaluate: Callable[[slice], list[Result]]) -> list[Result]:
         size = sizes[0] if len(sizes) == 1 else total(sizes)
+        free = 0
         if new := self._budget.is_new(size):  # only then is there anything to learn, and measuring costs milliseconds
+            free = self._free()  # before the pass has its hands full
             self._memory.begin()
         try:
             results = evaluate(pack)
         except Exception as error:
-            if len(sizes) > 1 and out_of_memory(error):
-                self._budget.back_off(size)
+            if not out_of_memory(error):
+                raise
+            if len(sizes) == 1:
+                raise DoesNotFitError(error, self._budget.would_fit(size, free)) from error
+            self._budget.back_off(size)
             raise
         if new:
             self._budget.learn(size, self._memory.taken())
         self._budget.went_well()
         return results
+
+    def _free(self) -> int:
+        """Bytes that a pass can have."""
+        return max(0, self._memory.free() - self._held())
