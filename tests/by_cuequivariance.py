@@ -28,7 +28,7 @@ from mace.modules import wrapper_ops  # noqa: E402
 from test_mace_backends import ARCHITECTURES, STRUCTURES, engine, make_model, task  # noqa: E402
 
 from rootstockd.worker.engines.differences import TOLERANCE, compare  # noqa: E402
-from rootstockd.worker.engines.mace import begin_cuda, captured  # noqa: E402
+from rootstockd.worker.engines.mace import begin_cuda, captured, timing  # noqa: E402
 from rootstockd.worker.engines.mace.cueq import converted  # noqa: E402
 from rootstockd.worker.engines.mace.device import DeviceBackend  # noqa: E402
 from rootstockd.worker.engines.mace.reference import ReferenceBackend  # noqa: E402
@@ -39,7 +39,7 @@ ON_GPU = DEVICE != "cpu"
 LOW = {"hidden": "32x0e + 32x1o" if ON_GPU else "4x0e + 4x1o", "max_ell": 2, "correlation": 2}
 """Orders that are converted in a second; those of MACE-MP-0 take half a minute each."""
 
-captured.WORTHWHILE, captured.SEEN, captured.TIMED = (
+captured.WORTHWHILE, captured.SEEN, timing.TIMED = (
     float("inf"),
     -1000,
     1,

@@ -4,7 +4,9 @@ import dataclasses
 import importlib
 import itertools
 import logging
+import re
 import sys
+import time
 import types
 import warnings
 from functools import cache
@@ -863,6 +865,68 @@ def test_where_the_fastest_is_switched_off_the_next_is_used():
     assert of.info.note.count("wrong is switched off: it differs by") == 2
     one = task(of, STRUCTURES["alloy"])
     assert [of.evaluate([one])[0].backend for _ in range(2)] == ["mace-torch", "mace-torch by edges"]
+
+
+class Slow(FusedBackend):
+    """One that takes longer, at least for crystals of one element, on which backends are timed."""
+
+    def __init__(self, model, seconds=0.1):
+        super().__init__(model)
+        self.name, self._seconds, self.evaluations = "slow", seconds, 0
+
+    def evaluate(self, tasks):
+        self.evaluations += 1
+        if all(len(set(one.system.numbers)) == 1 for one in tasks):
+            time.sleep(self._seconds)
+        return super().evaluate(tasks)
+
+
+@pytest.mark.parametrize("last", [FusedBackend, by_edges])
+def test_of_backends_that_agree_the_fastest_is_used(last):
+    model = medium()
+    of = watched(model, Slow(model), fastest := last(model), Slow(model))
+    name = fastest.name
+    assert of.info.backend.startswith(f"{name} (")
+    assert re.fullmatch(rf"slow agrees but is slower: {name} took 0\.\d\d of its time", of.info.note), of.info.note
+    one = task(of, STRUCTURES["alloy"])
+    assert [of.evaluate([one])[0].backend for _ in range(2)] == ["mace-torch", name]
+
+
+@pytest.mark.parametrize(("seconds", "evaluations"), [(0.19, 6), (0.3, 6), (1.5, 2)])
+def test_the_order_given_stays_where_another_backend_is_not_clearly_faster(seconds, evaluations):
+    """What noise could turn round is not worth that two workers of a model differ; nor what is hopeless the time."""
+    model = medium()
+    first, second = Slow(model, 0.2), Slow(model, seconds)
+    first.name = "first"
+    of = watched(model, first, second)
+    assert of.info.backend.startswith("first") and not of.info.note
+    assert second.evaluations == evaluations
+
+
+def test_a_backend_that_is_faster_and_wrong_is_not_used():
+    model = medium()
+    of = watched(model, Slow(model), Wrong(model, shift=1e-2))
+    assert of.info.backend.startswith("slow")
+    assert of.info.note.startswith("wrong is switched off: it differs by")
+
+
+def test_a_backend_that_fails_when_it_is_timed_is_not_used(monkeypatch):
+    told = []
+    monkeypatch.setattr(stages, "_tell", [lambda stage, backend: told.append(backend)])
+    model = medium()
+
+    class Failing(Wrong):
+        how = "no kernel for this device"
+
+        def evaluate(self, tasks):
+            raise RuntimeError(self.how)
+
+    of = watched(model, FusedBackend(model), failing := Failing(model))
+    assert of.info.backend.startswith("fused") and not of.info.note and not told[-1]
+    failing.how = "CUDA error: an illegal memory access was encountered"
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        watched(model, FusedBackend(model), failing)
+    assert told[-1] == "wrong", "nothing works in this process from then on: the next does without it"
 
 
 def test_forces_that_are_no_slope_of_the_energy_are_found():

@@ -16,7 +16,7 @@ from test_mace_replays import raising, record_at_once  # noqa: E402
 
 from rootstockd.worker.engines import ModelSpec, Task, guarded  # noqa: E402
 from rootstockd.worker.engines.differences import compare  # noqa: E402
-from rootstockd.worker.engines.mace import MaceEngine, begin_cuda, captured  # noqa: E402
+from rootstockd.worker.engines.mace import MaceEngine, begin_cuda, captured, selection  # noqa: E402
 from rootstockd.worker.engines.mace import device as on_device  # noqa: E402
 from rootstockd.worker.engines.mace.budget import Size  # noqa: E402
 from rootstockd.worker.engines.mace.device import DeviceBackend  # noqa: E402
@@ -330,3 +330,22 @@ def test_what_a_backend_has_to_say_is_said_of_the_model(recording, when):
     assert (of.info is before) == (when == "at loading"), "another object if, and only if, it says something else"
     assert of.info.note.startswith("not accelerated further: for a reason; ")
     assert "no such kernel" in of.info.note
+
+
+def test_for_a_gpu_backends_are_timed_as_they_replay(device, monkeypatch):
+    monkeypatch.setattr(captured, "WORTHWHILE", float("inf"))
+    on = OnDevice(device, small=True)
+    both = [on.backend, DeviceBackend(on.backend._model, "another")]
+    seen = []
+
+    def part_of(*_):
+        seen.extend(tuple(graph.attributes.shape[0] for graph in one._graphs) for one in both)
+        seen.extend(len(one._captures._buckets) for one in both)
+        return 1.0
+
+    monkeypatch.setattr(selection, "part_of", part_of)
+    elements = [int(z) for z in on.model.atomic_numbers]
+    chosen = selection.Selection(ModelSpec("test", "mace", "cuda", "float64"), on.reference, elements, ["Default"])
+    assert chosen.best(both) == (on.backend, [])
+    assert seen == [(64,), (64,), 1, 1]
+    assert not any(one._graphs or one._captures._buckets for one in both)

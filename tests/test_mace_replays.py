@@ -13,7 +13,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("mace")
 
-from rootstockd.worker.engines.mace import captured, resident  # noqa: E402
+from rootstockd.worker.engines.mace import captured, resident, timing  # noqa: E402
 from rootstockd.worker.engines.mace.captured import Captures, padded  # noqa: E402
 from rootstockd.worker.engines.mace.skin import SMALL, STEADY, UNUSED, WIDTH, Skin  # noqa: E402
 
@@ -24,7 +24,7 @@ def record_at_once(monkeypatch):
     """Each shape is recorded when it first comes, and replayed from then on even if that is no faster."""
     monkeypatch.setattr(captured, "WORTHWHILE", FAR)
     monkeypatch.setattr(captured, "SEEN", -1000)
-    monkeypatch.setattr(captured, "TIMED", 1)
+    monkeypatch.setattr(timing, "TIMED", 1)
 
 
 @pytest.fixture

@@ -825,6 +825,50 @@ def test_a_model_without_memory_to_be_accelerated_is_served_until_there_is_some(
     assert not daemon.model("mace-emt-small")["note"]
 
 
+WITH_SLOW_LOOPS = """
+import os, sys, importlib, time
+from rootstockd.worker.engines.mace import candidates
+def made(name, *others, usual=candidates._made):
+    backend = usual(name, *others)
+    evaluate = backend.evaluate
+    backend.evaluate = lambda tasks: (time.sleep(0.2 if name == "fused" else 0.0), evaluate(tasks))[1]
+    return backend
+candidates._made = made
+sys.path = [path for path in sys.path if path != os.path.dirname(__file__)]
+del sys.modules["numba"]
+importlib.import_module("numba")
+"""
+"""A numba with which the fused backend is slow."""
+
+
+def test_exact_numbers_keep_their_bits_where_the_next_worker_finds_another_backend_faster(
+    start_daemon, tmp_path: Path, monkeypatch
+) -> None:
+    library = tmp_path / "numba.py"
+    library.write_text(WITH_SLOW_LOOPS)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]).rstrip(":"))
+    daemon = start_daemon("--model", "mace-emt-small")
+    atoms = bulk("Cu", cubic=True) * (2, 2, 1)
+    atoms.rattle(0.1, seed=2)
+
+    def bits() -> tuple[bytes, ...]:
+        atoms.calc.results.clear()
+        return atoms.get_forces().tobytes(), atoms.get_stress().tobytes(), atoms.get_potential_energies().tobytes()
+
+    with daemon.client().calculator("mace-emt-small", exact=True) as atoms.calc:
+        before = bits()
+        assert served_by(daemon) == "mace-torch by edges"
+        model = daemon.model("mace-emt-small")
+        assert model["backend"].startswith("mace-torch by edges ("), model["backend"]
+        assert "fused agrees but is slower: mace-torch by edges took 0." in model["note"]
+        assert bits() == before
+        library.unlink()
+        os.kill(model["pid"], signal.SIGKILL)
+        assert served_by(daemon) == "fused"
+        assert daemon.model("mace-emt-small")["backend"].startswith("fused (")
+        assert bits() == before
+
+
 @contextlib.contextmanager
 def in_batches(daemon: RunningDaemon, jobs: list[Atoms], rounds: int) -> Iterator[tuple[Any, Any]]:
     """Jobs evaluated together, so often, get what they get alone; the model's status before and after that."""

@@ -2,8 +2,8 @@
 
 A backend is compared with the reference when the model loads (`checks.structures`), and on the first structure of every
 session, whose answer is the reference's own unless it is large and a part was compared. One that differs at loading is
-switched off, and the next best is compared; one that differs on a session's structure is not used for that session:
-others' structures, which may be ill-conditioned, are no reason to take it from all.
+switched off, and of those that agree the fastest is used (`selection`); one that differs on a session's structure is
+not used for that session: others' structures, which may be ill-conditioned, are no reason to take it from all.
 """
 
 from __future__ import annotations
@@ -39,21 +39,17 @@ from rootstockd.worker.engines.differences import TOLERANCE, compare
 from rootstockd.worker.engines.mace import checks, safe
 from rootstockd.worker.engines.mace.candidates import Backend, NotApplicableError, backends_for
 from rootstockd.worker.engines.mace.reference import Check, ReferenceBackend, System, mace
+from rootstockd.worker.engines.mace.selection import Selection
 from rootstockd.worker.failures import describe, in_disorder, out_of_memory
 from rootstockd.worker.memory import gpu_memory
 
 log = logging.getLogger(__name__)
 
-WARM_UP = 3
-"""Evaluations until torch has compiled what it compiles, so that no job waits for it."""
 REMEMBERED = 100_000
 """Sessions' systems whose first structure was compared; past that all are forgotten, and compared again."""
 TRIES = 10
 """Structures that are compared of a system with elements that have no neighbours in them, which say nothing of those;
 further ones only when they have some."""
-_STEP = 1e-3
-_SLOPE = {"float32": 2e-2, "float64": 1e-4}
-"""How far a force may be from a finite difference of the energy: the sanity check of forces, not of rounding."""
 
 
 class MaceEngine:
@@ -63,7 +59,7 @@ class MaceEngine:
         model: the model, on its device and in its dtype.
         spec: what was asked for.
         reference: mace-torch.
-        candidates: what is faster, the fastest first; the first that gives the reference's numbers is used.
+        candidates: what is faster, as a rule the fastest first; one that gives the reference's numbers is used.
         why: what is in the way of faster ones.
     """
 
@@ -87,7 +83,8 @@ class MaceEngine:
         self._understood = _understood(model)
         self._cutoff = float(model.r_max)
         self._versions = f"mace-torch {mace.__version__}, torch {torch.__version__}, {spec.device}"
-        self._fast, notes = self._best(candidates)
+        selection = Selection(spec, reference, self._elements, self._heads)
+        self._fast, notes = selection.best(candidates)
         self._why = "; ".join(filter(None, [why, *notes]))
         self._info = EngineInfo(
             properties=("energy", "free_energy", "forces", "stress", "energies"),
@@ -244,69 +241,6 @@ class MaceEngine:
         self._doubt_of = f"{why}, on a structure of {atoms} atoms of session {system.session}{allowed}"
         self._doubted.add(system)
         log.warning("model %r: %s; it gets %s for its like", self._name, self._doubt_of, self._reference.name)
-
-    def _best(self, candidates: Sequence[Backend]) -> tuple[Backend | None, list[str]]:
-        """The first that gives the reference's numbers, if one does; and why those before it are not used.
-
-        Raises:
-            Exception: memory lacked for the two of them, or the device failed.
-        """
-        notes: list[str] = []
-        for backend in candidates:
-            try:
-                why = self._fault(backend)
-            except Exception as error:
-                if out_of_memory(error):
-                    stages.begin(stages.CHECKS, backend.name)  # alone the reference may have enough
-                raise
-            backend.forget()
-            if not why:
-                return backend, notes
-            notes.append(f"{backend.name} is switched off: {why}")
-            log.warning("model %r: %s", self._name, notes[-1])
-        return None, notes
-
-    def _fault(self, backend: Backend) -> str:
-        """What is wrong with it on structures that span the model's elements, fewer at once where many are too many."""
-        for together in (8, 4):
-            try:
-                return self._fault_among(backend, together)
-            except NotApplicableError as error:
-                why = f"{type(error).__name__}: {error}"
-        return why
-
-    def _fault_among(self, backend: Backend, together: int) -> str:
-        """What is wrong with it on structures of so many elements each, and once with forces as slopes.
-
-        Raises:
-            NotApplicableError: it can't, for so many.
-        """
-        *structures, alone = checks.structures(self._elements, self._heads, together)
-        repeats = WARM_UP
-        for tasks in (*structures, alone):
-            for _ in range(repeats):
-                references = self._reference.evaluate(tasks)
-            stages.begin(stages.CHECKS, backend.name)
-            try:
-                for _ in range(repeats):
-                    results = backend.evaluate(tasks)
-            except Exception as error:  # whatever it is, others are still there
-                if out_of_memory(error) or in_disorder(error) or isinstance(error, NotApplicableError):
-                    raise  # no fault of its own; or the process is lost; or there are too many elements at once
-                return f"{type(error).__name__}: {error}"
-            stages.begin(stages.CHECKS)
-            repeats = 1
-            backend.forget()  # no session has all elements at once
-            for result, reference in zip(results, references):
-                difference = compare(result, reference)
-                if not difference.within(TOLERANCE[self._dtype]):
-                    return f"it differs by {difference}"
-        task = structures[-1][-1]
-        moved = {"up": checks.moved(task, _STEP), "down": checks.moved(task, -_STEP), "here": task}
-        stages.begin(stages.CHECKS, backend.name)
-        slope = checks.slope_error({key: backend.evaluate([value])[0] for key, value in moved.items()}, _STEP)
-        stages.begin(stages.CHECKS)
-        return "" if slope <= _SLOPE[self._dtype] else f"its forces are {slope:.1e} off its energies' slope"
 
     def _note(self) -> str:
         """All that people should know."""

@@ -34,7 +34,7 @@ class Backend(Protocol):
 
 
 def backends_for(model: Any, spec: ModelSpec) -> tuple[list[Backend], str]:
-    """What fits model and device, the fastest first, and what is in the way of a faster one.
+    """What fits model and device, as a rule the fastest first, and what is in the way of a faster one.
 
     Raises:
         Exception: memory lacked, or the device failed, in making one.

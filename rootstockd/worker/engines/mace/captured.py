@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import logging
 import math
-import statistics
-import time
 import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
 
 from rootstockd.worker.engines import Array
 from rootstockd.worker.engines.mace.resident import Graph
+from rootstockd.worker.engines.mace.timing import part_of
 from rootstockd.worker.failures import describe, out_of_memory
 
 log = logging.getLogger(__name__)
@@ -38,8 +36,6 @@ LACKS = 2
 GHOSTS, CROWD = 8, 800
 """A bucket's first atoms are ghosts: 8 at least, and one for 800 of its edges. Up to a third of these end at ghosts,
 and what torch makes of an atom's edges it adds up one by one."""
-TIMED = 3
-"""Replays and evaluations whose times are compared."""
 _LEAST, _WARM_UP = 32, 3
 _MOVED = 0.01
 """Å; so far from those that were recorded are the positions on which a replay is compared: none of them is baked in."""
@@ -288,7 +284,7 @@ class Captures:
             difference = np.abs(bucket.rows(graph, moved) - right).max()
             if not difference <= self._tolerance * max(1.0, np.abs(right[:, 1:]).max()):
                 why = f"replayed, it differs by {difference:.1e}"
-            elif not _faster(lambda: bucket.rows(graph, positions), lambda: eagerly(positions)):
+            elif not part_of(lambda: bucket.rows(graph, positions), lambda: eagerly(positions)) < WORTHWHILE:
                 self._refused.add(shape)
                 return
         except Exception as error:  # the pass itself has been answered
@@ -344,13 +340,3 @@ def _reason(error: BaseException) -> tuple[str, bool]:
         if first.__context__ is None:
             return describe(first).partition("\n")[0], memory_lacked
         first = first.__context__
-
-
-def _faster(one: Callable[[], Any], other: Callable[[], Any]) -> bool:
-    times: list[list[float]] = [[], []]
-    for _ in range(TIMED):
-        for function, own in zip((one, other), times):
-            start = time.perf_counter()
-            function()
-            own.append(time.perf_counter() - start)
-    return statistics.median(times[0]) < WORTHWHILE * statistics.median(times[1])

@@ -45,6 +45,15 @@ def structures(elements: Sequence[int], heads: Sequence[str], together: int = 8)
     yield _tasks(np.array(elements[:1]), (False, False, False), np.zeros((3, 3)), np.zeros((1, 3)), heads)
 
 
+def crystal(elements: Sequence[int], heads: Sequence[str], repeats: int) -> Task:
+    """A crystal of 8 atoms, repeated along each of its vectors: to be timed, as a step of MD of one element."""
+    (one, *_), *_ = structures(elements[:1], heads[:1])
+    cells = np.array(list(itertools.product(range(repeats), repeat=3))) @ one.cell
+    system = dataclasses.replace(one.system, numbers=np.tile(one.system.numbers, len(cells)))
+    positions = (cells[:, None] + one.positions).reshape(-1, 3)
+    return Task(system, repeats * one.cell, positions, stress=True, energies=False)
+
+
 def _tasks(
     numbers: Array, pbc: tuple[bool, bool, bool], cell: Array, positions: Array, heads: Sequence[str]
 ) -> list[Task]:
