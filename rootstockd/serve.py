@@ -20,6 +20,7 @@ from rootstock_client.errors import RootstockError
 from rootstockd.daemon import Daemon
 from rootstockd.host.devices import DeviceError
 from rootstockd.host.log_file import LogFormatter
+from rootstockd.host.log_output import LogHandler
 from rootstockd.host.sockets import AddressError
 from rootstockd.models.catalogue import CatalogueError
 from rootstockd.settings.config import Config
@@ -34,11 +35,11 @@ class StartError(Exception):
 
 def start_logging() -> None:
     """To standard error, which is the log file of a daemon in the background."""
-    logging.basicConfig(level=logging.INFO)
-    formatter: logging.Formatter = LogFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler = LogHandler()
+    handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     if in_journal():
-        formatter = JournalFormatter("%(name)s: %(message)s")
-    logging.getLogger().handlers[0].setFormatter(formatter)
+        handler.setFormatter(JournalFormatter("%(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     faulthandler.enable()  # what a daemon was at whose watchdog ended it
     logging.getLogger("uvicorn").setLevel(logging.ERROR)  # it warns of each request that is none
 

@@ -1,11 +1,21 @@
-"""What workers print: in the daemon's log, with their name before each line, and not without end."""
+"""What workers print: in the daemon's log, with their name before each line, and not without end.
+
+And a log that nobody reads: the daemon does not wait for those who do.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import pty
 import re
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +26,15 @@ from ase.calculators.emt import EMT
 
 import hostile
 from conftest import RunningDaemon, wait_for
+from rootstock_client import RootstockClient
+from rootstock_client.control import request
 from rootstock_client.errors import EvaluationError, ModelLoadError
 from rootstockd.processes.messages import Stage, parse
 from rootstockd.processes.output import BURST, LONGEST
 from rootstockd.supervision import worker_messages
 from rootstockd.worker.engines import EngineInfo
 
+LOST = r" WARNING rootstockd\.host\.log_output: (\d+) lines were dropped"
 LINE = r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO worker "
 
 
@@ -133,3 +146,73 @@ def test_what_a_chatty_worker_dies_of_is_logged_all_the_same(hostile_daemon: Run
     assert fatal
     assert f"hostile {fatal[0]}: chatter {hostile.CHATTER - 1}\n" in log
     assert dropped(log) > hostile.CHATTER / 2
+
+
+def reader_and_writer(kind: str) -> tuple[int, int]:
+    """Descriptors of something that takes little until somebody reads it; reading does not wait."""
+    if kind == "pipe":
+        reader, writer = os.pipe()
+        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 8192)
+    elif kind == "socket":  # as the journal's is
+        ours, theirs = socket.socketpair()
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
+        reader, writer = ours.detach(), theirs.detach()
+    else:
+        reader, writer = pty.openpty()
+    os.set_blocking(reader, False)
+    return reader, writer
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "terminal", "paused terminal"])
+def test_nobody_reads_what_the_daemon_says(runtime_folder: Path, kind: str) -> None:
+    """Its lines are dropped meanwhile, and it says how many; steps and requests are answered, and it ends when told."""
+    address = runtime_folder / f"{kind}.sock"
+    reader, writer = reader_and_writer(kind)
+    command = [sys.executable, "-m", "rootstockd", "start", "--foreground", "--device", "cpu", "--socket", address]
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=writer, stderr=writer)
+    os.close(writer)
+    said, reloads = b"", 0
+
+    def reload() -> None:
+        nonlocal reloads
+        request(address, "POST", "/v1/reload", timeout=5)
+        reloads += 1
+
+    def heard() -> str:
+        nonlocal said
+        with contextlib.suppress(OSError):  # there is no more; at the end of what a terminal has it is another error
+            while data := os.read(reader, 65536):
+                said += data
+        return said.decode().replace("\r", "")
+
+    def told_of_it() -> bool:
+        reload()
+        return bool(re.search(LOST, heard()))
+
+    try:
+        wait_for(lambda: process.poll() is None and address.exists())
+        atoms = copper()
+        with RootstockClient(address).calculator("emt") as atoms.calc, ThreadPoolExecutor(1) as pool:
+            atoms.get_forces()
+            if kind == "paused terminal":
+                os.write(reader, b"\x13")  # Ctrl-S
+            for _ in range(240 if kind == "terminal" else 80):  # one that is not paused takes 20 KiB
+                reload()
+            atoms.rattle(0.01)
+            pool.submit(atoms.get_forces).result(5)
+            if kind == "paused terminal":
+                os.write(reader, b"\x11")  # Ctrl-Q
+            heard()
+            wait_for(told_of_it)
+            lost = sum(int(number) for number in re.findall(LOST, heard()))
+            whole = len(re.findall(r"asked to reload by .* \(pid \d+\)$|: reloaded$", heard(), re.MULTILINE))
+            assert lost > 50
+            assert lost + whole == pytest.approx(2 * reloads, abs=3)  # others may be lost by now
+            for _ in range(80):
+                reload()
+        process.terminate()
+        assert process.wait(10) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(reader)
