@@ -86,8 +86,8 @@ class Daemon:
         self.fleet = Fleet(config)
         self.accounts = Accounts(config)
         self.errors: Counter[str] = Counter()
-        self.warnings: list[str] = []
-        """What the configuration, the catalogues and the environment have that can't be meant so."""
+        self._warnings: list[str] = []
+        self._log_warning: list[str] = []
         missing = not_to_preload(config.models, self.catalogue)
         unknown = [error for error in missing if isinstance(error, UnknownModelError)]
         if unknown or (missing and len(missing) == len(config.models)):
@@ -98,11 +98,16 @@ class Daemon:
         self.since = time.time()
         self.metrics_url: str | None = None
         for warning in one_thread() if any(device.kind == "cpu" for device in config.devices) else ():
-            self.warnings.append(warning)
+            self._warnings.append(warning)
             log.warning("%s", warning)
         self._replaced = False
         self._stop = asyncio.Event()
         self._force = asyncio.Event()
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the configuration, the catalogues and the environment have that can't be meant so, or is in the way."""
+        return [*self._log_warning, *self._warnings]
 
     async def run(self) -> None:
         """Live.
@@ -233,10 +238,7 @@ class Daemon:
 
     def _reload(self) -> ReloadReport:
         if self._log_file is not None:
-            try:
-                reopen_log(self._log_file)
-            except OSError as error:
-                log.warning("the log goes on in the old file: can't open %s: %s", self._log_file, error.strerror)
+            self._reopen_log(self._log_file)
         fresh = read_again(self.config)
         catalogue = Catalogue.load(fresh.catalogues, fresh.where("catalogues"))
         restart_needed = sorted(name for name in changes(self.config, fresh) if not reloadable(name))
@@ -259,6 +261,17 @@ class Daemon:
             log.info("model %s has changed; sessions that keep the old one: %d", name, sessions)
         return ReloadReport(restart_needed=restart_needed, models_kept=models_kept, warnings=self.warnings)
 
+    def _reopen_log(self, path: Path) -> None:
+        """What the log itself can't tell, because the old file may be gone, `reload` and `status` do until it opens."""
+        self._log_warning = []
+        try:
+            reopen_log(path)
+        except OSError as error:
+            where = "it goes on in the old file, which may be gone"
+            warning = f"can't open the log {path}: {error.strerror}; {where}; `rootstockd reload` tries again"
+            self._log_warning = [warning]
+            log.warning("%s", warning)
+
     def _load_kept(self) -> None:
         """Have the models stay that are to be loaded at the start, as the catalogue has them now, and no others."""
         kept: set[WorkerKey] = set()
@@ -274,8 +287,8 @@ class Daemon:
         absent = [f"to be loaded at the start, and can't be: {error}" for error in missing]
         others = self.config.shared and not self._manager.sockets  # those who find it by its folder
         closed = closed_folder(self.config.socket.parent) if others else []
-        self.warnings = [*self.accounts.warnings, *self.catalogue.warnings(), *in_the_way, *closed, *absent]
-        for warning in self.warnings:
+        self._warnings = [*self.accounts.warnings, *self.catalogue.warnings(), *in_the_way, *closed, *absent]
+        for warning in self._warnings:
             log.warning("%s", warning)
 
     def _on_end(self, number: signal.Signals) -> None:

@@ -248,6 +248,27 @@ def test_a_daemon_that_fails_itself_says_what_holds(folder, start_daemon, monkey
     assert daemon.run("reload").returncode == 0
 
 
+def test_a_log_that_can_not_be_opened_again(configured, folder) -> None:
+    """What is logged can't tell: the file it goes on in may be gone. Nor does it matter if settings have an error."""
+    log, config = configured.log, folder / "config.toml"
+    log.rename(configured.folder / "log.1")
+    log.mkdir()
+    good = config.read_text()
+    warning = f"can't open the log {log}: Is a directory; it goes on in the old file, which may be gone"
+    config.write_text("= 3")
+    assert configured.run("reload").returncode == 1
+    assert warning in configured.client().status()["warnings"][0]
+    config.write_text(good)
+    for _ in range(2):
+        done = configured.run("reload")
+        assert done.returncode == 0 and warning in done.stdout
+        assert warning in configured.run("status").stdout.replace("\n", " ")
+    log.rmdir()
+    assert configured.run("reload").stdout == "reloaded\n"
+    assert configured.client().status()["warnings"] == []
+    assert log.read_text().endswith("reloaded\n")
+
+
 MD = """
 import sys
 import numpy as np
