@@ -362,6 +362,37 @@ def test_logs(own_daemon: RunningDaemon) -> None:
         follower.kill()
 
 
+def test_logs_of_what_is_no_log(runtime_folder: Path) -> None:
+    """A link is not followed, nothing is waited for, and a line without end takes no memory."""
+    log, address = runtime_folder / "no.log", runtime_folder / "no.sock"
+    environment = {**os.environ, "ROOTSTOCKD_LOG_FILE": str(log)}
+
+    def logs(*options: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "rootstockd", "logs", "--socket", address, *options]
+        shell = ["/bin/bash", "-c", 'ulimit -v 1000000; exec "$@"', "-", *command]
+        return subprocess.run(shell, capture_output=True, text=True, check=False, timeout=60, env=environment)
+
+    def refused(*options: str) -> str:
+        done = logs(*options)
+        assert done.returncode == 1 and not done.stdout, done.stdout
+        return " ".join(done.stderr.split())
+
+    log.symlink_to("/dev/zero")
+    assert "Too many levels of symbolic links. It has to be a file, and no link." in refused()
+    log.unlink()
+    os.mkfifo(log)
+    assert f"can't show the log {log}: it is no file." in refused("-f")
+    log.unlink()
+    assert f"no log at {log}: No such file" in refused()
+    with log.open("wb") as file:
+        file.truncate(2**30)  # zeros, which take no room
+        file.seek(0, os.SEEK_END)
+        file.write(b"\nthe end\n")
+    done = logs("-n", "2")
+    assert done.returncode == 0 and done.stdout.endswith("\nthe end\n"), done.stderr
+    log.unlink()
+
+
 def test_no_gpu_here(tmp_path: Path) -> None:
     if Path("/dev/nvidiactl").exists():
         pytest.skip("this machine has an NVIDIA driver")

@@ -27,6 +27,7 @@ from rootstockd.cli.quantities import count, duration, plural, size, span
 from rootstockd.cli.service import service_at
 from rootstockd.cli.systemd_units import unit_at
 from rootstockd.control.schema import LONG, DaemonStatus, ModelStatus, at_a_batch
+from rootstockd.host.log_file import read_log
 from rootstockd.monitoring.rows import dtypes, session_dtype, settings_in_words, told_apart
 from rootstockd.settings.config import Config
 from rootstockd.settings.config_file import ConfigError
@@ -41,6 +42,8 @@ STATE_COLOUR = {
 _SHOWN_SESSIONS = 20
 _SHOWN_NAMES = 3
 _GAP = 2
+_LONGEST_LINE = 2**16
+"""Characters of a log's line that are kept at once."""
 
 
 @click.command()
@@ -256,21 +259,39 @@ def logs(socket: Path | None, lines: int, follow: bool) -> None:
                 raise Refused("its log is in the journal, for root and members of the group systemd-journal to read.")
             raise SystemExit(done.returncode)
     path = log_file(socket)
+    with readable(path):
+        file = read_log(path)
+    with file:
+        for line in deque(lines_of(file), maxlen=lines):
+            click.echo(line, nl=False)
+        for line in new_lines(path, file) if follow else ():
+            click.echo(line, nl=False)
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """While a log is opened to be read.
+
+    Raises:
+        Refused: it can't be.
+    """
     try:
-        file = path.open(encoding="utf-8", errors="replace")
+        yield
     except PermissionError as error:
         raise Refused(f"the log {path} is for the daemon's own user to read.") from error
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise Refused(
             f"no log at {path}: {error.strerror}. One that was started with --log-file wrote there, and only while it "
             "runs it says where that is; one with another socket is found by --socket. `rootstockd doctor` looks for "
             "what is wrong."
         ) from error
-    with file:
-        for line in deque(file, maxlen=lines):
-            click.echo(line, nl=False)
-        for line in new_lines(path, file) if follow else ():
-            click.echo(line, nl=False)
+    except OSError as error:
+        raise Refused(f"can't show the log {path}: {error.strerror}. It has to be a file, and no link.") from error
+
+
+def lines_of(file: TextIO) -> Iterator[str]:
+    """The lines that are left of a log; one of which there is no end in sight, in parts."""
+    return iter(lambda: file.readline(_LONGEST_LINE), "")
 
 
 def new_lines(path: Path, file: TextIO) -> Iterator[str]:
@@ -281,14 +302,15 @@ def new_lines(path: Path, file: TextIO) -> Iterator[str]:
         file: it, read to its end; closed when another takes its place.
     """
     while True:
-        yield from file
-        replaced = False
-        with contextlib.suppress(FileNotFoundError):  # there is no other yet
-            replaced = not os.path.samestat(path.stat(), os.fstat(file.fileno()))
-        if replaced:
-            yield from file  # what came until then
+        yield from lines_of(file)
+        other = None
+        with readable(path), contextlib.suppress(FileNotFoundError):  # there is none yet
+            if not os.path.samestat(path.lstat(), os.fstat(file.fileno())):
+                other = read_log(path)
+        if other is not None:
+            yield from lines_of(file)  # what came until then
             file.close()
-            file = path.open(encoding="utf-8", errors="replace")
+            file = other
         elif os.fstat(file.fileno()).st_size < os.lseek(file.fileno(), 0, os.SEEK_CUR):  # logrotate's copytruncate
             file.seek(0)
         else:

@@ -8,7 +8,7 @@ import os
 import stat
 import sys
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 
 class LogFormatter(logging.Formatter):
@@ -26,6 +26,19 @@ def open_log(path: Path) -> BinaryIO:
     """
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     return os.fdopen(_open(path, os.O_CREAT), "ab")
+
+
+def read_log(path: Path) -> TextIO:
+    """Open a log to show it: a file, and no link, device or FIFO, of which reading might never end.
+
+    Raises:
+        OSError: it can't be, or is none.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "it is no file")
+    return os.fdopen(fd, encoding="utf-8", errors="replace")
 
 
 def check_log(path: Path) -> None:
