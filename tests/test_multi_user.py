@@ -242,6 +242,22 @@ print(time.monotonic() - start)
 """
 
 
+GOES_ON_ASKING = f"""{ASKS}{BECOME}
+import socket
+from pathlib import Path
+from rootstock_client.runtime_dir import control_socket
+connection = http.client.HTTPConnection("x")
+connection.sock = socket.socket(socket.AF_UNIX)
+connection.sock.connect(str(control_socket(Path(arguments[0]))))
+connection.auto_open = False
+for path in sys.stdin:
+    connection.request("GET", path.strip())
+    answer = connection.getresponse()
+    print(json.dumps([answer.status, answer.read().decode(), answer.will_close]), flush=True)
+"""
+"""Requests of one connection, as they are told."""
+
+
 def models_for(name: str, daemon: RunningDaemon) -> list[str] | str:
     """The models that a user is told of, or an error's code."""
     with as_user(name, MODELS, str(daemon.socket)) as process:
@@ -704,6 +720,35 @@ def test_new_rules_hold_for_what_comes_and_leave_what_is_there(start):
             assert answers == ["access-denied"]
         with job("rsd-carol", daemon) as (answer,):
             assert isinstance(answer, float)
+
+
+def test_new_rules_hold_for_requests_of_connections_that_are_there(start):
+    daemon = start(f'[access]\nusers = ["rsd-carol"]\ngroups = ["{GROUP}"]\n')
+    file = daemon.folder.parent / "config.toml"
+    with contextlib.ExitStack() as stack:
+
+        def go_on(name: str) -> Callable[[str], tuple[int, str, bool]]:
+            process = stack.enter_context(as_user(name, GOES_ON_ASKING, str(daemon.socket)))
+
+            def ask(path: str) -> tuple[int, str, bool]:
+                process.stdin.write(f"{path}\n")
+                process.stdin.flush()
+                return tuple(json.loads(process.stdout.readline()))
+
+            return ask
+
+        alice, carol, root = map(go_on, ("rsd-alice", "rsd-carol", "root"))
+        for ask in (alice, carol, root):
+            assert ask("/v1/status")[0] == ask("/metrics")[0] == 200
+        file.write_text(f'[access]\ngroups = ["{GROUP}"]\n')
+        assert daemon.run("reload").returncode == 0
+        status, said, closed = carol("/v1/status")
+        assert (status, closed) == (403, True) and "rsd-carol may not use this daemon" in said, said
+        assert alice("/v1/models")[0] == 200
+        file.write_text('[access]\nusers = ["rsd-bob"]\n')
+        assert daemon.run("reload").returncode == 0
+        assert alice("/metrics")[0] == 403
+        assert root("/v1/status")[0] == 200
 
 
 def test_a_daemon_is_opened_and_closed_by_its_lists(start):

@@ -134,6 +134,8 @@ class BoundedProtocol(H11Protocol):
 class ControlProtocol(BoundedProtocol):
     """The same on the control socket: its client has a uid, as the kernel tells it, for a host, and a pid for a port.
 
+    Whether they may use the daemon is asked again for each request: a reload counts for those who are connected, too.
+
     Args:
         accounts: who may use and administer the daemon.
         config, state, app_state: uvicorn's.
@@ -146,18 +148,31 @@ class ControlProtocol(BoundedProtocol):
     ) -> None:
         super().__init__(config, state, app_state)
         self._accounts = accounts
+        self._for_users, self.app = self.app, self._for_anybody
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        peer = peer_of(transport.get_extra_info("socket"))
-        self.uid = peer.uid
+        self._peer = peer_of(transport.get_extra_info("socket"))
+        self.uid = self._peer.uid
         super().connection_made(transport)
-        self.client = str(peer.uid), peer.pid
-        if self.refused:
-            return
+        self.client = str(self.uid), self._peer.pid
+        if not self.refused and (denial := self._denial()):
+            self._refuse("403 Forbidden", denial)
+
+    async def _for_anybody(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The app, for whoever may use the daemon."""
+        if denial := self._denial():
+            response = Response(denial, 403, {"connection": "close"}, "application/json")
+            await response(scope, receive, send)
+        else:
+            await self._for_users(scope, receive, send)
+
+    def _denial(self) -> bytes:
+        """What the client is told where they may not use the daemon; empty where they may."""
         try:
-            self._accounts.check_may_use(peer)
+            self._accounts.check_may_use(self._peer)
         except AccessDeniedError as error:
-            self._refuse("403 Forbidden", error.to_json())
+            return error.to_json()
+        return b""
 
     def _too_many(self) -> bool:
         """Whether there are; those who administer the daemon always have half of them, whatever others do."""
