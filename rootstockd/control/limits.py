@@ -28,7 +28,7 @@ MAX_CONNECTIONS = 16
 """Connections at a time; each takes a file descriptor from the sessions' reserve. Half are for those who administer the
 daemon; any other user has a quarter at most."""
 MAX_HEAD = 16 * 1024
-"""Bytes of a request's line and headers."""
+"""Bytes of a request's line and headers, and of headers behind a body."""
 DEADLINE = 10.0
 """Seconds from a connection, or from the last answer on it, until the next one has been sent in full."""
 
@@ -59,16 +59,27 @@ class _TooManyPiecesError(Exception):
 
 
 class _Connection(h11.Connection):
-    """What an HTTP client says, unless it says it in very many pieces."""
+    """What an HTTP client says, unless it says it in very many pieces.
+
+    h11 holds a head against its limit only where the end is not there yet, so it is given no more than that at once.
+    """
 
     _pieces = 0
+    _ahead = b""
+    """What h11 has not been given yet."""
+
+    def __init__(self) -> None:
+        super().__init__(h11.SERVER, MAX_HEAD - 1)  # with more than that it waits for no end
 
     def receive_data(self, data: bytes) -> None:
         self._pieces = 0
-        super().receive_data(data)
+        self._ahead += data
 
     def next_event(self) -> type[h11.NEED_DATA | h11.PAUSED] | h11.Event:
-        event = super().next_event()
+        while (event := super().next_event()) is h11.NEED_DATA and self._ahead:
+            room = MAX_HEAD - len(self.trailing_data[0])
+            super().receive_data(self._ahead[:room])
+            self._ahead = self._ahead[room:]
         if isinstance(event, h11.Data):
             self._pieces += 1
             if self._pieces > MAX_PIECES:
@@ -89,7 +100,7 @@ class BoundedProtocol(H11Protocol):
 
     def __init__(self, config: uvicorn.Config, state: ServerState, app_state: dict[str, object]) -> None:
         super().__init__(config, state, app_state)
-        self.conn = _Connection(h11.SERVER, MAX_HEAD)
+        self.conn = _Connection()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)

@@ -125,6 +125,32 @@ def test_what_can_not_be_read_is_refused(daemon: RunningDaemon, request_: bytes,
     assert "Traceback" not in daemon.log.read_text()
 
 
+def head(size: int, *, in_target: bool = False) -> bytes:
+    """A request for status whose line and headers have so many bytes."""
+    target, name = (b"/v1/status?x=", b"") if in_target else (b"/v1/status", b"X: ")
+    parts = b"GET " + target, b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n" + name, b"\r\n" * bool(name) + b"\r\n"
+    filling = b"x" * (size - sum(map(len, parts)))
+    return parts[0] + filling * in_target + parts[1] + filling * (not in_target) + parts[2]
+
+
+@pytest.mark.parametrize("in_target", [False, True])
+@pytest.mark.parametrize("before", [b"", b"GET /v2 HTTP/1.1\r\nHost: x\r\n\r\n"])
+@pytest.mark.parametrize(("size", "status"), [(MAX_HEAD, 200), (MAX_HEAD + 1, 400), (100_000, 400)])
+def test_a_head_has_its_limit_however_it_comes(
+    daemon: RunningDaemon, size: int, status: int, before: bytes, *, in_target: bool
+) -> None:
+    """In one read, as the daemon may have it, and behind another request in the same."""
+    answer = talk(daemon, before + head(size, in_target=in_target))
+    assert answer.startswith(b"HTTP/1.1 404 " if before else f"HTTP/1.1 {status} ".encode()), answer[:300]
+    assert answer.count(f"HTTP/1.1 {status} ".encode()) == 1, answer[:300]
+
+
+@pytest.mark.parametrize(("size", "status"), [(MAX_HEAD // 2, 422), (100_000, 400)])
+def test_so_have_headers_behind_a_body(daemon: RunningDaemon, size: int, status: int) -> None:
+    answer = talk(daemon, post(b"0\r\n" + b"a:b\r\n" * (size // 5) + b"\r\n", "Transfer-Encoding: chunked"))
+    assert answer.startswith(f"HTTP/1.1 {status} ".encode()), answer[:300]
+
+
 def test_what_can_not_be_read_fills_no_log(daemon: RunningDaemon) -> None:
     before = daemon.log.stat().st_size
     for _ in range(100):
