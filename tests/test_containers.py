@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import pytest
 import yaml
 
 import rootstockd
-from conftest import RunningDaemon
+from conftest import RunningDaemon, wait_for
 from rootstock_client.runtime_dir import SOCKET_NAME, SYSTEM_DIR
 from rootstockd.models.catalogue import Catalogue
 from rootstockd.settings.config import SettingsFile
@@ -131,3 +133,48 @@ def test_the_job_runs(daemon: RunningDaemon):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith(" eV\n")
+
+
+NAMESPACE = ("unshare", "--pid", "--fork", "--mount-proc")
+
+
+@pytest.fixture
+def namespaces() -> None:
+    if subprocess.run([*NAMESPACE, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no namespaces here")
+
+
+def elsewhere(daemon: RunningDaemon, *command: str) -> subprocess.CompletedProcess[str]:
+    """A command for a daemon, given in a process namespace in which that is not."""
+    return subprocess.run(
+        [*NAMESPACE, sys.executable, "-m", "rootstockd", *command, "--socket", daemon.socket],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+@pytest.mark.usefixtures("namespaces")
+@pytest.mark.parametrize("command", [("stop",), ("stop", "--force"), ("restart",)])
+def test_a_daemon_outside_is_not_stopped_from_a_container_which_is_told_why(daemon: RunningDaemon, command):
+    """From there its end can't be seen, so that nobody knows when its address and its GPU are free."""
+    pid = daemon.pid
+    done = elsewhere(daemon, *command)
+    assert done.returncode == 1
+    assert f"the daemon at {daemon.socket} runs in another process namespace" in done.stderr, done.stderr
+    assert "has just gone" not in done.stderr and "rootstockd start" not in done.stderr
+    assert json.loads(elsewhere(daemon, "status", "--json").stdout)["pid"] == pid
+    assert elsewhere(daemon, "reload").returncode == 0
+
+
+@pytest.mark.usefixtures("namespaces")
+def test_a_daemon_in_a_container_is_stopped_from_outside(runtime_folder: Path):
+    with tempfile.TemporaryDirectory(dir=runtime_folder) as folder:
+        daemon = RunningDaemon(Path(folder), ())
+        command = [*NAMESPACE, sys.executable, "-m", "rootstockd", "start", "--foreground", "--device", "cpu"]
+        with subprocess.Popen([*command, "--socket", daemon.socket], stderr=subprocess.DEVNULL) as process:
+            wait_for(lambda: process.poll() is not None or daemon.run("status").returncode == 0, 60)
+            done = daemon.run("stop")
+            assert done.returncode == 0, done.stderr
+            assert process.wait(10) == 0

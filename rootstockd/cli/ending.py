@@ -38,6 +38,7 @@ def daemon_process(socket: Path) -> Iterator[int]:
     Raises:
         DaemonNotFoundError: there is none.
         NotAnsweringError: it accepts no connections.
+        RootstockError: it is in another process namespace, and has no number here.
     """
     path = control_socket(socket)
     try:
@@ -47,10 +48,16 @@ def daemon_process(socket: Path) -> Iterator[int]:
     with contextlib.ExitStack() as stack:
         with sock:
             pid = peer_of(sock).pid
+            if not pid:
+                raise RootstockError(
+                    f"the daemon at {socket} runs in another process namespace, as it does outside of a container: "
+                    "from here it can't be seen to end.",
+                    "Stop or restart it where it was started, or outside of all containers.",
+                )
             if is_systemd(pid):
                 raise NotAnsweringError(f"systemd listens at {path}.", "Have it done with systemctl.")
             process = -1
-            with contextlib.suppress(OSError):  # it is gone, or pid is 0: in another namespace
+            with contextlib.suppress(OSError):  # it is gone
                 process = os.pidfd_open(pid)
                 stack.callback(os.close, process)
             # while the connection stands, so does the process, and nobody else has its number
