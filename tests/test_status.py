@@ -85,6 +85,10 @@ def test_what_counts_is_there_in_every_width(shown, width: int) -> None:
     assert ("memory" in hidden, "pid" in hidden) == (width <= 60, width <= 80), "what is not shown is named"
 
 
+def test_a_daemon_that_began_after_now_by_this_clock_is_up_for_no_time(shown) -> None:
+    assert "up 0 s" in shown(daemon([], since=time.time() + 864_000), 120)
+
+
 def test_models_of_one_name_are_told_apart(shown) -> None:
     models = [model("mace"), model("mace", dtype="float32", restarts=2), model("mace", device="cuda:1")]
     text = shown(daemon(models), 60)

@@ -6,7 +6,8 @@ from rootstockd.words import noun
 
 
 def duration(seconds: float) -> str:
-    """A time span, in its two largest units."""
+    """A time span, in its two largest units; none where a clock that is behind makes it negative."""
+    seconds = max(0.0, seconds)
     minutes, hours, days = int(seconds // 60), int(seconds // 3600), int(seconds // 86400)
     if days:
         return f"{days} d {hours % 24} h"
