@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 import rootstockd as package
 from conftest import rootstockd, wait_for
 from rootstock_client.control import fetch
+from rootstock_client.runtime_dir import control_socket
 from rootstockd.cli.doctor import _show
 from rootstockd.control.schema import DaemonStatus
 from rootstockd.doctor import gpus, machine, places
@@ -478,3 +480,43 @@ def test_a_daemon_and_a_model_that_fails(start_daemon, tmp_path: Path) -> None:
         assert daemon.run("unload", name).returncode == 0
     wait_for(lambda: not daemon.client().status()["models"], 60)  # its keep_alive is over
     assert b'rootstockd_models{state="failed"} 0.0' in fetch(daemon.socket, "GET", "/metrics")
+
+
+STANDS_IN = """
+import os, socket, sys
+for path in sys.argv[1:]:
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path + ".new")
+    listener.listen()
+    os.rename(path + ".new", path)
+    globals()[path] = listener
+print(flush=True)
+sys.stdin.read()
+"""
+"""Takes a daemon's sockets from it and answers nobody, as systemd does whose daemon is starting."""
+
+
+def test_a_daemon_whose_address_another_has_that_does_not_answer(start_daemon) -> None:
+    daemon = start_daemon()
+    pid, paths = daemon.pid, (daemon.socket, control_socket(daemon.socket))
+
+    def told() -> dict[str, str]:
+        done = daemon.run("doctor", "--json", "--timeout", "3")
+        return {one["what"]: one["mend"] for one in json.loads(done.stdout)["findings"] if one["subject"] == "daemon"}
+
+    unreachable = f"pid {pid} is a daemon for {daemon.socket}, to which nobody can connect any more"
+    os.kill(pid, signal.SIGSTOP)  # it does not answer, but it is there
+    try:
+        assert len(found := told()) == 1 and "does not answer" in next(iter(found))
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    command = [sys.executable, "-c", STANDS_IN, *map(str, paths)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "\n"
+        found = told()
+        assert "does not answer" in next(iter(found))
+        assert found[unreachable] == f"kill {pid}"
+        other.communicate("")
+    for path in paths:
+        path.unlink()
+    assert daemon.run("stop").returncode == 0

@@ -17,7 +17,7 @@ from rich.text import Text
 
 import rootstockd
 from rootstock_client.errors import AccessDeniedError, DaemonNotFoundError, RootstockError
-from rootstock_client.runtime_dir import SYSTEM_DIR, find_socket
+from rootstock_client.runtime_dir import SYSTEM_DIR, control_socket, find_socket
 from rootstockd.cli.clients import socket_option
 from rootstockd.cli.common import console, default_log_file, default_socket, fetch_status
 from rootstockd.cli.config import examined
@@ -161,7 +161,7 @@ def _settings(named: Path | None) -> Iterator[Finding]:
 
 
 def _daemon(named: Path | None, timeout: float) -> Iterator[Finding]:
-    address, left, answering = default_socket(), False, None
+    address, left, listening = default_socket(), False, None
     failing = ""
     if (service := _service(named)) is not None and (failing := service.failing()):
         yield problem("daemon", failing, "Jobs wait for it in vain.", shlex.join(service.unit.journal()))
@@ -173,13 +173,15 @@ def _daemon(named: Path | None, timeout: float) -> Iterator[Finding]:
         if not failing:
             yield from running.check_absence(error, left=left)
         if not isinstance(error, DaemonNotFoundError):
-            return
+            listening = places.listener(control_socket(address))
+            if listening is None:
+                return
     else:
-        answering = status.pid
+        listening = status.pid
         yield from running.check_running(status, gpus.look_at_driver())
     with lock_holder(address.with_suffix(".lock")) as holder:
         if holder is not None:
-            yield from running.check_reachable(address, holder[0], answering)
+            yield from running.check_reachable(address, holder[0], listening)
 
 
 def _show(found: dict[str, list[Finding]], counts: Counter[Level]) -> None:

@@ -112,6 +112,15 @@ def look_at_address(path: Path) -> Address:
     return Address(path, "live", info.st_uid, f"pid {peer.pid} of {user_name(peer.uid)}")
 
 
+def listener(path: Path) -> int | None:
+    """The process that listens at an address, as the kernel says, 0 of another namespace; None if it can't be told."""
+    try:
+        with probe(path, 0.0) as sock:
+            return peer_of(sock).pid
+    except OSError:
+        return None
+
+
 @dataclass(frozen=True)
 class Login:
     """What a user's session has of its node."""

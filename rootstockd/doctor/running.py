@@ -35,20 +35,20 @@ def check_absence(error: RootstockError, *, left: bool) -> Iterator[Finding]:
         yield problem("daemon", error.message, "Jobs may wait for it in vain.", advice=error.hint)
 
 
-def check_reachable(address: Path, holder: int, answering: int | None) -> Iterator[Finding]:
+def check_reachable(address: Path, holder: int, listening: int | None) -> Iterator[Finding]:
     """Whether the daemon that has an address's lock is the one whom clients find there.
 
     Args:
         address: its session socket's.
         holder: its process.
-        answering: the process of the daemon that answers there; None where none does.
+        listening: the process that listens there; None where none does, and 0 of another namespace.
     """
-    if holder != answering:
+    if holder != listening:
         yield problem(
             "daemon",
             f"pid {holder} is a daemon for {address}, to which nobody can connect any more",
             "Its socket was removed or replaced, as by systemd. It still has its memory and its GPU.",
-            "rootstockd stop" if answering is None else f"kill {holder}",
+            "rootstockd stop" if listening is None else f"kill {holder}",
         )
 
 
