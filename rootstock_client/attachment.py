@@ -18,16 +18,14 @@ from typing import NamedTuple
 from rootstock_client import ipi
 from rootstock_client.errors import (
     ConnectionLostError,
-    DaemonFullError,
     DaemonNotFoundError,
     DrainingError,
     DriverNotFoundError,
     ProtocolError,
     RootstockError,
-    UserLimitError,
     model_changed,
 )
-from rootstock_client.patience import Outage, patience_with
+from rootstock_client.patience import AWAY, Outage, patience_with
 from rootstock_client.runtime_dir import MET
 from rootstock_client.shared_memory import Translation
 from rootstock_client.sockets import connect, dismiss, establish, receive
@@ -212,7 +210,7 @@ class Attachment:
                     raise self._translation.error
                 return
             except AWAY as error:
-                if isinstance(error, ConnectionLostError):
+                if not isinstance(error, DrainingError):  # which leaves it at rest
                     cut_off = None if has_ended(self._stream) else error
                     self.leave()  # nobody knows what the daemon had read of it; i-PI asks another connection again
                 outage.wait(error, self._patience)
@@ -243,10 +241,6 @@ class Attachment:
         stream, self._stream = self._stream, None
         if stream is not None:
             dismiss(stream)
-
-
-AWAY = (DrainingError, ConnectionLostError, DaemonNotFoundError, DaemonFullError, UserLimitError)
-"""What a daemon that is restarted may answer, or the next one before it has room."""
 
 
 def offer_when_there(

@@ -14,17 +14,15 @@ from rootstock_client import ipi
 from rootstock_client.driver_side import DriverSide
 from rootstock_client.errors import (
     ConnectionLostError,
-    DaemonFullError,
-    DaemonNotFoundError,
     DrainingError,
     InStepError,
     InvalidStructureError,
+    RestartNeededError,
     RootstockError,
-    UserLimitError,
     used_in_step,
 )
 from rootstock_client.loading import LONG, Silence
-from rootstock_client.patience import Outage, patience_with
+from rootstock_client.patience import AWAY, Outage, patience_with
 from rootstock_client.runtime_dir import MET
 from rootstock_client.sockets import connect
 
@@ -49,8 +47,8 @@ class Connection:
     """A session that opens itself when it is first needed, and again after it was lost or after a fork.
 
     A step is repeated over the new session: results depend on nothing but the structure, and a stream in which anything
-    went wrong is never read again. Once a daemon has answered this process, one that has gone or is stopping is waited
-    for; once it has answered this connection, also one that has no place when it has just come back.
+    went wrong is never read again. Once a daemon has answered this process, one that has gone, is stopping or has to be
+    restarted is waited for; once it has answered this connection, also one that has just come back and has no place.
 
     Threads may share it: one exchange at a time. What runs inside a step, in its own thread (a signal's handler, a
     finalizer), can't wait for it: it may close the session, and no more.
@@ -84,9 +82,10 @@ class Connection:
             forces: (natoms, 3), contiguous; filled with the forces in Hartree/Bohr.
 
         Raises:
-            DaemonNotFoundError, ConnectionLostError, DrainingError, DaemonFullError, UserLimitError: there is no
-                daemon, or no place, and patience is at its end; a process that has met no daemon at this address has
-                none unless somebody answers, and a new session has none for a place.
+            DaemonNotFoundError, ConnectionLostError, DrainingError, RestartNeededError, DaemonFullError,
+                UserLimitError: there is no daemon, or none that can do it, or no place, and patience is at its end; a
+                process that has met no daemon at this address has none unless somebody answers, and a new session has
+                none for a place.
             InStepError: it was asked for inside another step, or the session was closed inside this one.
             RootstockError: what the daemon says is wrong.
         """
@@ -101,7 +100,7 @@ class Connection:
                 if self._sock is not None:
                     try:
                         return self._exchange(self._sock, init, head, positions)
-                    except (ConnectionLostError, DrainingError):
+                    except (ConnectionLostError, DrainingError, RestartNeededError):
                         self._close()
                 return self._open_and_exchange(init, head, positions)
             finally:
@@ -120,7 +119,7 @@ class Connection:
                 self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, SILENCE)
                 connected = True
                 answer = self._exchange(self._sock, init, head, positions)
-            except (DaemonNotFoundError, ConnectionLostError, DrainingError, DaemonFullError, UserLimitError) as error:
+            except AWAY as error:
                 self._close()
                 if self._pid != os.getpid():  # a fork meanwhile, and no outage
                     continue

@@ -162,6 +162,12 @@ class DrainingError(RootstockError):
     code = "draining"
 
 
+class RestartNeededError(RootstockError):
+    """The daemon's code was upgraded on the disk: a model that it has yet to load is the next daemon's to load."""
+
+    code = "restart-needed"
+
+
 class AccessDeniedError(RootstockError, PermissionError):
     """The daemon's configuration does not let this user do that."""
 

@@ -9,7 +9,15 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from rootstock_client.errors import DaemonFullError, RootstockError, UserLimitError
+from rootstock_client.errors import (
+    ConnectionLostError,
+    DaemonFullError,
+    DaemonNotFoundError,
+    DrainingError,
+    RestartNeededError,
+    RootstockError,
+    UserLimitError,
+)
 
 log = logging.getLogger("rootstock_client")
 
@@ -21,6 +29,11 @@ STALE = 5.0
 its way up again."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.01, 1.0
 """Seconds between tries."""
+AWAY = (
+    *(DaemonNotFoundError, ConnectionLostError, DrainingError, RestartNeededError),
+    *(DaemonFullError, UserLimitError),
+)
+"""What a daemon that is restarted, or has to be, may answer, or the next one before it has room."""
 _random = random.SystemRandom()
 """Not the generator that jobs seed, and not the same in two processes after a fork."""
 
@@ -91,6 +104,8 @@ class Outage:
         if self._tries == 0:
             self._full = isinstance(error, (DaemonFullError, UserLimitError))
             what = "has no room for this job, which" if self._full else "is away; this job"
+            if isinstance(error, RestartNeededError):
+                what = "has to be restarted by whoever runs it (`rootstockd restart`); this job"
             log.warning("rootstockd at %s %s waits up to %g s. (%s)", self._path, what, patience, error.message)
         # many jobs lose their daemon in the same moment; they should not come back in the same moment
         pause = min(LONGEST_PAUSE, FIRST_PAUSE * 1.5**self._tries) * _random.uniform(0.5, 1.5)

@@ -398,8 +398,9 @@ class Daemon:
             leaving: the model that it has until now, if any.
 
         Raises:
-            UnknownModelError, UnknownElementError, UnsupportedError, DrainingError, ModelLoadError, LimitError: what
-                its name says. Nothing is loaded where the catalogue knows that the model can't do what is asked.
+            UnknownModelError, UnknownElementError, UnsupportedError, DrainingError, RestartNeededError, ModelLoadError,
+                LimitError: what its name says. Nothing is loaded where the catalogue knows that the model can't do what
+                is asked.
         """
         key, entry = self._resolve(request.model, request.dtype, request.options)
         entry.check_head(key.name, request.head)
@@ -433,7 +434,7 @@ class Daemon:
         """Have a model loaded; the catalogue's name of it, and its dtype.
 
         Raises:
-            UnknownModelError, UnsupportedError, DrainingError, ModelLoadError: what its name says.
+            UnknownModelError, UnsupportedError, DrainingError, RestartNeededError, ModelLoadError: what its name says.
         """
         key, entry = self._resolve(name, dtype)
         model = self.fleet.open(key, entry, anew=True)

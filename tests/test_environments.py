@@ -52,11 +52,9 @@ from rootstockd.environments.specification import (
     specification_files,
 )
 from rootstockd.settings import state_dir
-from rootstockd.worker.version import PROTOCOL, SLOT_LAYOUT
 
 NOWHERE = "http://127.0.0.1:9"
 """A proxy that is not there."""
-TREE = Path(__file__).parent.parent
 CHECK = """
 [verify]
 model = "emt"
@@ -423,29 +421,6 @@ def test_an_environment_that_comes_later_is_found_without_a_restart(
         return False
 
     wait_for(comes, timeout=60)
-
-
-def test_workers_of_code_that_was_upgraded_ask_for_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tree = tmp_path / "tree"
-    for package in ("rootstockd", "rootstock_client"):
-        shutil.copytree(TREE / package, tree / package, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setenv("PYTHONPATH", str(tree), prepend=os.pathsep)
-    with tempfile.TemporaryDirectory(prefix="rootstockd-") as folder:
-        old = RunningDaemon(Path(folder), ("--model", "emt"))
-        try:
-            old.start()
-            assert energy_of(old, "emt") == pytest.approx(expected_energy(), abs=1e-9)
-            version = tree / "rootstockd/worker/version.py"
-            version.write_text(version.read_text().replace(f"PROTOCOL = {PROTOCOL}", f"PROTOCOL = {PROTOCOL + 1}"))
-            os.kill(old.model("emt")["pid"], signal.SIGKILL)
-            wait_for(lambda: old.model("emt")["state"] == "failed")
-            new, ours = (rf"{protocol}\.{SLOT_LAYOUT}" for protocol in (PROTOCOL + 1, PROTOCOL))
-            with pytest.raises(ModelLoadError, match=rf"version {new} .* this daemon {ours}(.|\n)*rootstockd restart"):
-                energy_of(old, "emt")
-            assert old.run("restart").returncode == 0
-            assert energy_of(old, "emt") == pytest.approx(expected_energy(), abs=1e-9)
-        finally:
-            old.stop()
 
 
 def test_verify_compares_what_a_worker_computes(tiny: Path) -> None:

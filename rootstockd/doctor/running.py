@@ -14,6 +14,7 @@ from rootstockd.doctor.gpus import Driver
 
 _BRINGS = re.compile(r"`(rootstockd (?:env create|models pull) [\w.+-]+(?: --spec FILE)?)`")
 """Commands that are to be copied; errors may have a worker's words in them."""
+_RESTART = "rootstockd restart"
 _FOR_ALL = "rootstockd status"
 """It takes no administrator."""
 
@@ -68,7 +69,7 @@ def check_daemon(daemon: DaemonStatus, driver: Driver) -> Iterator[Finding]:
             "daemon",
             f"it is version {daemon.version}, and this is {rootstockd.__version__}",
             "Workers that start from now on have this version's code, which may not go with it.",
-            "rootstockd restart",
+            _RESTART,
         )
     if daemon.state != "ready":
         why = "Jobs wait until it is ready, or for the next one."
@@ -92,8 +93,15 @@ def check_daemon(daemon: DaemonStatus, driver: Driver) -> Iterator[Finding]:
         )
 
 
+def _needs_restart(model: ModelStatus) -> bool:
+    """It failed as the daemon's code was upgraded under it."""
+    return f"`{_RESTART}`" in (model.error or "")
+
+
 def _mend(model: ModelStatus) -> str:
     """What brings a failed model what it lacks, as its error says, or has it tried again."""
+    if _needs_restart(model):
+        return _RESTART
     named = _BRINGS.search(model.error or "")
     return named[1] if named else f"rootstockd load {model.name}"
 
@@ -107,7 +115,7 @@ def check_models(daemon: DaemonStatus) -> Iterator[Finding]:
             yield (warning if slip else problem)(
                 name,
                 model.error or "failed",
-                "Sessions that ask for it get this error.",
+                "Its jobs wait for that." if _needs_restart(model) else "Sessions that ask for it get this error.",
                 _mend(model),
             )
         elif model.loading and model.loading.obstacle:

@@ -7,7 +7,7 @@ from typing import Annotated, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter
 
-from rootstock_client.errors import ModelLoadError, RootstockError, error_from_code
+from rootstock_client.errors import RestartNeededError, RootstockError, error_from_code
 from rootstockd.worker.engines import EngineInfo
 from rootstockd.worker.version import PROTOCOL, SLOT_LAYOUT
 
@@ -85,10 +85,10 @@ class Versions(BaseModel):
         """Whether this daemon can talk to it.
 
         Raises:
-            ModelLoadError: it can't.
+            RestartNeededError: it can't.
         """
         if (self.protocol, self.slots) != (PROTOCOL, SLOT_LAYOUT):
-            raise ModelLoadError(
+            raise RestartNeededError(
                 "rootstockd was upgraded while its daemon runs: the workers' code on disk speaks version "
                 f"{self.protocol}.{self.slots} of what is between the two, this daemon {PROTOCOL}.{SLOT_LAYOUT}.",
                 "`rootstockd restart` starts a daemon of the new version; jobs wait for it.",

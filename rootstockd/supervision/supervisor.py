@@ -8,7 +8,7 @@ import logging
 import time
 from dataclasses import replace
 
-from rootstock_client.errors import DeviceFailedError, LimitError, ModelLoadError, RootstockError
+from rootstock_client.errors import DeviceFailedError, LimitError, ModelLoadError, RestartNeededError, RootstockError
 from rootstockd.environments.finding import damage_of
 from rootstockd.host.log_rate import LogRate
 from rootstockd.host.threads import in_thread
@@ -92,8 +92,10 @@ class Supervisor:
 
     @property
     def worth_replacing(self) -> bool:
-        """The model was found broken long enough ago to try it again."""
-        return self.state is State.FAILED and time.monotonic() > self._ended_at + RETRY_AFTER
+        """The model was found broken long enough ago to try it again; what a restart has to mend no next try does."""
+        if self.state is not State.FAILED or isinstance(self.error, RestartNeededError):
+            return False
+        return time.monotonic() > self._ended_at + RETRY_AFTER
 
     # --- who has it
 

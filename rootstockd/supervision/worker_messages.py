@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Protocol
 
-from rootstock_client.errors import ModelLoadError, RootstockError
+from rootstock_client.errors import RestartNeededError, RootstockError
 from rootstockd.processes.messages import Confined, Failure, Held, Said, Stage, Versions, parse
 from rootstockd.supervision.dispatcher import Dispatcher
 from rootstockd.supervision.loading import Loading
@@ -29,7 +29,7 @@ class Listener(Protocol):
     def not_loaded(self, error: RootstockError) -> None:
         """The model can't be loaded."""
 
-    def incompatible(self, error: ModelLoadError) -> None:
+    def incompatible(self, error: RestartNeededError) -> None:
         """This daemon can't talk to the worker."""
 
     def distrust(self) -> None:
@@ -105,7 +105,7 @@ class WorkerMessages:
     def _compare(self, versions: Versions) -> None:
         try:
             versions.check()
-        except ModelLoadError as error:
+        except RestartNeededError as error:
             self._listener.incompatible(error)
 
 

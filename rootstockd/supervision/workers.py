@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 
-from rootstock_client.errors import ModelLoadError, RootstockError
+from rootstock_client.errors import ModelLoadError, RestartNeededError, RootstockError
 from rootstockd.environments.finding import Environment, find_environment
 from rootstockd.host.threads import in_thread
 from rootstockd.models.spec import in_environment
@@ -203,7 +203,7 @@ class Workers:
         """Loading has failed: the model is broken, unless it only wants memory."""
         self._error = error
 
-    def incompatible(self, error: ModelLoadError) -> None:
+    def incompatible(self, error: RestartNeededError) -> None:
         """This daemon can't talk to it, and ends it."""
         self._error = error
         if self.now is not None:
