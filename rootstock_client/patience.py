@@ -29,10 +29,7 @@ STALE = 5.0
 its way up again."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.01, 1.0
 """Seconds between tries."""
-AWAY = (
-    *(DaemonNotFoundError, ConnectionLostError, DrainingError, RestartNeededError),
-    *(DaemonFullError, UserLimitError),
-)
+AWAY = (DaemonNotFoundError, ConnectionLostError, DrainingError, RestartNeededError, DaemonFullError, UserLimitError)
 """What a daemon that is restarted, or has to be, may answer, or the next one before it has room."""
 _random = random.SystemRandom()
 """Not the generator that jobs seed, and not the same in two processes after a fork."""
