@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,6 +12,7 @@ ON_REQUEST = frozenset({"stress", "energies"})
 """What costs extra, and is computed only for those who ask."""
 ALWAYS = frozenset({"energy", "free_energy", "forces"})
 """What comes with every evaluation."""
+_DTYPES = ("float32", "float64")
 
 
 def _model(name: Any) -> str:
@@ -18,6 +20,18 @@ def _model(name: Any) -> str:
     if not isinstance(name, str):
         raise TypeError(f"model is a name from the catalogue, such as 'mace-mp-medium', not {name!r}")
     return str(name)
+
+
+def _dtype(value: Any) -> str | None:
+    """Its name: numpy.float32 is as good as "float32"."""
+    if value is None:
+        return None
+    name = ""
+    with contextlib.suppress(TypeError, ValueError):  # numpy knows none like it
+        name = np.dtype(value).name
+    if name not in _DTYPES:
+        raise TypeError(f"dtype is one of {', '.join(_DTYPES)}, not {value!r}")
+    return name
 
 
 def _properties(names: Iterable[str]) -> tuple[str, ...]:
@@ -43,7 +57,7 @@ def _yes_or_no(name: str, value: Any) -> bool:
 
 SENT: dict[str, Callable[[Any], Any]] = {
     "model": _model,
-    "dtype": lambda value: None if value is None else np.dtype(value).name,  # numpy.float32 is as good as "float32"
+    "dtype": _dtype,
     "head": lambda value: value,
     "dispersion": _dispersion,
     "exact": lambda value: _yes_or_no("exact", value),

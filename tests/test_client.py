@@ -532,6 +532,13 @@ def test_what_is_set_is_what_counts(daemon: RunningDaemon) -> None:
             calculator.set(**wrong)
 
 
+@pytest.mark.parametrize("dtype", ["blah", "float16", np.float16, 32])
+def test_a_dtype_that_there_is_none_of(daemon: RunningDaemon, dtype: Any) -> None:
+    """Said as the calculator is made, whether numpy knows it or not."""
+    with pytest.raises(TypeError, match=f"dtype is one of float32, float64, not {re.escape(repr(dtype))}"):
+        daemon.client().calculator("emt", dtype=dtype)
+
+
 def energy(calculator: Calculator) -> float:
     return float(calculator.get_property("energy", copper()))
 
