@@ -132,6 +132,11 @@ def answers(path: Path, timeout: float = 1.0) -> bool:
     return True
 
 
+def named_path(path: str | os.PathLike[str]) -> Path:
+    """A path that somebody has named, absolute. `~` is a home, which shells leave alone in `--socket=~/...`."""
+    return Path(os.path.expanduser(path)).absolute()  # noqa: PTH111 - it leaves alone whom there is no user for
+
+
 def find_socket(socket: str | os.PathLike[str] | None = None) -> Path:
     """The session socket to use, by the order that this module's documentation gives.
 
@@ -143,9 +148,9 @@ def find_socket(socket: str | os.PathLike[str] | None = None) -> Path:
         DaemonNotFoundError: no socket was found.
     """
     if socket is not None:
-        return Path(socket).absolute()
+        return named_path(socket)
     if named := os.environ.get(SOCKET_VARIABLE):
-        return Path(named).absolute()
+        return named_path(named)
     job = job_runtime_dir()
     own = [user_runtime_dir()] if job is None else [job, user_runtime_dir()]
     found = [

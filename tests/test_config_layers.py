@@ -19,6 +19,7 @@ import rootstock_client
 import rootstockd
 from conftest import ALL_OF_RICH, RunningDaemon
 from conftest import rootstockd as command
+from rootstock_client import RootstockClient
 from rootstockd.host.devices import choose_devices
 from rootstockd.settings.config import Config, Settings, SettingsFile
 from rootstockd.settings.config_file import ConfigError, all_settings, reloadable
@@ -495,6 +496,32 @@ def test_the_log_of_a_daemon_that_ended_is_where_the_files_say(folder: Path) -> 
     assert command("stop", "--socket", address).returncode == 0
     done = command("logs", "--socket", address)
     assert done.returncode == 0 and "stopped" in done.stdout, done.stderr
+
+
+def test_a_home_in_options_and_variables(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shells leave `~` alone behind `=` and in quotes."""
+    home, here = folder / "h", folder / "here"
+    for place in (home, here):
+        place.mkdir()
+    write(home / "more.toml", '[mine]\nfamily = "noop"\n')
+    write(home / "mine.toml", "max_atoms = 17\n")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    options = ("--socket=~/run/a.sock", "--config=~/mine.toml", "--catalogue=~/more.toml", "--log-file=~/the.log")
+    done = command("start", "--device", "cpu", *options)
+    try:
+        assert done.returncode == 0, done.stderr
+        assert f"socket  {home}/run/a.sock\nlog     {home}/the.log\n" in done.stdout
+        monkeypatch.setenv("ROOTSTOCKD_SOCKET", "~/run/a.sock")
+        running = shown(command("config", "show", "--running", "--json"))["settings"]
+        assert (running["max_atoms"], running["catalogues"]) == (17, [f"{home}/more.toml"])
+        assert RootstockClient().status()["state"] == "ready"
+    finally:
+        command("stop", "--socket", home / "run/a.sock")
+    monkeypatch.setenv("ROOTSTOCKD_LOG_FILE", "~/other.log")
+    said = shown(command("config", "show", "--json", "--device", "cpu"))["settings"]
+    assert (said["socket"], said["log_file"]) == (f"{home}/run/a.sock", f"{home}/other.log")
+    assert not list(here.iterdir())
 
 
 def kind_of(schema: dict[str, Any], definitions: dict[str, Any]) -> str:

@@ -80,6 +80,14 @@ def test_the_order(places, monkeypatch):
     assert find_socket(Path("/given.sock")) == Path("/given.sock")
 
 
+def test_a_home_that_no_shell_has_seen(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert find_socket("~/x.sock") == find_socket(Path("~/x.sock")) == Path("/home/me/x.sock")
+    monkeypatch.setenv("ROOTSTOCKD_SOCKET", "~/x.sock")
+    assert find_socket() == Path("/home/me/x.sock")
+    assert find_socket("~nobody-has-this-name/x.sock") == Path.cwd() / "~nobody-has-this-name/x.sock"
+
+
 def test_in_a_slurm_job_its_own_folder_goes_first(places, monkeypatch):
     job = f"4{os.getpid()}"
     monkeypatch.setenv("SLURM_JOB_ID", job)

@@ -25,7 +25,7 @@ from rootstock_client.control import request
 from rootstock_client.errors import RootstockError
 from rootstock_client.patience import patience_in_seconds
 from rootstock_client.sockets import dismiss
-from rootstockd.cli.clients import Refused, dtype_option, socket_in_use, socket_option
+from rootstockd.cli.clients import OptionPath, Refused, dtype_option, socket_in_use, socket_option
 from rootstockd.cli.completion import catalogue_models
 from rootstockd.cli.quantities import plural
 from rootstockd.cli.system import System, periodicity, read_structure
@@ -41,7 +41,7 @@ _TO_THE_END = "\x1b[K"
 @click.option("--model", shell_complete=catalogue_models, help="A model of the daemon's catalogue.")
 @click.option(
     "--structure",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    type=OptionPath(path_type=Path, exists=True, dir_okay=False),
     help="A file with the driver's atoms, in its order: any that ASE reads. Positions in it do not matter.",
 )
 @click.option(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -17,6 +19,13 @@ class Refused(click.ClickException):
         super().__init__(str(error))
 
 
+class OptionPath(click.Path):
+    """A path behind an option. `~` is a home, which shells leave alone in `--socket=~/...`, and in quotes."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(os.path.expanduser(value), param, ctx)  # noqa: PTH111 - as in `named_path`
+
+
 def absolute(_context: click.Context, _option: click.Parameter, path: Path | None) -> Path | None:
     """From wherever it is used; a link in it is still one, for whoever opens the file to see."""
     try:
@@ -27,7 +36,7 @@ def absolute(_context: click.Context, _option: click.Parameter, path: Path | Non
 
 socket_option = click.option(
     "--socket",
-    type=click.Path(path_type=Path, readable=False),
+    type=OptionPath(path_type=Path, readable=False),
     callback=absolute,
     envvar=SOCKET_VARIABLE,
     show_envvar=True,

@@ -26,6 +26,7 @@ from rootstock_client.runtime_dir import (
     job_runtime_dir,
     user_runtime_dir,
 )
+from rootstockd.cli.clients import OptionPath
 from rootstockd.control.schema import DaemonStatus
 from rootstockd.settings.config import Config
 
@@ -47,7 +48,7 @@ catalogue_option = click.option(
     "--catalogue",
     "catalogues",
     multiple=True,
-    type=click.Path(path_type=Path, resolve_path=True),
+    type=OptionPath(path_type=Path, resolve_path=True),
     help="A TOML file of further models; may be given repeatedly.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="For programs.")

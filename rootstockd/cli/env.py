@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rootstock_client.errors import RootstockError
-from rootstockd.cli.clients import Refused
+from rootstockd.cli.clients import OptionPath, Refused
 from rootstockd.cli.common import catalogue_option, console, json_option, saying
 from rootstockd.cli.completion import environments
 from rootstockd.environment_builds import archive
@@ -72,7 +72,7 @@ def building_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--offline", is_flag=True, help="Take everything from uv's cache."),
         click.option(
             "--spec",
-            type=click.Path(path_type=Path, resolve_path=True),
+            type=OptionPath(path_type=Path, resolve_path=True),
             help="A TOML file to use instead of the specification of that name.",
         ),
     ):

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from rootstock_client.runtime_dir import SOCKET_VARIABLE
-from rootstockd.cli.clients import Refused, absolute, socket_option
+from rootstock_client.runtime_dir import SOCKET_VARIABLE, named_path
+from rootstockd.cli.clients import OptionPath, Refused, absolute, socket_option
 from rootstockd.cli.common import catalogue_option, default_log_file, default_socket
 from rootstockd.cli.completion import catalogue_models, devices, gpus
 from rootstockd.host.devices import DeviceError, choose_devices
@@ -49,7 +49,7 @@ _OPTIONS = (
     ),
     catalogue_option,
     socket_option,
-    click.option("--log-file", type=click.Path(path_type=Path), callback=absolute, help="Where the log goes."),
+    click.option("--log-file", type=OptionPath(path_type=Path), callback=absolute, help="Where the log goes."),
     click.option("--max-atoms", type=click.IntRange(min=1), help="The most atoms in one message of one session."),
     click.option("--batch-atoms", type=click.IntRange(min=1), help="The most atoms in one pass over several sessions."),
     click.option(
@@ -65,7 +65,7 @@ _OPTIONS = (
     click.option(
         "--config",
         "file",
-        type=click.Path(path_type=Path, resolve_path=True),
+        type=OptionPath(path_type=Path, resolve_path=True),
         envvar=FILE_VARIABLE,
         show_envvar=True,
         help="A TOML file of settings, in place of the site's and the user's; options given here override it.",
@@ -156,9 +156,9 @@ def files_to_read(
 ) -> tuple[SettingsFile, ...]:
     """Where a daemon looks for settings that is started with no option but these."""
     if named is None and (said := os.environ.get(FILE_VARIABLE)):
-        named = Path(said).absolute()
-    address = socket or Path(os.environ.get(SOCKET_VARIABLE) or default_socket())
-    return find_files(named, address.absolute(), instance)
+        named = named_path(said)
+    address = named_path(socket or os.environ.get(SOCKET_VARIABLE) or default_socket())
+    return find_files(named, address, instance)
 
 
 def devices_of(instance: str) -> tuple[str | None, tuple[str, ...]]:

@@ -22,7 +22,7 @@ import platformdirs
 from pydantic import ValidationError
 
 from rootstock_client.patience import PATIENCE_VARIABLE
-from rootstock_client.runtime_dir import SYSTEM_DIR
+from rootstock_client.runtime_dir import SYSTEM_DIR, named_path
 from rootstockd.settings import state_dir
 from rootstockd.settings.config import COMMAND_LINE, Config, Settings, SettingsFile
 from rootstockd.settings.config_file import (
@@ -98,7 +98,7 @@ def make_config(
     origins: dict[tuple[str, ...], str] = {}
     for name, path in VARIABLES.items():
         if value := variables.get(name):
-            given: Any = Path(value).absolute() if path in {("socket",), ("log_file",)} else value
+            given: Any = named_path(value) if path in {("socket",), ("log_file",)} else value
             right, wrong = checked(_nested({path: given}))
             problems += (f"{name}: {text}" for text in wrong)
             said.update(_paths(right))
