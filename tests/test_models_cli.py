@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from ase.build import bulk
 from ase.calculators.emt import EMT
 
@@ -345,7 +346,13 @@ def test_two_add_one_name(models, state, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("random", "--family", "mace"), "random was not added: .* is not a MACE model"),
+        (("random", "--family", "mace"), "random was not added: model 'tuned': it is not a MACE model"),
+        (("empty", "--family", "mace"), "empty was not added: .* can read: it is empty$"),
+        (("page", "--family", "mace"), "page was not added: .* can read: it begins with <: it looks like a web page"),
+        (
+            ("epoch.pt", "--family", "mace"),
+            "it looks like a checkpoint: the .model file is wanted that mace_run_train writes beside it",
+        ),
         (("good", "--family", "mace", "--sha256", "0" * 64), "It was not added"),
         (("good", "--family", "mace", "--elements", "Fe"), "does not know Fe"),
         (("good", "--family", "mac"), "no family 'mac'; did you mean 'mace'"),
@@ -358,10 +365,23 @@ def test_what_is_not_added(models, state, tmp_path, options, words):
 
     (tmp_path / "random").write_bytes(DATA)
     (tmp_path / "good").write_bytes(EMBEDDED_MODEL.read_bytes())
+    (tmp_path / "empty").touch()
+    (tmp_path / "page").write_bytes(b"\n<!DOCTYPE html><html><body>Sign in</body></html>")
+    if options[0] == "epoch.pt":  # as mace.tools.checkpoint writes one
+        torch.save({"model": {"w": torch.zeros(3)}, "optimizer": {}, "lr_scheduler": {}}, tmp_path / "epoch.pt")
     said = models("add", "tuned", tmp_path / options[0], *options[1:], fails=True)
     assert re.search(words, said), said
-    assert "Traceback" not in said
+    assert "Traceback" not in said and str(state) not in said
     assert not list(state.glob("weights/*")) and not (state / "models.toml").exists()
+
+
+def test_the_words_on_a_file_that_needs_another_package_name_it_where_it_is(models, state, tmp_path):
+    """And not the copy, which is gone."""
+    file = tmp_path / "theirs.model"
+    file.write_bytes(b"\x80\x02ca_package_of_theirs\nModel\n)R.")
+    said = models("add", "tuned", file, "--family", "mace", fails=True).rpartition("Error: ")[2]
+    assert f"{file} is not a MACE model that" in said and "No module named 'a_package_of_theirs'" in said, said
+    assert str(state) not in said and not list(state.glob("weights/*"))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")

@@ -13,7 +13,7 @@ import tomlkit
 from ase.data import chemical_symbols
 from pydantic import ValidationError
 
-from rootstock_client.errors import ModelLoadError, NotAModelError
+from rootstock_client.errors import ModelLoadError, NotAModelError, RootstockError
 from rootstockd.environments.finding import find_environment
 from rootstockd.models import store
 from rootstockd.models.catalogue import FILE_NAME, NAME, Catalogue, Entry
@@ -66,8 +66,11 @@ def add(name: str, file: Path, fields: dict[str, Any], sha256: str, say: Say) ->
             _write_entry(name, entry, folder)
         except BaseException as error:
             store.remove(folder, name)
+            copy = str(folder / original.name)  # of which nobody is told, as it is gone
             if isinstance(error, NotAModelError):
-                raise StoreError(f"{file} was not added: {error.message}") from error
+                raise StoreError(f"{file} was not added: {error.message.replace(copy, 'it')}") from error
+            if isinstance(error, RootstockError):
+                raise type(error)(error.message.replace(copy, str(file)), error.hint) from error
             raise
     return entry
 

@@ -76,7 +76,8 @@ def with_safe_form(name: str, entry: Entry, say: Say) -> Stored:
             record = stored.record
             if record.pinned == store.FIRST_USE:
                 store.remove(folder, name)
-                raise StoreError(f"{record.source} has no model, and was not kept: {error.message}") from error
+                why = error.message.replace(str(stored.folder / record.original.name), "it")
+                raise StoreError(f"{record.source} has no model, and was not kept: {why}") from error
             raise StoreError(
                 f"{error.message}\nIt is the file that {record.pinned} means, so it is kept: another version of its "
                 f"engine may read it. `rootstockd models remove {name}` removes it."

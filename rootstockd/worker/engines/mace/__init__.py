@@ -273,13 +273,7 @@ def load(spec: ModelSpec) -> MaceEngine | safe.Conversion:
     weights = read_weights(spec)
     dtype = {"float32": torch.float32, "float64": torch.float64}[spec.dtype]
     try:
-        if spec.weights.endswith(safe.SUFFIX):  # by its name, not its content: nothing called so is ever unpickled
-            model = safe.from_safe(weights, spec.device)
-        else:
-            # weights are code: the catalogue, which is the operator's, says which file this is, and what is in it
-            model = torch.load(io.BytesIO(weights), map_location=spec.device, weights_only=False)
-        if not hasattr(model, "atomic_numbers"):
-            raise ValueError(f"it holds a {type(model).__name__}")
+        model = _model_in(weights, spec)
         if spec.arguments.get("convert"):
             return safe.convert(model, spec)
         model = model.to(device=spec.device, dtype=dtype)
@@ -301,6 +295,29 @@ def load(spec: ModelSpec) -> MaceEngine | safe.Conversion:
     except RuntimeError as error:
         raise_if_gpus(spec, error, f"model {spec.name!r} can't be computed on {spec.device}: {describe(error)}")
         raise
+
+
+def _model_in(weights: bytes, spec: ModelSpec) -> Any:
+    """The model that a file has.
+
+    Raises:
+        ValueError: it has none, and what it is instead; or whatever comes of unpickling it.
+    """
+    if not weights:
+        raise ValueError("it is empty")
+    if spec.weights.endswith(safe.SUFFIX):  # by its name, not its content: nothing called so is ever unpickled
+        model = safe.from_safe(weights, spec.device)
+    elif weights[:100].lstrip().startswith(b"<"):
+        raise ValueError("it begins with <: it looks like a web page, such as one that came in place of a download")
+    else:
+        # weights are code: the catalogue, which is the operator's, says which file this is, and what is in it
+        model = torch.load(io.BytesIO(weights), map_location=spec.device, weights_only=False)
+    if not hasattr(model, "atomic_numbers"):
+        what = f"it holds a {type(model).__name__}"
+        if isinstance(model, dict):
+            what += ", so it looks like a checkpoint: the .model file is wanted that mace_run_train writes beside it"
+        raise ValueError(what)
+    return model
 
 
 def begin_cuda(name: str) -> None:
