@@ -31,6 +31,7 @@ from rootstockd import __version__
 from rootstockd.cli.common import fetch_config
 from rootstockd.host.log_file import open_log
 from rootstockd.settings.config_layers import make_config, read_again
+from rootstockd.users import user_name
 
 
 def copper(size: int = 1):
@@ -58,6 +59,7 @@ def test_start_says_how_to_use_it(start_daemon) -> None:
     assert done.returncode != 0
     assert "already runs" not in daemon.log.read_text()
     assert f"a daemon already runs at {daemon.socket}" in done.stderr
+    assert "jobs can use it as it is" in done.stderr
     pid = daemon.client().status()["pid"]
     assert f"(pid {pid})" in done.stderr
     daemon.stop()
@@ -125,6 +127,34 @@ def test_status_does_not_list_itself(runtime_folder: Path, monkeypatch: pytest.M
             assert client.status()["sessions"] == []
     finally:
         daemon.stop()
+
+
+def test_stop_says_whose_jobs_it_leaves(own_daemon: RunningDaemon) -> None:
+    """And they go on with the next daemon."""
+    job = (
+        "import sys; from ase.build import bulk; from rootstock_client import RootstockClient\n"
+        "atoms = bulk('Cu', cubic=True); atoms.calc = RootstockClient(sys.argv[1]).calculator('emt')\n"
+        "for _ in range(2): print(atoms.get_potential_energy(), flush=True); input(); atoms.rattle(0.1)\n"
+    )
+    command = [sys.executable, "-c", job, str(own_daemon.socket)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, text=True) as other, own_daemon.client().calculator("emt") as ours:  # type: ignore[call-overload]
+        assert other.stdout.readline()
+        ours.get_potential_energy(copper())
+        done = own_daemon.run("stop")
+        assert (done.returncode, done.stdout) == (0, "stopped\n"), done.stderr
+        pids = ", ".join(map(str, sorted([os.getpid(), other.pid])))
+        said = f"2 sessions had it, of {user_name(os.geteuid())} (pid {pids}); jobs wait for the next daemon as long as"
+        assert done.stderr.startswith(said) and done.stderr.count("\n") == 1, done.stderr
+        own_daemon.start()
+        other.stdin.write("\n")
+        other.stdin.flush()
+        assert other.stdout.readline()
+        ours.close()
+        other.communicate("\n", timeout=60)
+    wait_for(lambda: not own_daemon.client().status()["sessions"])
+    done = own_daemon.run("stop")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "stopped\n", "")
 
 
 def test_stop_leaves_nothing(own_daemon: RunningDaemon) -> None:

@@ -612,7 +612,9 @@ def test_only_administrators_stop_reload_load_and_unload(start):
     assert status == 1 and "the daemon runs as root" in words, words
     with job("rsd-alice", daemon) as (answer,):
         assert isinstance(answer, float)
-    assert command_for("rsd-bob", daemon, "stop")[0] == 0
+        status, said, words = command_for("rsd-bob", daemon, "stop")
+    assert (status, said) == (0, "stopped\n"), words
+    assert re.match(r"1 session had it, of rsd-alice \(pid \d+\); jobs wait for the next daemon", words), words
 
 
 def test_limits_are_a_users_own(start):

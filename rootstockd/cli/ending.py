@@ -10,6 +10,8 @@ import socket as socketlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from rootstock_client.control import request
 from rootstock_client.errors import (
     AccessDeniedError,
@@ -22,6 +24,7 @@ from rootstock_client.runtime_dir import START_HINT, control_socket
 from rootstock_client.sockets import connect
 from rootstockd.cli.common import QUIET, saying
 from rootstockd.cli.systemd_units import is_systemd
+from rootstockd.control.schema import StopAnswer
 from rootstockd.host.lock_holder import lock_holder
 from rootstockd.host.peers import peer_of
 
@@ -66,16 +69,22 @@ def daemon_process(socket: Path) -> Iterator[int]:
         yield process
 
 
-def end(socket: Path, *, force: bool = False) -> None:
+def end(socket: Path, *, force: bool = False) -> StopAnswer:
     """Stop a daemon and wait until its process is gone; with `force`, kill one that does not answer or does not end.
+
+    Returns:
+        What it has said to that; nothing is in it of one that did not answer.
 
     Raises:
         RootstockError: there is none, or it does not answer.
     """
     with daemon_process(socket) as process, saying(DRAINING) as say:
         limit = FORCE_TIMEOUT if force else float("inf")
+        answer = StopAnswer()
         try:
-            request(socket, "POST", "/v1/stop", {"force": force}, timeout=FORCE_TIMEOUT)
+            told = request(socket, "POST", "/v1/stop", {"force": force}, timeout=FORCE_TIMEOUT)
+            with contextlib.suppress(ValidationError):  # another version's
+                answer = StopAnswer.model_validate(told)
         except ConnectionLostError:
             pass  # it was on its way down already
         except AccessDeniedError:
@@ -94,6 +103,7 @@ def end(socket: Path, *, force: bool = False) -> None:
                     "the daemon does not end, and is another user's.", "As root: `rootstockd stop --force`."
                 ) from error
             select.select([process], [], [])
+    return answer
 
 
 def end_unreachable(socket: Path, *, force: bool = False) -> int | None:

@@ -12,6 +12,7 @@ import click
 
 from rootstock_client.control import request
 from rootstock_client.errors import ConnectionLostError, DaemonNotFoundError, RootstockError
+from rootstock_client.patience import PATIENCE_VARIABLE
 from rootstock_client.runtime_dir import control_socket
 from rootstock_client.sockets import connect
 from rootstockd.cli.clients import Refused, socket_in_use, socket_option
@@ -21,14 +22,17 @@ from rootstockd.cli.launching import POLL, launch, serve_in_front, stay_with
 from rootstockd.cli.options import settings_again, settings_options, settings_said
 from rootstockd.cli.successor import take_environment
 from rootstockd.cli.systemd_units import unit_at
-from rootstockd.control.schema import ReloadReport
+from rootstockd.control.schema import ReloadReport, SessionStatus
 from rootstockd.host.devices import DeviceError, found_devices
 from rootstockd.host.peers import peer_of
 from rootstockd.settings.config import Config
 from rootstockd.settings.config_file import ConfigError
 from rootstockd.settings.config_layers import unknown_variables
 from rootstockd.users import user_name
+from rootstockd.words import so_many
 
+_NAMED = 10
+"""Processes of a user that are named, of those whose sessions a daemon leaves."""
 SUCCESSION = 3.0
 """Seconds that `stop` waits for somebody to listen where there is a socket: the second daemon of a restart may."""
 
@@ -76,7 +80,7 @@ def stop(socket: Path | None, force: bool) -> None:
     deadline = time.monotonic() + SUCCESSION
     while True:
         try:
-            end(address, force=force)
+            left = end(address, force=force).sessions
             break
         except DaemonNotFoundError as error:
             if not address.exists() or time.monotonic() > deadline:
@@ -89,6 +93,25 @@ def stop(socket: Path | None, force: bool) -> None:
     if address.exists():
         raise Refused("it has ended, but it was being restarted: stop its successor, too.")
     console.print("stopped")
+    _tell_left(left)
+
+
+def _tell_left(sessions: list[SessionStatus]) -> None:
+    """Say whose sessions a daemon had that was stopped, if any."""
+    if not sessions:
+        return
+    whose: dict[str, set[int]] = {}
+    for session in sessions:
+        whose.setdefault(session.user, set()).add(session.pid)
+    users = [
+        f"{user} (pid {', '.join(map(str, sorted(pids)[:_NAMED]))}{', ...' * (len(pids) > _NAMED)})"
+        for user, pids in whose.items()
+    ]
+    click.echo(
+        f"{so_many(len(sessions), 'session')} had it, of {', '.join(users)}; jobs wait for the next daemon as long as "
+        f"their patience lasts ({PATIENCE_VARIABLE})",
+        err=True,
+    )
 
 
 def _stopped_unreachable(address: Path, *, force: bool) -> bool:

@@ -30,6 +30,7 @@ from rootstockd.control.schema import (
     ModelStatus,
     ReloadReport,
     SessionStatus,
+    StopAnswer,
     StopRequest,
     UnloadAnswer,
     UnloadRequest,
@@ -187,11 +188,13 @@ def _take_orders(app: FastAPI, daemon: Daemon) -> None:
         return UnloadAnswer(waiting=waiting, held=HOLD if asked.force else 0.0)
 
     @app.post("/v1/stop", status_code=202, dependencies=[Depends(admin)])
-    async def stop(asked: StopRequest, request: Request) -> None:
+    async def stop(asked: StopRequest, request: Request) -> StopAnswer:
         """Drain and end."""
         how = " at once" if asked.force else " for a restart" if asked.replaced else ""
         log.info("asked to stop%s by %s", how, who(request))
+        answer = StopAnswer(sessions=[session_status(session) for session in daemon.sessions])
         daemon.stop(force=asked.force, replaced=asked.replaced)
+        return answer
 
     @app.post("/v1/reload", dependencies=[Depends(admin)])
     async def reload(request: Request) -> ReloadReport:

@@ -205,6 +205,13 @@ class StopRequest(BaseModel):
     """Another daemon takes its place at once: leave the sockets, so that whoever comes in between knows to wait."""
 
 
+class StopAnswer(BaseModel):
+    """Whose work it ends."""
+
+    sessions: list[SessionStatus] = Field(default_factory=list)
+    """Those that were there, and wait for the next daemon."""
+
+
 class LoadRequest(BaseModel):
     """A model to load."""
 

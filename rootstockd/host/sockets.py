@@ -85,7 +85,10 @@ def remove(path: Path, ours: os.stat_result | None = None) -> None:
 
 def already_runs(address: Path, pid: str) -> str:
     """What is said where a second daemon is to start."""
-    return f"a daemon already runs at {address} (pid {pid}). See `rootstockd status`; end it with `rootstockd stop`."
+    return (
+        f"a daemon already runs at {address} (pid {pid}), and jobs can use it as it is (`rootstockd status`). One of a "
+        "job's own needs another --socket; `rootstockd stop` ends this one, for all who use it."
+    )
 
 
 @contextlib.contextmanager
