@@ -148,6 +148,30 @@ def test_the_tour(home):
     assert printed["stop"] == "stopped\n"
 
 
+def test_two_jobs_of_a_batch_system_on_one_node(home):
+    """The script of docs/slurm.md for PBS: each has a daemon of its own, and its end is nothing to the other."""
+    page = (DOCS / "slurm.md").read_text().replace("mace-mp-medium", "emt")
+    (script,) = re.findall(r"^```bash\n(#!/bin/bash\n#PBS.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (program,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (home / "job").write_text(script)
+    jobs = {}
+    for number, steps in enumerate((10, 1500)):
+        folder = home / str(number)
+        folder.mkdir()
+        assert "< 1000 " in program
+        (folder / "md.py").write_text(program.replace("< 1000 ", f"< {steps} "))
+        name = f"{os.getpid()}[{number}].pbs"
+        variables = {**environment(home), "PBS_O_WORKDIR": str(folder), "PBS_JOBID": name}
+        with (folder / "out").open("w") as out:
+            process = subprocess.Popen(["bash", home / "job"], env=variables, stdout=out, stderr=subprocess.STDOUT)
+        jobs[folder] = process, Path(f"/tmp/rootstockd-{os.getuid()}-job-{name}")
+    for folder, (process, runtime) in jobs.items():
+        assert process.wait(timeout=240) == 0, (folder / "out").read_text()
+        said = (folder / "out").read_text()
+        assert "ready on cpu, models loaded: emt" in said and said.endswith("\nstopped\n"), said
+        assert (folder / "restart.xyz").is_file() and not runtime.exists()
+
+
 def commands_of(path):
     """The `rootstockd` commands that a document has people type."""
     for kind, text in SHELL.findall(path.read_text()):

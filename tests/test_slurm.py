@@ -21,7 +21,9 @@ from slurm import PATH, Slurm
 pytestmark = pytest.mark.skipif((why := slurms.why_not()) is not None, reason=why or "")
 
 DOCUMENT = (Path(__file__).parent.parent / "docs/slurm.md").read_text().replace("mace-mp-medium", "emt")
-SCRIPTS = re.findall(r"^```bash\n(.*?)^```$", DOCUMENT, re.MULTILINE | re.DOTALL)
+SCRIPTS = [
+    script for script in re.findall(r"^```bash\n(.*?)^```$", DOCUMENT, re.MULTILINE | re.DOTALL) if "#SBATCH" in script
+]
 PROLOG, EPILOG = re.findall(r"^```sh\n(.*?)^```$", DOCUMENT, re.MULTILINE | re.DOTALL)
 (MD,) = re.findall(r"^```python\n(.*?)^```$", DOCUMENT, re.MULTILINE | re.DOTALL)
 
