@@ -507,6 +507,16 @@ def test_a_worker_that_is_stopped_for_a_moment_goes_on(start_hostile) -> None:
     daemon.stop()
 
 
+def test_what_a_model_takes_says_how_long_it_may(start_hostile) -> None:
+    """Ten times the longest before, where that is more than the configured least: none of these hung."""
+    daemon = start_hostile(hang_timeout=hostile.SLOWLY / 2)
+    slow = behave(slab(), hostile.SLOW)
+    for _ in range(3):
+        np.testing.assert_allclose(evaluate(daemon, slow), expected(slow), atol=1e-9)
+    assert daemon.model("hostile")["restarts"] == 0
+    daemon.stop()
+
+
 @pytest.mark.parametrize("worker_too", [False, True])
 def test_a_daemon_that_was_stopped_kills_nobody(fresh: RunningDaemon, worker_too: bool) -> None:
     """For longer than a batch may take, be the worker done meanwhile or stopped as well."""
@@ -707,6 +717,26 @@ def test_a_worker_whose_daemon_dies_while_it_starts_ends_too(start_hostile, monk
         process.kill()
         assert isinstance(outcome.result(), RootstockError)
     assert not psutil.wait_procs([worker], timeout=20)[1]
+
+
+@pytest.mark.parametrize("at", [hostile.SLEEP, hostile.LOOP, "stopped"])
+def test_a_worker_in_the_middle_of_an_evaluation_goes_with_its_daemon(start_hostile, monkeypatch, at: Any) -> None:
+    """It looks at nothing then, and nobody is left who would end it: the kernel does."""
+    monkeypatch.setenv("ROOTSTOCKD_PATIENCE", "0")
+    daemon = start_hostile(hang_timeout=300.0)
+    process = psutil.Process(daemon.pid)
+    (worker,) = process.children()
+    with ThreadPoolExecutor(1) as pool:
+        outcome = pool.submit(evaluate, daemon, behave(slab(), hostile.SLEEP if at == "stopped" else at))
+        wait_for(lambda: busy(daemon))
+        if at == "stopped":
+            worker.suspend()
+        process.kill()
+        assert isinstance(outcome.result(), RootstockError)
+    alive = psutil.wait_procs([worker], timeout=5)[1]
+    for one in alive:
+        one.kill()
+    assert not alive
 
 
 # --- memory, for real
