@@ -279,5 +279,5 @@ FAULTS: dict[str, tuple[Callable[[Victim], str], int]] = {
     "flood": (flood, 1),
 }
 """Each with how often it happens, in proportion."""
-EVALUATING = ("worker killed", "ready worker killed", "worker crashed", "worker aborted", "worker stopped")
-"""After which an evaluation may be given up, with an error in words, where two fall on the same."""
+BLAMED = ("worker crashed", "worker aborted", "worker stopped")
+"""Two of which may fall on one evaluation, which is then given up; five, or two stops, on a model that loads."""
