@@ -84,6 +84,7 @@ def test_what_is_computed(want, pbc, stress, energies):
         (text(model="m" * 201), r"model: 'mm+\.\.\.mm+' has more than 200 characters"),
         (text(model=None), "model: null is not a text"),
         (text(head="h" * 201), "head: .* has more than 200 characters"),
+        (text(fingerprint="f" * 65), "fingerprint: .* has more than 64 characters"),
         (text(dtype="float16"), r"dtype: 'float16' is not one of float32, float64\."),
         (text(dtype=[64] * 10_000), r"dtype: \[64, .*\.\.\.\] is not one of"),
         (text(want=["dipole"]), r"want\.0: 'dipole' is not one of energy, forces, stress, energies"),

@@ -287,8 +287,11 @@ def test_users_and_groups_may_use_it_and_others_may_not(start):
         assert answers == ["access-denied"]
     warning = "access.users: there is no user 'nobody-of-that-name' on this machine"
     assert warning in daemon.log.read_text()
+    assert warning in str(daemon.client().status()["warnings"])
+    assert status_for("rsd-carol", daemon)["warnings"] == [], "what is wrong with a configuration is an administrator's"
     (daemon.folder.parent / "config.toml").write_text('[access]\nadmins = ["rsd-bob"]\ngroups = ["no-such-group"]\n')
     assert "access.groups: there is no group 'no-such-group' on this machine" in daemon.run("reload").stdout
+    assert "no-such-group" in str(status_for("rsd-bob", daemon)["warnings"])
     assert daemon.run("stop").returncode == 0
     (daemon.folder.parent / "config.toml").write_text('[access]\nusers = ["rsd-carol", "nobody-of-that-name"]\n')
     assert warning in daemon.run("start", "--device", "cpu", "--log-file", daemon.log, *daemon.options).stdout

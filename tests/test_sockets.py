@@ -384,7 +384,7 @@ def test_a_folder_is_made_for_its_owner_alone_to_write_to(short):
         make_runtime_dir(short / "a" / "b", shared=False)
     finally:
         os.umask(old)
-    assert stat.S_IMODE((short / "a" / "b").stat().st_mode) & 0o022 == 0
+    assert stat.S_IMODE((short / "a" / "b").stat().st_mode) == 0o700, "who is not its owner does not even find it"
     make_runtime_dir(short / "a" / "b", shared=False)
 
 

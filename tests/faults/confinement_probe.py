@@ -237,7 +237,10 @@ class Probe(Calculator):
             number: outcome(lambda number=number: call(number, *[ctypes.c_long(-1)] * 6)) for number in self.refused
         }
         status = dict(line.split(":\t", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        state = {key: status[key].strip() for key in ("NoNewPrivs", "Seccomp", "CapEff", "CapPrm", "CapBnd", "CapAmb")}
+        state = {
+            key: status[key].strip()
+            for key in ("NoNewPrivs", "Seccomp", "CapEff", "CapPrm", "CapBnd", "CapAmb", "Groups")
+        }
         state["core"] = resource.getrlimit(resource.RLIMIT_CORE)
         not_refused = {number: how for number, how in calls.items() if how != "EPERM"}
         raise RuntimeError("REPORT" + json.dumps({"found": found, "not refused": not_refused, "state": state}))

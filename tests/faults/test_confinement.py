@@ -35,6 +35,8 @@ from rootstockd.settings.config import Config, Device
 from rootstockd.worker import landlock, seccomp
 
 HERE = Path(__file__).parent
+GROUP = 61_998
+"""Nobody's, that a daemon of root's is in as well."""
 COLUMN = 0 if platform.machine() == "x86_64" else 1
 PROMISED = """
 ptrace process_vm_readv process_vm_writev process_madvise process_mrelease pidfd_getfd pidfd_send_signal kcmp tkill
@@ -132,7 +134,21 @@ def probed(
         (catalogue.parent / "compiled.py").write_text(COMPILED)
         patch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), str(catalogue.parent)]), prepend=os.pathsep)
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        return start_shared_daemon("--catalogue", str(catalogue), "--model", "confined")
+        with also_in(GROUP):
+            return start_shared_daemon("--catalogue", str(catalogue), "--model", "confined")
+
+
+@contextlib.contextmanager
+def also_in(group: int) -> Iterator[None]:
+    """What is started here is in one more group, where root says so."""
+    groups = os.getgroups()
+    if os.getuid() == 0:
+        os.setgroups([*groups, group])
+    try:
+        yield
+    finally:
+        if os.getuid() == 0:
+            os.setgroups(groups)
 
 
 def report(daemon: RunningDaemon, model: str) -> dict[str, Any]:
@@ -344,6 +360,9 @@ def test_no_rights_are_left(probed: RunningDaemon) -> None:
     for key in ("CapEff", "CapPrm", "CapBnd"):
         assert int(state[key], 16) & ~(1 << 2) == 0 or (key == "CapBnd" and os.getuid() != 0)
     assert int(state["CapAmb"], 16) == 0
+    if os.getuid() == 0:
+        assert str(GROUP) in Path(f"/proc/{probed.pid}/status").read_text().partition("Groups:")[2].split("\n")[0]
+        assert state["Groups"] == ""
 
 
 ON_A_GPU = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import pytest
 from conftest import RunningDaemon
 from rootstock_client import ipi
 from rootstock_client.runtime_dir import control_socket
+from rootstockd.sessions.acceptor import AT_FIRST
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "fuzz"))
 import live
@@ -130,6 +132,21 @@ def test_beside_sessions_that_talk_without_end(daemon: RunningDaemon, what: str)
     first, again = FLOODS[what]
     check_beside(daemon, daemon.socket, SESSIONS if again else 4, first, again, b"")
     assert "Traceback" not in daemon.log.read_text()
+
+
+def test_a_storm_of_connections_is_taken_at_a_pace(daemon: RunningDaemon) -> None:
+    """The first 1,000 at once if the machine can, all others one after another: the last is not before all others."""
+    time.sleep(AT_FIRST)  # what earlier tests took is made good
+    count, began = 2_500, time.monotonic()
+    for _ in range(count):
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(str(daemon.socket))
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(str(daemon.socket))
+        sock.settimeout(30)
+        sock.sendall(ipi.STATUS)
+        assert sock.recv(12) == ipi.NEEDINIT
+    assert time.monotonic() - began >= (count - 1_000) / 1_000
 
 
 @pytest.mark.parametrize("what", ["/v1/status", "/v1/models", "/metrics"])
