@@ -2,11 +2,13 @@
 
 An autouse fixture compares before and after. It is set up after the fixtures of a session, module or class, which may
 keep what they have, and before the test's own, which may not. What a shared daemon holds is compared as well: when a
-test is over, nothing in the daemon or its workers is left of it.
+test is over, nothing in the daemon or its workers is left of it. So is what is outside of this process: daemons that
+were started, sockets on which somebody listens in this run's folders, and, where no other tests run, files in /dev/shm.
 
 `@pytest.mark.may_leak("why")` lets a test keep what it takes. Some things need no mark: threads that Python did not
 make (torch's, numba's), descriptors of devices and of installed files, and what multiprocessing and tqdm keep for the
-whole process once they were used: helpers, a thread, semaphores.
+whole process once they were used: helpers, a thread, semaphores; and what is left in /dev/shm of programs with MPICH or
+faketime that are killed.
 """
 
 from __future__ import annotations
@@ -28,6 +30,13 @@ GRACE = float(os.environ.get("ROOTSTOCKD_LEAK_GRACE", "5"))
 """Seconds in which processes may still end and a daemon may still notice that a connection is closed."""
 INSTALLED = tuple({os.path.realpath(path) + os.sep for path in (sys.prefix, sys.base_prefix)})
 TQDM = "tqdm_monitor"
+RUN = "TESTS_OF_ROOTSTOCKD_BY"
+"""A variable of all processes that were started from here, whoever their parents are by now; longer in tests that tests
+run."""
+OURS = os.environ[RUN] = f"{os.environ.get(RUN, '')}/{os.getpid()}-{time.time_ns()}"
+FOLDER = "TEST_OF_ROOTSTOCKD"
+"""conftest's, of a daemon and its workers; the same when a daemon is restarted."""
+KEPT_SEGMENTS = ("sem.", "mpich_shm_", "faketime_")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -67,10 +76,81 @@ def _segments() -> Iterator[str]:
             yield f"mapping of {line.split(maxsplit=5)[-1]} (inode {line.split()[4]})"
 
 
-def held(daemon: Any = None) -> Counter[str]:
-    """What this process has now, and what `daemon` has for sessions, each by what it is."""
+def _variables(pid: str) -> dict[str, str]:
+    """What a process was started with; nothing where it has ended or may not be looked at."""
+    try:
+        text = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
+    except OSError:
+        return {}
+    return dict(variable.split("=", 1) for variable in text.split("\0") if "=" in variable)
+
+
+def _is_ours(variables: dict[str, str]) -> bool:
+    return f"{variables.get(RUN, '')}/".startswith(f"{OURS}/")
+
+
+class Started:
+    """Processes that were started from here, and are not below this one any more: daemons."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, str | None] = {}
+        """What each process is called, None if it is no such one. To look at all of them each time would take long."""
+
+    def names(self) -> Iterator[str]:
+        """What each is called."""
+        there = set(filter(str.isdigit, os.listdir("/proc")))
+        self._seen = {pid: name for pid, name in self._seen.items() if pid in there}
+        for pid in there - self._seen.keys():
+            self._seen[pid] = self._name(pid)
+        return filter(None, self._seen.values())
+
+    def _name(self, pid: str) -> str | None:
+        variables = _variables(pid)
+        if not _is_ours(variables):
+            return None
+        try:
+            parent = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[1]
+        except OSError:
+            return None
+        if parent == str(os.getpid()) or _is_ours(_variables(parent)):
+            return None
+        return f"daemon of {variables[FOLDER]}" if FOLDER in variables else f"process {pid}, which was left"
+
+
+_started = Started()
+
+
+def _outside(folders: tuple[str, ...]) -> Iterator[str]:
+    """What is in no process of ours, or in a daemon: itself, sockets that listen in these folders, shared memory."""
+    yield from _started.names()
+    for line in Path("/proc/net/unix").read_text().splitlines() if folders else ():
+        fields = line.split(maxsplit=7)
+        if fields[3] == "00010000" and fields[7:] and fields[7].startswith(folders):
+            yield f"socket that listens, at {fields[7]}"
+    yield from (f"file /dev/shm/{name}" for name in os.listdir("/dev/shm") if not name.startswith(KEPT_SEGMENTS))
+
+
+def _others_test() -> bool:
+    """Whether other tests run on this machine: nothing says whose a file in /dev/shm is."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return True
+    for variables in map(_variables, filter(str.isdigit, os.listdir("/proc"))):
+        run = variables.get(RUN, "" if FOLDER in variables else OURS)
+        if not run or not (f"{run}/".startswith(f"{OURS}/") or f"{OURS}/".startswith(f"{run}/")):
+            return True
+    return False
+
+
+def held(daemon: Any = None, folders: tuple[str, ...] = ()) -> Counter[str]:
+    """What this process has now, what was started by it, and what `daemon` has for sessions, each by what it is.
+
+    Args:
+        daemon: one that tests share, if there is.
+        folders: in which nobody but this run has sockets.
+    """
     helpers, kept = _helpers_of_multiprocessing()
     found = Counter([*_descriptors(kept), *_segments()])
+    found.update(_outside(folders))
     found.update(f"thread {thread.name!r} ({thread.ident})" for thread in threading.enumerate() if thread.name != TQDM)
     for process in psutil.Process().children(recursive=True):
         if process.pid not in helpers:
@@ -103,12 +183,14 @@ def _of_sessions(pid: int, bound: set[str]) -> Iterator[str]:
             yield f"a connection in process {pid} of the shared daemon"
 
 
-def what_stays(before: Counter[str], daemon: Any = None, grace: float = GRACE) -> list[str]:
+def what_stays(
+    before: Counter[str], daemon: Any = None, folders: tuple[str, ...] = (), grace: float = GRACE
+) -> list[str]:
     """What is held now and was not before, after a while for it to go."""
     deadline = time.monotonic() + grace
-    while more := held(daemon) - before:
+    while more := held(daemon, folders) - before:
         if time.monotonic() > deadline:
-            return sorted(more)
+            return sorted(what for what in more if not (what.startswith("file /dev/shm/") and _others_test()))
         gc.collect()
         time.sleep(0.05)
     return []
@@ -128,12 +210,15 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 def no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
     """A test that keeps what it took fails."""
     daemon = request.getfixturevalue("daemon") if "daemon" in request.fixturenames else None
-    before = held(daemon)
+    folders = (f"{request.config._tmp_path_factory.getbasetemp()}/",)  # type: ignore[attr-defined]
+    if "runtime_folder" in request.fixturenames:
+        folders += (f"{request.getfixturevalue('runtime_folder')}/",)
+    before = held(daemon, folders)
     yield
     if request.node.funcargs is None:  # it ends for Ctrl-C, and has its summary to print
         return
     request.node.funcargs.clear()  # pytest itself still has what fixtures gave
     if request.node.stash.get(_failed, False) or request.node.get_closest_marker("may_leak") is not None:
         return  # what failed is held by its traceback
-    if leaked := what_stays(before, daemon):
+    if leaked := what_stays(before, daemon, folders):
         pytest.fail("this test leaks:\n  " + "\n  ".join(leaked), pytrace=False)

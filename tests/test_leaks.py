@@ -16,6 +16,7 @@ LEAKING = r"""
 import mmap, multiprocessing, os, pathlib, socket, subprocess, sys, threading, time
 import numpy as np
 import pytest
+import leaks
 from conftest import RunningDaemon
 from rootstock_client import ipi
 from rootstock_client.runtime_dir import control_socket
@@ -50,6 +51,46 @@ def test_process():
 
 def test_zombie():
     kept.append(subprocess.Popen(["true"]))
+
+DAEMON = '''
+import os, socket, sys, time
+if pid := os.fork():
+    print(pid)
+else:
+    os.closerange(0, 3)
+    with socket.socket(socket.AF_UNIX) as sock:
+        if sys.argv[1]:
+            sock.bind(sys.argv[1])
+            sock.listen()
+        time.sleep(1000)
+'''
+daemons = []
+others_test = leaks._others_test
+
+def start_daemon(address=""):
+    done = subprocess.run([sys.executable, "-c", DAEMON, address], check=True, capture_output=True)
+    daemons.append(int(done.stdout))
+
+def test_daemon():
+    start_daemon()
+
+def test_listener(tmp_path, monkeypatch):
+    monkeypatch.delenv("TESTS_OF_ROOTSTOCKD_BY")
+    path = tmp_path / "s"
+    start_daemon(str(path))
+    while not path.exists():
+        time.sleep(0.01)
+
+def shared_memory(name):
+    return pathlib.Path("/dev/shm", f"rootstockd-leaks-{os.getpid()}-{name}")
+
+def test_file_in_shared_memory():
+    leaks._others_test = lambda: False
+    shared_memory("ours").touch()
+
+def test_file_in_shared_memory_that_may_be_of_others():
+    leaks._others_test = lambda: True
+    shared_memory("theirs").touch()
 
 @pytest.fixture(scope="session")
 def daemon():
@@ -108,8 +149,17 @@ def test_spawned_helpers_stay():
         pool.close()
         pool.join()
 
+def test_another_run(monkeypatch):
+    monkeypatch.setenv("TESTS_OF_ROOTSTOCKD_BY", "/another")
+    start_daemon()
+    assert others_test()
+
 def test_end():  # or pytest itself would wait for what was left
     kept_waiting.set()
+    shared_memory("ours").unlink()
+    shared_memory("theirs").unlink()
+    for pid in daemons:
+        os.kill(pid, 9)
     for thing in kept:
         if isinstance(thing, subprocess.Popen):
             thing.stdin and thing.stdin.close()
@@ -124,6 +174,9 @@ SEEN = {
     "test_thread": "thread 'left over'",
     "test_process": "process ",
     "test_zombie": "zombie",
+    "test_daemon": ", which was left",
+    "test_listener": "socket that listens, at /",
+    "test_file_in_shared_memory": "file /dev/shm/rootstockd-leaks-",
     "test_session": "a connection in process ",
     "test_control_connection": "a connection in process ",
 }
