@@ -7,6 +7,7 @@ import itertools
 import json
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,6 +20,8 @@ from rootstock_client import ipi
 
 NATOMS = 64
 MANY = 64
+DRIP = 0.1
+"""Seconds from one byte of a slow writer to the next."""
 ALONE = "alone"
 
 
@@ -39,8 +42,17 @@ def slow_reader(sock: socket.socket) -> None:
 
 
 def slow_writer(sock: socket.socket) -> None:
-    """A long INIT that never comes to its end."""
-    sock.sendall(ipi.init_frame(b" " * 200_000)[:100_000])
+    """A long INIT, half of which comes a byte at a time."""
+    text = ipi.init_frame(b" " * 200_000)
+    sock.sendall(text[:100_000])
+
+    def drip() -> None:
+        with contextlib.suppress(OSError):
+            for place in range(100_000, len(text)):
+                sock.sendall(text[place : place + 1])
+                time.sleep(DRIP)
+
+    threading.Thread(target=drip, daemon=True).start()
 
 
 def silent(_sock: socket.socket) -> None:
