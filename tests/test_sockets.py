@@ -385,6 +385,7 @@ def test_a_folder_is_made_for_its_owner_alone_to_write_to(short):
     finally:
         os.umask(old)
     assert stat.S_IMODE((short / "a" / "b").stat().st_mode) == 0o700, "who is not its owner does not even find it"
+    assert stat.S_IMODE((short / "a").stat().st_mode) == 0o755, "nor puts another in its place"
     make_runtime_dir(short / "a" / "b", shared=False)
 
 

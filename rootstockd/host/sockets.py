@@ -47,7 +47,9 @@ def make_runtime_dir(folder: Path, *, shared: bool) -> None:
     """
     try:
         made = not folder.exists()
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for above in reversed([one for one in folder.parents if not one.exists()]):
+            above.mkdir(mode=0o755, exist_ok=True)  # nobody else's to put another in its place, whatever the umask
+        folder.mkdir(mode=0o700, exist_ok=True)
         if folder == SYSTEM_DIR or (shared and made):
             folder.chmod(0o755)  # whatever the umask
     except OSError as error:
