@@ -192,7 +192,7 @@ class Daemon:
         return sessions, ours.enter_context(adopt(there["control"], self.config.control))
 
     def stop(self, *, force: bool = False, replaced: bool = False) -> None:
-        """Begin to drain; asked twice, or with `force`, wait for nothing.
+        """Begin to drain; with `force`, wait for nothing.
 
         When `replaced`, leave the address. Whoever stops a daemon that is being replaced calls that off: its successor
         finds the address gone.
@@ -204,7 +204,7 @@ class Daemon:
         if stopping and replaced:
             what = "being restarted" if self._replaced else "stopping"
             raise DrainingError(f"the daemon is {what} already.", "See `rootstockd status` in a moment.")
-        if force or (stopping and not self._replaced):
+        if force:
             self._force.set()
         self._replaced = replaced
         self._stop.set()
@@ -296,7 +296,7 @@ class Daemon:
         again = self._stop.is_set() and not self._replaced
         if again and number is signal.SIGTERM and self.config.socket.parent == job_runtime_dir():
             return  # Slurm sends it to all processes of a job, to some twice, and means no more by that
-        self.stop()
+        self.stop(force=again)
 
     def _on_hangup(self) -> None:
         log.info("SIGHUP: reloading")

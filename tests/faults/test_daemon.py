@@ -26,6 +26,7 @@ from ase.optimize import BFGS
 from conftest import RunningDaemon, wait_for
 from plain_driver import PlainDriver
 from rootstock_client import ipi
+from rootstock_client.control import request
 from rootstock_client.errors import (
     DrainingError,
     NotAnsweringError,
@@ -326,6 +327,8 @@ def test_signals_once_and_twice(own_daemon: RunningDaemon) -> None:
     process.terminate()
     wait_for(lambda: own_daemon.client().status()["state"] == "draining")
     process.send_signal(signal.SIGUSR1)  # what Slurm may send to all processes of a job
+    request(own_daemon.socket, "POST", "/v1/stop", {})  # as a script does whose batch system has sent SIGTERM
+    time.sleep(0.1)
     assert own_daemon.client().status()["state"] == "draining"
     assert not outcome
     process.terminate()
