@@ -109,7 +109,7 @@ class Started:
         if not _is_ours(variables):
             return None
         try:
-            parent = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[1]
+            parent = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(") ")[2].split()[1]
         except OSError:
             return None
         if parent == str(os.getpid()) or _is_ours(_variables(parent)):
@@ -123,7 +123,7 @@ _started = Started()
 def _outside(folders: tuple[str, ...]) -> Iterator[str]:
     """What is in no process of ours, or in a daemon: itself, sockets that listen in these folders, shared memory."""
     yield from _started.names()
-    for line in Path("/proc/net/unix").read_text().splitlines() if folders else ():
+    for line in Path("/proc/net/unix").read_text(errors="replace").splitlines() if folders else ():
         fields = line.split(maxsplit=7)
         if fields[3] == "00010000" and fields[7:] and fields[7].startswith(folders):
             yield f"socket that listens, at {fields[7]}"
@@ -157,7 +157,7 @@ def held(daemon: Any = None, folders: tuple[str, ...] = ()) -> Counter[str]:
             ended = ", zombie" if process.status() == psutil.STATUS_ZOMBIE else ""  # running or sleeping is no matter
             found[f"process {process.pid} ({process.name()}{ended})"] += 1
     if daemon is not None:
-        lines = Path("/proc/net/unix").read_text().splitlines()
+        lines = Path("/proc/net/unix").read_text(errors="replace").splitlines()
         # not by the socket's own name: the kernel tells the one that it was bound to, before it was opened to others
         bound = {line.split()[6] for line in lines if f" {daemon.folder}/" in line}
         for pid in daemon.processes():
