@@ -6,7 +6,6 @@ import itertools
 import logging
 import re
 import sys
-import time
 import types
 import warnings
 from functools import cache
@@ -27,7 +26,7 @@ from rootstockd.worker import stages  # noqa: E402
 from rootstockd.worker.engines import EngineError, ModelSpec, Result, System, Task  # noqa: E402
 from rootstockd.worker.engines import mace as mace_engine  # noqa: E402
 from rootstockd.worker.engines.differences import LARGEST_FORCE, TOLERANCE, Difference, compare  # noqa: E402
-from rootstockd.worker.engines.mace import TRIES, MaceEngine, checks, radial  # noqa: E402
+from rootstockd.worker.engines.mace import TRIES, MaceEngine, checks, radial, selection, timing  # noqa: E402
 from rootstockd.worker.engines.mace.budget import Size  # noqa: E402
 from rootstockd.worker.engines.mace.candidates import NotApplicableError, backends_for  # noqa: E402
 from rootstockd.worker.engines.mace.edges import EdgeBackend  # noqa: E402
@@ -867,24 +866,40 @@ def test_where_the_fastest_is_switched_off_the_next_is_used():
     assert [of.evaluate([one])[0].backend for _ in range(2)] == ["mace-torch", "mace-torch by edges"]
 
 
-class Slow(FusedBackend):
-    """One that takes longer, at least for crystals of one element, on which backends are timed."""
+class Clock:
+    """By which backends are timed here: only slow ones take any time, however busy this machine is."""
 
-    def __init__(self, model, seconds=0.1):
+    now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    found = Clock()
+    for module in (selection, timing):
+        monkeypatch.setattr(module, "time", found)
+    return found
+
+
+class Slow(FusedBackend):
+    """One that takes longer."""
+
+    def __init__(self, model, clock, seconds=0.1):
         super().__init__(model)
-        self.name, self._seconds, self.evaluations = "slow", seconds, 0
+        self.name, self._clock, self._seconds, self.evaluations = "slow", clock, seconds, 0
 
     def evaluate(self, tasks):
         self.evaluations += 1
-        if all(len(set(one.system.numbers)) == 1 for one in tasks):
-            time.sleep(self._seconds)
+        self._clock.now += self._seconds
         return super().evaluate(tasks)
 
 
 @pytest.mark.parametrize("last", [FusedBackend, by_edges])
-def test_of_backends_that_agree_the_fastest_is_used(last):
+def test_of_backends_that_agree_the_fastest_is_used(clock, last):
     model = medium()
-    of = watched(model, Slow(model), fastest := last(model), Slow(model))
+    of = watched(model, Slow(model, clock), fastest := last(model), Slow(model, clock))
     name = fastest.name
     assert of.info.backend.startswith(f"{name} (")
     assert re.fullmatch(rf"slow agrees but is slower: {name} took 0\.\d\d of its time", of.info.note), of.info.note
@@ -893,19 +908,19 @@ def test_of_backends_that_agree_the_fastest_is_used(last):
 
 
 @pytest.mark.parametrize(("seconds", "evaluations"), [(0.19, 6), (0.3, 6), (1.5, 2)])
-def test_the_order_given_stays_where_another_backend_is_not_clearly_faster(seconds, evaluations):
+def test_the_order_given_stays_where_another_backend_is_not_clearly_faster(clock, seconds, evaluations):
     """What noise could turn round is not worth that two workers of a model differ; nor what is hopeless the time."""
     model = medium()
-    first, second = Slow(model, 0.2), Slow(model, seconds)
+    first, second = Slow(model, clock, 0.2), Slow(model, clock, seconds)
     first.name = "first"
     of = watched(model, first, second)
     assert of.info.backend.startswith("first") and not of.info.note
     assert second.evaluations == evaluations
 
 
-def test_a_backend_that_is_faster_and_wrong_is_not_used():
+def test_a_backend_that_is_faster_and_wrong_is_not_used(clock):
     model = medium()
-    of = watched(model, Slow(model), Wrong(model, shift=1e-2))
+    of = watched(model, Slow(model, clock), Wrong(model, shift=1e-2))
     assert of.info.backend.startswith("slow")
     assert of.info.note.startswith("wrong is switched off: it differs by")
 

@@ -861,7 +861,7 @@ from rootstockd.worker.engines.mace import candidates
 def made(name, *others, usual=candidates._made):
     backend = usual(name, *others)
     evaluate = backend.evaluate
-    backend.evaluate = lambda tasks: (time.sleep(0.2 if name == "fused" else 0.0), evaluate(tasks))[1]
+    backend.evaluate = lambda tasks: (time.sleep(0.5 if name == "fused" else 0.0), evaluate(tasks))[1]
     return backend
 candidates._made = made
 sys.path = [path for path in sys.path if path != os.path.dirname(__file__)]
