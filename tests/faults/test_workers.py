@@ -610,6 +610,7 @@ def test_a_broken_model_is_tried_again_at_once_where_somebody_loads_it(start_hos
         assert isinstance(evaluate(daemon, slab(), "mended"), ModelLoadError)
     assert daemon.run("load", "mended").returncode == 0
     np.testing.assert_allclose(evaluate(daemon, slab(), "mended"), expected(slab()), atol=1e-9)
+    daemon.stop()
 
 
 @pytest.mark.parametrize("how", ["while it loads", "when it has failed"])
@@ -636,6 +637,7 @@ def test_whoever_runs_far_ahead_of_a_model_that_fails(start_hostile, how: str, f
     assert "RecursionError" not in daemon.log.read_text()
     daemon.run("load", "hostile")  # the daemon is well
     np.testing.assert_allclose(evaluate(daemon, slab()), expected(slab()), atol=1e-9)
+    daemon.stop()
 
 
 def test_workers_killed_while_they_load(daemon: RunningDaemon) -> None:
