@@ -417,6 +417,7 @@ def test_install_says_what_its_user_may_not_enter(machine: Machine) -> None:
     machine.do("chmod", "700", prefix)
     done = machine.run(f"{prefix}/bin/python", "-m", "rootstockd", "systemd", "install")
     machine.do("rm", "-r", prefix)
+    assert machine.rootstockd("systemd", "install").returncode == 0  # the units of before
     assert done.returncode == 1
     assert f"may not enter {prefix}, where this installation is: chmod 755 {prefix}" in done.stderr, done.stderr
 
