@@ -195,7 +195,7 @@ class House:
         session, transport = Session(cast("Any", self), Peer(os.getpid(), os.getuid(), frozenset())), _Transport()
         session.connection_made(cast("asyncio.Transport", transport))
         self.say(session, ipi.init_frame(TEXT % more) + STEP * steps)
-        self.account.turns.leave(session, earned=False)
+        self.account.turns.leave(session)
         session.take_turn()
         self.drivers.append((session, transport))
         return session, transport

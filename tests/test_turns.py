@@ -15,11 +15,11 @@ class Taker:
     """Takes turns that last so many seconds, as long as it may."""
 
     def __init__(self, turns: Turns, seconds: float, *, earned: bool = False) -> None:
-        self._turns, self._seconds, self._earned = turns, seconds, earned
+        self.turns, self._seconds, self._earned = turns, seconds, earned
         self.taken: list[float] = []
 
     def ask(self) -> None:
-        self._turns.ask(self, earned=self._earned)
+        self.turns.ask(self)
 
     def take_turn(self) -> None:
         began = time.perf_counter()
@@ -27,6 +27,8 @@ class Taker:
             pass
         self.taken.append(began)
         self.ask()
+        if self._earned:
+            asyncio.get_running_loop().call_soon(self.turns.earned, self)
 
 
 def run(seconds: float, begin: Callable[[], object]) -> None:
@@ -76,20 +78,43 @@ def test_whoever_comes_for_one_step_and_goes_is_not_paced(earned: bool) -> None:
             asyncio.get_running_loop().call_soon(self.go)
 
         def go(self) -> None:
-            turns.leave(self, earned=earned)
+            if earned:
+                turns.earned(self)
+            turns.leave(self)
             come()
 
     def come() -> None:
-        turns.ask(OneStep(turns, 0.02), earned=False)
+        turns.ask(OneStep(turns, 0.02))
 
     run(1.7, come)
     assert (0.02 * len(taken) > AT_FIRST + 4 * SHARE * 1.7) == earned
+
+
+def test_those_who_wait_go_on_as_soon_as_others_have_earned_their_turns() -> None:
+    """As when many jobs begin at once, whose model takes its time for their first steps."""
+    turns = Turns()
+    many = [Taker(turns, AT_FIRST / 4) for _ in range(8)]
+    for one in many:
+        one.ask = lambda: None  # type: ignore[method-assign]  # one turn each
+
+    async def live() -> list[int]:
+        for one in many:
+            turns.ask(one)
+        await asyncio.sleep(2 * AT_FIRST)
+        before = sum(len(one.taken) for one in many)
+        for one in many[:4]:
+            turns.earned(one)
+        await asyncio.sleep(2 * AT_FIRST)
+        return [before, sum(len(one.taken) for one in many)]
+
+    before, after = asyncio.run(live())
+    assert 4 <= before < 8 and after == 8
 
 
 def test_who_is_gone_has_no_turn() -> None:
     turns = Turns()
     a, b = Taker(turns, 0.0), Taker(turns, 0.0)
     a.take_turn = lambda: a.taken.append(0.0)  # type: ignore[method-assign]
-    run(0.05, lambda: (a.ask(), b.ask(), turns.leave(b, earned=False)))
+    run(0.05, lambda: (a.ask(), b.ask(), turns.leave(b)))
     assert a.taken and not b.taken
     assert not turns.waits(b)

@@ -71,8 +71,8 @@ class Session(asyncio.BufferedProtocol):
         """Its stream is to be left to the next daemon; a message had begun when that was said."""
         self._init: bytes | None = None
         """The text of an INIT that waits for its turn."""
-        self._rewarded = 0
-        """Evaluations there were when a turn was last asked for."""
+        self._owes = False
+        """No step came yet of its last turn."""
         self._reading_paused = self._writing_paused = self._closing = False
         self._staged = 0
         self._refusal: RootstockError | None = None
@@ -157,7 +157,7 @@ class Session(asyncio.BufferedProtocol):
             self.client.release()
             self._unstage()
             self._init = None
-            self.account.turns.leave(self, earned=self._earned)
+            self.account.turns.leave(self)
             self._host.accounts.close_session(self.account, self.evaluations)
             self.account = None
         self._host.sessions.discard(self)
@@ -232,15 +232,14 @@ class Session(asyncio.BufferedProtocol):
         """It has asked for a turn, and yet to have it."""
         return self.account is not None and self.account.turns.waits(self)
 
-    @property
-    def _earned(self) -> bool:
-        """A step came of its last turn."""
-        return self.evaluations > self._rewarded
-
     def _ask_for_turn(self) -> None:
         assert self.account is not None
-        self.account.turns.ask(self, earned=self._earned)
-        self._rewarded = self.evaluations
+        self.account.turns.ask(self)
+
+    def _earn(self) -> None:
+        assert self.account is not None
+        self._owes = False
+        self.account.turns.earned(self)
 
     def take_turn(self) -> None:
         """Go on with what is no step: the INIT that waits, or more of what the driver has said at once."""
@@ -250,6 +249,7 @@ class Session(asyncio.BufferedProtocol):
             self._closing = True
             self._transport.abort()
             return
+        self._owes = True
         if self._init is not None:
             text, self._init = self._init, None
             try:
@@ -357,6 +357,8 @@ class Session(asyncio.BufferedProtocol):
                 error = self._potential.compare(self.client.model, self._line)
             if error is None:
                 self.evaluations += 1
+                if self._owes:
+                    self._earn()
                 self._ipi.finish()
             else:
                 self._ipi.fail(error)

@@ -6,10 +6,10 @@ import asyncio
 import time
 from typing import Protocol
 
-SHARE = 0.1
-"""Of the loop's time, that each user's turns may take in the long run."""
+SHARE = 0.01
+"""Of the loop's time, that each user's turns may take in the long run: of no use to anybody, as no step comes of it."""
 AT_FIRST = 0.5
-"""Seconds of it that they may take before: 1,000 jobs that start at once."""
+"""Seconds of it that they may take before: 2,000 jobs that start at once."""
 
 
 class Allowance:
@@ -55,19 +55,12 @@ class Turns:
     def __init__(self) -> None:
         self._waiting: dict[Taker, None] = {}
         self._cost: dict[Taker, float] = {}
-        """Seconds that the last turn of each took, of those that are there."""
+        """Seconds that the last turn of each took, of those that are there and have yet to earn it."""
         self._allowance = Allowance(AT_FIRST / SHARE)
         self._next: asyncio.Handle | None = None
 
-    def ask(self, taker: Taker, *, earned: bool) -> None:
-        """Have a turn, as soon as it comes.
-
-        Args:
-            taker: whose.
-            earned: a step came of the last one, which does not count, then.
-        """
-        if earned:
-            self._give_back(taker)
+    def ask(self, taker: Taker) -> None:
+        """Have a turn, as soon as it comes."""
         self._waiting[taker] = None
         if self._next is None:
             self._schedule()
@@ -76,15 +69,17 @@ class Turns:
         """Whether it has asked, and yet to have its turn."""
         return taker in self._waiting
 
-    def leave(self, taker: Taker, *, earned: bool) -> None:
-        """It is gone; `earned` as for `ask`."""
-        self._waiting.pop(taker, None)
-        if earned:
-            self._give_back(taker)
-        self._cost.pop(taker, None)
-
-    def _give_back(self, taker: Taker) -> None:
+    def earned(self, taker: Taker) -> None:
+        """A step came of its last turn, which does not count, then."""
         self._allowance.give_back(self._cost.pop(taker, 0.0) / SHARE)
+        if self._next is not None:
+            self._next.cancel()
+            self._schedule()
+
+    def leave(self, taker: Taker) -> None:
+        """It is gone."""
+        self._waiting.pop(taker, None)
+        self._cost.pop(taker, None)
 
     def _schedule(self) -> None:
         loop = asyncio.get_running_loop()
