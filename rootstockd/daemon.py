@@ -22,7 +22,8 @@ from rootstock_client.errors import (
     UnknownElementError,
     UnknownModelError,
 )
-from rootstock_client.runtime_dir import job_runtime_dir, share_file
+from rootstock_client.runtime_dir import job_runtime_dir
+from rootstockd import address
 from rootstockd.control.api import control_server
 from rootstockd.control.limits import MAX_SCRAPERS
 from rootstockd.control.metrics import metrics_server
@@ -33,18 +34,7 @@ from rootstockd.host.descriptors import raise_descriptor_limit, share_descriptor
 from rootstockd.host.devices import found_devices
 from rootstockd.host.log_file import reopen_log
 from rootstockd.host.peers import peer_of
-from rootstockd.host.sockets import (
-    AddressError,
-    adopt,
-    claim_gpu,
-    listen,
-    listen_tcp,
-    lock,
-    make_runtime_dir,
-    remove,
-    remove_if_empty,
-    url_of,
-)
+from rootstockd.host.sockets import claim_gpu, listen_tcp, url_of
 from rootstockd.host.surroundings import closed_folder, one_thread
 from rootstockd.models.availability import located, not_to_preload
 from rootstockd.models.catalogue import Catalogue, CatalogueError, Entry
@@ -118,21 +108,19 @@ class Daemon:
         self._watch_signals()  # first of all: what is taken below is given back
         self._share_descriptors()
         with contextlib.ExitStack() as ours:
-            if not self._manager.sockets:
-                folder = self.config.socket.parent
-                make_runtime_dir(folder, shared=self.config.shared)
-                if folder == job_runtime_dir():
-                    ours.callback(remove_if_empty, folder)
-                ours.enter_context(lock(self.config.lock))
-                if folder == job_runtime_dir():  # Slurm may have killed those who would have removed it
-                    ours.callback(remove, share_file(self.config.socket))
+            handed = self._manager.sockets
+            if not handed:
+                address.hold(self.config, ours)
             devices = found_devices(self.config.devices)
             for device in devices:
                 if device.kind == "cuda":
                     ours.enter_context(claim_gpu(device.uuid))
             remove_left_behind()
-            sessions, control_socket = self._adopt(ours) if self._manager.sockets else self._listen(ours)
-            servers = [control_server(self, control_socket)]
+            if handed:
+                sessions, control = address.adopt_sockets(self.config, ours, handed)
+            else:
+                sessions, control = address.make_sockets(self.config, ours, lambda: self._replaced)
+            servers = [control_server(self, control)]
             if self.config.metrics is not None:
                 port = ours.enter_context(listen_tcp(self.config.metrics))
                 self.metrics_url = url_of(port)
@@ -156,40 +144,6 @@ class Daemon:
                     server.should_exit = True
                 await asyncio.gather(*serving)
         log.info("stopped")
-
-    def _listen(self, ours: contextlib.ExitStack) -> tuple[socket.socket, socket.socket]:
-        """Open both sockets: for sessions and for control."""
-        mode, group = self.config.socket_mode, self.config.access.socket_group
-        control = ours.enter_context(listen(self.config.control, mode, group))
-        return ours.enter_context(listen(self.config.socket, mode, group, keep=lambda: self._replaced)), control
-
-    def _open_or_close(self) -> list[str]:
-        """Who can open the sockets follows the lists; where systemd has made them it is for its units to say.
-
-        Returns:
-            What is in the way. Lists hold all the same; without any, nobody but administrators is let in.
-        """
-        failed = []
-        for path in () if self._manager.sockets else (self.config.control, self.config.socket):
-            try:
-                path.chmod(self.config.socket_mode)
-            except OSError as error:
-                failed.append(f"who can open {path} stays as it is: {error.strerror}; `rootstockd reload` tries again")
-        self.accounts.closed = bool(failed) and not self.config.shared
-        return failed
-
-    def _adopt(self, ours: contextlib.ExitStack) -> tuple[socket.socket, socket.socket]:
-        """Take over both sockets from systemd."""
-        there = self._manager.sockets
-        if there.keys() != {"sessions", "control"}:
-            raise AddressError(
-                f"systemd listens for {', '.join(map(repr, there))}; the daemon needs 'sessions' and 'control' "
-                "(FileDescriptorName= in its .socket units, Sockets= in its .service)."
-            )
-        if self.config.access.socket_group is not None:
-            log.warning("access.socket_group has no effect: SocketGroup= and SocketMode= of the .socket units have")
-        sessions = ours.enter_context(adopt(there["sessions"], self.config.socket))
-        return sessions, ours.enter_context(adopt(there["control"], self.config.control))
 
     def stop(self, *, force: bool = False, replaced: bool = False) -> None:
         """Begin to drain; with `force`, wait for nothing.
@@ -246,7 +200,8 @@ class Daemon:
         self.accounts.apply(config)  # the last that may fail; from here on the new settings hold
         self.config, self.catalogue = config, catalogue
         self.fleet.apply(config)
-        in_the_way = self._open_or_close()
+        in_the_way = [] if self._manager.sockets else address.open_or_close(config)
+        self.accounts.closed = bool(in_the_way) and not config.shared  # to all but administrators: no list says who
         self._look_over(not_to_preload(fresh.models, catalogue), in_the_way)
         for name in restart_needed:
             log.warning("%s has changed and takes effect with the next restart", name)

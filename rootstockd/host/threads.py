@@ -1,4 +1,7 @@
-"""What may take long, or never end, as with a file system that does not answer: in a thread of its own."""
+"""What may take long, or never end, as with a file system or a directory of users that does not answer: in a thread.
+
+It is one of its own, which nobody has to wait for: a process ends without it.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ async def in_thread(ask: Callable[..., Result], *arguments: object) -> Result:
     """What `ask` gives or raises, which the loop does not wait for.
 
     Unlike `asyncio.to_thread`, which has few threads for all and waits for them at the end: one that hangs is in
-    nobody's way here, and a process ends without it.
+    nobody's way here.
 
     Raises:
         RuntimeError: there are as many threads as there may be.
@@ -42,3 +45,26 @@ async def in_thread(ask: Callable[..., Result], *arguments: object) -> Result:
 
     threading.Thread(target=run, name=getattr(ask, "__name__", None), daemon=True).start()
     return await answer
+
+
+def within(seconds: float, ask: Callable[[], Result]) -> Result | None:
+    """What `ask` gives or raises, which is waited for; None if that takes longer.
+
+    Raises:
+        RuntimeError: there are as many threads as there may be.
+    """
+    done: list[Result] = []
+    failed: list[Exception] = []
+
+    def run() -> None:
+        try:
+            done.append(ask())
+        except Exception as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, name=getattr(ask, "__name__", None), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if failed:
+        raise failed[0]
+    return done[0] if done else None

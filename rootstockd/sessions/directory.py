@@ -12,12 +12,12 @@ import grp
 import logging
 import math
 import pwd
-import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from rootstockd.host.log_rate import LogRate
+from rootstockd.host.threads import in_thread, within
 
 log = logging.getLogger(__name__)
 log.addFilter(LogRate(log))
@@ -32,8 +32,6 @@ MOST = 32
 """Users that are looked up at a time; of others what was known before counts."""
 ALL_NAMES = 5.0
 """Seconds that a start or a reload waits for all names of the configuration; steps wait with it."""
-
-Result = TypeVar("Result")
 
 
 class _User(NamedTuple):
@@ -61,6 +59,7 @@ class Directory:
         """Names of the configuration, by whose they were when it was read."""
         self._groups: tuple[str, ...] = ()
         self._under_way: dict[int, asyncio.Future[None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def take_over(self, users: Iterable[str], groups: Iterable[str]) -> tuple[set[str], set[str]] | None:
         """Have other names looked for, of users and of groups.
@@ -69,7 +68,7 @@ class Directory:
             Those that there are not; None if that can't be found out within `ALL_NAMES`.
         """
         users, groups = set(users), tuple(groups)
-        found = _within(ALL_NAMES, lambda: (_numbers(_uid, users), _numbers(_gid, groups)))
+        found = within(ALL_NAMES, lambda: (_numbers(_uid, users), _numbers(_gid, groups)))
         self._groups = groups
         if found is None:
             return None
@@ -96,25 +95,19 @@ class Directory:
         if (known and time.monotonic() - known.since < FRESH) or len(self._under_way) >= MOST:
             return None
         loop = asyncio.get_running_loop()
-        answer = loop.create_future()
-        groups, aliases = self._groups, self._aliases.get(uid, ())
-
-        def run() -> None:
-            found = None
-            try:
-                found = _find(uid, aliases, groups)
-            except Exception:
-                log.exception("uid %d can't be looked up", uid)
-            with contextlib.suppress(RuntimeError):  # the daemon has ended meanwhile
-                loop.call_soon_threadsafe(self._learn, uid, groups, found)
-
-        try:
-            threading.Thread(target=run, name="users", daemon=True).start()
-        except RuntimeError:  # there are as many as there may be
-            return None
-        self._under_way[uid] = answer
+        self._under_way[uid] = answer = loop.create_future()
+        self._tasks.add(task := loop.create_task(self._ask(uid)))
+        task.add_done_callback(self._tasks.discard)
         loop.call_later(PATIENCE, self._give_up, uid, answer)
         return answer
+
+    async def _ask(self, uid: int) -> None:
+        groups, found = self._groups, None
+        try:
+            found = await in_thread(_find, uid, self._aliases.get(uid, ()), groups)
+        except Exception:
+            log.exception("uid %d can't be looked up", uid)
+        self._learn(uid, groups, found)
 
     def _learn(self, uid: int, groups: tuple[str, ...], found: _Found | None) -> None:
         now, known = time.monotonic(), self._users.get(uid)
@@ -178,22 +171,3 @@ def _uid(name: str) -> int:
 
 def _gid(name: str) -> int:
     return grp.getgrnam(name).gr_gid
-
-
-def _within(seconds: float, ask: Callable[[], Result]) -> Result | None:
-    """What `ask` gives or raises, in a thread; None if that takes longer."""
-    done: list[Result] = []
-    failed: list[Exception] = []
-
-    def run() -> None:
-        try:
-            done.append(ask())
-        except Exception as error:
-            failed.append(error)
-
-    thread = threading.Thread(target=run, name="users", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if failed:
-        raise failed[0]
-    return done[0] if done else None
