@@ -17,7 +17,8 @@ from ase.stress import full_3x3_to_voigt_6_stress
 
 import rootstock_client.ase_errors  # noqa: F401 - has our errors be ASE's
 from rootstock_client.connection import Connection
-from rootstock_client.errors import ProtocolError, model_changed, used_in_step
+from rootstock_client.errors import model_changed, used_in_step
+from rootstock_client.extras import read_extras
 from rootstock_client.ipi import PROTOCOL_VERSION, FloatArray, ForceReady
 from rootstock_client.parameters import ON_REQUEST, PARAMETERS, SENT
 from rootstock_client.patience import patience_in_seconds
@@ -306,7 +307,7 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         answer = self._connection.evaluate(init, head, positions, forces)
         if answer.extras[0] == self._extras and not energies:  # the same bytes at nearly every step
             return answer, _NO_ENERGIES
-        backend, fingerprint, per_atom = _read_extras(answer.extras[0], energies)
+        backend, fingerprint, per_atom = read_extras(answer.extras[0], energies)
         self.check_potential(fingerprint)
         self.backend, self._extras = backend, answer.extras[0]
         return answer, per_atom
@@ -421,20 +422,3 @@ class _Forked:
 
 
 _forked = _Forked()
-
-
-def _read_extras(text: bytes, energies: int) -> tuple[str | None, str | None, FloatArray]:
-    """What computed, its fingerprint, and so many per-atom energies in Hartree.
-
-    Raises:
-        ProtocolError: the extras are no such thing.
-    """
-    try:
-        extras = json.loads(text or b"{}")
-        backend, fingerprint = extras.get("backend"), extras.get("fingerprint")
-        values = np.array(extras["energies"] if energies else (), float)
-    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-        raise ProtocolError(f"extras that can't be read: {text[:80]!r}") from error
-    if values.shape != (energies,) or not np.isfinite(values).all():
-        raise ProtocolError(f"extras without {energies} per-atom energies: {text[:80]!r}")
-    return backend, fingerprint, values

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rootstock_client.errors import ProtocolError
+from rootstock_client.extras import read_extras
 from rootstockd.worker import loop, memory
 from rootstockd.worker.attached import is_finite, is_within
 from rootstockd.worker.engines import EngineError, EngineInfo, Result, System, Task
@@ -25,7 +27,7 @@ from rootstockd.worker.slots import Slot
 from rootstockd.worker.units import BOHR, HARTREE
 
 FIELDS: dict[str, Any] = {"pbc": [True] * 3, "charge": None, "spin": None, "head": None, "exact": False}
-FIELDS |= {"tolerance": None, "session": 0, "stress": False, "energies": False}
+FIELDS |= {"tolerance": None, "session": 0, "stress": False, "energies": False, "announced": False}
 
 
 @dataclass
@@ -156,7 +158,7 @@ def test_extras_say_what_computed_last():
 
 def test_extras_say_the_fingerprint_where_the_daemon_wants_it():
     with worker(Engine(lambda tasks: plain(tasks, backend="a")), fingerprint="f") as daemon:
-        slots = [daemon.attach(fingerprint=True), daemon.attach(fingerprint=False), daemon.attach()]
+        slots = [daemon.attach(announced=True), daemon.attach(announced=False), daemon.attach()]
         assert daemon.evaluate(1, 2, 3) == {}
         said = [bytes(slot.reply[slot_end(slot) :]) for slot in slots]
     assert said == [b'{"backend": "a", "fingerprint": "f"}', b'{"backend": "a"}', b'{"backend": "a"}']
@@ -186,6 +188,21 @@ def test_energies_of_atoms_are_told_of_each_frame_at_each_step():
                 texts.append(json.loads(said[4 : 4 + size]))
                 said = said[4 + size :]
             assert texts == [{"energies": [value, value]} for value in values]
+
+
+def test_energies_of_atoms_go_packed_to_drivers_that_announced_themselves():
+    values = np.array([1 / 3, -1e-300])
+    with worker(Engine(lambda _tasks: [result(energies=HARTREE * values)])) as daemon:
+        slot = daemon.attach(energies=True, announced=True)
+        assert daemon.evaluate(1) == {}
+        text = bytes(slot.reply[slot_end(slot) :])
+    assert read_extras(text, 2)[2].tobytes() == (HARTREE * values / HARTREE).tobytes()
+    for natoms in (1, 3):
+        with pytest.raises(ProtocolError, match=f"without {natoms} per-atom energies"):
+            read_extras(text, natoms)
+    for wrong in (b'{"energies": [1.0, 2.0]}', b'{"energies": "AA"}', b'{"energies": "?"}', b"{}", b"[]"):
+        with pytest.raises(ProtocolError, match="extras"):
+            read_extras(wrong, 2)
 
 
 def test_what_it_has_of_a_gpu_is_told_where_it_has_changed(monkeypatch) -> None:

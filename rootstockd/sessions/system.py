@@ -65,7 +65,7 @@ class System:
             "session": session,
             "stress": request.stress,
             "energies": request.energies,
-            "fingerprint": not request.stock,
+            "announced": not request.stock,
         }
         """What a worker is told of it."""
         self.key = WorkerKey(spec.name, spec.dtype, request.options)
