@@ -235,7 +235,7 @@ class Worker(Arm):
         slot.positions[0] = self.atoms.positions
         fields: dict[str, Any] = {"slot": self._number, "natoms": natoms, "frames": 1, "pbc": [True] * 3}
         fields.update(charge=None, spin=None, head=None, exact=False, tolerance=None, session=0)
-        fields.update(stress=False, energies=False)
+        fields.update(stress=False, energies=False, announced=False)
         self._channel.send(b"A" + json.dumps(fields).encode())
         socket.send_fds(self._channel, [b"M"], [slot.fd])
 
@@ -427,7 +427,7 @@ ARMS: dict[str, type[Arm]] = {
     "Rootstock": Rootstock,
     "MACECalculator": Mace,
     "MACECalculator, float64": Mace,
-    "same backend": SameBackend,
+    **dict.fromkeys(("same backend", "chosen backend", "chosen backend, no stress", "next backend"), SameBackend),
 }
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks import machine, peers, report
 from benchmarks.common import HERE, REPOSITORY, Results, Settings, last_line, use_cpus
 
-BENCHMARKS = ("ipc", "scale", "fairness", "bad_company", "size", "first_force", "overhead", "throughput")
+BENCHMARKS = ("ipc", "scale", "fairness", "bad_company", "size", "first_force", "backends", "overhead", "throughput")
 """Short ones first: a run that is cut has more of them."""
 WITHOUT_MODELS = ("ipc", "scale", "fairness", "bad_company", "size")
 SCHEMA = 1

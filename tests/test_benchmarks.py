@@ -24,6 +24,7 @@ if not (REPOSITORY / "benchmarks").is_dir():
     pytest.skip("the benchmarks are not here: this is no checkout", allow_module_level=True)
 
 from benchmarks import (  # noqa: E402
+    backends,
     child,
     common,
     first_force,
@@ -310,6 +311,23 @@ class TestContestants:
         assert energy is not None and energy < 1e-4
         assert force is not None and 1e-9 < force < 1e-4  # neither is float64
         assert results.parameters["backends"][model.name]["64, float32"] not in {None, "mace-torch"}
+
+    @pytest.mark.timeout(900)  # four processes import torch, one after another
+    def test_backends_are_timed_and_compared_one_by_one(self, tmp_path: Path) -> None:
+        pytest.importorskip("mace", reason="mace-torch is not installed")
+        settings = common.Settings(quick=True, device="cpu", folder=tmp_path, rootstock=None)
+        results = common.Results("backends", parameters={"backends": {}})
+        model = models.embedded()
+        backends._measure(settings, results, model, "float32", (4,))
+        backends._goals(results, model.name, "float32", (4, 32))
+        assert results.parameters["backends"] == {
+            "mace-emt-small, float32": {"chosen backend": "fused", "next backend": "mace-torch by edges"}
+        }
+        of = {"model": model.name, "dtype": "float32", "natoms": 4}
+        step, after = (results.find(arm, "step", **of) for arm in ("chosen backend", "next backend"))
+        off = results.find("chosen backend", "largest force component, off MACECalculator", **of)
+        assert step and after and off
+        assert [goal["value"] for goal in results.goals] == [pytest.approx(step / after), off]
 
     def test_a_rate_is_over_the_time_of_all_that_it_counts(self, tmp_path: Path) -> None:
         """What is in flight when the time is over is waited for, and counts."""
