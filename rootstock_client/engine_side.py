@@ -137,8 +137,13 @@ class EngineSide:
 
     @property
     def full(self) -> bool:
-        """There is no room for more bytes until events are taken: stop reading."""
-        return self._reader.full
+        """There is no room for more bytes until events are taken, or what comes are none: stop reading."""
+        return self._reader.full or self._state is _HANDOVER
+
+    @property
+    def placing(self) -> bool:
+        """Positions that will be evaluated have come in part."""
+        return self._reader.filling
 
     @property
     def at_rest(self) -> bool:

@@ -61,6 +61,11 @@ class MessageReader(Generic[Message]):
         return self.end - self.start == len(self.staging) and not self._starved
 
     @property
+    def filling(self) -> bool:
+        """What comes next goes into memory that the grammar has named."""
+        return isinstance(self._need, memoryview)
+
+    @property
     def _starved(self) -> bool:
         """The grammar waits for more contiguous bytes than the staging buffer holds so far."""
         return isinstance(self._need, int) and self._need > self.end - self.start

@@ -8,7 +8,15 @@ from collections.abc import Callable
 
 import pytest
 
-from rootstockd.sessions.turns import AT_FIRST, SHARE, Turns
+from rootstockd.sessions import turns as under_test
+from rootstockd.sessions.turns import SHARE, Turns
+
+AT_FIRST = 0.25
+
+
+@pytest.fixture(autouse=True)
+def little_at_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(under_test, "AT_FIRST", AT_FIRST)
 
 
 class Taker:
@@ -22,10 +30,10 @@ class Taker:
         self.turns.ask(self)
 
     def take_turn(self) -> None:
-        began = time.perf_counter()
-        while time.perf_counter() < began + self._seconds:
+        began = time.thread_time()
+        while time.thread_time() < began + self._seconds:
             pass
-        self.taken.append(began)
+        self.taken.append(time.perf_counter())
         self.ask()
         if self._earned:
             asyncio.get_running_loop().call_soon(self.turns.earned, self)
@@ -64,8 +72,8 @@ def test_whoever_takes_much_waits_and_whoever_is_new_does_not() -> None:
 
 def test_turns_that_a_step_came_of_are_not_paced() -> None:
     worker = Taker(Turns(), 0.02, earned=True)
-    run(1.7, worker.ask)
-    assert 0.02 * len(worker.taken) > AT_FIRST + 4 * SHARE * 1.7
+    run(5, worker.ask)
+    assert 0.02 * len(worker.taken) > AT_FIRST + 4 * SHARE * 5
 
 
 @pytest.mark.parametrize("earned", [True, False])
@@ -86,8 +94,58 @@ def test_whoever_comes_for_one_step_and_goes_is_not_paced(earned: bool) -> None:
     def come() -> None:
         turns.ask(OneStep(turns, 0.02))
 
-    run(1.7, come)
-    assert (0.02 * len(taken) > AT_FIRST + 4 * SHARE * 1.7) == earned
+    run(5, come)
+    assert (0.02 * len(taken) > AT_FIRST + 4 * SHARE * 5) == earned
+
+
+def test_who_has_had_no_turn_goes_before_those_who_had() -> None:
+    """A job that begins beside others of its user that talk without end; and so does one that has earned its turns."""
+    turns, order = Turns(), list[str]()
+
+    class Named(Taker):
+        def __init__(self, name: str) -> None:
+            super().__init__(turns, 0.0)
+            self.name = name
+
+        def take_turn(self) -> None:
+            order.append(self.name)
+
+    old, older, worker, late = map(Named, ("old", "older", "worker", "late"))
+
+    async def live() -> None:
+        for one in (older, old, worker):
+            one.ask()
+        await asyncio.sleep(0.05)
+        turns.earned(worker)
+        for one in (older, old, worker, late):
+            one.ask()
+        await asyncio.sleep(0.05)
+
+    asyncio.run(live())
+    assert order == ["older", "old", "worker", "worker", "late", "older", "old"]
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_what_was_taken_before_a_turn_counts_with_it(goes_on: bool) -> None:
+    """And is earned with it: of what goes on for one step, all."""
+
+    class Reader(Taker):
+        def take_turn(self) -> None:
+            self.taken.append(time.perf_counter())
+            self.turns.ask(self, AT_FIRST / 4, goes_on=goes_on)
+
+    async def live() -> tuple[int, int]:
+        reader = Reader(turns := Turns(), 0.0)
+        turns.ask(reader, AT_FIRST / 4)
+        await asyncio.sleep(0.3)
+        before = len(reader.taken)
+        turns.earned(reader)
+        await asyncio.sleep(0.3)
+        return before, len(reader.taken) - before
+
+    before, after = asyncio.run(live())
+    assert 4 <= before <= 6
+    assert (after >= 4) if goes_on else (1 <= after <= 2), after
 
 
 def test_those_who_wait_go_on_as_soon_as_others_have_earned_their_turns() -> None:

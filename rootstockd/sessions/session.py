@@ -23,6 +23,7 @@ from rootstockd.host.peers import Peer, hung_up
 from rootstockd.sessions.accounts import Account
 from rootstockd.sessions.attachments import Line
 from rootstockd.sessions.init_request import InitRequest, is_announced, parse_init
+from rootstockd.sessions.intake import Intake
 from rootstockd.sessions.model_client import ModelClient
 from rootstockd.sessions.roles import Host
 from rootstockd.sessions.same_potential import SamePotential
@@ -73,7 +74,8 @@ class Session(asyncio.BufferedProtocol):
         """The text of an INIT that waits for its turn."""
         self._owes = False
         """No step came yet of its last turn."""
-        self._reading_paused = self._writing_paused = self._closing = False
+        self._writing_paused = self._closing = False
+        self._intake = Intake()
         self._staged = 0
         self._refusal: RootstockError | None = None
         try:
@@ -121,6 +123,7 @@ class Session(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        self._intake.begin(self._transport)
         # a buffer that isn't empty pauses us: the slot must not change while it is being sent
         self._transport.set_write_buffer_limits(high=0)
         if self._refusal is None:
@@ -131,11 +134,16 @@ class Session(asyncio.BufferedProtocol):
             self.end(None)
 
     def buffer_updated(self, nbytes: int) -> None:
-        if not self._closing:
-            self._ipi.received(nbytes)
-            self._advance()
-            if self._ipi.full and not self._closing:  # a driver that runs ahead of its results waits
-                self._pause_reading()
+        if self._closing:
+            self._intake.came(nbytes, placing=False)
+            return
+        self._ipi.received(nbytes)
+        if not self._advance() and not self._closing:
+            placing = self._ipi.placing
+            if (owed := self._intake.came(nbytes, placing=placing)) is not None:
+                self._ask_for_turn(owed, goes_on=placing)
+        if self._ipi.full and not self._closing:  # a driver that runs ahead of its results waits
+            self._intake.pause()
 
     def pause_writing(self) -> None:
         self._writing_paused = True
@@ -167,6 +175,7 @@ class Session(asyncio.BufferedProtocol):
     def attached(self, stream: socket.socket) -> None:
         """The stream is there: from now on the session is with its driver."""
         self._transport = GuardedTransport(stream, self)
+        self._intake.begin(self._transport)
         self._transport.resume_reading()
         try:
             self._ipi.taken_over()
@@ -195,14 +204,17 @@ class Session(asyncio.BufferedProtocol):
 
     # --- the protocol's side
 
-    def _advance(self) -> None:
-        """Do what can be done with what has come; where that is much, a little of it now."""
+    def _advance(self) -> bool:
+        """Do what can be done with what has come, where that is much a little of it; whether a step has begun."""
+        begun = False
         try:
             for _ in _AT_ONCE:
                 # a driver that does not read its answers gets no more of them, and nothing evaluated meanwhile
                 if self._closing or self._writing_paused or (event := self._ipi.next_event()) is None:
                     break
                 if isinstance(event, engine_side.Evaluate):  # not `match`: it takes its time, and this is a step's way
+                    begun = True
+                    self._intake.step_came()
                     self._evaluate(event.cells)
                 elif isinstance(event, engine_side.SendResult):
                     self._transport.write(self.client.system.slot.reply)
@@ -211,7 +223,7 @@ class Session(asyncio.BufferedProtocol):
                 else:
                     self._do(event)
             else:
-                self._pause_reading()
+                self._intake.pause()
                 self._ask_for_turn()
         except RootstockError as error:
             self._count(error)
@@ -219,22 +231,18 @@ class Session(asyncio.BufferedProtocol):
             if self._ipi.announced or isinstance(error, LimitError):
                 self._transport.write(ipi.error_frame(error))
             self.end(error)
-        if self._reading_paused and not self._closing and not self._ipi.full and not self._waits:
-            self._reading_paused = False
-            self._transport.resume_reading()
-
-    def _pause_reading(self) -> None:
-        self._reading_paused = True
-        self._transport.pause_reading()
+        if not self._closing and not self._ipi.full and not self._waits:
+            self._intake.go_on()
+        return begun
 
     @property
     def _waits(self) -> bool:
         """It has asked for a turn, and yet to have it."""
         return self.account is not None and self.account.turns.waits(self)
 
-    def _ask_for_turn(self) -> None:
+    def _ask_for_turn(self, owed: float = 0.0, *, goes_on: bool = False) -> None:
         assert self.account is not None
-        self.account.turns.ask(self)
+        self.account.turns.ask(self, owed, goes_on=goes_on)
 
     def _earn(self) -> None:
         assert self.account is not None
@@ -259,7 +267,21 @@ class Session(asyncio.BufferedProtocol):
             del text
             self._unstage()
         self._go_on()
+        if self._intake.in_turns and not self._closing:
+            self._read_on()
         self._leave_at_rest()
+
+    def _read_on(self) -> None:
+        """Read in this turn, which that counts for."""
+        try:
+            if self._ipi.full:  # it goes on when there is room
+                self._intake.in_turns = False
+            elif nbytes := self._intake.read(self._ipi.get_buffer(-1)):
+                self.buffer_updated(nbytes)
+            elif not self._intake.in_turns:
+                self._advance()
+        except Exception as error:
+            self._cut_off(error)
 
     def _go_on(self) -> None:
         """Do what can be done, where no transport would close the connection for a defect in that."""

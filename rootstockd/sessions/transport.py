@@ -92,22 +92,27 @@ class GuardedTransport(asyncio.Transport):
         """Close it; what was not taken yet is lost."""
         self._lose(None)
 
-    def _read(self) -> None:
+    def read_now(self) -> bool:
+        """Read once, though reading is paused, what is there; whether anything was, or the connection is lost."""
+        return self._closed or self._read()
+
+    def _read(self) -> bool:
         try:
-            self._take_in()
+            return self._take_in()
         except Exception as error:  # as the loop's own does
             log.exception("a connection is closed, as what it said could not be dealt with")
             self._lose(error)
+            return True
 
-    def _take_in(self) -> None:
+    def _take_in(self) -> bool:
         how = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
         try:
             size, ancillary, _, _ = self._stream.recvmsg_into([self._reader.get_buffer(-1)], self._room, how)
         except BlockingIOError:
-            return
+            return False
         except OSError as error:
             self._lose(error)
-            return
+            return True
         if self._tcp:
             # drivers that send a message in parts and leave TCP_NODELAY off, as ASE's does, wait for our
             # acknowledgement, 40 ms; the kernel forgets that it was told to hurry
@@ -119,6 +124,7 @@ class GuardedTransport(asyncio.Transport):
             self._reader.buffer_updated(size)
         else:
             self._lose(None)
+        return True
 
     def _send(self, data: bytes | bytearray | memoryview) -> int:
         try:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
+import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
-from conftest import RunningDaemon
+from conftest import RunningDaemon, wait_for
 from rootstock_client import ipi
 from rootstock_client.runtime_dir import control_socket
 from rootstockd.sessions.acceptor import AT_FIRST
@@ -22,6 +25,9 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "fuzz"))
 import live
 
 SESSIONS = 20
+CROWD = 300
+IDLE = 0.1
+"""Of a CPU, at most, that the daemon takes where floods are kept to their share and there is one good session."""
 SECONDS = 3.0
 STEPS = 30
 """In that time at least. A good session does some 200 a second alone, and some 50 where others work on the machine."""
@@ -36,9 +42,13 @@ def connected():
     return sock
 
 def send(sock):
-    sock.sendall(first)
     while True:
-        sock.sendall(again)
+        try:
+            sock.sendall(first)
+            while True:
+                sock.sendall(again)
+        except OSError:
+            sock = connected()
 
 def read(sock):
     while sock.recv(65536):
@@ -82,6 +92,11 @@ def init(model: str = "noop", natoms: int = 1) -> bytes:
     return ipi.init_frame(json.dumps(system).encode())
 
 
+def init_in_batches(model: str) -> bytes:
+    system = {"rootstock": 1, "model": model, "numbers": [29], "pbc": [False] * 3, "batch_size": 1024}
+    return ipi.init_frame(json.dumps(system).encode())
+
+
 def posdata(natoms: int, cell: float = 1.0) -> bytes:
     return ipi.posdata_head(cell * np.eye(3), np.eye(3), natoms) + bytes(24 * natoms)
 
@@ -96,7 +111,16 @@ FLOODS = {
     "cells that are none": (init(), (posdata(1, np.nan) + ipi.GETFORCE) * 200),
     "connections": (b"", b""),
     "connections with INIT": (init(), b""),
+    "what nobody reads any more": (b"nonsense    ", bytes(1 << 20)),
 }
+ENDLESS = {
+    "a structure without end": (
+        init_in_batches("nope") + b"POSDATA     " + struct.pack("<i", 2**31 - 1) + bytes(1024 * 144),
+        bytes(1 << 20),
+    ),
+    "an INIT in crumbs": (b"INIT        " + struct.pack("<ii", 0, 300_000), b" "),
+}
+"""Of a single message."""
 
 
 @pytest.fixture(scope="module")
@@ -105,22 +129,31 @@ def daemon(older_kernel: bool, start_shared_daemon: Callable[..., RunningDaemon]
     return start_shared_daemon("--model", "emt", "--model", "noop")
 
 
+@contextlib.contextmanager
+def flood(path: Path, sessions: int, *what: bytes) -> Iterator[None]:
+    command = [sys.executable, "-c", FLOOD, str(path), str(sessions)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(b"".join(text.hex().encode() + b"\n" for text in what))
+        process.stdin.flush()
+        assert process.stdout.readline()
+        try:
+            yield
+            assert process.poll() is None
+        finally:
+            process.kill()
+
+
 def check_beside(daemon: RunningDaemon, path: Path, sessions: int, *what: bytes) -> None:
     """Another session's steps, right as ever, and status go on beside a flood; and afterwards nothing stays."""
     before = live.footprint(daemon.client())
-    command = [sys.executable, "-c", FLOOD, str(path), str(sessions)]
     with live.GoodSession(daemon.socket) as good:
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as flood:
-            assert flood.stdin is not None and flood.stdout is not None
-            flood.stdin.write(b"".join(text.hex().encode() + b"\n" for text in what))
-            flood.stdin.flush()
-            assert flood.stdout.readline()
+        with flood(path, sessions, *what):
             time.sleep(0.5)
             steps = len(good.latencies)
             time.sleep(SECONDS)
             steps = len(good.latencies) - steps
             assert daemon.client().status()["state"] == "ready"
-            flood.kill()
         assert not good.errors, good.errors
     assert steps >= STEPS
     live.settled(daemon.client())
@@ -132,6 +165,25 @@ def test_beside_sessions_that_talk_without_end(daemon: RunningDaemon, what: str)
     first, again = FLOODS[what]
     check_beside(daemon, daemon.socket, SESSIONS if again else 4, first, again, b"")
     assert "Traceback" not in daemon.log.read_text()
+
+
+@pytest.mark.parametrize("what", ENDLESS)
+def test_bytes_of_a_message_without_end_are_read_at_a_pace(daemon: RunningDaemon, what: str) -> None:
+    first, again = ENDLESS[what]
+    process = psutil.Process(daemon.client().status()["pid"])
+
+    def share() -> float:
+        began, used = time.monotonic(), sum(process.cpu_times()[:2])
+        time.sleep(1)
+        return (sum(process.cpu_times()[:2]) - used) / (time.monotonic() - began)
+
+    with live.GoodSession(daemon.socket) as good, flood(daemon.socket, CROWD, first, again, b""):
+        wait_for(lambda: share() < IDLE, timeout=90)
+        steps = len(good.latencies)
+        time.sleep(SECONDS)
+        assert len(good.latencies) - steps >= STEPS
+    assert not good.errors, good.errors
+    live.settled(daemon.client())
 
 
 def test_a_storm_of_connections_is_taken_at_a_pace(daemon: RunningDaemon) -> None:
