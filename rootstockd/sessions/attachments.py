@@ -8,9 +8,9 @@ any time: make it block, let closing it wait. The daemon's one thread must not b
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import socket
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from rootstock_client import ipi
@@ -63,18 +63,20 @@ class Line(asyncio.Protocol):
             data, descriptors, cut = self._read()
         except BlockingIOError:
             return
-        more = self.stop_waiting()
-        if len(descriptors) == 1 and not more:
-            self._judge(descriptors[0], data)
-        elif descriptors:
-            error = ProtocolError("more came with the descriptor than ATTACH")
-            passed.close_aside(descriptors, lambda: self._session.not_attached(error))
-        elif not data:
+        passed.refuse(self._socket)
+        if not data:
+            self.stop_waiting()
             self._transport.close()
-        elif cut:
-            self._session.not_attached(_no_descriptor())
+        elif len(descriptors) == 1 and not self._has_more():
+            self._leave_to_loop()
+            self._judge(descriptors[0], data)
         else:
-            self._session.not_attached(ProtocolError("ATTACH came without a descriptor"))
+            error: RootstockError = ProtocolError("ATTACH came without a descriptor")
+            if descriptors:
+                error = ProtocolError("more came with the descriptor than ATTACH")
+            elif cut:
+                error = _no_descriptor()
+            self.stop_waiting(descriptors, lambda: self._session.not_attached(error))
 
     def _read(self) -> tuple[bytes, list[int], bool]:
         """What is next, the descriptors with it, and whether there was no room for some.
@@ -111,21 +113,30 @@ class Line(asyncio.Protocol):
         self._transport.resume_reading()
         self._session.attached(stream)
 
-    def stop_waiting(self) -> bool:
-        """No descriptor is waited for any more; whether more had come already, which is nobody's."""
-        if not self._waits:
+    def _has_more(self) -> bool:
+        """Whether something lies behind, which is left there: it may go on for ever."""
+        try:
+            return bool(self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        except OSError:
             return False
+
+    def _leave_to_loop(self) -> None:
+        """Have the transport read the connection again: no descriptor lies there, and none can come."""
         self._waits = False
         self._loop.remove_reader(self._socket)
-        passed.refuse(self._socket)
-        surplus: list[int] = []
-        more = False
-        with contextlib.suppress(BlockingIOError):
-            while (found := self._read())[0]:
-                more = True
-                surplus += found[1]
-        passed.close_aside([*surplus, self._socket])
-        return more
+        self._socket.close()
+
+    def stop_waiting(self, surplus: Iterable[int] = (), then: Callable[[], object] = lambda: None) -> None:
+        """No descriptor is waited for any more, nor anything read that comes over the connection.
+
+        Args:
+            surplus: descriptors that are nobody's.
+            then: called when these are closed, and all that lay behind.
+        """
+        if self._waits:
+            self._waits = False
+            self._loop.remove_reader(self._socket)
+            passed.close_aside([*surplus, self._socket], then, unread=True)
 
     def tell_model(self, fingerprint: str) -> None:
         """Say what has computed the first result."""

@@ -32,9 +32,9 @@ SECONDS = 3.0
 STEPS = 30
 """In that time at least. A good session does some 200 a second alone, and some 50 where others work on the machine."""
 FLOOD = """
-import socket, sys, threading
+import contextlib, socket, sys, threading
 path, sessions = sys.argv[1:]
-first, again, asks = (bytes.fromhex(sys.stdin.readline()) for _ in range(3))
+first, again, asks, line = (bytes.fromhex(sys.stdin.readline()) for _ in range(4))
 
 def connected():
     sock = socket.socket(socket.AF_UNIX)
@@ -59,6 +59,17 @@ def come_and_go():
         with connected() as sock:
             sock.sendall(first)
 
+def talk_on_a_line():
+    much = bytes(1 << 26)
+    while True:
+        with connected() as sock, contextlib.suppress(OSError):
+            sock.sendall(line)
+            sock.recv(12)
+            ends = socket.socketpair()
+            socket.send_fds(sock, [b"ATTACH".ljust(12), much], [ends[0].fileno()])
+            while True:
+                sock.sendall(much)
+
 def ask():
     sock = connected()
     while True:
@@ -74,6 +85,8 @@ def ask():
 for _ in range(int(sessions)):
     if asks:
         what = [ask]
+    elif line:
+        what = [talk_on_a_line]
     elif not again:
         what = [come_and_go]
     else:
@@ -87,8 +100,8 @@ sys.stdin.read()
 """In a process of its own, as fast as it can; until its input ends."""
 
 
-def init(model: str = "noop", natoms: int = 1) -> bytes:
-    system = {"rootstock": 1, "model": model, "numbers": [29] * natoms, "pbc": [False] * 3}
+def init(model: str = "noop", natoms: int = 1, **more: object) -> bytes:
+    system = {"rootstock": 1, "model": model, "numbers": [29] * natoms, "pbc": [False] * 3, **more}
     return ipi.init_frame(json.dumps(system).encode())
 
 
@@ -130,11 +143,13 @@ def daemon(older_kernel: bool, start_shared_daemon: Callable[..., RunningDaemon]
 
 
 @contextlib.contextmanager
-def flood(path: Path, sessions: int, *what: bytes) -> Iterator[None]:
+def flood(
+    path: Path, sessions: int, *, first: bytes = b"", again: bytes = b"", asks: bytes = b"", line: bytes = b""
+) -> Iterator[None]:
     command = [sys.executable, "-c", FLOOD, str(path), str(sessions)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None and process.stdout is not None
-        process.stdin.write(b"".join(text.hex().encode() + b"\n" for text in what))
+        process.stdin.write(b"".join(text.hex().encode() + b"\n" for text in (first, again, asks, line)))
         process.stdin.flush()
         assert process.stdout.readline()
         try:
@@ -144,11 +159,11 @@ def flood(path: Path, sessions: int, *what: bytes) -> Iterator[None]:
             process.kill()
 
 
-def check_beside(daemon: RunningDaemon, path: Path, sessions: int, *what: bytes) -> None:
+def check_beside(daemon: RunningDaemon, path: Path, sessions: int, **what: bytes) -> None:
     """Another session's steps, right as ever, and status go on beside a flood; and afterwards nothing stays."""
     before = live.footprint(daemon.client())
     with live.GoodSession(daemon.socket) as good:
-        with flood(path, sessions, *what):
+        with flood(path, sessions, **what):
             time.sleep(0.5)
             steps = len(good.latencies)
             time.sleep(SECONDS)
@@ -163,7 +178,13 @@ def check_beside(daemon: RunningDaemon, path: Path, sessions: int, *what: bytes)
 @pytest.mark.parametrize("what", FLOODS)
 def test_beside_sessions_that_talk_without_end(daemon: RunningDaemon, what: str) -> None:
     first, again = FLOODS[what]
-    check_beside(daemon, daemon.socket, SESSIONS if again else 4, first, again, b"")
+    check_beside(daemon, daemon.socket, SESSIONS if again else 4, first=first, again=again)
+    assert "Traceback" not in daemon.log.read_text()
+
+
+def test_beside_lines_without_end(daemon: RunningDaemon) -> None:
+    """What comes behind the driver's stream is as much as the socket takes, again and again."""
+    check_beside(daemon, daemon.socket, 4, line=init(attach=True) + ipi.STATUS)
     assert "Traceback" not in daemon.log.read_text()
 
 
@@ -177,7 +198,7 @@ def test_bytes_of_a_message_without_end_are_read_at_a_pace(daemon: RunningDaemon
         time.sleep(1)
         return (sum(process.cpu_times()[:2]) - used) / (time.monotonic() - began)
 
-    with live.GoodSession(daemon.socket) as good, flood(daemon.socket, CROWD, first, again, b""):
+    with live.GoodSession(daemon.socket) as good, flood(daemon.socket, CROWD, first=first, again=again):
         wait_for(lambda: share() < IDLE, timeout=90)
         steps = len(good.latencies)
         time.sleep(SECONDS)
@@ -204,4 +225,4 @@ def test_a_storm_of_connections_is_taken_at_a_pace(daemon: RunningDaemon) -> Non
 @pytest.mark.parametrize("what", ["/v1/status", "/v1/models", "/metrics"])
 def test_beside_requests_without_end(daemon: RunningDaemon, what: str) -> None:
     asks = f"GET {what} HTTP/1.1\r\nhost: x\r\n\r\n".encode()
-    check_beside(daemon, control_socket(daemon.socket), 4, b"", b"", asks)
+    check_beside(daemon, control_socket(daemon.socket), 4, asks=asks)
