@@ -3,6 +3,10 @@
 Who lets one go that was sent to it and is the last to have it closes a file of somebody else's, and that may take as
 long as they like: TCP with SO_LINGER, a file of a FUSE. Linux does so within whatever system call let it go, be it a
 plain `recv`. Since Linux 6.16 a socket can refuse them, and whoever sends one is told so (EPERM).
+
+On a stream that was handed over its giver can set, at any time, what else the kernel puts beside the data: who has sent
+it (SO_PASSCRED, SO_PASSSEC, and SO_PASSPIDFD since Linux 6.5, which makes a descriptor each time), how much more there
+is (SO_INQ, since 6.17). That says nothing about whoever sends, and is to have no effect.
 """
 
 from __future__ import annotations
@@ -19,8 +23,11 @@ from collections.abc import Callable, Iterable
 from typing import cast
 
 _SO_PASSRIGHTS = 83
-MOST = socket.CMSG_SPACE(253 * 4)
-"""Room for all that a message can bring, SCM_MAX_FD of them: the kernel lets those go for which there is none."""
+_SCM_PIDFD = 4
+_CREDENTIALS, _LABEL, _INT = 12, 4096, 4  # a label of a security module has a page at most
+MOST = sum(map(socket.CMSG_SPACE, (_CREDENTIALS, _LABEL, 253 * _INT, _INT, _INT)))
+"""Room for all that a message can bring, SCM_MAX_FD of them, and for what the kernel puts beside: it lets those go for
+which there is none."""
 _AT_ONCE, _PIECE = struct.pack("ii", 0, 0), 65_536
 _RETRY = 1.0
 """Seconds until the next try where no thread could be started."""
@@ -43,12 +50,18 @@ def are_refused(sock: socket.socket) -> bool:
 
 
 def descriptors_in(ancillary: Iterable[tuple[int, int, bytes]]) -> list[int]:
-    """Those that a message brought, which are the caller's to close."""
-    found = array.array("i")
+    """Those that a message brought, which are the caller's to close; those that the kernel made for it are closed."""
+    found: list[int] = []
     for level, kind, data in ancillary:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-            found.frombytes(data[: len(data) - len(data) % found.itemsize])
-    return found.tolist()
+        if level == socket.SOL_SOCKET and kind in (socket.SCM_RIGHTS, _SCM_PIDFD):
+            numbers = array.array("i", data[: len(data) - len(data) % _INT])
+            if kind == socket.SCM_RIGHTS:
+                found += numbers
+                continue
+            for number in numbers:
+                with contextlib.suppress(OSError):  # it is negative where none could be made
+                    os.close(number)
+    return found
 
 
 def close_aside(
@@ -59,13 +72,14 @@ def close_aside(
     Args:
         what: descriptors and sockets.
         then: called by the loop when that is done.
-        unread: the sockets are connections of our own, and nobody reads any more what has come over them.
+        unread: the sockets are connections of our own, and nobody reads any more what has come over them. Descriptors
+            are somebody else's, and their streams may have no end.
     """
     loop = asyncio.get_running_loop()
 
     def run() -> None:
         for one in what:
-            _close(one, unread=unread)
+            _close(one, unread=unread and isinstance(one, socket.socket))
         with contextlib.suppress(RuntimeError):  # the daemon has ended meanwhile
             loop.call_soon_threadsafe(then)
 

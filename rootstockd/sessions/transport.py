@@ -107,7 +107,7 @@ class GuardedTransport(asyncio.Transport):
     def _take_in(self) -> bool:
         how = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
         try:
-            size, ancillary, _, _ = self._stream.recvmsg_into([self._reader.get_buffer(-1)], self._room, how)
+            size, ancillary, flags, _ = self._stream.recvmsg_into([self._reader.get_buffer(-1)], self._room, how)
         except BlockingIOError:
             return False
         except OSError as error:
@@ -118,8 +118,10 @@ class GuardedTransport(asyncio.Transport):
             # acknowledgement, 40 ms; the kernel forgets that it was told to hurry
             with contextlib.suppress(OSError):
                 self._stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
-        if ancillary:
-            self._lose(None, descriptors_in(ancillary))
+        descriptors = descriptors_in(ancillary) if ancillary else None
+        # cut off are those for which there was no number left
+        if descriptors or (flags & socket.MSG_CTRUNC and not self._tcp):
+            self._lose(None, descriptors)
         elif size:
             self._reader.buffer_updated(size)
         else:
