@@ -19,8 +19,7 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Callable, Iterable
-from typing import cast
+from collections.abc import Callable, Iterable, Sequence
 
 _SO_PASSRIGHTS = 83
 _SCM_PIDFD = 4
@@ -65,12 +64,12 @@ def descriptors_in(ancillary: Iterable[tuple[int, int, bytes]]) -> list[int]:
 
 
 def close_aside(
-    what: Iterable[int | socket.socket], then: Callable[[], object] = lambda: None, *, unread: bool = False
+    what: Sequence[int | socket.socket], then: Callable[[], object] = lambda: None, *, unread: bool = False
 ) -> None:
     """Close what may take its time to close, in a thread; not for long, but for files of a FUSE.
 
     Args:
-        what: descriptors and sockets.
+        what: descriptors, which somebody else has sent, and sockets.
         then: called by the loop when that is done.
         unread: the sockets are connections of our own, and nobody reads any more what has come over them. Descriptors
             are somebody else's, and their streams may have no end.
@@ -79,7 +78,9 @@ def close_aside(
 
     def run() -> None:
         for one in what:
-            _close(one, unread=unread and isinstance(one, socket.socket))
+            if isinstance(one, socket.socket):
+                _close(one, unread=unread)
+        _let_go([one for one in what if isinstance(one, int)])
         with contextlib.suppress(RuntimeError):  # the daemon has ended meanwhile
             loop.call_soon_threadsafe(then)
 
@@ -89,23 +90,38 @@ def close_aside(
         loop.call_later(_RETRY, functools.partial(close_aside, what, then, unread=unread))
 
 
-def _close(one: int | socket.socket, *, unread: bool = False) -> None:
-    """Close one that does not linger, and all that came over it and was not read."""
-    try:
-        sock = socket.socket(fileno=one) if isinstance(one, int) else one
-    except OSError:  # it is none
-        with contextlib.suppress(OSError):
-            os.close(cast(int, one))
+def _let_go(descriptors: list[int]) -> None:
+    """Close somebody else's, all at once: while one takes its time, as what lies in a socket may, none is open here."""
+    if not descriptors:
         return
+    for descriptor in descriptors:
+        with contextlib.suppress(OSError):  # it is no socket
+            sock = socket.socket(fileno=descriptor)
+            _end_at_once(sock)
+            sock.detach()
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # none is left for this, and they are closed one by one
+            ends = [stack.enter_context(end) for end in socket.socketpair()]
+            socket.send_fds(ends[1], [b"x"], descriptors)  # to the one that is closed last
+        for descriptor in descriptors:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+
+
+def _end_at_once(sock: socket.socket) -> None:
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _AT_ONCE)
+
+
+def _close(sock: socket.socket, *, unread: bool) -> None:
+    """Close one that does not linger, and all that came over it and was not read."""
+    _end_at_once(sock)
     with contextlib.suppress(OSError):
         if unread:
             sock.shutdown(socket.SHUT_RD)  # no more comes
         while unread:
             data, ancillary, _, _ = sock.recvmsg(_PIECE, MOST, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
-            for descriptor in descriptors_in(ancillary):
-                _close(descriptor)
+            _let_go(descriptors_in(ancillary))
             unread = bool(data)
     with contextlib.suppress(OSError):
         sock.close()

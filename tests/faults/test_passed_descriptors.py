@@ -304,6 +304,29 @@ def test_there_is_room_for_all_of_a_message(daemon: RunningDaemon, write: int, o
             assert gone(ours)
 
 
+def test_while_one_is_being_closed_others_are_not_open(daemon: RunningDaemon, write: int) -> None:
+    """What lies in a socket can't be told not to linger."""
+    pid = daemon.client().status()["pid"]
+    control = control_socket(daemon.socket)
+    with lingering() as stream, connected(daemon.socket) as sock:
+        driver, ours = handed_over(daemon, sock)
+        driver.close()
+        with ours:
+            assert ask(ours) == ipi.READY
+            before = live.descriptors(pid, control)
+            with stopped(daemon):
+                full, filler = socket.socketpair()
+                send(filler, b"x", [stream.fileno()])
+                stream.close()
+                send(ours, ipi.STATUS, [full.fileno(), *[write] * (MOST - 1)])
+                filler.close()
+                full.close()
+            begun = time.monotonic()
+            assert gone(ours)
+            wait_for(lambda: live.descriptors(pid, control) <= before, timeout=4 * LINGERS)
+            assert time.monotonic() < begun + LINGERS - 1
+
+
 def test_what_lies_in_a_stream_that_is_sent_along(daemon: RunningDaemon, older_kernel: bool) -> None:
     """It is not read before the stream is closed, as it may have no end."""
     one, other = socket.socketpair()
