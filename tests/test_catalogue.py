@@ -18,7 +18,7 @@ from rootstockd.models.catalogue import Catalogue, CatalogueError, Entry
 from rootstockd.settings import state_dir
 from rootstockd.settings.config import SettingsFile
 from rootstockd.settings.config_file import ConfigError, read_config_file
-from rootstockd.settings.state_dir import StateError, site_folder, state_dirs
+from rootstockd.settings.state_dir import StateError, own_state, site_folder, state_dirs
 
 EMT = 'family = "ase"\narguments = { calculator = "ase.calculators.emt:EMT" }\n'
 
@@ -304,6 +304,13 @@ def test_a_device_is_no_catalogue_and_keeps_its_mode(places, monkeypatch):
     with pytest.raises(ConfigError, match=r"/dev/null is neither a file nor a folder.*: name another") as refused:
         read_config_file(SettingsFile(path=site_folder() / "config.toml"))
     assert "chmod" not in str(refused.value)
+
+
+def test_a_home_that_no_shell_has_seen(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for variable, named in (("ROOTSTOCKD_STATE", own_state), ("ROOTSTOCKD_SITE", site_folder)):
+        monkeypatch.setenv(variable, "~/kept")
+        assert named() == tmp_path / "kept"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")

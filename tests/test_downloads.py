@@ -477,13 +477,14 @@ def test_one_file_of_two_models(server, state, entry):
     assert not list(folder.glob("*.model"))
 
 
-@pytest.mark.parametrize("kind", ["folder", "url"])
-def test_a_mirror_and_nothing_else(server, state, entry, tmp_path, kind):
+@pytest.mark.parametrize("kind", ["folder", "home", "url"])
+def test_a_mirror_and_nothing_else(server, state, entry, tmp_path, monkeypatch, kind):
     offline = entry.model_copy(update={"url": "http://files.invalid/a%20b/some.model?raw=true"})
-    mirror = str(tmp_path) if kind == "folder" else server.url("/mirror/")
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    mirror = {"folder": str(tmp_path), "home": f"~/{tmp_path.name}", "url": server.url("/mirror/")}[kind]
     with pytest.raises((StoreError, DownloadError), match="some.model") as caught:
         pull("mine", offline, wishes(mirror=mirror))
-    if kind == "folder":
+    if kind != "url":
         assert str(caught.value) == (
             f"the mirror has no {tmp_path}/some.model, which would be its copy of {offline.url}."
         )
@@ -492,7 +493,7 @@ def test_a_mirror_and_nothing_else(server, state, entry, tmp_path, kind):
     stored = pull("mine", offline, wishes(mirror=mirror))
     assert stored.weights.read_bytes() == DATA
     assert stored.record.url == offline.url
-    assert stored.record.source == (f"{tmp_path}/some.model" if kind == "folder" else server.url("/mirror/some.model"))
+    assert stored.record.source == (server.url("/mirror/some.model") if kind == "url" else f"{tmp_path}/some.model")
 
 
 def test_a_mirror_with_another_file(server, state, entry, tmp_path):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
+from rootstock_client.runtime_dir import named_path
 from rootstockd.models import store
 from rootstockd.models.catalogue import Entry
 from rootstockd.models.download import Known, Progress, Say, download
@@ -132,7 +133,7 @@ def _get(name: str, entry: Entry, right: str, folder: Path, wishes: Wishes) -> t
     if "://" in wishes.mirror:
         url = f"{wishes.mirror.rstrip('/')}/{file_name(entry.url)}"
         return _download(url, part, entry, right, folder, wishes), url
-    path = Path(wishes.mirror, file_name(entry.url)).absolute()
+    path = named_path(wishes.mirror) / file_name(entry.url)
     if not path.is_file():
         raise StoreError(f"the mirror has no {path}, which would be its copy of {entry.url}.")
     if (file := _copy(path, part, entry, right, folder, wishes.say)) is None:

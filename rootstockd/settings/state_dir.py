@@ -17,6 +17,7 @@ from pathlib import Path
 
 import platformdirs
 
+from rootstock_client.runtime_dir import named_path
 from rootstockd.users import group_name, user_name
 
 VARIABLE = "ROOTSTOCKD_STATE"
@@ -38,13 +39,13 @@ class StateError(Exception):
 
 def site_folder() -> Path:
     """Where a site describes its models and environments."""
-    return Path(os.environ.get(SITE_VARIABLE) or "/etc/rootstockd")
+    return named_path(os.environ.get(SITE_VARIABLE) or "/etc/rootstockd")
 
 
 def own_state() -> Path:
     """Where this user's commands write: what the variable says, root's, or `~/.local/share/rootstockd`."""
     if said := os.environ.get(VARIABLE):
-        return Path(said).absolute()
+        return named_path(said)
     return SYSTEM_STATE if os.geteuid() == 0 else platformdirs.user_data_path("rootstockd")
 
 
