@@ -283,6 +283,13 @@ def test_a_full_disk(server, fetch, tmp_path):
         fetch(path=tmp_path / "full")
 
 
+def test_a_pipe_in_place_of_the_part_file_is_not_waited_for(server, fetch, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    os.mkfifo(tmp_path / "pipe.from")
+    with pytest.raises(DownloadError, match="No such device or address"):
+        fetch(path=tmp_path / "pipe")
+
+
 def test_a_file_larger_than_the_disk(server, fetch, monkeypatch):
     free = os.statvfs(fetch.path.parent).f_bavail * os.statvfs(fetch.path.parent).f_frsize
     monkeypatch.setitem(server.files, FILE, _Huge(free * 2))

@@ -615,12 +615,17 @@ def test_verify_finds_what_kept_its_size(own: Build) -> None:
         ("RECORD", b"", "numpy 1.1 has no record of its files"),
         ("RECORD", b"\0" * 300, "numpy 1.1 has no record of its files"),
         ("RECORD", b"numpy/\xff.py,,3\n", "numpy 1.1 lacks 1 of its files, such as numpy/\ufffd.py"),
+        ("RECORD", None, "numpy 1.1 has no record of its files"),
     ],
 )
-def test_whatever_is_damaged_is_told(own: Build, file: str, text: bytes, problem: str) -> None:
+def test_whatever_is_damaged_is_told(own: Build, file: str, text: bytes | None, problem: str) -> None:
+    """None: it is a pipe, which nobody waits for."""
     (path,) = own.path.glob(f"lib/python3*/site-packages/numpy-1.1.dist-info/{file}")
     path.unlink()
-    path.write_bytes(text)
+    if text is None:
+        os.mkfifo(path)
+    else:
+        path.write_bytes(text)
     assert problem in problems_of(own)
     assert "broken" in env("list")
     (listed,) = [one for one in json.loads(env("list", "--json")) if one["name"] == "own"]

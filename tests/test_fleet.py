@@ -372,6 +372,20 @@ def test_a_damaged_file_is_as_good_as_none(folder: Path, content: str, caplog: p
     assert Measurements().get(SPEC, "cpu") == SEEN
 
 
+@pytest.mark.parametrize("kind", ["fifo", "device"])
+def test_what_is_no_file_is_as_good_as_none(folder: Path, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    folder.mkdir()
+    if kind == "fifo":
+        os.mkfifo(folder / FILE)
+    else:
+        (folder / FILE).symlink_to("/dev/zero")
+    measurements = Measurements()
+    assert f"{folder / FILE} can't be read and is ignored: [Errno 22] it is no regular file" in caplog.text
+    measurements.put(SPEC, "cpu", SEEN)
+    measurements.save()
+    assert Measurements().get(SPEC, "cpu") == SEEN
+
+
 def test_where_nothing_can_be_written_it_is_said_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder.write_text("a file where the folder should be")
     measurements = Measurements()

@@ -452,6 +452,17 @@ def test_nothing_that_can_be_loaded(runtime_folder: Path) -> None:
     assert not address.exists()
 
 
+@pytest.mark.parametrize("log", ["/dev/zero", "/dev/full", "/dev/null"])
+def test_a_device_as_the_log_of_a_daemon_that_can_not_start(runtime_folder: Path, log: str) -> None:
+    """What it said is not there to be read, and nothing else is: reading /dev/zero has no end."""
+    command = [sys.executable, "-m", "rootstockd", "start", "--device", "cpu", "--model", "nonsense"]
+    places = ["--socket", runtime_folder / "device.sock", "--log-file", log]
+    shell = ["/bin/bash", "-c", 'ulimit -v 8000000; exec "$@"', "-", *command, *places]
+    done = subprocess.run(shell, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert "the daemon ended with exit status 1 and said nothing" in done.stderr, done.stderr
+
+
 def test_a_model_whose_weights_are_not_here_keeps_no_daemon_off(runtime_folder: Path) -> None:
     address = runtime_folder / "some.sock"
     options = ["--device", "cpu", "--socket", address, "--log-file", runtime_folder / "log", "--model", "mace-mp-small"]

@@ -287,6 +287,25 @@ def test_a_pipe_is_not_waited_for(models, state, tmp_path):
     assert not list(state.glob("weights/*"))
 
 
+def test_a_pipe_in_the_store_is_not_waited_for(models, state, tmp_path):
+    """Nor is it taken for what a command before has left."""
+    folder = store.own_folder()
+    for name in ("tuned.copy", "tuned.json.part", "models.toml.part"):
+        os.mkfifo(folder / name)
+    models("add", "tuned", EMBEDDED_MODEL, "--family", "noop")
+    assert "tuned" in models("list") and not list(folder.glob("*.part"))
+    (folder / "tuned.json").unlink()
+    os.mkfifo(folder / "tuned.json", 0o644)
+    said = models("remove", "tuned", fails=True)
+    assert f"the record {folder}/tuned.json can't be read: [Errno 22] it is no regular file" in said
+    (folder / "tuned.json").unlink()
+    (file,) = folder.glob("*.model")
+    file.unlink()
+    os.mkfifo(file, 0o644)
+    assert store.wrong(file, "0" * 64) == f"{file} can't be read: it is no regular file"
+    models("verify", "tuned", fails=True)
+
+
 def test_a_file_that_is_removed_with_another_model(state, tmp_path):
     """Between being copied for one model and its record; afterwards it stays for the one that is left."""
     folder = store.own_folder()

@@ -1,6 +1,7 @@
 """Entries of the family `ipi` and their templates: what is taken, and what is said of what is not."""
 
 import dataclasses
+import os
 
 import numpy as np
 import pytest
@@ -40,6 +41,12 @@ def test_what_templates_become(tmp_path):
     assert fill("{{#atoms}}{{>file}}{{/atoms}}", atoms=atoms).encode("utf-8", "surrogateescape") == (
         2 * b"{{natoms}} \xff\n"
     ), "files go in as they are"
+
+
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "potcar")
+    with pytest.raises(OSError, match="no regular file"):
+        fill("{{#atoms}}{{>file}}{{/atoms}}", atoms=[{"file": tmp_path / "potcar"}])
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ from rootstockd.environments.specification import (
 )
 from rootstockd.models.catalogue import CatalogueError
 from rootstockd.settings.state_dir import StateError
+from rootstockd.worker.files import read_regular
 
 _TORCH = "[auto|index|cpu|cu126|cu130|...]"
 
@@ -311,7 +312,7 @@ def _changed(
     if specification.torch == was.specification.torch:
         torch = torch or was.torch
     plan = _plan(was.name, specification, origin, offline, python, torch)
-    lock = there.lock.read_text() if there.lock.is_file() else ""
+    lock = read_regular(there.lock).decode() if there.lock.is_file() else ""
     changes = []
     if plan.python != was.python_request and not f"{was.python}.".startswith(f"{plan.python}."):
         changes.append(f"Python {plan.python}, where it has {was.python}")
@@ -343,7 +344,7 @@ def _again(there: Build, *, offline: bool, python: str | None = None) -> Plan:
         manifest.origin,
         python or manifest.python_request,
         manifest.torch,
-        lock=there.lock.read_text(),
+        lock=read_regular(there.lock).decode(),
         offline=offline,
     )
 

@@ -18,7 +18,7 @@ from rootstockd.cli.common import console, fetch_status, print_warnings, saying
 from rootstockd.cli.ending import DRAINING, end
 from rootstockd.control.schema import DaemonStatus
 from rootstockd.host.handed_over import handed_over
-from rootstockd.host.log_file import open_log
+from rootstockd.host.log_file import open_log, read_log
 from rootstockd.host.sockets import already_runs
 from rootstockd.monitoring.rows import told_apart
 from rootstockd.settings.config import COMMAND_LINE, Config
@@ -85,7 +85,7 @@ def launch(config: Config, *, after: int | None = None, named: bool = True) -> s
     predecessor = () if after is None else (after,)
     arguments = [] if after is None else [str(after), "named" if named else "unnamed"]
     with log, handed_over(config.model_dump_json()) as settings:
-        position = log.tell()
+        position = log.tell() if log.seekable() else 0
         process = subprocess.Popen(
             [sys.executable, "-m", "rootstockd.serve", *arguments],
             pass_fds=predecessor,
@@ -153,9 +153,10 @@ def wait_until_ready(process: subprocess.Popen[bytes], config: Config, log_posit
             say(text)
             time.sleep(POLL)
     assert config.log_file is not None
-    with config.log_file.open("rb") as log:
+    words = ""
+    with contextlib.suppress(OSError), read_log(config.log_file) as log:  # it may be a device
         log.seek(log_position)
-        words = log.read().decode(errors="replace").strip()
+        words = log.read().strip()
     if process.returncode == 0:
         raise Refused("the daemon was stopped before it was ready.")
     # the command in the background has said why in its last line or lines; further lines that begin with a date are of

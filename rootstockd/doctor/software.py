@@ -28,6 +28,7 @@ from rootstockd.environments.packages import site_packages
 from rootstockd.environments.specification import is_builtin, specification_files
 from rootstockd.models.catalogue import Catalogue, CatalogueError
 from rootstockd.settings.state_dir import StateError
+from rootstockd.worker.files import read_regular
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def _own_packages() -> Path | None:
 def torch_in(packages: Path) -> tuple[str, tuple[int, int] | None]:
     """PyTorch's version in a folder of packages, and the CUDA that it was built for, without importing it."""
     try:
-        text = (packages / "torch/version.py").read_text()
+        text = read_regular(packages / "torch/version.py").decode(errors="replace")
     except OSError:
         return "", None
     version, cuda = (re.search(rf"^{name}\b.*= '([^']*)'", text, re.MULTILINE) for name in ("__version__", "cuda"))

@@ -31,7 +31,7 @@ from rootstockd.environment_builds.running_uv import run_uv
 from rootstockd.environments.builds import Build, EnvironmentBuildError
 from rootstockd.environments.specification import Specification
 from rootstockd.settings.state_dir import own_state
-from rootstockd.worker.files import digest_of
+from rootstockd.worker.files import digest_of, read_regular
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -111,7 +111,7 @@ def export(source: Build, file: Path, say: Say) -> str:
 
 def _gather(source: Build, wheels: Path, say: Say) -> str:
     """Fetch a wheel of each package in the lock; the lock, with the hashes of those that had to be made."""
-    lock = source.lock.read_text()
+    lock = read_regular(source.lock).decode()
     # uv knows where each file lies and which fit this Python; it is asked for what is locked, no more
     plan = wheels.parent / "pylock.toml"
     python = source.python.resolve()  # not the environment's, which runs what packages have for its start

@@ -27,7 +27,7 @@ from pydantic import BaseModel, ValidationError
 from rootstockd.environments.packages import damage, installed
 from rootstockd.environments.specification import Specification, check_name
 from rootstockd.settings.state_dir import check_trusted, own_state, state_dirs
-from rootstockd.worker.files import digest_of
+from rootstockd.worker.files import digest_of, read_regular
 
 SCHEMA_VERSION = 1
 """Of the manifest; raised when what an older version wrote can't be used as it is."""
@@ -128,7 +128,7 @@ def read_manifest(path: Path, folder: Path) -> Manifest:
         EnvironmentBuildError: it says nothing, or what this version can't read.
     """
     try:
-        text = (path / "manifest.json").read_bytes()
+        text = read_regular(path / "manifest.json")
         fields: Any = json.loads(text)
         version = fields["schema_version"]
         if version > SCHEMA_VERSION:

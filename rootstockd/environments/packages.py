@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rootstockd.words import so_many
+from rootstockd.worker.files import read_regular
 
 
 class Recorded(NamedTuple):
@@ -121,13 +122,15 @@ def _damage(
 
 
 def _digest(file: str) -> str:
-    with open(file, "rb") as content:  # noqa: PTH123
-        digest = hashlib.sha256(content.read()).digest()
+    try:
+        digest = hashlib.sha256(read_regular(file)).digest()
+    except OSError:
+        return ""
     return f"sha256={base64.urlsafe_b64encode(digest).rstrip(b'=').decode()}"
 
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8", errors="replace")
+        return read_regular(file).decode(errors="replace")
     except OSError:
         return ""

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from rootstockd.models.whole_files import StoreError, write
 from rootstockd.settings.state_dir import StateError, own_state, state_dirs
 from rootstockd.worker.engines import ModelSpec
+from rootstockd.worker.files import read_regular
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +136,7 @@ def _kin(key: str) -> tuple[object, ...] | None:
 
 def _read(path: Path) -> dict[str, Measured]:
     try:
-        return _File.validate_json(path.read_bytes())
+        return _File.validate_json(read_regular(path))
     except FileNotFoundError:
         return {}
     except (OSError, ValidationError) as error:

@@ -28,6 +28,7 @@ from rootstockd.settings.state_dir import own_state
 from rootstockd.settings.toml_file import MOST_BYTES
 from rootstockd.settings.validation import describe
 from rootstockd.worker.engines.loading import ENTRY_POINTS, FAMILIES
+from rootstockd.worker.files import read_regular
 
 
 def add(name: str, file: Path, fields: dict[str, Any], sha256: str, say: Say) -> Entry:
@@ -167,7 +168,7 @@ def _edited(folder: Path) -> Generator[tomlkit.TOMLDocument, None, None]:
     """The state directory's `models.toml`, to be changed; comments in it stay."""
     path, part = folder.parent / FILE_NAME, folder / f"{FILE_NAME}.part"
     with lock(folder, f".{FILE_NAME}", lambda _: None), part_file(part, str(path)):
-        document = tomlkit.parse(path.read_text(encoding="utf-8") if path.exists() else _HEAD)
+        document = tomlkit.parse(read_regular(path) if path.exists() else _HEAD)
         yield document
         part.write_text(tomlkit.dumps(document), encoding="utf-8")
         replace(part, path)

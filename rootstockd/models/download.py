@@ -26,6 +26,7 @@ import rootstockd
 from rootstockd.models.store import LARGEST
 from rootstockd.models.whole_files import no_room
 from rootstockd.worker.failures import disk_full
+from rootstockd.worker.files import read_regular
 
 BLOCK = 1 << 14
 """Bytes at a time: what came of a block that was cut off is lost."""
@@ -116,15 +117,16 @@ class _Part:
     def origin(self, url: str) -> _Origin:
         """Where what is there of `url` came from; without a version where that can't be gone on with."""
         try:
-            origin = _Origin.model_validate_json(self.note.read_bytes())
-        except (FileNotFoundError, ValidationError):
+            origin = _Origin.model_validate_json(read_regular(self.note))
+        except (OSError, ValidationError):
             return _Origin(url=url, version="")
         return origin if origin.url == url and self.size else _Origin(url=url, version="")
 
     def begin(self, origin: _Origin) -> None:
         """Note what comes now; nothing of it is there. The order keeps old bytes from passing for new ones."""
         self.note.unlink(missing_ok=True)
-        self.path.write_bytes(b"")
+        # whoever reads a named pipe that lies there is not waited for
+        os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NONBLOCK, 0o666))
         self.note.write_text(origin.model_dump_json())
 
     def discard(self) -> None:

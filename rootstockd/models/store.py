@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from rootstockd.models.catalogue import Entry
 from rootstockd.models.whole_files import StoreError, lock, no_room, part_file, replace
 from rootstockd.settings.state_dir import check_trusted, own_state, state_dirs
-from rootstockd.worker.files import digest_of, open_regular
+from rootstockd.worker.files import digest_of, open_regular, read_regular
 
 FOLDER = "weights"
 FIRST_USE = "its first use"
@@ -139,7 +139,7 @@ def read_record(folder: Path, name: str) -> Record | None:
     """A model's record in this folder; None where there is none."""
     path = folder / f"{name}.json"
     try:
-        text = path.read_bytes()
+        text = read_regular(path)
         check_trusted(folder)
         check_trusted(path)
         return Record.model_validate_json(text)

@@ -65,7 +65,7 @@ def _locked(path: Path, on_wait: Callable[[], None]) -> int:
 
 @contextlib.contextmanager
 def part_file(part: Path, what: str) -> Generator[None, None, None]:
-    """While `part` is written and given its name; where that fails nothing of it is left.
+    """While `part` is written anew and given its name; where that fails nothing of it is left.
 
     Args:
         part: the file.
@@ -75,6 +75,7 @@ def part_file(part: Path, what: str) -> Generator[None, None, None]:
         StoreError: it can't be written.
     """
     try:
+        part.unlink(missing_ok=True)  # it may be anything that was put there, such as a pipe that nobody reads
         yield
     except OSError as error:
         raise cannot_be_kept(what, part.parent, error) from error

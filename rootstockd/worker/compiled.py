@@ -11,6 +11,8 @@ import logging
 import pickletools
 from pathlib import Path
 
+from rootstockd.worker.files import read_regular
+
 log = logging.getLogger(__name__)
 
 _PICKLES = {".nbi": 2, ".nbc": 1}
@@ -32,7 +34,7 @@ def remove_broken(folder: Path) -> None:
 
 def _is_whole(file: Path) -> bool:
     try:
-        content = io.BytesIO(file.read_bytes())
+        content = io.BytesIO(read_regular(file))
         for _ in range(_PICKLES[file.suffix]):
             for _ in pickletools.genops(content):
                 pass

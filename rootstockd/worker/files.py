@@ -6,7 +6,6 @@ import errno
 import hashlib
 import os
 import stat
-from pathlib import Path
 from typing import BinaryIO
 
 
@@ -27,10 +26,24 @@ def open_regular(path: str | os.PathLike[str], flags: int = 0) -> BinaryIO:
     return os.fdopen(fd, "rb")
 
 
+def read_regular(path: str | os.PathLike[str]) -> bytes:
+    """All that is in a file.
+
+    Raises:
+        OSError: it can't be read, or is no regular file.
+    """
+    with open_regular(path) as file:
+        return file.read()
+
+
 def digest_of(path: str | os.PathLike[str]) -> str:
-    """A file's SHA-256, in hexadecimal digits."""
+    """A file's SHA-256, in hexadecimal digits.
+
+    Raises:
+        OSError: it can't be read, or is no regular file.
+    """
     digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
+    with open_regular(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

@@ -641,7 +641,7 @@ def test_what_was_compiled_is_there_for_the_models_next_worker_alone(probed: Run
 
 
 @pytest.mark.parametrize("suffix", ["nbi", "nbc"])
-@pytest.mark.parametrize("left", ["nothing", "zeros", "a half", "garbage", "garbage within"])
+@pytest.mark.parametrize("left", ["nothing", "zeros", "a half", "garbage", "garbage within", "a pipe"])
 def test_what_a_power_loss_leaves_of_compiled_code_is_compiled_anew(
     probed: RunningDaemon, left: str, suffix: str
 ) -> None:
@@ -652,15 +652,19 @@ def test_what_a_power_loss_leaves_of_compiled_code_is_compiled_anew(
     (file,) = cache.glob(f"*/*.{suffix}")
     whole = file.read_bytes()
     garbage = bytes(range(255, 200, -1))
-    file.write_bytes(
-        {
-            "nothing": b"",
-            "zeros": bytes(len(whole)),
-            "a half": whole[: len(whole) // 2],
-            "garbage": (garbage * len(whole))[: len(whole)],
-            "garbage within": whole[:20] + garbage + whole[20 + len(garbage) :],
-        }[left]
-    )
+    if left == "a pipe":  # by the model itself, say
+        file.unlink()
+        os.mkfifo(file)
+    else:
+        file.write_bytes(
+            {
+                "nothing": b"",
+                "zeros": bytes(len(whole)),
+                "a half": whole[: len(whole) // 2],
+                "garbage": (garbage * len(whole))[: len(whole)],
+                "garbage within": whole[:20] + garbage + whole[20 + len(garbage) :],
+            }[left]
+        )
     os.kill(pid, signal.SIGKILL)
     assert evaluate(probed, "compiled") == 0
     assert f"{cache} had 1 broken files, which were removed" in probed.log.read_text()

@@ -7,10 +7,12 @@ with it. A name that nothing stands behind is an error when the template is read
 
 from __future__ import annotations
 
+import io
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Dict, List, Set, Tuple
+
+from rootstockd.worker.files import open_regular
 
 Context = Dict[str, Any]
 """Values by name; a section's value is a list of such."""
@@ -116,6 +118,7 @@ def _fill(node: Any, context: Context) -> str:
     if node.kind == "#":
         return "".join(_fill(inner, {**context, **item}) for item in value for inner in node.body)
     if node.kind == ">":
-        return Path(value).read_text(**TEXT)
+        with io.TextIOWrapper(open_regular(value), **TEXT) as file:
+            return file.read()
     # 17 digits: what is read back is the same number
     return f"{value:.17g}" if isinstance(value, float) else str(value)
