@@ -35,6 +35,7 @@ from rootstockd.host.devices import found_devices
 from rootstockd.host.log_file import reopen_log
 from rootstockd.host.peers import peer_of
 from rootstockd.host.sockets import claim_gpu, listen_tcp, url_of
+from rootstockd.host.starter import outlive_it
 from rootstockd.host.surroundings import closed_folder, one_thread
 from rootstockd.models.availability import located, not_to_preload
 from rootstockd.models.catalogue import Catalogue, CatalogueError, Entry
@@ -120,6 +121,8 @@ class Daemon:
                 sessions, control = address.adopt_sockets(self.config, ours, handed)
             else:
                 sessions, control = address.make_sockets(self.config, ours, lambda: self._replaced)
+            if self._log_file is not None:
+                outlive_it()
             servers = [control_server(self, control)]
             if self.config.metrics is not None:
                 port = ours.enter_context(listen_tcp(self.config.metrics))

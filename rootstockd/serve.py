@@ -22,6 +22,7 @@ from rootstockd.host.devices import DeviceError
 from rootstockd.host.log_file import LogFormatter
 from rootstockd.host.log_output import LogHandler
 from rootstockd.host.sockets import AddressError
+from rootstockd.host.starter import end_with_it
 from rootstockd.models.catalogue import CatalogueError
 from rootstockd.settings.config import Config
 from rootstockd.systemd import JournalFormatter, Manager, in_journal
@@ -70,6 +71,8 @@ if __name__ == "__main__":
             os.close(predecessor)
             if sys.argv[2] == "named" and not settings.socket.exists():  # `stop` removes it
                 raise StartError("the daemon was stopped while it was being restarted, and stays so.")
+        else:  # a restart goes on without its command
+            end_with_it()
         serve(settings, in_background=True)
     except StartError as error:
         log.critical("Error: %s", error)

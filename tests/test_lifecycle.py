@@ -73,6 +73,29 @@ def test_start_says_how_to_use_it(start_daemon) -> None:
     assert 'RootstockClient().calculator("emt")' in done.stdout
 
 
+HANGING_LOCK = """
+import fcntl, sys, time
+if "rootstockd.serve" in sys.orig_argv:
+    fcntl.fcntl = lambda *arguments: time.sleep(1000)
+"""
+"""As a lock on a share whose server is away."""
+
+
+def test_a_daemon_that_nobody_could_find_ends_with_its_command(
+    runtime_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(HANGING_LOCK)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    address = runtime_folder / "left.sock"
+    options = ["--device", "cpu", "--socket", str(address), "--log-file", str(runtime_folder / "left.log")]
+    with subprocess.Popen([sys.executable, "-m", "rootstockd", "start", *options], stdout=subprocess.PIPE) as command:
+        wait_for(address.with_suffix(".lock").exists)
+        (served,) = psutil.Process(command.pid).children()
+        command.kill()
+    served.wait(10)
+    address.with_suffix(".lock").unlink()
+
+
 def test_colours_where_there_is_no_terminal_come_without_a_spinner(start_daemon) -> None:
     """Programs wait for the line: `slurm run` does."""
     daemon = start_daemon()

@@ -1,0 +1,21 @@
+"""The command that starts a daemon in the background, and waits for it: what the daemon is without it."""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+
+_PR_SET_PDEATHSIG = 1
+
+
+def end_with_it() -> None:
+    """Have the kernel end this process with that command, whatever it is at, such as a disk that does not answer.
+
+    Must be called by the main thread, as `outlive_it`.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def outlive_it() -> None:
+    """Live on from now on: who looks for a daemon finds it, and can end it."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, 0)
