@@ -84,6 +84,21 @@ class Output(io.RawIOBase):
         return [data[begin : begin + select.PIPE_BUF] for begin in range(0, len(data), select.PIPE_BUF)]
 
 
+def _open_anew(fd: int) -> None:
+    """Have a pipe or terminal opened again for this process alone, which then never waits for it.
+
+    What Python and libraries say of a crash goes there as well, and would keep the process from ending. A socket, as
+    the journal's is, can't be opened again; there systemd's watchdog ends what does not end.
+    """
+    mode = os.fstat(fd).st_mode
+    if not (stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)):
+        return
+    with contextlib.suppress(OSError):  # somebody else's, as after `su`
+        own = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        os.dup2(own, fd)
+        os.close(own)
+
+
 class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]  # Python 3.10's takes none
     """Logs to standard error without ever waiting for it; when there is room again it says how many lines are missing.
 
@@ -91,6 +106,7 @@ class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]  # Python 3.1
     """
 
     def __init__(self) -> None:
+        _open_anew(sys.stderr.fileno())
         self._output = Output(sys.stderr.fileno())
         sys.stderr = io.TextIOWrapper(self._output, sys.stderr.encoding, "backslashreplace", write_through=True)
         super().__init__(sys.stderr)

@@ -11,6 +11,7 @@ import json
 import os
 import pty
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -216,3 +217,27 @@ def test_nobody_reads_what_the_daemon_says(runtime_folder: Path, kind: str) -> N
         process.kill()
         process.wait()
         os.close(reader)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "terminal"])
+def test_a_daemon_that_crashes_does_not_wait_for_whoever_reads_why(runtime_folder: Path, kind: str) -> None:
+    """It would have its address as long as that, and answer nobody."""
+    address = runtime_folder / f"crashing {kind}.sock"
+    reader, writer = reader_and_writer(kind)
+    command = [sys.executable, "-m", "rootstockd", "start", "--foreground", "--device", "cpu", "--socket", address]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=writer, stderr=writer) as process:
+        try:
+            wait_for(lambda: process.poll() is None and address.exists())
+            os.set_blocking(writer, False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    os.write(writer, b"x")
+            os.set_blocking(writer, True)
+            process.send_signal(signal.SIGABRT)  # as systemd's watchdog does
+            assert process.wait(10) == -signal.SIGABRT
+        finally:
+            process.kill()
+            os.close(writer)
+            os.close(reader)
+    for left in (address, address.with_suffix(".control"), address.with_suffix(".lock")):
+        left.unlink()
