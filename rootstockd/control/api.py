@@ -272,7 +272,7 @@ def model_status(model: Supervisor, fleet: Fleet, user: int | None) -> ModelStat
         backend=info.backend if info else None,
         retired=model.retired,
         environment=workers.environment.description if workers.environment else None,
-        note=(info.note or None) if info else None,
+        note="; ".join(filter(None, (info.note if info else "", workers.unkept))) or None,
         unconfined=workers.unconfined,
         batch_atoms=model.scheduler.budget,
         pid=model.pid,

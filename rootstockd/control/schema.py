@@ -85,7 +85,7 @@ class ModelStatus(BaseModel):
     environment: str | None = None
     """Where its worker runs: an environment with when it was built, or beside the daemon. None while none is found."""
     note: str | None
-    """What people should know of it, such as why nothing faster computes."""
+    """What people should know of it, such as why nothing faster computes, or why each worker compiles anew."""
     unconfined: list[str]
     """Why its workers have more rights than they need; empty where they have not."""
     batch_atoms: int

@@ -22,6 +22,7 @@ from pathlib import Path
 import platformdirs
 
 from rootstock_client.runtime_dir import is_private
+from rootstockd.worker.compiled import why_not_kept
 from rootstockd.worker.engines import ModelSpec
 from rootstockd.worker.engines.ipi.program import SOCKETS_VARIABLE
 
@@ -72,9 +73,18 @@ class WorkerFolders:
         self._confined = spec is None or spec.confine
         self.programs = spec is not None and spec.family == "ipi"
         """Its programs dial in."""
+        self.unkept = ""
+        """Why each worker compiles anew what it computes with, and what to do; empty where it is kept."""
         try:
             _try_room(self.scratch)
-            self.cache = (_cache(spec) if spec else None) or self.scratch
+            cache, why = _cache(spec) if spec else (None, "")
+            self.cache = cache or self.scratch
+            if spec and why:
+                self.unkept = (
+                    f"its compiled code can't be kept, so each worker compiles it again: {why}; mend that, or have "
+                    "XDG_CACHE_HOME name another place where the daemon is started"
+                )
+                log.warning("model %s: %s", spec.name, self.unkept)
             if self.programs:
                 self._held.append(_make_folder(*_SOCKETS))
         except OSError:
@@ -188,8 +198,8 @@ def _open_folders(folder: int) -> None:
         os.close(folder)
 
 
-def _cache(spec: ModelSpec) -> str | None:
-    """The model's cache, if there is a place for it."""
+def _cache(spec: ModelSpec) -> tuple[str | None, str]:
+    """The model's cache, if there is a place for it; why what is compiled is not kept there, empty where it is."""
     what = [spec.family, spec.environment, spec.sha256 or spec.name, spec.arguments]
     if spec.own_modules:  # of which numba compares one alone with what it has compiled, and not what that calls
         what.append(spec.fingerprint)
@@ -201,11 +211,6 @@ def _cache(spec: ModelSpec) -> str | None:
             if not is_private(path, os.getuid()):
                 raise PermissionError(0, "it belongs to somebody else, or others may write to it", str(path))
     except OSError as error:
-        log.warning(
-            "model %s: its compiled code can't be kept, so each worker compiles it again: %s: %s",
-            spec.name,
-            error.filename,
-            error.strerror,
-        )
-        return None
-    return str(folder)
+        return None, f"{error.filename}: {error.strerror}"
+    why = why_not_kept(folder / _CACHES["NUMBA_CACHE_DIR"])  # as the worker looks itself
+    return str(folder), f"{folder}: {why}" if why else ""

@@ -205,6 +205,11 @@ class WorkerProcess:
         """The folder that it may write to, if it is confined; gone when it has been waited for."""
         return Path(self._folders.scratch) if self._folders else None
 
+    @property
+    def unkept(self) -> str:
+        """Why what it compiles is not kept for the next worker, in words; empty where it is."""
+        return self._folders.unkept if self._folders else ""
+
     def attach(self, number: int, slot: Slot, fields: dict[str, Any]) -> None:
         """Hand it a slot that it has not yet.
 

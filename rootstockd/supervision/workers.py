@@ -79,6 +79,8 @@ class Workers:
         """Of all that determines its numbers, in that environment."""
         self.unconfined: list[str] = [] if spec.confine else ["the configuration or the catalogue says confine = false"]
         """Why it has more rights than it needs."""
+        self.unkept = ""
+        """Why what it compiles is not kept for the next, in words; empty where it is."""
         self.loading = Loading()
         self.memory = MemoryUse()
         self._spec, self._dispatcher = spec, dispatcher
@@ -113,6 +115,7 @@ class Workers:
             return End(error.message, blamed=True), error
         except Exception as error:  # or the model would count as loading for ever
             return End(f"it could not be started: {error}", blamed=not is_shortage(error)), None
+        self.unkept = worker.unkept
         if self._unwanted:
             worker.kill()
         watching = watch(worker, spec.name, self._occupation, self._tick)

@@ -1,7 +1,8 @@
-"""What numba has kept in a model's cache: whether it can still be read.
+"""What numba keeps in a model's cache: whether there is a place for it, and whether it can still be read.
 
-Numba takes a file that can't be for an error of whatever it was compiled for, at each start. Such are left by a power
-loss: names are on the disk then, and what was written is not.
+Numba takes a file that can't be read for an error of whatever it was compiled for, at each start, and one that can't be
+written likewise. Such as can't be read are left by a power loss: names are on the disk then, and what was written is
+not.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import io
 import logging
 import pickletools
+import shutil
 from pathlib import Path
 
 from rootstockd.worker.files import read_regular
@@ -17,6 +19,24 @@ log = logging.getLogger(__name__)
 
 _PICKLES = {".nbi": 2, ".nbc": 1}
 """Files of numba's by their suffixes, and how many pickles one of them has: an index begins with a version."""
+
+
+ROOM = 2**25
+"""Bytes of disk without which nothing is kept. MACE takes 1.4 to 2.5 MB, and several models may be loading."""
+
+
+def why_not_kept(folder: Path) -> str:
+    """Why what is compiled is not kept, in words; empty where it is.
+
+    Args:
+        folder: the cache; it is made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        return error.strerror or str(error)
+    return "" if free >= ROOM else f"{free / 1e6:.1f} MB are free where {ROOM / 1e6:.0f} MB have to be"
 
 
 def remove_broken(folder: Path) -> None:

@@ -27,7 +27,7 @@ import pytest
 from ase import Atoms
 from ase.build import bulk
 
-from conftest import RunningDaemon
+from conftest import RunningDaemon, wait_for
 from rootstock_client import RootstockError
 from rootstockd.host.handed_over import handed_over
 from rootstockd.processes.folders import _remove
@@ -682,7 +682,40 @@ def test_a_cache_that_others_may_write_to_is_not_used(
     daemon = start_daemon("--model", "emt")
     variables = environment(daemon.model("emt")["pid"])
     assert variables["NUMBA_CACHE_DIR"].startswith(variables["TMPDIR"])
-    assert f"{compiled}: it belongs to somebody else, or others may write to it" in daemon.log.read_text()
+    why = f"{compiled}: it belongs to somebody else, or others may write to it; mend that, or have XDG_CACHE_HOME name"
+    assert why in daemon.log.read_text()
+    assert why in daemon.model("emt")["note"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
+def test_a_cache_without_room_is_told_of(
+    start_daemon: Callable[..., RunningDaemon], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MACE compiles for many seconds; and once there is room it is kept, and nothing more is said."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    mount = ["mount", "-t", "tmpfs", "-o", "size=200k,mode=700", "tmpfs", str(tmp_path)]
+    assert subprocess.run(mount, check=False).returncode == 0
+    try:
+        daemon = start_daemon("--model", "mace-emt-small")
+        model = daemon.model("mace-emt-small")
+        cache = Path(environment(model["pid"])["NUMBA_CACHE_DIR"])
+        why = (
+            "its compiled code can't be kept, so each worker compiles it again: "
+            f"{cache.parent}: 0.2 MB are free where 34 MB have to be; "
+        )
+        assert why in model["note"]
+        assert f"model mace-emt-small: {why}" in daemon.log.read_text()
+        assert why in " ".join(daemon.run("status").stdout.split())
+        assert not list(cache.rglob("*.nbi"))
+        subprocess.run(["mount", "-o", "remount,size=100m", str(tmp_path)], check=True)
+        os.kill(model["pid"], signal.SIGKILL)
+        wait_for(lambda: daemon.model("mace-emt-small")["restarts"] == 1, 120)
+        wait_for(lambda: daemon.model("mace-emt-small")["state"] == "ready", 120)
+        assert "compiled" not in (daemon.model("mace-emt-small")["note"] or "")
+        assert list(cache.rglob("*.nbi"))
+        daemon.stop()
+    finally:
+        subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
 
 
 # --- where it can't be had

@@ -19,7 +19,6 @@ Everything here is deterministic for a given number of threads.
 from __future__ import annotations
 
 import os
-import shutil
 import warnings
 from pathlib import Path
 
@@ -27,26 +26,14 @@ import numba
 import numpy as np
 from numba.core.errors import NumbaSystemWarning
 
+from rootstockd.worker.compiled import why_not_kept
+
 # a confined worker has no /dev/shm for the lock that would guard other processes' use of numba: there are none
 warnings.filterwarnings("ignore", "Could not obtain multiprocessing lock", NumbaSystemWarning)
 
-_ROOM = 2**25
-"""Bytes of disk without which nothing compiled is kept."""
-
-
-def _can_keep() -> bool:
-    """Whether there is a place for what is compiled: saving it would fail, and with it what is compiled."""
-    folder = os.environ.get("NUMBA_CACHE_DIR")
-    if folder is None:  # beside this file, or wherever numba finds a place
-        return True
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        return shutil.disk_usage(folder).free >= _ROOM
-    except OSError:
-        return False
-
-
-KEEP = _can_keep()
+_FOLDER = os.environ.get("NUMBA_CACHE_DIR")
+"""None: beside this file, or wherever numba finds a place."""
+KEEP = _FOLDER is None or not why_not_kept(Path(_FOLDER))
 """Whether what is compiled is kept for the next worker."""
 DEGREE = 7
 """Of the polynomials in `tables`; a constant, so that loops over it are unrolled."""
