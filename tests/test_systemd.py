@@ -313,10 +313,16 @@ def test_our_commands_leave_it_to_systemd(machine: Machine) -> None:
     assert done.returncode == 0, done.stderr
     assert main_pid(machine) not in {pid, "0"}
     assert "ready on" in machine.rootstockd("logs", "-n", "20").stdout
-    done = machine.rootstockd("stop", "--force")
-    assert done.returncode == 0, done.stderr
-    assert f"systemctl start {SOCKET}" in done.stdout
-    assert [main_pid(machine), machine.property(SOCKET, "ActiveState")] == ["0", "inactive"]
+    with md(machine, "in-alice", "/run/rootstockd/cpu.sock"):
+        done = machine.rootstockd("stop", "--force")
+        assert done.returncode == 0, done.stderr
+        assert f"systemctl start {SOCKET}" in done.stdout
+        assert done.stderr.startswith("1 session had it, of in-alice (pid "), done.stderr
+        assert [main_pid(machine), machine.property(SOCKET, "ActiveState")] == ["0", "inactive"]
+        machine.do("systemctl", "start", SOCKET)
+    machine.do("systemctl", "stop", SERVICE)
+    done = machine.rootstockd("stop")  # and does not start it to ask it
+    assert done.returncode == 0 and not done.stderr, done.stderr
     machine.do("systemctl", "start", SOCKET)
 
 

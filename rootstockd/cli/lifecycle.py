@@ -16,7 +16,15 @@ from rootstock_client.patience import PATIENCE_VARIABLE
 from rootstock_client.runtime_dir import control_socket
 from rootstock_client.sockets import connect
 from rootstockd.cli.clients import Refused, socket_in_use, socket_option
-from rootstockd.cli.common import ask, console, default_log_file, default_socket, fetch_config, print_warnings
+from rootstockd.cli.common import (
+    ask,
+    console,
+    default_log_file,
+    default_socket,
+    fetch_config,
+    fetch_status,
+    print_warnings,
+)
 from rootstockd.cli.ending import FORCE_TIMEOUT, daemon_process, end, end_unreachable
 from rootstockd.cli.launching import POLL, launch, serve_in_front, stay_with
 from rootstockd.cli.options import settings_again, settings_options, settings_said
@@ -74,8 +82,10 @@ def stop(socket: Path | None, force: bool) -> None:
             raise
         return
     if unit := unit_at(address):
+        left = _sessions_at(address) if unit.is_there else []
         unit.stop(force=force)
         console.print(f"stopped; `{' '.join(unit.systemctl)} start {unit.socket}` starts it again")
+        _tell_left(left)
         return
     deadline = time.monotonic() + SUCCESSION
     while True:
@@ -94,6 +104,13 @@ def stop(socket: Path | None, force: bool) -> None:
         raise Refused("it has ended, but it was being restarted: stop its successor, too.")
     console.print("stopped")
     _tell_left(left)
+
+
+def _sessions_at(address: Path) -> list[SessionStatus]:
+    """The sessions of a daemon that has yet to be stopped; none of one that does not answer."""
+    with contextlib.suppress(RootstockError):
+        return fetch_status(address, timeout=FORCE_TIMEOUT).sessions
+    return []
 
 
 def _tell_left(sessions: list[SessionStatus]) -> None:

@@ -32,6 +32,13 @@ class Unit:
         """It is root's, and whoever asks is not root."""
         return not self.user and os.geteuid() != 0
 
+    @property
+    def is_there(self) -> bool:
+        """Its service has a process; whoever connects where it has none starts one."""
+        command = [*self.systemctl, "show", self.service, "--property=MainPID", "--value"]
+        shown = subprocess.run(command, check=False, capture_output=True, text=True).stdout
+        return shown.strip() not in {"", "0"}
+
     def ask(self, verb: str, *names: str) -> None:
         """Have systemd do something, and wait until it has.
 
