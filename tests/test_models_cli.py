@@ -237,7 +237,7 @@ def test_add(models, state, tmp_path, start_daemon, server):
         "add", "tuned", file, "--family", "mace", "--dtype", "float32", "--licence", "MIT", "--alias", "t",
         "--description", "Mine.",
     )  # fmt: skip
-    assert "elements Al, Ni, Cu, Pd, Ag, Pt, Au" in said
+    assert "elements Al, Ni, Cu, Pd, Ag, Pt, Au" in said and "safetensors; the same as the original" in said
     file.unlink()
     shown = json.loads(models("show", "t", "--json"))
     assert (shown["name"], shown["state"], shown["dtype"]) == ("tuned", "here", "float32")

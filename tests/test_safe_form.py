@@ -20,12 +20,18 @@ from test_mace_backends import ARCHITECTURES, STRUCTURES, engine, make_model, ta
 from conftest import EMBEDDED_MODEL, sha256  # noqa: E402
 from rootstock_client.errors import ModelLoadError  # noqa: E402
 from rootstockd.models import store  # noqa: E402
+from rootstockd.models.add import add  # noqa: E402
 from rootstockd.models.catalogue import Entry  # noqa: E402
 from rootstockd.models.convert import _NUMBERS, _compared, _safe_form, with_safe_form  # noqa: E402
 from rootstockd.models.store import Record  # noqa: E402
 from rootstockd.models.whole_files import StoreError  # noqa: E402
 from rootstockd.worker.engines import EngineError, ModelSpec  # noqa: E402
 from rootstockd.worker.engines.mace import load, safe  # noqa: E402
+
+PLAIN = {
+    "without shift, two heads, repulsion": {**ARCHITECTURES["two heads"], "plain": True, "pair_repulsion": True},
+}
+UNKNOWN_GATE = {"gate": torch.nn.functional.softplus}
 
 
 @pytest.fixture(autouse=True)
@@ -42,10 +48,18 @@ def spec(dtype="float64", path="", **arguments):
 
 @pytest.mark.parametrize(
     "architecture",
-    ["as MACE-MP-0 small", "density, as the embedded model", "one layer", "two heads", "repulsion and Agnesi"],
+    [
+        "as MACE-MP-0 small",
+        "density, as the embedded model",
+        "one layer",
+        "two heads",
+        "repulsion and Agnesi",
+        "without shift",
+        "without shift, two heads, repulsion",
+    ],
 )
 def test_the_same_numbers(architecture):
-    model = make_model(**ARCHITECTURES[architecture])
+    model = make_model(**PLAIN.get(architecture) or ARCHITECTURES[architecture])
     again = safe.from_safe(safe.to_safe(model), "cpu")
     head = (getattr(model, "heads", None) or [None])[-1]
     one, other = (
@@ -79,9 +93,22 @@ def test_workers_load_it_and_unpickle_nothing(tmp_path, monkeypatch):
         load(spec(path=EMBEDDED_MODEL))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_model_without_shift_has_faster_code_in_this_form(tmp_path, dtype):
+    model, kept = make_model(**ARCHITECTURES["without shift"], dtype=getattr(torch, dtype)), tmp_path / safe.FILE_NAME
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    kept.write_bytes(safe.to_safe(model))
+    assert type(model).__name__ == "MACE" and model.state_dict().keys() == state.keys()  # the original is as it was
+    loaded = load(spec(dtype, kept))
+    assert loaded.info.backend.startswith("fused"), loaded.info.note
+
+
 def test_what_can_not_be_described_stays_as_it_is(tmp_path):
-    with pytest.raises(EngineError, match="stays a pickle: ValueError: a MACE can't be described"):
-        safe.convert(make_model(**ARCHITECTURES["without shift"]), spec())
+    model = make_model(**ARCHITECTURES["one layer"])
+    model.__class__ = type("MACELES", (type(model),), {})
+    with pytest.raises(EngineError, match="stays a pickle: ValueError: a MACELES can't be described"):
+        safe.convert(model, spec())
     assert not list(tmp_path.iterdir())
 
 
@@ -164,9 +191,17 @@ def test_what_is_no_model_but_the_right_file(keep, tmp_path):
     assert stored_files(tmp_path) == [".json", ".model"]
 
 
+def test_who_adds_a_model_is_told_that_it_stays_code(keep, tmp_path):
+    keep(make_model(**UNKNOWN_GATE))
+    said = []
+    add("own", tmp_path / "pulled", {"family": "mace"}, "", said.append)
+    note = "not converted, so workers run what is in the file: model 'own' stays a pickle: ValueError: its gate is"
+    assert any(line.startswith(note) for line in said), said
+
+
 def test_a_model_that_is_removed_while_it_is_converted(keep, tmp_path):
     """The removal waits, and nothing comes back after it."""
-    entry = keep(make_model(**ARCHITECTURES["without shift"]))
+    entry = keep(make_model(**UNKNOWN_GATE))
     command = [sys.executable, "-m", "rootstockd", "models", "remove", "mine", "--socket", str(tmp_path / "none.sock")]
     removals = []
 
@@ -208,7 +243,7 @@ def test_numbers_that_are_not_those_of_the_same_model(change, words):
 
 def test_a_gate_of_ones_own():
     with pytest.raises(EngineError, match="its gate is .*, which is not mace-torch's"):
-        safe.convert(make_model(gate=torch.nn.functional.softplus), spec())
+        safe.convert(make_model(**UNKNOWN_GATE), spec())
 
 
 def changed(data: bytes, **config) -> bytes:

@@ -63,6 +63,8 @@ def add(name: str, file: Path, fields: dict[str, Any], sha256: str, say: Say) ->
                 raise StoreError(f"{file} has the SHA-256 {original.sha256}, not {sha256}. It was not added.")
             entry = _tried(name, _entry(name, folder, record, fields), say)
             record = converted(name, entry, Stored(folder, record), say).record
+            if record.note:
+                say(record.note)
             entry = _entry(name, folder, record, entry.model_dump())
             _write_entry(name, entry, folder)
         except BaseException as error:

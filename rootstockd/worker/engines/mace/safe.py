@@ -1,8 +1,8 @@
 """A MACE model in a form that is not code: its tensors and its configuration, as safetensors.
 
-The model is rebuilt by mace-torch's own classes, so only what they make can be kept so: a ScaleShiftMACE whose
-configuration says all that its state does not. Whether it does is not believed but compared: `convert` writes what a
-model computes, in one process for that of the original, in another for the one that was rebuilt.
+The model is rebuilt by mace-torch's own classes, so only what they make can be kept so: a ScaleShiftMACE, or a MACE as
+one, whose configuration says all that its state does not. Whether it does is not believed but compared: `convert`
+writes what a model computes, in one process for that of the original, in another for the one that was rebuilt.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ def to_safe(model: Any) -> bytes:
     from safetensors.torch import save  # noqa: PLC0415 - not in every environment
 
     kind = type(model).__name__
+    if kind == "MACE":
+        model, kind = _scaled_by_one(model), "ScaleShiftMACE"
     if kind != "ScaleShiftMACE":
         raise ValueError(f"a {kind} can't be described")
     config = {key: _plain(key, value) for key, value in extract_config_mace_model(model).items()}
@@ -49,6 +51,20 @@ def to_safe(model: Any) -> bytes:
     neighbours = [float(interaction.avg_num_neighbors) for interaction in model.interactions]
     described = {"form": FORM, "class": kind, "dtype": dtype, "avg_num_neighbors": neighbours, "config": config}
     return bytes(save(state, metadata={"rootstockd": json.dumps(described)}))
+
+
+def _scaled_by_one(model: Any) -> Any:
+    """A MACE as the ScaleShiftMACE of the same parts that scales by one and shifts by nothing.
+
+    It is what mace-torch can describe, and has kernels for on GPUs.
+    """
+    from mace import modules  # noqa: PLC0415
+
+    heads = len(getattr(model, "heads", None) or ["Default"])
+    block = modules.ScaleShiftBlock([1.0] * heads, [0.0] * heads).to(next(model.parameters()).dtype)
+    scaled = modules.ScaleShiftMACE.__new__(modules.ScaleShiftMACE)
+    scaled.__dict__.update(model.__dict__, _modules={**model._modules, "scale_shift": block})  # noqa: SLF001
+    return scaled
 
 
 def from_safe(data: bytes, device: str) -> Any:
