@@ -340,7 +340,7 @@ def test_check_says_what_would_keep_it_from_starting(folder: Path) -> None:
         ("nothing", """model 'nothing': its arguments need calculator = "module:Class"."""),
         ("half", """model 'half': its arguments need calculator = "module:Class"."""),
         ("asee", "model 'asee': there is no family asee; did you mean ase?\n"),
-        ("strange", "model 'strange': there is no family cp2k; there are ase, ipi, mace, noop"),
+        ("strange", "model 'strange': there is no family cp2k; there are ase, ipi, mace"),
         ("gone", "model 'gone': there is no file"),
     ],
 )

@@ -375,6 +375,7 @@ def test_two_add_one_name(models, state, tmp_path):
         (("good", "--family", "mace", "--sha256", "0" * 64), "It was not added"),
         (("good", "--family", "mace", "--elements", "Fe"), "does not know Fe"),
         (("good", "--family", "mac"), "no family 'mac'; did you mean 'mace'"),
+        (("good", "--family", "nope"), r"no family 'nope'\. There are: ase, ipi, mace"),
         (("good", "--family", "sevennet"), "such as SevenNet's or CHGNet's, is an entry in models.toml"),
         (("good", "--family", "MACE"), "no family 'MACE'; did you mean 'mace'"),
     ],

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 from collections.abc import Generator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from pydantic import ValidationError
 from rootstock_client.errors import ModelLoadError, NotAModelError, RootstockError
 from rootstockd.environments.finding import find_environment
 from rootstockd.models import store
+from rootstockd.models.availability import alike, families
 from rootstockd.models.catalogue import FILE_NAME, NAME, Catalogue, Entry
 from rootstockd.models.convert import converted
 from rootstockd.models.download import Say
@@ -27,7 +26,6 @@ from rootstockd.models.whole_files import StoreError, lock, part_file, replace
 from rootstockd.settings.state_dir import own_state
 from rootstockd.settings.toml_file import MOST_BYTES
 from rootstockd.settings.validation import describe
-from rootstockd.worker.engines.loading import ENTRY_POINTS, FAMILIES
 from rootstockd.worker.files import read_regular
 
 
@@ -100,16 +98,15 @@ def _check_family(family: str, environment: str) -> None:
     Raises:
         StoreError: there is none.
     """
-    known = {*FAMILIES, *(point.name for point in metadata.entry_points(group=ENTRY_POINTS))}
-    if family in known:
+    if family in families():
         return
     with contextlib.suppress(ModelLoadError):
         if find_environment(environment or family, family).built:
             return
-    near = difflib.get_close_matches(family.lower(), known, n=1)
+    near, offered = alike(family)
     raise StoreError(
-        f"there is no family {family!r}{f'; did you mean {near[0]!r}?' if near else '.'} There are: "
-        f"{', '.join(sorted(known - {'noop'}))}. A fine-tune for an ASE calculator, such as SevenNet's or CHGNet's, "
+        f"there is no family {family!r}{f'; did you mean {near!r}?' if near else '.'} There are: "
+        f"{', '.join(offered)}. A fine-tune for an ASE calculator, such as SevenNet's or CHGNet's, "
         "is an entry in models.toml (docs/add-a-model.md). More families come with packages that have an engine "
         "(docs/engines.md)."
     )

@@ -84,12 +84,25 @@ def _wrong(name: str, entry: Entry, environment: Environment) -> str:
         return ase.problem_of(spec_of(name, entry))
     if environment.built or entry.family in FAMILIES:
         return ""
-    families = [*FAMILIES, *(point.name for point in metadata.entry_points(group=ENTRY_POINTS))]
-    if entry.family in families:
+    if entry.family in families():
         return ""
-    near = difflib.get_close_matches(entry.family, families, n=1)
-    meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(families)}"
+    near, offered = alike(entry.family)
+    meant = f"did you mean {near}?" if near else f"there are {', '.join(offered)}"
     return f"there is no family {entry.family}; {meant}"
+
+
+def families() -> list[str]:
+    """Those that this installation has an engine for."""
+    return [*FAMILIES, *(point.name for point in metadata.entry_points(group=ENTRY_POINTS))]
+
+
+def alike(family: str) -> tuple[str, list[str]]:
+    """The one that may be meant by a family that there is none of, or nothing; and all that people may use.
+
+    `noop` is not among them: it computes nothing.
+    """
+    offered = sorted({*families()} - {"noop"})
+    return next(iter(difflib.get_close_matches(family.lower(), offered, n=1)), ""), offered
 
 
 def lack(name: str, entry: Entry) -> str:
