@@ -25,10 +25,13 @@ from ase.build import bulk
 from ase.calculators.emt import EMT
 
 from conftest import RunningDaemon, daemons, open_descriptors, rootstockd, wait_for
-from rootstock_client import RootstockClient, ipi
+from rootstock_client import RootstockClient, ipi, runtime_dir
 from rootstock_client.errors import ConnectionLostError, DaemonNotFoundError, DrainingError, ModelChangedError
 from rootstockd import __version__
+from rootstockd.cli import common
+from rootstockd.cli.clients import Refused
 from rootstockd.cli.common import fetch_config
+from rootstockd.cli.lifecycle import stop
 from rootstockd.host.log_file import open_log
 from rootstockd.settings.config_layers import make_config, read_again
 from rootstockd.users import user_name
@@ -190,6 +193,17 @@ def test_stop_leaves_nothing(own_daemon: RunningDaemon) -> None:
     done = own_daemon.run("stop")
     assert done.returncode != 0
     assert "no rootstockd answers" in done.stderr
+    assert "name its socket with --socket" in done.stderr and "rootstockd start" not in done.stderr
+
+
+def test_stop_where_no_socket_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not as a command: it might find the machine's daemon."""
+    monkeypatch.setattr(runtime_dir, "SYSTEM_DIR", tmp_path / "system")
+    monkeypatch.setattr(common, "SYSTEM_DIR", tmp_path / "system")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.delenv("ROOTSTOCKD_SOCKET", raising=False)
+    with pytest.raises(Refused, match="no rootstockd found: .*\nIf it runs elsewhere, name its socket with --socket"):
+        stop.main([], standalone_mode=False)
 
 
 def test_stop_finds_one_by_its_lock_and_nobody_else(start_daemon, runtime_folder: Path) -> None:
@@ -491,6 +505,7 @@ def test_a_model_whose_weights_are_not_here_keeps_no_daemon_off(runtime_folder: 
     options = ["--device", "cpu", "--socket", address, "--log-file", runtime_folder / "log", "--model", "mace-mp-small"]
     done = rootstockd("start", *options)
     assert done.returncode == 1 and "models pull mace-mp-small" in done.stderr
+    assert "; a running daemon finds them without a restart" in done.stderr  # none runs now
     done = rootstockd("start", *options, "--model", "emt")
     try:
         assert done.returncode == 0

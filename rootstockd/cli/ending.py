@@ -20,8 +20,9 @@ from rootstock_client.errors import (
     NotAnsweringError,
     RootstockError,
 )
-from rootstock_client.runtime_dir import START_HINT, control_socket
+from rootstock_client.runtime_dir import SOCKET_VARIABLE, START_HINT, control_socket
 from rootstock_client.sockets import connect
+from rootstockd.cli.clients import Refused
 from rootstockd.cli.common import QUIET, saying
 from rootstockd.cli.systemd_units import is_systemd
 from rootstockd.control.schema import StopAnswer
@@ -125,6 +126,14 @@ def end_unreachable(socket: Path, *, force: bool = False) -> int | None:
             signal.pidfd_send_signal(process, signal.SIGKILL)
             select.select([process], [], [])
         return pid
+
+
+def nothing_to_stop(error: DaemonNotFoundError) -> Refused:
+    """What `stop` says where it found no daemon: to start one is what nobody wants then."""
+    hint = error.hint
+    if hint == START_HINT:
+        hint = f"If it runs elsewhere, name its socket with --socket, or set {SOCKET_VARIABLE} to it."
+    return Refused(DaemonNotFoundError(error.message, hint))
 
 
 def _has_ended(process: int, limit: float, say: Callable[[str], None]) -> bool:

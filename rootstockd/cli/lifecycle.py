@@ -13,7 +13,7 @@ import click
 from rootstock_client.control import request
 from rootstock_client.errors import ConnectionLostError, DaemonNotFoundError, RootstockError
 from rootstock_client.patience import PATIENCE_VARIABLE
-from rootstock_client.runtime_dir import control_socket
+from rootstock_client.runtime_dir import control_socket, find_socket
 from rootstock_client.sockets import connect
 from rootstockd.cli.clients import Refused, socket_in_use, socket_option
 from rootstockd.cli.common import (
@@ -25,7 +25,7 @@ from rootstockd.cli.common import (
     fetch_status,
     print_warnings,
 )
-from rootstockd.cli.ending import FORCE_TIMEOUT, daemon_process, end, end_unreachable
+from rootstockd.cli.ending import FORCE_TIMEOUT, daemon_process, end, end_unreachable, nothing_to_stop
 from rootstockd.cli.launching import POLL, launch, serve_in_front, stay_with
 from rootstockd.cli.options import settings_again, settings_options, settings_said
 from rootstockd.cli.successor import take_environment
@@ -76,10 +76,10 @@ def start(foreground: bool, wait: bool, **said: Any) -> None:
 def stop(socket: Path | None, force: bool) -> None:
     """Let the daemon finish the evaluations under way, and end it."""
     try:
-        address = socket_in_use(socket)
-    except Refused:
+        address = find_socket(socket)
+    except DaemonNotFoundError as error:
         if not _stopped_unreachable(default_socket(), force=force):
-            raise
+            raise nothing_to_stop(error) from error
         return
     if unit := unit_at(address):
         left = _sessions_at(address) if unit.is_there else []
@@ -96,7 +96,7 @@ def stop(socket: Path | None, force: bool) -> None:
             if not address.exists() or time.monotonic() > deadline:
                 if _stopped_unreachable(address, force=force):
                     return
-                raise Refused(error) from error
+                raise nothing_to_stop(error) from error
             time.sleep(POLL)
         except RootstockError as error:
             raise Refused(error) from error

@@ -33,7 +33,8 @@ def located(name: str, entry: Entry) -> Entry:
     if stored is None:
         raise ModelLoadError(
             f"the weights of model {name!r} are not on this machine.",
-            f"Whoever runs the daemon gets them with `rootstockd models pull {name}`; it finds them without a restart.",
+            f"Whoever runs the daemon gets them with `rootstockd models pull {name}`; a running daemon finds "
+            "them without a restart.",
         )
     record = stored.record
     loaded = record.loaded.sha256
