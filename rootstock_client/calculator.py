@@ -17,10 +17,10 @@ from ase.stress import full_3x3_to_voigt_6_stress
 
 import rootstock_client.ase_errors  # noqa: F401 - has our errors be ASE's
 from rootstock_client.connection import Connection
-from rootstock_client.errors import model_changed, used_in_step
+from rootstock_client.errors import model_changed, not_the_model, used_in_step
 from rootstock_client.extras import read_extras
 from rootstock_client.ipi import PROTOCOL_VERSION, FloatArray, ForceReady
-from rootstock_client.parameters import ON_REQUEST, PARAMETERS, SENT
+from rootstock_client.parameters import ON_REQUEST, PARAMETERS, SENT, fingerprint_or_none
 from rootstock_client.patience import patience_in_seconds
 from rootstock_client.runtime_dir import find_socket
 from rootstock_client.snapshot import Box, Snapshot
@@ -97,6 +97,8 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
     """What computed the last result, such as `mace-torch`, `fused`, or the name of an ASE calculator."""
     _extras: bytes | None
     """Of the last result, if its fingerprint was found to be right."""
+    _demanded: bool
+    """The fingerprint was given, and nothing has answered with it yet."""
 
     @property
     def fingerprint(self) -> str | None:
@@ -110,7 +112,12 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
 
     @fingerprint.setter
     def fingerprint(self, fingerprint: str | None) -> None:
-        self.parameters["fingerprint"], self._extras = fingerprint or None, None  # it is compared again with the next
+        self.parameters["fingerprint"] = fingerprint_or_none(fingerprint)
+        self._demand()
+
+    def _demand(self) -> None:
+        """The fingerprint is compared with that of the next result."""
+        self._demanded, self._extras = self.fingerprint is not None, None
 
     def __repr__(self) -> str:
         settings = "".join(f"{key}={value!r}, " for key, value in self.todict().items() if key != "fingerprint")
@@ -156,7 +163,8 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
                 raise used_in_step("parameters were set")
             changed = super().set(**checked)
             if "fingerprint" in parameters:  # it belongs to what is chosen now
-                self._potential, self._extras = self._chosen(self._settings()), None
+                self._potential = self._chosen(self._settings())
+                self._demand()
             else:
                 self._forget_another(self._settings())
         return cast("dict[str, Any]", changed)
@@ -333,9 +341,11 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
             ModelChangedError: it is not, or does not say.
         """
         if (before := self.fingerprint) in (None, fingerprint):
-            self.parameters["fingerprint"] = fingerprint
+            self.parameters["fingerprint"], self._demanded = fingerprint, False
             return
         self._connection.close()  # a session keeps its model, and the next shall find what has been put back meanwhile
+        if self._demanded:
+            raise not_the_model(self.parameters["model"], before, fingerprint)
         raise model_changed(self.parameters["model"], before, fingerprint, "make a new calculator")
 
     def describe(self, snapshot: Snapshot, box: Box, wanted: frozenset[str]) -> bytes:

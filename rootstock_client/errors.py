@@ -110,7 +110,10 @@ class ModelLoadError(RootstockError):
 
 
 class ModelChangedError(RootstockError):
-    """Another potential has come under the name of a calculator's model; nothing of what it computed is given out."""
+    """Under the name of a calculator's model is another potential than before, or than it asked for.
+
+    Nothing of what that computed is given out.
+    """
 
     code = "model-changed"
 
@@ -135,6 +138,27 @@ def model_changed(model: str, before: str, now: str | None, anew: str) -> ModelC
         f"To go on with the new one, {anew}. To go on with the old one, have whoever runs the daemon restore its "
         f"catalogue entry (`rootstockd models show {model}`) and `rootstockd reload`, or restore the packages of its "
         "environment; then repeat the step.",
+    )
+
+
+def not_the_model(model: str, asked: str, now: str | None) -> ModelChangedError:
+    """What is said where a model has not had the fingerprint that was asked for.
+
+    Args:
+        model: its name.
+        asked: the fingerprint.
+        now: the one that it has; None if what has answered names none.
+    """
+    if now is None:
+        return ModelChangedError(
+            f"model {model!r} may be another than was asked for: its fingerprint was to be {asked}, and none is named.",
+            "To take it all the same, leave out `fingerprint`. To know, have whoever runs the daemon upgrade it.",
+        )
+    return ModelChangedError(
+        f"model {model!r} is another than was asked for: its fingerprint was to be {asked} and is {now}.",
+        f"To take it as it is, leave out `fingerprint`. For the other one, ask for the model, dtype and dispersion "
+        f"that the fingerprint is of; if these are they, have whoever runs the daemon restore the catalogue entry "
+        f"(`rootstockd models show {model}`) or the packages of its environment.",
     )
 
 

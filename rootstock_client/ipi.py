@@ -63,6 +63,8 @@ ATTACH = header("ATTACH")
 NEEDINIT, READY, HAVEDATA, FORCEREADY, ERROR = map(header, ("NEEDINIT", "READY", "HAVEDATA", "FORCEREADY", "ERROR"))
 MODEL = header("MODEL")
 """On the line of a stream that was handed over: the fingerprint of what has computed the first result."""
+FINGERPRINT_DIGITS = 16
+"""Hexadecimal ones, of a fingerprint: nobody has so many models that two of them are the same by chance."""
 
 
 @dataclass(frozen=True)

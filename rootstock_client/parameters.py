@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
+
+from rootstock_client.ipi import FINGERPRINT_DIGITS
 
 ON_REQUEST = frozenset({"stress", "energies"})
 """What costs extra, and is computed only for those who ask."""
@@ -55,6 +58,16 @@ def _yes_or_no(name: str, value: Any) -> bool:
     return bool(value)
 
 
+def fingerprint_or_none(value: Any) -> str | None:
+    """No other text can be one."""
+    if value is None or value == "":
+        return None
+    if not isinstance(value, str) or not re.fullmatch(f"[0-9a-f]{{{FINGERPRINT_DIGITS}}}", value):
+        form = f"{FINGERPRINT_DIGITS} hexadecimal digits, as a calculator has it after its first result"
+        raise TypeError(f"fingerprint is {form}, not {value!r}")
+    return str(value)
+
+
 SENT: dict[str, Callable[[Any], Any]] = {
     "model": _model,
     "dtype": _dtype,
@@ -67,6 +80,6 @@ SENT: dict[str, Callable[[Any], Any]] = {
 PARAMETERS: dict[str, Callable[[Any], Any]] = {
     **SENT,
     "properties": _properties,
-    "fingerprint": lambda value: value or None,
+    "fingerprint": fingerprint_or_none,
 }
 """These, what says which properties INIT asks for, and what the answer is compared with."""

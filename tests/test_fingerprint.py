@@ -531,7 +531,7 @@ def test_a_job_that_goes_on_where_another_ended(site: Site) -> None:
     before = calculated(site).calc.fingerprint
     calculated(site, fingerprint=before)
     site.say(0.5)
-    with pytest.raises(ModelChangedError, match=f"was {before} and is "):
+    with pytest.raises(ModelChangedError, match=f"was to be {before} and is .*\\.\nTo take it as it is, leave out"):
         calculated(site, fingerprint=before)
 
 
@@ -546,7 +546,9 @@ def test_a_fingerprint_is_one_of_the_parameters(site: Site) -> None:
     done = calculator.results
     assert calculator.set(**calculator.todict()) == {} and calculator.results == done != {}
     calculator.set(fingerprint="0" * 16)
-    with pytest.raises(ModelChangedError):
+    with pytest.raises(ModelChangedError, match="leave out"):
+        copy.copy(calculator).get_potential_energy(atoms)
+    with pytest.raises(ModelChangedError, match="leave out"):
         atoms.get_potential_energy()
     calculator.set(model="emt")
     assert atoms.get_potential_energy() and calculator.fingerprint not in (None, "0" * 16, known)
@@ -559,8 +561,19 @@ def test_a_fingerprint_that_is_set_later(site: Site) -> None:
     known = atoms.calc.fingerprint
     atoms.calc.fingerprint = "0" * 16
     assert refused(atoms).message.count(known) == 1
+    for wrong in ("zzz", known.upper() + "0", 16):
+        with pytest.raises(TypeError, match="fingerprint is 16 hexadecimal digits, .* not"):
+            atoms.calc.fingerprint = wrong
+        with pytest.raises(TypeError, match="fingerprint is 16 hexadecimal digits"):
+            atoms.calc.set(fingerprint=wrong)
+        with pytest.raises(TypeError, match="fingerprint is 16 hexadecimal digits"):
+            site.daemon.client().calculator("mine", fingerprint=wrong)
     atoms.calc.fingerprint = known
     atoms.get_stress()
+    site.say(0.5)
+    atoms.calc.close()
+    atoms.rattle(0.01)
+    assert "make a new calculator" in refused(atoms).hint  # it was the right one until now
 
 
 @pytest.mark.filterwarnings("default")  # torch-sim's own
@@ -605,7 +618,7 @@ def test_a_daemon_that_says_no_fingerprint(tmp_path: Path, extras: bytes) -> Non
         server.start()
         atoms = copper()
         with RootstockCalculator("emt", socket=tmp_path / "sock", fingerprint="0123456789abcdef") as atoms.calc:
-            with pytest.raises(ModelChangedError, match="its fingerprint was 0123456789abcdef, and now none is named"):
+            with pytest.raises(ModelChangedError, match="was to be 0123456789abcdef, and none is named"):
                 atoms.get_forces()
             assert not atoms.calc.results and atoms.calc.fingerprint == "0123456789abcdef"
         with RootstockCalculator("emt", socket=tmp_path / "sock") as atoms.calc:

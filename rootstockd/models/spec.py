@@ -9,15 +9,13 @@ from typing import Any
 
 from ase.data import atomic_numbers
 
+from rootstock_client.ipi import FINGERPRINT_DIGITS
 from rootstockd.environments.finding import Environment
 from rootstockd.environments.versions import digest_of_module, versions_of_entry_point, versions_of_module
 from rootstockd.models.catalogue import Entry
 from rootstockd.worker.engines import ModelSpec
 from rootstockd.worker.engines.ipi.recipe import NOT_OF_NUMBERS
 from rootstockd.worker.engines.loading import ENTRY_POINTS, FAMILIES
-
-FINGERPRINT_DIGITS = 16
-"""Hexadecimal: nobody has so many models that two of them are the same by chance."""
 
 
 def spec_of(

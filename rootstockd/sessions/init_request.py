@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, ValidationInfo, field_validator
 
 from rootstock_client.errors import InvalidInitError, InvalidStructureError, LimitError
-from rootstock_client.ipi import PROTOCOL_VERSION
+from rootstock_client.ipi import FINGERPRINT_DIGITS, PROTOCOL_VERSION
 from rootstock_client.units import BOHR
 from rootstockd.sessions.functionals import functional
-from rootstockd.settings.validation import describe
+from rootstockd.settings.validation import describe, of_form
 
 LAST_ELEMENT = 118
 MAX_BATCH_SIZE = 1024
@@ -22,6 +22,8 @@ _FORTY_BOHR = 40 * BOHR
 MAX_PARTS = 1000
 """Strings, lists and objects in an INIT, about: only its numbers may be many. A million keys to refuse take seconds."""
 _BATCH_SIZE = re.compile(rb"\bbatch_size\s*:\s*(-?\d{1,9})")
+
+_FINGERPRINT = f"a fingerprint, {FINGERPRINT_DIGITS} hexadecimal digits"
 
 Property = Literal["energy", "forces", "stress", "energies"]
 
@@ -79,7 +81,7 @@ class InitRequest(BaseModel):
     """What follows on this connection is a stock driver, and all of this holds for its own INIT."""
     attach: bool = False
     """The stream of a stock driver that has said its INIT is handed over next, as a descriptor."""
-    fingerprint: str | None = Field(default=None, max_length=64)
+    fingerprint: Annotated[str, of_form(f"[0-9a-f]{{{FINGERPRINT_DIGITS}}}", _FINGERPRINT)] | None = None
     """Of the potential that the driver of an `attach` had before, which can't compare by itself."""
 
     @field_validator("dispersion", mode="before")
