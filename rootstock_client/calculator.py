@@ -196,7 +196,7 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
             RootstockError: all else, and these; the message says why. `rootstock_client.ase_errors` has what is what.
         """
         if name not in self.implemented_properties:
-            raise PropertyNotImplementedError(f"{name} is not among what rootstockd computes")
+            raise PropertyNotImplementedError(f"{name} is not among what rootstockd computes.")
         self._leave_to_parent()
         with self._lock:
             snapshot = self._seen if atoms is None else Snapshot(atoms)
@@ -266,11 +266,11 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
         Another backend may compute it this time: a session's first answer is the reference's.
         """
         if snapshot is None:
-            raise CalculatorSetupError("there are no atoms to evaluate yet")
+            raise CalculatorSetupError("there are no atoms to evaluate yet.")
         if self._box is None or not self._box.fits(snapshot):
             self._box = Box(snapshot)
         if "stress" in asked and not self._box.has_stress:
-            raise PropertyNotImplementedError("stress needs a periodic system with a volume: set cell and pbc")
+            raise PropertyNotImplementedError("stress needs a periodic system with a volume: set cell and pbc.")
         wanted = (asked | self._asked | self._asked_before | set(self.parameters["properties"])) & ON_REQUEST
         if not self._box.has_stress:
             wanted -= {"stress"}

@@ -39,7 +39,7 @@ class _Target:
 
     def __call__(self, natoms: int) -> memoryview:
         if natoms != len(self.forces):
-            raise InvalidStructureError(f"forces for {natoms} atoms came back; {len(self.forces)} were sent")
+            raise InvalidStructureError(f"forces for {natoms} atoms came back; {len(self.forces)} were sent.")
         return memoryview(self.forces).cast("B")
 
 

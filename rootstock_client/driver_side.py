@@ -73,7 +73,7 @@ class DriverSide:
             return None
         asked = self._expected.pop(0) if self._expected else None
         if asked is None or isinstance(message, StatusReply) != (asked == STATUS):
-            raise ProtocolError(f"an answer of {type(message).__name__} to {asked.decode() if asked else 'nothing'}")
+            raise ProtocolError(f"an answer of {type(message).__name__} to {asked.decode() if asked else 'nothing'}.")
         return message
 
     def _whole(self) -> ForceReady | None:
@@ -109,7 +109,7 @@ class DriverSide:
                 (size,) = INT.unpack((yield 4))
                 yield Failure(RootstockError.from_json(bytes((yield checked_count(size, self.limits.extras, "bytes")))))
             else:
-                raise ProtocolError(f"an engine's message can't begin with {word!r}")
+                raise ProtocolError(f"an engine's message can't begin with {word!r}.")
 
     def _read_forceready(self) -> Generator[int | memoryview | Skip | EngineMessage, memoryview, ForceReady]:
         batch = self.batch_size

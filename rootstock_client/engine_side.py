@@ -180,7 +180,7 @@ class EngineSide:
         """
         if self._reader.start != self._reader.end:
             self._state = _CLOSED
-            raise ProtocolError("bytes came where a descriptor should: wait for READY before sending it")
+            raise ProtocolError("bytes came where a descriptor should: wait for READY before sending it.")
         self._state, self.announced = _READY, False
 
     def finish(self) -> None:
@@ -276,10 +276,10 @@ class EngineSide:
 
     def _posdata(self, message: PosData) -> Event:
         if self._state is _OFFERED:
-            raise ProtocolError("POSDATA where a descriptor should be handed over")
+            raise ProtocolError("POSDATA where a descriptor should be handed over.")
         if self._state is _NEEDINIT:
             if self._error is None:
-                raise ProtocolError("POSDATA before INIT: the engine does not know the species yet")
+                raise ProtocolError("POSDATA before INIT: the engine does not know the species yet.")
             return _DROPPED  # the INIT was refused: GETFORCE will say why
         self._error = message.error
         if message.error is not None:
@@ -293,7 +293,7 @@ class EngineSide:
         if self._state is _NEEDINIT and error is not None:
             return Send(error_frame(error))
         if self._state is not _HAVEDATA:
-            raise ProtocolError("GETFORCE without POSDATA: there is no result to send")
+            raise ProtocolError("GETFORCE without POSDATA: there is no result to send.")
         self._state, self._error = _READY, None
         return _SEND_RESULT if error is None else Send(error_frame(error))
 
@@ -315,7 +315,7 @@ class EngineSide:
             elif word == EXIT:
                 yield Exit()
             else:
-                raise ProtocolError(f"a driver's message can't begin with {word!r}")
+                raise ProtocolError(f"a driver's message can't begin with {word!r}.")
 
     def _read_posdata(self) -> Generator[int | memoryview | Skip | DriverMessage, memoryview, PosData]:
         batch = self.batch_size

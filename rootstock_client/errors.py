@@ -45,7 +45,7 @@ class RootstockError(Exception):
             fields = json.loads(body)
             code, message, hint = str(fields["code"]), str(fields["message"]), str(fields.get("hint") or "")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ProtocolError(f"an ERROR frame that is not JSON with a code and a message: {body[:80]!r}") from error
+            raise ProtocolError(f"an ERROR frame that is not JSON with a code and a message: {body[:80]!r}.") from error
         return error_from_code(code, message, hint)
 
 

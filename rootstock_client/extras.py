@@ -26,7 +26,7 @@ def read_extras(text: bytes, natoms: int) -> tuple[str | None, str | None, Float
         backend, fingerprint = extras.get("backend"), extras.get("fingerprint")
         values = np.frombuffer(binascii.a2b_base64(extras["energies"] if natoms else b""), "<f8")
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-        raise ProtocolError(f"extras that can't be read: {text[:80]!r}") from error
+        raise ProtocolError(f"extras that can't be read: {text[:80]!r}.") from error
     if values.shape != (natoms,) or not np.isfinite(values).all():
-        raise ProtocolError(f"extras without {natoms} per-atom energies: {text[:80]!r}")
+        raise ProtocolError(f"extras without {natoms} per-atom energies: {text[:80]!r}.")
     return backend, fingerprint, values

@@ -160,7 +160,7 @@ Place: TypeAlias = Callable[[int], memoryview]
 def checked_count(value: int, limit: int, what: str) -> int:
     """A size that a message declares, refused before memory is taken for it."""
     if not 0 <= value <= limit:
-        raise ProtocolError(f"a message declares {value} {what}; the limit is {limit}")
+        raise ProtocolError(f"a message declares {value} {what}; the limit is {limit}.")
     return value
 
 

@@ -1,18 +1,23 @@
 """Errors across the wire, and the constants that both packages have."""
 
+import ast
 import json
 import pickle
+from pathlib import Path
 
 import ase.units
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import rootstock_client.ase_errors
 import rootstock_client.units
 import rootstockd.worker.units
 from rootstock_client import errors
 from rootstock_client.errors import ProtocolError, RootstockError
+from rootstockd.processes.messages import Failure
 
+ROOT = Path(__file__).parent.parent
 CLASSES = [RootstockError, *RootstockError.by_code.values()]
 
 
@@ -105,6 +110,46 @@ def test_no_body_does_anything_else(body):
         return
     assert isinstance(error.message, str)
     assert isinstance(error.hint, str)
+
+
+OURS = {kind.__name__ for kind in (*CLASSES, *rootstock_client.ase_errors.OF_ASE.values())} | {"Refused", "StoreError"}
+
+
+def unfinished(text: ast.expr) -> bool:
+    """Whether a message ends without a full stop, as far as the code says: its last words may come from others."""
+    match text:
+        case ast.Constant(value=str(words)):
+            return bool(words) and not words.endswith((".", "?", "!"))
+        case ast.JoinedStr(values=[*_, last]):
+            return unfinished(last)
+        case ast.FormattedValue(value=ast.IfExp() as either):
+            return unfinished(either)
+        case ast.FormattedValue(conversion=conversion, format_spec=form):
+            return conversion != -1 or form is not None
+        case ast.IfExp(body=one, orelse=other):
+            return unfinished(one) or unfinished(other)
+        case ast.BinOp(right=right):
+            return unfinished(right)
+    return False
+
+
+@pytest.mark.parametrize("package", ["rootstock_client", "rootstockd"])
+def test_messages_are_sentences(package):
+    """So that the advice behind them, and what others say with them, can follow."""
+    found = []
+    for path in sorted((ROOT / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in OURS:
+                texts = node.args[:2] if node.func.id not in ("Refused", "StoreError") else node.args[:1]
+                found += [f"{path.name}:{node.lineno}: {ast.unparse(text)}" for text in texts if unfinished(text)]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("end", ["", ".", "?", " \n"])
+def test_what_a_worker_says_becomes_a_sentence(end):
+    """Whoever wrote its engine."""
+    error = Failure(code="unsupported", message=f"model 'x' has no head 'y'{end}", hint="Leave it out.").error
+    assert str(error) == f"model 'x' has no head 'y'{end.strip() or '.'}\nLeave it out."
 
 
 @pytest.mark.parametrize("module", [rootstock_client.units, rootstockd.worker.units])

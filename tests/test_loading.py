@@ -14,7 +14,7 @@ CRASHED, KILLED = End("it was ended by signal 11", blamed=True), End("somebody k
     [
         (CRASHED, None, CRASHED.how),
         (KILLED, None, None),
-        (KILLED, DeviceFailedError("CUDA error: illegal instruction."), "CUDA error: illegal instruction."),
+        (KILLED, DeviceFailedError("CUDA error: illegal instruction."), "CUDA error: illegal instruction"),
         (CRASHED, LimitError("no memory."), None),
         (CRASHED, ModelLoadError("no such file."), None),
     ],

@@ -366,7 +366,7 @@ def test_two_add_one_name(models, state, tmp_path):
     ("options", "words"),
     [
         (("random", "--family", "mace"), "random was not added: model 'tuned': it is not a MACE model"),
-        (("empty", "--family", "mace"), "empty was not added: .* can read: it is empty$"),
+        (("empty", "--family", "mace"), r"empty was not added: .* can read: it is empty\.$"),
         (("page", "--family", "mace"), "page was not added: .* can read: it begins with <: it looks like a web page"),
         (
             ("epoch.pt", "--family", "mace"),

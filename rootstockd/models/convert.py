@@ -190,7 +190,7 @@ def _compared(rebuilt: _Numbers, original: _Numbers) -> str:
         ModelLoadError: farther than rounding accounts for, or the two are not of the same structures.
     """
     if _sizes(rebuilt) != _sizes(original) or not all(rebuilt.values()):
-        raise ModelLoadError("rebuilt, it computes other structures")
+        raise ModelLoadError("rebuilt, it computes other structures.")
     differences, tolerable = [], True
     for dtype, computed in rebuilt.items():
         found = [compare(one.result, other.result) for one, other in zip(computed, original[dtype], strict=True)]
@@ -198,7 +198,7 @@ def _compared(rebuilt: _Numbers, original: _Numbers) -> str:
         differences += found
     worst = max(differences, key=lambda difference: difference.force)
     if not tolerable:
-        raise ModelLoadError(f"rebuilt, it differs by {worst}")
+        raise ModelLoadError(f"rebuilt, it differs by {worst}.")
     exact = all(d.force == d.energy == d.virial == 0 for d in differences)
     return f"{'bit for bit' if exact else f'within rounding ({worst})'}, in {len(differences)} comparisons"
 

@@ -22,6 +22,12 @@ def _printable(text: str) -> str:
     )
 
 
+def _sentence(text: str) -> str:
+    """The same with a full stop, which engines leave to us: many of their messages end in another's words."""
+    text = _printable(text).rstrip()
+    return text if text.endswith((".", "?", "!")) else f"{text}."
+
+
 def _line(text: str) -> str:
     """The same in one line."""
     return " ".join(_printable(text).split("\n"))
@@ -43,7 +49,7 @@ class Failure(BaseModel):
     @property
     def error(self) -> RootstockError:
         """As sessions are told of it."""
-        return error_from_code(self.code, _printable(self.message), _printable(self.hint))
+        return error_from_code(self.code, _sentence(self.message), _printable(self.hint))
 
 
 class Confined(BaseModel):

@@ -71,9 +71,9 @@ class Line(asyncio.Protocol):
             self._leave_to_loop()
             self._judge(descriptors[0], data)
         else:
-            error: RootstockError = ProtocolError("ATTACH came without a descriptor")
+            error: RootstockError = ProtocolError("ATTACH came without a descriptor.")
             if descriptors:
-                error = ProtocolError("more came with the descriptor than ATTACH")
+                error = ProtocolError("more came with the descriptor than ATTACH.")
             elif cut:
                 error = _no_descriptor()
             self.stop_waiting(descriptors, lambda: self._session.not_attached(error))

@@ -52,7 +52,7 @@ class Loading:
         """
         if not self.trying or not (isinstance(reported, DeviceFailedError) or (end.blamed and reported is None)):
             return False
-        self.without[self.trying] = reported.message if reported else end.how
+        self.without[self.trying] = reported.message.rstrip(".") if reported else end.how
         return True
 
     def lacked_memory(self, error: LimitError) -> bool:
