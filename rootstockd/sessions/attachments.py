@@ -105,7 +105,7 @@ class Line(asyncio.Protocol):
         if data != ipi.ATTACH:
             refuse = f"it came with {data!r}"
         if refuse:
-            error = ProtocolError(f"what was handed over can't be a driver's stream: {refuse}")
+            error = ProtocolError(f"what was handed over can't be a driver's stream: {refuse}.")
             passed.close_aside([unfit], lambda: self._session.not_attached(error))
             return
         self._open = True
@@ -152,7 +152,7 @@ class Line(asyncio.Protocol):
             self._transport.close()
 
     def data_received(self, data: bytes) -> None:
-        self._session.end(ProtocolError(f"{data[:20]!r} where nothing is to be said: the stream was handed over"))
+        self._session.end(ProtocolError(f"{data[:20]!r} where nothing is to be said: the stream was handed over."))
 
     def connection_lost(self, _exc: Exception | None) -> None:
         self._open = False
