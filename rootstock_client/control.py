@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from rootstock_client.sockets import connect
 
 
 class _UnixHTTPConnection(http.client.HTTPConnection):
-    def __init__(self, path: Path, timeout: float) -> None:
+    def __init__(self, path: Path, timeout: float, over: socket.socket | None) -> None:
         super().__init__("localhost")
-        self._path, self._timeout = path, timeout
+        self._path, self._timeout, self.sock = path, timeout, over
 
     def connect(self) -> None:
         self.sock = connect(self._path, self._timeout)
@@ -29,7 +30,13 @@ def request(
 
 
 def fetch(
-    session_socket: Path, method: str, path: str, body: dict[str, Any] | None = None, *, timeout: float = 10.0
+    session_socket: Path,
+    method: str,
+    path: str,
+    body: dict[str, Any] | None = None,
+    *,
+    timeout: float = 10.0,
+    over: socket.socket | None = None,
 ) -> bytes:
     """Ask a daemon's control API.
 
@@ -39,6 +46,7 @@ def fetch(
         path: such as `/v1/status`.
         body: sent as JSON.
         timeout: seconds that the daemon may say nothing.
+        over: a connection to its control socket, with a timeout of its own, in place of a new one; it is closed.
 
     Returns:
         The answer's body.
@@ -49,7 +57,7 @@ def fetch(
         NotAnsweringError: it is there, and does not answer.
         RootstockError: the daemon refuses.
     """
-    connection = _UnixHTTPConnection(control_socket(session_socket), timeout)
+    connection = _UnixHTTPConnection(control_socket(session_socket), timeout, over)
     try:
         connection.request(method, path, json.dumps(body or {}), {"Content-Type": "application/json"})
         response = connection.getresponse()

@@ -5,10 +5,19 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from rootstock_client.runtime_dir import job_runtime_dir, share_file
-from rootstockd.host.sockets import AddressError, adopt, listen, lock, make_runtime_dir, remove, remove_if_empty
+from rootstockd.host.sockets import (
+    AddressError,
+    adopt,
+    listen,
+    lock,
+    make_runtime_dir,
+    remove,
+    remove_if_empty,
+    room_beside,
+)
 from rootstockd.settings.config import Config
 
 log = logging.getLogger(__name__)
@@ -31,6 +40,23 @@ def hold(config: Config, ours: contextlib.ExitStack) -> None:
     ours.enter_context(lock(config.lock))
     if folder == job_runtime_dir():  # Slurm may have killed those who would have removed it
         ours.callback(remove, share_file(config.socket))
+
+
+@contextlib.contextmanager
+def room_for_successor(config: Config) -> Iterator[None]:
+    """Have room in the folder, beside its daemon, for the one that takes its place.
+
+    That is for the session socket: the old one is left there, while the room of all else comes free with its daemon.
+
+    Raises:
+        AddressError: there is none.
+    """
+    try:
+        with room_beside(config.socket):
+            yield
+    finally:
+        if config.socket.parent == job_runtime_dir():  # its daemon may have been stopped, and could not remove it
+            remove_if_empty(config.socket.parent)
 
 
 def make_sockets(

@@ -1,9 +1,12 @@
-"""Nouns behind numbers, for messages of the daemon and of commands."""
+"""What messages of the daemon and of commands share: nouns behind numbers, and a sentence."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+
+GOES_ON = "A new daemon could not start, so the old one goes on."
+"""Behind the reason, where a restart ends before it has begun."""
 
 
 def noun(number: int, word: str) -> str:

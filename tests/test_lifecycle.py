@@ -252,6 +252,8 @@ def test_a_restart_that_could_not_start_stops_nothing(runtime_folder: Path) -> N
     settings.write_text(as_it_was)
     done = rootstockd("start", "--config", settings)
     assert done.returncode == 0, done.stderr
+    others = socket.create_server(("127.0.0.1", 0))
+    port = others.getsockname()[1]
     try:
         pid = RootstockClient(address).status()["pid"]
         for text, words in (
@@ -262,16 +264,20 @@ def test_a_restart_that_could_not_start_stops_nothing(runtime_folder: Path) -> N
             (as_it_was.replace("cpu", "cuda:99"), "this machine has no GPU 99"),
             (as_it_was + '[access]\nsocket_group = "no-such-group"\n', "there is no group 'no-such-group'"),
             (as_it_was + 'metrics = "192.0.2.1:9746"\n', "this machine can't listen at 192.0.2.1"),
+            (as_it_was + f'metrics = "127.0.0.1:{port}"\n', f"can't listen on 127.0.0.1:{port} for metrics"),
             (as_it_was + 'models = ["nonsense"]\n', "there is no model 'nonsense'"),
         ):
             settings.write_text(text)
             done = rootstockd("restart", "--socket", address)
             assert done.returncode == 1 and words in done.stderr, done.stderr
             assert (RootstockClient(address).status()["pid"], address.is_socket()) == (pid, True)
-        settings.write_text(as_it_was)
-        done = rootstockd("restart", "--socket", address)
-        assert done.returncode == 0, done.stderr
+        others.close()
+        for metrics in (f"127.0.0.1:{port}", f"0.0.0.0:{port}"):  # the old daemon has it then
+            settings.write_text(as_it_was + f'metrics = "{metrics}"\n')
+            done = rootstockd("restart", "--socket", address)
+            assert done.returncode == 0, done.stderr
     finally:
+        others.close()
         rootstockd("stop", "--socket", address)
     assert not address.exists()
 

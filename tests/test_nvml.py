@@ -27,6 +27,7 @@ from ase.calculators.emt import EMT
 from conftest import RunningDaemon, rootstockd, wait_for
 from rootstock_client.control import fetch
 from rootstock_client.errors import EvaluationError, LimitError
+from rootstockd.host.sockets import claim_gpu
 
 GB = 10**9
 TESTS = Path(__file__).parent
@@ -291,6 +292,19 @@ def test_a_lost_gpu_can_be_had_by_nobody_and_leaves_others_their_numbers(driver:
     assert where(daemon) == ("cuda:1", "ready")
     found = rootstockd("doctor").stdout
     assert "problem  driver          GPU 0 does not answer: GPU is lost" in found
+
+
+def test_a_restart_on_a_gpu_that_another_daemon_has_stops_nothing(driver: Driver, start, tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text('devices = ["cuda:0"]\n')
+    daemon = start(None, "--config", str(config))
+    pid = daemon.pid
+    config.write_text('devices = ["cuda:0", "cuda:1"]\n')
+    with claim_gpu(driver.uuid(1)):
+        done = daemon.run("restart")
+        assert done.returncode == 1 and f"a daemon already uses the GPU {driver.uuid(1)}" in done.stderr, done.stderr
+        assert daemon.pid == pid
+    assert daemon.run("restart").returncode == 0 and daemon.pid != pid
 
 
 def test_a_gpu_that_is_kept_from_this_process_has_no_number(driver: Driver, start) -> None:

@@ -17,7 +17,15 @@ from pathlib import Path
 import pytest
 
 from rootstock_client.runtime_dir import MAX_SOCKET_PATH, answers
-from rootstockd.host.sockets import AddressError, claim_gpu, listen, lock, make_runtime_dir, name_until_open
+from rootstockd.host.sockets import (
+    AddressError,
+    claim_gpu,
+    listen,
+    lock,
+    make_runtime_dir,
+    name_until_open,
+    room_beside,
+)
 
 as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
 
@@ -114,6 +122,34 @@ def test_the_name_until_a_socket_is_open(short, name):
     """It is that of no backup of an editor, and as long as the shortest control socket's at most."""
     unseen = name_until_open(short / name)
     assert unseen.parent == short and len(unseen.name) == len("a.control") and unseen.name.startswith(".rsd")
+
+
+def test_room_for_a_socket_beside_another(short):
+    """Which is held until it is needed, by nobody who could be connected to."""
+    path = short / "a.sock"
+    with listen(path, 0o600):
+        with room_beside(path):
+            assert name_until_open(path).is_socket() and not answers(name_until_open(path))
+            with room_beside(path):  # another is about to listen: one of the two will
+                pass
+            assert name_until_open(path).is_socket() and answers(path)
+        assert list(short.iterdir()) == [path]
+    stale_socket(name_until_open(path))
+    with room_beside(path), listen(path, 0o600):
+        assert list(short.iterdir()) == [path]
+
+
+def test_no_room_for_a_socket_beside_another(short):
+    path = short / "a.sock"
+    name_until_open(path).write_text("precious")
+    with pytest.raises(AddressError, match="is not a socket; it is left alone"), room_beside(path):
+        pass
+    assert name_until_open(path).read_text() == "precious"
+    with (
+        pytest.raises(AddressError, match="can't listen on .*: No such file"),
+        room_beside(short / "nowhere" / "a.sock"),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "live", "stale"])

@@ -22,6 +22,7 @@ from rootstockd.host.log_file import open_log, read_log
 from rootstockd.host.sockets import already_runs
 from rootstockd.monitoring.rows import told_apart
 from rootstockd.settings.config import COMMAND_LINE, Config
+from rootstockd.words import GOES_ON
 
 POLL = 0.05
 _DATED = re.compile(r"\n\d{4}-\d\d-\d\d ")
@@ -72,7 +73,8 @@ def launch(config: Config, *, after: int | None = None, named: bool = True) -> s
 
     Args:
         config: its settings.
-        after: the pidfd of its predecessor. It gets ready while that one drains, and begins when it is gone.
+        after: the pidfd of its predecessor, which it has stop when all else is ready, and begins when that is gone:
+            whenever this command ends, one of the two is there.
         named: the predecessor's socket was there. Then, if it is gone with it, `stop` has called the restart off.
 
     Raises:
@@ -81,7 +83,7 @@ def launch(config: Config, *, after: int | None = None, named: bool = True) -> s
     assert config.log_file is not None
     if after is None:
         refuse_second(config.socket)
-    log = prepare_log(config.log_file)
+    log = prepare_log(config.log_file, "Choose another --log-file." if after is None else GOES_ON)
     predecessor = () if after is None else (after,)
     arguments = [] if after is None else [str(after), "named" if named else "unnamed"]
     with log, handed_over(config.model_dump_json()) as settings:
@@ -91,7 +93,7 @@ def launch(config: Config, *, after: int | None = None, named: bool = True) -> s
             pass_fds=predecessor,
             stdin=settings,
             stdout=log,
-            stderr=log,
+            stderr=log if after is None else subprocess.PIPE,  # of a successor that must not begin nothing stays
             cwd="/",
             start_new_session=True,
         )
@@ -101,7 +103,7 @@ def launch(config: Config, *, after: int | None = None, named: bool = True) -> s
         if after is None:
             process.terminate()
             process.wait()
-        else:  # the one before it is on its way down
+        else:
             console.print("the restart goes on without this command; `rootstockd stop` calls it off")
         raise
     return process
@@ -118,8 +120,8 @@ def refuse_second(address: Path) -> None:
         raise Refused(already_runs(address, str(running.pid)))
 
 
-def prepare_log(path: Path) -> BinaryIO:
-    """Open a log, or say why it can't be.
+def prepare_log(path: Path, hint: str) -> BinaryIO:
+    """Open a log, or say why it can't be, and what follows from that.
 
     Raises:
         Refused: it can't.
@@ -127,7 +129,7 @@ def prepare_log(path: Path) -> BinaryIO:
     try:
         return open_log(path)
     except OSError as error:
-        raise Refused(f"can't write the log {path}: {error.strerror}. Choose another --log-file.") from error
+        raise Refused(f"can't write the log {path}: {error.strerror}. {hint}") from error
 
 
 def wait_until_ready(process: subprocess.Popen[bytes], config: Config, log_position: int) -> DaemonStatus:
@@ -137,6 +139,7 @@ def wait_until_ready(process: subprocess.Popen[bytes], config: Config, log_posit
         Refused: the process ended.
     """
     with saying(text := "starting") as say:
+        first_words = _until_predecessor_told(process)
         while process.poll() is None:
             try:
                 status = fetch_status(config.socket)
@@ -156,13 +159,22 @@ def wait_until_ready(process: subprocess.Popen[bytes], config: Config, log_posit
     words = ""
     with contextlib.suppress(OSError), read_log(config.log_file) as log:  # it may be a device
         log.seek(log_position)
-        words = log.read().strip()
+        words = log.read()
+    words = (words + first_words.decode(errors="replace")).strip()
     if process.returncode == 0:
         raise Refused("the daemon was stopped before it was ready.")
     # the command in the background has said why in its last line or lines; further lines that begin with a date are of
     # another daemon, which was started at the same moment with the same log
     reason = _DATED.split(words.rpartition("Error: ")[2])[0] if "Error: " in words else words
     raise Refused(reason or f"the daemon ended with exit status {process.returncode} and said nothing.")
+
+
+def _until_predecessor_told(process: subprocess.Popen[bytes]) -> bytes:
+    """What a successor says until it has told its predecessor to stop, or ends without that; others log all."""
+    if process.stderr is None:
+        return b""
+    with process.stderr as first_words:
+        return first_words.read()
 
 
 def introduce(process: subprocess.Popen[bytes], config: Config, status: DaemonStatus) -> None:

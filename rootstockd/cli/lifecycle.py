@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
-from rootstock_client.control import request
-from rootstock_client.errors import ConnectionLostError, DaemonNotFoundError, RootstockError
+from rootstock_client.errors import DaemonNotFoundError, RootstockError
 from rootstock_client.patience import PATIENCE_VARIABLE
 from rootstock_client.runtime_dir import control_socket, find_socket
 from rootstock_client.sockets import connect
@@ -33,11 +33,12 @@ from rootstockd.cli.systemd_units import unit_at
 from rootstockd.control.schema import ReloadReport, SessionStatus
 from rootstockd.host.devices import DeviceError, found_devices
 from rootstockd.host.peers import peer_of
+from rootstockd.host.sockets import AddressError, claim_gpu, listen_tcp
 from rootstockd.settings.config import Config
 from rootstockd.settings.config_file import ConfigError
 from rootstockd.settings.config_layers import unknown_variables
 from rootstockd.users import user_name
-from rootstockd.words import so_many
+from rootstockd.words import GOES_ON, so_many
 
 _NAMED = 10
 """Processes of a user that are named, of those whose sessions a daemon leaves."""
@@ -144,28 +145,26 @@ def _stopped_unreachable(address: Path, *, force: bool) -> bool:
 def restart(socket: Path | None) -> None:
     """Stop the daemon and start it again.
 
-    With the same options, and its configuration as it is now.
+    With the same options, and its configuration as it is now. Where a new one could not start, the old one
+    goes on.
     """
     address = socket_in_use(socket)
     if unit := unit_at(address):
         unit.ask("restart", unit.service)
         return
     try:
-        config = None
-        if running := fetch_config(address):  # while there is still a daemon
-            check_own(address)
-            with daemon_process(address) as process:
-                take_environment(process)
+        running = fetch_config(address)
+        if running is None:
+            raise Refused(f"{user_name(os.geteuid())} does not administer this daemon, and can't restart it.")
+        check_own(address)
+        with daemon_process(address) as process:
+            named = address.exists()  # whoever removed it did not mean to stop the daemon
+            take_environment(process)
             try:
                 config = settings_again(in_background(running))
             except ConfigError as error:
-                raise Refused(f"{error}\nA new daemon could not start, so the old one goes on.") from error
-            check_startable(config, running.socket)
-        with daemon_process(address) as process:
-            named = address.exists()  # whoever removed it did not mean to stop the daemon
-            with contextlib.suppress(ConnectionLostError):  # it was on its way down already
-                request(address, "POST", "/v1/stop", {"replaced": True})  # which refuses whoever may not
-            assert config is not None
+                raise Refused(f"{error}\n{GOES_ON}") from error
+            check_startable(config, running)
             launch(config, after=process, named=named)
     except (RootstockError, ConfigError) as error:
         raise Refused(error) from error
@@ -221,8 +220,12 @@ def in_background(config: Config) -> Config:
     return config.model_copy(update={"log_file": default_log_file(config.socket), "origins": origins})
 
 
-def check_startable(config: Config, address: Path) -> None:
-    """Whether a new daemon could take the place of the one at an address.
+def check_startable(config: Config, running: Config) -> None:
+    """Whether a new daemon could take the place of one that runs.
+
+    Args:
+        config: the new one's settings.
+        running: those of the one that runs.
 
     Raises:
         Refused: it could not start, or would be elsewhere.
@@ -230,11 +233,34 @@ def check_startable(config: Config, address: Path) -> None:
     # imports what only `restart` needs
     from rootstockd.cli.config import look_over  # noqa: PLC0415
 
-    if config.socket != address:
+    if config.socket != running.socket:
         raise Refused(
-            f"by {config.where('socket')} the socket is {config.socket} now. The daemon goes on at {address}, where "
-            "its jobs wait for it during a restart: `rootstockd stop` it and `start` one, or set `socket` back."
+            f"by {config.where('socket')} the socket is {config.socket} now. The daemon goes on at {running.socket}, "
+            "where its jobs wait for it during a restart: `rootstockd stop` it and `start` one, or set `socket` back."
         )
     problems, _ = look_over(config)
+    if not problems:
+        problems = list(_claimed(config, running))
     if problems:
         raise Refused("\n".join(["a new daemon could not start, so the old one goes on:", *problems]))
+
+
+def _claimed(config: Config, running: Config) -> Iterator[str]:
+    """What others have of that which a new daemon takes and the one that runs has not got."""
+    theirs: set[str] = set()
+    with contextlib.suppress(DeviceError):  # one of them is gone
+        theirs = {device.uuid for device in found_devices(running.devices)}
+    for device in found_devices(config.devices):
+        if device.kind == "cuda" and device.uuid not in theirs:
+            try:
+                with claim_gpu(device.uuid):
+                    pass
+            except AddressError as error:
+                yield f"devices: {error}"
+    ports = {(metrics or "").rpartition(":")[2] for metrics in (config.metrics, running.metrics)}
+    if config.metrics is not None and len(ports) > 1:
+        try:
+            with listen_tcp(config.metrics):
+                pass
+        except AddressError as error:
+            yield f"metrics: {error}"

@@ -171,7 +171,7 @@ def listen(
         try:
             sock.bind(os.fspath(unseen))
         except OSError as error:
-            raise AddressError(f"can't listen on {path}: {error.strerror or error}.") from error
+            raise _no_room(path, error) from error
         ours, at = unseen.lstat(), unseen
         try:
             if group is not None:
@@ -186,6 +186,10 @@ def listen(
                 remove(at, ours)
 
 
+def _no_room(path: Path, error: OSError) -> AddressError:
+    return AddressError(f"can't listen on {path}: {error.strerror or error}.")
+
+
 def name_until_open(path: Path) -> Path:
     """What a socket is called until it can be connected to, beside its own name; the kernel goes on calling it so.
 
@@ -193,6 +197,27 @@ def name_until_open(path: Path) -> Path:
     shortest `NAME.control`.
     """
     return path.with_name(f".rsd{zlib.crc32(os.fsencode(path.name)) & 0xFFFFF:05x}")
+
+
+@contextlib.contextmanager
+def room_beside(path: Path) -> Iterator[None]:
+    """Have room for a socket beside the one that another daemon has at `path`, as `listen` needs it after that one.
+
+    One that lies there already, of a process that died or of one that is about to listen, has that room.
+
+    Raises:
+        AddressError: there is none.
+    """
+    unseen = name_until_open(path)
+    _check_free(unseen)
+    with socket.socket(socket.AF_UNIX) as sock, contextlib.ExitStack() as stack:
+        try:
+            sock.bind(os.fspath(unseen))
+            stack.callback(remove, unseen, unseen.lstat())  # while it is open: until then nothing else has its number
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise _no_room(path, error) from error
+        yield
 
 
 @contextlib.contextmanager

@@ -132,12 +132,71 @@ def test_a_forced_stop_during_a_restart_of_a_daemon_that_hangs(own_daemon: Runni
     assert own_daemon.processes() == []
 
 
+ENDED = """
+import os, subprocess, sys
+
+launch = subprocess.Popen.__init__
+
+def launch_and_end(process, command, **options):
+    ours = "rootstockd.serve" in command
+    if ours and os.environ["WHEN"] == "before":
+        os.kill(os.getpid(), int(os.environ["SIGNAL"]))
+    launch(process, command, **options)
+    if ours and os.environ["WHEN"] == "after":
+        os.kill(os.getpid(), int(os.environ["SIGNAL"]))
+
+if "restart" in sys.orig_argv:
+    subprocess.Popen.__init__ = launch_and_end
+"""
+"""Has `rootstockd restart` end by a signal just before or after it has launched a daemon."""
+
+
+@pytest.mark.parametrize(
+    ("when", "number"),
+    [
+        ("before", signal.SIGKILL),
+        ("before", signal.SIGINT),
+        *(("after", number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL)),
+    ],
+)
+def test_a_restart_that_ends_early_leaves_a_daemon(
+    own_daemon: RunningDaemon, tmp_path: Path, when: str, number: signal.Signals
+) -> None:
+    """The old one, which nobody has told to stop yet, or the new one, which has done so by itself."""
+    (tmp_path / "sitecustomize.py").write_text(ENDED)
+    path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    atoms, old = copper(1), own_daemon.pid
+    atoms.calc = own_daemon.client().calculator("emt")
+    before = atoms.get_forces()
+    done = own_daemon.run("restart", env={"PYTHONPATH": path, "WHEN": when, "SIGNAL": str(int(number))})
+    assert done.returncode != 0
+    if when == "after":
+        wait_for(lambda: old not in daemons(own_daemon), timeout=60)
+    atoms.calc.results.clear()
+    np.testing.assert_array_equal(atoms.get_forces(), before)
+    assert (own_daemon.pid == old) == (when == "before")
+    assert daemons(own_daemon) == [own_daemon.pid]
+
+
+def test_restarts_at_the_same_moment(own_daemon: RunningDaemon) -> None:
+    old = own_daemon.pid
+    with ThreadPoolExecutor(4) as pool:
+        done = list(pool.map(lambda _: own_daemon.run("restart"), range(4)))
+    assert 0 in [each.returncode for each in done], done
+    (pid,) = daemons(own_daemon)
+    assert pid == own_daemon.pid != old
+    assert sorted(path.suffix for path in own_daemon.folder.iterdir()) == ["", ".control", ".lock", ".sock"]
+
+
 def test_a_restart_while_it_stops(own_daemon: RunningDaemon) -> None:
     with long_step(own_daemon) as (step, _), ThreadPoolExecutor(1) as pool:
         stop = pool.submit(own_daemon.run, "stop")
         wait_for(lambda: own_daemon.client().status()["state"] == "draining")
+        there, logged = sorted(own_daemon.folder.iterdir()), own_daemon.log.read_text()
         restart = own_daemon.run("restart")
         assert restart.returncode == 1 and "the daemon is stopping already" in restart.stderr
+        assert sorted(own_daemon.folder.iterdir()) == there  # nothing of the one that could not begin
+        assert "Error" not in own_daemon.log.read_text().removeprefix(logged)
         step.go_on()
         assert stop.result().returncode == 0
     assert own_daemon.processes() == []

@@ -25,7 +25,7 @@ import pytest
 from ase import Atoms
 from ase.build import bulk
 
-from conftest import open_descriptors
+from conftest import RunningDaemon, open_descriptors
 from rootstock_client import RootstockClient, ipi
 from rootstock_client.control import request
 from rootstock_client.errors import LimitError, RootstockError
@@ -313,6 +313,22 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", str(mounted)], check=True)
 
 
+@pytest.fixture
+def full_of_files(runtime_folder: Path) -> Iterator[tuple[Path, Callable[[], Path]]]:
+    """A folder on a file system that has room for few files, and what takes all of it, and returns one of them."""
+    place = Path(tempfile.mkdtemp(dir=runtime_folder))
+    with small_disk(place, "1m,nr_inodes=40,mode=0700") as mounted:
+
+        def take_all() -> Path:
+            with contextlib.suppress(OSError):
+                for number in range(100):
+                    (mounted / f"filler-{number}").touch()
+            assert not (mounted / "filler-99").exists()
+            return mounted / "filler-0"
+
+        yield mounted, take_all
+
+
 def fill(filler: Path) -> None:
     with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
         while True:
@@ -349,6 +365,77 @@ def test_an_address_on_a_full_disk(tmp_path: Path) -> None:
             assert path.read_bytes() == b""
             with pytest.raises(AddressError, match=r"already runs .*\(pid unknown\)"), lock(path):
                 pass
+
+
+def test_a_restart_without_room_for_another_socket(full_of_files, tmp_path: Path) -> None:
+    """The daemon goes on, and nothing is left of what could not take its place; nor does its job notice."""
+    mounted, take_all = full_of_files
+    daemon = RunningDaemon(mounted / "run", ("--model", "emt"))
+    daemon.log = tmp_path / "log"
+    try:
+        atoms = copper()
+        atoms.calc = daemon.start().client(patience=0).calculator("emt")
+        atoms.get_forces()
+        pid, there, logged = daemon.pid, sorted(daemon.folder.iterdir()), daemon.log.read_text()
+        last = take_all()
+        done = daemon.run("restart")
+        assert done.returncode == 1 and f"can't listen on {daemon.socket}: No space left on device." in done.stderr
+        assert "the old one goes on" in done.stderr
+        assert (daemon.pid, sorted(daemon.folder.iterdir()), daemon.log.read_text()) == (pid, there, logged)
+        again(atoms)
+        last.unlink()
+        atoms.calc = daemon.client().calculator("emt")
+        again(atoms)
+        assert daemon.run("restart").returncode == 0 and daemon.pid != pid
+        again(atoms)
+    finally:
+        daemon.stop()
+
+
+def test_room_that_a_restart_has_found_stays_its_own(full_of_files, tmp_path: Path) -> None:
+    """Others may take all else while the old daemon drains."""
+    mounted, take_all = full_of_files
+    daemon = RunningDaemon(mounted / "run", ("--model", "emt"))
+    daemon.log = tmp_path / "log"
+    try:
+        atoms = copper()
+        atoms.calc = daemon.start().client().calculator("emt")
+        again(atoms)
+        atoms.calc.results.clear()
+        pid, worker = daemon.pid, daemon.model("emt")["pid"]
+        os.kill(worker, signal.SIGSTOP)
+        with ThreadPoolExecutor(2) as pool:
+            step = pool.submit(atoms.get_forces)
+            wait_for(lambda: [session["state"] for session in daemon.client().status()["sessions"]] == ["busy"])
+            restart = pool.submit(daemon.run, "restart")
+            wait_for(lambda: daemon.client().status()["state"] == "draining")
+            take_all()
+            os.kill(worker, signal.SIGCONT)
+            step.result(60)
+            assert restart.result(60).returncode == 0, restart.result().stderr
+        assert daemon.pid != pid
+        assert sorted(path.suffix for path in daemon.folder.iterdir()) == [".control", ".lock", ".sock"]
+        again(atoms)
+    finally:
+        daemon.stop()
+
+
+def test_a_restart_without_room_for_its_log(full_of_files, start_daemon) -> None:
+    """The old one was moved away, and the new file can't be."""
+    mounted, take_all = full_of_files
+    daemon = start_daemon("--model", "emt", "--log-file", str(mounted / "log"))
+    atoms = copper()
+    atoms.calc = daemon.client(patience=0).calculator("emt")
+    atoms.get_forces()
+    pid, rotated = daemon.pid, (mounted / "log").rename(mounted / "log.1")
+    last = take_all()
+    done = daemon.run("restart")
+    assert done.returncode == 1 and f"can't write the log {mounted}/log: No space left on device." in done.stderr
+    assert "the old one goes on" in done.stderr and daemon.pid == pid
+    assert "asked to stop" not in rotated.read_text()
+    again(atoms)
+    last.unlink()
+    assert daemon.run("restart").returncode == 0 and daemon.pid != pid
 
 
 def test_a_worker_that_dies_while_there_is_no_room_for_the_next(serve, tmp_path: Path, monkeypatch) -> None:
