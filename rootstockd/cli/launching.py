@@ -78,7 +78,8 @@ def launch(config: Config, *, after: int | None = None, named: bool = True) -> s
         named: the predecessor's socket was there. Then, if it is gone with it, `stop` has called the restart off.
 
     Raises:
-        Refused: it can't start, or none of the models it was to load can be loaded.
+        Refused: it can't start, or none of the models it was to load can be loaded. A predecessor goes on then, or it
+            is there without them.
     """
     assert config.log_file is not None
     if after is None:
@@ -98,7 +99,8 @@ def launch(config: Config, *, after: int | None = None, named: bool = True) -> s
             start_new_session=True,
         )
     try:
-        introduce(process, config, wait_until_ready(process, config, position))
+        status = wait_until_ready(process, config, position)
+        introduce(process, config, status, replaced=after is not None)
     except KeyboardInterrupt:
         if after is None:
             process.terminate()
@@ -177,17 +179,29 @@ def _until_predecessor_told(process: subprocess.Popen[bytes]) -> bytes:
         return first_words.read()
 
 
-def introduce(process: subprocess.Popen[bytes], config: Config, status: DaemonStatus) -> None:
+def introduce(process: subprocess.Popen[bytes], config: Config, status: DaemonStatus, *, replaced: bool) -> None:
     """Say of a daemon that is ready what it has, and how it is used.
 
+    Args:
+        process: its process.
+        config: its settings.
+        status: how it is.
+        replaced: it has taken the place of another, whose jobs wait for it.
+
     Raises:
-        Refused: none of the models it was to load can be loaded; it has been stopped.
+        Refused: none of the models it was to load can be loaded. It has been stopped, if nobody had it before.
     """
     broken = [model for model in status.models if model.error]
     for name, model in zip(told_apart(status.models), status.models, strict=True):
         if model.error:
             console.print(f"{name}: {model.error}", style="red", markup=False)
-    if broken and len(broken) == len(status.models):
+    kept = [model for model in status.models if model.kept]
+    if replaced and kept and all(model.error for model in kept):
+        raise Refused(
+            "none of the models to be loaded at the start could be. The new daemon runs without them, so that jobs "
+            "with others go on; it tries each again when somebody asks for it, such as `rootstockd load`."
+        )
+    if not replaced and broken and len(broken) == len(status.models):
         end(config.socket, force=True)
         process.wait()
         raise Refused("no model could be loaded, so the daemon was stopped again.")

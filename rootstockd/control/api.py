@@ -271,6 +271,7 @@ def model_status(model: Supervisor, fleet: Fleet, user: int | None) -> ModelStat
         loading=loading_status(model, fleet),
         backend=info.backend if info else None,
         retired=model.retired,
+        kept=model in fleet.kept,
         environment=workers.environment.description if workers.environment else None,
         note="; ".join(filter(None, (info.note if info else "", workers.unkept))) or None,
         unconfined=workers.unconfined,

@@ -82,6 +82,8 @@ class ModelStatus(BaseModel):
     retired: bool = False
     """Sessions have it still, and no other gets it: the catalogue has another model of this name now, or it was a
     replica."""
+    kept: bool = False
+    """It is to be loaded at the start, and to stay."""
     environment: str | None = None
     """Where its worker runs: an environment with when it was built, or beside the daemon. None while none is found."""
     note: str | None

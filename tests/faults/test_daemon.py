@@ -312,6 +312,42 @@ def test_a_job_that_starts_during_a_restart(own_daemon: RunningDaemon) -> None:
     np.testing.assert_allclose(forces, atoms.get_forces(), atol=1e-9)
 
 
+FICKLE = """
+from pathlib import Path
+from ase.calculators.emt import EMT
+
+class Fickle(EMT):
+    def __init__(self):
+        super().__init__()
+        if Path(__file__).with_name("broken").exists():
+            raise OSError("not just now")
+"""
+
+
+def test_a_restart_while_its_model_is_broken(start_daemon, tmp_path: Path, end_jobs: list[Job], monkeypatch) -> None:
+    """Whoever restarts is told; jobs with other models go on, and those with this one as soon as it is mended."""
+    (tmp_path / "of_moods.py").write_text(FICKLE)
+    (tmp_path / "more.toml").write_text('[fickle]\nfamily = "ase"\narguments = { calculator = "of_moods:Fickle" }\n')
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    daemon = start_daemon("--catalogue", str(tmp_path / "more.toml"), "--model", "fickle")
+    atoms, other = copper(), copper()
+    atoms.calc, other.calc = daemon.client().calculator("fickle"), daemon.client().calculator("emt")
+    before, old = atoms.get_forces(), daemon.pid
+    job = Job(other, 1).start()
+    end_jobs.append(job)
+    job.goes_on()
+    (tmp_path / "broken").touch()
+    done = daemon.run("restart")
+    assert done.returncode == 1 and "none of the models to be loaded at the start could be" in done.stderr, done.stderr
+    assert "not just now" in done.stdout
+    assert daemon.pid != old
+    job.goes_on()
+    (tmp_path / "broken").unlink()
+    assert daemon.run("load", "fickle").returncode == 0
+    atoms.calc.results.clear()
+    np.testing.assert_array_equal(atoms.get_forces(), before)
+
+
 # --- the daemon's own end
 
 
