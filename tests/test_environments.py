@@ -270,7 +270,7 @@ def test_a_worker_has_its_environment_and_nothing_of_the_daemons(probed: Running
         atoms.calc = client.calculator("probe")
         with pytest.raises(EvaluationError, match="REPORT") as caught:
             atoms.get_potential_energy()
-    told: dict[str, Any] = json.loads(str(caught.value).split("REPORT", 1)[1].split("\n")[0])
+    told: dict[str, Any] = json.loads(str(caught.value).split("REPORT", 1)[1].split("\n")[0].rstrip("."))
     build = find_build("tiny")
     assert build is not None
     assert told.pop("prefix") == str(build.path)

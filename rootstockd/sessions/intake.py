@@ -28,25 +28,26 @@ class Intake:
     def __init__(self) -> None:
         self.in_turns = False
         """It is read when it has a turn, and at no other time."""
-        self._paused = False
+        self.paused = False
+        """Nothing is read until `go_on`."""
         self._spent = 0.0
         """What was guessed since the last step."""
 
     def begin(self, transport: asyncio.Transport) -> None:
         """Read from this one, from now on as bytes come."""
         self.transport = transport
-        self.in_turns = self._paused = False
+        self.in_turns = self.paused = False
 
     def pause(self) -> None:
-        """Until `go_on`; what more the driver says waits where it was written."""
-        if not self._paused:
-            self._paused = True
+        """What more the driver says waits where it was written."""
+        if not self.paused:
+            self.paused = True
             self.transport.pause_reading()
 
     def go_on(self) -> None:
-        """Read again as bytes come, if nothing else is in the way."""
-        if self._paused and not self.in_turns:
-            self._paused = False
+        """Read again as bytes come, or else in turns."""
+        if self.paused and not self.in_turns:
+            self.paused = False
             self.transport.resume_reading()
 
     def step_came(self) -> None:

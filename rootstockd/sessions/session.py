@@ -231,7 +231,7 @@ class Session(asyncio.BufferedProtocol):
             if self._ipi.announced or isinstance(error, LimitError):
                 self._transport.write(ipi.error_frame(error))
             self.end(error)
-        if not self._closing and not self._ipi.full and not self._waits:
+        if self._intake.paused and not self._closing and not self._ipi.full and not self._waits:
             self._intake.go_on()
         return begun
 
