@@ -154,7 +154,7 @@ def also_in(group: int) -> Iterator[None]:
 def report(daemon: RunningDaemon, model: str) -> dict[str, Any]:
     with pytest.raises(RootstockError) as caught:
         evaluate(daemon, model)
-    told = dict(json.loads(str(caught.value).split("REPORT", 1)[1].split("\n")[0]))
+    told = dict(json.loads(str(caught.value).split("REPORT", 1)[1].split("\n")[0].rstrip(".")))
     told["found"] = dict(zip(confinement_probe.attempts(Path(), ""), told["found"], strict=True))
     return told
 
