@@ -199,7 +199,7 @@ class Session(asyncio.BufferedProtocol):
     def not_attached(self, error: RootstockError) -> None:
         """What was handed over is no stream of a driver."""
         if self.account is not None and not self._closing:
-            self._say(ipi.error_frame(error))
+            self._say([ipi.error_frame(error)])
             self.end(error)
 
     # --- the protocol's side
@@ -207,6 +207,7 @@ class Session(asyncio.BufferedProtocol):
     def _advance(self) -> bool:
         """Do what can be done with what has come, where that is much a little of it; whether a step has begun."""
         begun = False
+        answers: list[bytes] = []  # sent together: each write wakes the driver, which may have our CPU for it
         try:
             for _ in _AT_ONCE:
                 # a driver that does not read its answers gets no more of them, and nothing evaluated meanwhile
@@ -217,15 +218,23 @@ class Session(asyncio.BufferedProtocol):
                     self._intake.step_came()
                     self._evaluate(event.cells)
                 elif isinstance(event, engine_side.SendResult):
+                    if answers:
+                        self._say(answers)
                     self._transport.write(self.client.system.slot.reply)
                     if self._leaving:
                         self._leave_at_rest()
+                elif isinstance(event, engine_side.Send):
+                    answers.append(event.data)
                 else:
+                    self._say(answers)
                     self._do(event)
             else:
                 self._intake.pause()
                 self._ask_for_turn()
+            if answers:
+                self._say(answers)
         except RootstockError as error:
+            self._say(answers)
             self._count(error)
             # a stock driver says no INIT that is too long to be staged
             if self._ipi.announced or isinstance(error, LimitError):
@@ -297,10 +306,8 @@ class Session(asyncio.BufferedProtocol):
         self._transport.close()
 
     def _do(self, event: engine_side.Event) -> None:
-        """What is not on the path of a step, and STATUS."""
+        """What is not on the path of a step."""
         match event:
-            case engine_side.Send():
-                self._say(event.data)
             case ipi.Init():
                 self._init = event.text
                 self._ask_for_turn()
@@ -310,10 +317,13 @@ class Session(asyncio.BufferedProtocol):
                 self._count(event.error)
                 self.end(event.error)
 
-    def _say(self, message: bytes) -> None:
-        self._transport.write(message)
-        if message.startswith(ipi.ERROR):
-            self._count(RootstockError.from_json(message[ipi.HEADER_SIZE + ipi.INT.size :]))
+    def _say(self, messages: list[bytes]) -> None:
+        """Send them, which are none afterwards."""
+        self._transport.write(b"".join(messages))
+        for message in messages:
+            if message.startswith(ipi.ERROR):
+                self._count(RootstockError.from_json(message[ipi.HEADER_SIZE + ipi.INT.size :]))
+        messages.clear()
 
     def _count(self, error: RootstockError | None) -> None:
         """The driver has been told of an error, or its connection ends for it."""
