@@ -68,6 +68,14 @@ def test_crumbs_without_a_step_are_owed_and_read_in_turns(intake: Intake, transp
     assert transport.reads
 
 
+def test_positions_in_bulk_are_read_as_they_come_also_behind_an_init_that_was_read_in_turns(intake: Intake) -> None:
+    while intake.came(64, placing=False) is None:
+        pass
+    assert intake.in_turns
+    assert intake.came(CRUMB, placing=True) is None
+    assert not intake.in_turns
+
+
 def test_a_turn_reads_what_is_there_and_the_loop_has_the_rest(
     intake: Intake, ends: tuple[socket.socket, socket.socket], transport: Transport
 ) -> None:

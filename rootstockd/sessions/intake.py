@@ -63,12 +63,15 @@ class Intake:
             placing: they are positions.
 
         Returns:
-            Seconds of the loop's time that are owed, where it is time for a turn: nothing is read until then.
+            Seconds of the loop's time that are owed, where it is time for a turn: nothing is read until then. None
+            where bytes are read as they come.
         """
+        if placing and nbytes >= CRUMB:
+            self.in_turns = False
+            return None
         if self.in_turns:
             return 0.0
-        if not placing or nbytes < CRUMB:
-            self._spent += READ + BYTE * nbytes
+        self._spent += READ + BYTE * nbytes
         if self._spent <= AT_ONCE:
             return None
         owed, self._spent = self._spent, 0.0

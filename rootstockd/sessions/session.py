@@ -287,7 +287,7 @@ class Session(asyncio.BufferedProtocol):
                 self._intake.in_turns = False
             elif nbytes := self._intake.read(self._ipi.get_buffer(-1)):
                 self.buffer_updated(nbytes)
-            elif not self._intake.in_turns:
+            if not self._intake.in_turns and not self._closing:
                 self._advance()
         except Exception as error:
             self._cut_off(error)
