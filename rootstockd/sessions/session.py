@@ -218,8 +218,7 @@ class Session(asyncio.BufferedProtocol):
                     self._intake.step_came()
                     self._evaluate(event.cells)
                 elif isinstance(event, engine_side.SendResult):
-                    if answers:
-                        self._say(answers)
+                    self._say(answers)
                     self._transport.write(self.client.system.slot.reply)
                     if self._leaving:
                         self._leave_at_rest()
@@ -231,8 +230,7 @@ class Session(asyncio.BufferedProtocol):
             else:
                 self._intake.pause()
                 self._ask_for_turn()
-            if answers:
-                self._say(answers)
+            self._say(answers)
         except RootstockError as error:
             self._say(answers)
             self._count(error)
@@ -319,6 +317,8 @@ class Session(asyncio.BufferedProtocol):
 
     def _say(self, messages: list[bytes]) -> None:
         """Send them, which are none afterwards."""
+        if not messages:
+            return
         self._transport.write(b"".join(messages))
         for message in messages:
             if message.startswith(ipi.ERROR):
