@@ -27,7 +27,8 @@ def run(settings: Settings, results: Results) -> None:
     """The benchmark."""
     sizes = settings.choose(SIZES, QUICK)
     results.parameters = {"atoms": sizes, "model": "noop"}
-    with Daemon(settings, "--model", "noop", "--max-atoms", str(max(sizes))) as daemon:
+    limits = {"ROOTSTOCKD_LIMITS__ATOMS": str(max(sizes))}
+    with Daemon(settings, "--model", "noop", "--max-atoms", str(max(sizes)), environment=limits) as daemon:
         pids = {"daemon": daemon.pid, "worker": daemon.worker("noop")}
         for natoms in sizes:
             if BYTES * natoms > psutil.virtual_memory().available:
