@@ -36,6 +36,10 @@ run."""
 OURS = os.environ[RUN] = f"{os.environ.get(RUN, '')}/{os.getpid()}-{time.time_ns()}"
 FOLDER = "TEST_OF_ROOTSTOCKD"
 """conftest's, of a daemon and its workers; the same when a daemon is restarted."""
+SHOWN = 60
+"""Characters of a command line."""
+LISTED = 6
+"""Of what a test leaks; more of it hides the test's name where only the end of a run is seen."""
 KEPT_SEGMENTS = ("sem.", "mpich_shm_", "faketime_")
 
 
@@ -85,6 +89,15 @@ def _variables(pid: str) -> dict[str, str]:
     return dict(variable.split("=", 1) for variable in text.split("\0") if "=" in variable)
 
 
+def _command(pid: str) -> str:
+    """What a process runs."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return "?"
+    return " ".join(words).strip()[:SHOWN]
+
+
 def _is_ours(variables: dict[str, str]) -> bool:
     return f"{variables.get(RUN, '')}/".startswith(f"{OURS}/")
 
@@ -114,7 +127,9 @@ class Started:
             return None
         if parent == str(os.getpid()) or _is_ours(_variables(parent)):
             return None
-        return f"daemon of {variables[FOLDER]}" if FOLDER in variables else f"process {pid}, which was left"
+        if FOLDER in variables:
+            return f"daemon of {variables[FOLDER]}"
+        return f"process {pid} ({_command(pid)}), which was left"
 
 
 _started = Started()
@@ -221,4 +236,5 @@ def no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.node.stash.get(_failed, False) or request.node.get_closest_marker("may_leak") is not None:
         return  # what failed is held by its traceback
     if leaked := what_stays(before, daemon, folders):
-        pytest.fail("this test leaks:\n  " + "\n  ".join(leaked), pytrace=False)
+        more = [f"and {len(leaked) - LISTED} more"] if len(leaked) > LISTED else []
+        pytest.fail("this test leaks:\n  " + "\n  ".join(leaked[:LISTED] + more), pytrace=False)
