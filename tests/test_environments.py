@@ -579,6 +579,36 @@ def test_a_build_that_is_interrupted_cleans_up_itself(state: Path, tmp_path: Pat
     assert "there is none" in env("remove", "own", fails=True)
 
 
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_nothing_goes_on_compiling_when_a_build_is_ended(
+    state: Path, tmp_path: Path, wheels: Path, how: signal.Signals
+) -> None:
+    long = "\n".join(f"a{number} = [{number}, (b, c.d[{number}])]" for number in range(100_000))
+    make_wheel(wheels / "fellow", "fellow", "1.0", {f"fellow/m{number}.py": long for number in range(4)})
+    spec = specify(tmp_path / "own.toml", "fellow")
+    command = [sys.executable, "-m", "rootstockd", "env", "create", "own", "--spec", str(spec)]
+
+    def compiling() -> list[psutil.Process]:
+        below = psutil.Process(process.pid).children(recursive=True)
+        running = [child for child in below if child.status() != psutil.STATUS_ZOMBIE]
+        with contextlib.suppress(psutil.NoSuchProcess):  # one has just ended
+            return [child for child in running if "compileall" in child.cmdline()]
+        return []
+
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            wait_for(compiling)
+            time.sleep(1)  # so that all are there
+            children = compiling()
+            assert children
+        finally:
+            process.send_signal(how)
+    _, left = psutil.wait_procs(children, timeout=5)
+    for child in left:
+        child.kill()
+    assert not left
+
+
 @pytest.mark.parametrize("in_place", [False, True])
 def test_changed_files_are_noticed_and_built_again(state: Path, tmp_path: Path, wheels: Path, in_place: bool) -> None:
     """In place, they are changed in uv's cache as well."""

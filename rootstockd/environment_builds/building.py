@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
 import json
 import os
 import re
@@ -17,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import rootstockd
+from rootstockd.environment_builds.bytecode import compile_bytecode
 from rootstockd.environment_builds.pythons import find_python
 from rootstockd.environment_builds.running_uv import run_uv
 from rootstockd.environment_builds.untouched import check_own_parts, own_parts
@@ -30,11 +29,11 @@ from rootstockd.environments.builds import (
     take_into_use,
 )
 from rootstockd.environments.finding import Environment
-from rootstockd.environments.packages import Package, damage, installed, site_packages
+from rootstockd.environments.packages import Package, damage, installed
 from rootstockd.environments.specification import Specification
 from rootstockd.processes.folders import WorkerFolders
 from rootstockd.processes.worker_process import worker_command
-from rootstockd.settings.state_dir import StateError, check_trusted, own_state
+from rootstockd.settings.state_dir import own_state
 from rootstockd.worker.files import digest_of
 
 Say = Callable[[str], None]
@@ -233,38 +232,6 @@ def _flavour_in_words(plan: Plan) -> str:
     if plan.torch == "auto":
         return ", torch for this node's driver (for the CPU where there is none; --torch chooses)"
     return ", torch from the package index" if plan.torch == "index" else f", torch for {plan.torch}"
-
-
-def compile_bytecode(path: Path) -> None:
-    """Write byte code: confined workers can't. Not by uv, whose Pythons run what packages have for their start.
-
-    Left out are packages' own tests, a quarter of all there is with torch. So are files that are no Python of this
-    version, such as templates.
-    """
-    link_bytecode(path)
-    python, packages = str(path / "bin/python"), str(site_packages(path))
-    tests = rf"^{re.escape(packages)}/.*/tests?/"
-    command = [python, "-I", "-S", "-m", "compileall", "-qq", "-j", "0", "-x", tests, packages]
-    subprocess.run(command, cwd="/", stdout=subprocess.DEVNULL, umask=0o022, check=False)
-
-
-def link_bytecode(path: Path) -> None:
-    """Take byte code from the builds in use, where its source is the very same file: uv links them from its cache."""
-    packages = site_packages(path)
-    for current in sorted(path.parent.parent.parent.glob("*/current")):
-        with contextlib.suppress(OSError, StateError):
-            check_trusted(current.parent)
-            check_trusted(current)
-            others = site_packages(current.resolve())
-            if others.parent.name != packages.parent.name:  # another Python
-                continue
-            for theirs in others.rglob("__pycache__/*.pyc"):
-                ours = packages / theirs.relative_to(others)
-                with contextlib.suppress(OSError, ValueError):  # not all are named as Python names them
-                    source = Path(importlib.util.source_from_cache(theirs)).relative_to(others)
-                    if (packages / source).samefile(others / source):
-                        ours.parent.mkdir(mode=0o755, exist_ok=True)
-                        ours.hardlink_to(theirs)
 
 
 def check_imports(what: str, path: Path, modules: tuple[str, ...]) -> None:

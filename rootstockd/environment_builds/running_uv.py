@@ -90,7 +90,7 @@ def run_uv(
                 cwd="/",  # uv takes settings from its folder and those above, which may be anybody's
                 env={**environment, "UV_NO_PROGRESS": "1", **(variables or {})},
                 umask=0o022,  # others shall read what is built
-                preexec_fn=_end_with_parent,  # noqa: PLW1509 - there are no threads here, and it calls nothing of Python's
+                preexec_fn=end_with_parent,  # noqa: PLW1509 - there are no threads here, and it calls nothing of Python's
             )
         except OSError as error:
             raise EnvironmentBuildError(f"{doing}: uv can't be run: {error}.") from error
@@ -146,6 +146,6 @@ def failure(doing: str, status: int, lines: list[str]) -> str:
     return f"{doing} failed. uv says:\n  {said}" + (f"\n{hint}" if hint else "")
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Or a build that nobody waits for any longer would go on."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -50,6 +50,11 @@ class Intake:
             self.paused = False
             self.transport.resume_reading()
 
+    def as_they_come(self) -> None:
+        """Read in turns no more."""
+        self.in_turns = False
+        self.go_on()
+
     def step_came(self) -> None:
         """Of what was read; all of it was for that."""
         self._spent = 0.0
@@ -67,7 +72,8 @@ class Intake:
             where bytes are read as they come.
         """
         if placing and nbytes >= CRUMB:
-            self.in_turns = False
+            if self.in_turns:
+                self.as_they_come()
             return None
         if self.in_turns:
             return 0.0
@@ -93,5 +99,5 @@ class Intake:
                     return nbytes
             except OSError:  # nothing is there, or it has ended, as the loop will see
                 pass
-        self.in_turns = False
+        self.as_they_come()
         return 0

@@ -138,7 +138,7 @@ class Session(asyncio.BufferedProtocol):
             self._intake.came(nbytes, placing=False)
             return
         self._ipi.received(nbytes)
-        if not self._advance() and not self._closing:
+        if not self._advance() and not self._closing and not self._waits:
             placing = self._ipi.placing
             if (owed := self._intake.came(nbytes, placing=placing)) is not None:
                 self._ask_for_turn(owed, goes_on=placing)
@@ -274,7 +274,7 @@ class Session(asyncio.BufferedProtocol):
             del text
             self._unstage()
         self._go_on()
-        if self._intake.in_turns and not self._closing:
+        if self._intake.in_turns and not self._closing and not self._waits:
             self._read_on()
         self._leave_at_rest()
 
@@ -285,8 +285,6 @@ class Session(asyncio.BufferedProtocol):
                 self._intake.in_turns = False
             elif nbytes := self._intake.read(self._ipi.get_buffer(-1)):
                 self.buffer_updated(nbytes)
-            if not self._intake.in_turns and not self._closing:
-                self._advance()
         except Exception as error:
             self._cut_off(error)
 

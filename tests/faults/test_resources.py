@@ -329,6 +329,17 @@ def full_of_files(runtime_folder: Path) -> Iterator[tuple[Path, Callable[[], Pat
         yield mounted, take_all
 
 
+@pytest.fixture
+def there(full_of_files: tuple[Path, Callable[[], Path]], tmp_path: Path) -> Iterator[RunningDaemon]:
+    """A daemon whose sockets lie there, and its log elsewhere."""
+    daemon = RunningDaemon(full_of_files[0] / "run", ("--model", "emt"))
+    daemon.log = tmp_path / "log"
+    try:
+        yield daemon.start()
+    finally:
+        daemon.stop()
+
+
 def fill(filler: Path) -> None:
     with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
         while True:
@@ -367,57 +378,47 @@ def test_an_address_on_a_full_disk(tmp_path: Path) -> None:
                 pass
 
 
-def test_a_restart_without_room_for_another_socket(full_of_files, tmp_path: Path) -> None:
+def test_a_restart_without_room_for_another_socket(full_of_files, there: RunningDaemon) -> None:
     """The daemon goes on, and nothing is left of what could not take its place; nor does its job notice."""
-    mounted, take_all = full_of_files
-    daemon = RunningDaemon(mounted / "run", ("--model", "emt"))
-    daemon.log = tmp_path / "log"
-    try:
-        atoms = copper()
-        atoms.calc = daemon.start().client(patience=0).calculator("emt")
-        atoms.get_forces()
-        pid, there, logged = daemon.pid, sorted(daemon.folder.iterdir()), daemon.log.read_text()
-        last = take_all()
-        done = daemon.run("restart")
-        assert done.returncode == 1 and f"can't listen on {daemon.socket}: No space left on device." in done.stderr
-        assert "the old one goes on" in done.stderr
-        assert (daemon.pid, sorted(daemon.folder.iterdir()), daemon.log.read_text()) == (pid, there, logged)
-        again(atoms)
-        last.unlink()
-        atoms.calc = daemon.client().calculator("emt")
-        again(atoms)
-        assert daemon.run("restart").returncode == 0 and daemon.pid != pid
-        again(atoms)
-    finally:
-        daemon.stop()
+    _, take_all = full_of_files
+    atoms = copper()
+    atoms.calc = there.client(patience=0).calculator("emt")
+    atoms.get_forces()
+    pid, files, logged = there.pid, sorted(there.folder.iterdir()), there.log.read_text()
+    last = take_all()
+    done = there.run("restart")
+    assert done.returncode == 1 and f"can't listen on {there.socket}: No space left on device." in done.stderr
+    assert "the old one goes on" in done.stderr
+    assert (there.pid, sorted(there.folder.iterdir()), there.log.read_text()) == (pid, files, logged)
+    again(atoms)
+    last.unlink()
+    atoms.calc = there.client().calculator("emt")
+    again(atoms)
+    assert there.run("restart").returncode == 0 and there.pid != pid
+    again(atoms)
 
 
-def test_room_that_a_restart_has_found_stays_its_own(full_of_files, tmp_path: Path) -> None:
+def test_room_that_a_restart_has_found_stays_its_own(full_of_files, there: RunningDaemon) -> None:
     """Others may take all else while the old daemon drains."""
-    mounted, take_all = full_of_files
-    daemon = RunningDaemon(mounted / "run", ("--model", "emt"))
-    daemon.log = tmp_path / "log"
-    try:
-        atoms = copper()
-        atoms.calc = daemon.start().client().calculator("emt")
-        again(atoms)
-        atoms.calc.results.clear()
-        pid, worker = daemon.pid, daemon.model("emt")["pid"]
-        os.kill(worker, signal.SIGSTOP)
-        with ThreadPoolExecutor(2) as pool:
-            step = pool.submit(atoms.get_forces)
-            wait_for(lambda: [session["state"] for session in daemon.client().status()["sessions"]] == ["busy"])
-            restart = pool.submit(daemon.run, "restart")
-            wait_for(lambda: daemon.client().status()["state"] == "draining")
-            take_all()
-            os.kill(worker, signal.SIGCONT)
-            step.result(60)
-            assert restart.result(60).returncode == 0, restart.result().stderr
-        assert daemon.pid != pid
-        assert sorted(path.suffix for path in daemon.folder.iterdir()) == [".control", ".lock", ".sock"]
-        again(atoms)
-    finally:
-        daemon.stop()
+    _, take_all = full_of_files
+    atoms = copper()
+    atoms.calc = there.client().calculator("emt")
+    again(atoms)
+    atoms.calc.results.clear()
+    pid, worker = there.pid, there.model("emt")["pid"]
+    os.kill(worker, signal.SIGSTOP)
+    with ThreadPoolExecutor(2) as pool:
+        step = pool.submit(atoms.get_forces)
+        wait_for(lambda: [session["state"] for session in there.client().status()["sessions"]] == ["busy"])
+        restart = pool.submit(there.run, "restart")
+        wait_for(lambda: there.client().status()["state"] == "draining")
+        take_all()
+        os.kill(worker, signal.SIGCONT)
+        step.result(60)
+        assert restart.result(60).returncode == 0, restart.result().stderr
+    assert there.pid != pid
+    assert sorted(path.suffix for path in there.folder.iterdir()) == [".control", ".lock", ".sock"]
+    again(atoms)
 
 
 def test_a_restart_without_room_for_its_log(full_of_files, start_daemon) -> None:
