@@ -98,6 +98,14 @@ def _command(pid: str) -> str:
     return " ".join(words).strip()[:SHOWN]
 
 
+def _has_ended(pid: str) -> bool:
+    """Also where whoever has taken it in does not wait for it: that is no matter of a test's."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(") ")[2][0] in "ZX"
+    except OSError:
+        return True
+
+
 def _is_ours(variables: dict[str, str]) -> bool:
     return f"{variables.get(RUN, '')}/".startswith(f"{OURS}/")
 
@@ -115,7 +123,7 @@ class Started:
         self._seen = {pid: name for pid, name in self._seen.items() if pid in there}
         for pid in there - self._seen.keys():
             self._seen[pid] = self._name(pid)
-        return filter(None, self._seen.values())
+        return (name for pid, name in self._seen.items() if name is not None and not _has_ended(pid))
 
     def _name(self, pid: str) -> str | None:
         variables = _variables(pid)

@@ -154,6 +154,21 @@ def test_another_run(monkeypatch):
     start_daemon()
     assert others_test()
 
+PARENT = '''
+import os, subprocess, sys, time
+if not os.fork():
+    ours = {**os.environ, "TESTS_OF_ROOTSTOCKD_BY": sys.argv[1]}
+    subprocess.Popen(["sleep", "0.4"], env=ours, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    print(os.getpid(), flush=True)
+    os.closerange(0, 3)
+    time.sleep(1000)
+'''
+
+def test_ended_but_not_reaped(monkeypatch):
+    monkeypatch.setenv("TESTS_OF_ROOTSTOCKD_BY", "/another")
+    done = subprocess.run([sys.executable, "-c", PARENT, leaks.OURS], check=True, capture_output=True)
+    daemons.append(int(done.stdout))
+
 def test_end():  # or pytest itself would wait for what was left
     kept_waiting.set()
     shared_memory("ours").unlink()
@@ -213,7 +228,7 @@ def test_it_sees(report: str, name: str) -> None:
 
 
 def test_it_sees_nothing_else(report: str) -> None:
-    assert report.count("Failed: this test leaks") == len(SEEN), report
+    assert report.count("ERROR at teardown of ") == len(SEEN), report
 
 
 def test_a_run_that_is_interrupted_ends_with_its_summary(tmp_path: Path) -> None:
