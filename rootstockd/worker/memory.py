@@ -228,13 +228,13 @@ def control_group_memory(group: Path) -> Iterator[tuple[int, int]]:
     """The limit of a control group and what it uses, but for files that the kernel could drop."""
     for limit_file, used_file, dropped in _GROUP_FILES:
         try:
-            limit = int((group / limit_file).read_text())
+            if (limit := int((group / limit_file).read_text())) >= _UNLIMITED:
+                continue
             used = int((group / used_file).read_text())
             lines = (group / "memory.stat").read_text().splitlines()
         except (OSError, ValueError):  # it is of the other version, or the root; "max" is no number
             continue
-        if limit < _UNLIMITED:
-            yield limit, used - sum(int(line.split()[1]) for line in lines if line.startswith(dropped))
+        yield limit, used - sum(int(line.split()[1]) for line in lines if line.startswith(dropped))
 
 
 def _unused(groups: Sequence[Path]) -> int:
