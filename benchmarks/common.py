@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from prometheus_client.parser import text_string_to_metric_families
 
 from rootstock_client import RootstockClient
+from rootstock_client.control import fetch
 from rootstockd.models.availability import located
 from rootstockd.models.catalogue import Catalogue
 from rootstockd.models.spec import spec_of
@@ -222,6 +224,18 @@ class Daemon:
 
     def _model(self, name: str) -> dict[str, Any]:
         return next(entry for entry in self.status["models"] if entry["name"] == name)
+
+    def evaluated(self, model: str) -> tuple[float, int]:
+        """Seconds in which evaluations were a worker's, and how many these were."""
+        text = fetch(self.socket, "GET", "/metrics").decode()
+        of = {"model": model, "stage": "worker"}
+        found = {"sum": 0.0, "count": 0.0}
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples if family.name == "rootstockd_evaluation_seconds" else ():
+                what = sample.name.rpartition("_")[2]
+                if what in found and of.items() <= sample.labels.items():
+                    found[what] += sample.value
+        return found["sum"], int(found["count"])
 
     def worker(self, model: str) -> int:
         """The process of a model's worker."""
