@@ -1,8 +1,7 @@
-"""A stock driver that listens (i-PI, ASE's SocketIOCalculator), and its stream in a daemon's hands.
+"""A stock driver that listens (i-PI, ASE's SocketIOCalculator), and a daemon's numbers for it.
 
-The user's side opens the stream, answers up to the driver's INIT, and hands it over to the daemon; then it waits on the
-line. It keeps a copy of the stream: when the daemon dies, the driver shall find an end of file and not a reset, over
-which i-PI hangs, and when the daemon is replaced, the next one goes on with the stream.
+What connects to the driver is an engine of the user's own, which has a session with the daemon as any job of the user's
+has one. The daemon never touches the driver's stream: whoever opened one may hold up all that is done to it.
 """
 
 from __future__ import annotations
@@ -10,25 +9,27 @@ from __future__ import annotations
 import json
 import re
 import socket
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from rootstock_client import ipi
+from rootstock_client.connection import Connection
+from rootstock_client.engine_side import Close, EngineSide, Evaluate, Event, Send, SendResult
 from rootstock_client.errors import (
-    ConnectionLostError,
-    DaemonNotFoundError,
-    DrainingError,
     DriverNotFoundError,
+    InvalidStructureError,
     ProtocolError,
     RootstockError,
     model_changed,
 )
-from rootstock_client.patience import AWAY, Outage, patience_with
-from rootstock_client.runtime_dir import MET
+from rootstock_client.keeper import Keeper
 from rootstock_client.shared_memory import Translation
-from rootstock_client.sockets import connect, dismiss, establish, receive
+from rootstock_client.sockets import dismiss, establish, receive
 
 IPI_PREFIX = "/tmp/ipi_"  # noqa: S108 - i-PI's and ASE's
 LAST_PORT = 65_535
@@ -125,36 +126,37 @@ def _greet(stream: socket.socket) -> bytes | None:
             raise ProtocolError(f"the driver began with {word!r}, which is not i-PI's protocol.")
 
 
-class PotentialSoFar:
+class SamePotential:
     """What has computed for a driver, which has no notion of it: no other shall go on with its trajectory."""
 
     def __init__(self) -> None:
-        self._model = self._fingerprint = ""
+        self._fingerprint = ""
+        self._lock = threading.Lock()
 
-    def computed(self, fingerprint: str) -> None:
-        """A connection has had its first result, by what has this fingerprint.
+    def check(self, extras: bytes, model: str) -> None:
+        """Whether what has computed a result is what has computed all others, on any of the driver's connections.
+
+        Args:
+            extras: the result's.
+            model: the model's name.
 
         Raises:
-            ModelChangedError: another one has had another's.
+            ModelChangedError: it is another.
         """
-        self._fingerprint = self._fingerprint or fingerprint
-        if fingerprint != self._fingerprint:
-            raise model_changed(self._model, self._fingerprint, fingerprint, "attach anew")
-
-    def in_init(self, init: bytes) -> bytes:
-        """An INIT that asks for no other."""
-        fields = json.loads(init)
-        self._model = fields["model"]
-        return json.dumps({**fields, "fingerprint": self._fingerprint}).encode() if self._fingerprint else init
+        now = json.loads(extras).get("fingerprint") if extras else None
+        with self._lock:
+            self._fingerprint = self._fingerprint or now or ""
+            if now != self._fingerprint:
+                raise model_changed(model, self._fingerprint, now, "attach anew")
 
 
 class Attachment:
-    """One of a driver's connections, served by a daemon until the driver ends.
+    """One of a driver's connections, for as long as the driver has it.
 
     Args:
         daemon: the daemon's session socket.
         address: where the driver listens.
-        describe: the INIT for the daemon, as JSON with `attach` set, from the text of the driver's own.
+        describe: the INIT for the daemon, as JSON, from the text of the driver's own.
         patience: seconds to wait for a daemon that has gone.
         wait: seconds to wait for the driver to listen.
         shared_memory: it is i-PI in ``mode="shm"``.
@@ -170,188 +172,141 @@ class Attachment:
         patience: float,
         wait: float,
         shared_memory: bool,
-        potential: PotentialSoFar,
+        potential: SamePotential,
     ) -> None:
-        self._potential = potential
-        self._daemon, self._address, self._describe = daemon, address, describe
-        self._patience, self._wait = patience, wait
-        self._shared_memory = shared_memory
-        self._translation: Translation | None = None
+        self._daemon, self._patience = daemon, patience
+        self._address, self._wait, self._shared_memory = address, wait, shared_memory
+        self._describe, self._potential = describe, potential
         self._stream: socket.socket | None = None
-        self._init = b""
+        self._translation: Translation | None = None
+        self._engine = EngineSide(self._place, ipi.ANY_NUMBER)
+        self._connection: Connection | None = None
+        """With the daemon; None before the driver's INIT."""
+        self._init, self._model, self._numbers = b"", "", 0
+        self._positions = self._forces = np.empty((0, 3))
+        self._reply: list[bytes | ipi.FloatArray] = []
+        self._extras: list[bytes] = []
         self.attached = False
-        """A daemon has the stream."""
+        """The driver is served."""
 
     def run(self) -> None:
         """Serve the driver until it ends.
 
         Raises:
             DriverNotFoundError: it never listened.
+            ProtocolError: it does not speak i-PI's protocol.
             RootstockError: the daemon refused, or failed at a step; or it is gone, and patience is at its end.
         """
-        met, outage = False, Outage(self._daemon)
-        cut_off: RootstockError | None = None
-        while True:
-            if self._stream is None and not self._dial(first=not met, cut_off=cut_off):
-                return
-            assert self._stream is not None
-            line = offer_when_there(
-                self._daemon, lambda: self._potential.in_init(self._init), self._patience, outage, met=met
-            )
-            outage = Outage(self._daemon)
-            if not is_connected(self._stream):  # the driver has gone meanwhile
-                line.close()
-                return
-            met = self.attached = True
-            try:
-                with line:
-                    hand_over(line, self._stream, self._potential.computed)
-                if self._translation is not None and self._translation.error is not None:
-                    raise self._translation.error
-                return
-            except AWAY as error:
-                if not isinstance(error, DrainingError):  # which leaves it at rest
-                    cut_off = None if has_ended(self._stream) else error
-                    self.leave()  # nobody knows what the daemon had read of it; i-PI asks another connection again
-                outage.wait(error, self._patience)
-            finally:
-                self.attached = False
-
-    def _dial(self, *, first: bool, cut_off: RootstockError | None) -> bool:
-        """Connect to the driver; whether it is there. One that was cut off, and listens no more, has failed."""
+        stream = self._stream = dial(self._address, self._wait)
+        keeper = Keeper(stream)
         try:
-            self._stream = dial(self._address, self._wait if first else 0.0)
-        except DriverNotFoundError:
-            if first:
+            if (text := greet(stream)) is None:
+                return
+            self._begin(text)
+            if self._shared_memory:
+                self._translation = Translation(stream, self._engine.batch_size)
+                stream = self._translation.engine_end
+            self._serve(stream)
+            if self._translation is not None and self._translation.error is not None:
+                raise self._translation.error
+        finally:
+            self.attached = False
+            if self._connection is not None:
+                self._connection.close()
+            self.leave()
+            keeper.end()
+
+    def _serve(self, stream: socket.socket) -> None:
+        engine, in_parts = self._engine, stream.family != socket.AF_UNIX
+        try:
+            while True:
+                if (event := engine.next_event()) is not None:
+                    if isinstance(event, Close):
+                        break
+                    self._do(stream, event)
+                elif size := stream.recv_into(engine.get_buffer(-1)):
+                    if in_parts:
+                        # drivers that send a message in parts and leave TCP_NODELAY off, as ASE's does, wait for our
+                        # acknowledgement, 40 ms; the kernel forgets that it was told to hurry
+                        stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+                    engine.received(size)
+                else:
+                    return
+        except OSError as error:
+            if isinstance(error, RootstockError):  # some of which are TimeoutErrors and the like, too
                 raise
-            if cut_off is not None:
-                raise cut_off from None
-            return False
-        text = greet(self._stream)
-        if text is None:
-            return False
+            return  # the driver has gone
+        if event.error is not None:
+            raise event.error
+
+    def _do(self, stream: socket.socket, event: Event) -> None:
+        if isinstance(event, Evaluate):
+            self._evaluate(event.cells)
+            self._engine.finish()
+        elif isinstance(event, SendResult):
+            _send(stream, self._reply)
+        elif isinstance(event, Send):
+            stream.sendall(event.data)
+        elif isinstance(event, ipi.Init):
+            self._begin(event.text)
+
+    def _begin(self, text: bytes) -> None:
+        """The driver has said INIT."""
         self._init = self._describe(text)
-        if self._shared_memory:
-            self._translation = Translation(self._stream, json.loads(self._init).get("batch_size", 1))
-            self._stream = self._translation.engine_end
-        return True
+        fields = json.loads(self._init)
+        batch = int(fields.get("batch_size", 1))
+        self._model, self._numbers = fields["model"], batch * len(fields["numbers"])
+        if self._connection is not None:
+            self._connection.close()
+        self._connection = Connection(self._daemon, self._patience, batch_size=batch)
+        self._connection.open(self._init)
+        self._engine.accept(batch)
+        self.attached = True
+
+    def _place(self, natoms: int) -> memoryview:
+        size = natoms * self._engine.batch_size
+        if size != self._numbers:
+            raise InvalidStructureError(
+                f"the driver sends {natoms} atoms, and {self._numbers // self._engine.batch_size} were announced.",
+                "The structure, or the species, given to `attach` has to have the driver's atoms.",
+            )
+        if size != len(self._positions):
+            self._positions, self._forces = np.empty((size, 3)), np.empty((size, 3))
+        return memoryview(self._positions).cast("B")
+
+    def _evaluate(self, cells: bytes) -> None:
+        batch = self._engine.batch_size
+        count = ipi.INT.pack(len(self._positions) // batch)
+        head = ipi.POSDATA + (cells + count if batch == 1 else count + cells)
+        assert self._connection is not None
+        result = self._connection.evaluate(self._init, head, self._positions, self._forces)
+        for extras in result.extras if result.extras != self._extras else ():
+            self._potential.check(extras, self._model)
+        self._extras = result.extras
+        behind = b"".join((result.packed_virials, *(ipi.INT.pack(len(extras)) + extras for extras in result.extras)))
+        self._reply = [ipi.FORCEREADY + result.packed_energies + count, self._forces, behind]
 
     def leave(self) -> None:
-        """End the stream, as far as it is ours."""
+        """End the stream, also from another thread."""
         stream, self._stream = self._stream, None
-        if stream is not None:
+        if self._translation is not None:
+            self._translation.end()
+        elif stream is not None:
             dismiss(stream)
 
 
-def offer_when_there(
-    daemon: Path, init: Callable[[], bytes], patience: float, outage: Outage | None = None, *, met: bool = False
-) -> socket.socket:
-    """The same as `offer`, also while the daemon is restarted.
+def _send(stream: socket.socket, parts: list[bytes | ipi.FloatArray]) -> None:
+    size = sum(memoryview(part).nbytes for part in parts)
+    if (sent := stream.sendmsg(parts)) < size:
+        stream.sendall(memoryview(b"".join(parts))[sent:])
 
-    Args:
-        daemon: its session socket.
-        init: gives the INIT of each try.
-        patience: seconds to wait for it.
-        outage: what has begun already.
-        met: it has served this driver before.
+
+def ask_whether(daemon: Path, init: bytes, patience: float) -> None:
+    """Whether a daemon takes a system; also while it is restarted.
 
     Raises:
         RootstockError: it refuses, or is not there and patience is at its end.
     """
-    outage, answered = outage or Outage(daemon), daemon in MET
-    while True:
-        try:
-            line = offer(daemon, init())
-        except AWAY as error:
-            answered = answered or not isinstance(error, DaemonNotFoundError)
-            outage.wait(error, patience_with(error, patience, met=met, answered=answered))
-        else:
-            outage.over()
-            MET.add(daemon)
-            return line
-
-
-def has_ended(stream: socket.socket) -> bool:
-    """Whether the other end of a stream has been closed, as far as nothing lies before that."""
-    try:
-        return not stream.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-
-
-def is_connected(stream: socket.socket) -> bool:
-    """Whether a stream still leads to somebody: TCP knows it when the other end was reset."""
-    try:
-        stream.getpeername()
-    except OSError:
-        return False
-    return True
-
-
-def offer(daemon: Path, init: bytes) -> socket.socket:
-    """Open a line to a daemon that is ready to take a driver's stream over.
-
-    Args:
-        daemon: its session socket.
-        init: JSON with `attach` set.
-
-    Raises:
-        RootstockError: it refuses, or is not there.
-    """
-    line = connect(daemon)
-    try:
-        line.sendall(ipi.init_frame(init) + ipi.STATUS)
-        answer = receive(line, ipi.HEADER_SIZE)
-        if answer == ipi.NEEDINIT:  # it was refused; GETFORCE brings the reason
-            line.sendall(ipi.GETFORCE)
-            answer = receive(line, ipi.HEADER_SIZE)
-        if answer == ipi.READY:
-            return line
-        raise _error(line, answer)
-    except BaseException as error:
-        line.close()
-        if isinstance(error, OSError) and not isinstance(error, RootstockError):
-            raise ConnectionLostError(f"rootstockd at {daemon} closed the connection.") from error
-        raise
-
-
-def hand_over(line: socket.socket, stream: socket.socket, computed: Callable[[str], object]) -> None:
-    """Hand a stream over to the daemon, and wait until its driver ends.
-
-    Args:
-        line: to the daemon.
-        stream: the driver's.
-        computed: told the fingerprint of what has computed its first result.
-
-    Raises:
-        RootstockError: why the daemon has ended it.
-        ConnectionLostError: the daemon has gone.
-    """
-    try:
-        socket.send_fds(line, [ipi.ATTACH], [stream.fileno()])
-        while (answer := receive(line, ipi.HEADER_SIZE)) == ipi.MODEL and (said := _text(line)) is not None:
-            computed(said.decode())
-    except OSError:
-        answer = b""
-    if answer != ipi.EXIT:
-        raise _error(line, answer)
-
-
-def _error(line: socket.socket, answer: bytes) -> RootstockError:
-    if answer == ipi.ERROR and (said := _text(line)) is not None:
-        return RootstockError.from_json(said)
-    return ConnectionLostError("rootstockd closed the connection.", "`rootstockd logs` may say why.")
-
-
-def _text(line: socket.socket) -> bytes | None:
-    """What is behind a header, its size before it; None if the stream ends before that does."""
-    try:
-        if len(size := receive(line, ipi.INT.size)) < ipi.INT.size:
-            return None
-        (length,) = ipi.INT.unpack(size)
-        said = receive(line, length)
-    except OSError:
-        return None
-    return said if len(said) == length else None
+    connection = Connection(daemon, patience)
+    connection.open(init)
+    connection.end()

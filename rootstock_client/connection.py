@@ -24,12 +24,10 @@ from rootstock_client.errors import (
 from rootstock_client.loading import LONG, Silence
 from rootstock_client.patience import AWAY, Outage, patience_with
 from rootstock_client.runtime_dir import MET
-from rootstock_client.sockets import connect
+from rootstock_client.sockets import connect, dismiss
 
 SILENCE = struct.pack("ll", LONG, 0)
 """Seconds and microseconds without a word from the daemon after which a job asks why; the kernel counts them."""
-_AS_SENT = ipi.Limits(atoms=2**31 - 1)
-"""How many atoms are right is for the daemon to say, and for _Target: just as many as were sent."""
 
 
 class _Target:
@@ -37,9 +35,13 @@ class _Target:
 
     forces: ipi.FloatArray = np.empty((0, 3))
 
+    def __init__(self, batch_size: int) -> None:
+        self._batch_size = batch_size
+
     def __call__(self, natoms: int) -> memoryview:
-        if natoms != len(self.forces):
-            raise InvalidStructureError(f"forces for {natoms} atoms came back; {len(self.forces)} were sent.")
+        if natoms * self._batch_size != len(self.forces):
+            sent = len(self.forces) // self._batch_size
+            raise InvalidStructureError(f"forces for {natoms} atoms came back; {sent} were sent.")
         return memoryview(self.forces).cast("B")
 
 
@@ -57,9 +59,10 @@ class Connection:
         path: the daemon's session socket.
         patience: how many seconds an outage may last for one step; with 0 it connects again once and waits for nothing.
         met: a daemon has answered there before, as to a process that this one was forked from.
+        batch_size: structures in a step, as its INIT says.
     """
 
-    def __init__(self, path: Path, patience: float = 0.0, *, met: bool = False) -> None:
+    def __init__(self, path: Path, patience: float = 0.0, *, met: bool = False, batch_size: int = 1) -> None:
         self.path, self.patience, self.met = path, patience, met
         self._lock = threading.RLock()
         self._in_step = False
@@ -69,8 +72,8 @@ class Connection:
         self._sock: socket.socket | None = None
         self._pid = 0
         self._init = b""
-        self._target = _Target()
-        self._side = DriverSide(self._target, limits=_AS_SENT)
+        self._target, self._batch_size = _Target(batch_size), batch_size
+        self._side = self._new_side()
 
     def evaluate(self, init: bytes, head: bytes, positions: ipi.FloatArray, forces: ipi.FloatArray) -> ipi.ForceReady:
         """One step: send a structure, wait for its result.
@@ -78,8 +81,8 @@ class Connection:
         Args:
             init: the INIT text that describes its system; sent only when it is not what was sent last.
             head: POSDATA up to the positions.
-            positions: (natoms, 3), Bohr, contiguous.
-            forces: (natoms, 3), contiguous; filled with the forces in Hartree/Bohr.
+            positions: (B * natoms, 3), of B structures, Bohr, contiguous.
+            forces: (B * natoms, 3), contiguous; filled with the forces in Hartree/Bohr.
 
         Raises:
             DaemonNotFoundError, ConnectionLostError, DrainingError, RestartNeededError, DaemonFullError,
@@ -89,36 +92,66 @@ class Connection:
             InStepError: it was asked for inside another step, or the session was closed inside this one.
             RootstockError: what the daemon says is wrong.
         """
+        size = len(head) + positions.nbytes + len(ipi.GETFORCE)
+        answer = self._ask(init, [head, positions, ipi.GETFORCE], size, ipi.GETFORCE, forces)
+        assert isinstance(answer, ipi.ForceReady)
+        return answer
+
+    def open(self, init: bytes) -> None:
+        """Begin the session before there is anything to evaluate, so that what is wrong with it is told now.
+
+        Args:
+            init: as for `evaluate`, which says nothing more of the system then.
+
+        Raises:
+            RootstockError: as for `evaluate`.
+        """
+        answer = self._ask(init, [ipi.STATUS], len(ipi.STATUS), ipi.STATUS)
+        if answer != ipi.StatusReply(ipi.READY):
+            self._ask(init, [ipi.GETFORCE], len(ipi.GETFORCE), ipi.GETFORCE)  # which brings the reason
+
+    def _ask(
+        self,
+        init: bytes,
+        request: list[bytes | ipi.FloatArray],
+        size: int,
+        asked: bytes,
+        forces: ipi.FloatArray | None = None,
+    ) -> ipi.EngineMessage:
+        """Say something of a system, of so many bytes, and wait for its answer."""
         with self._lock:
             if self._in_step:
                 raise used_in_step()
             try:
                 self._in_step, self._closed = True, False
-                self._target.forces = forces
+                if forces is not None:
+                    self._target.forces = forces
                 if self._pid != os.getpid():  # after a fork the connection is the parent's
                     self._close()
                 if self._sock is not None:
                     try:
-                        return self._exchange(self._sock, init, head, positions)
+                        return self._exchange(self._sock, init, request, size, asked)
                     except (ConnectionLostError, DrainingError, RestartNeededError):
                         self._close()
-                return self._open_and_exchange(init, head, positions)
+                return self._open_and_exchange(init, request, size, asked)
             finally:
                 self._in_step = False
 
-    def _open_and_exchange(self, init: bytes, head: bytes, positions: ipi.FloatArray) -> ipi.ForceReady:
+    def _open_and_exchange(
+        self, init: bytes, request: list[bytes | ipi.FloatArray], size: int, asked: bytes
+    ) -> ipi.EngineMessage:
         outage, met = Outage(self.path), self.met
         connected = False
         while True:
             if self._closed:  # what was left to do was to wait
                 raise self._lost()
             try:
-                self._side = DriverSide(self._target, limits=_AS_SENT)
+                self._side = self._new_side()
                 self._pid = os.getpid()
                 self._sock = connect(self.path)
                 self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, SILENCE)
                 connected = True
-                answer = self._exchange(self._sock, init, head, positions)
+                answer = self._exchange(self._sock, init, request, size, asked)
             except AWAY as error:
                 self._close()
                 if self._pid != os.getpid():  # a fork meanwhile, and no outage
@@ -137,19 +170,22 @@ class Connection:
                 MET.add(self.path)
                 return answer
 
-    def _exchange(self, sock: socket.socket, init: bytes, head: bytes, positions: ipi.FloatArray) -> ipi.ForceReady:
-        buffers: list[bytes | ipi.FloatArray] = [head, positions, ipi.GETFORCE]
-        size = len(head) + positions.nbytes + len(ipi.GETFORCE)
+    def _new_side(self) -> DriverSide:
+        return DriverSide(self._target, self._batch_size, limits=ipi.ANY_NUMBER)  # `target` says how many are right
+
+    def _exchange(
+        self, sock: socket.socket, init: bytes, request: list[bytes | ipi.FloatArray], size: int, asked: bytes
+    ) -> ipi.EngineMessage:
         if init is not self._init and init != self._init:
-            buffers.insert(0, frame := ipi.init_frame(init))
+            request = [frame := ipi.init_frame(init), *request]
             size += len(frame)
         try:
             if self._closed:  # before there was a socket to close
                 raise self._lost()
             self._init = init
-            self._side.expect(ipi.GETFORCE)
+            self._side.expect(asked)
             try:
-                send_all(sock, buffers, size)
+                send_all(sock, request, size)
             except ConnectionLostError:  # it may have said why, and gone before it had read what we say
                 if not isinstance(answer := self._receive(sock), ipi.Failure):
                     raise
@@ -163,7 +199,6 @@ class Connection:
         if isinstance(answer, ipi.Failure):
             self._init = b""  # it may have been refused for a reason that passes: say it again next time
             raise answer.error
-        assert isinstance(answer, ipi.ForceReady)
         return answer
 
     def _receive(self, sock: socket.socket) -> ipi.EngineMessage:
@@ -204,6 +239,13 @@ class Connection:
         sock, self._sock, self._init = self._sock, None, b""  # first of all: a signal may come between any two lines
         if sock is not None:
             sock.close()
+
+    def end(self) -> None:
+        """Close the session, and wait until the daemon has done so: it counts for its user until then."""
+        with self._lock:
+            sock, self._sock, self._init = self._sock, None, b""
+            if sock is not None:
+                dismiss(sock)
 
     def close(self) -> None:
         """Close the session; the next step opens a new one. One that this is called inside of ends with InStepError."""

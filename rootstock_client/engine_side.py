@@ -1,4 +1,4 @@
-"""The engine's role in the i-PI protocol, without I/O: what the daemon plays towards every driver."""
+"""The engine's role in the i-PI protocol, without I/O: the daemon's towards jobs, and `attach`'s towards its driver."""
 
 from __future__ import annotations
 
@@ -59,10 +59,6 @@ class SendResult(NamedTuple):
     """The driver asked for the result: send FORCEREADY with it."""
 
 
-class TakeOver(NamedTuple):
-    """Send READY; what comes next is a descriptor, and no bytes. Then call `taken_over`."""
-
-
 class Dropped(NamedTuple):
     """Nothing is to be done: a POSDATA was read that fits no system. Many of them take their time all the same."""
 
@@ -73,7 +69,7 @@ class Close(NamedTuple):
     error: RootstockError | None
 
 
-Event: TypeAlias = Send | Init | Evaluate | SendResult | TakeOver | Dropped | Close
+Event: TypeAlias = Send | Init | Evaluate | SendResult | Dropped | Close
 
 
 class _State(enum.Enum):
@@ -84,20 +80,16 @@ class _State(enum.Enum):
     """An evaluation is under way, or an INIT has no answer yet; what the driver says meanwhile waits."""
     HAVEDATA = enum.auto()
     """A result, or a failure, waits for its GETFORCE."""
-    OFFERED = enum.auto()
-    """The system is known; the stream on which its driver speaks is yet to come."""
-    HANDOVER = enum.auto()
-    """That stream comes next; nothing is read until it is there."""
     CLOSED = enum.auto()
 
 
-_NEEDINIT, _READY, _BUSY, _HAVEDATA, _OFFERED, _HANDOVER, _CLOSED = _State
+_NEEDINIT, _READY, _BUSY, _HAVEDATA, _CLOSED = _State
 _SEND_RESULT = SendResult()
 _DROPPED = Dropped()
 
 
 class EngineSide:
-    """The engine's role: what the daemon plays towards every driver.
+    """The engine's role.
 
     The owner writes bytes into `get_buffer()`, says how many with `received()`, and takes events with `next_event()`
     until that returns None. It answers Init with `accept` or `refuse`, and Evaluate with `finish` or `fail`, each when
@@ -137,32 +129,24 @@ class EngineSide:
 
     @property
     def full(self) -> bool:
-        """There is no room for more bytes until events are taken, or what comes are none: stop reading."""
-        return self._reader.full or self._state is _HANDOVER
+        """There is no room for more bytes until events are taken: stop reading."""
+        return self._reader.full
 
     @property
     def placing(self) -> bool:
         """Positions that will be evaluated have come in part."""
         return self._reader.filling
 
-    @property
-    def at_rest(self) -> bool:
-        """Nothing has been begun: the driver's stream could go on elsewhere, and its driver would not notice."""
-        return self._state is _READY and self._reader.between and self._reader.start == self._reader.end
-
-    def accept(
-        self, batch_size: int = 1, *, announced: bool = False, await_init: bool = False, offered: bool = False
-    ) -> None:
+    def accept(self, batch_size: int = 1, *, announced: bool = False, await_init: bool = False) -> None:
         """The INIT just handed out is good.
 
         Args:
             batch_size: structures in each POSDATA from now on.
             announced: the driver understands ERROR frames.
             await_init: the system was given in advance; the driver that follows still has its own INIT to say.
-            offered: the system was given in advance; the driver speaks on another stream, which is handed over.
         """
         self.batch_size, self.announced, self._error = batch_size, announced, None
-        self._state = _OFFERED if offered else _NEEDINIT if await_init else _READY
+        self._state = _NEEDINIT if await_init else _READY
 
     def refuse(self, error: RootstockError, batch_size: int = 1, *, announced: bool = False) -> None:
         """The INIT just handed out is no good: every GETFORCE is answered with `error` until a better one comes.
@@ -171,17 +155,6 @@ class EngineSide:
         """
         self.batch_size, self.announced, self._error = batch_size, announced, error
         self._state = _NEEDINIT
-
-    def taken_over(self) -> None:
-        """The stream of a stock driver that has said its INIT is there: all that is received from now on is from it.
-
-        Raises:
-            ProtocolError: the descriptor was not waited for: bytes have come in its place.
-        """
-        if self._reader.start != self._reader.end:
-            self._state = _CLOSED
-            raise ProtocolError("bytes came where a descriptor should: wait for READY before sending it.")
-        self._state, self.announced = _READY, False
 
     def finish(self) -> None:
         """The evaluation is done and its result can be sent."""
@@ -207,7 +180,7 @@ class EngineSide:
         """
         # while BUSY nothing is read on: what comes next may be positions, for the place that the worker looks at
         reader = self._reader
-        while self._state is not _BUSY and self._state is not _CLOSED and self._state is not _HANDOVER:
+        while self._state is not _BUSY and self._state is not _CLOSED:
             if self._error is not None:
                 if not self.announced:
                     self._state = _CLOSED  # a stock driver knows no errors, only a closed connection
@@ -258,9 +231,6 @@ class EngineSide:
 
     def _react(self, message: DriverMessage) -> Event:
         match message:
-            case Status() if self._state is _OFFERED:
-                self._state = _HANDOVER
-                return TakeOver()
             case Status():
                 return Send({_NEEDINIT: NEEDINIT, _READY: READY}.get(self._state, HAVEDATA))
             case Init():
@@ -275,8 +245,6 @@ class EngineSide:
                 return Close(None)
 
     def _posdata(self, message: PosData) -> Event:
-        if self._state is _OFFERED:
-            raise ProtocolError("POSDATA where a descriptor should be handed over.")
         if self._state is _NEEDINIT:
             if self._error is None:
                 raise ProtocolError("POSDATA before INIT: the engine does not know the species yet.")
@@ -349,7 +317,7 @@ class EngineSide:
 def _check_mode(begin: bytes) -> None:
     """Refuse i-PI's ``mode="shm"``: it sends the number of atoms, and for each array a name's length and the name.
 
-    Its segments are another user's; `rootstock_client.shared_memory` is for the user's own side.
+    Its segments are the user's, and `rootstock_client.shared_memory` is for these.
     """
     if begin.endswith(b"ipi_shm_"):
         raise ProtocolError(

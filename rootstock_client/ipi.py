@@ -19,8 +19,6 @@ GETFORCE    -                                                               FORC
                                                                             B x (int32 n, n bytes of extras)
                                                                             or ERROR int32 n, n bytes of JSON
 EXIT        -                                                               the connection is closed
-ATTACH      -, and a descriptor beside the stream (docs/protocol.md)        MODEL int32 n, n bytes; at the end EXIT, or
-                                                                            ERROR
 =========== =============================================================== ==========================================
 
 Every STATUS and every GETFORCE has exactly one answer, and nothing else has any: a driver may pipeline as it likes.
@@ -58,11 +56,7 @@ def header(word: str) -> bytes:
 
 
 STATUS, INIT, POSDATA, GETFORCE, EXIT = map(header, ("STATUS", "INIT", "POSDATA", "GETFORCE", "EXIT"))
-ATTACH = header("ATTACH")
-"""What a driver's stream is handed over with: an ordinary byte has to go along with a descriptor."""
 NEEDINIT, READY, HAVEDATA, FORCEREADY, ERROR = map(header, ("NEEDINIT", "READY", "HAVEDATA", "FORCEREADY", "ERROR"))
-MODEL = header("MODEL")
-"""On the line of a stream that was handed over: the fingerprint of what has computed the first result."""
 FINGERPRINT_DIGITS = 16
 """Hexadecimal ones, of a fingerprint: nobody has so many models that two of them are the same by chance."""
 
@@ -77,6 +71,10 @@ class Limits:
     """Bytes of an INIT text."""
     extras: int = 256 * 2**20
     """Bytes of one extras text, and of one ERROR body."""
+
+
+ANY_NUMBER = Limits(atoms=2**31 - 1)
+"""Of atoms: how many may be is for the daemon to say, and how many are right for whoever sent them."""
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------
@@ -127,22 +125,22 @@ class ForceReady:
         extras: B texts.
     """
 
-    __slots__ = ("_energies", "_virials", "extras", "natoms")
+    __slots__ = ("extras", "natoms", "packed_energies", "packed_virials")
     __match_args__ = ("energies", "natoms", "virials", "extras")
 
     def __init__(self, natoms: int, energies: bytes, virials: bytes, extras: list[bytes]) -> None:
         self.natoms, self.extras = natoms, extras
-        self._energies, self._virials = energies, virials
+        self.packed_energies, self.packed_virials = energies, virials
 
     @property
     def energies(self) -> FloatArray:
         """(B,), Hartree."""
-        return np.frombuffer(self._energies, "<f8")
+        return np.frombuffer(self.packed_energies, "<f8")
 
     @property
     def virials(self) -> FloatArray:
         """(B, 3, 3), Hartree."""
-        return _matrices(self._virials, len(self._virials) // 72, 9)
+        return _matrices(self.packed_virials, len(self.packed_virials) // 72, 9)
 
 
 class Failure(NamedTuple):

@@ -1,7 +1,6 @@
 """i-PI's ``mode="shm"``, translated: its arrays lie in shared memory, and only words and extras go over the socket.
 
-The segments are the user's, and the daemon has no rights to them. So whoever attached opens them, and is towards the
-daemon a driver that sends its arrays.
+This opens them, and is towards an engine a driver that sends its arrays.
 
 Source: i-PI 3.3.1, ``SHMDriver`` in ``ipi/interfaces/sockets.py``. The first POSDATA names six segments, each for all
 structures of a batch, C-contiguous float64, in the units and the order of the wire (`rootstock_client.ipi`):
@@ -17,34 +16,21 @@ vir     (B, 3, 3)    virials, likewise
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import re
 import select
 import socket
-import subprocess
-import sys
 import threading
 
 from rootstock_client import ipi
 from rootstock_client.errors import ProtocolError
-from rootstock_client.sockets import LINGER, dismiss, receive
+from rootstock_client.sockets import dismiss, receive
 
 _FOLDER = "/dev/shm/"  # noqa: S108 - where Python's SharedMemory has its segments
 _NAME = re.compile(rb"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _LONGEST_NAME = 255
-_KEEPER = """
-import socket, sys
-sys.stdin.read()
-try:
-    stream = socket.socket(fileno=int(sys.argv[1]))
-    stream.shutdown(socket.SHUT_WR)
-    stream.settimeout(float(sys.argv[2]))
-    while stream.recv(65536):
-        pass
-except OSError:
-    pass
-"""
 _SIZES = {"pos": (0, 24), "h": (72, 0), "ih": (72, 0), "pot": (8, 0), "force": (0, 24), "vir": (72, 0)}
 """Of each kind, in the order of their names: bytes for a structure, and for an atom of it."""
 
@@ -68,8 +54,8 @@ class Translation:
         """Why it ended, if the driver said what makes no sense."""
         self._segments: dict[str, memoryview] = {}
         self._natoms = 0
-        self._keeper = _keep(driver)
-        threading.Thread(target=self._run, name="shared memory", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="shared memory", daemon=True)
+        self._thread.start()
 
     def _run(self) -> None:
         poll = select.poll()
@@ -85,7 +71,13 @@ class Translation:
         finally:
             dismiss(self._driver)
             self._engine.close()
-            self._keeper.communicate()
+
+    def end(self) -> None:
+        """Close `engine_end`, and wait until the driver has found the end of its stream."""
+        with contextlib.suppress(OSError):
+            self.engine_end.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self.engine_end.close()
 
     def _pass_on(self, word: bytes) -> None:
         """A message of the driver's, and the engine's answer to it."""
@@ -159,20 +151,6 @@ class Translation:
         if len(data := receive(end, size)) < size:
             raise _GoneError
         return data
-
-
-def _keep(stream: socket.socket) -> subprocess.Popen[bytes]:
-    """A process that has a stream too, and ends it in good order when this one is killed.
-
-    In the other modes the daemon has one. Without, the stream would be reset where something of the driver's is unread,
-    over which i-PI hangs.
-    """
-    return subprocess.Popen(
-        [sys.executable, "-S", "-E", "-c", _KEEPER, str(stream.fileno()), str(LINGER)],
-        stdin=subprocess.PIPE,
-        pass_fds=[stream.fileno()],
-        start_new_session=True,  # what a terminal sends is not for it
-    )
 
 
 def _map(name: str, size: int) -> memoryview:

@@ -295,8 +295,6 @@ class Daemon:
         for supervisor in self.fleet.supervisors():
             supervisor.release()  # what waits for it would keep all others waiting
         log.info("draining%s: %d sessions", " for a restart" * self._replaced, len(self.sessions))
-        for session in self.sessions:
-            session.leave()
         fetched_by = time.monotonic() + LINGER
         deadline = time.monotonic() + self.config.drain_timeout
         while True:

@@ -28,21 +28,17 @@ from ase.build import bulk
 from ase.calculators.emt import EMT
 from ase.calculators.socketio import SocketIOCalculator
 
-from conftest import RunningDaemon, open_descriptors, wait_for
+from conftest import RunningDaemon, wait_for
 from plain_driver import PlainDriver
 from rootstock_client import ipi
-from rootstock_client.attachment import hand_over, offer, parse_address
+from rootstock_client.attachment import parse_address
 from rootstock_client.control import fetch
 from rootstock_client.errors import (
-    ConnectionLostError,
     InvalidInitError,
     InvalidStructureError,
-    ProtocolError,
-    RootstockError,
 )
 from rootstock_client.shared_memory import Translation
 from rootstockd.cli.system import System, read_parameters, read_structure
-from rootstockd.host.descriptors import DESCRIPTORS_A_SESSION
 from terminal import Terminal
 
 BIN = Path(sys.executable).parent
@@ -255,8 +251,8 @@ def holding(start_daemon: Callable[..., RunningDaemon], folder: Path, monkeypatc
 def test_ipi_does_not_notice_that_its_daemon_is_killed(
     holding: RunningDaemon, folder: Path, reference, mode: str
 ) -> None:
-    """It finds an end of file, asks again over the connection that `attach` opens, and goes on."""
-    options = ["--model", "held", "--structure", folder / "init.xyz", "--count", "2", *(["--shm"] * (mode == "shm"))]
+    """In the middle of a step, which takes longer."""
+    options = ["--model", "held", "--structure", folder / "init.xyz", *(["--shm"] * (mode == "shm"))]
     with running_ipi(folder, beads=8, mode=mode) as driver, attached(holding, folder / "ipi", *options) as command:
         wait_for((folder / "held").exists, timeout=60)
         os.kill(holding.pid, signal.SIGKILL)
@@ -356,10 +352,7 @@ def test_ase(daemon: RunningDaemon, folder: Path, compatible) -> None:
 def test_ase_does_not_notice_that_its_daemon_is_restarted(
     own_daemon: RunningDaemon, folder: Path, transport: str
 ) -> None:
-    """The stream is left at rest, in the middle of a run, and the next daemon goes on with it.
-
-    Over TCP ASE's messages come in parts: most of the time it is in the middle of one.
-    """
+    """Over TCP its messages come in parts: most of the time it is in the middle of one."""
     atoms, port = structure(), free_port()
     address = folder.name if transport == "unix" else f":{port}"
     with attached(own_daemon, address, "--model", "emt", "--structure", folder / "init.xyz") as command:
@@ -408,7 +401,23 @@ def restarting(daemon: RunningDaemon) -> subprocess.Popen[bytes]:
     return process
 
 
-def test_a_driver_in_the_middle_of_a_message_is_waited_for(own_daemon: RunningDaemon, folder: Path) -> None:
+def test_ase_does_not_notice_that_its_daemon_is_killed(holding: RunningDaemon, folder: Path) -> None:
+    """In the middle of a step."""
+    atoms = structure()
+    with attached(holding, folder.name, "--model", "held", "--structure", folder / "init.xyz") as command:
+        with socket_calculator(folder, atoms), ThreadPoolExecutor(1) as pool:
+            steps = pool.submit(lambda: [(atoms.rattle(0.01, seed=seed), check(atoms)) for seed in range(30)])
+            wait_for((folder / "held").exists, timeout=60)
+            os.kill(holding.pid, signal.SIGKILL)
+            (folder / "held").unlink()
+            holding.start()
+            steps.result(60)
+        status, said = end_of(command)
+        assert status == 0, said
+        assert "is away; this job waits" in said
+
+
+def test_a_driver_in_the_middle_of_a_message_does_not_notice_a_restart(own_daemon: RunningDaemon, folder: Path) -> None:
     atoms = structure()
     with Listening(folder, atoms, own_daemon, "--model", "emt", "--structure", folder / "init.xyz") as driver:
         right = driver.step()
@@ -428,7 +437,7 @@ def test_a_driver_in_the_middle_of_a_message_is_waited_for(own_daemon: RunningDa
 def test_a_driver_that_runs_ahead_keeps_nobody_waiting(
     start_daemon: Callable[..., RunningDaemon], folder: Path
 ) -> None:
-    """It is never at rest: once the daemon drains it is cut off, long before its `drain_timeout`."""
+    """Least of all a daemon that drains, long before its `drain_timeout`."""
     daemon = start_daemon("--model", "emt", "--drain-timeout", "1000")
     with Listening(folder, structure(), daemon, "--model", "emt", "--structure", folder / "init.xyz") as driver:
         driver.step()
@@ -436,8 +445,10 @@ def test_a_driver_that_runs_ahead_keeps_nobody_waiting(
         ahead.start()
         wait_for(lambda: daemon.client().status()["evaluations"] > 10)
         assert daemon.run("restart").returncode == 0
+        wait_for(lambda: daemon.client().status()["evaluations"] > 10)
         driver.sock.shutdown(socket.SHUT_RDWR)
         ahead.join()
+        assert end_of(driver.command)[0] == 0
 
 
 def run_ahead(driver: PlainDriver) -> None:
@@ -465,25 +476,30 @@ def test_an_attach_that_begins_while_the_daemon_is_restarted_waits(
     wait_for(lambda: [session["state"] for session in daemon.client().status()["sessions"]] == ["busy"])
     with restarting(daemon) as restart, ThreadPoolExecutor(1) as pool:
         options = ("--model", "emt", "--structure", folder / "init.xyz")
-        there = pool.submit(Listening, folder, structure(), daemon, *options)
-        wait_for(lambda: re.search(rb'_errors_total.code="draining". [1-9]', fetch(daemon.socket, "GET", "/metrics")))
-        os.kill(worker, signal.SIGCONT)
-        with there.result() as driver:
-            driver.step()
+        with Listening(folder, structure(), daemon, *options) as driver:
+            step = pool.submit(driver.step)
+            told = re.compile(rb'_errors_total.code="draining". [1-9]')
+            wait_for(lambda: told.search(fetch(daemon.socket, "GET", "/metrics")))
+            os.kill(worker, signal.SIGCONT)
+            step.result()
             driver.send(b"EXIT        ")
             assert end_of(driver.command)[0] == 0
     job.join()
     assert restart.returncode == 0
 
 
-def test_a_driver_that_was_cut_off_and_listens_no_more_has_failed(own_daemon: RunningDaemon, folder: Path) -> None:
+def test_a_driver_whose_daemon_stays_away_finds_an_end_of_file(
+    own_daemon: RunningDaemon, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ROOTSTOCKD_PATIENCE", "0.5")
     options = ("--model", "emt", "--structure", folder / "init.xyz")
     with Listening(folder, structure(), own_daemon, *options) as driver:
         driver.step()
         os.kill(own_daemon.pid, signal.SIGKILL)
+        driver.positions()
         assert driver.sock.recv(1) == b""
         status, said = end_of(driver.command)
-    assert status == 1 and "closed the connection" in said
+    assert status == 1 and "no rootstockd answers" in said and "has waited 0.5 s" in said
 
 
 def test_a_driver_that_was_reset_while_the_daemon_was_away_has_ended(own_daemon: RunningDaemon, folder: Path) -> None:
@@ -517,14 +533,22 @@ def test_a_driver_whose_attach_is_ended(daemon: RunningDaemon, folder: Path, num
     wait_for(lambda: not sessions(daemon, command.pid))
 
 
-def test_what_a_daemon_says_of_a_step_ends_the_command(daemon: RunningDaemon, folder: Path) -> None:
-    atoms = structure()
-    with attached(daemon, folder.name, "--model", "emt", "--structure", folder / "init.xyz") as command:
-        with socket_calculator(folder, atoms * (2, 1, 1)) as calculator, pytest.raises(OSError):  # noqa: PT011
-            calculator.get_forces(atoms * (2, 1, 1))
-        status, said = end_of(command)
-        assert status == 1
-        assert "Error: POSDATA has 16 atoms, INIT announced 8.\nThe structure, or the species, given to" in said
+def test_what_is_wrong_with_a_step_ends_the_command(daemon: RunningDaemon, folder: Path) -> None:
+    far_away = structure()
+    far_away.positions[0] = 1e9, 0, 0
+    for atoms, words in (
+        (
+            structure() * (2, 1, 1),
+            "the driver sends 16 atoms, and 8 were announced.\nThe structure, or the species, given",
+        ),
+        (far_away, "the position of atom 0 is [1000000000.0, 0.0, 0.0] Å.\nLook at the steps before"),
+    ):
+        with attached(daemon, folder.name, "--model", "emt", "--structure", folder / "init.xyz") as command:
+            with socket_calculator(folder, atoms), pytest.raises(OSError):  # noqa: PT011
+                atoms.get_forces()
+            status, said = end_of(command)
+            assert status == 1
+            assert words in said
 
 
 def test_a_driver_without_shared_memory_where_it_is_expected(daemon: RunningDaemon, folder: Path) -> None:
@@ -565,122 +589,18 @@ def test_refused(daemon: RunningDaemon, folder: Path, options: list[str], words:
     assert words in said
 
 
-# --- the hand-over itself
-
-INIT = json.dumps({"rootstock": 1, "model": "emt", "numbers": [29], "pbc": [False] * 3, "attach": True}).encode()
+# --- shared memory
 
 
-def test_only_a_connected_stream_is_taken(daemon: RunningDaemon, folder: Path) -> None:
-    with (
-        socket.socket(socket.AF_UNIX) as alone,
-        socket.socket(socket.AF_UNIX) as listening,
-        (folder / "init.xyz").open() as file,
-    ):
-        listening.bind(str(folder / "socket"))
-        listening.listen()
-        one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
-        with one, other:
-            refused = {file: "no socket", one: "no stream", listening: "listens", alone: "not connected"}
-            for handed, words in refused.items():
-                with offer(daemon.socket, INIT) as line:
-                    socket.send_fds(line, [ipi.ATTACH], [handed.fileno()])
-                    assert words in last_words(line).message
-    with offer(daemon.socket, INIT) as line:
-        line.sendall(ipi.ATTACH)
-        assert "without a descriptor" in last_words(line).message
-    with offer(daemon.socket, INIT) as line:  # the daemon would have both of its ends
-        socket.send_fds(line, [ipi.ATTACH], [line.fileno()])
-        assert "leads to this daemon" in last_words(line).message
-    with offer(daemon.socket, INIT) as line:
-        line.sendall(ipi.POSDATA)
-
-
-def test_a_stream_that_was_handed_over_brings_no_other(daemon: RunningDaemon) -> None:
-    ours, theirs = socket.socketpair()
-    with ours, theirs, offer(daemon.socket, INIT) as line:
-        socket.send_fds(line, [ipi.ATTACH], [theirs.fileno()])
-        theirs.close()
-        ours.sendall(ipi.init_frame(INIT) + ipi.STATUS)
-        assert ours.recv(12) == ipi.NEEDINIT
-        line.settimeout(10)
-        ours.sendall(ipi.POSDATA + bytes(144) + ipi.INT.pack(4) + bytes(96) + ipi.GETFORCE)
-        assert b"can't bring another" in ours.recv(4096)
-    wait_for(lambda: not sessions(daemon, os.getpid()))
-    assert "Traceback" not in daemon.log.read_text()
-
-
-@pytest.mark.parametrize(
-    "said",
-    [ipi.MODEL + ipi.INT.pack(16) + b"0123456789abcdef", ipi.error_frame(RootstockError("no"))],
-    ids=["model", "error"],
-)
-def test_a_daemon_that_dies_in_the_middle_of_what_it_says_is_one_that_is_lost(said: bytes) -> None:
-    """A part of a fingerprint is none, of which the next daemon's would be another."""
-    for size in range(len(said)):
-        line, daemon = socket.socketpair()
-        driver, stream = socket.socketpair()
-        told: list[str] = []
-        with line, daemon, driver, stream:
-            daemon.sendall(said[:size])
-            daemon.shutdown(socket.SHUT_WR)
-            with pytest.raises(ConnectionLostError, match="closed the connection"):
-                hand_over(line, stream, told.append)
-        assert told == []
-
-
-def last_words(line: socket.socket) -> RootstockError:
-    line.settimeout(30)
-    data = b""
-    while part := line.recv(1000):
-        data += part
-    assert data[:12] == ipi.ERROR
-    return RootstockError.from_json(data[16:])
-
-
-def test_what_its_owner_does_to_a_stream_holds_nobody_up(daemon: RunningDaemon) -> None:
-    """O_NONBLOCK is shared by all who have a stream: a driver that reads nothing must not make the daemon wait."""
-    text = json.loads(INIT) | {"numbers": [29] * 20_000, "model": "noop", "batch_size": 8}
-    ours, theirs = socket.socketpair()
-    with ours, theirs, offer(daemon.socket, json.dumps(text).encode()) as line:
-        socket.send_fds(line, [ipi.ATTACH], [theirs.fileno()])
-        theirs.setblocking(True)
-        positions = np.arange(3 * 8 * 20_000, dtype=float).tobytes()
-        head = ipi.POSDATA + ipi.INT.pack(20_000) + bytes(8 * ipi.CELL_PAIR)
-        ours.sendall(head + positions + ipi.GETFORCE)
-        wait_for(
-            lambda: [one["evaluations"] for one in sessions(daemon, os.getpid()) if one["natoms"] == 20_000] == [1]
-        )
-        atoms = bulk("Cu")
-        with daemon.client().calculator("emt") as atoms.calc:
-            atoms.get_potential_energy()
-        size = 12 + 8 * 8 + 4 + len(positions) + 8 * 72
-        reply = bytearray()
-        while len(reply) < size:
-            reply += ours.recv(2**20)
-        assert reply[:12] == ipi.FORCEREADY
-
-
-def test_the_descriptors_of_a_session_are_as_many_as_are_counted(own_daemon: RunningDaemon) -> None:
-    before = open_descriptors(own_daemon.pid)
-    ours, theirs = socket.socketpair()
-    with ours, theirs, offer(own_daemon.socket, INIT) as line:
-        socket.send_fds(line, [ipi.ATTACH], [theirs.fileno()])
-        ours.sendall(ipi.POSDATA + bytes(ipi.CELL_PAIR) + ipi.INT.pack(1) + bytes(24) + ipi.GETFORCE)
-        assert ours.recv(12) == ipi.FORCEREADY
-        wait_for(lambda: open_descriptors(own_daemon.pid) - before == DESCRIPTORS_A_SESSION)
-
-
-@pytest.mark.parametrize("batch", [1, 2])
-def test_a_driver_that_wants_shared_memory_is_told(daemon: RunningDaemon, batch: int) -> None:
-    ours, theirs = socket.socketpair()
-    with ours, theirs, offer(daemon.socket, json.dumps(json.loads(INIT) | {"batch_size": batch}).encode()) as line:
-        socket.send_fds(line, [ipi.ATTACH], [theirs.fileno()])
+def test_a_driver_that_wants_shared_memory_is_told(daemon: RunningDaemon, folder: Path) -> None:
+    options = ("--model", "emt", "--structure", folder / "init.xyz")
+    with Listening(folder, structure(), daemon, *options) as driver:
         names = [f"ipi_shm_4242_7_{kind}".encode() for kind in ("pos", "h", "ih", "pot", "force", "vir")]
-        ours.sendall(ipi.POSDATA + ipi.INT.pack(1) + b"".join(ipi.INT.pack(len(n)) + n for n in names) + ipi.GETFORCE)
-        error = last_words(line)
-        assert isinstance(error, ProtocolError)
-        assert 'mode="shm"' in error.message
-        assert "Give --shm to attach" in error.hint
+        driver.send(ipi.POSDATA + ipi.INT.pack(8) + b"".join(ipi.INT.pack(len(name)) + name for name in names))
+        driver.send(ipi.GETFORCE)
+        status, said = end_of(driver.command)
+        assert status == 1
+        assert 'mode="shm"' in said and "Give --shm to attach" in said
 
 
 @pytest.mark.parametrize(
@@ -753,7 +673,6 @@ def test_parameters_of_ipi() -> None:
         "pbc": [False] * 3,
         "charge": -1.0,
         "batch_size": 8,
-        "attach": True,
     }
     for nothing in (b"", b" ", b"\0"):
         with pytest.raises(InvalidInitError, match="which model or which elements"):

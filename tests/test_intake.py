@@ -105,7 +105,7 @@ def test_a_guarded_stream_is_read_by_its_transport(ends: tuple[socket.socket, so
             came.append(data)
 
     async def live() -> None:
-        intake, guarded = Intake(), GuardedTransport(ends[0], Protocol(), own=True)
+        intake, guarded = Intake(), GuardedTransport(ends[0], Protocol())
         intake.begin(guarded)
         while intake.came(1, placing=False) is None:
             pass

@@ -710,8 +710,6 @@ def engine_in(state: str) -> engine_side.EngineSide:
     assert isinstance(side.next_event(), ipi.Init)
     if state == "preset":
         side.accept(await_init=True)
-    elif state == "offered":
-        side.accept(announced=True, offered=True)
     elif state == "refused":
         side.refuse(TROUBLE, announced=True)
     else:
@@ -789,12 +787,6 @@ TABLE: dict[str, dict[str, tuple[Any, Any]]] = {
         "GETFORCE": (engine_side.Send(error(TROUBLE.to_json())), READY),
         "EXIT": (engine_side.Close(None), CLOSED),
     },
-    "offered": {
-        "STATUS": (engine_side.TakeOver(), READY),
-        "INIT": (OPENED, READY),
-        **dict.fromkeys(["POSDATA", "MISFIT", "GETFORCE"], (WRONG, None)),
-        "EXIT": (engine_side.Close(None), CLOSED),
-    },
     "closed": dict.fromkeys(MESSAGES, (NOTHING, CLOSED)),
 }
 TABLE["preset"] = TABLE["new"]
@@ -808,8 +800,6 @@ def settle(side: engine_side.EngineSide, event: engine_side.Event | None) -> Non
     """Do as a daemon would."""
     if isinstance(event, ipi.Init):
         side.accept(announced=True)
-    elif isinstance(event, engine_side.TakeOver):
-        side.taken_over()
     elif isinstance(event, engine_side.Evaluate):
         side.finish()
 
@@ -960,29 +950,6 @@ def test_after_a_preset_the_driver_still_says_its_own_init():
     event = side.next_event()
     assert isinstance(event, engine_side.Evaluate)
     assert ipi.read_cells(event.cells).tobytes() == cells.tobytes()
-
-
-def test_a_stream_that_is_handed_over_begins_anew():
-    """What comes between READY and the stream is none of its own."""
-    for early in (b"", GETFORCE):
-        side = engine_in("offered")
-        feed(side, STATUS)
-        assert side.next_event() == engine_side.TakeOver()
-        feed(side, early)
-        assert side.next_event() is None
-        if early:
-            with pytest.raises(ProtocolError):
-                side.taken_over()
-            continue
-        side.taken_over()
-        assert side.at_rest
-        assert not side.announced
-        feed(side, POSDATA[:100])
-        assert side.next_event() is None
-        assert not side.at_rest
-        feed(side, POSDATA[100:])
-        assert isinstance(side.next_event(), engine_side.Evaluate)
-        assert not side.at_rest
 
 
 def test_positions_that_fit_nowhere_are_an_error_and_then_forgotten():

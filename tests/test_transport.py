@@ -47,7 +47,7 @@ def test_a_protocol_that_fails_loses_its_connection(caplog) -> None:
     async def live() -> Protocol:
         ours, theirs = socket.socketpair()
         protocol = Protocol()
-        GuardedTransport(ours, protocol, own=True).resume_reading()
+        GuardedTransport(ours, protocol).resume_reading()
         with theirs:
             theirs.setblocking(False)
             theirs.send(b"x")
@@ -67,7 +67,7 @@ def test_a_long_answer_to_a_slow_reader_is_copied_once() -> None:
     async def live() -> tuple[bytes, float, Protocol]:
         ours, theirs = socket.socketpair()
         protocol = Protocol()
-        transport = GuardedTransport(ours, protocol, own=True)
+        transport = GuardedTransport(ours, protocol)
         with theirs:
             theirs.setblocking(False)
             began = time.thread_time()

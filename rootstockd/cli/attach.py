@@ -20,11 +20,10 @@ from typing import Any
 
 import click
 
-from rootstock_client.attachment import Address, Attachment, PotentialSoFar, offer_when_there, parse_address
+from rootstock_client.attachment import Address, Attachment, SamePotential, ask_whether, parse_address
 from rootstock_client.control import request
 from rootstock_client.errors import RootstockError
 from rootstock_client.patience import patience_in_seconds
-from rootstock_client.sockets import dismiss
 from rootstockd.cli.clients import OptionPath, Refused, dtype_option, socket_in_use, socket_option
 from rootstockd.cli.completion import catalogue_models
 from rootstockd.cli.quantities import plural
@@ -104,7 +103,7 @@ def attach(
             announce(System(json.loads(init)), where)
         return init
 
-    potential = PotentialSoFar()
+    potential = SamePotential()
     attachments = [
         Attachment(daemon, where, describe, patience=patience, wait=wait, shared_memory=shm, potential=potential)
         for _ in range(count)
@@ -112,7 +111,7 @@ def attach(
     with _ended_by_signals():
         try:
             if system.complete:  # what the daemon refuses no driver needs to hear of
-                dismiss(offer_when_there(daemon, lambda: system.init(b""), patience))  # it counts until it has ended
+                ask_whether(daemon, system.init(b""), patience)
                 announce(system, where)
             _run(attachments, daemon)
         except RootstockError as error:

@@ -148,4 +148,4 @@ class System:
                 f"nothing says {' or '.join(_MISSING[name] for name in sorted(missing))}.",
                 "Give --model and --structure, or <parameters>{model: NAME, species: FORMULA}</parameters> to i-PI.",
             )
-        return json.dumps({"rootstock": PROTOCOL_VERSION, **fields, "attach": True}).encode()
+        return json.dumps({"rootstock": PROTOCOL_VERSION, **fields}).encode()

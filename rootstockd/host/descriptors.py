@@ -7,9 +7,8 @@ import resource
 RESERVED_DESCRIPTORS = 84
 """For all but sessions: the daemon's own files and sockets, its workers and starting one, 16 control connections,
 and as many at either socket whose users are being looked up."""
-DESCRIPTORS_A_SESSION = 4
-"""Its socket, the memory of its slot (twice: Python's mmap has one of its own), and a driver's stream where one was
-handed over."""
+DESCRIPTORS_A_SESSION = 3
+"""Its socket, and the memory of its slot (twice: Python's mmap has one of its own)."""
 MIN_LINGERING = 4
 
 

@@ -138,7 +138,7 @@ class Acceptor:
                 await self._loop.connect_accepted_socket(lambda: protocol, connection)
             else:
                 connection.setblocking(False)  # noqa: FBT003 - the socket module has no other way
-                protocol.connection_made(transport := GuardedTransport(connection, protocol, own=True))
+                protocol.connection_made(transport := GuardedTransport(connection, protocol))
                 transport.resume_reading()
         except Exception as error:
             protocol.connection_lost(error)
@@ -158,4 +158,4 @@ def turn_away(connection: socket.socket, error: RootstockError) -> None:
     if passed.are_refused(connection):
         connection.close()
     else:
-        passed.close_aside([connection], unread=True)
+        passed.close_aside([connection])

@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, ValidationInfo, field_validator
 
 from rootstock_client.errors import InvalidInitError, InvalidStructureError, LimitError
-from rootstock_client.ipi import FINGERPRINT_DIGITS, PROTOCOL_VERSION
+from rootstock_client.ipi import PROTOCOL_VERSION
 from rootstock_client.units import BOHR
 from rootstockd.sessions.functionals import functional
-from rootstockd.settings.validation import describe, of_form
+from rootstockd.settings.validation import describe
 
 LAST_ELEMENT = 118
 MAX_BATCH_SIZE = 1024
@@ -23,7 +23,6 @@ MAX_PARTS = 1000
 """Strings, lists and objects in an INIT, about: only its numbers may be many. A million keys to refuse take seconds."""
 _BATCH_SIZE = re.compile(rb"\bbatch_size\s*:\s*(-?\d{1,9})")
 
-_FINGERPRINT = f"a fingerprint, {FINGERPRINT_DIGITS} hexadecimal digits"
 
 Property = Literal["energy", "forces", "stress", "energies"]
 
@@ -79,10 +78,6 @@ class InitRequest(BaseModel):
     """Structures in each POSDATA."""
     preset: bool = False
     """What follows on this connection is a stock driver, and all of this holds for its own INIT."""
-    attach: bool = False
-    """The stream of a stock driver that has said its INIT is handed over next, as a descriptor."""
-    fingerprint: Annotated[str, of_form(f"[0-9a-f]{{{FINGERPRINT_DIGITS}}}", _FINGERPRINT)] | None = None
-    """Of the potential that the driver of an `attach` had before, which can't compare by itself."""
 
     @field_validator("dispersion", mode="before")
     @classmethod
@@ -93,11 +88,6 @@ class InitRequest(BaseModel):
     @classmethod
     def _zero_says_nothing(cls, spin: float | None) -> float | None:
         return spin or None
-
-    @property
-    def stock(self) -> bool:
-        """Whether the driver is one that knows nothing of rootstockd."""
-        return self.preset or self.attach
 
     @property
     def options(self) -> str:

@@ -5,15 +5,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import socket
 import time
 from typing import cast
 
 from rootstock_client import engine_side, ipi
 from rootstock_client.errors import (
-    ConnectionLostError,
     DrainingError,
-    InvalidInitError,
     LimitError,
     RootstockError,
     error_from_code,
@@ -21,21 +18,17 @@ from rootstock_client.errors import (
 from rootstockd.host.log_rate import LogRate
 from rootstockd.host.peers import Peer, hung_up
 from rootstockd.sessions.accounts import Account
-from rootstockd.sessions.attachments import Line
 from rootstockd.sessions.init_request import InitRequest, is_announced, parse_init
 from rootstockd.sessions.intake import Intake
 from rootstockd.sessions.model_client import ModelClient
 from rootstockd.sessions.roles import Host
 from rootstockd.sessions.same_potential import SamePotential
-from rootstockd.sessions.transport import GuardedTransport
 from rootstockd.supervision.roles import State
 
 log = logging.getLogger(__name__)
 log.addFilter(LogRate(log))
 
 _session_numbers = itertools.count(1)
-_CUT_OFF = ConnectionLostError("the daemon stopped in the middle of a step.", "Repeat the step with the next one.")
-"""What is said of a stream that ends though its driver did nothing wrong."""
 _AT_ONCE = range(8)
 """Messages that are answered before others have their turn. A step has fewer."""
 LINGER = 2.0
@@ -66,10 +59,7 @@ class Session(asyncio.BufferedProtocol):
         self.get_buffer = self._ipi.get_buffer  # type: ignore[method-assign]  # one call less for each read
         self._transport: asyncio.Transport
         self._preset: InitRequest | None = None
-        self._line: Line | None = None
         self._potential = SamePotential()
-        self._leaving = self._finishing = False
-        """Its stream is to be left to the next daemon; a message had begun when that was said."""
         self._init: bytes | None = None
         """The text of an INIT that waits for its turn."""
         self._owes = False
@@ -115,9 +105,8 @@ class Session(asyncio.BufferedProtocol):
 
     @property
     def unfetched(self) -> bool:
-        """Its driver has yet to fetch a result, or the rest of it, or to come to rest where its stream is left."""
-        begun = self._ipi.unfetched or self._writing_paused or (self._leaving and not self._ipi.at_rest)
-        return begun and not self._closing
+        """Its driver has yet to fetch a result, or the rest of it."""
+        return (self._ipi.unfetched or self._writing_paused) and not self._closing
 
     # --- the transport's side
 
@@ -150,7 +139,6 @@ class Session(asyncio.BufferedProtocol):
 
     def resume_writing(self) -> None:
         self._writing_paused = False
-        self._leave_at_rest()
         self._go_on()
 
     def eof_received(self) -> None:
@@ -158,9 +146,6 @@ class Session(asyncio.BufferedProtocol):
 
     def connection_lost(self, _exc: Exception | None) -> None:
         self._ipi.close()
-        if self._line is not None:
-            self._line.stop_waiting()
-            self._line.end(None)
         if self.account is not None:
             self.client.release()
             self._unstage()
@@ -169,38 +154,6 @@ class Session(asyncio.BufferedProtocol):
             self._host.accounts.close_session(self.account, self.evaluations)
             self.account = None
         self._host.sessions.discard(self)
-
-    # --- a driver's stream that is handed over
-
-    def attached(self, stream: socket.socket) -> None:
-        """The stream is there: from now on the session is with its driver."""
-        self._transport = GuardedTransport(stream, self)
-        self._intake.begin(self._transport)
-        self._transport.resume_reading()
-        try:
-            self._ipi.taken_over()
-        except RootstockError as error:
-            self.end(error)
-
-    def leave(self) -> None:
-        """As soon as a stream that was handed over is at rest, leave it to the next daemon; others stay."""
-        self._leaving = self._line is not None
-        self._finishing = self._leaving and not self._ipi.at_rest
-        self._leave_at_rest()
-
-    def _leave_at_rest(self) -> None:
-        if self._leaving and not self._closing and self._ipi.at_rest and not self._writing_paused:
-            assert self._line is not None
-            self._closing = True
-            self._line.end(stopping_error())
-            self._ipi.close()
-            self._transport.close()
-
-    def not_attached(self, error: RootstockError) -> None:
-        """What was handed over is no stream of a driver."""
-        if self.account is not None and not self._closing:
-            self._say([ipi.error_frame(error)])
-            self.end(error)
 
     # --- the protocol's side
 
@@ -220,8 +173,6 @@ class Session(asyncio.BufferedProtocol):
                 elif isinstance(event, engine_side.SendResult):
                     self._say(answers)
                     self._transport.write(self.client.system.slot.reply)
-                    if self._leaving:
-                        self._leave_at_rest()
                 elif isinstance(event, engine_side.Send):
                     answers.append(event.data)
                 else:
@@ -276,7 +227,6 @@ class Session(asyncio.BufferedProtocol):
         self._go_on()
         if self._intake.in_turns and not self._closing and not self._waits:
             self._read_on()
-        self._leave_at_rest()
 
     def _read_on(self) -> None:
         """Read in this turn, which that counts for."""
@@ -307,8 +257,6 @@ class Session(asyncio.BufferedProtocol):
             case ipi.Init():
                 self._init = event.text
                 self._ask_for_turn()
-            case engine_side.TakeOver():
-                self._line = Line(self._transport, self)
             case engine_side.Close():
                 self._count(event.error)
                 self.end(event.error)
@@ -345,8 +293,6 @@ class Session(asyncio.BufferedProtocol):
         request = None
         try:
             request = parse_init(text, self._preset)
-            if request.attach and self._line is not None:
-                raise InvalidInitError("a stream that was handed over can't bring another.")
             request.check_size(self._host.limits.atoms)
             self.client.bind(request)
         except RootstockError as error:
@@ -357,24 +303,17 @@ class Session(asyncio.BufferedProtocol):
             self._ipi.refuse(error, batch_size, announced=(json or self._ipi.announced) and not preset)
             return
         if json:
-            self._preset = request if request.stock else None
-        if json and self._line is None:
-            self._potential = SamePotential(request.fingerprint)
-        if json and request.attach:
-            self._ipi.accept(request.batch_size, announced=True, offered=True)
-            return
+            self._preset = request if request.preset else None
+            self._potential = SamePotential()
         stock = self._preset is not None
         self._ipi.accept(request.batch_size, announced=not stock, await_init=json and stock)
 
     def _place(self, natoms: int) -> memoryview:
-        attached = "The structure, or the species, given to `attach` has to have the driver's atoms."
-        return self.client.system.place(natoms, attached if self._line else "Send a new INIT when atoms come or go.")
+        return self.client.system.place(natoms)
 
     def _evaluate(self, cells: bytes) -> None:
         try:
-            if not self._finishing:  # a driver that was in the middle of a message is let come to rest
-                self._host.check_open()
-            self._finishing = False
+            self._host.check_open()
             self.client.evaluate(cells)
         except RootstockError as error:
             self._ipi.fail(error)
@@ -382,9 +321,9 @@ class Session(asyncio.BufferedProtocol):
     def _evaluated(self, error: RootstockError | None) -> None:
         """The result lies in the slot, or there is none."""
         try:
-            if error is None and (self._line is not None or self._preset is not None):
+            if error is None and self._preset is not None:
                 assert self.client.model is not None
-                error = self._potential.compare(self.client.model, self._line)
+                error = self._potential.compare(self.client.model)
             if error is None:
                 self.evaluations += 1
                 if self._owes:
@@ -412,14 +351,11 @@ class Session(asyncio.BufferedProtocol):
                 *(self.id, self.user, self.pid, error.message),
                 extra={"about": about},
             )
-        if self._line is not None:
-            self._line.end(_CUT_OFF if isinstance(error, DrainingError) else error)
         self._ipi.close()
         self._transport.write_eof()
         # a driver of ours repeats the step that it may just be sending; others would choke on a socket closed at once
         linger = 0.0 if self._ipi.announced and isinstance(error, DrainingError) else LINGER
-        close = self._transport.close if self._line is None else self._transport.abort  # that one may never read
-        asyncio.get_running_loop().call_later(linger, close)
+        asyncio.get_running_loop().call_later(linger, self._transport.close)
 
 
 def stopping_error() -> DrainingError:

@@ -65,7 +65,7 @@ class System:
             "session": session,
             "stress": request.stress,
             "energies": request.energies,
-            "announced": not request.stock,
+            "announced": not request.preset,
         }
         """What a worker is told of it."""
         self.key = WorkerKey(spec.name, spec.dtype, request.options)
@@ -73,14 +73,17 @@ class System:
         account.join(self.key)
         self._checked_cells = b""
 
-    def place(self, natoms: int, hint: str) -> memoryview:
+    def place(self, natoms: int) -> memoryview:
         """Where the positions of so many atoms go.
 
         Raises:
-            InvalidStructureError: it has another number of atoms, and what to do is in `hint`.
+            InvalidStructureError: it has another number of atoms.
         """
         if natoms != self.slot.natoms:
-            raise InvalidStructureError(f"POSDATA has {natoms} atoms, INIT announced {self.slot.natoms}.", hint)
+            raise InvalidStructureError(
+                f"POSDATA has {natoms} atoms, INIT announced {self.slot.natoms}.",
+                "Send a new INIT when atoms come or go.",
+            )
         return self.slot.positions_bytes
 
     def take_cells(self, cells: bytes) -> None:

@@ -1,4 +1,4 @@
-"""A transport for streams whose other end may do what it likes to them."""
+"""A transport for connections over which descriptors may come: where the kernel is older than Linux 6.16."""
 
 from __future__ import annotations
 
@@ -19,28 +19,25 @@ _NOTHING = memoryview(b"")
 
 
 class GuardedTransport(asyncio.Transport):
-    """A stream on which no call may block, whatever others make of its O_NONBLOCK, and whatever they send along.
+    """A connection over which whoever connects may send what they like.
 
-    It takes the place of the loop's own where a stream was handed over, and whoever did so has a copy of it; and where
-    the kernel can't refuse descriptors, whose end the loop's reads would have to wait for. Who sends some loses the
-    connection; `connection_lost` comes when they are closed, so that what is counted until then is bounded.
+    It takes the place of the loop's own where the kernel can't refuse descriptors, whose end the loop's reads would
+    have to wait for. Who sends some loses the connection; `connection_lost` comes when they are closed, so that what is
+    counted until then is bounded.
 
     Args:
-        stream: a connected stream socket; closed with the transport.
+        stream: a connected Unix socket, which nobody else has; closed with the transport.
         protocol: who reads from it, as soon as `resume_reading` is called. It is told of each write that was not taken
             at once.
-        own: nobody else has it.
     """
 
-    def __init__(self, stream: socket.socket, protocol: asyncio.BaseProtocol, *, own: bool = False) -> None:
+    def __init__(self, stream: socket.socket, protocol: asyncio.BaseProtocol) -> None:
         super().__init__({"socket": stream})
-        self._stream, self._own = stream, own
+        self._stream = stream
         self.set_protocol(protocol)
         self._loop = asyncio.get_running_loop()
         self._unsent = _NOTHING
         self._eof = self._closing = self._closed = False
-        self._room = MOST if stream.family == socket.AF_UNIX else 0
-        self._tcp = stream.family != socket.AF_UNIX
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         """Another reads from it from now on."""
@@ -81,7 +78,7 @@ class GuardedTransport(asyncio.Transport):
                 self._stream.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
-        """Close it when all is sent. The stream ends with it only if nobody else has it."""
+        """Close it when all is sent."""
         if self._unsent and not self._closed:
             self._closing = True
             self._loop.remove_reader(self._stream)
@@ -107,20 +104,15 @@ class GuardedTransport(asyncio.Transport):
     def _take_in(self) -> bool:
         how = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
         try:
-            size, ancillary, flags, _ = self._stream.recvmsg_into([self._reader.get_buffer(-1)], self._room, how)
+            size, ancillary, flags, _ = self._stream.recvmsg_into([self._reader.get_buffer(-1)], MOST, how)
         except BlockingIOError:
             return False
         except OSError as error:
             self._lose(error)
             return True
-        if self._tcp:
-            # drivers that send a message in parts and leave TCP_NODELAY off, as ASE's does, wait for our
-            # acknowledgement, 40 ms; the kernel forgets that it was told to hurry
-            with contextlib.suppress(OSError):
-                self._stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
         descriptors = descriptors_in(ancillary) if ancillary else None
         # cut off are those for which there was no number left
-        if descriptors or (flags & socket.MSG_CTRUNC and not self._tcp):
+        if descriptors or flags & socket.MSG_CTRUNC:
             self._lose(None, descriptors)
         elif size:
             self._reader.buffer_updated(size)
@@ -158,7 +150,7 @@ class GuardedTransport(asyncio.Transport):
         self._loop.remove_writer(self._stream)
         # aside, as what came and was not read may have descriptors, too
         what = [self._stream, *(descriptors or ())]
-        close_aside(what, lambda: self._protocol.connection_lost(error), unread=self._own)
+        close_aside(what, lambda: self._protocol.connection_lost(error))
 
 
 class _Whole(asyncio.BufferedProtocol):

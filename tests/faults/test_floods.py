@@ -32,9 +32,9 @@ SECONDS = 3.0
 STEPS = 30
 """In that time at least. A good session does some 200 a second alone, and some 50 where others work on the machine."""
 FLOOD = """
-import contextlib, socket, sys, threading
+import socket, sys, threading
 path, sessions = sys.argv[1:]
-first, again, asks, line = (bytes.fromhex(sys.stdin.readline()) for _ in range(4))
+first, again, asks = (bytes.fromhex(sys.stdin.readline()) for _ in range(3))
 
 def connected():
     sock = socket.socket(socket.AF_UNIX)
@@ -59,17 +59,6 @@ def come_and_go():
         with connected() as sock:
             sock.sendall(first)
 
-def talk_on_a_line():
-    much = bytes(1 << 26)
-    while True:
-        with connected() as sock, contextlib.suppress(OSError):
-            sock.sendall(line)
-            sock.recv(12)
-            ends = socket.socketpair()
-            socket.send_fds(sock, [b"ATTACH".ljust(12), much], [ends[0].fileno()])
-            while True:
-                sock.sendall(much)
-
 def ask():
     sock = connected()
     while True:
@@ -85,8 +74,6 @@ def ask():
 for _ in range(int(sessions)):
     if asks:
         what = [ask]
-    elif line:
-        what = [talk_on_a_line]
     elif not again:
         what = [come_and_go]
     else:
@@ -143,13 +130,11 @@ def daemon(older_kernel: bool, start_shared_daemon: Callable[..., RunningDaemon]
 
 
 @contextlib.contextmanager
-def flood(
-    path: Path, sessions: int, *, first: bytes = b"", again: bytes = b"", asks: bytes = b"", line: bytes = b""
-) -> Iterator[None]:
+def flood(path: Path, sessions: int, *, first: bytes = b"", again: bytes = b"", asks: bytes = b"") -> Iterator[None]:
     command = [sys.executable, "-c", FLOOD, str(path), str(sessions)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None and process.stdout is not None
-        process.stdin.write(b"".join(text.hex().encode() + b"\n" for text in (first, again, asks, line)))
+        process.stdin.write(b"".join(text.hex().encode() + b"\n" for text in (first, again, asks)))
         process.stdin.flush()
         assert process.stdout.readline()
         try:
@@ -179,12 +164,6 @@ def check_beside(daemon: RunningDaemon, path: Path, sessions: int, **what: bytes
 def test_beside_sessions_that_talk_without_end(daemon: RunningDaemon, what: str) -> None:
     first, again = FLOODS[what]
     check_beside(daemon, daemon.socket, SESSIONS if again else 4, first=first, again=again)
-    assert "Traceback" not in daemon.log.read_text()
-
-
-def test_beside_lines_without_end(daemon: RunningDaemon) -> None:
-    """What comes behind the driver's stream is as much as the socket takes, again and again."""
-    check_beside(daemon, daemon.socket, 4, line=init(attach=True) + ipi.STATUS)
     assert "Traceback" not in daemon.log.read_text()
 
 
