@@ -29,6 +29,8 @@ from rootstock_client.sockets import connect, dismiss
 SILENCE = struct.pack("ll", LONG, 0)
 """Seconds and microseconds without a word from the daemon after which a job asks why; the kernel counts them."""
 
+_REFUSED = ipi.StatusReply(ipi.NEEDINIT)
+
 
 class _Target:
     """Where a step's forces go. Not a method of Connection: that would be a cycle, and sessions would stay open."""
@@ -106,9 +108,7 @@ class Connection:
         Raises:
             RootstockError: as for `evaluate`.
         """
-        answer = self._ask(init, [ipi.STATUS], len(ipi.STATUS), ipi.STATUS)
-        if answer != ipi.StatusReply(ipi.READY):
-            self._ask(init, [ipi.GETFORCE], len(ipi.GETFORCE), ipi.GETFORCE)  # which brings the reason
+        self._ask(init, [ipi.STATUS], len(ipi.STATUS), ipi.STATUS)
 
     def _ask(
         self,
@@ -191,6 +191,10 @@ class Connection:
                     raise
             else:
                 answer = self._receive(sock)
+                if answer == _REFUSED:  # GETFORCE brings the reason
+                    self._side.expect(ipi.GETFORCE)
+                    send_all(sock, [ipi.GETFORCE], len(ipi.GETFORCE))
+                    answer = self._receive(sock)
         except BaseException:  # whatever it was, the next answer would be the wrong one
             self._close()
             raise

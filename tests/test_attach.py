@@ -476,12 +476,11 @@ def test_an_attach_that_begins_while_the_daemon_is_restarted_waits(
     wait_for(lambda: [session["state"] for session in daemon.client().status()["sessions"]] == ["busy"])
     with restarting(daemon) as restart, ThreadPoolExecutor(1) as pool:
         options = ("--model", "emt", "--structure", folder / "init.xyz")
-        with Listening(folder, structure(), daemon, *options) as driver:
-            step = pool.submit(driver.step)
-            told = re.compile(rb'_errors_total.code="draining". [1-9]')
-            wait_for(lambda: told.search(fetch(daemon.socket, "GET", "/metrics")))
-            os.kill(worker, signal.SIGCONT)
-            step.result()
+        there = pool.submit(Listening, folder, structure(), daemon, *options)
+        wait_for(lambda: re.search(rb'_errors_total.code="draining". [1-9]', fetch(daemon.socket, "GET", "/metrics")))
+        os.kill(worker, signal.SIGCONT)
+        with there.result() as driver:
+            driver.step()
             driver.send(b"EXIT        ")
             assert end_of(driver.command)[0] == 0
     job.join()
