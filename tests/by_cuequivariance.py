@@ -33,7 +33,12 @@ from rootstockd.worker.engines.mace.cueq import converted  # noqa: E402
 from rootstockd.worker.engines.mace.device import DeviceBackend  # noqa: E402
 from rootstockd.worker.engines.mace.reference import ReferenceBackend  # noqa: E402
 
-TRIED = ("as MACE-MP-0 medium", "density, as the embedded model", "two heads", "repulsion and Agnesi")
+WHOLE = {"use_reduced_cg": False}  # as mace_run_train has it
+TRIED = (
+    *(("as MACE-MP-0 medium", {}), ("density, as the embedded model", {})),
+    *(("two heads", {}), ("repulsion and Agnesi", {})),
+    *(("as MACE-MP-0 medium", WHOLE), ("density, as the embedded model", WHOLE)),
+)
 DEVICE = sys.argv[2]
 ON_GPU = DEVICE != "cpu"
 LOW = {"hidden": "32x0e + 32x1o" if ON_GPU else "4x0e + 4x1o", "max_ell": 2, "correlation": 2}
@@ -60,13 +65,14 @@ if ON_GPU:
     begin_cuda("test")
 else:
     wrapper_ops.cuet.SegmentedPolynomial = Polynomial
-for architecture in TRIED:
-    model = make_model(**ARCHITECTURES[architecture] | LOW)
+for architecture, more in TRIED:
+    options = ARCHITECTURES[architecture] | LOW | more
+    model = make_model(**options)
     of, reference = engine(model), ReferenceBackend(model, "cpu")
     for fused in (True,) if ON_GPU else (False, True):
         # mace-torch has it so on a GPU
         conversion.CuEquivarianceConfig = lambda **given: settings(**given | {"conv_fusion": fused})  # noqa: B023
-        twin = converted(make_model(**ARCHITECTURES[architecture] | LOW).to(DEVICE), DEVICE)
+        twin = converted(make_model(**options).to(DEVICE), DEVICE)
         assert hasattr(twin.interactions[0], "conv_fusion") is fused
         backend = DeviceBackend(twin, "cuequivariance")
         for name in ("alloy", "wire", "molecule", "left-handed", "an atom alone"):

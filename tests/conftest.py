@@ -94,6 +94,7 @@ def wait_for(condition: Callable[[], object], timeout: float = 20.0) -> None:
 LONGEST = (
     *("test_docs", "test_environments", "test_families", "test_chaos", "test_models_cli", "test_workers"),
     *("test_daemon", "test_slurm", "test_dask", "test_systemd", "test_lifecycle", "test_errors_live", "test_warm"),
+    "test_mace_cuequivariance",
 )
 """Files that take a minute or more, the longest first: one that began late would be waited for by all processes."""
 

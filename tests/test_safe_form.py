@@ -1,11 +1,13 @@
 """MACE models in a form that is not code: the same numbers, and nothing in it that runs."""
 
+import itertools
 import json
 import os
 import pickle
 import struct
 import subprocess
 import sys
+import types
 import warnings
 
 import numpy as np
@@ -26,7 +28,7 @@ from rootstockd.models.convert import _NUMBERS, _compared, _safe_form, with_safe
 from rootstockd.models.store import Record  # noqa: E402
 from rootstockd.models.whole_files import StoreError  # noqa: E402
 from rootstockd.worker.engines import EngineError, ModelSpec  # noqa: E402
-from rootstockd.worker.engines.mace import load, safe  # noqa: E402
+from rootstockd.worker.engines.mace import basis, load, safe  # noqa: E402
 
 PLAIN = {
     "without shift, two heads, repulsion": {**ARCHITECTURES["two heads"], "plain": True, "pair_repulsion": True},
@@ -78,6 +80,76 @@ def test_single_precision_stays_as_it_was():
     for key, value in state.items():
         assert again[key].dtype == value.dtype
         assert torch.equal(again[key], value), key
+
+
+@pytest.fixture
+def reduced_model(monkeypatch):
+    """A model in the basis that mace-torch has where cuEquivariance is installed, here from its other one."""
+    from mace.modules import symmetric_contraction
+
+    own = symmetric_contraction.U_matrix_real
+
+    def reduced(**asked):
+        whole, degree = own(**asked | {"use_cueq_cg": False})[-1], asked["correlation"]
+        *ahead, paths = range(whole.dim())
+        orders = list(itertools.permutations(ahead[-degree:]))
+        symmetric = sum(whole.permute(*ahead[:-degree], *order, paths) for order in orders) / len(orders)
+        columns, sizes, _ = torch.linalg.svd(symmetric.flatten(end_dim=-2), full_matrices=False)
+        return [columns[:, sizes > 1e-9].reshape(*whole.shape[:-1], -1)]
+
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(symmetric_contraction, "U_matrix_real", reduced)
+        return make_model(hidden="4x0e + 4x1o", max_ell=2, correlation=3)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_the_basis_stays_what_it_was(reduced_model, tmp_path):
+    """Whatever mace-torch would make here of the same configuration."""
+    whole = make_model(hidden="4x0e + 4x1o", max_ell=2, correlation=3, use_reduced_cg=False)
+    assert sum(map(torch.numel, whole.parameters())) > sum(map(torch.numel, reduced_model.parameters()))
+    kept = tmp_path / safe.FILE_NAME
+    for model, reduced in ((whole, False), (reduced_model, True)):
+        assert basis.is_reduced(model.state_dict()) is reduced
+        data = safe.to_safe(model)
+        right = engine(model).evaluate([task(engine(model), STRUCTURES["alloy"])])[0]
+        for said in (True, False):  # as models say themselves, and so files of older versions
+            again = safe.from_safe(changed(data, use_reduced_cg=said), "cpu")
+            assert again.use_reduced_cg is reduced
+            found = engine(again).evaluate([task(engine(again), STRUCTURES["alloy"])])[0]
+            assert found.energy == pytest.approx(right.energy, rel=1e-13)
+            np.testing.assert_allclose(found.forces, right.forces, atol=1e-11)
+    kept.write_bytes(data)
+    assert load(spec(path=kept)).info.backend.startswith("fused")
+
+
+def test_a_state_with_too_few_matrices():
+    low = {"hidden": "4x0e", "max_ell": 1, "correlation": 2}
+    state = make_model(**low).state_dict()
+    few = {key: value for key, value in state.items() if not key.endswith("U_matrix_2")}
+    with pytest.raises(ValueError, match="the state has fewer U matrices than the model"), basis.made_with(few):
+        make_model(**low)
+    assert make_model(**low).state_dict().keys() == state.keys()
+
+
+def test_contractions_that_are_not_mace_torchs_own():
+    model = make_model(**ARCHITECTURES["one layer"])
+    for product in model.products:
+        product.symmetric_contractions = torch.nn.Linear(1, 1)
+        product.symmetric_contractions.contraction_degree = 3  # mace-torch asks it for that
+    with pytest.raises(ValueError, match="its contractions are not mace-torch's own"):
+        safe.to_safe(model)
+
+
+def test_a_pickle_of_modules_that_are_not_installed(tmp_path, monkeypatch):
+    path, module = tmp_path / "mine.model", types.ModuleType("cuequivariance_elsewhere")
+    module.Linear = type("Linear", (), {"__module__": module.__name__})
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setitem(sys.modules, module.__name__, module)
+        torch.save(module.Linear(), path)
+    with pytest.raises(EngineError, match="is made of cuEquivariance's modules, which can't be imported: ") as caught:
+        load(spec(path=path))
+    assert caught.value.code == "model-load"
+    assert "convert_cueq_e3nn" in caught.value.hint
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")

@@ -285,6 +285,14 @@ def load(spec: ModelSpec) -> MaceEngine | safe.Conversion:
         raise
     except Exception as error:
         raise_if_gpus(spec, error, f"model {spec.name!r} can't be put on {spec.device}: {describe(error)}")
+        if isinstance(error, ImportError) and (error.name or "").startswith("cuequivariance"):
+            raise EngineError(
+                "model-load",
+                f"model {spec.name!r}: {spec.weights} is made of cuEquivariance's modules, which can't be imported: "
+                f"{error}",
+                "Where they can, `mace.cli.convert_cueq_e3nn.run` makes a model of mace-torch's own modules of it, "
+                "which can be loaded anywhere; or install cuequivariance-torch (docs/environments.md).",
+            ) from error
         text = f"model {spec.name!r}: {spec.weights} is not a MACE model that mace-torch {mace.__version__} can read"
         # one that names code that is not here may be a model to another version
         code = "model-load" if isinstance(error, (ImportError, AttributeError)) else "not-a-model"

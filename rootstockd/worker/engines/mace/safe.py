@@ -2,7 +2,9 @@
 
 The model is rebuilt by mace-torch's own classes, so only what they make can be kept so: a ScaleShiftMACE, or a MACE as
 one, whose configuration says all that its state does not. Whether it does is not believed but compared: `convert`
-writes what a model computes, in one process for that of the original, in another for the one that was rebuilt.
+writes what a model computes, in one process for that of the original, in another for the one that was rebuilt. In which
+basis its contractions are is up to the state (`basis`): what mace-torch makes of a configuration depends on what is
+installed.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import numpy as np
 import torch
 
 from rootstockd.worker.engines import EngineError, EngineInfo, ModelSpec, Result, Task
-from rootstockd.worker.engines.mace import checks
+from rootstockd.worker.engines.mace import basis, checks
 from rootstockd.worker.engines.mace.reference import ReferenceBackend
 
 FORM = "mace-1"
@@ -47,6 +49,9 @@ def to_safe(model: Any) -> bytes:
         raise ValueError(f"a {kind} can't be described")
     config = {key: _plain(key, value) for key, value in extract_config_mace_model(model).items()}
     state = {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}
+    config["use_reduced_cg"] = basis.is_reduced(state)
+    if config["use_reduced_cg"] is None:
+        raise ValueError("its contractions are not mace-torch's own, as where it was saved for cuEquivariance")
     dtype = str(next(model.parameters()).dtype).rpartition(".")[2]
     neighbours = [float(interaction.avg_num_neighbors) for interaction in model.interactions]
     described = {"form": FORM, "class": kind, "dtype": dtype, "avg_num_neighbors": neighbours, "config": config}
@@ -81,15 +86,17 @@ def from_safe(data: bytes, device: str) -> Any:
     if described["form"] != FORM:
         raise ValueError(f"its form is {described['form']!r}, and this version reads {FORM!r}")
     config = {key: _made(key, value) for key, value in described["config"].items()}
+    state = load(data)
+    config["use_reduced_cg"] = basis.is_reduced(state)  # older files have what the model said of itself
     before = torch.get_default_dtype()
     torch.set_default_dtype(_DTYPES[described["dtype"]])
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), basis.made_with(state):
             warnings.simplefilter("ignore")  # TorchScript's, about mace-torch's own code
             model = modules.ScaleShiftMACE(**config)
     finally:
         torch.set_default_dtype(before)
-    state, made = load(data), model.state_dict()
+    made = model.state_dict()
     for key in sorted(set(state) & set(made)):
         if state[key].dtype != made[key].dtype:
             raise ValueError(f"{key} is {state[key].dtype}, and mace-torch makes it {made[key].dtype}")
