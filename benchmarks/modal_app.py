@@ -2,7 +2,8 @@
 
 `modal run benchmarks/modal_app.py::benchmark_all` runs everything, `::benchmark_ipc_overhead` what a step costs. The
 result and its plots come back into benchmarks/results/. The tests run all of this but Modal's own part: no image was
-built and nothing was run there yet.
+built and nothing was run there yet. The image has no cuEquivariance, whose kernels are under a licence of NVIDIA's own
+(docs/environments.md has the command that installs it).
 """
 
 from __future__ import annotations
