@@ -226,6 +226,10 @@ class Cuda:
 
     def __init__(self, monkeypatch):
         self.reserved, self.by_hand = 0, []
+        self.pools, self.used = itertools.count(1), []
+        """Of these, which were recorded into."""
+        self.broken_off = None
+        """What torch says at the beginning of a recording."""
         self.error = None
         """What torch says at the end of a recording."""
         self.ended = False
@@ -237,17 +241,19 @@ class Cuda:
             "set_stream": lambda _: None,
             "stream": lambda _: contextlib.nullcontext(),
             "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
-            "graph_pool_handle": lambda: (0, 1),
+            "graph_pool_handle": lambda: (0, next(self.pools)),
             "graph": self.graph,
             "memory_reserved": lambda _: self.reserved,
-            "current_device": lambda: 0,
         }.items():
             monkeypatch.setattr(torch.cuda, name, function)
         monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", self.end, raising=False)
         monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda *_: self.by_hand.append("released"), raising=False)
 
     @contextlib.contextmanager
-    def graph(self, *_, **__):
+    def graph(self, *_, pool, **__):
+        if self.broken_off is not None:
+            raise self.broken_off
+        self.used.append(pool)
         try:
             yield
         finally:
@@ -300,6 +306,42 @@ def test_a_pool_that_may_have_leaked_counts_and_nothing_more_is_recorded(recordi
     assert passes.recorded == recorded
     passes.captures.forget()
     assert passes.captures.held == 2_000
+
+
+def test_into_a_pool_that_was_ended_by_hand_nothing_more_is_recorded(recording, cuda):
+    """torch's allocator of pinned memory was not told, and refuses to begin once more."""
+    passes = on_cuda()
+    passes.rows(300)
+    lacking = raising(RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB"))
+    cuda.error = RuntimeError("CUDA error: operation failed due to a previous error during capture")
+    passes.fail = lambda: lacking() if passes.recorded == 8 else None
+    passes.rows(10)
+    cuda.error = None
+    passes.rows(100)
+    assert cuda.by_hand == ["ended", "released"] and len(set(cuda.used[:2])) == 1 and cuda.used[2] != cuda.used[1]
+    assert passes.replayed(300) and passes.replayed(100), "what was recorded before stays"
+    assert passes.captures.held == 3_000
+
+
+def test_a_recording_that_could_not_begin_says_nothing_of_the_next(recording, cuda):
+    """Nothing had been begun that would have to be ended."""
+    passes = on_cuda()
+    cuda.broken_off, cuda.ended = RuntimeError("CUDA error: operation not permitted"), True
+    assert not passes.replayed(10)
+    assert "atoms and 32 edges are not replayed" in passes.captures.note and not cuda.by_hand
+    cuda.broken_off, cuda.ended = None, False
+    passes.rows(100)
+    assert passes.replayed(100) and passes.captures.held == 1_000
+
+
+def test_a_pool_that_was_opened_for_a_recording_that_did_not_begin_is_closed_and_not_released(recording, cuda):
+    passes = on_cuda()
+    cuda.broken_off = RuntimeError("CUDA error: operation not permitted")
+    assert not passes.replayed(10)
+    assert cuda.by_hand == ["ended"], "torch may release it, and twice would end the process"
+    cuda.broken_off, recorded = None, passes.recorded
+    assert not any(passes.replayed(natoms) for natoms in (10, 100))
+    assert passes.recorded == recorded and "no pass is replayed" in passes.captures.note
 
 
 def test_what_torch_could_end_is_left_to_it(recording, cuda):

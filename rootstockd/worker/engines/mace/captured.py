@@ -106,9 +106,10 @@ class Recorder:
                     function()
         finally:
             usual.wait_stream(self._stream)
-        before, failed = torch.cuda.memory_reserved(self._device), 0
+        before, begun, failed = torch.cuda.memory_reserved(self._device), False, 0
         try:
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                begun = True
                 before = torch.cuda.memory_reserved(self._device)  # less than that: torch has given back what it can
                 try:
                     result = function()
@@ -116,7 +117,9 @@ class Recorder:
                     failed = id(error)
                     raise
         except BaseException as error:
-            if id(error) != failed:  # it is another one's: torch could not end it
+            if not begun:
+                self._end_what_hardly_began()
+            elif id(error) != failed:  # it is another one's: torch could not end it
                 self._end()
             raise
         finally:
@@ -135,13 +138,27 @@ class Recorder:
         Newer versions of torch have told it (pytorch/pytorch#180395). Of these some release the pool, too (#190348),
         and others don't; to release it once too often would end the process.
         """
-        device = torch.cuda.current_device()
-        try:
-            torch._C._cuda_endAllocateToPool(device, self._pool)  # noqa: SLF001
-        except RuntimeError:
-            self.leaks = True
+        if self._was_open():
+            torch._C._cuda_releasePool(self._device.index, self._pool)  # noqa: SLF001
+            # to torch's allocator of pinned memory it is still being recorded, and can't be once more
+            self._pool = torch.cuda.graph_pool_handle()
         else:
-            torch._C._cuda_releasePool(device, self._pool)  # noqa: SLF001
+            self.leaks = True
+
+    def _end_what_hardly_began(self) -> None:
+        """End by hand what was broken off before anything was recorded: as a rule nothing has begun.
+
+        Where the pool was open already nobody knows who releases it, as above.
+        """
+        self.leaks = self._was_open() or self.leaks
+
+    def _was_open(self) -> bool:
+        """Whether torch's allocator took something to be recorded into the pool; now it does not."""
+        try:
+            torch._C._cuda_endAllocateToPool(self._device.index, self._pool)  # noqa: SLF001
+        except RuntimeError:
+            return False
+        return True
 
 
 class Bucket:
