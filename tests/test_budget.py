@@ -236,6 +236,15 @@ def test_a_pass_for_which_memory_lacks_all_the_same_makes_later_ones_smaller():
     assert seen == [1, 8, 4, 4]
 
 
+def test_the_log_tells_when_a_batch_takes_twice_as_many_passes_as_any_before(caplog):
+    packing = Packing("cpu")
+    for count, told in ((1, 0), (2, 1), (3, 1), (4, 2), (2, 2), (4, 2)):
+        packing._budget.back_off(Size(1, 0))  # one structure a pass
+        packing.evaluate([Size(10, 500)] * count, lambda _: [Result(0.0, np.zeros((1, 3)))])
+        assert len(caplog.messages) == told
+    assert caplog.messages[-1] == "4 structures of 40 atoms took 4 passes: memory allows no fewer"
+
+
 # --- memory
 
 

@@ -220,15 +220,91 @@ def test_a_large_batch_is_evaluated_in_passes_that_fit_and_not_replayed(device, 
     on = OnDevice(device, small=True)
     tasks = [on.task(STRUCTURES[name]) for name in ("alloy", "dense", "molecule", "dense")]
     on.backend._packing._budget.learn(Size(20, 3_000), 2**50)
-    passes, one_pass = [], on.backend._one_pass
-    monkeypatch.setattr(
-        on.backend, "_one_pass", lambda tasks, *rest, **how: passes.append(len(tasks)) or one_pass(tasks, *rest, **how)
-    )
+    passes = noting_passes(on, monkeypatch)
     for _ in range(3):
         for one, result in zip(tasks, on.backend.evaluate(tasks), strict=True):
             assert compare(result, on.reference.evaluate([one])[0]).within(1e-11)
     assert sum(passes) == 3 * len(tasks) and len(passes) > 3
     assert not on.buckets
+
+
+class Memory:
+    """A device's with so many bytes free, of which a pass takes some for each atom; counts its measurements."""
+
+    def __init__(self, free, taken):
+        self._free, self._taken, self.measured = free, taken, 0
+
+    def free(self):
+        return self._free
+
+    def begin(self):
+        self.measured += 1
+
+    def taken(self):
+        return self._taken
+
+
+def noting_passes(on, monkeypatch):
+    """The structures in each pass from now on."""
+    passes, one_pass = [], on.backend._one_pass
+    monkeypatch.setattr(
+        on.backend, "_one_pass", lambda tasks, *rest: passes.append(len(tasks)) or one_pass(tasks, *rest)
+    )
+    return passes
+
+
+def test_small_passes_teach_what_a_larger_one_takes(device, recording, monkeypatch, caplog):
+    """The first that is much larger may take half of what is free, and what is replayed is not measured."""
+    on = OnDevice(device, small=True)
+    memory = on.backend._packing._memory = Memory(free=2**30, taken=2**26)
+    tasks = [on.task(STRUCTURES["dense"]) for _ in range(24)]
+    on.backend.evaluate(tasks[:1])
+    assert memory.measured == 1
+    for one in tasks[:3] * 2:
+        on.backend.evaluate([one])
+    assert on.buckets == 1 and memory.measured == 1, "in the steady state nothing is"
+    passes = noting_passes(on, monkeypatch)
+    memory._taken *= 8
+    for one, result in zip(tasks, on.backend.evaluate(tasks), strict=True):
+        assert compare(result, on.reference.evaluate([one])[0]).within(1e-11)
+    assert passes == [8, 10, 6], "the second is no longer much larger than any before, and may take 80 %"
+    assert "24 structures" in caplog.text and "took 3 passes" in caplog.text
+
+
+def test_a_replay_has_its_memory_already(device, recording, monkeypatch):
+    """Where others have taken the rest it is not split into passes that have none."""
+    on = OnDevice(device, small=True)
+    memory = on.backend._packing._memory = Memory(free=2**32, taken=2**26)
+    tasks = [on.task(STRUCTURES["dense"]) for _ in range(4)]
+    for _ in range(2):
+        on.backend.evaluate(tasks)
+    passes = noting_passes(on, monkeypatch)
+    memory._free = 0
+    on.backend.evaluate(tasks)
+    on.backend.evaluate(tasks[:2])
+    assert passes == [4, 1, 1]
+
+
+def test_what_would_keep_much_of_the_memory_is_not_recorded(device, recording):
+    on = OnDevice(device, small=True)
+    memory = on.backend._packing._memory = Memory(free=2**30, taken=2**29)
+    one = on.task(STRUCTURES["dense"])
+    for _ in range(3):
+        on.backend.evaluate([one])
+    assert not on.buckets
+    memory._free = 2**31
+    on.backend.evaluate([one])
+    assert on.buckets
+
+
+def test_as_many_jobs_as_the_goals_have_are_replayed(recording):
+    on = OnDevice("cpu", small=True)
+    shapes = {captured._shape(Size(64 * jobs, 64 * 80 * jobs)) for jobs in range(1, 33)}
+    assert 2 * len(shapes) <= captured.MOST
+    jobs = [on.task(bulk("Cu", cubic=True) * (2, 2, 4)) for _ in range(32)]
+    for _ in range(2):
+        on.backend.evaluate(jobs)
+    assert on.backend._captures.have(Size(2_048, sum(map(len, on.backend._graphs))))
 
 
 def test_structures_of_many_sizes_share_a_bucket(device, recording):

@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("mace")
 
 from rootstockd.worker.engines.mace import captured, resident, timing  # noqa: E402
+from rootstockd.worker.engines.mace.budget import Size  # noqa: E402
 from rootstockd.worker.engines.mace.captured import Captures, padded  # noqa: E402
 from rootstockd.worker.engines.mace.skin import SMALL, STEADY, UNUSED, WIDTH, Skin  # noqa: E402
 
@@ -78,9 +79,11 @@ class Passes:
     """Captures over a pass of our own: rows of zeros, unless told otherwise."""
 
     def __init__(self):
-        self.captures = Captures(self.evaluate, 1e-6)
+        self.captures = Captures(self.evaluate, 1e-6, lambda size: size.atoms <= self.room)
         self.fail = lambda: None
         self.off, self.evaluated, self.recorded = 0.0, 0, 0
+        self.room = 1_000
+        """Atoms of a pass whose memory may be kept."""
 
     def evaluate(self, positions, _graph, _ghosts):
         self.recorded += 1
@@ -148,6 +151,17 @@ def test_a_replay_that_differs_is_not_used_and_after_two_nothing_is_recorded(rec
     passes.off, recorded = 0.0, passes.recorded
     assert not any(passes.replayed(natoms) for natoms in (10, 100, 300, 700))
     assert passes.recorded == recorded
+
+
+def test_a_pass_that_would_keep_much_of_the_memory_is_not_recorded_until_there_is_more(recording):
+    passes = Passes()
+    passes.room = 200
+    for natoms in (100, 300, 300):
+        passes.rows(natoms)
+    assert passes.captures.have(Size(100, 0)) and not passes.captures.have(Size(300, 0))
+    passes.room = 300
+    passes.rows(300)
+    assert passes.captures.have(Size(300, 0)) and passes.replayed(300)
 
 
 def raising(error):

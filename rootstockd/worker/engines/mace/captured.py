@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import weakref
+from bisect import bisect_left
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 
@@ -16,14 +17,16 @@ import numpy as np
 import torch
 
 from rootstockd.worker.engines import Array
+from rootstockd.worker.engines.mace.budget import Size
 from rootstockd.worker.engines.mace.resident import Graph
 from rootstockd.worker.engines.mace.timing import part_of
 from rootstockd.worker.failures import describe, out_of_memory
 
 log = logging.getLogger(__name__)
 
-MOST = 24
-"""Shapes that are recorded at once."""
+MOST = 40
+"""Shapes that are recorded at once: batches of 1 to 32 jobs of 64 atoms are of 17, or twice as many, as their edges
+are now more, now fewer. Beside the pool, which they share, each keeps some 50 bytes an edge."""
 SEEN = 2
 """A shape is recorded the second time that it comes; for each that has been recorded before, one time later, so that
 recording, which takes as long as a dozen passes, never becomes what most of the time goes into."""
@@ -36,7 +39,7 @@ LACKS = 2
 GHOSTS, CROWD = 8, 800
 """A bucket's first atoms are ghosts: 8 at least, and one for 800 of its edges. Up to a third of these end at ghosts,
 and what torch makes of an atom's edges it adds up one by one."""
-_LEAST, _WARM_UP = 32, 3
+_WARM_UP = 3
 _MOVED = 0.01
 """Å; so far from those that were recorded are the positions on which a replay is compared: none of them is baked in."""
 
@@ -46,12 +49,19 @@ Eagerly = Callable[[torch.Tensor], Array]
 """Makes rows of positions (N, 3) on the host."""
 
 
+def _sizes(least: int, most: int) -> list[int]:
+    sizes = [least]
+    while sizes[-1] < most:
+        sizes.append(sizes[-1] + sizes[-1] // 32 * 8)
+    return sizes
+
+
+_SIZES = _sizes(32, 2**40)
+
+
 def padded(count: int) -> int:
     """The smallest bucket for as many atoms or edges."""
-    size = _LEAST
-    while size < count:
-        size += size // 32 * 8
-    return size
+    return _SIZES[bisect_left(_SIZES, count)]
 
 
 def ghosts_of(edges: int) -> int:
@@ -230,10 +240,11 @@ class Captures:
     Args:
         evaluate: the pass that is recorded: without a word to the host.
         tolerance: how far forces may differ from the evaluation's, in eV/Å, and by this part of the largest.
+        may_keep: says whether a pass's memory may stay taken for replays of it.
     """
 
-    def __init__(self, evaluate: Pass, tolerance: float) -> None:
-        self._evaluate, self._tolerance = evaluate, tolerance
+    def __init__(self, evaluate: Pass, tolerance: float, may_keep: Callable[[Size], bool]) -> None:
+        self._evaluate, self._tolerance, self._may_keep = evaluate, tolerance, may_keep
         self._buckets: OrderedDict[tuple[int, int], Bucket] = OrderedDict()  # the least recently used first
         self._seen: Counter[tuple[int, int]] = Counter()
         self._refused: set[tuple[int, int]] = set()
@@ -242,6 +253,10 @@ class Captures:
         self._recorded = self._failures = 0
         self._recorder: Recorder | None = None
         self._failure = self._lack = ""
+
+    def have(self, size: Size) -> bool:
+        """Whether a pass of this size would be replayed."""
+        return _shape(size) in self._buckets
 
     def rows(self, graph: Graph, positions: torch.Tensor, eagerly: Eagerly) -> Array:
         """The rows of a pass.
@@ -253,15 +268,14 @@ class Captures:
         """
         if self._failures >= FAILURES:
             return eagerly(positions)
-        edges = padded(len(graph.edges))
-        shape = padded(ghosts_of(edges) + len(positions)), edges
+        shape = _shape(size := Size(len(positions), len(graph.edges)))
         if (bucket := self._buckets.get(shape)) is not None:
             self._buckets.move_to_end(shape)
             return bucket.rows(graph, positions)
         rows = eagerly(positions)
         self._seen[shape] += 1
         due = self._seen[shape] >= SEEN + self._recorded and not (shape in self._refused or self._too_large(shape))
-        if due and np.isfinite(rows).all():
+        if due and np.isfinite(rows).all() and self._may_keep(size):
             self._record(shape, graph, positions, eagerly)
         return rows
 
@@ -340,6 +354,12 @@ class Captures:
             self.forget()
         self._failure = f"{which} replayed as a CUDA graph: {why}"
         log.warning("%s", self._failure)
+
+
+def _shape(size: Size) -> tuple[int, int]:
+    """The bucket for a pass: its atoms, ghosts among them, and its edges."""
+    edges = padded(size.edges)
+    return padded(ghosts_of(edges) + size.atoms), edges
 
 
 def _described(shape: tuple[int, int]) -> str:

@@ -23,8 +23,10 @@ from rootstockd.worker.engines.mace.captured import Captures, host_array
 from rootstockd.worker.engines.mace.edges import EdgeBackend
 from rootstockd.worker.engines.mace.resident import Graph, residents, union
 
-REPLAYED = 2_000
-"""Atoms of a batch, up to which launches may be what takes its time, and its pass may be replayed."""
+REPLAYED = 4_096
+"""Atoms of a pass, up to which launches may be what takes its time, and it may be replayed: 64 jobs of 64 atoms. Small
+models gain up to there. What a recorded pass of a large one would keep is bounded by the memory (`Packing.may_keep`),
+and where a replay is no faster there is none."""
 
 
 class DeviceBackend(EdgeBackend):
@@ -47,33 +49,31 @@ class DeviceBackend(EdgeBackend):
         self._cutoff = float(model.r_max)
         self._far = torch.tensor([[2 * self._cutoff, 0.0, 0.0]], dtype=torch.float64, device=self._device)
         self._residents = residents(self._cutoff, self._of_numbers, self._device)
-        self._captures = Captures(self._with_ghosts, TOLERANCE[str(self._dtype).rpartition(".")[2]])
+        tolerance = TOLERANCE[str(self._dtype).rpartition(".")[2]]
+        self._captures = Captures(self._with_ghosts, tolerance, self._packing.may_keep)
         self._graphs: list[Graph] = []
         """Those that are joined in `_graph`, of the last pass."""
         self._graph: Graph | None = None
 
     def _passes(self, tasks: list[Task]) -> list[Result]:
-        """A small batch in one pass, which may be replayed; a large one in as few as fit the memory."""
+        """One replay, which has its memory already, or in as few passes as fit what is free."""
         graphs = self._residents.lists(tasks)
         sizes = [Size(len(graph.attributes), len(graph)) for graph in graphs]
-        if total(sizes).atoms <= REPLAYED:
-            return self._one_pass(tasks, graphs, replay=True)
-        return self._packing.evaluate(sizes, lambda pack: self._one_pass(tasks[pack], graphs[pack], replay=False))
+        if self._captures.have(size := total(sizes)):
+            return self._one_pass(tasks, graphs, size)
+        return self._packing.evaluate(sizes, lambda pack: self._one_pass(tasks[pack], graphs[pack], total(sizes[pack])))
 
-    def _one_pass(self, tasks: list[Task], graphs: list[Graph], *, replay: bool) -> list[Result]:
-        """Results.
-
-        Args:
-            tasks: the structures.
-            graphs: theirs.
-            replay: such a pass may have been recorded. Not where its memory is measured: a replay takes none.
-        """
+    def _one_pass(self, tasks: list[Task], graphs: list[Graph], size: Size) -> list[Result]:
+        """Results. What is measured is what a pass takes that is no replay, once for each that is much larger."""
         graph, positions = self._joined(graphs), self._pinned(tasks)
 
         def eagerly(positions: torch.Tensor) -> Array:
-            return host_array(self._without_far(positions.to(self._device, non_blocking=True), graph))
+            return self._packing.measured(
+                size, lambda: host_array(self._without_far(positions.to(self._device, non_blocking=True), graph))
+            )
 
-        rows = self._captures.rows(graph, positions, eagerly) if replay else eagerly(positions)
+        small = size.atoms <= REPLAYED
+        rows = self._captures.rows(graph, positions, eagerly) if small else eagerly(positions)
         self.note = self._captures.note
         return self._of_rows(tasks, rows)
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from rootstockd.worker.engines import Array, Result, Task
-from rootstockd.worker.engines.mace.budget import Size
+from rootstockd.worker.engines.mace.budget import Size, total
 from rootstockd.worker.engines.mace.candidates import NotApplicableError
 from rootstockd.worker.engines.mace.graph import Edges, Graph, union
 from rootstockd.worker.engines.mace.neighbours import Neighbours
@@ -63,7 +63,11 @@ class EdgeBackend:
     def _passes(self, tasks: list[Task]) -> list[Result]:
         lists = self._lists(tasks)
         sizes = [Size(edges.atoms, len(edges.sender)) for edges in lists]
-        return self._packing.evaluate(sizes, lambda pack: self._pass(tasks[pack], union(lists[pack])))
+
+        def evaluate(pack: slice) -> list[Result]:
+            return self._packing.measured(total(sizes[pack]), lambda: self._pass(tasks[pack], union(lists[pack])))
+
+        return self._packing.evaluate(sizes, evaluate)
 
     def forget(self) -> None:
         """Keep nothing."""
