@@ -28,7 +28,7 @@ SCHEMA = 1
 CPUS = 2
 """How many CPUs all contestants together have, where they compute on CPUs."""
 GPU_TESTS = (
-    *("test_budget.py", "test_gpu.py", "test_mace_cuequivariance.py", "test_mace_device.py"),
+    *("test_budget.py", "test_gpu.py", "test_gpu_families.py", "test_mace_cuequivariance.py", "test_mace_device.py"),
     "test_mace_device_lists.py",
 )
 """Where the tests that need a GPU are; others need more packages."""

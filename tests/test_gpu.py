@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from ase import Atoms, units
 from ase.build import bulk
@@ -47,8 +49,10 @@ sys.stdin.read()
 
 
 @pytest.fixture(scope="module")
-def gpu_daemon(start_shared_daemon: Callable[..., RunningDaemon]) -> RunningDaemon:
-    return start_shared_daemon("--model", MODEL, device=GPU)
+def gpu_daemon(start_shared_daemon: Callable[..., RunningDaemon]) -> Iterator[RunningDaemon]:
+    daemon = start_shared_daemon("--model", MODEL, device=GPU)
+    yield daemon
+    daemon.stop()  # other files' daemons want the GPU, too
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +137,24 @@ def test_a_gpu_has_one_daemon(gpu_daemon: RunningDaemon, reference: Any, runtime
     check(gpu_daemon, copper(2), reference)
 
 
+@pytest.mark.parametrize("how", ["by its number", "by its UUID"])
+def test_the_gpu_that_was_asked_for_is_the_one_that_computes(
+    start_daemon: Callable[..., RunningDaemon], reference: Any, how: str
+) -> None:
+    gpus = [gpu.uuid for gpu in seen_gpus()]
+    if len(gpus) < 2:
+        pytest.skip("there is one GPU here, or one MIG instance: it takes two")
+    before = [free_memory(each) for each in gpus]
+    daemon = start_daemon("--model", MODEL, device=("--gpu", "1" if how == "by its number" else gpus[1]))
+    check(daemon, copper(4), reference)
+    model = daemon.model(MODEL)
+    assert "cuda" in model["backend"]
+    assert psutil.Process(model["pid"]).environ()[VISIBLE] == gpus[1]
+    taken = [there - free_memory(each) for there, each in zip(before, gpus, strict=True)]
+    assert taken.pop(1) > 100 * MB
+    assert max(taken) < 50 * MB, "on another there is something of it, too"
+
+
 # --- memory
 
 
@@ -141,9 +163,9 @@ def uuid() -> str:
     return seen_gpus()[0].uuid
 
 
-def free_memory() -> int:
-    """Bytes, as the driver says."""
-    memory = gpu_memory(uuid())
+def free_memory(which: str = "") -> int:
+    """Bytes of a GPU, by its UUID, or of the first one, as the driver says."""
+    memory = gpu_memory(which or uuid())
     assert memory is not None
     return memory.free
 
@@ -199,6 +221,11 @@ def neighbour(daemon: RunningDaemon, reference: Any) -> Iterator[None]:
         assert steps.result() > 1
 
 
+def in_parts(log: str) -> bool:
+    """Whether a batch was split: by the worker, which knew what it would take, or as memory lacked for it."""
+    return bool(re.search(r"structures of \d+ atoms took \d+ passes|no memory for a batch", log))
+
+
 def test_another_program_may_fill_the_gpu(gpu_daemon: RunningDaemon, reference: Any) -> None:
     """Batches are done in several passes, what does not fit is told so, and when the other is gone all is as before.
 
@@ -220,9 +247,11 @@ def test_another_program_may_fill_the_gpu(gpu_daemon: RunningDaemon, reference: 
         alone = [forces(number) for number in range(len(jobs))]
         before = gpu_daemon.model(MODEL)
         with neighbour(gpu_daemon, reference):
-            with hog(leaving=700 * MB):
+            with hog(leaving=2_000 * MB):  # one structure takes some 800
+                said = len(gpu_daemon.log.read_text())
                 with ThreadPoolExecutor(len(jobs)) as pool:
                     together = list(pool.map(forces, range(len(jobs))))
+                wait_for(lambda: in_parts(gpu_daemon.log.read_text()[said:]))  # it is written after the answers
                 with (
                     gpu_daemon.client().calculator(MODEL) as calculator,
                     pytest.raises(LimitError, match=f"^{len(huge)} atoms do not fit the device's memory"),
