@@ -125,7 +125,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--jobs", type=sizes, default=(), metavar="N,N", help="how many jobs at once, in throughput")
     made.add_argument(
-        "--gpu-checks", action="store_true", help="the tests that need a GPU, then the benchmarks; nothing without one"
+        "--gpu-checks", action="store_true", help="the tests that need a GPU, then the benchmarks; fails without one"
     )
     made.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     made.add_argument(
@@ -147,14 +147,14 @@ def prepare() -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Read the command line, run, write, report; 1 if something could not be measured or a GPU test failed."""
+    """Read the command line, run, write, report; 1 where something was not measured or checked, or failed on a GPU."""
     options = parser().parse_args(arguments)
     status = 0
     if options.gpu_checks:
         gpus = machine.gpus()
         if not gpus:
-            print("There is no NVIDIA GPU here: nothing was checked.")
-            return 0
+            print("There is no NVIDIA GPU here: nothing was checked.", file=sys.stderr)
+            return 1
         print("\n".join(gpus), flush=True)
         status = gpu_tests()
         options.device = "cuda"

@@ -407,8 +407,8 @@ class TestRunLocal:
     ) -> None:
         monkeypatch.setattr(machine, "gpus", list)
         monkeypatch.setattr(run_local, "run", lambda options: pytest.fail("there is nothing to run"))
-        assert run_local.main(["--gpu-checks"]) == 0
-        assert "nothing was checked" in capsys.readouterr().out
+        assert run_local.main(["--gpu-checks"]) == 1, "whoever asks for them must not take this for success"
+        assert "nothing was checked" in capsys.readouterr().err
 
     @pytest.mark.parametrize("status", [0, 1])
     def test_gpu_checks_with_a_gpu(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int) -> None:
