@@ -397,6 +397,28 @@ def test_where_nothing_can_be_written_it_is_said_once(folder: Path, caplog: pyte
     assert known is not None and known.memory == 1000
 
 
+def test_what_could_not_be_written_is_written_later(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """And when it fails once more after that, it is said once more."""
+    measurements = Measurements()
+    for memory in (1000, 2000):
+        folder.write_text("a file where the folder should be")
+        for kind in ("cpu", "gpu"):
+            measurements.put(SPEC, kind, Measured(loaded=100, memory=memory, load_seconds=1.0))
+        assert measurements.unsaved
+        measurements.save()
+        assert measurements.unsaved and not measurements.due, "not at once"
+        newest = Measured(loaded=100, memory=memory + 500, load_seconds=1.0)
+        measurements.put(SPEC, "cpu", newest)
+        folder.unlink()
+        measurements.save()
+        assert not measurements.unsaved
+        later = Measurements()
+        assert later.get(SPEC, "cpu") == newest and later.get(SPEC, "gpu") == measurements.get(SPEC, "gpu") is not None
+        (folder / FILE).unlink()
+        folder.rmdir()
+    assert caplog.text.count("can't be saved") == 2
+
+
 def test_numbers_that_are_none_are_not_believed(folder: Path) -> None:
     folder.mkdir()
     text = json.dumps({"k": {"loaded": 1, "memory": 1, "load_seconds": math.inf}})

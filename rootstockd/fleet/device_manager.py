@@ -193,7 +193,8 @@ class DeviceManager:
                 self._measured(supervisor, resident.get(pid, 0))
             elif (gpu := self._gpus.get(supervisor.device.name)) is not None:
                 self._measured(supervisor, taken(gpu, pid, supervisor.memory.told))
-        await self.save()
+        if self._measurements.due:
+            await self.save()
 
     def _heard(self, gpus: dict[str, Memory | None]) -> None:
         for name, memory in gpus.items():

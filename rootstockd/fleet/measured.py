@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import time
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -19,6 +20,8 @@ log = logging.getLogger(__name__)
 FILE = "measured.json"
 CHANGE = 0.05
 """Measurements that differ by less are the same."""
+AGAIN = 5.0
+"""Seconds after which writing is tried again that has failed."""
 LIGHT, HEAVY = 100 * 10**6, 700 * 10**6
 """Bytes of a worker without weights: with ASE alone, and with torch or CUDA."""
 LIGHT_ENVIRONMENTS = ("ase", "ipi", "noop")
@@ -56,6 +59,8 @@ class Measurements:
         self._fresh: dict[str, Measured] = {}
         """Not on disk yet."""
         self._complained = False
+        self._not_before = 0.0
+        """By `time.monotonic`."""
         try:
             folders = state_dirs()
         except (StateError, OSError) as error:
@@ -103,17 +108,26 @@ class Measurements:
         """Whether there is anything to save."""
         return bool(self._fresh)
 
+    @property
+    def due(self) -> bool:
+        """Whether to save it now: where that has just failed, it is tried again a little later."""
+        return self.unsaved and time.monotonic() >= self._not_before
+
     def save(self) -> None:
         """Write what is new, whole or not at all, beside what others have written meanwhile. It may take its time."""
         fresh, self._fresh = self._fresh, {}
         path = own_state() / FILE
         try:
             path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-            write(path, _File.dump_json({**_read(path), **fresh}, indent=1).decode())
-        except (StoreError, OSError) as error:  # a shared folder that is read alone, say: then only this one knows it
+            write(path, _File.dump_json({**_read(path, quietly=self._complained), **fresh}, indent=1).decode())
+            self._complained = False
+        except (StoreError, OSError) as error:  # a full disk, or a shared folder that is read alone: this one knows it
             if not self._complained:
                 log.warning("how much memory models take can't be saved: %s", error)
             self._complained = True
+            self._not_before = time.monotonic() + AGAIN
+            for key, measured in fresh.items():  # one by one: what is measured meanwhile is put here, too, and is newer
+                self._fresh.setdefault(key, measured)
 
 
 def _key(spec: ModelSpec, device: str) -> str:
@@ -134,11 +148,12 @@ def _kin(key: str) -> tuple[object, ...] | None:
         return None
 
 
-def _read(path: Path) -> dict[str, Measured]:
+def _read(path: Path, *, quietly: bool = False) -> dict[str, Measured]:
     try:
         return _File.validate_json(read_regular(path))
     except FileNotFoundError:
         return {}
     except (OSError, ValidationError) as error:
-        log.warning("%s can't be read and is ignored: %s", path, str(error).partition("\n")[0])
+        level = logging.DEBUG if quietly else logging.WARNING
+        log.log(level, "%s can't be read and is ignored: %s", path, str(error).partition("\n")[0])
         return {}

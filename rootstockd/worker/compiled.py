@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import pickletools
-import shutil
 from pathlib import Path
 
 from rootstockd.worker.files import read_regular
@@ -23,6 +23,8 @@ _PICKLES = {".nbi": 2, ".nbc": 1}
 
 ROOM = 2**25
 """Bytes of disk without which nothing is kept. MACE takes 1.4 to 2.5 MB, and several models may be loading."""
+FILES = 256
+"""Files that a disk must have room for besides, where it counts them. MACE makes some 60."""
 
 
 def why_not_kept(folder: Path) -> str:
@@ -33,10 +35,14 @@ def why_not_kept(folder: Path) -> str:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free
+        disk = os.statvfs(folder)
     except OSError as error:
         return error.strerror or str(error)
-    return "" if free >= ROOM else f"{free / 1e6:.1f} MB are free where {ROOM / 1e6:.0f} MB have to be"
+    if (free := disk.f_bavail * disk.f_frsize) < ROOM:
+        return f"{free / 1e6:.1f} MB are free where {ROOM / 1e6:.0f} MB have to be"
+    if disk.f_files and disk.f_favail < FILES:
+        return f"{disk.f_favail} more files can be made there where it has to be {FILES}"
+    return ""
 
 
 def remove_broken(folder: Path) -> None:

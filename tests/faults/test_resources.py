@@ -24,6 +24,7 @@ import psutil
 import pytest
 from ase import Atoms
 from ase.build import bulk
+from disks import fill, small_disk
 
 from conftest import RunningDaemon, open_descriptors
 from rootstock_client import RootstockClient, ipi
@@ -298,21 +299,6 @@ def test_a_log_that_takes_nothing(serve, tmp_path: Path) -> None:
     assert status["models"][0]["restarts"] == 3
 
 
-@contextlib.contextmanager
-def small_disk(folder: Path, size: str) -> Iterator[Path]:
-    if os.geteuid() != 0:
-        pytest.skip("only root may mount")
-    mounted = folder / "small"
-    mounted.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(mounted)]
-    if subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("mounting is not allowed here")
-    try:
-        yield mounted
-    finally:
-        subprocess.run(["umount", "--lazy", str(mounted)], check=True)
-
-
 @pytest.fixture
 def full_of_files(runtime_folder: Path) -> Iterator[tuple[Path, Callable[[], Path]]]:
     """A folder on a file system that has room for few files, and what takes all of it, and returns one of them."""
@@ -338,12 +324,6 @@ def there(full_of_files: tuple[Path, Callable[[], Path]], tmp_path: Path) -> Ite
         yield daemon.start()
     finally:
         daemon.stop()
-
-
-def fill(filler: Path) -> None:
-    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
-        while True:
-            file.write(bytes(4096))
 
 
 def test_a_disk_that_is_full_for_a_while(serve, tmp_path: Path) -> None:
