@@ -149,7 +149,7 @@ class Session(asyncio.BufferedProtocol):
         if self.account is not None:
             self.client.release()
             self._unstage()
-            self._init = None
+            self._init = self._preset = None
             self.account.turns.leave(self)
             self._host.accounts.close_session(self.account, self.evaluations)
             self.account = None

@@ -106,4 +106,4 @@ class System:
         self._account.leave(self.key)
         _in_use.discard(self.number)
         self.slot.close()
-        del self.slot  # its memory goes now, not when the garbage collector next runs
+        del self.slot, self.request  # their memory goes now, not when the garbage collector next runs

@@ -121,6 +121,11 @@ def memory(daemon: RunningDaemon) -> int:
     return psutil.Process(daemon.client().status()["pid"]).memory_info().rss
 
 
+def own_memory(pid: int) -> int:
+    """A process's own, and its part of what it shares: slots count, and what Linux has not given it yet does not."""
+    return psutil.Process(pid).memory_full_info().pss
+
+
 NATOMS = 5000
 HALVES = {
     "nothing": b"",
@@ -151,10 +156,12 @@ def test_sixty_four_that_stop_in_the_middle(daemon: RunningDaemon, good, many) -
 def test_sixty_four_slow_writers(daemon: RunningDaemon, good, many) -> None:
     """A whole session each, a few bytes at a time; all get their results in the end."""
     stream = system(20) + posdata(20) + ipi.GETFORCE + ipi.EXIT
+    before = memory(daemon)
     socks = [many.enter_context(connect(daemon)) for _ in range(64)]
     for start in range(0, len(stream), 37):
         for sock in socks:
             sock.sendall(stream[start : start + 37])
+        assert memory(daemon) < before + 64 * 64 * 1024 + 4 * MB
     for sock in socks:
         assert drain(sock).startswith(ipi.FORCEREADY)
 
@@ -173,6 +180,46 @@ def test_sixty_four_that_pipeline_and_do_not_read(daemon: RunningDaemon, good, m
     evaluations = daemon.model("noop")["evaluations"]
     time.sleep(0.3)
     assert daemon.model("noop")["evaluations"] == evaluations
+
+
+SLOW = 16
+"""Of each kind; 64 in all."""
+ANNOUNCED, MANY = 4 * MB, 100_000
+"""Bytes of an INIT, and atoms of a structure, that come in crumbs: 64 and 144 MB of memory if they all came."""
+CRUMB = 40
+
+
+def sixty_four_slow(daemon: RunningDaemon, many: contextlib.ExitStack) -> Iterator[None]:
+    """Who writes crumbs of a step, of a long INIT and of a large structure, and who reads crumbs; a turn of each."""
+    large = system(MANY)
+    streams = [(b"", system(20) + posdata(20)), (b"", long_init(ANNOUNCED)), (large, posdata(MANY))]
+    writers = [(many.enter_context(connect(daemon)), *stream) for stream in streams for _ in range(SLOW)]
+    readers = [many.enter_context(connect(daemon)) for _ in range(SLOW)]
+    for sock, first, _ in writers:
+        sock.sendall(first)
+    for sock in readers:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.sendall(system(NATOMS) + posdata(NATOMS) + ipi.GETFORCE + posdata(NATOMS) + ipi.GETFORCE)
+    wait_for(lambda: len(daemon.client().status()["sessions"]) == 65)
+    for start in range(0, 10 * CRUMB, CRUMB):
+        for sock, _, slowly in writers:
+            sock.sendall(slowly[start : start + CRUMB])
+        for sock in readers:
+            assert sock.recv(CRUMB)
+        yield
+
+
+def test_sixty_four_that_announce_much_and_say_or_take_little(daemon: RunningDaemon, good, many) -> None:
+    """What is announced takes no memory, what came does, and it is given back when they have gone: at once."""
+    pid, after = daemon.pid, []
+    for _ in range(4):
+        before = own_memory(pid)
+        most = max(own_memory(pid) for _ in sixty_four_slow(daemon, many))
+        assert most < before + 48 * MB
+        many.close()
+        live.settled(daemon.client(), 1)
+        after.append(own_memory(pid))
+    assert after[-1] < after[0] + 8 * MB, "what is grown once is not a leak, what grows on is"
 
 
 def test_a_slow_reader_gets_all_of_it(daemon: RunningDaemon, good) -> None:
