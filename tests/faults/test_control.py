@@ -13,12 +13,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+import requests
 import schemathesis
+import urllib3
+from ase.build import bulk
 from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
 from starlette.types import Receive, Scope, Send
 
-from conftest import RunningDaemon, open_descriptors
+from conftest import RunningDaemon, open_descriptors, wait_for
 from rootstock_client.runtime_dir import control_socket
 from rootstockd.control.api import make_app
 from rootstockd.control.limits import DEADLINE, MAX_BODY, MAX_CONNECTIONS, MAX_HEAD, MAX_PIECES, BoundedBody
@@ -61,6 +64,70 @@ def test_answers_are_what_the_schema_says() -> None:
                     ask()
     assert statuses >= {200, 202, 403, 422}
     assert set(stopped) == {True, False}
+
+
+class OverItsSocket(requests.adapters.HTTPAdapter):
+    """HTTP to a daemon, whatever the host's name."""
+
+    def __init__(self, daemon: RunningDaemon) -> None:
+        super().__init__()
+        path = os.fspath(control_socket(daemon.socket))
+
+        class Connection(urllib3.connection.HTTPConnection):
+            def _new_conn(self) -> socket.socket:
+                sock = socket.socket(socket.AF_UNIX)
+                sock.settimeout(30)
+                sock.connect(path)
+                return sock
+
+        self._pool = urllib3.HTTPConnectionPool("localhost")
+        self._pool.ConnectionCls = Connection
+
+    def get_connection_with_tls_context(self, *_: object, **__: object) -> urllib3.HTTPConnectionPool:
+        return self._pool
+
+    def close(self) -> None:
+        self._pool.close()
+        super().close()
+
+
+def test_a_daemon_that_runs_answers_so(own_daemon: RunningDaemon) -> None:
+    """The same over its socket; it is stopped last, by what the schema says of that."""
+    client, pid = own_daemon.client(), own_daemon.pid
+    atoms = bulk("Cu", cubic=True)
+    atoms.calc = client.calculator("emt")
+    before = atoms.get_potential_energy()
+    statuses: dict[str, set[int]] = {}
+    both = schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE
+    with requests.Session() as session:
+        session.mount("http://", OverItsSocket(own_daemon))
+        schema = schemathesis.openapi.from_dict(session.get("http://localhost/openapi.json").json())
+        operations = {operation.ok().path: operation.ok() for operation in schema.get_all_operations()}
+        stop = operations.pop("/v1/stop")
+
+        def ask(operation: schemathesis.schemas.APIOperation, mode: schemathesis.GenerationMode, times: int) -> None:
+            @settings(max_examples=times, suppress_health_check=list(HealthCheck), database=None)
+            @given(case=operation.as_strategy(generation_mode=mode))
+            def ask(case: schemathesis.Case) -> None:
+                answer = case.call_and_validate(base_url="http://localhost", session=session)
+                statuses.setdefault(operation.path, set()).add(answer.status_code)
+
+            with contextlib.suppress(Unsatisfiable):  # a request without a body can't be wrong
+                ask()
+
+        for operation in operations.values():
+            for mode in both:
+                ask(operation, mode, 40)
+        ask(stop, schemathesis.GenerationMode.NEGATIVE, 40)
+        assert own_daemon.pid == pid and client.status()["state"] == "ready"
+        atoms.calc.results.clear()
+        assert atoms.get_potential_energy() == before
+        atoms.calc.close()
+        assert "Traceback" not in own_daemon.log.read_text()
+        ask(stop, schemathesis.GenerationMode.POSITIVE, 1)
+        assert 202 in statuses["/v1/stop"]
+    assert set().union(*statuses.values()) >= {200, 202, 409, 422}
+    wait_for(lambda: not own_daemon.processes())
 
 
 def talk(daemon: RunningDaemon, data: bytes, *, end: bool = False) -> bytes:
