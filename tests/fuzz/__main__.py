@@ -12,6 +12,7 @@ import argparse
 import collections
 import contextlib
 import datetime as dt
+import importlib.metadata
 import json
 import os
 import random
@@ -122,6 +123,8 @@ def guided(seconds: int) -> dict[str, Any]:
         done = subprocess.run([*command, folder], capture_output=True, text=True, check=False)
     words = done.stderr.split()
     told: dict[str, Any] = {"seconds": seconds, "findings": [] if done.returncode == 0 else [done.stderr[-4000:]]}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        told["atheris"] = importlib.metadata.version("atheris")
     for name in ("cov:", "ft:"):
         told[name[:-1]] = int(words[len(words) - words[::-1].index(name)]) if name in words else None
     executed = [line for line in done.stderr.splitlines() if "number_of_executed_units" in line]
@@ -177,6 +180,7 @@ def main() -> None:
     result = {
         "schema": 1,
         "created": today.isoformat(timespec="seconds"),
+        "commit": machine.commit(),
         "hardware": machine.hardware(sorted(os.sched_getaffinity(0))),
         "software": machine.software(),
         "sides": fuzz(options.inputs, options.seed),

@@ -13,7 +13,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+import rootstockd
 import streams
+from benchmarks import machine
 from check import random_input
 from rootstock_client import ipi
 from sides import EnginePlayer, deliver, read_driver
@@ -38,6 +40,7 @@ def test_the_command_fails_when_something_is_found(tmp_path: Path, spoil: str) -
     options = ["--inputs", "200", "--connections", "0", "--output", str(output)]
     done = subprocess.run([sys.executable, "-c", code, *options], check=False, capture_output=True, text=True)
     result = json.loads(output.read_text())
+    assert result["commit"] == machine.commit() and result["software"]["rootstockd"] == rootstockd.__version__
     assert (done.returncode, bool(result["sides"]["findings"])) == ((1, True) if spoil else (0, False)), done.stderr
     both = {"rootstock_client.engine_side", "rootstock_client.driver_side"}
     assert all(result["coverage"][side]["run"] > 0 for side in both)
