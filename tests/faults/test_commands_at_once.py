@@ -178,6 +178,20 @@ def test_a_restart_that_ends_early_leaves_a_daemon(
     assert daemons(own_daemon) == [own_daemon.pid]
 
 
+def test_starts_at_the_same_moment(own_daemon: RunningDaemon) -> None:
+    """One wins, and whoever has lost is told so; nothing is left of those that lost."""
+    own_daemon.stop()
+    own_daemon.log.unlink()
+    with ThreadPoolExecutor(3) as pool:
+        start = ("start", "--device", "cpu", "--log-file", own_daemon.log)
+        done = list(pool.map(lambda _: own_daemon.run(*start), range(3)))
+    assert sorted(each.returncode for each in done) == [0, 1, 1], done
+    lost = [each.stderr for each in done if each.returncode]
+    assert all(f"a daemon already runs at {own_daemon.socket}" in words for words in lost), lost
+    assert daemons(own_daemon) == own_daemon.processes() == [own_daemon.pid]
+    assert sorted(path.suffix for path in own_daemon.folder.iterdir()) == ["", ".control", ".lock", ".sock"]
+
+
 def test_restarts_at_the_same_moment(own_daemon: RunningDaemon) -> None:
     old = own_daemon.pid
     with ThreadPoolExecutor(4) as pool:

@@ -88,6 +88,7 @@ def retired_that_goes_and_comes(daemon: RunningDaemon, folder: Path, old: Atoms)
 
 
 def test_no_evaluation_is_dropped(configured, folder):
+    """Each is done once, in the session that asked for it: jobs have no patience that would hide another."""
     daemon = configured
     process = pid(daemon)
     wrong: list[str] = []
@@ -98,7 +99,7 @@ def test_no_evaluation_is_dropped(configured, folder):
         try:
             atoms = crystal(number)
             expected = {}
-            with RootstockClient(daemon.socket) as client:
+            with RootstockClient(daemon.socket, patience=0) as client:
                 atoms.calc = client.calculator("emt")
                 while not end.is_set():
                     shift = done[number] % 7
@@ -113,7 +114,7 @@ def test_no_evaluation_is_dropped(configured, folder):
         except BaseException as error:
             wrong.append(f"{type(error).__name__}: {error}")
 
-    threads = [threading.Thread(target=job, args=(number,)) for number in range(3)]
+    threads = [threading.Thread(target=job, args=(number,), daemon=True) for number in range(3)]
     for thread in threads:
         thread.start()
     config = folder / "config.toml"
@@ -128,11 +129,13 @@ def test_no_evaluation_is_dropped(configured, folder):
         time.sleep(0.05)
     end.set()
     for thread in threads:
-        thread.join()
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in threads), "an evaluation was dropped"
     assert not wrong
     assert all(now > then for now, then in zip(done, before, strict=True))
     assert pid(daemon) == process
-    assert daemon.model("emt")["restarts"] == 0
+    model = daemon.model("emt")
+    assert (model["restarts"], model["evaluations"]) == (0, sum(done))
     words = daemon.log.read_text()
     assert "reloaded" in words and "there is no setting 'max_session'; did you mean 'max_sessions'?" in words
 
