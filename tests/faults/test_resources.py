@@ -31,6 +31,7 @@ from rootstock_client import RootstockClient, ipi
 from rootstock_client.control import request
 from rootstock_client.errors import LimitError, RootstockError
 from rootstockd.host.descriptors import share_descriptors
+from rootstockd.host.descriptors import DESCRIPTORS_A_SESSION
 from rootstockd.host.handed_over import handed_over
 from rootstockd.host.sockets import AddressError, listen, lock
 from rootstockd.settings.config import Config, Device
@@ -297,6 +298,14 @@ def test_a_log_that_takes_nothing(serve, tmp_path: Path) -> None:
     again(session(served, 1))
     status = served.client().status()
     assert status["models"][0]["restarts"] == 3
+
+
+def test_the_descriptors_of_a_session_are_as_many_as_are_counted(own_daemon: RunningDaemon) -> None:
+    before = open_descriptors(own_daemon.pid)
+    atoms = copper()
+    with own_daemon.client().calculator("emt") as atoms.calc:
+        atoms.get_forces()
+        wait_for(lambda: open_descriptors(own_daemon.pid) - before == DESCRIPTORS_A_SESSION)
 
 
 @pytest.fixture
