@@ -30,8 +30,7 @@ from conftest import RunningDaemon, open_descriptors
 from rootstock_client import RootstockClient, ipi
 from rootstock_client.control import request
 from rootstock_client.errors import LimitError, RootstockError
-from rootstockd.host.descriptors import share_descriptors
-from rootstockd.host.descriptors import DESCRIPTORS_A_SESSION
+from rootstockd.host.descriptors import DESCRIPTORS_A_SESSION, share_descriptors
 from rootstockd.host.handed_over import handed_over
 from rootstockd.host.sockets import AddressError, listen, lock
 from rootstockd.settings.config import Config, Device
@@ -157,7 +156,7 @@ def test_slots_have_numbers_that_messages_have_room_for(serve) -> None:
 # --- descriptors
 
 
-@pytest.mark.parametrize(("limit", "sessions"), [(20, 1), (100, 2), (1024, 219), (1_000_000, 234_354)])
+@pytest.mark.parametrize(("limit", "sessions"), [(20, 1), (100, 3), (1024, 292), (1_000_000, 312_472)])
 def test_descriptors_for_sessions(limit: int, sessions: int) -> None:
     allowed, lingering = share_descriptors(limit)
     assert allowed == sessions
