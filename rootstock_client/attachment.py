@@ -131,6 +131,7 @@ class SamePotential:
 
     def __init__(self) -> None:
         self._fingerprint = ""
+        """Of the first result that names one; older daemons name none."""
         self._lock = threading.Lock()
 
     def check(self, extras: bytes, model: str) -> None:
@@ -146,7 +147,7 @@ class SamePotential:
         now = json.loads(extras).get("fingerprint") if extras else None
         with self._lock:
             self._fingerprint = self._fingerprint or now or ""
-            if now != self._fingerprint:
+            if self._fingerprint and now != self._fingerprint:
                 raise model_changed(model, self._fingerprint, now, "attach anew")
 
 

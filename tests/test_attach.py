@@ -31,12 +31,9 @@ from ase.calculators.socketio import SocketIOCalculator
 from conftest import RunningDaemon, wait_for
 from plain_driver import PlainDriver
 from rootstock_client import ipi
-from rootstock_client.attachment import parse_address
+from rootstock_client.attachment import SamePotential, parse_address
 from rootstock_client.control import fetch
-from rootstock_client.errors import (
-    InvalidInitError,
-    InvalidStructureError,
-)
+from rootstock_client.errors import InvalidInitError, InvalidStructureError, ModelChangedError
 from rootstock_client.shared_memory import Translation
 from rootstockd.cli.system import System, read_parameters, read_structure
 from terminal import Terminal
@@ -559,6 +556,17 @@ def test_a_driver_without_shared_memory_where_it_is_expected(daemon: RunningDaem
     assert status == 1
     assert "not that of mode='shm'" in said
     assert "Leave out --shm" in said
+
+
+def test_one_potential_for_all_of_a_drivers_connections() -> None:
+    first, second, none = b'{"fingerprint": "0123456789abcdef"}', b'{"fingerprint": "fedcba9876543210"}', b""
+    potential = SamePotential()
+    for extras in (none, b"{}", first, first):
+        potential.check(extras, "emt")
+    for other in (second, none, b"{}"):
+        with pytest.raises(ModelChangedError):
+            potential.check(other, "emt")
+    potential.check(first, "emt")
 
 
 # --- what no driver hears of
