@@ -84,6 +84,8 @@ class Outage:
         self._full = False
         """It is there, and has no room."""
         self._waited = 0.0
+        self._most = 0.0
+        """Seconds: the longest patience that there was so far, and was announced."""
         self._begun = time.monotonic()
 
     def wait(self, error: RootstockError, patience: float) -> None:
@@ -96,8 +98,11 @@ class Outage:
         Raises:
             RootstockError: it is over; of the same class as `error`, saying how long was waited.
         """
+        self._most = max(self._most, patience)
+        if isinstance(error, DaemonNotFoundError):  # a socket that nobody listens on may vanish meanwhile
+            patience = self._most
         if self._waited >= patience:
-            self._give_up(error)
+            self._give_up(error, patience)
         if self._tries == 0:
             self._full = isinstance(error, (DaemonFullError, UserLimitError))
             what = "has no room for this job, which" if self._full else "is away; this job"
@@ -111,13 +116,13 @@ class Outage:
         self._waited += pause
         self._tries = min(self._tries + 1, 100)
 
-    def _give_up(self, error: RootstockError) -> NoReturn:
+    def _give_up(self, error: RootstockError, patience: float) -> NoReturn:
         if self._tries == 0:
             raise error
-        raise type(error)(
-            f"{error.message} This job has waited {self._waited:.3g} s.",
-            f"{error.hint}\nHow long jobs wait is set by RootstockClient(patience=...) or {PATIENCE_VARIABLE}.".strip(),
-        ) from error
+        hint = error.hint
+        if patience != STALE:  # a first connection's, which is no longer where there is more patience
+            hint = f"{hint}\nHow long jobs wait is set by RootstockClient(patience=...) or {PATIENCE_VARIABLE}.".strip()
+        raise type(error)(f"{error.message} This job has waited {self._waited:.3g} s.", hint) from error
 
     def over(self) -> None:
         """A daemon has answered."""

@@ -195,6 +195,24 @@ def test_a_first_connection_where_a_daemon_died_waits_a_little(own_daemon: Runni
     starting.join()
 
 
+def test_a_first_connection_waits_as_it_has_said_also_if_the_socket_goes_meanwhile(
+    runtime_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And is not told then of a setting that would not make it wait longer."""
+    path = runtime_folder / "stale.sock"
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(path))
+    monkeypatch.setattr(patience, "STALE", 1.0)
+    atoms = copper()
+    atoms.calc = RootstockClient(path).calculator("emt")
+    removing = threading.Timer(0.1, path.unlink)
+    removing.start()
+    with pytest.raises(DaemonNotFoundError, match=r"no such file.* has waited 1 s") as caught:
+        atoms.get_forces()
+    assert "How long jobs wait" not in caught.value.hint
+    removing.join()
+
+
 def test_a_process_that_has_met_a_daemon_has_patience_for_new_calculators(own_daemon: RunningDaemon) -> None:
     atoms = copper()
     with own_daemon.client().calculator("emt") as atoms.calc:
