@@ -76,6 +76,32 @@ def test_start_says_how_to_use_it(start_daemon) -> None:
     assert 'RootstockClient().calculator("emt")' in done.stdout
 
 
+LATE_START = """
+import os, sys, time
+while "rootstockd.serve" in sys.orig_argv and not os.path.exists(os.environ["GATE"]):
+    time.sleep(0.02)
+"""
+"""Has what the command starts begin only when the command has ended."""
+
+
+def test_a_daemon_whose_command_ends_before_it_has_imported_anything_does_not_come_up(
+    runtime_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(LATE_START)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("GATE", str(tmp_path / "gate"))
+    address = runtime_folder / "early.sock"
+    options = ["--device", "cpu", "--socket", str(address), "--log-file", str(runtime_folder / "early.log")]
+    with subprocess.Popen([sys.executable, "-m", "rootstockd", "start", *options], stdout=subprocess.PIPE) as command:
+        started = psutil.Process(command.pid)
+        wait_for(lambda: any("rootstockd.serve" in child.cmdline() for child in started.children()))
+        (served,) = started.children()
+        command.kill()
+    (tmp_path / "gate").touch()
+    served.wait(60)
+    assert not address.exists() and not address.with_suffix(".lock").exists()
+
+
 HANGING_LOCK = """
 import fcntl, sys, time
 if "rootstockd.serve" in sys.orig_argv:

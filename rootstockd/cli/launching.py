@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import signal
 import subprocess
@@ -86,7 +87,7 @@ def launch(config: Config, *, after: int | None = None, named: bool = True) -> s
         refuse_second(config.socket)
     log = prepare_log(config.log_file, "Choose another --log-file." if after is None else GOES_ON)
     predecessor = () if after is None else (after,)
-    arguments = [] if after is None else [str(after), "named" if named else "unnamed"]
+    arguments = [str(os.getpid())] if after is None else [str(after), "named" if named else "unnamed"]
     with log, handed_over(config.model_dump_json()) as settings:
         position = log.tell() if log.seekable() else 0
         process = subprocess.Popen(
