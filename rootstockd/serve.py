@@ -1,12 +1,12 @@
 """Being the daemon: in front of a terminal, or as the process that `rootstockd start` leaves behind.
 
-`python -m rootstockd.serve [STARTER | PIDFD named|unnamed]` takes the whole Config as JSON from standard input,
+`python -m rootstockd.serve [STARTER | PIDFD named|unnamed SOCKET]` takes the whole Config as JSON from standard input,
 so that nothing gets lost between the two. All users can read arguments, and these may not be as long as a Config can
 be. It ends with the process STARTER, the command that waits for it, until it can be found. With a PIDFD it takes the
 place of that process, its predecessor: it asks it to stop, as soon as it has imported everything and knows that there
 is room for its own socket, and begins when it is gone. What it says before that is for whoever started it, on standard
 error, and no line of the log. A predecessor that was stopped meanwhile has taken its address with it, and the restart
-is off.
+is off. By SOCKET, their address, `stop` finds it before it listens there.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ if __name__ == "__main__":
         match sys.argv[1:]:
             case [starter]:
                 end_with_it(int(starter))
-            case [predecessor, named, *_]:  # a restart goes on without its command
+            case [predecessor, named, _]:  # a restart goes on without its command
                 succeed(settings, int(predecessor), named=named == "named")
                 os.close(int(predecessor))
         serve(settings, in_background=True)

@@ -7,6 +7,7 @@ import os
 import select
 import signal
 import socket as socketlib
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from rootstock_client.errors import (
     NotAnsweringError,
     RootstockError,
 )
-from rootstock_client.runtime_dir import SOCKET_VARIABLE, START_HINT, control_socket
+from rootstock_client.runtime_dir import SOCKET_VARIABLE, START_HINT, answers, control_socket
 from rootstock_client.sockets import connect
 from rootstockd.cli.clients import Refused
 from rootstockd.cli.common import QUIET, saying
@@ -28,11 +29,16 @@ from rootstockd.cli.systemd_units import is_systemd
 from rootstockd.control.schema import StopAnswer
 from rootstockd.host.lock_holder import lock_holder
 from rootstockd.host.peers import peer_of
+from rootstockd.host.sockets import name_until_open
+from rootstockd.host.successors import successors
 
 PEEK = socketlib.MSG_PEEK | socketlib.MSG_DONTWAIT
 FORCE_TIMEOUT = 5.0
 """Seconds that a daemon has to answer `stop --force`, and then to end, before it is killed."""
 DRAINING = "waiting for evaluations under way"
+POLL = 0.05
+"""Seconds between looks at a daemon that starts."""
+_SUCCEEDING = "waiting for the daemon that a restart has begun to start"
 
 
 @contextlib.contextmanager
@@ -95,16 +101,25 @@ def end(socket: Path, *, force: bool = False) -> StopAnswer:
                 raise
             limit = 0.0
         if not _has_ended(process, limit, say):
-            try:
-                signal.pidfd_send_signal(process, 0)  # may we?
-                socket.unlink(missing_ok=True)  # or its successor would begin, where it is being restarted
-                signal.pidfd_send_signal(process, signal.SIGKILL)
-            except PermissionError as error:
-                raise AccessDeniedError(
-                    "the daemon does not end, and is another user's.", "As root: `rootstockd stop --force`."
-                ) from error
-            select.select([process], [], [])
+            _kill(process, socket)
     return answer
+
+
+def _kill(process: int, socket: Path) -> None:
+    """Kill a daemon, or one that is about to be, and wait until it is gone.
+
+    Raises:
+        AccessDeniedError: it is another user's.
+    """
+    try:
+        signal.pidfd_send_signal(process, 0)  # may we?
+        socket.unlink(missing_ok=True)  # or its successor would begin, where it is being restarted
+        signal.pidfd_send_signal(process, signal.SIGKILL)
+    except PermissionError as error:
+        raise AccessDeniedError(
+            "the daemon does not end, and is another user's.", "As root: `rootstockd stop --force`."
+        ) from error
+    select.select([process], [], [])
 
 
 def end_unreachable(socket: Path, *, force: bool = False) -> int | None:
@@ -128,6 +143,52 @@ def end_unreachable(socket: Path, *, force: bool = False) -> int | None:
         return pid
 
 
+def call_off_restart(socket: Path, *, force: bool = False) -> bool:
+    """End the daemon that a restart has begun to start at an address, whose predecessor is gone.
+
+    It ends by itself where its predecessor's socket is gone; or it is stopped as soon as it listens.
+
+    Args:
+        socket: the address, at which no daemon answers.
+        force: kill one that does not end soon.
+
+    Returns:
+        Whether there was one. It is gone now.
+
+    Raises:
+        RootstockError: it does not answer, or may not be stopped.
+    """
+    until = time.monotonic() + (FORCE_TIMEOUT if force else float("inf"))
+    with successors(socket) as processes:
+        if processes:
+            with contextlib.suppress(OSError):  # of a folder of another user's
+                socket.unlink(missing_ok=True)
+        for process in processes:
+            while not _ends_within(process, 0):
+                if answers(control_socket(socket)):
+                    with contextlib.suppress(DaemonNotFoundError):
+                        end(socket, force=force)
+                elif time.monotonic() < until:
+                    _await_listening(process, socket, until)
+                else:
+                    _kill(process, socket)
+                    name_until_open(socket).unlink(missing_ok=True)
+        return bool(processes)
+
+
+def _await_listening(process: int, socket: Path, until: float) -> None:
+    """Wait until a process has ended, or a daemon listens at its address, or it is so late."""
+    with saying(_SUCCEEDING) as say:
+        while time.monotonic() < until and not _ends_within(process, POLL) and not answers(control_socket(socket)):
+            say(_SUCCEEDING)
+
+
+def is_being_restarted(socket: Path) -> bool:
+    """Whether a restart has begun to start a daemon at an address."""
+    with successors(socket) as processes:
+        return bool(processes)
+
+
 def nothing_to_stop(error: DaemonNotFoundError) -> Refused:
     """What `stop` says where it found no daemon: to start one is what nobody wants then."""
     hint = error.hint
@@ -138,7 +199,11 @@ def nothing_to_stop(error: DaemonNotFoundError) -> Refused:
 
 def _has_ended(process: int, limit: float, say: Callable[[str], None]) -> bool:
     """Wait for a process to end, for so many seconds at most."""
-    while limit > 0 and not select.select([process], [], [], min(limit, QUIET))[0]:
+    while limit > 0 and not _ends_within(process, min(limit, QUIET)):
         limit -= QUIET
         say(DRAINING)
-    return bool(select.select([process], [], [], 0)[0])
+    return _ends_within(process, 0)
+
+
+def _ends_within(process: int, seconds: float) -> bool:
+    return bool(select.select([process], [], [], seconds)[0])

@@ -16,16 +16,16 @@ from rootstock_client.errors import DaemonNotFoundError, RootstockError
 from rootstock_client.runtime_dir import find_socket
 from rootstockd.cli.clients import Refused
 from rootstockd.cli.common import console, fetch_status, print_warnings, saying
-from rootstockd.cli.ending import DRAINING, end
+from rootstockd.cli.ending import DRAINING, POLL, end
 from rootstockd.control.schema import DaemonStatus
 from rootstockd.host.handed_over import handed_over
 from rootstockd.host.log_file import open_log, read_log
 from rootstockd.host.sockets import already_runs
+from rootstockd.host.successors import MODULE, successor_arguments
 from rootstockd.monitoring.rows import told_apart
 from rootstockd.settings.config import COMMAND_LINE, Config
 from rootstockd.words import GOES_ON
 
-POLL = 0.05
 _DATED = re.compile(r"\n\d{4}-\d\d-\d\d ")
 
 
@@ -87,11 +87,11 @@ def launch(config: Config, *, after: int | None = None, named: bool = True) -> s
         refuse_second(config.socket)
     log = prepare_log(config.log_file, "Choose another --log-file." if after is None else GOES_ON)
     predecessor = () if after is None else (after,)
-    arguments = [str(os.getpid())] if after is None else [str(after), "named" if named else "unnamed"]
+    arguments = [str(os.getpid())] if after is None else successor_arguments(after, config.socket, named=named)
     with log, handed_over(config.model_dump_json()) as settings:
         position = log.tell() if log.seekable() else 0
         process = subprocess.Popen(
-            [sys.executable, "-m", "rootstockd.serve", *arguments],
+            [sys.executable, "-m", MODULE, *arguments],
             pass_fds=predecessor,
             stdin=settings,
             stdout=log,

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
-from rootstock_client.errors import DaemonNotFoundError, RootstockError
+from rootstock_client.errors import DaemonNotFoundError, DrainingError, RootstockError
 from rootstock_client.patience import PATIENCE_VARIABLE
 from rootstock_client.runtime_dir import control_socket, find_socket
 from rootstock_client.sockets import connect
@@ -25,8 +24,16 @@ from rootstockd.cli.common import (
     fetch_status,
     print_warnings,
 )
-from rootstockd.cli.ending import FORCE_TIMEOUT, daemon_process, end, end_unreachable, nothing_to_stop
-from rootstockd.cli.launching import POLL, launch, serve_in_front, stay_with
+from rootstockd.cli.ending import (
+    FORCE_TIMEOUT,
+    call_off_restart,
+    daemon_process,
+    end,
+    end_unreachable,
+    is_being_restarted,
+    nothing_to_stop,
+)
+from rootstockd.cli.launching import launch, serve_in_front, stay_with
 from rootstockd.cli.options import settings_again, settings_options, settings_said
 from rootstockd.cli.successor import take_environment
 from rootstockd.cli.systemd_units import unit_at
@@ -42,8 +49,6 @@ from rootstockd.words import GOES_ON, so_many
 
 _NAMED = 10
 """Processes of a user that are named, of those whose sessions a daemon leaves."""
-SUCCESSION = 3.0
-"""Seconds that `stop` waits for somebody to listen where there is a socket: the second daemon of a restart may."""
 
 
 @click.command()
@@ -79,7 +84,7 @@ def stop(socket: Path | None, force: bool) -> None:
     try:
         address = find_socket(socket)
     except DaemonNotFoundError as error:
-        if not _stopped_unreachable(default_socket(), force=force):
+        if not _stopped_unanswering(default_socket(), force=force):
             raise nothing_to_stop(error) from error
         return
     if unit := unit_at(address):
@@ -88,21 +93,16 @@ def stop(socket: Path | None, force: bool) -> None:
         console.print(f"stopped; `{' '.join(unit.systemctl)} start {unit.socket}` starts it again")
         _tell_left(left)
         return
-    deadline = time.monotonic() + SUCCESSION
-    while True:
-        try:
-            left = end(address, force=force).sessions
-            break
-        except DaemonNotFoundError as error:
-            if not address.exists() or time.monotonic() > deadline:
-                if _stopped_unreachable(address, force=force):
-                    return
-                raise nothing_to_stop(error) from error
-            time.sleep(POLL)
-        except RootstockError as error:
-            raise Refused(error) from error
-    if address.exists():
-        raise Refused("it has ended, but it was being restarted: stop its successor, too.")
+    try:
+        left = end(address, force=force).sessions
+        if address.exists() and not call_off_restart(address, force=force):
+            raise Refused("it has ended, but another has been started meanwhile: stop that one, too.")
+    except DaemonNotFoundError as error:
+        if not _stopped_unanswering(address, force=force):
+            raise nothing_to_stop(error) from error
+        return
+    except RootstockError as error:
+        raise Refused(error) from error
     console.print("stopped")
     _tell_left(left)
 
@@ -132,12 +132,22 @@ def _tell_left(sessions: list[SessionStatus]) -> None:
     )
 
 
-def _stopped_unreachable(address: Path, *, force: bool) -> bool:
-    """Whether there was a daemon that has lost its socket, as to systemd, and has been stopped."""
+def _stopped_unanswering(address: Path, *, force: bool) -> bool:
+    """Whether there was a daemon that does not answer at its address, and has been stopped.
+
+    It has lost its socket, as to systemd, or is one that a restart has begun to start.
+    """
     pid = end_unreachable(address, force=force)
     if pid is not None:
         console.print(f"stopped (pid {pid}, to which nobody could connect any more)")
-    return pid is not None
+        return True
+    try:
+        called_off = call_off_restart(address, force=force)
+    except RootstockError as error:
+        raise Refused(error) from error
+    if called_off:
+        console.print("stopped")
+    return called_off
 
 
 @click.command()
@@ -166,6 +176,11 @@ def restart(socket: Path | None) -> None:
                 raise Refused(f"{error}\n{GOES_ON}") from error
             check_startable(config, running)
             launch(config, after=process, named=named)
+    except DaemonNotFoundError as error:
+        if not is_being_restarted(address):
+            raise Refused(error) from error
+        already = DrainingError("the daemon is being restarted already.", "See `rootstockd status` in a moment.")
+        raise Refused(already) from error
     except (RootstockError, ConfigError) as error:
         raise Refused(error) from error
 

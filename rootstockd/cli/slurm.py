@@ -32,8 +32,7 @@ from rootstock_client.runtime_dir import (
     job_runtime_dir,
 )
 from rootstockd.cli.clients import Refused
-from rootstockd.cli.ending import end
-from rootstockd.cli.launching import POLL
+from rootstockd.cli.ending import POLL, end
 from rootstockd.cli.lifecycle import start
 from rootstockd.cli.options import settings_said
 from rootstockd.cli.systemd_units import unit_at

@@ -67,7 +67,11 @@ def restarting(daemon: RunningDaemon) -> Iterator[Future[subprocess.CompletedPro
 
 def daemons(running: RunningDaemon) -> list[int]:
     """Process ids of all daemons, without their workers."""
-    return [pid for pid in running.processes() if "rootstockd.serve" in psutil.Process(pid).cmdline()]
+    found = []
+    for pid in running.processes():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found += [pid] if "rootstockd.serve" in psutil.Process(pid).cmdline() else []
+    return found
 
 
 def test_two_restarts(own_daemon: RunningDaemon, caplog: pytest.LogCaptureFixture) -> None:
@@ -112,6 +116,57 @@ def test_a_stop_between_the_two_daemons_of_a_restart(own_daemon: RunningDaemon, 
         assert restart.result().returncode == 1
         own_daemon.start()  # for the step
         forces.result()
+    own_daemon.stop()
+
+
+@contextlib.contextmanager
+def between_two_daemons(daemon: RunningDaemon) -> Iterator[tuple[int, Future[subprocess.CompletedProcess[str]]]]:
+    """A restart whose first daemon is gone, and whose second one is stopped by a signal."""
+    old = daemon.pid
+    with long_step(daemon) as (step, forces), restarting(daemon) as restart:
+        wait_for(lambda: len(daemons(daemon)) == 2)
+        (new,) = set(daemons(daemon)) - {old}
+        os.kill(new, signal.SIGSTOP)
+        step.go_on()
+        wait_for(lambda: old not in daemons(daemon))
+        forces.result()
+        try:
+            yield new, restart
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(new, signal.SIGCONT)
+
+
+def test_a_stop_waits_for_a_restart_that_takes_long_between_its_two_daemons(own_daemon: RunningDaemon) -> None:
+    with between_two_daemons(own_daemon) as (new, restart), ThreadPoolExecutor(2) as pool:
+        stops = [pool.submit(own_daemon.run, "stop") for _ in range(2)]
+        time.sleep(5)
+        assert not any(stop.done() for stop in stops)
+        os.kill(new, signal.SIGCONT)
+        assert [stop.result().returncode for stop in stops] == [0, 0], [stop.result() for stop in stops]
+        assert restart.result().returncode == 1
+        assert "stays so" in restart.result().stderr
+    assert own_daemon.processes() == []
+    assert {path.suffix for path in own_daemon.folder.iterdir()} <= {""}
+
+
+def test_a_forced_stop_kills_what_a_restart_has_begun_to_start(own_daemon: RunningDaemon) -> None:
+    with between_two_daemons(own_daemon) as (_, restart):
+        done = own_daemon.run("stop", "--force")
+        assert done.returncode == 0 and "stopped" in done.stdout, done
+        assert restart.result().returncode == 1
+    assert own_daemon.processes() == []
+    assert not [path.name for path in own_daemon.folder.iterdir() if path.name.startswith(".rsd")]
+    assert own_daemon.run("stop").returncode == 1  # nothing is taken for a restart now
+
+
+def test_a_restart_between_the_two_daemons_of_another(own_daemon: RunningDaemon) -> None:
+    with between_two_daemons(own_daemon) as (new, restart):
+        second = own_daemon.run("restart")
+        assert second.returncode == 1 and "the daemon is being restarted already" in second.stderr, second
+        os.kill(new, signal.SIGCONT)
+        assert restart.result().returncode == 0, restart.result().stderr
+    assert daemons(own_daemon) == [own_daemon.pid] == [new]
     own_daemon.stop()
 
 
