@@ -76,6 +76,15 @@ def test_start_says_how_to_use_it(start_daemon) -> None:
     assert 'RootstockClient().calculator("emt")' in done.stdout
 
 
+def test_where_no_file_may_be_written_start_says_why(runtime_folder: Path) -> None:
+    command = [sys.executable, "-m", "rootstockd", "start", "--device", "cpu", "--log-file", "/dev/null"]
+    shell = ["/bin/bash", "-c", 'ulimit -f 0; exec "$@"', "-", *command, "--socket", str(runtime_folder / "none.sock")]
+    done = subprocess.run(shell, check=False, capture_output=True, text=True)
+    assert done.returncode == 1, done
+    assert done.stderr.splitlines()[-1].startswith("Error: can't hand the settings to the daemon: File too large.")
+    assert "Traceback" not in done.stderr
+
+
 LATE_START = """
 import os, sys, time
 while "rootstockd.serve" in sys.orig_argv and not os.path.exists(os.environ["GATE"]):

@@ -88,7 +88,7 @@ def launch(config: Config, *, after: int | None = None, named: bool = True) -> s
     log = prepare_log(config.log_file, "Choose another --log-file." if after is None else GOES_ON)
     predecessor = () if after is None else (after,)
     arguments = [str(os.getpid())] if after is None else successor_arguments(after, config.socket, named=named)
-    with log, handed_over(config.model_dump_json()) as settings:
+    with log, _handed(config, "" if after is None else f" {GOES_ON}") as settings:
         position = log.tell() if log.seekable() else 0
         process = subprocess.Popen(
             [sys.executable, "-m", MODULE, *arguments],
@@ -110,6 +110,21 @@ def launch(config: Config, *, after: int | None = None, named: bool = True) -> s
             console.print("the restart goes on without this command; `rootstockd stop` calls it off")
         raise
     return process
+
+
+def _handed(config: Config, hint: str) -> BinaryIO:
+    """What a daemon is told, as a file in memory.
+
+    Raises:
+        Refused: it can't be written; `hint` says what follows from that.
+    """
+    try:
+        return handed_over(config.model_dump_json())
+    except OSError as error:
+        raise Refused(
+            f"can't hand the settings to the daemon: {error.strerror}. A limit on the size of files holds for what is "
+            f"in memory, too: raise it (`ulimit -f`).{hint}"
+        ) from error
 
 
 def refuse_second(address: Path) -> None:
