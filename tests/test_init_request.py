@@ -162,7 +162,9 @@ def test_another_version_of_the_protocol_is_refused_with_both_named(version):
     assert "Upgrade the older" in caught.value.hint
 
 
-@pytest.mark.parametrize(("number", "said"), [(0, '0 ("X")'), (119, "119"), (-1, "-1"), (10**30, "1" + 19 * "0")])
+@pytest.mark.parametrize(
+    ("number", "said"), [(0, '0 ("X")'), (119, "119"), (-1, "-1"), (10**30, "1" + 19 * "0" + "... (31 characters)")]
+)
 def test_what_is_no_element(number, said):
     with pytest.raises(InvalidInitError) as caught:
         parse_init(text(numbers=[29, number]), None)

@@ -19,6 +19,7 @@ MAX_BATCH_SIZE = 1024
 MAX_CUTOFF = 100.0
 """Å; the work grows with the third power of a cutoff."""
 _FORTY_BOHR = 40 * BOHR
+_LONGEST_NUMBER = 20
 MAX_PARTS = 1000
 """Strings, lists and objects in an INIT, about: only its numbers may be many. A million keys to refuse take seconds."""
 _BATCH_SIZE = re.compile(rb"\bbatch_size\s*:\s*(-?\d{1,9})")
@@ -122,6 +123,12 @@ class InitRequest(BaseModel):
             )
 
 
+def _shown(number: int) -> str:
+    """A number as it is said to people: one that is too long for that can't pass for another."""
+    text = str(number)
+    return text if len(text) <= _LONGEST_NUMBER else f"{text[:_LONGEST_NUMBER]}... ({len(text)} characters)"
+
+
 def _no_request(error: ValidationError) -> InvalidInitError:
     """What is said of the first thing that is wrong in an INIT."""
     problem = error.errors(include_url=False)[0]
@@ -129,7 +136,7 @@ def _no_request(error: ValidationError) -> InvalidInitError:
     if problem["loc"][:1] == ("numbers",):
         hint = f"The elements have the atomic numbers 1 to {LAST_ELEMENT}; 0, ASE's X, is a placeholder for none."
         if problem["type"] in ("greater_than_equal", "less_than_equal"):
-            number = f"{problem['input']}"[:20]
+            number = _shown(problem["input"])
             name = ' ("X")' if number == "0" else ""
             return InvalidInitError(f"atom {problem['loc'][1]} has the atomic number {number}{name}.", hint)
     what = describe(error)
@@ -172,7 +179,7 @@ def parse_init(text: bytes, preset: InitRequest | None) -> InitRequest:
     except ValidationError as error:
         raise _no_request(error) from error
     if request.rootstock != PROTOCOL_VERSION:
-        said = str(request.rootstock)[:20]
+        said = _shown(request.rootstock)
         raise InvalidInitError(
             f"the client speaks protocol version {said}, this daemon version {PROTOCOL_VERSION}.",
             "Upgrade the older of the two; the daemon's takes `rootstockd restart` after that.",
