@@ -460,7 +460,9 @@ def test_a_daemon_and_a_model_that_fails(start_daemon, tmp_path: Path) -> None:
         '[broken]\nfamily = "ase"\narguments = { calculator = "no.such.module:Calculator" }\n'
         '[unbuilt]\nfamily = "mace"\nenvironment = "chgnet"\n'
         '[passing]\nfamily = "mace"\nenvironment = "chgnet"\nkeep_alive = 1\n'
+        f'[damaged]\nfamily = "mace"\nweights = "{tmp_path}/weights"\nsha256 = "{"0" * 64}"\n'
     )
+    (tmp_path / "weights").write_bytes(b"others")
     daemon = start_daemon("--catalogue", str(catalogue))
     done = daemon.run("doctor", "--timeout", "60")
     assert "ready on cpu" in done.stdout
@@ -468,15 +470,17 @@ def test_a_daemon_and_a_model_that_fails(start_daemon, tmp_path: Path) -> None:
     assert done.returncode == ("problem" in done.stdout)
     daemon.run("load", "broken")
     daemon.run("load", "unbuilt")
-    assert b'rootstockd_models{state="failed"} 2.0' in fetch(daemon.socket, "GET", "/metrics")
+    daemon.run("load", "damaged")
+    assert b'rootstockd_models{state="failed"} 3.0' in fetch(daemon.socket, "GET", "/metrics")
     done = daemon.run("doctor", "--json", "--timeout", "60")
     found = {finding["subject"]: finding for finding in json.loads(done.stdout)["findings"]}
     assert found["model broken"]["level"] == "problem"
     assert found["model broken"]["mend"] == "rootstockd load broken"
     assert found["model unbuilt"]["mend"] == "rootstockd env create chgnet"
+    assert found["model damaged"]["mend"] == ""
     assert done.returncode == 1
     daemon.run("load", "passing")
-    for name in ("broken", "unbuilt"):
+    for name in ("broken", "unbuilt", "damaged"):
         assert daemon.run("unload", name).returncode == 0
     wait_for(lambda: not daemon.client().status()["models"], 60)  # its keep_alive is over
     assert b'rootstockd_models{state="failed"} 0.0' in fetch(daemon.socket, "GET", "/metrics")

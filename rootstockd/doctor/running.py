@@ -12,6 +12,8 @@ from rootstockd.control.schema import DaemonStatus, ModelStatus
 from rootstockd.doctor.findings import IN_VAIN, Finding, note, ok, problem, warning
 from rootstockd.doctor.gpus import Driver
 
+_WRONG_FILE = "have the SHA-256"
+"""In what is said of weights that are others than the catalogue's."""
 _BRINGS = re.compile(r"`(rootstockd (?:env create|models pull) [\w.+-]+(?: --spec FILE)?)`")
 """Commands that are to be copied; errors may have a worker's words in them."""
 _RESTART = "rootstockd restart"
@@ -102,6 +104,8 @@ def _mend(model: ModelStatus) -> str:
     """What brings a failed model what it lacks, as its error says, or has it tried again."""
     if _needs_restart(model):
         return _RESTART
+    if _WRONG_FILE in (model.error or ""):  # whoever has the right one puts it there
+        return ""
     named = _BRINGS.search(model.error or "")
     return named[1] if named else f"rootstockd load {model.name}"
 
