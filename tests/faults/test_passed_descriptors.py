@@ -49,7 +49,7 @@ def nothing_stays(daemon: RunningDaemon) -> Iterator[None]:
     before = live.descriptors(pid, control)
     yield
     wait_for(lambda: live.descriptors(pid, control) <= before, timeout=4 * LINGERS)
-    assert not daemon.client().status()["sessions"]
+    wait_for(lambda: not daemon.client().status()["sessions"], timeout=4 * LINGERS)
     assert "Traceback" not in daemon.log.read_text()
 
 
