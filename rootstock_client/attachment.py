@@ -29,7 +29,7 @@ from rootstock_client.errors import (
 )
 from rootstock_client.keeper import Keeper
 from rootstock_client.shared_memory import Translation
-from rootstock_client.sockets import dismiss, establish, receive
+from rootstock_client.sockets import dismiss, establish, receive, send_parts
 
 IPI_PREFIX = "/tmp/ipi_"  # noqa: S108 - i-PI's and ASE's
 LAST_PORT = 65_535
@@ -183,7 +183,7 @@ class Attachment:
         self._engine = EngineSide(self._place, ipi.ANY_NUMBER)
         self._connection: Connection | None = None
         """With the daemon; None before the driver's INIT."""
-        self._init, self._model, self._numbers = b"", "", 0
+        self._init, self._model = b"", ""
         self._positions = self._forces = np.empty((0, 3))
         self._reply: list[bytes | ipi.FloatArray] = []
         self._extras: list[bytes] = []
@@ -245,7 +245,7 @@ class Attachment:
             self._evaluate(event.cells)
             self._engine.finish()
         elif isinstance(event, SendResult):
-            _send(stream, self._reply)
+            send_parts(stream, self._reply, sum(memoryview(part).nbytes for part in self._reply))
         elif isinstance(event, Send):
             stream.sendall(event.data)
         elif isinstance(event, ipi.Init):
@@ -256,7 +256,8 @@ class Attachment:
         self._init = self._describe(text)
         fields = json.loads(self._init)
         batch = int(fields.get("batch_size", 1))
-        self._model, self._numbers = fields["model"], batch * len(fields["numbers"])
+        self._model, size = fields["model"], batch * len(fields["numbers"])
+        self._positions, self._forces = np.empty((size, 3)), np.empty((size, 3))
         if self._connection is not None:
             self._connection.close()
         self._connection = Connection(self._daemon, self._patience, batch_size=batch)
@@ -265,14 +266,12 @@ class Attachment:
         self.attached = True
 
     def _place(self, natoms: int) -> memoryview:
-        size = natoms * self._engine.batch_size
-        if size != self._numbers:
+        announced = len(self._positions) // self._engine.batch_size
+        if natoms != announced:
             raise InvalidStructureError(
-                f"the driver sends {natoms} atoms, and {self._numbers // self._engine.batch_size} were announced.",
+                f"the driver sends {natoms} atoms, and {announced} were announced.",
                 "The structure, or the species, given to `attach` has to have the driver's atoms.",
             )
-        if size != len(self._positions):
-            self._positions, self._forces = np.empty((size, 3)), np.empty((size, 3))
         return memoryview(self._positions).cast("B")
 
     def _evaluate(self, cells: bytes) -> None:
@@ -294,12 +293,6 @@ class Attachment:
             self._translation.end()
         elif stream is not None:
             dismiss(stream)
-
-
-def _send(stream: socket.socket, parts: list[bytes | ipi.FloatArray]) -> None:
-    size = sum(memoryview(part).nbytes for part in parts)
-    if (sent := stream.sendmsg(parts)) < size:
-        stream.sendall(memoryview(b"".join(parts))[sent:])
 
 
 def ask_whether(daemon: Path, init: bytes, patience: float) -> None:

@@ -24,7 +24,7 @@ from rootstock_client.errors import (
 from rootstock_client.loading import LONG, Silence
 from rootstock_client.patience import AWAY, Outage, patience_with
 from rootstock_client.runtime_dir import MET
-from rootstock_client.sockets import connect, dismiss
+from rootstock_client.sockets import connect, dismiss, send_parts
 
 SILENCE = struct.pack("ll", LONG, 0)
 """Seconds and microseconds without a word from the daemon after which a job asks why; the kernel counts them."""
@@ -265,8 +265,7 @@ def send_all(sock: socket.socket, buffers: list[bytes | ipi.FloatArray], size: i
         ConnectionLostError: the other side is gone.
     """
     try:
-        if (sent := sock.sendmsg(buffers)) < size:
-            sock.sendall(memoryview(b"".join(buffers))[sent:])
+        send_parts(sock, buffers, size)
     except OSError as error:
         if error.errno is None:  # a signal's handler has raised it
             raise

@@ -8,9 +8,11 @@ import os
 import socket
 import time
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 
 from rootstock_client.errors import AccessDeniedError, DaemonNotFoundError, LimitError
+from rootstock_client.ipi import FloatArray
 from rootstock_client.runtime_dir import SOCKET_VARIABLE, START_HINT, too_long
 
 LINGER = 2.0
@@ -122,6 +124,12 @@ def receive(sock: socket.socket, size: int) -> bytes:
     while len(data) < size and (part := sock.recv(size - len(data))):
         data += part
     return data
+
+
+def send_parts(sock: socket.socket, parts: Sequence[bytes | FloatArray], size: int) -> None:
+    """Send all parts, of so many bytes together, in one system call where the socket takes them."""
+    if (sent := sock.sendmsg(parts)) < size:
+        sock.sendall(memoryview(b"".join(parts))[sent:])
 
 
 def dismiss(stream: socket.socket) -> None:
