@@ -8,12 +8,16 @@ import os
 import socket
 import time
 import weakref
-from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rootstock_client.errors import AccessDeniedError, DaemonNotFoundError, LimitError
-from rootstock_client.ipi import FloatArray
 from rootstock_client.runtime_dir import SOCKET_VARIABLE, START_HINT, too_long
+
+if TYPE_CHECKING:  # the command line and control.py come without numpy
+    from collections.abc import Sequence
+
+    from rootstock_client.ipi import FloatArray
 
 LINGER = 2.0
 """Seconds that a stream we end is still read: a socket closed on unread bytes is a reset."""
