@@ -235,7 +235,7 @@ class Worker(Arm):
         slot.positions[0] = self.atoms.positions
         fields: dict[str, Any] = {"slot": self._number, "natoms": natoms, "frames": 1, "pbc": [True] * 3}
         fields.update(charge=None, spin=None, head=None, exact=False, tolerance=None, session=0)
-        fields.update(stress=False, energies=False, announced=False)
+        fields.update(stress=False, energies=False)
         self._channel.send(b"A" + json.dumps(fields).encode())
         socket.send_fds(self._channel, [b"M"], [slot.fd])
 

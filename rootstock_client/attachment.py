@@ -6,9 +6,12 @@ has one. The daemon never touches the driver's stream: whoever opened one may ho
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -74,8 +77,7 @@ def dial(address: Address, patience: float) -> socket.socket:
     while True:
         try:
             if isinstance(address.where, tuple):
-                stream = socket.create_connection(address.where, timeout=max(patience, 1.0))
-                stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                stream = _dial_tcp(address.where, max(patience, 1.0))
             else:
                 stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
                 try:
@@ -94,7 +96,46 @@ def dial(address: Address, patience: float) -> socket.socket:
             raise DriverNotFoundError(f"can't connect to {address}: {error.strerror or error}.") from error
         else:
             stream.settimeout(None)
+            _check_owner(stream, address)
             return stream
+
+
+def _dial_tcp(where: tuple[str, int], timeout: float) -> socket.socket:
+    stream = socket.create_connection(where, timeout=timeout)
+    refused = ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+    try:
+        try:
+            peer = stream.getpeername()
+        except OSError as error:  # it was reset at once
+            raise refused from error
+        if stream.getsockname() == peer:  # the kernel gave it the very port that it was to call
+            stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # free for the driver
+            raise refused
+        stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # its machine may lose power without a word
+        for option, value in (socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 6):
+            stream.setsockopt(socket.IPPROTO_TCP, option, value)
+    except BaseException:
+        stream.close()
+        raise
+    return stream
+
+
+def _check_owner(stream: socket.socket, address: Address) -> None:
+    """Close the stream if another user has put a socket where the driver's was to be, as anybody may in /tmp.
+
+    Raises:
+        DriverNotFoundError: somebody has.
+    """
+    if stream.family != socket.AF_UNIX:
+        return
+    _, uid, _ = struct.unpack("3i", stream.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    if uid not in (os.getuid(), 0):
+        stream.close()
+        raise DriverNotFoundError(
+            f"what listens at {address} is not yours, but another user's (uid {uid}).",
+            "See whether your driver could open its socket, and choose another name for it.",
+        )
 
 
 def greet(stream: socket.socket) -> bytes | None:
@@ -105,7 +146,7 @@ def greet(stream: socket.socket) -> bytes | None:
     """
     try:
         return _greet(stream)
-    except ConnectionError:
+    except OSError:
         return None
 
 
@@ -257,11 +298,11 @@ class Attachment:
         fields = json.loads(self._init)
         batch = int(fields.get("batch_size", 1))
         self._model, size = fields["model"], batch * len(fields["numbers"])
-        self._positions, self._forces = np.empty((size, 3)), np.empty((size, 3))
         if self._connection is not None:
-            self._connection.close()
+            self._connection.end()  # what it has must be free for the next
         self._connection = Connection(self._daemon, self._patience, batch_size=batch)
         self._connection.open(self._init)
+        self._positions, self._forces = np.empty((size, 3)), np.empty((size, 3))  # not before the sizes were looked at
         self._engine.accept(batch)
         self.attached = True
 

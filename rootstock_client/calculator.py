@@ -142,7 +142,8 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
     @property
     def atoms(self) -> Atoms | None:
         """The structure that `results` belong to, as a copy: what numbers depend on, without tags and the like."""
-        return None if self._seen is None else self._seen.atoms()
+        seen = self._seen  # once: another thread may be at a step
+        return None if seen is None else seen.atoms()
 
     @atoms.setter
     def atoms(self, atoms: Atoms | None) -> None:
@@ -183,7 +184,8 @@ class RootstockCalculator(Calculator):  # type: ignore[misc]  # ASE is not typed
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """What has changed since the last evaluation, exactly; charge and spin count, other `info` does not."""
         del tol
-        return list(all_changes) if self._seen is None else Snapshot(atoms).changes(self._seen)
+        seen = self._seen
+        return list(all_changes) if seen is None else Snapshot(atoms).changes(seen)
 
     def get_property(self, name: str, atoms: Atoms | None = None, allow_calculation: bool = True) -> Any:  # noqa: FBT001,FBT002
         """A property, evaluated if need be; see ASE.

@@ -119,17 +119,17 @@ class EngineSide:
 
     @property
     def busy(self) -> bool:
-        """An evaluation is under way, or an INIT has no answer yet."""
+        """Whether an evaluation is under way, or an INIT has no answer yet."""
         return self._state is _BUSY
 
     @property
     def unfetched(self) -> bool:
-        """There is a result that the driver has not asked for yet."""
+        """Whether there is a result that the driver has not asked for yet."""
         return self._state is _HAVEDATA
 
     @property
     def full(self) -> bool:
-        """There is no room for more bytes until events are taken: stop reading."""
+        """Whether there is no room for more bytes until events are taken: stop reading."""
         return self._reader.full
 
     @property
@@ -137,16 +137,15 @@ class EngineSide:
         """Positions that will be evaluated have come in part."""
         return self._reader.filling
 
-    def accept(self, batch_size: int = 1, *, announced: bool = False, await_init: bool = False) -> None:
+    def accept(self, batch_size: int = 1, *, announced: bool = False) -> None:
         """The INIT just handed out is good.
 
         Args:
             batch_size: structures in each POSDATA from now on.
             announced: the driver understands ERROR frames.
-            await_init: the system was given in advance; the driver that follows still has its own INIT to say.
         """
         self.batch_size, self.announced, self._error = batch_size, announced, None
-        self._state = _NEEDINIT if await_init else _READY
+        self._state = _READY
 
     def refuse(self, error: RootstockError, batch_size: int = 1, *, announced: bool = False) -> None:
         """The INIT just handed out is no good: every GETFORCE is answered with `error` until a better one comes.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 from pathlib import Path
 
@@ -29,6 +30,7 @@ class Silence:
         self._path, self._init = path, init
         self._begun = time.monotonic() - LONG
         self._times = 0
+        self._over = False
         self._hangs = False
         """The daemon said nothing when it was asked why, and that was logged."""
 
@@ -37,10 +39,19 @@ class Silence:
         self._times += 1
         if self._times & (self._times - 1):  # more and more rarely, as there may be a thousand who ask
             return
+        # by itself: what a signal's handler of the job's raises, in this thread, is not to be taken for an answer
+        look = threading.Thread(target=self._look, name="rootstockd: why a step waits", daemon=True)
+        try:
+            look.start()
+        except RuntimeError:  # there are as many threads as there may be
+            return
+        look.join(2 * TIMEOUT)  # no longer: a child that was forked meanwhile has no such thread
+
+    def _look(self) -> None:
         try:
             self._say_why()
         except NotAnsweringError:
-            if not self._hangs:
+            if not self._hangs and not self._over:
                 self._hangs = True
                 log.warning(
                     "rootstockd at %s has not answered for %.0f s; this job waits on. It may be stopped, or have no "
@@ -52,7 +63,11 @@ class Silence:
             return  # the control socket may be closed to us, and the daemon of another version
 
     def over(self) -> None:
-        """The daemon has answered."""
+        """The step is done."""
+        self._over = True
+        self._answers()
+
+    def _answers(self) -> None:
         if self._hangs:
             self._hangs = False
             waited = time.monotonic() - self._begun
@@ -65,7 +80,7 @@ class Silence:
 
         model = json.loads(self._init)["model"]
         answer = request(self._path, "GET", f"/v1/loading?model={quote(model)}", timeout=TIMEOUT)
-        self.over()
+        self._answers()
         assert isinstance(answer, list)
         for state in answer:
             log.warning("rootstockd at %s: model %r %s; this job waits.", self._path, model, state["text"])

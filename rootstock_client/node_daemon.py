@@ -51,7 +51,7 @@ class NodeDaemon:
 
     @property
     def shared(self) -> bool:
-        """Whether it was started by one of those who share it."""
+        """Whether the daemon was started by one of those who share it."""
         return self._process is not None
 
     async def join(self) -> None:

@@ -25,8 +25,8 @@ import socket
 import threading
 
 from rootstock_client import ipi
-from rootstock_client.errors import ProtocolError
-from rootstock_client.sockets import dismiss, receive
+from rootstock_client.errors import LimitError, ProtocolError
+from rootstock_client.sockets import LINGER, dismiss, receive
 
 _FOLDER = "/dev/shm/"  # noqa: S108 - where Python's SharedMemory has its segments
 _NAME = re.compile(rb"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -45,11 +45,17 @@ class Translation:
     Args:
         driver: its stream, behind its INIT; closed at the end.
         batch: structures in a message.
+
+    Raises:
+        LimitError: this process, or the machine, has no descriptors left.
     """
 
     def __init__(self, driver: socket.socket, batch: int) -> None:
         self._driver, self._batch = driver, batch
-        self.engine_end, self._engine = socket.socketpair()
+        try:
+            self.engine_end, self._engine = socket.socketpair()
+        except OSError as error:
+            raise LimitError(f"there can be no socket for the driver's messages: {error.strerror}.") from error
         self.error: ProtocolError | None = None
         """Why it ended, if the driver said what makes no sense."""
         self._segments: dict[str, memoryview] = {}
@@ -76,7 +82,7 @@ class Translation:
         """Close `engine_end`, and wait until the driver has found the end of its stream."""
         with contextlib.suppress(OSError):
             self.engine_end.shutdown(socket.SHUT_RDWR)
-        self._thread.join()
+        self._thread.join(LINGER)  # a driver may have stopped in the middle of a message
         self.engine_end.close()
 
     def _pass_on(self, word: bytes) -> None:
@@ -122,7 +128,7 @@ class Translation:
         return extras
 
     def _open_segments(self, natoms: int) -> None:
-        most = ipi.Limits().atoms // self._batch
+        most = ipi.ANY_NUMBER.atoms // self._batch
         if not 0 < natoms <= most:
             raise _no_shared_memory(f"{natoms} atoms")
         for kind, (structure, atom) in _SIZES.items():
@@ -170,6 +176,8 @@ def _map(name: str, size: int) -> memoryview:
         if (there := os.fstat(descriptor).st_size) < size:
             raise ProtocolError(f"the driver's shared memory {name} has {there} bytes, where {size} are needed.")
         return memoryview(mmap.mmap(descriptor, size))
+    except OSError as error:
+        raise ProtocolError(f"the driver's shared memory {name} can't be mapped: {error.strerror}.") from error
     finally:
         os.close(descriptor)
 

@@ -135,7 +135,7 @@ class Box:
         """The POSDATA message up to its positions."""
 
     def fits(self, snapshot: Snapshot) -> bool:
-        """Whether it is still the same."""
+        """Whether the cell is still the same."""
         return snapshot.cell == self._cell and snapshot.pbc == self._pbc and snapshot.natoms == self._natoms
 
 

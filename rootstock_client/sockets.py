@@ -60,7 +60,7 @@ def connect(path: Path, timeout: float | None = None) -> socket.socket:
         DaemonNotFoundError: nobody answers there, or nobody could.
         TimeoutError: somebody is there and accepts no connections.
         AccessDeniedError: the socket is not open to this user.
-        LimitError: this process may have no more files open.
+        LimitError: this process may have no more files open, or the machine has no room for a socket.
     """
     if problem := too_long(path):
         raise DaemonNotFoundError(problem, "Name it by a shorter path, such as through a symbolic link to its folder.")
@@ -68,7 +68,7 @@ def connect(path: Path, timeout: float | None = None) -> socket.socket:
         sock = _Socket(socket.AF_UNIX, socket.SOCK_STREAM)
     except OSError as error:
         if error.errno != errno.EMFILE:
-            raise
+            raise LimitError(f"there can be no further session: {(error.strerror or str(error)).lower()}.") from error
         raise LimitError(
             "this process has as many files open as it may (`ulimit -n`), so there can be no further session.",
             "Have structures share a calculator, or close() those that are done with.",

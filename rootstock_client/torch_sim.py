@@ -104,7 +104,13 @@ class RootstockModel(ModelInterface):  # type: ignore[misc]  # torch-sim is not 
             self._threads.submit(self._evaluate, calculator, systems[first::count])
             for first, calculator in enumerate(self._calculators[:count])
         ]
-        wait(parts)  # all of them, also if one fails: none may be at it still when the next state comes
+        try:
+            wait(parts)  # all of them, also if one fails: none may be at it still when the next state comes
+        except BaseException:  # Ctrl-C; those at it keep their calculators, which the next state does without
+            for part in parts:
+                part.cancel()
+            self._calculators = []
+            raise
         results: list[dict[str, Any]] = [{}] * len(systems)
         for first, part in enumerate(parts):
             results[first::count] = part.result()

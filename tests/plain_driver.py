@@ -13,7 +13,7 @@ from conftest import RunningDaemon
 
 
 class PlainDriver:
-    """A driver as the i-PI manual describes one, on a connection whose model and species were given beforehand."""
+    """A driver as the i-PI manual describes one, which says in its INIT what docs/protocol.md wants."""
 
     def __init__(self, daemon: RunningDaemon, atoms, **more) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
@@ -21,7 +21,7 @@ class PlainDriver:
         self.sock.connect(str(daemon.socket))
         self.atoms = atoms
         system = {"rootstock": 1, "model": "emt", "numbers": atoms.numbers.tolist(), "pbc": atoms.pbc.tolist()}
-        self.init(json.dumps({**system, "preset": True} | more).encode())
+        self.init(json.dumps(system | more).encode())
 
     def __enter__(self) -> PlainDriver:
         return self
@@ -51,6 +51,12 @@ class PlainDriver:
         cell = self.atoms.cell.array / units.Bohr
         self.send(b"POSDATA     ", cell.T.tobytes(), np.linalg.inv(cell).T.tobytes())
         self.send(struct.pack("<i", len(self.atoms)), (self.atoms.positions / units.Bohr).tobytes())
+
+    def error(self) -> dict[str, str]:
+        assert self.receive(12) == b"ERROR       "
+        (size,) = struct.unpack("<i", self.receive(4))
+        error: dict[str, str] = json.loads(self.receive(size))
+        return error
 
     def forces(self) -> tuple[float, np.ndarray, np.ndarray, bytes]:
         self.send(b"GETFORCE    ")

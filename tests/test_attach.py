@@ -31,9 +31,9 @@ from ase.calculators.socketio import SocketIOCalculator
 from conftest import RunningDaemon, wait_for
 from plain_driver import PlainDriver
 from rootstock_client import ipi
-from rootstock_client.attachment import SamePotential, parse_address
+from rootstock_client.attachment import Address, SamePotential, dial, parse_address
 from rootstock_client.control import fetch
-from rootstock_client.errors import InvalidInitError, InvalidStructureError, ModelChangedError
+from rootstock_client.errors import DriverNotFoundError, InvalidInitError, InvalidStructureError, ModelChangedError
 from rootstock_client.shared_memory import Translation
 from rootstockd.cli.system import System, read_parameters, read_structure
 from terminal import Terminal
@@ -556,6 +556,94 @@ def test_a_driver_without_shared_memory_where_it_is_expected(daemon: RunningDaem
     assert status == 1
     assert "not that of mode='shm'" in said
     assert "Leave out --shm" in said
+
+
+def test_a_batch_that_is_none(daemon: RunningDaemon, folder: Path) -> None:
+    """The daemon says so, before there is memory for it."""
+    for size in (b"0", b"-1", b"1000000000"):
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(str(folder / "driver"))
+            listening.listen()
+            options = ("--model", "emt", "--structure", folder / "init.xyz")
+            with attached(daemon, folder / "driver", *options) as command:
+                stream, _ = listening.accept()
+                with stream:
+                    text = b"batch_size : " + size
+                    stream.sendall(b"INIT        " + struct.pack("<ii", 0, len(text)) + text)
+                    assert stream.recv(1) == b""
+                status, said = end_of(command)
+        (folder / "driver").unlink()
+        assert (status, "batch_size: " in said, "Traceback" in said) == (1, True, False), said
+
+
+def test_a_model_without_stress(start_daemon: Callable[..., RunningDaemon], folder: Path) -> None:
+    """For a driver that uses none it may be left out."""
+    catalogue = folder / "more.toml"
+    catalogue.write_text('[water]\nfamily = "ase"\narguments = { calculator = "ase.calculators.tip3p:TIP3P" }\n')
+    daemon = start_daemon("--catalogue", str(catalogue))
+    water = Atoms("OH2", [[0, 0, 0], [0.9572, 0, 0], [-0.24, 0.9266, 0]], cell=[20, 20, 20], pbc=True)
+    water.write(folder / "water.xyz")
+    for options in ((), ("--no-stress",)):
+        command = (folder / "driver", "--model", "water", "--structure", folder / "water.xyz", *options)
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(str(folder / "driver"))
+            listening.listen()
+            with attached(daemon, *command) as process:
+                stream, _ = listening.accept()
+                driver = PlainDriver.__new__(PlainDriver)
+                driver.sock, driver.atoms = stream, water
+                with driver:
+                    driver.init(b" ")
+                    driver.positions()
+                    if options:
+                        _, forces, virial, _ = driver.forces()
+                        assert forces.shape == (3, 3) and not virial.any()
+                        driver.send(b"EXIT        ")
+                    else:
+                        assert stream.recv(1) == b""
+                status, said = end_of(process)
+        (folder / "driver").unlink()
+        assert (status, "computes no stress" in said) == ((0, False) if options else (1, True)), said
+
+
+def test_a_port_that_has_called_itself_is_nobodys() -> None:
+    """TCP connects a socket to itself whose port the kernel took for the caller's end; the driver needs it."""
+    with socket.socket() as own:
+        own.bind(("127.0.0.1", 0))
+        own.connect(own.getsockname())
+        where = own.getsockname()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(socket, "create_connection", lambda *_, **__: own.dup())
+            with pytest.raises(DriverNotFoundError, match="no driver listens"):
+                dial(Address(socket.AF_INET, where), 0)
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def test_a_driver_on_another_machine_that_vanishes_is_noticed() -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listening,
+        dial(parse_address(f":{listening.getsockname()[1]}"), 0) as end,
+    ):
+        assert end.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert end.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 60
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
+def test_another_users_socket_is_no_driver(folder: Path) -> None:
+    """Anybody may put one where i-PI's was to be; with --shm it could name one's own segments."""
+    listen = (
+        "import os, socket, time; os.setuid(65534); s = socket.socket(fileno=0); s.listen(); print(flush=True); "
+        "time.sleep(60)"
+    )
+    with socket.socket(socket.AF_UNIX) as door:
+        door.bind(str(folder / "driver"))
+        command = [sys.executable, "-S", "-c", listen]
+        with subprocess.Popen(command, stdin=door.fileno(), stdout=subprocess.PIPE) as other:
+            assert other.stdout is not None
+            other.stdout.readline()
+            with pytest.raises(DriverNotFoundError, match=r"not yours, but another user's \(uid 65534\)"):
+                dial(Address(socket.AF_UNIX, str(folder / "driver")), 0)
+            other.kill()
 
 
 def test_one_potential_for_all_of_a_drivers_connections() -> None:

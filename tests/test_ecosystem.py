@@ -292,6 +292,29 @@ def test_torch_sim(daemon: RunningDaemon, compatible) -> None:
     )
 
 
+def test_torch_sim_after_ctrl_c(daemon: RunningDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was under way goes on in its threads, with calculators that the next state has nothing of."""
+    import torch
+    import torch_sim as ts
+
+    from rootstock_client import torch_sim
+
+    model = torch_sim.RootstockModel(daemon.client().calculator("lj"), sessions=2)
+    state = ts.io.atoms_to_state([copper()] * 4, torch.device("cpu"), torch.float64)
+    right, before = model(state), list(model._calculators)
+
+    def interrupted(_parts: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch_sim, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model(state)
+    torch.testing.assert_close(model(state)["forces"], right["forces"], rtol=0, atol=0)
+    assert not any(calculator in before for calculator in model._calculators)
+    model.close()
+
+
 def test_torch_sims_own_check_of_models(daemon: RunningDaemon) -> None:
     import torch
     import torch_sim as ts

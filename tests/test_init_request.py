@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 
 from rootstock_client.errors import InvalidInitError, InvalidStructureError
 from rootstockd.sessions.functionals import FUNCTIONALS
-from rootstockd.sessions.init_request import MAX_BATCH_SIZE, InitRequest, is_announced, parse_init
+from rootstockd.sessions.init_request import MAX_BATCH_SIZE, is_announced, parse_init
 from rootstockd.worker.engines import dispersion
 
 FIELDS = {"rootstock": 1, "model": "emt", "numbers": [29, 29], "pbc": [True, True, False]}
-PRESET = InitRequest.model_validate_json(json.dumps({**FIELDS, "preset": True}))
 
 
 def text(**changes: object) -> bytes:
@@ -28,29 +27,26 @@ def without(key: str) -> bytes:
 
 
 def test_the_least_that_says_enough():
-    request = parse_init(text(), None)
+    request = parse_init(text())
     assert request.model == "emt"
     assert request.numbers == [29, 29]
     assert request.pbc == (True, True, False)
     assert (request.charge, request.spin, request.head, request.dtype) == (None, None, None, None)
     assert request.batch_size == 1
-    assert not request.preset
 
 
 def test_a_spin_of_zero_says_nothing_and_a_charge_of_zero_does():
-    request = parse_init(text(charge=0, spin=0.0), None)
+    request = parse_init(text(charge=0, spin=0.0))
     assert (request.charge, request.spin) == (0.0, None)
 
 
 def test_all_that_can_be_said():
     request = parse_init(
-        text(charge=-1, spin=2.0, head="omat", dtype="float32", want=["energy", "energies"], batch_size=8, preset=True),
-        None,
+        text(charge=-1, spin=2.0, head="omat", dtype="float32", want=["energy", "energies"], batch_size=8)
     )
     assert (request.charge, request.spin, request.head, request.dtype) == (-1.0, 2.0, "omat", "float32")
     assert request.want == {"energy", "energies"}
     assert request.batch_size == 8
-    assert request.preset
 
 
 @pytest.mark.parametrize(
@@ -65,7 +61,7 @@ def test_all_that_can_be_said():
     ],
 )
 def test_what_is_computed(want, pbc, stress, energies):
-    request = parse_init(text(want=want, pbc=pbc), None)
+    request = parse_init(text(want=want, pbc=pbc))
     assert request.stress is stress
     assert request.energies is energies
 
@@ -113,26 +109,26 @@ def test_what_is_computed(want, pbc, stress, energies):
 def test_what_is_wrong_is_named(init, named):
     said = "INIT can't be read" if named == "Invalid JSON" else "the session's request is invalid"
     with pytest.raises(InvalidInitError, match=f"^{said}: .*{named}") as caught:
-        parse_init(init, None)
+        parse_init(init)
     assert len(str(caught.value)) < 400
 
 
 def test_dispersion():
-    assert parse_init(text(), None).options == ""
-    assert parse_init(text(dispersion=False), None).options == ""
-    assert parse_init(text(dispersion=None), None).options == ""
-    usual = parse_init(text(dispersion=True), None)
-    assert usual.options == parse_init(text(dispersion={}), None).options
+    assert parse_init(text()).options == ""
+    assert parse_init(text(dispersion=False)).options == ""
+    assert parse_init(text(dispersion=None)).options == ""
+    usual = parse_init(text(dispersion=True))
+    assert usual.options == parse_init(text(dispersion={})).options
     assert json.loads(usual.options)["dispersion"] == {
         "damping": "bj",
         "xc": "pbe",
         "cutoff": 40 * ase.units.Bohr,
         "cnthr": 40 * ase.units.Bohr,
     }
-    a = parse_init(text(dispersion={"xc": "rpbe", "cutoff": 20}), None)
-    b = parse_init(text(dispersion={"cutoff": 20.0, "xc": "rpbe", "damping": "bj"}), None)
+    a = parse_init(text(dispersion={"xc": "rpbe", "cutoff": 20}))
+    b = parse_init(text(dispersion={"cutoff": 20.0, "xc": "rpbe", "damping": "bj"}))
     assert a.options == b.options != usual.options
-    assert parse_init(text(dispersion={"xc": "R-PBE", "cutoff": 20}), None).options == a.options
+    assert parse_init(text(dispersion={"xc": "R-PBE", "cutoff": 20})).options == a.options
 
 
 @pytest.mark.parametrize("damping", FUNCTIONALS)
@@ -155,7 +151,7 @@ def test_functionals_are_those_of_the_library(damping):
 @pytest.mark.parametrize("version", [0, 2, -1])
 def test_another_version_of_the_protocol_is_refused_with_both_named(version):
     with pytest.raises(InvalidInitError, match=rf"version {version}, this daemon version 1") as caught:
-        parse_init(text(rootstock=version), None)
+        parse_init(text(rootstock=version))
     assert "Upgrade the older" in caught.value.hint
 
 
@@ -164,14 +160,14 @@ def test_another_version_of_the_protocol_is_refused_with_both_named(version):
 )
 def test_what_is_no_element(number, said):
     with pytest.raises(InvalidInitError) as caught:
-        parse_init(text(numbers=[29, number]), None)
+        parse_init(text(numbers=[29, number]))
     assert caught.value.message == f"atom 1 has the atomic number {said}."
     assert "ASE's X" in caught.value.hint
 
 
 def test_no_atoms():
     with pytest.raises(InvalidStructureError, match="zero atoms"):
-        parse_init(text(numbers=[]), None)
+        parse_init(text(numbers=[]))
 
 
 @pytest.mark.parametrize(
@@ -183,48 +179,19 @@ def test_who_is_one_of_ours(init, announced):
 
 
 @pytest.mark.parametrize("init", [b"", b"\0", b"nbeads:4", b"\xff\xfe", b"[1]"])
-def test_a_stock_driver_gets_what_was_given_in_advance(init):
-    assert parse_init(init, PRESET) is PRESET
+def test_what_stock_drivers_say_is_not_enough(init):
     with pytest.raises(InvalidInitError, match="names no model and no species"):
-        parse_init(init, None)
+        parse_init(init)
 
 
 def test_a_long_text_is_not_repeated_in_full():
     with pytest.raises(InvalidInitError) as caught:
-        parse_init(b"x" * 100_000, None)
+        parse_init(b"x" * 100_000)
     assert len(str(caught.value)) < 400
 
 
-@pytest.mark.parametrize(
-    ("init", "size"),
-    [
-        (b" batch_size:3", 3),
-        (b"nbeads : 4 , batch_size:8", 8),
-        (b"batch_size : 16", 16),
-        (b"batch_size:1", 1),
-        (b"batch_size:1024", 1024),
-        (b"my_batch_size:7", 1),
-    ],
-)
-def test_a_stock_driver_may_say_how_many_it_sends_at_once(init, size):
-    request = parse_init(init, PRESET)
-    assert request.batch_size == size
-    assert request.model_copy(update={"batch_size": 1}) == PRESET
-
-
-@pytest.mark.parametrize("size", [b"0", b"1025", b"999999999", b"12345678901234567890"])
-def test_a_stock_driver_can_not_send_any_number_at_once(size):
-    with pytest.raises(InvalidInitError, match="it can be 1 to 1024"):
-        parse_init(b"batch_size:" + size, PRESET)
-
-
-def test_our_own_init_replaces_what_was_given_in_advance():
-    assert parse_init(text(model="lj"), PRESET).model == "lj"
-
-
 @settings(max_examples=200)
-@given(st.one_of(st.binary(), st.binary().map(lambda tail: b"{" + tail), st.binary().map(lambda b: b"batch_size:" + b)))
+@given(st.one_of(st.binary(), st.binary().map(lambda tail: b"{" + tail)))
 def test_no_text_does_anything_else(init):
-    for preset in (None, PRESET):
-        with contextlib.suppress(InvalidInitError):
-            assert parse_init(init, preset).numbers == PRESET.numbers
+    with pytest.raises(InvalidInitError):
+        parse_init(init)

@@ -708,9 +708,7 @@ def engine_in(state: str) -> engine_side.EngineSide:
         return side
     feed(side, init(b"{}"))
     assert isinstance(side.next_event(), ipi.Init)
-    if state == "preset":
-        side.accept(await_init=True)
-    elif state == "refused":
+    if state == "refused":
         side.refuse(TROUBLE, announced=True)
     else:
         side.accept(announced=True)
@@ -789,7 +787,6 @@ TABLE: dict[str, dict[str, tuple[Any, Any]]] = {
     },
     "closed": dict.fromkeys(MESSAGES, (NOTHING, CLOSED)),
 }
-TABLE["preset"] = TABLE["new"]
 TABLE["misfit"] = {
     **TABLE["failed"],
     "GETFORCE": (engine_side.Send(error(InvalidStructureError("5 atoms", "send 2").to_json())), READY),
@@ -880,17 +877,6 @@ def test_a_failure_that_nobody_asked_for_is_forgotten():
     assert side.next_event() == engine_side.SendResult()
 
 
-def test_a_preset_after_a_refusal_begins_anew():
-    """What was wrong before is no reason to hang up on the stock driver that follows."""
-    side = engine_in("refused")
-    feed(side, init(b"{}") + STATUS + POSDATA)
-    side.next_event()
-    side.accept(await_init=True)
-    assert side.next_event() == engine_side.Send(NEEDINIT)
-    with pytest.raises(ProtocolError, match="before INIT"):
-        side.next_event()
-
-
 def test_a_later_refusal_replaces_the_earlier():
     side = engine_in("refused")
     other = InvalidInitError("worse")
@@ -935,21 +921,6 @@ def test_a_stock_driver_whose_evaluation_fails_is_hung_up_on(how):
     assert isinstance(event, engine_side.Close)
     assert isinstance(event.error, EvaluationError if how == "fail" else InvalidStructureError)
     assert side.next_event() is None
-
-
-def test_after_a_preset_the_driver_still_says_its_own_init():
-    side = engine_in("preset")
-    feed(side, STATUS + init(b"stock") + STATUS)
-    assert side.next_event() == engine_side.Send(NEEDINIT)
-    assert side.next_event() == ipi.Init(b"stock")
-    side.accept(batch_size=2)
-    assert side.next_event() == engine_side.Send(READY)
-    cells, inverses, positions = structures(2, 1, seed=4)
-    side._place = lambda _: memoryview(bytearray(48))
-    feed(side, posdata(cells, inverses, positions))
-    event = side.next_event()
-    assert isinstance(event, engine_side.Evaluate)
-    assert ipi.read_cells(event.cells).tobytes() == cells.tobytes()
 
 
 def test_positions_that_fit_nowhere_are_an_error_and_then_forgotten():

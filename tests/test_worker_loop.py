@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import copy
 import json
@@ -27,7 +28,7 @@ from rootstockd.worker.slots import Slot
 from rootstockd.worker.units import BOHR, HARTREE
 
 FIELDS: dict[str, Any] = {"pbc": [True] * 3, "charge": None, "spin": None, "head": None, "exact": False}
-FIELDS |= {"tolerance": None, "session": 0, "stress": False, "energies": False, "announced": False}
+FIELDS |= {"tolerance": None, "session": 0, "stress": False, "energies": False}
 
 
 @dataclass
@@ -156,12 +157,11 @@ def test_extras_say_what_computed_last():
     assert said == [b'{"backend": "a"}', b'{"backend": "a"}', b"", b'{"backend": "b"}']
 
 
-def test_extras_say_the_fingerprint_where_the_daemon_wants_it():
+def test_extras_say_the_fingerprint():
     with worker(Engine(lambda tasks: plain(tasks, backend="a")), fingerprint="f") as daemon:
-        slots = [daemon.attach(announced=True), daemon.attach(announced=False), daemon.attach()]
-        assert daemon.evaluate(1, 2, 3) == {}
-        said = [bytes(slot.reply[slot_end(slot) :]) for slot in slots]
-    assert said == [b'{"backend": "a", "fingerprint": "f"}', b'{"backend": "a"}', b'{"backend": "a"}']
+        slot = daemon.attach()
+        assert daemon.evaluate(1) == {}
+        assert bytes(slot.reply[slot_end(slot) :]) == b'{"backend": "a", "fingerprint": "f"}'
 
 
 def test_extras_of_an_earlier_worker_are_replaced():
@@ -187,13 +187,14 @@ def test_energies_of_atoms_are_told_of_each_frame_at_each_step():
                 size = int.from_bytes(said[:4], "little")
                 texts.append(json.loads(said[4 : 4 + size]))
                 said = said[4 + size :]
-            assert texts == [{"energies": [value, value]} for value in values]
+            packed = [base64.b64encode(np.full(2, value).tobytes()).decode() for value in values]
+            assert texts == [{"energies": energies} for energies in packed]
 
 
-def test_energies_of_atoms_go_packed_to_drivers_that_announced_themselves():
+def test_energies_of_atoms_are_read_as_they_were_told():
     values = np.array([1 / 3, -1e-300])
     with worker(Engine(lambda _tasks: [result(energies=HARTREE * values)])) as daemon:
-        slot = daemon.attach(energies=True, announced=True)
+        slot = daemon.attach(energies=True)
         assert daemon.evaluate(1) == {}
         text = bytes(slot.reply[slot_end(slot) :])
     assert read_extras(text, 2)[2].tobytes() == (HARTREE * values / HARTREE).tobytes()

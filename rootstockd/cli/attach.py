@@ -51,6 +51,9 @@ _TO_THE_END = "\x1b[K"
 @dtype_option
 @click.option("--head", help="Which of the model's heads.")
 @click.option("--dispersion", is_flag=True, help="Add the D3 correction of mace_mp(dispersion=True).")
+@click.option(
+    "--no-stress", is_flag=True, help="Compute no virial, as for a model that has none: the driver gets zeros for it."
+)
 @click.option("--exact", is_flag=True, help="Same structure, same bits: the model's reference implementation.")
 @click.option(
     "--count", type=click.IntRange(1, 1024), default=1, show_default=True, help="Connections at once, for i-PI's beads."
@@ -71,6 +74,7 @@ def attach(
     count: int,
     shm: bool,
     wait: float,
+    no_stress: bool,
     socket: Path | None,
     **options: Any,
 ) -> None:
@@ -90,6 +94,8 @@ def attach(
         said = {name: value for name, value in options.items() if value is not None and value is not False}
         along = periodicity(pbc) if pbc else None
         atoms = read_structure(structure, along) if structure else {}
+        if no_stress:
+            said["want"] = ["energy", "forces"]
         system = System({**atoms, **({"pbc": along} if along else {}), **said})
     except (ValueError, RootstockError) as error:
         raise Refused(error) from error

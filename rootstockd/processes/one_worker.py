@@ -35,7 +35,6 @@ _LIKE_A_SESSIONS: dict[str, Any] = {
     "session": 0,
     "stress": False,
     "energies": False,
-    "announced": False,
 }
 """What a slot comes with: nothing in particular is asked for."""
 

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import socket
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, ClassVar
 
 from rootstock_client import ipi
 from rootstock_client.errors import LimitError, RootstockError
@@ -36,6 +36,9 @@ PAUSE = 0.2
 class Acceptor:
     """Takes connections until it is closed.
 
+    Attributes:
+        taken: how many all of this process have taken so far.
+
     Args:
         sock: a listening socket that does not block; closed with this.
         make_protocol: makes the protocol for a connection, as soon as it is taken, so that all of a burst are counted;
@@ -43,6 +46,8 @@ class Acceptor:
         look_up: what is to be waited for before that, if anything. As many as `MOST_WAITING` connections wait so,
             then no others are taken until one need not any more.
     """
+
+    taken: ClassVar[int] = 0
 
     def __init__(
         self,
@@ -85,6 +90,7 @@ class Acceptor:
             self._complained = True
             self._rest(PAUSE)
             return
+        Acceptor.taken += 1
         self._allowance.take(now, PACE)
         self._complained = False
         try:
@@ -145,7 +151,7 @@ class Acceptor:
             self._fail(connection, error)
 
     def _fail(self, connection: socket.socket, error: Exception) -> None:
-        """There is no memory, say; the next may fare better."""
+        """`accept` has failed: there is no memory, say; the next may fare better."""
         log.warning("a connection is closed: %s", error or type(error).__name__, extra={"about": "failed connections"})
         turn_away(connection, LimitError("the daemon has no memory for another session.", "Try again later."))
 

@@ -169,7 +169,7 @@ class Account:
         self._models[key].sessions += 1
 
     def leave(self, key: Hashable) -> None:
-        """It has not any more."""
+        """A session of the user's has no system of this model any more."""
         self._models[key].sessions -= 1
 
 

@@ -1,9 +1,8 @@
-"""What an INIT asks for: rootstockd's JSON, or the text of a stock i-PI driver."""
+"""What an INIT asks for."""
 
 from __future__ import annotations
 
 import json
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, ValidationInfo, field_validator
@@ -22,8 +21,6 @@ _FORTY_BOHR = 40 * BOHR
 _LONGEST_NUMBER = 20
 MAX_PARTS = 1000
 """Strings, lists and objects in an INIT, about: only its numbers may be many. A million keys to refuse take seconds."""
-_BATCH_SIZE = re.compile(rb"\bbatch_size\s*:\s*(-?\d{1,9})")
-
 
 Property = Literal["energy", "forces", "stress", "energies"]
 
@@ -74,11 +71,9 @@ class InitRequest(BaseModel):
     tolerance: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     """How far forces may differ from the reference's, in eV/Å; by default what the dtype allows (docs/protocol.md)."""
     want: Annotated[frozenset[Property], Field(fail_fast=True)] | None = None
-    """What to compute beside energy and forces. By default what a stock driver expects: stress where pbc is set."""
+    """What to compute beside energy and forces. By default what i-PI expects: stress where pbc is set."""
     batch_size: int = Field(default=1, ge=1, le=MAX_BATCH_SIZE)
     """Structures in each POSDATA."""
-    preset: bool = False
-    """What follows on this connection is a stock driver, and all of this holds for its own INIT."""
 
     @field_validator("dispersion", mode="before")
     @classmethod
@@ -149,29 +144,18 @@ def is_announced(text: bytes) -> bool:
     return text.lstrip()[:1] == b"{"
 
 
-def parse_init(text: bytes, preset: InitRequest | None) -> InitRequest:
+def parse_init(text: bytes) -> InitRequest:
     """Read an INIT's text.
-
-    Args:
-        text: the text.
-        preset: what was given in advance for a stock driver; its own text may only add a batch size.
 
     Raises:
         InvalidInitError: it makes no sense, or says too little.
         InvalidStructureError: it has no atoms.
     """
     if not is_announced(text):
-        if preset is None:
-            raise InvalidInitError(
-                f"INIT {text[:60]!r} names no model and no species, and none were given in advance.",
-                "A stock driver's system is announced by whoever opens the connection.",
-            )
-        if found := _BATCH_SIZE.search(text):
-            size = int(found[1])
-            if not 1 <= size <= MAX_BATCH_SIZE:
-                raise InvalidInitError(f"a batch_size of {size}; it can be 1 to {MAX_BATCH_SIZE}.")
-            return preset.model_copy(update={"batch_size": size})
-        return preset
+        raise InvalidInitError(
+            f"INIT {text[:60]!r} names no model and no species.",
+            "Drivers that speak i-PI alone are served by `rootstockd attach`.",
+        )
     if max(map(text.count, (b'"', b"[", b"{"))) > MAX_PARTS:
         raise InvalidInitError("INIT can't be read: Invalid JSON: far more strings, lists or objects than it can have.")
     try:

@@ -42,7 +42,7 @@ class ModelClient:
 
     @property
     def request(self) -> InitRequest | None:
-        """What it has asked for and got."""
+        """What the session has asked for and got."""
         return None if self.model is None else self.system.request
 
     @property
@@ -57,7 +57,7 @@ class ModelClient:
             RootstockError: it can't have that; what it had until then it may have lost.
         """
         model = self._host.open_model(request, self._account, self.key)
-        self.release()
+        self.unbind()
         try:
             self.system = System(request, model.spec, self._account, self._host.accounts, self._session)
         except (OSError, MemoryError) as error:
@@ -66,14 +66,14 @@ class ModelClient:
         self.model = model
         model.join(self)
 
-    def release(self) -> None:
+    def unbind(self) -> None:
         """Give back what the system holds, if there is one."""
         if self.model is None:
             return
         if self.evaluation is not None:
             self.model.scheduler.withdraw(self.evaluation)
             self._over()
-        self.model.workers.release(self.system.number)
+        self.model.workers.detach(self.system.number)
         self.model.leave(self)
         self.model = None
         self.system.close()
@@ -122,13 +122,13 @@ class ModelClient:
 
     @property
     def queued(self) -> bool:
-        """It has an evaluation that waits for its turn."""
+        """Whether there is an evaluation that waits for its turn."""
         here = self.model is not None and self.evaluation not in (None, *self.model.scheduler.running)
         return here and not self.held
 
     @property
     def held(self) -> bool:
-        """It has one that is over the user's limit, and yet to go to its model."""
+        """Whether there is an evaluation that is over the user's limit, and yet to go to its model."""
         return self._account.holds(self)
 
     def move(self, model: Supervisor) -> bool:
@@ -141,7 +141,7 @@ class ModelClient:
                 return False
             old.scheduler.withdraw(evaluation)
             evaluation.withdrawn = False
-        old.workers.release(self.system.number)
+        old.workers.detach(self.system.number)
         model.join(self)
         self.model = model
         old.leave(self)

@@ -43,7 +43,7 @@ class SessionRegistry:
         return True
 
     def discard(self, session: Session) -> None:
-        """It went."""
+        """A session has gone."""
         self._open.discard(session)
         self._turned_away.discard(session)
         if not self._open:

@@ -18,11 +18,10 @@ from rootstock_client.errors import (
 from rootstockd.host.log_rate import LogRate
 from rootstockd.host.peers import Peer, hung_up
 from rootstockd.sessions.accounts import Account
-from rootstockd.sessions.init_request import InitRequest, is_announced, parse_init
+from rootstockd.sessions.init_request import is_announced, parse_init
 from rootstockd.sessions.intake import Intake
 from rootstockd.sessions.model_client import ModelClient
 from rootstockd.sessions.roles import Host
-from rootstockd.sessions.same_potential import SamePotential
 from rootstockd.supervision.roles import State
 
 log = logging.getLogger(__name__)
@@ -58,8 +57,6 @@ class Session(asyncio.BufferedProtocol):
         self._ipi = engine_side.EngineSide(self._place, host.limits, self._stage)
         self.get_buffer = self._ipi.get_buffer  # type: ignore[method-assign]  # one call less for each read
         self._transport: asyncio.Transport
-        self._preset: InitRequest | None = None
-        self._potential = SamePotential()
         self._init: bytes | None = None
         """The text of an INIT that waits for its turn."""
         self._owes = False
@@ -95,17 +92,17 @@ class Session(asyncio.BufferedProtocol):
 
     @property
     def under_way(self) -> bool:
-        """It has an evaluation that a stopping daemon waits for.
+        """Whether there is an evaluation that a stopping daemon waits for.
 
-        That is any but one whose model is yet to load, where the driver is told so and can ask the next daemon.
+        That is any but one whose model is yet to load: its driver is told so and can ask the next daemon.
         """
         if self.client.evaluation is None or self.client.model is None:
             return False
-        return self.client.model.state is State.READY or not self._ipi.announced
+        return self.client.model.state is State.READY
 
     @property
     def unfetched(self) -> bool:
-        """Its driver has yet to fetch a result, or the rest of it."""
+        """Whether the driver has yet to fetch a result, or the rest of it."""
         return (self._ipi.unfetched or self._writing_paused) and not self._closing
 
     # --- the transport's side
@@ -147,9 +144,9 @@ class Session(asyncio.BufferedProtocol):
     def connection_lost(self, _exc: Exception | None) -> None:
         self._ipi.close()
         if self.account is not None:
-            self.client.release()
+            self.client.unbind()
             self._unstage()
-            self._init = self._preset = None
+            self._init = None
             self.account.turns.leave(self)
             self._host.accounts.close_session(self.account, self.evaluations)
             self.account = None
@@ -167,9 +164,9 @@ class Session(asyncio.BufferedProtocol):
                 if self._closing or self._writing_paused or (event := self._ipi.next_event()) is None:
                     break
                 if isinstance(event, engine_side.Evaluate):  # not `match`: it takes its time, and this is a step's way
-                    begun = True
-                    self._intake.step_came()
-                    self._evaluate(event.cells)
+                    if self._evaluate(event.cells):
+                        begun = True
+                        self._intake.step_came()
                 elif isinstance(event, engine_side.SendResult):
                     self._say(answers)
                     self._transport.write(self.client.system.slot.reply)
@@ -185,7 +182,7 @@ class Session(asyncio.BufferedProtocol):
         except RootstockError as error:
             self._say(answers)
             self._count(error)
-            # a stock driver says no INIT that is too long to be staged
+            # whoever said no INIT of ours may not know what an ERROR is; one that is too long to be staged is of ours
             if self._ipi.announced or isinstance(error, LimitError):
                 self._transport.write(ipi.error_frame(error))
             self.end(error)
@@ -195,7 +192,7 @@ class Session(asyncio.BufferedProtocol):
 
     @property
     def _waits(self) -> bool:
-        """It has asked for a turn, and yet to have it."""
+        """Whether the session has asked for a turn, and yet to have it."""
         return self.account is not None and self.account.turns.waits(self)
 
     def _ask_for_turn(self, owed: float = 0.0, *, goes_on: bool = False) -> None:
@@ -283,47 +280,42 @@ class Session(asyncio.BufferedProtocol):
         self._staged = size
 
     def _unstage(self) -> None:
-        """It has come, or will not."""
+        """A long INIT has come, or will not."""
         if self._staged and self.account is not None:
             self.account.staged -= self._staged
             self._staged = 0
 
     def _initialise(self, text: bytes) -> None:
-        json = is_announced(text)
         request = None
         try:
-            request = parse_init(text, self._preset)
+            request = parse_init(text)
             request.check_size(self._host.limits.atoms)
             self.client.bind(request)
         except RootstockError as error:
-            self.client.release()
-            batch_size, preset = (request.batch_size, request.preset) if request else (1, False)
+            self.client.unbind()
+            batch_size = request.batch_size if request else 1
             # as new: its traceback holds the text of the INIT
             error = error_from_code(error.code, error.message, error.hint)
-            self._ipi.refuse(error, batch_size, announced=(json or self._ipi.announced) and not preset)
+            self._ipi.refuse(error, batch_size, announced=is_announced(text) or self._ipi.announced)
             return
-        if json:
-            self._preset = request if request.preset else None
-            self._potential = SamePotential()
-        stock = self._preset is not None
-        self._ipi.accept(request.batch_size, announced=not stock, await_init=json and stock)
+        self._ipi.accept(request.batch_size, announced=True)
 
     def _place(self, natoms: int) -> memoryview:
         return self.client.system.place(natoms)
 
-    def _evaluate(self, cells: bytes) -> None:
+    def _evaluate(self, cells: bytes) -> bool:
+        """Whether a step has begun: what is refused here costs this loop's time, and no worker's turn paces it."""
         try:
             self._host.check_open()
             self.client.evaluate(cells)
         except RootstockError as error:
             self._ipi.fail(error)
+            return False
+        return True
 
     def _evaluated(self, error: RootstockError | None) -> None:
         """The result lies in the slot, or there is none."""
         try:
-            if error is None and self._preset is not None:
-                assert self.client.model is not None
-                error = self._potential.compare(self.client.model)
             if error is None:
                 self.evaluations += 1
                 if self._owes:
@@ -332,8 +324,8 @@ class Session(asyncio.BufferedProtocol):
             else:
                 self._ipi.fail(error)
             self._advance()
-        except Exception as error:  # others in the batch are yet to be told
-            self._cut_off(error)
+        except Exception as defect:  # others in the batch are yet to be told
+            self._cut_off(defect)
 
     def end(self, error: RootstockError | None) -> None:
         """Say no more; let the driver read what was said, and read what it still says, before closing."""
@@ -341,8 +333,6 @@ class Session(asyncio.BufferedProtocol):
             return
         if error is not None and self.client.evaluation is not None:
             self.client.give_up(error)
-            if self._closing:  # a stock driver's failure is its end
-                return
         self._closing = True
         if error is not None:
             about = f"closed sessions of {self.user}"

@@ -47,10 +47,14 @@ class System:
         accounts.take(account, self.atoms)
         try:
             self.slot = Slot.create(len(request.numbers), request.batch_size)
+            try:
+                self.slot.numbers[:] = request.numbers
+            except MemoryError:
+                self.slot.close()
+                raise
         except (OSError, MemoryError):
             accounts.give_back(account, self.atoms)
             raise
-        self.slot.numbers[:] = request.numbers
         numbers = (count % _MOST + 1 for count in _numbers)
         self.number = next(number for number in numbers if number not in _in_use)
         """Unique for each that is there, and used again when no message about the last one can be under way."""
@@ -65,7 +69,6 @@ class System:
             "session": session,
             "stress": request.stress,
             "energies": request.energies,
-            "announced": not request.preset,
         }
         """What a worker is told of it."""
         self.key = WorkerKey(spec.name, spec.dtype, request.options)
@@ -101,7 +104,7 @@ class System:
             self._checked_cells = cells
 
     def close(self) -> None:
-        """It is not used any more."""
+        """Give back the slot, and what the account counts."""
         self._accounts.give_back(self._account, self.atoms)
         self._account.leave(self.key)
         _in_use.discard(self.number)

@@ -45,7 +45,7 @@ class GuardedTransport(asyncio.Transport):
         self._reader = protocol if isinstance(protocol, asyncio.BufferedProtocol) else _Whole(protocol)
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
-        """They are zero."""
+        """Nothing to do: they are zero."""
 
     def get_write_buffer_size(self) -> int:
         return len(self._unsent)
@@ -54,7 +54,8 @@ class GuardedTransport(asyncio.Transport):
         return self._closing or self._closed
 
     def pause_reading(self) -> None:
-        self._loop.remove_reader(self._stream)
+        if not self.is_closing():
+            self._loop.remove_reader(self._stream)
 
     def resume_reading(self) -> None:
         if not self.is_closing():

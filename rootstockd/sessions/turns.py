@@ -77,7 +77,7 @@ class Turns:
             self._schedule()
 
     def waits(self, taker: Taker) -> bool:
-        """Whether it has asked, and yet to have its turn."""
+        """Whether a session has asked, and yet to have its turn."""
         return taker in self._waiting or taker in self._new
 
     def earned(self, taker: Taker) -> None:
@@ -87,7 +87,7 @@ class Turns:
             self._schedule()
 
     def leave(self, taker: Taker) -> None:
-        """It is gone."""
+        """A session is gone."""
         for kept in (self._new, self._waiting, self._cost):
             kept.pop(taker, None)
 

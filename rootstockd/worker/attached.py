@@ -35,8 +35,7 @@ class Attached:
         self.number: int = fields["slot"]
         self.stress: bool = fields["stress"]
         self.energies: bool = fields["energies"]
-        self._announced: bool = fields["announced"]
-        self._fingerprint = fingerprint if self._announced else ""  # nobody else has a use for it
+        self._fingerprint = fingerprint
         self._positions, self._forces, self._virials = list(slot.positions), list(slot.forces), list(slot.virials)
         self._cells: list[np.ndarray] = []
         self._seen = b""
@@ -120,10 +119,8 @@ class Attached:
                 energies = real_numbers(result.energies, (self.slot.natoms,), "per-atom energies") / HARTREE
                 if not is_finite(energies):
                     raise not_finite()
-                if self._announced:  # numbers as text take a µs an atom
-                    extra["energies"] = base64.b64encode(energies.astype("<f8").tobytes()).decode()
-                else:
-                    extra["energies"] = energies.tolist()
+                # digits would take a µs an atom
+                extra["energies"] = base64.b64encode(energies.astype("<f8").tobytes()).decode()
             extras.append(json.dumps(extra).encode() if extra else b"")
         self.slot.set_extras(extras)
         backends = {result.backend for result in results}

@@ -37,8 +37,8 @@ MAGIC = 0x524F4F5453_00 | SLOT_LAYOUT
 
 FORCEREADY = b"FORCEREADY  "
 _HEAD = 64
-_ENERGY_JSON = 26
-"""The most bytes that one float64 and its separator take in JSON."""
+_ENERGY_BASE64 = 11
+"""The most bytes that a float64 takes in base64."""
 _EXTRAS_SPARE = 512
 
 
@@ -69,7 +69,7 @@ class Slot:
         forces = energies + 8 * frames + 4
         virials = forces + 24 * natoms * frames
         self._extras = virials + 72 * frames
-        size = self._extras + frames * (4 + _EXTRAS_SPARE + _ENERGY_JSON * natoms)
+        size = self._extras + frames * (4 + _EXTRAS_SPARE + _ENERGY_BASE64 * natoms)
         if fresh:
             os.ftruncate(fd, size)
             # neither end can pull the memory from under the other

@@ -396,13 +396,13 @@ def test_a_stop_where_a_file_is_in_the_place_of_the_folder(own_daemon: RunningDa
     assert not any("Traceback" in line for line in lines)
 
 
-def test_a_stock_driver_fetches_its_last_result(own_daemon: RunningDaemon) -> None:
-    """It has no way to ask again: what it sent before the daemon began to stop is answered, though it asks late."""
-    text = b'{"rootstock": 1, "model": "emt", "numbers": [29, 29], "pbc": [false, false, false], "preset": true}'
+def test_a_driver_fetches_its_last_result(own_daemon: RunningDaemon) -> None:
+    """What it sent before the daemon began to stop is answered, though it asks late."""
+    text = b'{"rootstock": 1, "model": "emt", "numbers": [29, 29], "pbc": [false, false, false]}'
     positions = np.array([[0.0, 0, 0], [0, 0, 4.5]])
     with socket.socket(socket.AF_UNIX) as sock:
         sock.connect(str(own_daemon.socket))
-        sock.sendall(ipi.init_frame(text) + ipi.init_frame(b"stock") + ipi.STATUS)
+        sock.sendall(ipi.init_frame(text) + ipi.STATUS)
         assert sock.recv(12, socket.MSG_WAITALL) == ipi.READY
         sock.sendall(ipi.posdata_head(np.eye(3), np.eye(3), 2) + positions.tobytes() + ipi.STATUS)
         assert sock.recv(12, socket.MSG_WAITALL) == ipi.HAVEDATA
@@ -413,7 +413,7 @@ def test_a_stock_driver_fetches_its_last_result(own_daemon: RunningDaemon) -> No
         assert sock.recv(12, socket.MSG_WAITALL) == ipi.FORCEREADY
 
 
-def test_stock_drivers_whose_evaluations_are_held_get_their_results(start_daemon, monkeypatch) -> None:
+def test_drivers_whose_evaluations_are_held_get_their_results(start_daemon, monkeypatch) -> None:
     """By a limit of evaluations at a time; a daemon that stops lets one after another go on until they are done."""
     monkeypatch.setenv("ROOTSTOCKD_LIMITS__QUEUED", "1")
     daemon = start_daemon("--model", "emt")
@@ -421,8 +421,6 @@ def test_stock_drivers_whose_evaluations_are_held_get_their_results(start_daemon
     os.kill(worker, signal.SIGSTOP)
     drivers = [PlainDriver(daemon, copper(seed=seed)) for seed in range(4)]
     for driver in drivers:
-        assert driver.status() == "NEEDINIT"
-        driver.init(b" ")
         driver.positions()
     wait_for(lambda: [session["state"] for session in daemon.client().status()["sessions"]] == ["busy"] * 4)
     model = daemon.model("emt")

@@ -30,6 +30,7 @@ from rootstock_client.errors import (
     UnknownModelError,
     UserLimitError,
 )
+from rootstock_client.loading import LONG, TIMEOUT
 from rootstock_client.patience import Outage, patience_in_seconds
 from rootstock_client.sockets import connect
 
@@ -100,6 +101,31 @@ def test_a_limit_of_the_jobs_own_ends_the_step(own_daemon: RunningDaemon, monkey
     atoms = copper()
     atoms.calc = own_daemon.client().calculator("emt")
     np.testing.assert_array_equal(atoms.get_forces(), before)
+
+
+def test_a_limit_of_the_jobs_own_ends_the_step_also_while_it_asks_why_it_waits(own_daemon: RunningDaemon) -> None:
+    """After LONG it asks a daemon that does not answer, whose silence is no such thing."""
+
+    def too_long(_number: int, _frame: object) -> None:
+        raise TimeoutError("this step takes too long")
+
+    atoms = copper()
+    atoms.calc = own_daemon.client().calculator("emt")
+    before = atoms.get_forces()
+    handler, pid = signal.signal(signal.SIGALRM, too_long), own_daemon.pid
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        atoms.rattle(0.01)
+        signal.setitimer(signal.ITIMER_REAL, LONG + TIMEOUT / 2)
+        with pytest.raises(TimeoutError, match="this step takes too long"):
+            atoms.get_forces()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        os.kill(pid, signal.SIGCONT)
+    again = copper()
+    again.calc = atoms.calc
+    np.testing.assert_array_equal(again.get_forces(), before)
 
 
 def test_signals_while_no_connections_are_accepted(runtime_folder: Path) -> None:

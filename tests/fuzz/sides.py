@@ -79,11 +79,11 @@ def deliver(side: Any, stream: bytes, cuts: Iterable[int], outcome: Outcome, tak
 # --- the driver's stream ----------------------------------------------------------------------------------------------
 
 
-def judge(text: bytes, preset: InitRequest | None, limits: ipi.Limits) -> tuple[InitRequest | None, Any]:
+def judge(text: bytes, limits: ipi.Limits) -> tuple[InitRequest | None, Any]:
     """What the daemon says to an INIT: the request if it could be read, and an error if it is refused."""
     request = None
     try:
-        request = parse_init(text, preset)
+        request = parse_init(text)
         if len(request.numbers) * request.batch_size > limits.atoms:
             raise LimitError("too many")
         if request.model != "noop":
@@ -121,7 +121,6 @@ class EnginePlayer:
             self.side._whole = lambda: None  # type: ignore[method-assign]
         self._limits, self._late = limits, late
         self._request: InitRequest | None = None
-        self._preset: InitRequest | None = None
         self._memory = bytearray()
         self._result: RootstockError | None = None
 
@@ -174,19 +173,15 @@ class EnginePlayer:
                 self._init(event.text)
 
     def _init(self, text: bytes) -> None:
-        said_json = is_announced(text)
-        request, error = judge(text, self._preset, self._limits)
+        request, error = judge(text, self._limits)
         self._request = None if error else request
         if error:
-            batch_size, preset = (request.batch_size, request.preset) if request else (1, False)
-            self.side.refuse(error, batch_size, announced=(said_json or self.side.announced) and not preset)
+            batch_size = request.batch_size if request else 1
+            self.side.refuse(error, batch_size, announced=is_announced(text) or self.side.announced)
             return
         assert request is not None
-        if said_json:
-            self._preset = request if request.preset else None
-        stock = self._preset is not None
         self._memory = bytearray(24 * len(request.numbers) * request.batch_size)
-        self.side.accept(request.batch_size, announced=not stock, await_init=said_json and stock)
+        self.side.accept(request.batch_size, announced=True)
 
 
 def named(frame: bytes) -> str:
@@ -245,7 +240,6 @@ class _DriverStream:
         self.data, self.limits, self.outcome = _Bytes(stream), limits, Outcome()
         self.state, self.error, self.announced, self.batch = "NEEDINIT", None, False, 1
         self.request: InitRequest | None = None
-        self.preset: InitRequest | None = None
         try:
             while self.outcome.ends == "open":
                 if self.error is not None and not self.announced:
@@ -307,20 +301,11 @@ class _DriverStream:
             self.error = check_structure(cells, positions, self.request)
 
     def init(self, text: bytes) -> None:
-        said_json = is_announced(text)
-        request, self.error = judge(text, self.preset, self.limits)
+        self.announced = self.announced or is_announced(text)
+        request, self.error = judge(text, self.limits)
         self.request = None if self.error else request
         self.batch = request.batch_size if request else 1
-        self.state = "NEEDINIT"
-        if self.error is not None:
-            self.announced = (said_json or self.announced) and not (request and request.preset)
-            return
-        assert request is not None
-        if said_json:
-            self.preset = request if request.preset else None
-        self.announced = self.preset is None
-        if not (said_json and self.preset):
-            self.state = "READY"
+        self.state = "NEEDINIT" if self.error else "READY"
 
 
 # --- the engine's stream ----------------------------------------------------------------------------------------------

@@ -58,8 +58,6 @@ def init_text(rng: random.Random, natoms: int, batch: int, *, long: bool) -> byt
     fields = {"rootstock": 1, "model": "noop", "numbers": [29] * natoms, "pbc": [chance(rng, 2)] * 3}
     if batch > 1 or chance(rng, 4):
         fields["batch_size"] = batch
-    if chance(rng, 5):
-        fields["preset"] = True
     if chance(rng, 6):
         key = rng.choice([*fields, "charge", "spin", "head", "dtype", "exact", "tolerance", "want", "unknown"])
         fields[key] = rng.choice(VALUES)

@@ -46,10 +46,9 @@ def test_the_command_fails_when_something_is_found(tmp_path: Path, spoil: str) -
     assert all(result["coverage"][side]["run"] > 0 for side in both)
 
 
-def system(natoms: int, batch: int, *, preset: bool = False, model: str = "noop") -> bytes:
-    more = ', "preset": true' if preset else ""
+def system(natoms: int, batch: int, *, model: str = "noop") -> bytes:
     numbers, pbc = [29] * natoms, "[false, false, false]"
-    text = f'{{"rootstock": 1, "model": "{model}", "numbers": {numbers}, "pbc": {pbc}, "batch_size": {batch}{more}}}'
+    text = f'{{"rootstock": 1, "model": "{model}", "numbers": {numbers}, "pbc": {pbc}, "batch_size": {batch}}}'
     return ipi.init_frame(text.encode())
 
 
@@ -73,9 +72,9 @@ class Conversation(RuleBasedStateMachine):
     def say(self, word: bytes) -> None:
         self.said += word
 
-    @rule(shape=shapes, preset=st.booleans(), model=st.sampled_from(["noop", "noop", "other"]))
-    def say_init(self, shape: tuple[int, int], preset: bool, model: str) -> None:
-        self.said += system(*shape, preset=preset, model=model)
+    @rule(shape=shapes, model=st.sampled_from(["noop", "noop", "other"]))
+    def say_init(self, shape: tuple[int, int], model: str) -> None:
+        self.said += system(*shape, model=model)
 
     @rule(text=st.sampled_from([b"", b"batch_size:2", b"{"]))
     def say_text(self, text: bytes) -> None:
