@@ -37,7 +37,7 @@ from rootstockd.host.peers import peer_of
 from rootstockd.host.sockets import claim_gpu, listen_tcp, url_of
 from rootstockd.host.starter import outlive_it
 from rootstockd.host.surroundings import closed_folder, one_thread
-from rootstockd.models.availability import located, not_to_preload
+from rootstockd.models.availability import Locations, not_to_preload
 from rootstockd.models.catalogue import Catalogue, CatalogueError, Entry
 from rootstockd.processes.folders import remove_left_behind
 from rootstockd.sessions.acceptor import Acceptor
@@ -74,6 +74,7 @@ class Daemon:
         self.catalogue = Catalogue.load(config.catalogues, config.where("catalogues"))
         # atomic numbers take up to four bytes each; the rest of an INIT is short
         self.limits = ipi.Limits(atoms=config.max_atoms, init=64 * 1024 + 5 * config.max_atoms)
+        self._locations = Locations()
         self.fleet = Fleet(config)
         self.accounts = Accounts(config)
         self.errors: Counter[str] = Counter()
@@ -101,7 +102,7 @@ class Daemon:
         return [*self._log_warning, *self._warnings]
 
     async def run(self) -> None:
-        """Live.
+        """Live: start, serve, drain, stop.
 
         Raises:
             AddressError: the sockets can't be had.
@@ -237,7 +238,7 @@ class Daemon:
             with contextlib.suppress(UnknownModelError, ModelLoadError):
                 name, entry = self.catalogue.resolve(wanted)
                 kept.add(key := WorkerKey(name, entry.dtype))
-                self.fleet.keep(key, located(name, entry))
+                self.fleet.keep(key, self._locations.located(name, entry))
         self.fleet.keep_only(kept)
 
     def _look_over(self, missing: Iterable[RootstockError], in_the_way: Iterable[str] = ()) -> None:
@@ -252,7 +253,7 @@ class Daemon:
     def _on_end(self, number: signal.Signals) -> None:
         log.info("%s: stopping", number.name)
         again = self._stop.is_set() and not self._replaced
-        if again and number is signal.SIGTERM and self.config.socket.parent == job_runtime_dir():
+        if again and number is signal.SIGTERM and job_runtime_dir() is not None:
             return  # Slurm sends it to all processes of a job, to some twice, and means no more by that
         self.stop(force=again)
 
@@ -292,8 +293,6 @@ class Daemon:
         self.state = "draining"
         if self._manager.sockets:
             acceptor.close()
-        for supervisor in self.fleet.supervisors():
-            supervisor.release()  # what waits for it would keep all others waiting
         log.info("draining%s: %d sessions", " for a restart" * self._replaced, len(self.sessions))
         fetched_by = time.monotonic() + LINGER
         deadline = time.monotonic() + self.config.drain_timeout
@@ -382,7 +381,7 @@ class Daemon:
         name, entry = self.catalogue.resolve(name)
         dtype = dtype or entry.dtype
         entry.check_dtype(name, dtype)
-        return WorkerKey(name, dtype, options), located(name, entry)
+        return WorkerKey(name, dtype, options), self._locations.located(name, entry)
 
     # --- what administrators need
 
@@ -396,7 +395,7 @@ class Daemon:
         model = self.fleet.open(key, entry, anew=True)
         for supervisor in self.fleet.supervisors():  # with those that sessions keep as they were
             if (supervisor.spec.name, supervisor.spec.dtype) == (key.name, key.dtype):
-                supervisor.release()
+                supervisor.lift_bar()
         if model.error is not None:
             raise model.error
         return key.name, key.dtype

@@ -137,9 +137,9 @@ def test_nobody_hears_later_than_after_a_minute(run: Callable[[Awaitable[None]],
                 system=SimpleNamespace(number=number),
                 evaluated=lambda _error, number=number: when.update({number: loop.time()}),
             )
-            dispatcher.submit(Evaluation(cast("Client", owner), 4, user=number))
+            dispatcher.submit(Evaluation(cast("Client", owner), 4, user=1))
         for _ in range(MAX_BLAMED):
-            assert [evaluation.user for evaluation in dispatcher.scheduler.next_batch()] == [1]
+            assert [one.owner.system.number for one in dispatcher.scheduler.next_batch()] == [1]
             dispatcher.worker_lost(End("it crashed", blamed=True), 600.0)
         dispatcher.have(cast("WorkerProcess", SimpleNamespace()))
         await asyncio.sleep(10_000)

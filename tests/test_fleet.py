@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from rootstockd.fleet.device_manager import DeviceManager
 from rootstockd.fleet.measured import FILE, HEAVY, LIGHT, Measured, Measurements
 from rootstockd.fleet.placement import DeviceSpace, Resident, first_to_go, place, place_replica, shift, stays, to_evict
 from rootstockd.host.devices import DeviceError, Gpu, Memory, find_devices, process_memory, visible_gpus
+from rootstockd.processes.folders import WorkerFolders
 from rootstockd.settings.config import Config, Device
 from rootstockd.supervision.memory_use import CONTEXT, taken
 from rootstockd.supervision.pace import SPAN, Pace
@@ -320,6 +322,30 @@ def test_what_was_measured_is_remembered(folder: Path) -> None:
     assert second.get(SPEC, "NVIDIA H100") is None
     moved = ModelSpec("m", "ase", "cpu", "float64", weights="/elsewhere", confine=False, arguments=SPEC.arguments)
     assert second.get(moved, "cpu") == SEEN
+
+
+def test_others_may_look_into_the_folder_whatever_the_umask(folder: Path) -> None:
+    """What root's daemon makes is where weights for everybody come next."""
+    measurements = Measurements()
+    measurements.put(SPEC, "cpu", SEEN)
+    before = os.umask(0o077)
+    try:
+        measurements.save()
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o755
+
+
+def test_what_is_compiled_is_kept_whatever_the_umask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """002 is that of users with groups of their own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    before = os.umask(0o002)
+    try:
+        folders = WorkerFolders(SPEC)
+    finally:
+        os.umask(before)
+    assert not folders.unkept
+    folders.remove()
 
 
 def test_two_daemons_do_not_overwrite_each_other(folder: Path) -> None:

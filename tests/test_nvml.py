@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from ase import Atoms
 from ase.build import bulk
@@ -259,6 +260,27 @@ def test_what_was_wrong_when_a_model_left_is_not_held_against_it(
     with daemon.client().calculator("once") as calculator:
         atoms.calc = calculator
         assert atoms.get_potential_energy() == pytest.approx(energy_of_emt(bulk("Cu")), abs=1e-9)
+
+
+def test_a_driver_that_says_nothing_keeps_no_model_away(driver: Driver, start) -> None:
+    """Its calls do not come back, as where `nvidia-smi` hangs; nothing else waits for them without end."""
+    daemon = start("0,1")
+    slow = driver.folder / "slow"
+    with Job(daemon) as job:
+        slow.touch()
+        try:
+            kill_worker(daemon)
+            job.goes_on()
+            wait_for(lambda: "cuda:0 does not answer the driver any more" in daemon.log.read_text())
+            threads = psutil.Process(daemon.pid).num_threads()
+            job.goes_on()
+            time.sleep(3)
+            assert psutil.Process(daemon.pid).num_threads() <= threads, "it is not asked again meanwhile"
+        finally:
+            slow.unlink()
+        wait_for(lambda: "cuda:0 answers the driver again" in daemon.log.read_text())
+        kill_worker(daemon)
+        job.goes_on()
 
 
 def energy_of_emt(atoms: Atoms) -> float:

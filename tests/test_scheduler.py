@@ -222,6 +222,30 @@ def test_a_fresh_worker_gets_nothing_but_what_others_ended_over():
     assert (scheduler.running, scheduler.waiting) == ([], 0)
 
 
+@pytest.mark.parametrize("withdrawn", [False, True])
+def test_one_users_many_that_end_workers_leave_others_their_share(withdrawn: bool) -> None:
+    """A hundred, in whose batch there was another user's step, each ending a worker when it is alone."""
+    scheduler, load = Scheduler[object](100_000), 10.0
+    bad = [Evaluation(f"bad {n}", 10, user=1) for n in range(100)]
+    for evaluation in (*bad, good := Evaluation("good", 10, user=2)):
+        scheduler.submit(evaluation)
+    had, lost = 0.0, 0.0
+    while lost < 30 * load:
+        batch = scheduler.next_batch()
+        if any(evaluation.user == 1 for evaluation in batch):
+            if withdrawn and len(batch) == 1:  # whoever sent it goes as soon as it is under way
+                scheduler.withdraw(batch[0])
+                scheduler.submit(Evaluation(f"bad {lost}", 10, user=1, attempts=1))
+            scheduler.worker_lost("it crashed", seconds=load)
+            lost += load
+            continue
+        assert batch == [good]
+        scheduler.finished(0.1)
+        had += 0.1
+        scheduler.submit(good := Evaluation("good", 10, user=2))
+    assert had == pytest.approx(lost, rel=0.2)
+
+
 def test_clear_gives_up_what_runs_and_what_waits():
     scheduler, (a, b, c) = queue(60, 60, 60)
     scheduler.next_batch()
@@ -294,6 +318,7 @@ class Story(RuleBasedStateMachine):
     @rule(passed=st.sampled_from([0.0, 1e-3, 1.0]))
     def next_batch(self, passed):
         self.clock += passed
+        before = {evaluation: self.scheduler._start(evaluation.user) for evaluation in self.live}
         batch = self.scheduler.next_batch(self.clock)
         if self.running:
             assert batch == []
@@ -309,8 +334,10 @@ class Story(RuleBasedStateMachine):
             assert not any(evaluation.alone for evaluation in batch)
             assert sum(evaluation.atoms for evaluation in batch) <= BUDGET
             assert not any(evaluation.attempts for evaluation in batch)
-        elif any(evaluation.attempts == 1 for evaluation in self.live):
-            assert batch[0].attempts == 1 or batch[0] in self.put_back  # what is suspect goes first
+        elif suspects := [evaluation for evaluation in before if evaluation.attempts == 1]:
+            first = batch[0]  # what is suspect goes first, but that of users who had more behind others
+            other_rules = first.attempts or first in self.put_back or any(one.attempts > 1 for one in before)
+            assert other_rules or before[first] < min(before[suspect] for suspect in suspects)
         self.running = list(batch)
 
     def end(self, evaluations):

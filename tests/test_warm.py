@@ -170,7 +170,7 @@ def test_models_spread_over_devices_and_status_says_where(start: Callable[..., R
 def test_devices_that_are_none(start_daemon: Callable[..., RunningDaemon], runtime_folder: Path) -> None:
     daemon = RunningDaemon(runtime_folder / "none")
     for arguments, words in (
-        (("--device", "tpu"), "names no device; names are cpu, cpu:1, cuda:1"),
+        (("--device", "tpu"), "names no device; names are auto, cpu, cpu:1, cuda:1"),
         (("--gpu", "0", "--device", "cpu"), "can't be combined"),
         (("--gpu", "x"), "names no device"),
     ):
@@ -475,30 +475,23 @@ def test_what_is_to_stay_and_has_failed_is_tried_again_by_a_reload(
 
 
 def test_a_forced_unload_is_no_reason_to_wait_for_a_stop(start: Callable[..., RunningDaemon]) -> None:
-    """What waits for the model is done first."""
+    """What waits for the model is told, and asks the next daemon."""
     daemon = start("drain_timeout = 1000\n", "--model", "lj")
-    with PlainDriver(daemon, copper(), model="lj") as job:  # one that does not wait for another daemon
-        assert job.status() == "NEEDINIT"
-        job.init(b" ")
+    with PlainDriver(daemon, copper(), model="lj") as job:
         os.kill(daemon.model("lj")["pid"], signal.SIGSTOP)
         job.positions()
         job.send(b"GETFORCE    ")
         wait_for(lambda: [session["state"] for session in daemon.client().status()["sessions"]] == ["busy"])
         assert daemon.run("unload", "lj", "--force").returncode == 0
-        with ThreadPoolExecutor(1) as pool:
-            stop = pool.submit(daemon.run, "stop")
-            wait_for(lambda: "draining" in daemon.log.read_text())
-            assert not (daemon.model("lj")["loading"] or {}).get("held")
-            job.result()
-        assert stop.result().returncode == 0
+        assert daemon.run("stop").returncode == 0
+        assert job.error()["code"] == "draining"
 
 
 def test_nothing_is_unloaded_of_a_daemon_that_stops(start: Callable[..., RunningDaemon]) -> None:
     """Or the evaluation that it waits for would begin anew, and be dropped."""
     daemon = start("drain_timeout = 1000\n", "--model", "lj")
     with PlainDriver(daemon, copper(), model="lj") as job:
-        assert job.status() == "NEEDINIT"
-        job.init(b" ")
+        assert job.status() == "READY"
         os.kill(worker := daemon.model("lj")["pid"], signal.SIGSTOP)
         job.positions()
         job.send(b"GETFORCE    ")

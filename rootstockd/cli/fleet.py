@@ -15,6 +15,8 @@ from rootstockd.cli.quantities import plural
 from rootstockd.control.schema import LoadAnswer, ModelStatus, UnloadAnswer
 
 POLL = 0.1
+COLD = 10.0
+"""Seconds after which a model that is to be loaded, and is not coming, was unloaded by somebody else."""
 
 
 @click.command()
@@ -38,6 +40,7 @@ def _wait(address: Path, name: str, dtype: str) -> ModelStatus:
     Raises:
         Refused: it can't be loaded.
     """
+    cold_since: float | None = None
     with saying(text := f"loading {name}") as say:
         while True:
             models = fetch_status(address).models
@@ -49,7 +52,9 @@ def _wait(address: Path, name: str, dtype: str) -> ModelStatus:
                     raise Refused(model.error)
                 if model.loading:
                     text = f"{name} {model.loading.text}"
-            if not found:
+            cold = all(model.state == "cold" for model in found)
+            cold_since = (cold_since or time.monotonic()) if cold else None
+            if not found or (cold_since is not None and time.monotonic() - cold_since > COLD):
                 raise Refused(f"model {name!r} has left memory again.")
             say(text)
             time.sleep(POLL)

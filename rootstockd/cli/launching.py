@@ -62,7 +62,8 @@ def stay_with(config: Config) -> None:
     while True:
         try:
             process = process or launch(config)
-            raise SystemExit(process.wait())
+            status = process.wait()
+            raise SystemExit(status if status >= 0 else 128 - status)  # as shells have it
         except KeyboardInterrupt:
             if process is None:  # `launch` has ended it
                 raise
@@ -135,6 +136,11 @@ def refuse_second(address: Path) -> None:
     """
     with contextlib.suppress(RootstockError):
         running = fetch_status(address)
+        if running.state == "draining":
+            raise Refused(
+                f"the daemon at {address} (pid {running.pid}) is stopping: it does what is under way, and takes "
+                "nothing new. Start another when it has ended; `rootstockd stop --force` ends it now."
+            )
         raise Refused(already_runs(address, str(running.pid)))
 
 

@@ -12,7 +12,7 @@ import click
 
 from rootstock_client.errors import DaemonNotFoundError, DrainingError, RootstockError
 from rootstock_client.patience import PATIENCE_VARIABLE
-from rootstock_client.runtime_dir import control_socket, find_socket
+from rootstock_client.runtime_dir import answers, control_socket, find_socket
 from rootstock_client.sockets import connect
 from rootstockd.cli.clients import Refused, socket_in_use, socket_option
 from rootstockd.cli.common import (
@@ -36,7 +36,7 @@ from rootstockd.cli.ending import (
 from rootstockd.cli.launching import launch, serve_in_front, stay_with
 from rootstockd.cli.options import settings_again, settings_options, settings_said
 from rootstockd.cli.successor import take_environment
-from rootstockd.cli.systemd_units import unit_at
+from rootstockd.cli.systemd_units import Unit, unit_at
 from rootstockd.control.schema import ReloadReport, SessionStatus
 from rootstockd.host.devices import DeviceError, found_devices
 from rootstockd.host.peers import peer_of
@@ -95,7 +95,8 @@ def stop(socket: Path | None, force: bool) -> None:
         return
     try:
         left = end(address, force=force).sessions
-        if address.exists() and not call_off_restart(address, force=force):
+        gone = not address.exists() or call_off_restart(address, force=force)
+        if not gone and answers(control_socket(address)):
             raise Refused("it has ended, but another has been started meanwhile: stop that one, too.")
     except DaemonNotFoundError as error:
         if not _stopped_unanswering(address, force=force):
@@ -160,6 +161,7 @@ def restart(socket: Path | None) -> None:
     """
     address = socket_in_use(socket)
     if unit := unit_at(address):
+        _check_unit(unit)
         unit.ask("restart", unit.service)
         return
     try:
@@ -183,6 +185,23 @@ def restart(socket: Path | None) -> None:
         raise Refused(already) from error
     except (RootstockError, ConfigError) as error:
         raise Refused(error) from error
+
+
+def _check_unit(unit: Unit) -> None:
+    """Whether a service of systemd's could start anew, as far as this user can see.
+
+    Raises:
+        Refused: it could not.
+    """
+    from rootstockd.cli.config import examined  # looks at all models  # noqa: PLC0415
+    from rootstockd.cli.service import service_by  # noqa: PLC0415
+
+    service = service_by(unit)
+    if service is None or not service.is_administered or service.instance is None:
+        return
+    if problems := examined(None, service.instance).problems:
+        anyway = f"`{' '.join(unit.systemctl)} restart {unit.service}` restarts it all the same."
+        raise Refused("\n".join([*problems, GOES_ON, anyway]))
 
 
 @click.command()

@@ -104,16 +104,17 @@ class Service:
 def service_at(socket: Path) -> Service | None:
     """The service that systemd starts for whoever connects to `socket`, if systemd listens there."""
     unit = unit_at(socket)
-    return None if unit is None else _look_at(unit)
+    return None if unit is None else service_by(unit)
 
 
 def service_of(instance: str) -> Service | None:
     """The service of an instance of this user's systemd (root: the machine's), where its unit is installed."""
     name = f"rootstockd@{instance}"
-    return _look_at(Unit(f"{name}.service", f"{name}.socket", os.geteuid() != 0))
+    return service_by(Unit(f"{name}.service", f"{name}.socket", os.geteuid() != 0))
 
 
-def _look_at(unit: Unit) -> Service | None:
+def service_by(unit: Unit) -> Service | None:
+    """A unit's service as systemd has it now; None where there is none, or systemd does not say."""
     command = [*unit.systemctl, "show", unit.service, f"--property=LoadState,{','.join((*_PROPERTIES, *_PORTS))}"]
     try:
         shown = subprocess.run(command, check=False, capture_output=True, text=True, timeout=10).stdout

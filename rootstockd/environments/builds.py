@@ -26,7 +26,7 @@ from pydantic import BaseModel, ValidationError
 
 from rootstockd.environments.packages import damage, installed
 from rootstockd.environments.specification import Specification, check_name
-from rootstockd.settings.state_dir import check_trusted, own_state, state_dirs
+from rootstockd.settings.state_dir import check_trusted, make_readable, own_state, state_dirs
 from rootstockd.worker.files import digest_of, read_regular
 
 SCHEMA_VERSION = 1
@@ -240,14 +240,6 @@ def building(name: str) -> Iterator[Path]:
         yield folder
     finally:
         os.close(lock)
-
-
-def make_readable(folder: Path) -> None:
-    """Make a folder, with those above it, that all may look into, whatever the umask."""
-    if not folder.is_dir():
-        make_readable(folder.parent)
-        folder.mkdir()
-        folder.chmod(0o755)
 
 
 def remove_unfinished(folder: Path) -> None:

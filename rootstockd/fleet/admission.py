@@ -71,7 +71,7 @@ class Admission:
     async def admit(self, model: Supervisor) -> dict[str, str] | None:
         began = time.monotonic()
         while model.wanted:
-            if model.held:
+            if model.barred:
                 model.obstacle = ""  # that is none
                 await asyncio.sleep(POLL)
                 began = time.monotonic()
@@ -94,7 +94,7 @@ class Admission:
             if plan is not None:
                 model.device, model.memory.set_aside = self._devices.devices[plan.space], need
                 await self._evict(model, [resident.number for resident in plan.evicted])
-                if model.held:  # since then
+                if model.barred:  # since then
                     model.device = None
                     continue
                 return self._config.worker_environment(self._devices.devices[plan.space]) if model.wanted else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import time
@@ -24,6 +25,8 @@ QUIET = 5.0
 """Seconds after its last evaluation in which a model with sessions does not go for another: drivers compute, too."""
 RESERVE = 0.05
 """The part of a GPU's memory that models leave free, for whatever else its driver needs."""
+ANSWER = 10.0
+"""Seconds after which a GPU whose driver has said nothing counts as one that does not answer."""
 AVOIDED = 600.0
 """Seconds in which a model does not go to a GPU again that it could not use, if there is another."""
 
@@ -44,9 +47,11 @@ class DeviceManager:
         self._labels: dict[str, str] = {}
         self._avoided: dict[tuple[str, str, str], float] = {}
         """Until when, by `time.monotonic`, by the device's name and the model's, with its dtype."""
+        self._asked: dict[str, asyncio.Task[Memory | None]] = {}
+        """Which GPUs owe an answer, by name."""
 
     def begin(self, devices: tuple[Device, ...]) -> None:
-        """It is these devices, which have been found."""
+        """Take these devices, which have been found."""
         self.devices = devices
         if devices[0].kind == "cuda":
             gpus = find_gpus()
@@ -131,7 +136,7 @@ class DeviceManager:
         return self._limited(int(memory.total * (1 - RESERVE)) - others)
 
     def _most(self, device: Device) -> int | None:
-        """The same, if there were no other programs."""
+        """A device's room if there were no other programs on it."""
         memory = self._gpus.get(device.name)
         return self._limit if memory is None else self._limited(int(memory.total * (1 - RESERVE)))
 
@@ -184,8 +189,8 @@ class DeviceManager:
         """Look at how much memory workers and devices have."""
         asked = [(supervisor, supervisor.pid) for supervisor in supervisors if supervisor.pid is not None]
         devices = [device for device in self.devices if device.kind == "cuda"]
-        gpus, resident = await in_thread(_look, devices, [pid for _, pid in asked])
-        self._heard(gpus)
+        self._heard(await self._ask(devices))
+        resident = await in_thread(_resident_memory, [pid for _, pid in asked])
         for supervisor, pid in asked:
             if supervisor.pid != pid or supervisor.device is None:
                 continue  # it has ended meanwhile
@@ -195,6 +200,28 @@ class DeviceManager:
                 self._measured(supervisor, taken(gpu, pid, supervisor.memory.told))
         if self._measurements.due:
             await self.save()
+
+    async def _ask(self, devices: list[Device]) -> dict[str, Memory | None]:
+        """What is in the memory of GPUs, by name; None of those that do not say, or not within ANSWER.
+
+        Each is asked by itself, and not once more while it owes an answer: calls of a driver may never come back. One
+        that said nothing the last time is not waited for.
+        """
+        asked = {}
+        for device in devices:
+            if device.name not in self._asked:
+                self._asked[device.name] = asyncio.ensure_future(in_thread(gpu_memory, device.uuid))
+            asked[device.name] = self._asked[device.name]
+        await asyncio.sleep(0)
+        if usual := [task for name, task in asked.items() if self._gpus.get(name) is not None]:
+            await asyncio.wait(usual, timeout=ANSWER)
+        answers: dict[str, Memory | None] = dict.fromkeys(asked)
+        for name, task in asked.items():
+            if task.done():
+                if self._asked.get(name) is task:
+                    del self._asked[name]
+                answers[name] = task.result()
+        return answers
 
     def _heard(self, gpus: dict[str, Memory | None]) -> None:
         for name, memory in gpus.items():
@@ -231,10 +258,8 @@ def may_go(supervisor: Supervisor) -> bool:
     return supervisor.state is State.READY and not supervisor.busy and supervisor.idle_seconds >= quiet
 
 
-def _look(devices: list[Device], pids: list[int]) -> tuple[dict[str, Memory | None], dict[int, int]]:
-    """What is in the memory of GPUs by name, and of processes."""
-    resident = {pid: process_memory(pid) or 0 for pid in pids}
-    return {device.name: gpu_memory(device.uuid) for device in devices}, resident
+def _resident_memory(pids: list[int]) -> dict[int, int]:
+    return {pid: process_memory(pid) or 0 for pid in pids}
 
 
 def _file_size(path: str) -> int:

@@ -248,9 +248,9 @@ class Fleet:
             self._registry.forget(key)
         for supervisor in supervisors:
             if force:
-                supervisor.hold(HOLD)
+                supervisor.bar(HOLD)
             else:
-                supervisor.release()
+                supervisor.lift_bar()
             self._admission.unload(supervisor, f"{who} said so")
             supervisor.loading.without = {}  # what ended a worker may be mended, or was none of its doing
         for model in self._models.values():
@@ -312,7 +312,7 @@ class Fleet:
                 self._expire(supervisor)
         for key, model in list(self._models.items()):
             first = model.first
-            needed = first.clients or first.wanted or model.replicas or model.kept or first.held
+            needed = first.clients or first.wanted or model.replicas or model.kept or first.barred
             told = first.refusal is None or first.idle_seconds > REFUSED  # why it did not come
             # of those with options there may be any number
             seen = bool(key.options) or first.idle_seconds > min(BROKEN, self.keep_alive(first))

@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from rootstockd.models.whole_files import StoreError, write
-from rootstockd.settings.state_dir import StateError, own_state, state_dirs
+from rootstockd.settings.state_dir import StateError, make_readable, own_state, state_dirs
 from rootstockd.worker.engines import ModelSpec
 from rootstockd.worker.files import read_regular
 
@@ -74,7 +74,7 @@ class Measurements:
         return self._known.get(_key(spec, device))
 
     def put(self, spec: ModelSpec, device: str, measured: Measured) -> None:
-        """It took so much."""
+        """Take down what a model was seen to take."""
         key = _key(spec, device)
         if (known := self._known.get(key)) is None or not measured.like(known):
             self._known[key] = self._fresh[key] = measured
@@ -118,7 +118,7 @@ class Measurements:
         fresh, self._fresh = self._fresh, {}
         path = own_state() / FILE
         try:
-            path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+            make_readable(path.parent)  # weights come there, too, which others read
             write(path, _File.dump_json({**_read(path, quietly=self._complained), **fresh}, indent=1).decode())
             self._complained = False
         except (StoreError, OSError) as error:  # a full disk, or a shared folder that is read alone: this one knows it

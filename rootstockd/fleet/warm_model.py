@@ -57,7 +57,7 @@ class WarmModel:
 
     @property
     def ready(self) -> list[Supervisor]:
-        """Those that compute."""
+        """The supervisors whose workers compute."""
         return [supervisor for supervisor in self.supervisors if supervisor.state is State.READY]
 
     @property

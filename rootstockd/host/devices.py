@@ -194,12 +194,12 @@ def visible_gpus(gpus: list[Gpu], variable: str | None) -> list[Gpu]:
 
 
 def seen_gpus() -> list[Gpu]:
-    """Those of this machine that a program sees that is started from here."""
+    """The GPUs of this machine that a program sees that is started from here."""
     return visible_gpus(find_gpus(), os.environ.get(VISIBLE))
 
 
 def _by_uuid(gpus: list[Gpu], uuid: str) -> list[Gpu]:
-    """Those whose UUID begins so."""
+    """GPUs and MIG instances whose UUID begins so."""
     return [gpu for whole in gpus for gpu in (whole, *whole.instances) if gpu.uuid.startswith(uuid)]
 
 
@@ -300,7 +300,7 @@ def hidden_driver(variables: Mapping[str, str], loaded: Path = Path("/proc/drive
 
 
 def found_devices(devices: tuple[Device, ...]) -> tuple[Device, ...]:
-    """The same, with what this machine knows of them.
+    """Devices by their names, with what this machine knows of them.
 
     Raises:
         DeviceError: one is not there.

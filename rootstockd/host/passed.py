@@ -41,7 +41,7 @@ def are_refused(sock: socket.socket) -> bool:
 
 
 def descriptors_in(ancillary: Iterable[tuple[int, int, bytes]]) -> list[int]:
-    """Those that a message brought, which are the caller's to close."""
+    """The descriptors that a message brought, which are the caller's to close."""
     found: list[int] = []
     for level, kind, data in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):

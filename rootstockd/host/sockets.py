@@ -94,6 +94,18 @@ def already_runs(address: Path, pid: str) -> str:
 
 
 @contextlib.contextmanager
+def in_use(folder: Path) -> Iterator[None]:
+    """Have systemd-tmpfiles leave a folder alone in which nothing changes for days, as one in /tmp."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):  # of a file system that has no such locks
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
 def lock(path: Path) -> Iterator[None]:
     """Hold a lock on `path`, with our process id in it; the file goes with the lock.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import threading
 from collections.abc import Callable, Iterable
 from importlib import metadata
 
@@ -16,6 +17,9 @@ from rootstockd.models.whole_files import StoreError
 from rootstockd.settings.state_dir import StateError
 from rootstockd.worker.engines import ase
 from rootstockd.worker.engines.loading import ENTRY_POINTS, FAMILIES
+
+DISK_PATIENCE, FIRST_PATIENCE = 0.3, 3.0
+"""Seconds for which a daemon's loop waits for a disk, where it knows what was there before, and where it does not."""
 
 
 def located(name: str, entry: Entry) -> Entry:
@@ -40,6 +44,60 @@ def located(name: str, entry: Entry) -> Entry:
     loaded = record.loaded.sha256
     sums = {"sha256": loaded, "original_sha256": record.original.sha256, "converted_sha256": loaded}
     return entry.model_copy(update={"weights": stored.weights, **sums})
+
+
+class Locations:
+    """Where weights are that were pulled, for an event loop: INITs wait for a disk that does not answer but once.
+
+    While it does not, what was there before counts.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[Entry, Entry]] = {}
+        """By the model's name: the entry, and the same with its weights."""
+        self._look: threading.Thread | None = None
+        """One that has not come back."""
+
+    def located(self, name: str, entry: Entry) -> Entry:
+        """As the function of this name does.
+
+        Raises:
+            ModelLoadError: weights have not been pulled, or no disk says where they are.
+        """
+        if entry.weights is not None or not entry.url:
+            return entry
+        before, known = self._known.get(name, (None, entry))
+        if self._look is None or not self._look.is_alive():
+            found: list[Entry | ModelLoadError] = []
+            look = threading.Thread(target=self._find, args=(name, entry, found), name="where weights are", daemon=True)
+            try:
+                look.start()
+            except RuntimeError:  # there are as many threads as there may be
+                return located(name, entry)
+            self._look = look
+            look.join(DISK_PATIENCE if before is entry else FIRST_PATIENCE)
+            if found:
+                if isinstance(found[0], ModelLoadError):
+                    raise found[0]
+                return found[0]
+        if before is entry:
+            return known
+        raise ModelLoadError(
+            f"model {name!r}: no disk says where its weights are.",
+            "See whether the file systems of the state directories answer (`df`), then try again.",
+        )
+
+    def _find(self, name: str, entry: Entry, found: list[Entry | ModelLoadError]) -> None:
+        """Look, for whoever waits, and for those who ask later."""
+        try:
+            there = located(name, entry)
+        except (ModelLoadError, OSError) as error:
+            self._known.pop(name, None)
+            lack = ModelLoadError(f"model {name!r}: no disk says where its weights are: {error}.")
+            found.append(error if isinstance(error, ModelLoadError) else lack)
+        else:
+            self._known[name] = entry, there
+            found.append(there)
 
 
 def not_to_preload(names: Iterable[str], catalogue: Catalogue) -> list[UnknownModelError | ModelLoadError]:
@@ -93,7 +151,7 @@ def _wrong(name: str, entry: Entry, environment: Environment) -> str:
 
 
 def families() -> list[str]:
-    """Those that this installation has an engine for."""
+    """The families that this installation has an engine for."""
     return [*FAMILIES, *(point.name for point in metadata.entry_points(group=ENTRY_POINTS))]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,10 +19,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rootstockd.models.catalogue import Entry
 from rootstockd.models.whole_files import StoreError, lock, no_room, part_file, replace
-from rootstockd.settings.state_dir import check_trusted, own_state, state_dirs
+from rootstockd.settings.state_dir import check_trusted, make_readable, own_state, state_dirs
 from rootstockd.worker.files import digest_of, open_regular, read_regular
 
 FOLDER = "weights"
+_CHECKSUM = re.compile("[0-9a-f]{64}")
 FIRST_USE = "its first use"
 """Who says which file is the right one, where nobody does."""
 LARGEST = 16 << 30
@@ -99,10 +101,8 @@ def own_folder() -> Path:
     """
     folder = own_state() / FOLDER
     try:
+        make_readable(folder)
         for path in (folder.parent, folder):
-            if not path.is_dir():
-                path.mkdir(parents=True)
-                path.chmod(0o755)  # whatever the umask says: every user of the machine may read weights
             check_trusted(path)
     except OSError as error:
         raise StoreError(
@@ -129,10 +129,15 @@ def all_stored() -> Iterator[tuple[str, Stored]]:
     """Every record by its model's name; one's own before the system's of the same name."""
     seen = set()
     for state in state_dirs():
-        for path in sorted((state / FOLDER).glob("*.json")):
+        for path in _records_in(state / FOLDER):
             if path.stem not in seen and (record := read_record(path.parent, path.stem)) is not None:
                 seen.add(path.stem)
                 yield path.stem, Stored(path.parent, record)
+
+
+def _records_in(folder: Path) -> list[Path]:
+    """Files of records; weights are called by their checksum, some of them `*.json`."""
+    return sorted(path for path in folder.glob("*.json") if not _CHECKSUM.fullmatch(path.stem))
 
 
 def read_record(folder: Path, name: str) -> Record | None:
@@ -240,7 +245,7 @@ def _unneeded(folder: Path, files: list[StoredFile], but: str = "") -> list[Stor
     Raises:
         StoreError: a model's record can't be read.
     """
-    others = (read_record(folder, path.stem) for path in folder.glob("*.json") if path.stem != but)
+    others = (read_record(folder, path.stem) for path in _records_in(folder) if path.stem != but)
     kept = {file.name for other in others if other for file in other.files}
     return [file for file in files if file.name not in kept]
 

@@ -206,7 +206,8 @@ def _cache(spec: ModelSpec) -> tuple[str | None, str]:
     caches = platformdirs.user_cache_path("rootstockd") / "compiled"
     folder = caches / hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        caches.mkdir(mode=0o700, parents=True, exist_ok=True)  # the mode is the last one's alone
+        folder.mkdir(mode=0o700, exist_ok=True)
         for path in (caches, folder):
             if not is_private(path, os.getuid()):
                 raise PermissionError(0, "it belongs to somebody else, or others may write to it", str(path))

@@ -23,13 +23,13 @@ def _printable(text: str) -> str:
 
 
 def _sentence(text: str) -> str:
-    """The same with a full stop, which engines leave to us: many of their messages end in another's words."""
+    """A message with a full stop, which engines leave to us: many of their messages end in another's words."""
     text = _printable(text).rstrip()
     return text if text.endswith((".", "?", "!")) else f"{text}."
 
 
 def _line(text: str) -> str:
-    """The same in one line."""
+    """A message in one line."""
     return " ".join(_printable(text).split("\n"))
 
 

@@ -7,11 +7,13 @@ import contextlib
 import dataclasses
 import errno
 import json
+import logging
 import os
 import re
 import signal
 import socket
 import struct
+import threading
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +32,12 @@ from rootstockd.worker.version import DISORDER, MESSAGE_SIZE
 
 ENTRY = Path(worker.__file__).with_name("__main__.py")
 """What workers run."""
+log = logging.getLogger(__name__)
+
+UNKILLABLE = 60.0
+"""Seconds after which a worker that was killed is not waited for any more; one gives back memory for some."""
+DISK_PATIENCE = 10.0
+"""Seconds for which the removal of a worker's folders is waited for."""
 GRACE = 5.0
 """Seconds that a worker without its socket has to end by itself, so that it is seen what it died of."""
 FOREIGN = {signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT}
@@ -130,11 +138,14 @@ class WorkerProcess:
         self._output = output
         self.attached: set[int] = set()
         """Numbers of the slots that it has."""
+        self.first_rates: dict[int, float] = {}
+        """Seconds an atom that the first step took, of slots that had no other yet."""
         self.usable = True
         """It has not ended, and listens."""
         self._outbox: deque[tuple[bytes, int | None]] = deque()
         self._verdict: End | None = None
         """Why it was killed, if the daemon did it."""
+        self._killed = asyncio.Event()
         self._memory_kills = (memory_kills(),) * 2
         """When `at_something_else` was called the last time but one, and the last time."""
         self._loop = asyncio.get_running_loop()
@@ -149,15 +160,20 @@ class WorkerProcess:
         variables: dict[str, str],
         listener: Listener,
         ration: Ration,
+        limit: float | None = None,
     ) -> WorkerProcess:
-        """Start a worker that loads `spec` in an environment; it says R when it is ready."""
+        """Start a worker that loads `spec` in an environment; it says R when it is ready.
+
+        Raises:
+            asyncio.TimeoutError: its folders could not be made within `limit` seconds.
+        """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         folders: WorkerFolders | None = None
         process: asyncio.subprocess.Process | None = None
         output: WorkerOutput | None = None
         try:
             if spec.confine or spec.family == "ipi":
-                folders = await in_thread(WorkerFolders, spec)  # disks, and homes over a network, take time
+                folders = await _folders_for(spec, limit)
             output = WorkerOutput(spec.name, ration)
             ours.setblocking(False)  # noqa: FBT003 - the socket module has no other way
             passed.refuse(ours)  # it sends none
@@ -226,6 +242,7 @@ class WorkerProcess:
         """Have it forget a slot."""
         if number in self.attached:
             self.attached.remove(number)
+            self.first_rates.pop(number, None)
             self._send(b"D" + number.to_bytes(4, "little"))
 
     def evaluate(self, numbers: list[int]) -> bytes:
@@ -235,20 +252,45 @@ class WorkerProcess:
         return body
 
     async def wait(self) -> End:
-        """Until the process is gone, and all it said is heard."""
-        status = await self._process.wait()
+        """Until the process is gone, and all it said is heard.
+
+        One that was killed and does not go, as a driver in the kernel holds it, is not waited for without end: it runs
+        no code of a program's any more, and what it has of a device stays its own.
+        """
+        status = await self._ended()
         self.usable = False
         self.hear_out()
         self.hang_up()  # what it started may live on, and have more to say
         self._output.finish()
         if self._folders is not None:
-            await in_thread(self._folders.remove)
+            removing = asyncio.ensure_future(in_thread(self._folders.remove))
+            done, _ = await asyncio.wait([removing], timeout=DISK_PATIENCE)
+            if done and (error := removing.exception()):
+                log.warning("the folders of worker %d are left: %s", self.pid, error)
+        if status is None:
+            verdict = self._verdict or End("it was killed", blamed=False)
+            how = f"{verdict.how}, and does not end: it is left to the kernel"
+            log.error("worker %d: %s", self.pid, how)
+            return dataclasses.replace(verdict, how=how, disorder=True)
         if status == -signal.SIGKILL and self._verdict:
             return self._verdict
         return ending(status, self._memory_kills[0], memory_kills())
 
+    async def _ended(self) -> int | None:
+        """Its exit status; None if it was killed and does not end."""
+        ended = asyncio.ensure_future(self._process.wait())
+        killed = asyncio.ensure_future(self._killed.wait())
+        try:
+            await asyncio.wait([ended, killed], return_when=asyncio.FIRST_COMPLETED)
+            if not ended.done():
+                await asyncio.wait([ended], timeout=UNKILLABLE)
+            return ended.result() if ended.done() else None
+        finally:
+            killed.cancel()
+            ended.cancel()
+
     def at_something_else(self) -> None:
-        """It has begun something since this was called the last time: what the kernel killed before is not for that."""
+        """Something else has begun since this was called last: what the kernel killed before is not for that."""
         self._memory_kills = (self._memory_kills[1], memory_kills())
 
     def kill(self, verdict: End | None = None) -> None:
@@ -258,6 +300,7 @@ class WorkerProcess:
             verdict: what `wait` shall say of it.
         """
         self._verdict = self._verdict or verdict
+        self._killed.set()
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
 
@@ -279,8 +322,7 @@ class WorkerProcess:
         except OSError as error:  # it is dead or dying, and `wait` will say so
             if fd is not None and error.errno in _NO_DESCRIPTORS:
                 os.close(fd)
-                with contextlib.suppress(OSError):
-                    self._channel.send(message)  # without it: there is no slot
+                self._send(message)  # without it: there is no slot
                 raise
         if fd is not None:
             os.close(fd)
@@ -341,6 +383,23 @@ class WorkerProcess:
             self._loop.remove_reader(self._channel)
             self._loop.remove_writer(self._channel)
             self._channel.close()
+
+
+async def _folders_for(spec: ModelSpec, limit: float | None) -> WorkerFolders:
+    """Folders for a worker; disks, and homes over a network, take time, and what comes too late is removed."""
+    too_late = threading.Event()
+
+    def make() -> WorkerFolders:
+        made = WorkerFolders(spec)
+        if too_late.is_set():
+            made.remove()
+        return made
+
+    try:
+        return await asyncio.wait_for(in_thread(make), limit)
+    except asyncio.TimeoutError:
+        too_late.set()
+        raise
 
 
 def worker_command(environment: Environment) -> list[str]:

@@ -49,6 +49,14 @@ def own_state() -> Path:
     return SYSTEM_STATE if os.geteuid() == 0 else platformdirs.user_data_path("rootstockd")
 
 
+def make_readable(folder: Path) -> None:
+    """Make a folder, with those above it, that all may look into, whatever the umask."""
+    if not folder.is_dir():
+        make_readable(folder.parent)
+        folder.mkdir(exist_ok=True)
+        folder.chmod(0o755)
+
+
 def state_dirs() -> list[Path]:
     """Where to look, in this order; those that are there. One that root keeps to itself is as if it were not there.
 
@@ -69,17 +77,21 @@ def state_dirs() -> list[Path]:
     return there
 
 
-def check_trusted(path: Path) -> None:
+def check_trusted(path: Path, status: os.stat_result | None = None) -> None:
     """Whether nobody else could have written a file, or into a folder: what is in it becomes code.
 
     Its owner must be oneself or root; in the state directory that the environment variable names it may be that
     directory's owner, too, whom the user chose by naming it. Nobody but the owner may write to it. The owner's private
     group may, which has no other members: many systems give each user one, and a umask of 002. Debian's sshd does so.
 
+    Args:
+        path: the file or folder.
+        status: of what was opened there, where that is what is to be used.
+
     Raises:
         StateError: it is not so; what mends it, but for `/dev/null` and the like, whose modes are to stay.
     """
-    status = path.stat()
+    status = status or path.stat()
     uid, mode = status.st_uid, status.st_mode
     if uid not in {0, os.geteuid(), _owner_of_named_state(path)}:
         raise StateError(

@@ -40,13 +40,13 @@ class DelayedVerdicts:
             self._wait(evaluation.user)
 
     def resume(self) -> None:
-        """There is a worker."""
+        """There is a worker: the clock of what is to be told goes on."""
         self._there = True
         for user in list(self._due):
             self._wait(user)
 
     def pause(self) -> None:
-        """There is none."""
+        """There is no worker: the clock stands still."""
         self._there = False
         for user, timer in self._timers.items():
             timer.cancel()

@@ -19,6 +19,7 @@ from rootstockd.supervision.meter import Meter, Totals
 from rootstockd.supervision.pace import Pace
 from rootstockd.supervision.roles import Client
 from rootstockd.supervision.scheduler import MAX_BLAMED, MAX_STARVED, Evaluation, Scheduler
+from rootstockd.supervision.watchdog import TICK
 from rootstockd.words import counted
 
 if TYPE_CHECKING:
@@ -41,9 +42,12 @@ class Dispatcher:
         batch_atoms: the most atoms in one forward pass.
         hang_timeout: seconds that any batch may take.
         want: called when there is something to do and no worker for it.
+        tick: seconds between looks at what the worker is at.
     """
 
-    def __init__(self, name: str, batch_atoms: int, hang_timeout: float, want: Callable[[], object]) -> None:
+    def __init__(
+        self, name: str, batch_atoms: int, hang_timeout: float, want: Callable[[], object], tick: float = TICK
+    ) -> None:
         self.scheduler: Scheduler[Client] = Scheduler(batch_atoms)
         self._worker: WorkerProcess | None = None
         self.evaluations = self.batches = 0
@@ -62,8 +66,10 @@ class Dispatcher:
         self._computed = 0.0
         self._resuming: asyncio.TimerHandle | None = None
         """Somebody is waited for until then."""
-        self._new = False
-        """There is a system's first structure in the batch under way."""
+        self._new: list[int] = []
+        """Slots whose first structure is in the batch under way."""
+        self._tick, self._watched = tick, 0.0
+        """Seconds of the batch under way for which this process ran, as far as `looked` was called."""
         self._largest: dict[tuple[int, bool], int] = {}
         """Atoms of each user's largest evaluation so far, by whether it was `alone`: those may take far more."""
         self._verdicts: dict[Evaluation[Client], tuple[RootstockError, asyncio.Handle]] = {}
@@ -80,7 +86,10 @@ class Dispatcher:
         """Seconds that the batch under way may take."""
         sizes = [evaluation.atoms for evaluation in self.scheduler.running]
         larger = max(sizes) > max(self._largest.values(), default=0)
-        return self._hang_limit.seconds(sum(sizes), first=self._new, larger=larger)
+        own = 0.0
+        if self._worker is not None and (rates := self._worker.first_rates):
+            own = max(rates.get(evaluation.owner.system.number, 0.0) for evaluation in self.scheduler.running)
+        return self._hang_limit.seconds(sum(sizes), first=bool(self._new), larger=larger, own=own)
 
     @property
     def abandoned(self) -> bool:
@@ -88,8 +97,12 @@ class Dispatcher:
         scheduler = self.scheduler
         return scheduler.waiting > 0 and all(evaluation.withdrawn for evaluation in scheduler.running)
 
+    def looked(self) -> None:
+        """Somebody has looked what the worker is at."""
+        self._watched += self._tick
+
     def have(self, worker: WorkerProcess | None) -> None:
-        """There is a worker that is ready, or none."""
+        """Take the worker that is ready, or note that there is none."""
         self._worker = worker
         if worker is None:
             self._delayed.pause()
@@ -131,7 +144,7 @@ class Dispatcher:
                 if system.number not in worker.attached:
                     worker.attach(system.number, system.slot, system.settings)
                     self._hang_limit.new_system()
-                    self._new = True
+                    self._new.append(system.number)
             except OSError as error:
                 refusal = LimitError(
                     f"model {self._name!r}: the daemon can't hand this structure over to a worker: {error.strerror}.",
@@ -141,7 +154,7 @@ class Dispatcher:
             else:
                 numbers.append(system.number)
         if numbers:
-            self.sent = time.perf_counter()
+            self.sent, self._watched = time.perf_counter(), 0.0
             self._asked, self._shortages = worker.evaluate(numbers), 0
         for evaluation, refusal in refused:
             batch.remove(evaluation)
@@ -211,9 +224,10 @@ class Dispatcher:
             self._failures = {}
         sent = self.sent
         seconds = time.perf_counter() - sent
-        new, self._new = self._new, False
+        worked = min(seconds, self._watched + 2 * self._tick)  # this process may have been stopped meanwhile
+        new, self._new = self._new, []
         # a failure takes as long as it takes, and says nothing of what evaluations cost
-        batch = self.scheduler.finished(None if failures else seconds, sent + seconds)
+        batch = self.scheduler.finished(None if failures else worked, sent + seconds)
         try:
             if self.scheduler.waiting:
                 self.dispatch()  # first the device, then the answers
@@ -228,9 +242,20 @@ class Dispatcher:
         self.meter.done(batch, sent, seconds)
         if self._going:
             self._let_go()
+        self._learn(batch, failures, new, worked)
+
+    def _learn(
+        self, batch: list[Evaluation[Client]], failures: dict[int, RootstockError], new: list[int], seconds: float
+    ) -> None:
+        """What a batch says of how long others may take."""
+        rates, attached = ({}, set()) if self._worker is None else (self._worker.first_rates, self._worker.attached)
+        if rates and not new:
+            for evaluation in batch:
+                rates.pop(evaluation.owner.system.number, None)
         if new or seconds > self._hang_limit.ordinary:
             done = [evaluation for evaluation in batch if evaluation.owner.system.number not in failures]
-            self._hang_limit.learn(sum(evaluation.atoms for evaluation in done), seconds, first=new)
+            rate = self._hang_limit.learn(sum(evaluation.atoms for evaluation in done), seconds, first=bool(new))
+            rates.update((number, rate) for number in new if number in attached)
             for evaluation in done:
                 kind = evaluation.user, evaluation.alone
                 self._largest[kind] = max(self._largest.get(kind, 0), evaluation.atoms)

@@ -30,10 +30,12 @@ class HangLimit:
         self.ordinary = 0.0
         """Seconds up to which a batch without one teaches nothing, whatever its size."""
 
-    def learn(self, atoms: int, seconds: float, *, first: bool) -> None:
-        """A batch of so many atoms took so long."""
-        self._slowest[first] = max(self._slowest[first], seconds / max(FEW, atoms))
+    def learn(self, atoms: int, seconds: float, *, first: bool) -> float:
+        """A batch of so many atoms took so long: its rate, in seconds an atom."""
+        rate = seconds / max(FEW, atoms)
+        self._slowest[first] = max(self._slowest[first], rate)
         self.ordinary = FEW * self._slowest[False]
+        return rate
 
     def new_system(self) -> None:
         """A system comes whose first structure will say anew how slow it may be."""
@@ -41,9 +43,16 @@ class HangLimit:
             self._slowest[first] *= FORGET
         self.ordinary = FEW * self._slowest[False]
 
-    def seconds(self, atoms: int, *, first: bool, larger: bool = False) -> float:
-        """How long a batch of so many atoms may take; `larger` with an evaluation that is larger than any before."""
-        rate = max(self._slowest.values()) if first else self._slowest[False]
+    def seconds(self, atoms: int, *, first: bool, larger: bool = False, own: float = 0.0) -> float:
+        """How long a batch of so many atoms may take.
+
+        Args:
+            atoms: of all of it.
+            first: somebody's first structure is in it.
+            larger: so is an evaluation that is larger than any before.
+            own: the rate of the first step of somebody of whom no other is known: their next may be as slow.
+        """
+        rate = max(own, *self._slowest.values()) if first else max(own, self._slowest[False])
         if larger:
             rate = max(rate, PRIOR)
         return max(self._least, MARGIN * rate * max(atoms, FEW))

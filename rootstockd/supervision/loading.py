@@ -32,7 +32,7 @@ class Loading:
         return time.perf_counter() - self.since
 
     def begin(self, stage: str = "") -> None:
-        """It begins to wait, with nothing said against any backend for want of memory; or a worker is started."""
+        """Begin to wait, with nothing said against any backend for want of memory; or note that a worker is started."""
         if not stage:
             self._forget_lack()
         self.stage, self.trying, self.since = stage, "", time.perf_counter()

@@ -25,11 +25,11 @@ class MemoryUse:
     """Of a GPU that its worker says it has, which is torch's part of it."""
 
     def begin(self) -> None:
-        """There is a new worker, of which nothing is known yet."""
+        """Begin anew, with a worker of which nothing is known yet."""
         self.loaded = self.now = self.peak = self.told = 0
 
     def end(self) -> None:
-        """There is no worker any more."""
+        """Forget the worker, which has ended."""
         self.now = 0
 
     def measured(self, now: int, *, ready: bool) -> bool:

@@ -19,7 +19,7 @@ class Pace:
         self._samples: deque[tuple[float, int, float]] = deque()
 
     def sample(self, now: float, evaluations: int, computed: float, queue: int = 0) -> None:
-        """How it is now.
+        """Note how things are now.
 
         Args:
             now: seconds, of any clock.

@@ -46,11 +46,11 @@ class Client(Protocol):
 
     @property
     def queued(self) -> bool:
-        """It has an evaluation that waits for its turn."""
+        """Whether there is an evaluation that waits for its turn."""
 
     @property
     def held(self) -> bool:
-        """It has one that is not here yet, as its user may not have more at a time."""
+        """Whether there is an evaluation that is not here yet, as its user may not have more at a time."""
 
     def move(self, model: Supervisor) -> bool:
         """Go over to another worker of the same model; whether that could be: not while an evaluation is under way."""

@@ -87,6 +87,8 @@ class Evaluation(Generic[Owner]):
     """How many of them may have been killed for want of memory."""
     lost: float = 0.0
     """Seconds that these took from everybody else, where it may be to blame."""
+    charged: float = 0.0
+    """Those of them that count as had by its user."""
     ends: tuple[str, ...] = ()
     """How they ended, in words."""
     withdrawn: bool = False
@@ -180,6 +182,8 @@ class Scheduler(Generic[Owner]):
         self._was_again = False
         """The latest batch was one of these."""
         self._users: dict[int, _User[Owner]] = {}
+        self._apart: set[int] = set()
+        """Users over whose evaluations a worker has ended: in no batch with others' until one of theirs is done."""
         self._now = 0.0
         """Virtual time: the start of the latest evaluation that was dispatched."""
         self._batches = 0
@@ -224,6 +228,7 @@ class Scheduler(Generic[Owner]):
         elif evaluation in self._again:
             self._again.remove(evaluation)
             self.waiting -= 1
+            self._charge(evaluation)  # or whoever leaves in time would pay for nothing
 
     def next_batch(self, now: float = math.inf) -> list[Evaluation[Owner]]:
         """What the worker shall do now; empty while it is busy, when nothing waits, or while somebody is `expected`.
@@ -246,16 +251,32 @@ class Scheduler(Generic[Owner]):
         suspect = self._suspect()
         if suspect is not None:
             self._again.remove(suspect)
+            if (user := self._users.get(suspect.user)) is not None:
+                user.start = self._start(suspect.user) + self._seconds(suspect) / suspect.share
         self._was_again = suspect is not None
         self.running = self._fill() if suspect is None else [suspect]
         self.waiting -= len(self.running)
         return self.running
 
     def _suspect(self) -> Evaluation[Owner] | None:
-        """The evaluation under which a worker died that is next, if one is."""
-        first = next((evaluation for evaluation in self._again if evaluation.attempts <= 1), None)
-        others_turn = self._was_again and self.waiting > len(self._again)
-        return self._again[0] if first is None and self._again and not others_turn else first
+        """The evaluation under which a worker died that is next, if one is.
+
+        Between users that goes by what they had, and the time for which workers were lost is a part of it; of the
+        user's own it goes before all others. What several died under alternates with others in any case.
+        """
+        if not self._again:
+            return None
+        first = min(self._again, key=lambda evaluation: (self._start(evaluation.user), evaluation.attempts > 1))
+        if self.waiting > len(self._again):
+            repeated = first.attempts > 1 and self._was_again
+            if repeated or self._next_user().start < self._start(first.user):
+                return None
+        return first
+
+    def _start(self, uid: int) -> float:
+        """Virtual time at which a user's next evaluation starts."""
+        user = self._users.get(uid)
+        return self._now if user is None else max(user.start, self._now)
 
     def _expect(self, now: float) -> float:
         """Until when it is worthwhile to wait for somebody who has just left; 0 if it is not."""
@@ -276,7 +297,7 @@ class Scheduler(Generic[Owner]):
         return first.alone or first.atoms >= 2 * atoms
 
     def _precedes(self, left: Evaluation[Owner], user: _User[Owner]) -> bool:
-        """Whether it would be the turn of whoever has left before it is that user's, if they were back."""
+        """Whether a user who has left would have the turn before another does, if they were back."""
         own = self._users.get(left.user)
         if own is None:
             return False
@@ -285,14 +306,14 @@ class Scheduler(Generic[Owner]):
         return max(own.start, self._now) < user.start
 
     def _seconds(self, evaluation: Evaluation[Owner]) -> float:
-        """What it probably takes by itself."""
+        """Seconds that an evaluation probably takes by itself."""
         return self._curve(evaluation.alone).seconds(evaluation.atoms)
 
     def _curve(self, alone: bool) -> CostCurve:  # noqa: FBT001 - as Evaluation has it
         return self._alone if alone else self.costs
 
     def _weight(self, evaluation: Evaluation[Owner]) -> float:
-        """What it counts among its user's: its atoms, each by what it takes over what one takes at best."""
+        """What an evaluation counts among its user's: its atoms, each by what it takes over what one takes at best."""
         times = self._seconds(evaluation) / (evaluation.atoms * self.costs.cheapest)
         return evaluation.atoms * min(max(1.0, times), MOST_TIMES)
 
@@ -308,6 +329,8 @@ class Scheduler(Generic[Owner]):
         while user.queue:
             following = user.queue[0][2]
             more = following.atoms
+            if batch and user.uid != batch[0].user and self._apart & {user.uid, batch[0].user}:
+                break
             if batch and (following.alone or atoms + more > budget or len(batch) == MAX_EVALUATIONS):
                 break
             if turns is not None:
@@ -326,7 +349,7 @@ class Scheduler(Generic[Owner]):
         return batch
 
     def _next_user(self) -> _User[Owner]:
-        """Whose turn it is: of those who wait, whoever had least. If nobody does, it is any user that there is."""
+        """The user whose turn it is: of those who wait, whoever had least. If nobody does, any user that there is."""
         users = self._users.values()
         if len(users) == 1:  # as it mostly is
             return next(iter(users))
@@ -358,6 +381,8 @@ class Scheduler(Generic[Owner]):
         if now is not None and long:
             self._left, self._ended = {evaluation.owner: evaluation for evaluation in batch}, now
         if seconds is not None and batch:
+            if self._apart and len({evaluation.user for evaluation in batch}) == 1:
+                self._apart.discard(batch[0].user)
             self._curve(batch[0].alone).learn(sum(evaluation.atoms for evaluation in batch), seconds)
             if self.batch_atoms < self._most:
                 self._recover()
@@ -384,12 +409,14 @@ class Scheduler(Generic[Owner]):
             starved: it may have been killed for want of memory.
             seconds: how long nothing else was done or will be, until there is another worker.
         """
-        batch = [evaluation for evaluation in self.finished() if not evaluation.withdrawn]
+        whole = self.finished()
+        if blame or starved:
+            self._hold_against(whole, seconds)
+        batch = [evaluation for evaluation in whole if not evaluation.withdrawn]
         for evaluation in batch:
             evaluation.attempts += 1
             evaluation.blamed += blame
             evaluation.starved += starved
-            evaluation.lost += seconds if blame or starved else 0.0
             evaluation.ends += (how,)
         given_up = [
             e for e in batch if e.blamed >= MAX_BLAMED or e.starved >= MAX_STARVED or e.attempts >= MAX_ATTEMPTS
@@ -398,6 +425,33 @@ class Scheduler(Generic[Owner]):
         self._again.extendleft(reversed(again))
         self.waiting += len(again)
         return given_up
+
+    def _hold_against(self, batch: list[Evaluation[Owner]], seconds: float) -> None:
+        """A worker has ended over a batch. Of several users it may have been any's: it shows when each goes alone."""
+        users = {evaluation.user for evaluation in batch}
+        self._apart |= users
+        for evaluation in batch:
+            evaluation.lost += seconds
+        if len(users) == 1:
+            self._charge(max(batch, key=lambda evaluation: evaluation.lost - evaluation.charged))
+            for evaluation in batch:
+                evaluation.charged = evaluation.lost
+        for evaluation in batch:
+            if evaluation.withdrawn:
+                self._charge(evaluation)
+
+    def _charge(self, evaluation: Evaluation[Owner]) -> None:
+        """The time for which workers were lost over an evaluation counts as had by its user."""
+        if (seconds := evaluation.lost - evaluation.charged) <= 0:
+            return
+        evaluation.charged = evaluation.lost
+        uid = evaluation.user
+        if (user := self._users.get(uid)) is None:
+            user = self._users[uid] = _User(uid, self._now)
+            user.share, user.latest = evaluation.share, (evaluation.atoms, evaluation.alone)
+        user.start = max(user.start, self._now) + seconds / evaluation.share
+        if len(self._users) == 1 and all(other.user == uid for other in self._again):
+            self._now = user.start  # what the only user had is nobody's loss
 
     def put_back(self) -> None:
         """The worker goes for no fault of anybody's: what it was at is at the front of the queue again."""

@@ -19,7 +19,8 @@ from rootstockd.supervision.failed_starts import FailedStarts
 from rootstockd.supervision.meter import Meter
 from rootstockd.supervision.roles import Client, Placer, State
 from rootstockd.supervision.scheduler import Evaluation
-from rootstockd.supervision.workers import TICK, Workers
+from rootstockd.supervision.watchdog import TICK
+from rootstockd.supervision.workers import Workers
 from rootstockd.worker.engines import EngineInfo, ModelSpec
 
 log = logging.getLogger(__name__)
@@ -68,8 +69,8 @@ class Supervisor:
         self._stopping = asyncio.Event()
         self._wanted = asyncio.Event()
         self._wanted.set()
-        self._dispatcher = Dispatcher(spec.name, batch_atoms, hang_timeout, self._wanted.set)
         tick = min(TICK, hang_timeout / 10, load_timeout / 10)
+        self._dispatcher = Dispatcher(spec.name, batch_atoms, hang_timeout, self._wanted.set, tick)
         self.workers = Workers(spec, self._dispatcher, tick, load_timeout, self._loaded)
         self.loading, self.memory = self.workers.loading, self.workers.memory
         self.scheduler, self.pace = self._dispatcher.scheduler, self._dispatcher.pace
@@ -77,7 +78,7 @@ class Supervisor:
         self._leaving = asyncio.Event()
         """Its worker is to end, for good or so that others may have its memory."""
         self.retired = False
-        self._held_until = self._ended_at = 0.0
+        self._barred_until = self._ended_at = 0.0
         """By `time.monotonic`."""
         self._task = asyncio.create_task(self._keep_warm(), name=f"supervisor {spec.name}")
 
@@ -104,7 +105,7 @@ class Supervisor:
         self.clients.add(client)
 
     def leave(self, client: Client) -> None:
-        """It is not any more."""
+        """A client has it no longer; a retired supervisor ends with its last."""
         self.clients.discard(client)
         self._dispatcher.stays(client)
         self._end_if_unwanted()
@@ -134,7 +135,7 @@ class Supervisor:
 
     @property
     def busy(self) -> bool:
-        """It has evaluations to do."""
+        """Whether there are evaluations to do."""
         return self.queue > 0
 
     @property
@@ -144,12 +145,12 @@ class Supervisor:
 
     @property
     def wanted(self) -> bool:
-        """It shall be in memory, or come there."""
+        """Whether the model shall be in memory, or come there."""
         return self._wanted.is_set() and not self._stopping.is_set()
 
     @property
     def coming(self) -> bool:
-        """It is being loaded, or about to be."""
+        """Whether the model is being loaded, or about to be."""
         return self.wanted and self.state not in (State.READY, State.FAILED)
 
     @property
@@ -167,18 +168,18 @@ class Supervisor:
         self._dispatcher.last_use = time.perf_counter()
         self._wanted.set()
 
-    def hold(self, seconds: float) -> None:
+    def bar(self, seconds: float) -> None:
         """Do not come back for so long, as an administrator wanted its memory."""
-        self._held_until = time.monotonic() + seconds
+        self._barred_until = time.monotonic() + seconds
 
-    def release(self) -> None:
+    def lift_bar(self) -> None:
         """Come back as soon as it is wanted."""
-        self._held_until = 0.0
+        self._barred_until = 0.0
 
     @property
-    def held(self) -> float:
+    def barred(self) -> float:
         """Seconds until it may come back."""
-        return max(0.0, self._held_until - time.monotonic())
+        return max(0.0, self._barred_until - time.monotonic())
 
     def unload(self) -> None:
         """Leave memory, until somebody asks for it again, as what waits does; `vacated` says when it is done."""
@@ -202,7 +203,7 @@ class Supervisor:
 
     @property
     def ended(self) -> bool:
-        """It has no worker and will have none."""
+        """Whether there is no worker and will be none."""
         return self._task.done()
 
     async def vacated(self) -> None:
@@ -213,7 +214,7 @@ class Supervisor:
 
     @property
     def meter(self) -> Meter:
-        """What it does where it is."""
+        """Times of this model's steps."""
         return self._dispatcher.meter
 
     def under_way(self, user: int | None) -> tuple[int, float]:
@@ -231,12 +232,12 @@ class Supervisor:
 
     @property
     def evaluations(self) -> int:
-        """Done so far."""
+        """How many evaluations were done."""
         return self._dispatcher.evaluations
 
     @property
     def batches(self) -> int:
-        """They were done in so many."""
+        """How many batches the evaluations were done in."""
         return self._dispatcher.batches
 
     def sample(self) -> None:

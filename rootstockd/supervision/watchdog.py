@@ -11,6 +11,9 @@ from rootstockd.processes.worker_process import End, WorkerProcess
 
 log = logging.getLogger(__name__)
 
+TICK = 1.0
+"""Seconds between looks at how long a worker has been at something, at most."""
+
 
 @dataclass(frozen=True)
 class Occupation:

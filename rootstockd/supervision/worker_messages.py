@@ -24,7 +24,7 @@ class Listener(Protocol):
     memory: MemoryUse
 
     def computes(self, info: EngineInfo, *, ready: bool) -> None:
-        """What it computes with; whether it is ready only now."""
+        """The worker says what it computes with, and so is ready, if it was not."""
 
     def not_loaded(self, error: RootstockError) -> None:
         """The model can't be loaded."""
@@ -60,7 +60,7 @@ class WorkerMessages:
             self._listener.not_heard(error)
 
     def _hear(self, kind: bytes, body: bytes) -> None:
-        """It is not about the batch under way, or makes no sense."""
+        """Hear a message that is not about the batch under way, or makes no sense."""
         try:
             said = parse(kind, body)
             self._check_time(kind, said)

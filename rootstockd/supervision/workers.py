@@ -24,8 +24,6 @@ from rootstockd.worker.engines import EngineInfo, ModelSpec
 
 log = logging.getLogger(__name__)
 
-TICK = 1.0
-"""Seconds between looks at how long a worker has been at something, at most."""
 ABANDONED, AT_MOST = 10.0, 30.0
 """Seconds, at least and at most, that others wait for an evaluation whose session has gone, until a fresh worker does
 theirs: to load the model again takes some, too, though less than the first time, when it was compiled."""
@@ -110,7 +108,11 @@ class Workers:
             self.environment, self.fingerprint = environment, spec.fingerprint
             spec = replace(spec, without=self.loading.without)
             hear = self._messages.hear
-            worker = self.now = await WorkerProcess.start(spec, environment, variables, hear, self._ration)
+            starting = WorkerProcess.start(spec, environment, variables, hear, self._ration, self._load_timeout)
+            worker = self.now = await starting
+        except asyncio.TimeoutError:
+            error = self._no_answer("the folders of its worker could not be made")
+            return End(error.message, blamed=True), error
         except ModelLoadError as error:
             return End(error.message, blamed=True), error
         except Exception as error:  # or the model would count as loading for ever
@@ -137,26 +139,30 @@ class Workers:
         try:
             return await asyncio.wait_for(in_thread(_with_environment, self._spec), self._load_timeout)
         except asyncio.TimeoutError as error:
-            raise ModelLoadError(
-                f"what it computes with could not be looked at within {self._load_timeout:.3g} s.",
-                "See whether the file systems of its environment and its modules answer (`df`).",
-            ) from error
+            raise self._no_answer("what it computes with could not be looked at") from error
+
+    def _no_answer(self, what: str) -> ModelLoadError:
+        return ModelLoadError(
+            f"{what} within {self._load_timeout:.3g} s.",
+            "See whether the file systems of its environment, its modules and its caches answer (`df`).",
+        )
 
     def end(self) -> None:
-        """It is not wanted any more, be it there or about to be."""
+        """End the worker, be it there or about to be: it is not wanted any more."""
         self._unwanted = True
         if self.now is not None:
             self.now.hang_up()
             self.now.kill()
 
-    def release(self, number: int) -> None:
+    def detach(self, number: int) -> None:
         """A slot will not be used again."""
         if self.now is not None:
             self.now.detach(number)
 
     def _occupation(self) -> Occupation | None:
-        """What it is at."""
+        """What the worker is at."""
         dispatcher = self._dispatcher
+        dispatcher.looked()
         if self._unwanted:
             return None
         if not self._confirmed:
@@ -172,7 +178,7 @@ class Workers:
     # --- what it says of itself (WorkerMessages)
 
     def computes(self, info: EngineInfo, *, ready: bool) -> None:
-        """What it computes with; whether it has the model only now."""
+        """The worker says what it computes with, and has the model, if it had not."""
         self.info = info
         if ready and self.now is not None:
             self.ready = True
@@ -214,7 +220,7 @@ class Workers:
             self.now.hang_up()
 
     def distrust(self) -> None:
-        """It said what makes no sense, and is ended: what it computes can't be trusted either."""
+        """End a worker that said what makes no sense: what it computes can't be trusted either."""
         if self.now is not None:
             self.now.distrust(End("it sent what is no message", blamed=True))
 

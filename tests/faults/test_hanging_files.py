@@ -18,6 +18,10 @@ from ase.build import bulk
 from conftest import RunningDaemon, wait_for
 from rootstock_client.control import request
 from rootstock_client.errors import ModelLoadError
+from rootstockd.models import store
+from rootstockd.models.availability import DISK_PATIENCE, Locations
+from rootstockd.models.catalogue import Entry
+from rootstockd.models.store import Record, StoredFile
 
 FUSE = "/dev/fuse"
 DETACH = 2
@@ -88,6 +92,29 @@ class Site:
 
     def open_gate(self) -> None:
         (self.folder / "gate").touch()
+
+
+def test_where_pulled_weights_are_is_waited_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the loop that all sessions share; who had them before has them still."""
+    monkeypatch.setenv("ROOTSTOCKD_STATE", str(tmp_path / "state"))
+    entry = Entry(family="noop", url="https://nowhere/m.model")
+    file = StoredFile(sha256=64 * "a", suffix=".model", size=0)
+    folder = store.own_folder()
+    for name in ("known", "another"):
+        (folder / file.name).touch()
+        store.write_record(folder, name, Record(original=file, url=entry.url, source="", pinned="", when=""))
+    locations = Locations()
+    before = locations.located("known", entry)
+    assert before.weights == folder / file.name
+    with hanging(folder):
+        began = time.monotonic()
+        for _ in range(100):
+            assert locations.located("known", entry) == before
+            with pytest.raises(ModelLoadError, match="no disk says where its weights are"):
+                locations.located("another", entry)
+        assert time.monotonic() - began < 3 * DISK_PATIENCE
+    wait_for(lambda: locations._look is None or not locations._look.is_alive())
+    assert locations.located("another", entry).weights == folder / file.name
 
 
 @pytest.fixture

@@ -517,6 +517,21 @@ def test_what_a_model_takes_says_how_long_it_may(start_hostile) -> None:
     daemon.stop()
 
 
+def test_nor_do_later_steps_of_a_slow_session(start_hostile) -> None:
+    """Its second may take as long as its first did, from which on there is something to go by."""
+    daemon = start_hostile(hang_timeout=hostile.SLOWLY / 2)
+    quick = slab()
+    del quick[-4:]
+    assert not isinstance(evaluate(daemon, quick), RootstockError)
+    slow = behave(slab(), hostile.SLOW)
+    with daemon.client().calculator("hostile") as slow.calc:
+        for step in range(4):
+            slow.positions[1:] += 0.001 * step
+            np.testing.assert_allclose(slow.get_forces(), expected(slow), atol=1e-9)
+    assert daemon.model("hostile")["restarts"] == 0
+    daemon.stop()
+
+
 @pytest.mark.parametrize("worker_too", [False, True])
 def test_a_daemon_that_was_stopped_kills_nobody(fresh: RunningDaemon, worker_too: bool) -> None:
     """For longer than a batch may take, be the worker done meanwhile or stopped as well."""
