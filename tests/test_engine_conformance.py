@@ -19,7 +19,7 @@ from ase.calculators.lj import LennardJones
 
 from conftest import EMBEDDED_MODEL, sha256
 from rootstock_client.units import BOHR
-from rootstockd.worker.conformance import CHECKS, ConformanceError, Skipped, Subject
+from rootstockd.worker.conformance import CHECKS, ConformanceError, Skipped, Subject, main
 from rootstockd.worker.engines import EngineError, ModelSpec, Result, System, Task
 from rootstockd.worker.engines.ase import AseEngine
 from rootstockd.worker.engines.loading import load_engine
@@ -100,6 +100,20 @@ def test_as_a_program() -> None:
     done = subprocess.run([sys.executable, *wrong], check=False, capture_output=True, text=True, cwd=folder)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "FAILED" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "SPEC is a ModelSpec in JSON"),
+        (["{"], "SPEC is a ModelSpec in JSON"),
+        (['{"name": "x"}'], "missing 3 required positional arguments"),
+        (['{"name": "x", "family": "none", "device": "cpu", "dtype": "float64"}'], "nothing in the environment"),
+    ],
+)
+def test_says_what_is_wrong_with_a_spec(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
+    assert main(arguments) == 2
+    assert said in capsys.readouterr().err
 
 
 def examine_a_liar(spec: str) -> int:

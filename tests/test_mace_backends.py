@@ -298,6 +298,15 @@ def test_charge_and_spin_are_taken_as_mace_torchs_calculator_takes_them():
             np.testing.assert_allclose(result.forces, forces, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize(("charge", "spin"), [(0.999999, None), (-1.000001, None), (0.5, None), (1000.0, None)])
+def test_a_charge_that_the_model_has_no_category_for_is_refused(charge, spin):
+    """mace-torch takes the one below."""
+    of = engine(make_model(**CHARGED))
+    with pytest.raises(EngineError, match="knows whole numbers from") as caught:
+        task(of, STRUCTURES["molecule"], charge=charge, spin=spin)
+    assert caught.value.code == "unsupported"
+
+
 def own_calculator(model):
     """What mace-torch offers its users."""
     with warnings.catch_warnings():
@@ -1099,6 +1108,19 @@ def test_exact_means_the_same_bits_whatever_the_batch():
         assert result.energy == alone.energy
         assert result.forces.tobytes() == alone.forces.tobytes()
         assert result.virial.tobytes() == alone.virial.tobytes()
+
+
+def test_exact_means_the_same_bits_whether_there_is_stress_or_not():
+    """mace-torch rounds shifts otherwise where it computes stress: of a skewed cell, in float32."""
+    model = medium("float32")
+    of = watched(model, FusedBackend(model), dtype="float32")
+    atoms = STRUCTURES["alloy"].copy()
+    atoms.set_cell(atoms.cell.array @ [[1, 0.021, 0.013], [0.017, 1, 0.019], [0.023, 0.011, 1]], scale_atoms=True)
+    with_stress = task(of, atoms, exact=True)
+    bits = {
+        of.evaluate([dataclasses.replace(with_stress, stress=stress)])[0].forces.tobytes() for stress in (True, False)
+    }
+    assert len(bits) == 1
 
 
 def test_exact_asks_torch_for_the_same_bits_and_nothing_else_does():

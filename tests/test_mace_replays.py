@@ -322,19 +322,37 @@ def test_a_pool_that_may_have_leaked_counts_and_nothing_more_is_recorded(recordi
     assert passes.captures.held == 2_000
 
 
-def test_into_a_pool_that_was_ended_by_hand_nothing_more_is_recorded(recording, cuda):
+def test_what_is_refused_has_nothing_of_the_pool(recording, cuda, monkeypatch):
+    """Which never shrinks while others are in it: it is tried in one of its own, whose memory is free again."""
+    passes = on_cuda()
+    passes.rows(10)
+    monkeypatch.setattr(captured, "WORTHWHILE", 0.0)
+    assert not passes.replayed(100) and passes.replayed(10)
+    assert passes.captures.held == 1_000 and len(set(cuda.used)) == len(cuda.used) == 2
+    monkeypatch.setattr(captured, "WORTHWHILE", FAR)
+    passes.rows(300)
+    assert passes.replayed(300) and passes.captures.held == 2_000 and cuda.used[3] == cuda.used[0]
+
+
+@pytest.mark.parametrize(("evaluation", "broken", "held"), [(8, 1, 2_000), (12, 2, 3_000)])
+def test_into_a_pool_that_was_ended_by_hand_nothing_more_is_recorded(recording, cuda, evaluation, broken, held):
     """torch's allocator of pinned memory was not told, and refuses to begin once more."""
     passes = on_cuda()
     passes.rows(300)
     lacking = raising(RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB"))
-    cuda.error = RuntimeError("CUDA error: operation failed due to a previous error during capture")
-    passes.fail = lambda: lacking() if passes.recorded == 8 else None
+
+    def fail():
+        if passes.recorded == evaluation:
+            cuda.error = RuntimeError("CUDA error: operation failed due to a previous error during capture")
+            lacking()
+
+    passes.fail = fail
     passes.rows(10)
     cuda.error = None
     passes.rows(100)
-    assert cuda.by_hand == ["ended", "released"] and len(set(cuda.used[:2])) == 1 and cuda.used[2] != cuda.used[1]
+    assert cuda.by_hand == ["ended", "released"] and cuda.used[broken] not in cuda.used[broken + 1 :]
     assert passes.replayed(300) and passes.replayed(100), "what was recorded before stays"
-    assert passes.captures.held == 3_000
+    assert passes.captures.held == held
 
 
 def test_a_recording_that_could_not_begin_says_nothing_of_the_next(recording, cuda):

@@ -258,7 +258,7 @@ def test_what_is_no_model_is_not_kept(keep, tmp_path):
 def test_what_is_no_model_but_the_right_file(keep, tmp_path):
     """It may be one for another version of mace-torch."""
     entry = keep({"not": "a model"}, pinned="the user")
-    with pytest.raises(StoreError, match="it holds a dict, so .*\nIt is the file that the user means, so it is kept"):
+    with pytest.raises(StoreError, match="class dict, so .*\nIt is the file that the user means, so it is kept"):
         with_safe_form("mine", entry, print)
     assert stored_files(tmp_path) == [".json", ".model"]
 

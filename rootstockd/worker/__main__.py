@@ -12,7 +12,8 @@ installed before the worker has given its rights away.
 import sys
 
 if __name__ == "__main__":
-    del sys.path[0]  # this folder: what lies in it is no top-level module
+    if not getattr(sys.flags, "safe_path", False):
+        del sys.path[0]  # this folder: what lies in it is no top-level module
 
 import contextlib
 import faulthandler

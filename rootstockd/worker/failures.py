@@ -58,7 +58,7 @@ class DoesNotFitError(MemoryError):
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether it says that memory lacked."""
+    """Whether an error says that memory lacked."""
     return _lack(error) is not None
 
 
@@ -82,7 +82,7 @@ def _says_so(error: BaseException) -> bool:
 
 
 def disk_full(error: BaseException) -> bool:
-    """Whether it says that a disk, or somebody's part of one, is full."""
+    """Whether an error says that a disk, or somebody's part of one, is full."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 

@@ -116,7 +116,7 @@ class Loop:
             send(self._channel, b"I", dataclasses.asdict(info))
 
     def _tell_memory(self) -> None:
-        """What it has of the GPU now: the driver may not tell the daemon, as in a container."""
+        """Tell what the worker has of the GPU now: the driver may not tell the daemon, as in a container."""
         if (now := time.monotonic()) < self._tell_at:
             return
         self._tell_at = now + _BETWEEN
@@ -166,6 +166,7 @@ class Loop:
             del cause  # it has this frame, and the slots in it, in its traceback
         if memory_lacked:  # only now is what the failed pass had in its hands free
             trim()
+            self._cache.empty()
         for part in parts:
             self._evaluate(part, again=part is batch)
 

@@ -107,12 +107,19 @@ class GpuCache:
         self._bound = 0
         """Bytes that it could not give back: pools of CUDA graphs, and parts of blocks that are in use."""
 
+    def empty(self) -> None:
+        """Have it give back all that is in no use: a pass that did not fit had nearly all that there is."""
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
     def trim(self) -> None:
         """Have it give back what no pass has needed since the last time, where that is much."""
         torch = sys.modules.get("torch")
         if torch is None or not torch.cuda.is_initialized():
             return
         cuda = torch.cuda
+        self._bound = min(self._bound, cuda.memory_reserved() - cuda.memory_allocated())  # a pool may be gone
         needed = cuda.max_memory_allocated() + self._bound
         cuda.reset_peak_memory_stats()
         if cuda.memory_reserved() - needed > max(_SURPLUS, needed // 2):

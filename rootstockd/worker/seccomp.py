@@ -150,11 +150,16 @@ class _Check:
     """Another argument and its value: with others the call is let through."""
 
 
-_NAMESPACES = 0x7E020000
-"""All CLONE_NEW... flags that `clone` takes."""
+_NAMESPACES = 0x7E028000
+"""All CLONE_NEW... flags that `clone` takes, and CLONE_PARENT: its children would be the daemon's."""
 _F_SETSIG, _F_SETOWN_EX, _F_SETLEASE, _F_NOTIFY = 10, 15, 1024, 1026
 _FS_IOC_SETFLAGS, _FS_IOC32_SETFLAGS, _FS_IOC_FSSETXATTR = 0x40086602, 0x40046602, 0x401C5820
 _FS_IOC_ENABLE_VERITY, _FS_IOC_SET_ENCRYPTION_POLICY = 0x40806685, 0x800C6613
+_BTRFS = (0x50009401, 0x5000940E, 0x5000940F, 0x50009417, 0x50009418, 0x5000943F, 0x4008941A)
+"""Subvolumes and snapshots, which anybody may make, remove and have be read-only, and Landlock does not see (linux's
+uapi/linux/btrfs.h). A snapshot of a folder of one's own would be a folder of settings wherever one may write."""
+_OTHER_FILE_SYSTEMS = (0xC0406618, 0x40186F04)
+"""FS_IOC_REMOVE_ENCRYPTION_KEY, which locks the user's folders; OCFS2_IOC_REFLINK, as with Btrfs."""
 _TIOCSTI, _TIOCLINUX, _FIOASYNC, _FIOSETOWN, _SIOCSPGRP = 0x5412, 0x541C, 0x5452, 0x8901, 0x8902
 _PR_SET_PDEATHSIG = 1
 _IOPRIO_WHO_PROCESS = 1
@@ -197,6 +202,8 @@ def _checks(*, programs: bool) -> List[_Check]:
                 *(_TIOCSTI, _TIOCLINUX, _FIOASYNC, _FIOSETOWN, _SIOCSPGRP),
                 *(_FS_IOC_SETFLAGS, _FS_IOC32_SETFLAGS, _FS_IOC_FSSETXATTR),
                 *(_FS_IOC_ENABLE_VERITY, _FS_IOC_SET_ENCRYPTION_POLICY),
+                *_BTRFS,
+                *_OTHER_FILE_SYSTEMS,
             ),
             refused=True,
         ),

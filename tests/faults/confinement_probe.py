@@ -23,6 +23,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 DAEMON = os.getppid()
 PTRACE_ATTACH, PTRACE_DETACH, CLONE_NEWUSER, SIGCHLD, TIOCSTI = 16, 17, 0x10000000, 17, 0x5412
 FS_IOC_SETFLAGS = 0x40086602
+BTRFS_IOC_SUBVOL_CREATE, BTRFS_IOC_SNAP_CREATE_V2 = 0x5000940E, 0x50009417
 # system calls that Python has no function for
 CLONE, TRUNCATE, X32_GETPID = {"x86_64": (56, 76, 0x40000027), "aarch64": (220, 45, 0)}[platform.machine()]
 TGKILL, QUEUE, QUEUE_TO_THREAD, SET_SCHEDULING, SET_IO_PRIORITY = {
@@ -75,6 +76,14 @@ def on_a_socket(what: Callable[..., object], command: int, argument: object) -> 
 def change_flags(path: Path) -> None:
     with path.open("rb") as file:
         fcntl.ioctl(file, FS_IOC_SETFLAGS, struct.pack("l", 0))
+
+
+def of_a_folder(path: Path, command: int) -> None:
+    on_folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.ioctl(on_folder, command, bytearray(4096))
+    finally:
+        os.close(on_folder)
 
 
 def on(path: Path, command: int, argument: int) -> None:
@@ -163,6 +172,9 @@ def attempts(victim: Path, theirs: str) -> dict[str, Callable[[], object]]:
         "file: a lease": lambda: on(victim, fcntl.F_SETLEASE, fcntl.F_WRLCK),
         "file: word of changes": lambda: on(victim.parent, fcntl.F_NOTIFY, fcntl.DN_MODIFY),
         "file: its flags": lambda: change_flags(victim),
+        # where the file system is another it says ENOTTY, if it is asked
+        "file: a subvolume of Btrfs": lambda: of_a_folder(beside, BTRFS_IOC_SUBVOL_CREATE),
+        "file: a snapshot of one": lambda: of_a_folder(beside, BTRFS_IOC_SNAP_CREATE_V2),
         "file: opened by a child": lambda: in_a_child(f"open({os.fspath(victim)!r}, 'a')"),
         "daemon: ptrace": attach,
         "daemon: memory": lambda: Path(f"/proc/{DAEMON}/mem").open("rb").close(),

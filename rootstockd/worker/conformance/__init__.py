@@ -8,6 +8,7 @@ A check raises ConformanceError, or Skipped where the engine has nothing to chec
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 
 from rootstockd.worker.conformance.interface import (
@@ -34,7 +35,7 @@ from rootstockd.worker.conformance.physics import (
     virial_is_a_slope,
 )
 from rootstockd.worker.conformance.subject import ConformanceError, Skipped, Subject, Tolerance
-from rootstockd.worker.engines import ModelSpec
+from rootstockd.worker.engines import EngineError, ModelSpec
 from rootstockd.worker.engines.loading import load_engine
 from rootstockd.worker.failures import describe
 
@@ -67,9 +68,17 @@ CHECKS: dict[str, Callable[[Subject], None]] = {
 
 
 def main(arguments: list[str]) -> int:
-    """Load and check; the process's exit status."""
-    spec = ModelSpec(**json.loads(arguments[0]))
-    engine = load_engine(spec)
+    """Load and check; the process's exit status: 0, 1 where a check fails, 2 where there is nothing to check."""
+    try:
+        spec = ModelSpec(**json.loads(arguments[0]))
+    except (IndexError, TypeError, ValueError) as error:
+        print(f"SPEC is a ModelSpec in JSON, and --exact may follow it: {error}", file=sys.stderr)
+        return 2
+    try:
+        engine = load_engine(spec)
+    except EngineError as error:
+        print(f"{error.message}. {error.hint}", file=sys.stderr)
+        return 2
     print(f"{spec.name}: {engine.info.backend}", flush=True)
     subject, failed = Subject(engine, spec, exact="--exact" in arguments), 0
     print(f"structures: {', '.join(structure.name for structure in subject.structures)}")

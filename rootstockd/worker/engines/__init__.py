@@ -291,8 +291,8 @@ def read_weights(spec: ModelSpec) -> bytes:
     if actual != spec.sha256:
         raise EngineError(
             "model-load",
-            f"model {name!r}: its weights {path} have the SHA-256 {actual}, where the catalogue says {spec.sha256}: "
-            "the file is another, or was changed or damaged. It was not loaded",
+            f"model {name!r}: its weights {path} have the SHA-256 {actual}, where the catalogue says "
+            f"{spec.sha256 or 'none'}: the file is another, or was changed or damaged. It was not loaded",
             f'Put the right file back; or, if you trust this one, write sha256 = "{actual}" into the catalogue '
             "and `rootstockd reload`.",
         )

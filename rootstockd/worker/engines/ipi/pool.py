@@ -53,7 +53,7 @@ class Pool:
             raise
 
     def give_back(self, key: Key, program: Program) -> None:
-        """It is done with its structure."""
+        """A program is done with its structure."""
         with self._lock:
             self._taken -= 1
             self._idle.append((key, program))

@@ -39,7 +39,7 @@ from rootstockd.worker.engines.differences import TOLERANCE, compare
 from rootstockd.worker.engines.mace import checks, safe
 from rootstockd.worker.engines.mace.candidates import Backend, NotApplicableError, backends_for
 from rootstockd.worker.engines.mace.reference import Check, ReferenceBackend, System, mace
-from rootstockd.worker.engines.mace.selection import Selection
+from rootstockd.worker.engines.mace.selection import Selection, warm
 from rootstockd.worker.failures import describe, in_disorder, out_of_memory
 from rootstockd.worker.memory import gpu_memory
 
@@ -81,6 +81,7 @@ class MaceEngine:
         self._elements = [int(z) for z in model.atomic_numbers]
         self._heads: tuple[str, ...] = tuple(getattr(model, "heads", None) or ["Default"])
         self._understood = _understood(model)
+        self._embedded: dict[str, dict[str, Any]] = getattr(model, "embedding_specs", None) or {}
         self._cutoff = float(model.r_max)
         self._versions = f"mace-torch {mace.__version__}, torch {torch.__version__}, {spec.device}"
         selection = Selection(spec, reference, self._elements, self._heads)
@@ -111,24 +112,45 @@ class MaceEngine:
         assert head is not None  # every MACE has heads
         elements = tuple(sorted(set(system.numbers.tolist())))
         tolerance = TOLERANCE[self._dtype] if system.tolerance is None else system.tolerance
+        # mace-torch's own defaults for what a structure does not say: no charge, a singlet
+        properties = {
+            "total_charge": 0.0 if system.charge is None else system.charge,
+            "total_spin": 1.0 if system.spin is None else system.spin,
+        }
+        self._check_categories(properties)
         return System(
             numbers=system.numbers,
             pbc=system.pbc,
             head=head,
             head_index=self._heads.index(head),
-            # mace-torch's own defaults for what a structure does not say: no charge, a singlet
-            properties={
-                "total_charge": 0.0 if system.charge is None else system.charge,
-                "total_spin": 1.0 if system.spin is None else system.spin,
-            },
+            properties=properties,
             exact=system.exact,
             tolerance=tolerance,
             session=system.session,
             check=(elements, system.session, system.pbc, head, tolerance),
         )
 
+    def _check_categories(self, properties: dict[str, float]) -> None:
+        """Refuse charges and spins that the model knows no category for: mace-torch would take the nearest below.
+
+        Raises:
+            EngineError: there is one.
+        """
+        for key, how in self._embedded.items():
+            if how["type"] != "categorical" or (value := properties.get(key)) is None:
+                continue
+            least, count = -how.get("offset", 0), how["num_classes"]
+            if value % 1 or not least <= value < least + count:
+                word = key.rpartition("_")[2]
+                raise EngineError(
+                    "unsupported",
+                    f"model {self._name!r} knows whole numbers from {least} to {least + count - 1} for the {word}, and "
+                    f"this is {value!r}",
+                    f"Round it, if it was summed up; or leave the {word} out.",
+                )
+
     def evaluate(self, tasks: list[Task]) -> list[Result]:
-        """Those that want to be exact alone and by the reference, first structures by both, all others in one pass."""
+        """Evaluate exact ones alone and by the reference, first structures by both, all others in one pass."""
         return guarded(self._evaluate, tasks)
 
     def memory(self) -> int | None:
@@ -142,7 +164,8 @@ class MaceEngine:
             system: System = task.system
             if system.exact:
                 with deterministic():
-                    results[index] = self._reference.evaluate([task])[0]
+                    # with stress mace-torch has other shifts, by rounding: whoever asks for it, bits are the same
+                    results[index] = self._reference.evaluate([replace(task, stress=True)])[0]
             elif self._fast is not None and (trusted := self._trust(task)) is not True:
                 if trusted is None:
                     results[index] = self._first(task, self._fast)
@@ -299,6 +322,7 @@ def load(spec: ModelSpec) -> MaceEngine | safe.Conversion:
         raise EngineError(code, f"{text}: {error}") from error
     stages.begin(stages.CHECKS)
     try:
+        warm(reference, model)
         return MaceEngine(model, spec, reference, *backends_for(model, spec))
     except RuntimeError as error:
         raise_if_gpus(spec, error, f"model {spec.name!r} can't be computed on {spec.device}: {describe(error)}")
@@ -321,7 +345,7 @@ def _model_in(weights: bytes, spec: ModelSpec) -> Any:
         # weights are code: the catalogue, which is the operator's, says which file this is, and what is in it
         model = torch.load(io.BytesIO(weights), map_location=spec.device, weights_only=False)
     if not hasattr(model, "atomic_numbers"):
-        what = f"it holds a {type(model).__name__}"
+        what = f"it holds an object of class {type(model).__name__}"
         if isinstance(model, dict):
             what += ", so it looks like a checkpoint: the .model file is wanted that mace_run_train writes beside it"
         raise ValueError(what)

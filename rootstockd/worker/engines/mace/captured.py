@@ -6,6 +6,7 @@ from one to the next, and what lacks to a bucket's shape is filled up with ghost
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import weakref
@@ -99,6 +100,18 @@ class Recorder:
         self._pool = None if self._stream is None else torch.cuda.graph_pool_handle()
         if not self.leaks:
             self.held = 0
+
+    def apart(self) -> Recorder:
+        """One with a pool of its own, whose memory is free again with what it has recorded."""
+        other = copy.copy(self)
+        other.renew()
+        return other
+
+    def answer_for(self, trial: Recorder) -> None:
+        """What was tried apart may have left a pool for good."""
+        if trial.leaks and trial is not self:
+            self.leaks = True
+            self.held += trial.held
 
     def record(self, function: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
         """What does the same again and again; on a CPU the function itself.
@@ -202,6 +215,7 @@ class Bucket:
         Raises:
             RuntimeError: see `Recorder.record`.
         """
+        self._replay = None  # before another is made: they are as large
         self._replay = recorder.record(lambda: evaluate(self._positions, self._graph, self._ghosts))
 
     def put(self, graph: Graph, positions: torch.Tensor) -> None:
@@ -287,7 +301,9 @@ class Captures:
     @property
     def held(self) -> int:
         """Bytes that are there for replays alone."""
-        return 0 if self._recorder is None else self._recorder.held
+        if self._recorder is None or not (self._buckets or self._recorder.leaks):
+            return 0  # a pool without graphs in it is torch's to give back
+        return self._recorder.held
 
     def forget(self) -> None:
         """Give all memory back; what comes again may be recorded again, if not soon."""
@@ -301,35 +317,52 @@ class Captures:
     def _record(self, shape: tuple[int, int], graph: Graph, positions: torch.Tensor, eagerly: Eagerly) -> None:
         """Record a shape, compare, and measure."""
         self._recorded += 1
-        if self._recorder is None:
-            self._recorder = Recorder(graph.edges.device)
-        elif not self._buckets:  # a pool without graphs in it is none any more
-            self._recorder.renew()
+        recorder = self._begin(graph.edges.device)
+        # what others' graphs are in never shrinks: so what may be refused is tried in another pool before
+        first = recorder.apart() if self._buckets else recorder
         why, broken, memory_lacked = "", False, False
         try:
             bucket = Bucket(*shape, graph)
             bucket.put(graph, positions)
-            bucket.record(self._recorder, self._evaluate)
-            moved = positions + _MOVED * torch.arange(positions.numel()).reshape(-1, 3).sin()
-            right = eagerly(moved)
-            difference = np.abs(bucket.rows(graph, moved) - right).max()
-            if not difference <= self._tolerance * max(1.0, np.abs(right[:, 1:]).max()):
-                why = f"replayed, it differs by {difference:.1e}"
-            elif not part_of(lambda: bucket.rows(graph, positions), lambda: eagerly(positions)) < WORTHWHILE:
+            why = self._recorded_wrongly(bucket, first, graph, positions, eagerly)
+            if not why and not part_of(lambda: bucket.rows(graph, positions), lambda: eagerly(positions)) < WORTHWHILE:
                 self._refused.add(shape)
                 return
+            if not why and first is not recorder:
+                why = self._recorded_wrongly(bucket, recorder, graph, positions, eagerly)
         except Exception as error:  # the pass itself has been answered
             broken, (why, memory_lacked) = True, _reason(error)
-        if memory_lacked and not self._recorder.leaks:
+        recorder.answer_for(first)
+        if memory_lacked and not recorder.leaks:
             self._lacks(shape)
         elif why:
             if broken:  # not before here, where what the recording had in its hands is free
                 self.forget()
-            self._fail(shape, why, FAILURES if self._recorder.leaks else 1)
+            self._fail(shape, why, FAILURES if recorder.leaks else 1)
         else:
             self._buckets[shape] = bucket
             if len(self._buckets) > MOST:
                 self._buckets.popitem(last=False)
+
+    def _begin(self, device: torch.device) -> Recorder:
+        """The recorder whose pool all share."""
+        if self._recorder is None:
+            self._recorder = Recorder(device)
+        elif not self._buckets:  # a pool without graphs in it is none any more
+            self._recorder.renew()
+        return self._recorder
+
+    def _recorded_wrongly(
+        self, bucket: Bucket, recorder: Recorder, graph: Graph, positions: torch.Tensor, eagerly: Eagerly
+    ) -> str:
+        """Record what was put into a bucket; how its replay differs, if it does."""
+        bucket.record(recorder, self._evaluate)
+        moved = positions + _MOVED * torch.arange(positions.numel()).reshape(-1, 3).sin()
+        right = eagerly(moved)
+        difference = np.abs(bucket.rows(graph, moved) - right).max()
+        if difference <= self._tolerance * max(1.0, np.abs(right[:, 1:]).max()):
+            return ""
+        return f"replayed, it differs by {difference:.1e}"
 
     def _lacks(self, shape: tuple[int, int]) -> None:
         """Memory lacks for recording a shape; all others stay, whose memory is a pool that it would have shared."""

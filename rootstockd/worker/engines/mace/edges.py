@@ -43,6 +43,8 @@ class EdgeBackend:
         parameter = next(model.parameters())
         self._device, self._dtype = parameter.device, parameter.dtype
         self._elements = np.array(model.atomic_numbers.tolist())
+        if (np.diff(self._elements) <= 0).any():
+            raise NotApplicableError("a model whose elements are not in order")
         self._repels = hasattr(model, "pair_repulsion")
         self._neighbours = Neighbours(float(model.r_max))
         self._packing = Packing(str(self._device), self._held)
@@ -55,7 +57,7 @@ class EdgeBackend:
         """
         try:
             return self._passes(tasks)
-        except (MemoryError, RuntimeError) as error:
+        except Exception as error:
             if out_of_memory(error):  # whoever tries again, in parts, has all that there is
                 self.forget()
             raise

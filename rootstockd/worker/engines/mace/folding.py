@@ -367,8 +367,9 @@ class Contraction:
                 .numpy()
                 for element in missing
             ]
-            self._rows[missing] = len(self._coefficients) + np.arange(len(missing))
+            begin = len(self._coefficients)
             self._coefficients = np.concatenate([self._coefficients, folded])
+            self._rows[missing] = begin + np.arange(len(missing))  # last: there may be no memory for these
         return self._rows, self._coefficients
 
     def forward(self, messages: torch.Tensor, now: Pass) -> torch.Tensor:

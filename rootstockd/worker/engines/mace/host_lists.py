@@ -77,7 +77,7 @@ class HostLists:
 
 @numba.njit(cache=KEEP)
 def _near(receivers, senders, shifts, positions, square, receiver, sender, vectors):
-    """Those of a list that are within the cutoff.
+    """The pairs of a list that are within the cutoff.
 
     Args:
         receivers: (L,) of the list.

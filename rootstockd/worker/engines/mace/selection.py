@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from rootstockd.worker import stages
 from rootstockd.worker.engines import ModelSpec, Task
@@ -34,6 +35,21 @@ and should not have two workers of a model choose differently."""
 _STEP = 1e-3
 _SLOPE = {"float32": 2e-2, "float64": 1e-4}
 """How far a force may be from a finite difference of the energy: the sanity check of forces, not of rounding."""
+
+
+def warm(reference: Backend, model: Any) -> None:
+    """Have mace-torch evaluate before anything else does: its last digits follow from what torch compiles at first.
+
+    So an exact step has the same bits in the next worker, whatever backends there are.
+    """
+    elements, heads = [int(z) for z in model.atomic_numbers], tuple(getattr(model, "heads", None) or ["Default"])
+    tasks = next(checks.structures(elements, heads))
+    try:
+        for _ in range(WARM_UP):
+            reference.evaluate(tasks)
+    except Exception as error:  # what it can't do it says to whoever asks for it
+        if out_of_memory(error) or in_disorder(error):
+            raise
 
 
 class Selection:
@@ -135,8 +151,7 @@ class Selection:
         *structures, alone = checks.structures(self._elements, self._heads, together)
         repeats = WARM_UP
         for tasks in (*structures, alone):
-            for _ in range(repeats):
-                references = self._reference.evaluate(tasks)
+            references = self._reference.evaluate(tasks)
             stages.begin(stages.CHECKS, backend.name)
             try:
                 for _ in range(repeats):
