@@ -1,5 +1,6 @@
 """The command `rootstockd`, also as `python -m rootstockd`."""
 
+import io
 import os
 import sys
 import sysconfig
@@ -18,6 +19,9 @@ FOR_CLIENTS = ("attach", "--version")
 def main() -> None:
     """Run the command; that of another installation, or say what it takes to have it, if this one is a client's."""
     _open_closed()
+    for stream in (sys.stdout, sys.stderr):  # of another encoding than UTF-8, it lacks some characters
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     if missing := [name for name in NEEDS if find_spec(name) is None]:
         if other := _next_in_path():
             os.execv(other, [other, *sys.argv[1:]])  # noqa: S606 - whatever the user would have called

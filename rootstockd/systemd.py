@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from rootstock_client import ipi
 from rootstockd.host.log_file import LogFormatter
+from rootstockd.sessions.acceptor import Acceptor
 from rootstockd.words import so_many
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ BEATS_A_WATCHDOG = 3
 PATIENCE = 4
 """Beats that systemd shall wait for the next word while a daemon loads or drains."""
 FIRST_DESCRIPTOR = 3
+_FULL = {errno.EAGAIN, errno.ENOTCONN}
+"""A socket's queue has no place, as uvloop and as asyncio's own loop tell it."""
 _SHORT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
 """The daemon has nothing left to be a client with: that says nothing of how it serves others."""
 
@@ -63,7 +66,7 @@ class Manager:
 
     @property
     def watches(self) -> bool:
-        """Whether it wants to know how this process is."""
+        """Whether systemd wants to know how this process is."""
         return self._address is not None
 
     def notify(self, *lines: str) -> None:
@@ -92,12 +95,14 @@ class Manager:
         if self._address is None:
             return
         interval = min(BEAT, self.watchdog / BEATS_A_WATCHDOG) if self.watchdog else BEAT
+        taken = -1
         while True:
             lines = [f"STATUS={describe(daemon)}"]
             if daemon.state != "ready":
                 lines.append(f"EXTEND_TIMEOUT_USEC={round(PATIENCE * interval * 1e6)}")
-            if self.watchdog and await serves(daemon, self.watchdog / BEATS_A_WATCHDOG):
+            if self.watchdog and await serves(daemon, self.watchdog / BEATS_A_WATCHDOG, taken):
                 lines.append("WATCHDOG=1")
+            taken = Acceptor.taken
             self.notify(*lines)
             await asyncio.sleep(interval)
 
@@ -109,12 +114,13 @@ def describe(daemon: Daemon) -> str:
     return f"{daemon.state}, {so_many(len(daemon.sessions), 'session')}"
 
 
-async def serves(daemon: Daemon, limit: float) -> bool:
+async def serves(daemon: Daemon, limit: float, taken: int) -> bool:
     """Whether the daemon answers on both sockets, asked through the kernel as clients ask.
 
     Args:
         daemon: the daemon, whose loop this runs in.
         limit: seconds that it has.
+        taken: how many connections it had taken when this was last asked.
     """
     questions = [(daemon.config.control, b"GET / HTTP/1.1\r\nHost: rootstockd\r\nConnection: close\r\n\r\n")]
     if daemon.state != "draining":
@@ -123,6 +129,8 @@ async def serves(daemon: Daemon, limit: float) -> bool:
         await asyncio.wait_for(_answers(questions), limit)
     except OSError as error:  # a TimeoutError, too
         if error.errno in _SHORT:
+            return True
+        if error.errno in _FULL and Acceptor.taken > taken:  # a storm fills the queue as fast as it is emptied
             return True
         what = error.strerror or f"no answer within {limit:g} s"
     except asyncio.TimeoutError:  # Python 3.10's is none

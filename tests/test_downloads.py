@@ -13,6 +13,7 @@ import pytest
 
 from fileserver import serving
 from rootstock_client.errors import ModelLoadError
+from rootstockd.models import pull as module
 from rootstockd.models import store
 from rootstockd.models.availability import located
 from rootstockd.models.catalogue import Entry
@@ -509,16 +510,34 @@ def test_a_mirror_with_another_file(server, state, entry, tmp_path):
         pull("mine", entry, wishes(mirror=str(tmp_path), sha256=digest(DATA)))
 
 
+@pytest.mark.parametrize("known", ["checksum", "the catalogue's own", ""])
 @pytest.mark.parametrize("name", ["somev1_0model", "some-v1_0.model"])
-def test_what_mace_torch_has_downloaded_is_copied(server, state, tmp_path, name):
+def test_what_mace_torch_has_downloaded_is_copied(server, state, tmp_path, monkeypatch, name, known):
+    """Where it is known which file it is: others' may be called so, too, as mace_run_train calls all of them."""
     entry = Entry(family="mace", url=server.url("/x/some-v1_0.model"))
+    server.files["/x/some-v1_0.model"] = DATA
+    if known == "the catalogue's own":
+        monkeypatch.setattr(module, "_well_known", lambda: {entry.url})
     cached = tmp_path / "cache/mace" / name
     cached.parent.mkdir(parents=True)
     cached.write_bytes(DATA)
-    stored = pull("mine", entry, wishes())
-    assert stored.record.source == str(cached)
+    stored = pull("mine", entry, wishes(sha256=digest(DATA) if known == "checksum" else ""))
+    assert stored.record.source == (str(cached) if known else entry.url)
     assert stored.weights.read_bytes() == DATA
-    assert not server.requests
+    assert bool(server.requests) is not bool(known)
+
+
+def test_addresses_of_the_catalogue_are_well_known():
+    assert any(url.endswith(".model") and "mace" in url for url in module._well_known())
+
+
+def test_weights_that_are_called_like_a_record(server, state):
+    """What is stored of others can be told from them, and removed."""
+    entry = Entry(family="noop", url=server.url("/x/weights.json"))
+    server.files["/x/weights.json"] = b"{}"
+    stored = pull("mine", entry, wishes())
+    assert stored.weights.suffix == ".json" and [name for name, _ in store.all_stored()] == ["mine"]
+    assert store.remove(stored.folder, "mine") == 2 and not list(stored.folder.glob("*.json"))
 
 
 @pytest.mark.parametrize("why", ["another file", "others may write"])

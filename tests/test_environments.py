@@ -349,7 +349,7 @@ def test_packages_run_nothing_unconfined_while_an_environment_is_built(
     files = {**runs_at_start(victim), "fellow/imported.py": AT_START.format(victim=str(victim), name="an import")}
     make_wheel(wheels / "fellow", "fellow", "1.0", files)
     spec = specify(tmp_path / "own.toml", "numpy<2", "fellow", more='imports = ["fellow.imported"]')
-    env("create", "own", "--spec", spec)
+    env("create", "own", "--spec", spec, UV_COMPILE_BYTECODE="1")  # which uv would do by the environment's own Python
     assert site_packages(found("own").path).joinpath("of_a_pth.py").exists()
     env("export", "own", tmp_path / "own.tar", UV_CACHE_DIR=str(tmp_path / "another-cache"))
     assert not victim.exists()
@@ -448,6 +448,23 @@ def test_verify_refuses_an_environment_with_other_numbers_and_one_that_fails(
 
 
 # --- building
+
+
+def test_a_specification_that_others_may_have_written_is_not_looked_at_again(
+    state: Path, tmp_path: Path, wheels: Path
+) -> None:
+    """It was named once; by now anybody may have put one there, as into /tmp."""
+    folder = tmp_path / "open"
+    folder.mkdir()
+    spec = specify(folder / "own.toml", "numpy==1.0")
+    env("create", "own", "--spec", spec)
+    specify(spec, "numpy<2")
+    folder.chmod(0o777)
+    words = env("update", "own")
+    assert f"{spec} is not looked at" in words and found("own").manifest.versions == {"numpy": "1.0"}
+    folder.chmod(0o755)
+    env("update", "own")
+    assert found("own").manifest.versions == {"numpy": "1.1"}
 
 
 def test_the_lock_gives_the_same_versions_until_they_are_updated(state: Path, tmp_path: Path, wheels: Path) -> None:

@@ -34,7 +34,7 @@ from pydantic import ValidationError
 from conftest import RunningDaemon, rootstockd, wait_for
 from rootstock_client.control import fetch
 from rootstock_client.errors import UnknownModelError
-from rootstockd.control.limits import MAX_SCRAPERS, PACE
+from rootstockd.control.limits import DEADLINE, MAX_SCRAPERS, PACE
 from rootstockd.settings.config import Config, Device
 from rootstockd.supervision.meter import MOST_NOTES, SECONDS, Histogram, Meter, Totals
 from rootstockd.supervision.scheduler import Evaluation
@@ -249,6 +249,15 @@ def test_requests_to_the_port_are_let_in_one_after_another(daemon: RunningDaemon
         while answers.count(b"HTTP/1.1 404") < many:
             answers += sock.recv(65536)
     assert time.monotonic() - begin > 0.9 * (many - 1) * PACE  # the loop's clock has whole milliseconds
+
+
+def test_who_asks_and_goes_leaves_nothing_that_waits(daemon: RunningDaemon) -> None:
+    """A thousand and more of them are no debt of minutes to whoever asks next."""
+    host, _, number = port(daemon).removeprefix("http://").removesuffix("/metrics").rpartition(":")
+    for _ in range(round(4 * DEADLINE / PACE)):
+        with contextlib.suppress(OSError), socket.create_connection((host, int(number)), timeout=30) as sock:
+            sock.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+    wait_for(lambda: "rootstockd_ready" in look_at_port_if_let_in(daemon), timeout=2 * DEADLINE)
 
 
 def look_at_port_if_let_in(daemon: RunningDaemon) -> set[str]:

@@ -23,6 +23,7 @@ from rootstock_client import RootstockClient
 from rootstockd.cli.options import devices_of
 from rootstockd.daemon import Daemon
 from rootstockd.host.sockets import AddressError, adopt
+from rootstockd.sessions.acceptor import Acceptor
 from rootstockd.settings.config import Config, Device
 from rootstockd.systemd import Manager, serves
 
@@ -171,22 +172,40 @@ def test_a_daemon_that_answers_nobody_is_not_well(runtime_folder: Path, own_daem
     devices = (Device(name="cpu"),)
     with held(runtime_folder):
         deaf = Daemon(Config(socket=runtime_folder / "held.sock", devices=devices))
-        assert not asyncio.run(serves(deaf, 0.2))
-    assert not asyncio.run(serves(deaf, 0.2))  # nor one without an address
+        assert not asyncio.run(serves(deaf, 0.2, 0))
+    assert not asyncio.run(serves(deaf, 0.2, 0))  # nor one without an address
     well = Daemon(Config(socket=own_daemon.socket, devices=devices))
-    assert asyncio.run(serves(well, 20))
+    assert asyncio.run(serves(well, 20, 0))
+
+
+def test_a_daemon_whose_queue_is_full_is_well_while_it_takes_somebody(runtime_folder: Path) -> None:
+    """Whoever connects without end fills it as fast as it is emptied."""
+    with held(runtime_folder) as sockets, contextlib.ExitStack() as stack:
+        busy = Daemon(Config(socket=runtime_folder / "held.sock", devices=(Device(name="cpu"),)))
+        for name in sockets:
+            for _ in range(10_000):
+                sock = stack.enter_context(socket.socket(socket.AF_UNIX))
+                sock.setblocking(False)
+                try:
+                    sock.connect(str(runtime_folder / f"held.{'sock' if name == 'sessions' else name}"))
+                except BlockingIOError:
+                    break
+            else:
+                pytest.fail("the queue has no end")
+        assert asyncio.run(serves(busy, 0.2, Acceptor.taken - 1))
+        assert not asyncio.run(serves(busy, 0.2, Acceptor.taken))
 
 
 def test_a_daemon_out_of_descriptors_is_not_ended_for_it(own_daemon: RunningDaemon) -> None:
     well = Daemon(Config(socket=own_daemon.socket, devices=(Device(name="cpu"),)))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    asyncio.run(serves(well, 20))  # whatever it imports, it has
+    asyncio.run(serves(well, 20, 0))  # whatever it imports, it has
 
     async def ask() -> bool:
         resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
         with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
             os.open(os.devnull, os.O_RDONLY)
-        return await serves(well, 20)
+        return await serves(well, 20, 0)
 
     try:
         assert asyncio.run(ask())

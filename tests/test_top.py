@@ -289,6 +289,17 @@ def test_rates_and_shares_are_of_the_last_seconds() -> None:
     assert history.rate(again.sessions[0]) == pytest.approx(7)
 
 
+def test_a_model_that_a_reload_has_replaced_is_another() -> None:
+    """It is listed behind the one of its name that is there now."""
+    history = History()
+    for second in range(3):
+        now = model(evaluations=1_000 + 200 * second, fingerprint="b")
+        shown = status([now, model(evaluations=100, fingerprint="a", retired=True)], [])
+        history.add(shown, float(second))
+    assert [history.model_rate(one) for one in shown.models] == pytest.approx([200, 0])
+    assert list(history.trend(now).rate)[1:] == pytest.approx([200, 200])
+
+
 def test_what_numbers_look_like() -> None:
     assert [seconds(value) for value in (0, 12e-6, 1.234e-3, 0.01234, 0.1234, 1.5, 123)] == [
         "-", "12.0 µs", "1.23 ms", "12.3 ms", "123 ms", "1.50 s", "123 s",

@@ -68,5 +68,7 @@ async def _serve(page: Page, listening: sockets.socket) -> None:
         server.should_exit = True
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:  # as `nohup` has it
+            continue
         asyncio.get_running_loop().add_signal_handler(number, stop)
     await server.run_until_stopped()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ from rootstockd.environments.specification import (
     specification_files,
 )
 from rootstockd.models.catalogue import CatalogueError
-from rootstockd.settings.state_dir import StateError
+from rootstockd.settings.state_dir import StateError, check_trusted
 from rootstockd.worker.files import read_regular
 
 _TORCH = "[auto|index|cpu|cu126|cu130|...]"
@@ -389,12 +390,25 @@ def _among(name: str, known: list[str]) -> str:
 
 
 def _specification_for(there: Build) -> tuple[Specification, str]:
-    """What a build was made from, as it is now."""
+    """What a build was made from, as it is now; as it was where that is gone, or anybody else's by now."""
     manifest = there.manifest
     if manifest.origin == "named":
         return _named(manifest.name, None)
     path = Path(manifest.origin)
-    return (read_specification(path) if path.is_file() else manifest.specification), manifest.origin
+    if not os.path.isfile(path):  # noqa: PTH113 - says no where one may not look
+        return manifest.specification, manifest.origin
+    try:
+        check_trusted(path.parent)
+        check_trusted(path)
+    except StateError as error:
+        console.print(
+            f"{path} is not looked at, and what it said when {manifest.name} was built counts: {error}",
+            style="yellow",
+            markup=False,
+            soft_wrap=True,
+        )
+        return manifest.specification, manifest.origin
+    return read_specification(path), manifest.origin
 
 
 def _state_of(name: str) -> tuple[Build | None, list[str]]:

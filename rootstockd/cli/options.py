@@ -147,7 +147,8 @@ def _choose(gpus: str | None, names: tuple[str, ...]) -> tuple[Device, ...]:
         raise Refused(error) from error
     except ValueError as error:
         raise click.UsageError(
-            f"{gpus or ', '.join(names)!r} names no device; names are cpu, cpu:1, cuda:1, and UUIDs (GPU-..., MIG-...)."
+            f"{gpus or ', '.join(names)!r} names no device; names are auto, cpu, cpu:1, "
+            "cuda:1, and UUIDs (GPU-..., MIG-...)."
         ) from error
 
 

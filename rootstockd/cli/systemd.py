@@ -52,7 +52,7 @@ class Place:
 
     @property
     def systemctl(self) -> list[str]:
-        """How it is spoken to."""
+        """The command that speaks to this systemd."""
         return ["systemctl", *["--user"] * self.user]
 
 

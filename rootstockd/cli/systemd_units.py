@@ -24,12 +24,12 @@ class Unit:
 
     @property
     def systemctl(self) -> list[str]:
-        """How its systemd is spoken to."""
+        """The command that speaks to the unit's systemd."""
         return ["systemctl", *["--user"] * self.user]
 
     @property
     def roots(self) -> bool:
-        """It is root's, and whoever asks is not root."""
+        """Whether the unit is root's, and whoever asks is not root."""
         return not self.user and os.geteuid() != 0
 
     @property

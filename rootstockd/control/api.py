@@ -101,7 +101,7 @@ def make_app(daemon: Daemon) -> FastAPI:
             device_states=[device_status(device, daemon.fleet) for device in daemon.fleet.devices],
             metrics=daemon.metrics_url,
             config=daemon.config if everything else None,
-            memory=resident_memory(os.getpid()) or 0,
+            memory=psutil.Process().memory_info().rss,
             evaluations=daemon.fleet.evaluations,
             models=[
                 model_status(model, daemon.fleet, None if everything else uid)
@@ -225,7 +225,7 @@ def loading_status(model: Supervisor, fleet: Fleet) -> Loading | None:
         elapsed=model.loading.elapsed,
         expected=fleet.expected_seconds(model),
         obstacle=model.obstacle,
-        held=model.held,
+        held=model.barred,
     )
 
 
@@ -311,11 +311,3 @@ def session_status(session: Session) -> SessionStatus:
         evaluations=session.evaluations,
         since=session.since,
     )
-
-
-def resident_memory(pid: int) -> int | None:
-    """Resident memory of a process in bytes; None when it is gone."""
-    try:
-        return int(psutil.Process(pid).memory_info().rss)
-    except psutil.Error:
-        return None

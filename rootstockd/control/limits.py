@@ -27,6 +27,8 @@ MAX_PIECES = 256
 MAX_CONNECTIONS = 16
 """Connections at a time; each takes a file descriptor from the sessions' reserve. Half are for those who administer the
 daemon; any other user has a quarter at most."""
+MAX_REFUSED = 4
+"""Connections at a time whose clients are told why they are not let in; others may only find the end."""
 MAX_HEAD = 16 * 1024
 """Bytes of a request's line and headers, and of headers behind a body."""
 DEADLINE = 10.0
@@ -47,11 +49,12 @@ REFUSALS: dict[int | str, dict[str, object]] = {
     403: {"description": "The caller may not do that."},
     409: {"description": "It can't be done as things are; the body says why."},
     413: {"description": "Its body is too large."},
-    503: {"description": "Too many connections are open."},
+    503: {"description": "Too many connections are open, or requests come too fast."},
 }
 """What any request may be told, for the API's description."""
 IN_PIECES = f"a request's body may come in {MAX_PIECES} chunks at once"
 TOO_MANY = "too many connections are open already; try again"
+TOO_FAST = "requests come faster than they are answered; try again later"
 
 
 class _TooManyPiecesError(Exception):
@@ -168,6 +171,8 @@ class ControlProtocol(BoundedProtocol):
         self.client = str(self.uid), self._peer.pid
         if not self.refused and (denial := self._denial()):
             self._refuse("403 Forbidden", denial)
+            if sum(one.refused for one in self.connections if isinstance(one, ControlProtocol)) > MAX_REFUSED:
+                transport.close()  # it may lose the answer; descriptors are others'
 
     async def _for_anybody(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The app, for whoever may use the daemon."""
@@ -211,7 +216,9 @@ class Paced:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             now, allowance = time.monotonic(), self._whose(scope)
-            wait = allowance.wait(now)
+            if (wait := allowance.wait(now)) > DEADLINE:  # it would be cut off before: nor does who has gone wait on
+                await json_response(503, TOO_FAST, {"connection": "close"})(scope, receive, send)
+                return
             allowance.take(now, PACE)
             await asyncio.sleep(wait)
         await self._app(scope, receive, send)

@@ -177,7 +177,7 @@ def install(what: str, path: Path, arguments: list[str | Path]) -> dict[Package,
         EnvironmentBuildError: it can't be done, or a package wrote what is not its to write.
     """
     before = own_parts(path)
-    command = ["pip", "sync", "--require-hashes", "--python", path / "bin/python", *arguments]
+    command = ["pip", "sync", "--require-hashes", "--no-compile-bytecode", "--python", path / "bin/python", *arguments]
     run_uv(command, f"{what}: installing")
     check_own_parts(what, path, before)
     return damage(installed(path))

@@ -20,6 +20,9 @@ from rootstockd.environments.builds import EnvironmentBuildError
 _libc = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1
 _LAST_LINES = 60
+_NOT_OURS = ("VIRTUAL_ENV", "PYTHONPATH", "PYTHONHOME", "UV_COMPILE_BYTECODE", "UV_VENV_SEED")
+"""Variables that mean other environments, or have packages run: to compile, uv starts the environment's Python, which
+runs what they have for that; and seeds come without a checksum."""
 _HINTS = {
     ("No space left", "os error 28", "quota exceeded"): "The disk is full: free some of it, or name other places with "
     "ROOTSTOCKD_STATE and UV_CACHE_DIR.",
@@ -75,9 +78,7 @@ def run_uv(
     Raises:
         EnvironmentBuildError: it failed; with the end of what it said.
     """
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "PYTHONPATH", "PYTHONHOME")
-    }
+    environment = {name: value for name, value in os.environ.items() if name not in _NOT_OURS}
     with tempfile.TemporaryFile("w+") as output:  # not a pipe, which would have to be read meanwhile
         try:
             process = subprocess.Popen(

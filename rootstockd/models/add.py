@@ -148,6 +148,9 @@ def _write_entry(name: str, entry: Entry, folder: Path) -> None:
     assert entry.weights is not None
     fields["weights"] = f"{folder.name}/{entry.weights.name}"  # relative, so that the state directory may be moved
     with _edited(folder) as document:
+        for alias in entry.aliases:
+            if alias in document or any(alias in other.get("aliases", ()) for other in document.values()):
+                raise StoreError(f"there is a model {alias!r} already, which another command has added meanwhile.")
         document[name] = fields
         if len(tomlkit.dumps(document).encode()) > MOST_BYTES:
             raise StoreError(

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -213,8 +213,8 @@ class Catalogue(Mapping[str, Entry]):
         files = [*builtin_files(), *_standing_files()]
         for path in extra:
             _check_owners(path, named_by=named_by)
-            files.append(path)
-        catalogue = cls((path, read_catalogue(path)) for path in files)
+        read = [(path, read_catalogue(path)) for path in files] + [(path, _read_checked(path)) for path in extra]
+        catalogue = cls(read)
         catalogue._extra, catalogue._read = extra, times
         return catalogue
 
@@ -354,14 +354,26 @@ def _check_owners(*paths: Path, named_by: str = "") -> None:
         raise CatalogueError(f"catalogue {path}: {error.strerror}.{hint}") from error
 
 
-def read_catalogue(path: Path) -> dict[str, Entry]:
+def _read_checked(path: Path) -> dict[str, Entry]:
+    """The entries of a file in a folder that others may write to: it may be another by now."""
+    try:
+        return read_catalogue(path, lambda status: check_trusted(path, status))
+    except StateError as error:
+        raise CatalogueError(f"catalogue: {error}") from error
+
+
+def read_catalogue(path: Path, check: Callable[[os.stat_result], None] = lambda _: None) -> dict[str, Entry]:
     """The entries of one file.
+
+    Args:
+        path: the file.
+        check: told what is known of the file that was opened, to raise what it has against it.
 
     Raises:
         CatalogueError: it is missing, is no TOML, or has an entry that is none.
     """
     try:
-        document = read_toml(path)
+        document = read_toml(path, check)
     except (OSError, ValueError) as error:
         raise CatalogueError(f"catalogue {path}: {error}") from error
     entries = {}

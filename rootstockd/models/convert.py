@@ -85,7 +85,7 @@ def with_safe_form(name: str, entry: Entry, say: Say) -> Stored:
 
 
 def converted(name: str, entry: Entry, stored: Stored, say: Say) -> Stored:
-    """The same for whoever holds the model's lock.
+    """Convert a model's weights, for whoever holds its lock.
 
     Raises:
         NotAModelError: the original is none.

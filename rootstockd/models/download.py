@@ -227,11 +227,18 @@ def _attempt(
             if not _receive(response, part, total, progress, limit=known.size or LARGEST):
                 raise _too_large(part, url, known.size)
     except requests.exceptions.SSLError as error:
-        raise DownloadError(f"{url}: its certificate is not accepted: {error}") from error
+        raise _without_tls(url, error) from error
     except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema, requests.TooManyRedirects) as error:
         raise DownloadError(f"{url}: {error}") from error
     except requests.RequestException as error:
         raise _Again(_reason(error)) from error
+
+
+def _without_tls(url: str, error: requests.exceptions.SSLError) -> DownloadError | _Again:
+    """What is to be said, or done, where a connection can't be encrypted: it may only have been broken off."""
+    if "certificate" in str(error).lower():
+        return DownloadError(f"{url}: its certificate is not accepted: {error}")
+    return _Again(_reason(error))
 
 
 def _check_range(

@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 from rootstock_client.runtime_dir import named_path
 from rootstockd.models import store
-from rootstockd.models.catalogue import Entry
+from rootstockd.models.catalogue import Entry, builtin_files, read_catalogue
 from rootstockd.models.download import Known, Progress, Say, download
 from rootstockd.models.store import Record, Stored, StoredFile
 from rootstockd.models.whole_files import StoreError, cannot_be_kept, lock
@@ -126,7 +126,7 @@ def _get(name: str, entry: Entry, right: str, folder: Path, wishes: Wishes) -> t
     """The file, in the store, and where it came from."""
     part = folder / f"{name}.part"
     if not wishes.mirror:
-        for path in _here(entry, folder):
+        for path in _here(entry, right, folder):
             if (file := _copy(path, part, entry, right, folder, wishes.say)) is not None:
                 return file, str(path)
         return _download(entry.url, part, entry, right, folder, wishes), entry.url
@@ -134,7 +134,7 @@ def _get(name: str, entry: Entry, right: str, folder: Path, wishes: Wishes) -> t
         url = f"{wishes.mirror.rstrip('/')}/{file_name(entry.url)}"
         return _download(url, part, entry, right, folder, wishes), url
     path = named_path(wishes.mirror) / file_name(entry.url)
-    if not path.is_file():
+    if not os.path.isfile(path):  # noqa: PTH113 - likewise
         raise StoreError(f"the mirror has no {path}, which would be its copy of {entry.url}.")
     if (file := _copy(path, part, entry, right, folder, wishes.say)) is None:
         raise StoreError(f"what the mirror has is not the file that is meant, so it was not kept: {path}.")
@@ -151,17 +151,23 @@ def mace_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mace"
 
 
-def _here(entry: Entry, folder: Path) -> Iterator[Path]:
+def _here(entry: Entry, right: str, folder: Path) -> Iterator[Path]:
     """Files on this machine that may be the right one: of another entry with this address, or mace-torch's."""
     for _, other in store.all_stored():
         if other.record.url == entry.url and not store.damage(other.folder, other.record.original):
             yield other.folder / other.record.original.name
-    if entry.family == "mace":
+    # by their names alone: many fine-tunes are called as mace_run_train calls them
+    if entry.family == "mace" and (right or entry.url in _well_known()):
         name = file_name(entry.url)
         bare = "".join(letter for letter in name if letter.isalnum() or letter == "_")  # as mace-torch calls most
         for path in (mace_cache() / bare, mace_cache() / name):
-            if path.is_file() and path.parent != folder:
+            if os.path.isfile(path) and path.parent != folder:  # noqa: PTH113 - says no where one may not look
                 yield path
+
+
+def _well_known() -> set[str]:
+    """Addresses of the catalogue's own entries, which are mace-torch's too."""
+    return {entry.url for path in builtin_files() for entry in read_catalogue(path).values()}
 
 
 def _copy(path: Path, part: Path, entry: Entry, right: str, folder: Path, say: Say) -> StoredFile | None:

@@ -113,7 +113,7 @@ def _digest(what: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """The same with 1 for 1.0: they are written alike, and mean the same number."""
+    """Arguments with 1 for 1.0: they are written alike, and mean the same number."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list):

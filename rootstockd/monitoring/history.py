@@ -115,4 +115,5 @@ class History:
 
 def name_of(model: ModelStatus) -> WorkerName:
     """What tells a worker from others of its daemon."""
-    return model.name, model.dtype, str(model.dispersion or ""), model.device
+    which = f"{model.dispersion or ''}{' retired ' * model.retired}{model.fingerprint}"  # what a reload has replaced
+    return model.name, model.dtype, which, model.device

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,9 +16,10 @@ def model_row(model: ModelStatus, models: Sequence[ModelStatus], history: Histor
 
     Latencies are in seconds, memory in bytes, rates in evaluations a second; 0 where there is none.
     """
+    place = models.index(model)
     return {
-        "name": _name(model, models),
-        "dtype": dtypes(models)[models.index(model)],
+        "name": told_apart(models)[place],
+        "dtype": dtypes(models)[place],
         "state": f"{model.state} {model.loading.elapsed:.0f} s" if model.loading else model.state,
         "device": model.device or "-",
         "sessions": model.sessions,
@@ -92,21 +92,16 @@ def session_dtype(session: SessionStatus) -> str:
 
 
 def told_apart(models: Sequence[ModelStatus]) -> list[str]:
-    """Names, with the dtype where it takes that to tell models apart."""
-    seen = Counter(model.name for model in models)
-    found = zip(models, dtypes(models), strict=True)
-    return [model.name if seen[model.name] == 1 else f"{model.name} {dtype}" for model, dtype in found]
+    """Names, with dtype and device where it takes these to tell models apart."""
+    names, found = [], dtypes(models)
+    for model, own in zip(models, found, strict=True):
+        same = [(dtype, other.device) for other, dtype in zip(models, found, strict=True) if other.name == model.name]
+        dtype = f" {own}" if len({dtype for dtype, _ in same}) > 1 else ""
+        alike = {device for dtype, device in same if dtype == own}
+        names.append(model.name + dtype + (f" {model.device or '-'}" if len(alike) > 1 else ""))
+    return names
 
 
 def settings_in_words(dispersion: dict[str, JsonValue]) -> str:
     """Settings of D3."""
     return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in dispersion.items())
-
-
-def _name(model: ModelStatus, models: Sequence[ModelStatus]) -> str:
-    """A model's name, with what tells it from others of that name."""
-    same = [other for other in models if other.name == model.name]
-    found = dtypes(same)
-    dtype = f" {found[same.index(model)]}" if len(set(found)) > 1 else ""
-    device = f" {model.device or '-'}" if len({other.device for other in same}) > 1 else ""
-    return model.name + dtype + device

@@ -161,7 +161,7 @@ def as_table(config: Config) -> dict[str, Any]:
 
 
 def by_name(config: Config) -> dict[str, Any]:
-    """The same by their names, such as `limits.sessions`."""
+    """Settings by their names, such as `limits.sessions`."""
     return {_name(path): value for path, value in _paths(as_table(config))}
 
 
