@@ -109,10 +109,10 @@ class Job:
         if self._error is not None:
             raise self._error
 
-    def goes_on(self) -> None:
+    def goes_on(self, timeout: float = 20.0) -> None:
         """Until it has made more steps."""
         before = self.steps
-        wait_for(lambda: self.steps > before + 3 or self._error)
+        wait_for(lambda: self.steps > before + 3 or self._error, timeout)
 
     def _run(self) -> None:
         try:
@@ -270,7 +270,7 @@ def test_a_driver_that_says_nothing_keeps_no_model_away(driver: Driver, start) -
         slow.touch()
         try:
             kill_worker(daemon)
-            job.goes_on()
+            job.goes_on(timeout=60.0)  # it waits for an answer, once
             wait_for(lambda: "cuda:0 does not answer the driver any more" in daemon.log.read_text())
             threads = psutil.Process(daemon.pid).num_threads()
             job.goes_on()
