@@ -32,7 +32,7 @@ from rootstock_client.errors import (
 )
 from rootstock_client.keeper import Keeper
 from rootstock_client.shared_memory import Translation
-from rootstock_client.sockets import dismiss, establish, receive, send_parts
+from rootstock_client.sockets import credentials_of, dismiss, establish, receive, send_parts
 
 IPI_PREFIX = "/tmp/ipi_"  # noqa: S108 - i-PI's and ASE's
 LAST_PORT = 65_535
@@ -129,7 +129,7 @@ def _check_owner(stream: socket.socket, address: Address) -> None:
     """
     if stream.family != socket.AF_UNIX:
         return
-    _, uid, _ = struct.unpack("3i", stream.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    _, uid, _ = credentials_of(stream)
     if uid not in (os.getuid(), 0):
         stream.close()
         raise DriverNotFoundError(

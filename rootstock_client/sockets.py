@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import socket
+import struct
 import time
 import weakref
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:  # the command line and control.py come without numpy
 
     from rootstock_client.ipi import FloatArray
 
+_UCRED = struct.Struct("iII")
 LINGER = 2.0
 """Seconds that a stream we end is still read: a socket closed on unread bytes is a reset."""
 
@@ -120,6 +122,12 @@ def establish(sock: socket.socket, where: str) -> None:
                 raise
         else:
             return
+
+
+def credentials_of(sock: socket.socket) -> tuple[int, int, int]:
+    """Process, user and group at the other end of a Unix socket, as the kernel saw them when it was connected."""
+    pid, uid, gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    return pid, uid, gid
 
 
 def receive(sock: socket.socket, size: int) -> bytes:

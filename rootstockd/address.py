@@ -11,7 +11,7 @@ from rootstock_client.runtime_dir import job_runtime_dir, share_file
 from rootstockd.host.sockets import (
     AddressError,
     adopt,
-    in_use,
+    kept_from_tmpfiles,
     listen,
     lock,
     make_runtime_dir,
@@ -39,7 +39,7 @@ def hold(config: Config, ours: contextlib.ExitStack) -> None:
     if folder == job_runtime_dir():
         ours.callback(remove_if_empty, folder)
     ours.enter_context(lock(config.lock))
-    ours.enter_context(in_use(folder))
+    ours.enter_context(kept_from_tmpfiles(folder))
     if folder == job_runtime_dir():  # Slurm may have killed those who would have removed it
         ours.callback(remove, share_file(config.socket))
 

@@ -11,7 +11,8 @@ from typing import Any, cast
 import pytest
 
 from rootstock_client.errors import EvaluationError
-from rootstockd.processes.worker_process import End, WorkerProcess
+from rootstockd.processes.ends import End
+from rootstockd.processes.worker_process import WorkerProcess
 from rootstockd.supervision.delayed_verdicts import DelayedVerdicts
 from rootstockd.supervision.dispatcher import LONGEST_DELAY, Dispatcher
 from rootstockd.supervision.roles import Client

@@ -12,8 +12,9 @@ import pytest
 
 from rootstockd.environments.finding import find_environment
 from rootstockd.processes import worker_process
+from rootstockd.processes.ends import End
 from rootstockd.processes.output import Ration
-from rootstockd.processes.worker_process import End, WorkerProcess
+from rootstockd.processes.worker_process import WorkerProcess
 from rootstockd.supervision import dispatcher as module
 from rootstockd.supervision.dispatcher import Dispatcher
 from rootstockd.supervision.roles import Client

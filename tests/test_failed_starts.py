@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
+from rootstockd.processes.ends import End
 from rootstockd.processes.folders import FolderError
-from rootstockd.processes.worker_process import End
 from rootstockd.supervision.failed_starts import MAX_BLAMED, MAX_HUNG, MAX_KILLED, PAUSES, FailedStarts
 from rootstockd.supervision.workers import is_shortage
 

@@ -3,7 +3,7 @@
 import pytest
 
 from rootstock_client.errors import DeviceFailedError, LimitError, ModelLoadError
-from rootstockd.processes.worker_process import End
+from rootstockd.processes.ends import End
 from rootstockd.supervision.loading import Loading
 
 CRASHED, KILLED = End("it was ended by signal 11", blamed=True), End("somebody killed it", blamed=False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,7 @@ from rootstockd.environments.specification import (
 )
 from rootstockd.models.catalogue import CatalogueError
 from rootstockd.settings.state_dir import StateError, check_trusted
-from rootstockd.worker.files import read_regular
+from rootstockd.worker.files import is_file, read_regular
 
 _TORCH = "[auto|index|cpu|cu126|cu130|...]"
 
@@ -395,7 +394,7 @@ def _specification_for(there: Build) -> tuple[Specification, str]:
     if manifest.origin == "named":
         return _named(manifest.name, None)
     path = Path(manifest.origin)
-    if not os.path.isfile(path):  # noqa: PTH113 - says no where one may not look
+    if not is_file(path):
         return manifest.specification, manifest.origin
     try:
         check_trusted(path.parent)

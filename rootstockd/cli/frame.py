@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Group
@@ -14,7 +13,7 @@ from rootstockd.cli.show import STATE_COLOUR
 from rootstockd.cli.tables import Column, Table, View, bar, cell
 from rootstockd.control.schema import DaemonStatus, DeviceStatus, ModelStatus
 from rootstockd.monitoring.history import History
-from rootstockd.monitoring.rows import model_row, session_row, user_rows
+from rootstockd.monitoring.rows import model_rows, session_row, user_rows
 
 HELP = (
     "q        quit",
@@ -94,7 +93,8 @@ def frame(status: DaemonStatus, history: History, view: View, now: float | None 
 
 def _tables(status: DaemonStatus, history: History, view: View, room: int | None, now: float) -> list[Text]:
     """The tables in so many lines; the sessions get what others leave."""
-    models = Table(MODELS, [_model_row(model, status.models, history) for model in status.models])
+    rows = zip(status.models, model_rows(status.models, history), strict=True)
+    models = Table(MODELS, [_model_row(model, row, history) for model, row in rows])
     sessions = Table(SESSIONS, [session_row(session, history, now) for session in status.sessions])
     users = Table(USERS, user_rows(status, sessions.rows))
     body: list[Text] = []
@@ -146,10 +146,10 @@ def _line(view: View, *parts: tuple[str, str]) -> Text:
     return line
 
 
-def _model_row(model: ModelStatus, models: Sequence[ModelStatus], history: History) -> dict[str, Any]:
+def _model_row(model: ModelStatus, row: dict[str, Any], history: History) -> dict[str, Any]:
     trend = history.trend(model)
     return {
-        **model_row(model, models, history),
+        **row,
         "rates": trend.rate,
         "latencies": trend.latency,
         "batches": trend.batch,

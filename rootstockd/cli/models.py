@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from pathlib import Path
 
 import click
@@ -27,6 +26,7 @@ from rootstockd.models.catalogue import NAME, Catalogue, Entry
 from rootstockd.models.spec import in_environment, spec_of
 from rootstockd.models.store import Stored
 from rootstockd.models.whole_files import lock
+from rootstockd.worker.files import is_file
 
 _LACKS = {"missing": "red", "needs env": "yellow"}
 
@@ -284,7 +284,7 @@ def fingerprint_of(name: str, entry: Entry) -> str:
 
 def size_of(name: str, entry: Entry) -> int | None:
     """Of a model's weights in bytes, if it is known."""
-    if entry.weights is not None and os.path.isfile(entry.weights):  # noqa: PTH113 - says no where one may not look
+    if entry.weights is not None and is_file(entry.weights):
         return entry.weights.stat().st_size
     stored = store.weights_of(name, entry) if entry.url else None
     return stored.record.loaded.size if stored else entry.size

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from socket import gethostname
 from typing import Any
 
 from rootstock_client.errors import RootstockError
 from rootstockd.control.schema import DaemonStatus, ModelStatus
 from rootstockd.monitoring.history import SPAN, History, name_of
-from rootstockd.monitoring.rows import model_row, session_row, user_rows
+from rootstockd.monitoring.rows import model_rows, session_row, user_rows
 
 PERIOD = 1.0
 """Seconds between two looks."""
@@ -67,7 +67,8 @@ class Feed:
 
     def _told(self, after: float) -> dict[str, Any]:
         status, history = self._status, self._history
-        models = [_model(model, status.models, history) for model in status.models]
+        rows = zip(status.models, model_rows(status.models, history), strict=True)
+        models = [_model(model, row) for model, row in rows]
         sessions = [session_row(session, history, self._answered) for session in status.sessions]
         labels = {name_of(model): row["name"] for model, row in zip(status.models, models, strict=True)}
         return {
@@ -91,11 +92,11 @@ class Feed:
         }
 
 
-def _model(model: ModelStatus, models: Sequence[ModelStatus], history: History) -> dict[str, Any]:
+def _model(model: ModelStatus, row: dict[str, Any]) -> dict[str, Any]:
     """A row, and what else the page says of a model."""
     loading = model.loading
     return {
-        **model_row(model, models, history),
+        **row,
         "state": model.state,
         "load": model.load,
         "loading": loading.text if loading else None,

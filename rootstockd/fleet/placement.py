@@ -109,7 +109,7 @@ def first_to_go(residents: Iterable[Resident]) -> Resident | None:
 
 
 def stays(space: DeviceSpace) -> DeviceSpace:
-    """Whether a model stays: as `first_to_go`, where nobody goes who was to be kept."""
+    """The same space, where nobody goes who was to be kept."""
     return replace(space, residents=tuple(replace(t, idle=t.idle and not t.kept) for t in space.residents))
 
 

@@ -7,7 +7,8 @@ import socket
 import struct
 from typing import NamedTuple
 
-_UCRED = struct.Struct("iII")
+from rootstock_client.sockets import credentials_of
+
 _SO_PEERGROUPS = 59
 _MOST_GROUPS = 65_536
 """NGROUPS_MAX of Linux."""
@@ -23,7 +24,7 @@ class Peer(NamedTuple):
 
 def peer_of(sock: socket.socket) -> Peer:
     """Whoever connected, as the kernel saw them when they did."""
-    pid, uid, gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    pid, uid, gid = credentials_of(sock)
     try:
         groups = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 4 * 64)
     except OSError:  # more of them than that

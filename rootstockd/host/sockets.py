@@ -94,7 +94,7 @@ def already_runs(address: Path, pid: str) -> str:
 
 
 @contextlib.contextmanager
-def in_use(folder: Path) -> Iterator[None]:
+def kept_from_tmpfiles(folder: Path) -> Iterator[None]:
     """Have systemd-tmpfiles leave a folder alone in which nothing changes for days, as one in /tmp."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import os
-import threading
 from collections.abc import Callable, Iterable
 from importlib import metadata
 
 from rootstock_client.errors import ModelLoadError, UnknownModelError
 from rootstockd.environments.finding import Environment, find_environment
+from rootstockd.host.threads import within
 from rootstockd.models.catalogue import Catalogue, Entry
 from rootstockd.models.spec import spec_of
 from rootstockd.models.store import weights_of
@@ -17,9 +16,14 @@ from rootstockd.models.whole_files import StoreError
 from rootstockd.settings.state_dir import StateError
 from rootstockd.worker.engines import ase
 from rootstockd.worker.engines.loading import ENTRY_POINTS, FAMILIES
+from rootstockd.worker.files import is_file
 
 DISK_PATIENCE, FIRST_PATIENCE = 0.3, 3.0
 """Seconds for which a daemon's loop waits for a disk, where it knows what was there before, and where it does not."""
+
+
+def _is_pulled(entry: Entry) -> bool:
+    return entry.weights is None and bool(entry.url)
 
 
 def located(name: str, entry: Entry) -> Entry:
@@ -28,7 +32,7 @@ def located(name: str, entry: Entry) -> Entry:
     Raises:
         ModelLoadError: they have not been.
     """
-    if entry.weights is not None or not entry.url:
+    if not _is_pulled(entry):
         return entry
     try:
         stored = weights_of(name, entry)
@@ -55,8 +59,8 @@ class Locations:
     def __init__(self) -> None:
         self._known: dict[str, tuple[Entry, Entry]] = {}
         """By the model's name: the entry, and the same with its weights."""
-        self._look: threading.Thread | None = None
-        """One that has not come back."""
+        self._looking = False
+        """A look has not come back."""
 
     def located(self, name: str, entry: Entry) -> Entry:
         """As the function of this name does.
@@ -64,22 +68,18 @@ class Locations:
         Raises:
             ModelLoadError: weights have not been pulled, or no disk says where they are.
         """
-        if entry.weights is not None or not entry.url:
+        if not _is_pulled(entry):
             return entry
         before, known = self._known.get(name, (None, entry))
-        if self._look is None or not self._look.is_alive():
-            found: list[Entry | ModelLoadError] = []
-            look = threading.Thread(target=self._find, args=(name, entry, found), name="where weights are", daemon=True)
+        if not self._looking:
+            self._looking = True
             try:
-                look.start()
+                patience = DISK_PATIENCE if before is entry else FIRST_PATIENCE
+                if (there := within(patience, lambda: self._find(name, entry))) is not None:
+                    return there
             except RuntimeError:  # there are as many threads as there may be
+                self._looking = False
                 return located(name, entry)
-            self._look = look
-            look.join(DISK_PATIENCE if before is entry else FIRST_PATIENCE)
-            if found:
-                if isinstance(found[0], ModelLoadError):
-                    raise found[0]
-                return found[0]
         if before is entry:
             return known
         raise ModelLoadError(
@@ -87,17 +87,20 @@ class Locations:
             "See whether the file systems of the state directories answer (`df`), then try again.",
         )
 
-    def _find(self, name: str, entry: Entry, found: list[Entry | ModelLoadError]) -> None:
+    def _find(self, name: str, entry: Entry) -> Entry:
         """Look, for whoever waits, and for those who ask later."""
         try:
             there = located(name, entry)
-        except (ModelLoadError, OSError) as error:
-            self._known.pop(name, None)
-            lack = ModelLoadError(f"model {name!r}: no disk says where its weights are: {error}.")
-            found.append(error if isinstance(error, ModelLoadError) else lack)
-        else:
             self._known[name] = entry, there
-            found.append(there)
+        except ModelLoadError:
+            self._known.pop(name, None)
+            raise
+        except OSError as error:
+            self._known.pop(name, None)
+            raise ModelLoadError(f"model {name!r}: no disk says where its weights are: {error}.") from error
+        finally:
+            self._looking = False
+        return there
 
 
 def not_to_preload(names: Iterable[str], catalogue: Catalogue) -> list[UnknownModelError | ModelLoadError]:
@@ -134,7 +137,7 @@ def _check_loadable(name: str, entry: Entry) -> None:
 
 
 def _no_file(entry: Entry) -> bool:
-    return entry.weights is not None and not os.path.isfile(entry.weights)  # noqa: PTH113 - no where one may not look
+    return entry.weights is not None and not is_file(entry.weights)
 
 
 def _wrong(name: str, entry: Entry, environment: Environment) -> str:

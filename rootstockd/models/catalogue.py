@@ -31,7 +31,7 @@ from rootstockd.settings.toml_file import read_toml
 from rootstockd.settings.validation import BYTES, SECONDS, describe, of_form
 from rootstockd.worker.engines import EngineError, choose_head
 from rootstockd.worker.engines.ipi.recipe import read_recipe
-from rootstockd.worker.files import digest_of
+from rootstockd.worker.files import digest_of, is_file
 
 FILE_NAME = "models.toml"
 """What the catalogue of a site, of a state directory and of a user is called in its folder."""
@@ -236,7 +236,7 @@ class Catalogue(Mapping[str, Entry]):
                     found.append(f"model {name!r}: there is no program {program}")
             if entry.weights is None:
                 continue
-            if not os.path.isfile(entry.weights):  # noqa: PTH113 - says no where one may not look
+            if not is_file(entry.weights):
                 found.append(f"model {name!r}: there is no file {entry.weights}")
             elif entry.size not in (None, size := entry.weights.stat().st_size):
                 found.append(f"model {name!r}: {entry.weights} has {size} bytes, and its entry says {entry.size}")
@@ -398,7 +398,7 @@ def read_catalogue(path: Path, check: Callable[[os.stat_result], None] = lambda 
 
 def _pin(weights: Path) -> str:
     """What to write, for the file as it is now."""
-    if not os.path.isfile(weights):  # noqa: PTH113 - likewise
+    if not is_file(weights):
         return f"there is no file {weights} to tell it from."
     try:
         digest = digest_of(weights)

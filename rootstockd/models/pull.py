@@ -21,7 +21,7 @@ from rootstockd.models.store import Record, Stored, StoredFile
 from rootstockd.models.whole_files import StoreError, cannot_be_kept, lock
 from rootstockd.settings.state_dir import StateError, check_trusted
 from rootstockd.users import user_name
-from rootstockd.worker.files import digest_of
+from rootstockd.worker.files import digest_of, is_file
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def _get(name: str, entry: Entry, right: str, folder: Path, wishes: Wishes) -> t
         url = f"{wishes.mirror.rstrip('/')}/{file_name(entry.url)}"
         return _download(url, part, entry, right, folder, wishes), url
     path = named_path(wishes.mirror) / file_name(entry.url)
-    if not os.path.isfile(path):  # noqa: PTH113 - likewise
+    if not is_file(path):
         raise StoreError(f"the mirror has no {path}, which would be its copy of {entry.url}.")
     if (file := _copy(path, part, entry, right, folder, wishes.say)) is None:
         raise StoreError(f"what the mirror has is not the file that is meant, so it was not kept: {path}.")
@@ -161,7 +161,7 @@ def _here(entry: Entry, right: str, folder: Path) -> Iterator[Path]:
         name = file_name(entry.url)
         bare = "".join(letter for letter in name if letter.isalnum() or letter == "_")  # as mace-torch calls most
         for path in (mace_cache() / bare, mace_cache() / name):
-            if os.path.isfile(path) and path.parent != folder:  # noqa: PTH113 - says no where one may not look
+            if is_file(path) and path.parent != folder:
                 yield path
 
 

@@ -11,15 +11,19 @@ from rootstockd.control.schema import DaemonStatus, ModelStatus, SessionStatus
 from rootstockd.monitoring.history import History
 
 
-def model_row(model: ModelStatus, models: Sequence[ModelStatus], history: History) -> dict[str, Any]:
-    """A model, one of `models`, those of the latest status in `history`.
+def model_rows(models: Sequence[ModelStatus], history: History) -> list[dict[str, Any]]:
+    """The models of the latest status in `history`.
 
     Latencies are in seconds, memory in bytes, rates in evaluations a second; 0 where there is none.
     """
-    place = models.index(model)
+    named = zip(models, told_apart(models), dtypes(models), strict=True)
+    return [_model_row(model, name, dtype, history) for model, name, dtype in named]
+
+
+def _model_row(model: ModelStatus, name: str, dtype: str, history: History) -> dict[str, Any]:
     return {
-        "name": told_apart(models)[place],
-        "dtype": dtypes(models)[place],
+        "name": name,
+        "dtype": dtype,
         "state": f"{model.state} {model.loading.elapsed:.0f} s" if model.loading else model.state,
         "device": model.device or "-",
         "sessions": model.sessions,

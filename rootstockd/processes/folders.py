@@ -7,6 +7,7 @@ malicious can prepare nothing for another's workers.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import fcntl
@@ -17,11 +18,13 @@ import os
 import shutil
 import stat
 import tempfile
+import threading
 from pathlib import Path
 
 import platformdirs
 
 from rootstock_client.runtime_dir import is_private
+from rootstockd.host.threads import in_thread
 from rootstockd.worker.compiled import why_not_kept
 from rootstockd.worker.engines import ModelSpec
 from rootstockd.worker.engines.ipi.program import SOCKETS_VARIABLE
@@ -111,6 +114,28 @@ class WorkerFolders:
         for path, lock in self._held:
             _remove(path)
             os.close(lock)
+
+
+async def folders_in_time(spec: ModelSpec, limit: float | None) -> WorkerFolders:
+    """Folders for a worker; disks, and homes over a network, take time, and what comes too late is removed.
+
+    Raises:
+        asyncio.TimeoutError: there are none within `limit` seconds.
+        OSError: as `WorkerFolders` says.
+    """
+    too_late = threading.Event()
+
+    def make() -> WorkerFolders:
+        made = WorkerFolders(spec)
+        if too_late.is_set():
+            made.remove()
+        return made
+
+    try:
+        return await asyncio.wait_for(in_thread(make), limit)
+    except asyncio.TimeoutError:
+        too_late.set()
+        raise
 
 
 def _try_room(folder: str) -> None:

@@ -16,9 +16,10 @@ import numpy as np
 from rootstock_client.errors import ModelLoadError, RootstockError
 from rootstockd.environments.finding import Environment
 from rootstockd.processes import output
+from rootstockd.processes.ends import End
 from rootstockd.processes.messages import Failure, Versions, parse
 from rootstockd.processes.output import Ration
-from rootstockd.processes.worker_process import End, WorkerProcess
+from rootstockd.processes.worker_process import WorkerProcess
 from rootstockd.worker.engines import EngineInfo, ModelSpec
 from rootstockd.worker.slots import Slot
 from rootstockd.worker.units import BOHR, HARTREE

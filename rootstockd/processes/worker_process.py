@@ -13,7 +13,6 @@ import re
 import signal
 import socket
 import struct
-import threading
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -24,11 +23,12 @@ from rootstockd.environments.finding import Environment
 from rootstockd.host import passed
 from rootstockd.host.handed_over import handed_over
 from rootstockd.host.threads import in_thread
-from rootstockd.processes.folders import WorkerFolders
+from rootstockd.processes.ends import End, ending, memory_kills
+from rootstockd.processes.folders import WorkerFolders, folders_in_time
 from rootstockd.processes.output import Ration, WorkerOutput
 from rootstockd.worker.engines import ModelSpec
 from rootstockd.worker.slots import Slot
-from rootstockd.worker.version import DISORDER, MESSAGE_SIZE
+from rootstockd.worker.version import MESSAGE_SIZE
 
 ENTRY = Path(worker.__file__).with_name("__main__.py")
 """What workers run."""
@@ -40,8 +40,6 @@ DISK_PATIENCE = 10.0
 """Seconds for which the removal of a worker's folders is waited for."""
 GRACE = 5.0
 """Seconds that a worker without its socket has to end by itself, so that it is seen what it died of."""
-FOREIGN = {signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT}
-"""What people, programs and a kernel out of memory send, and what no computation does to itself by mistake."""
 LAST_WORDS = 1_000
 """Messages that are heard of a worker that has ended, or is about to be."""
 _NO_DESCRIPTORS = {errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM}
@@ -77,27 +75,6 @@ TUNING = {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
 }
 """Variables for a worker that can't be set once it runs; one that the daemon was started with goes before."""
-
-
-@dataclasses.dataclass(frozen=True)
-class End:
-    """How a worker ended."""
-
-    how: str
-    """In words."""
-    blamed: bool
-    """It may have been its own doing, or that of what it was at: not a signal from somewhere else."""
-    hung: bool = False
-    disorder: bool = False
-    """Its device could not be used any more, or a library that it computes with."""
-    signalled: bool = False
-    """By a signal from somewhere else."""
-    starved: bool = False
-    """The kernel may have sent it for want of memory."""
-    unheard: bool = False
-    """The daemon itself failed at what it said."""
-    changed: bool = False
-    """What it computes with was, while it loaded that."""
 
 
 ROUNDING = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
@@ -173,7 +150,7 @@ class WorkerProcess:
         output: WorkerOutput | None = None
         try:
             if spec.confine or spec.family == "ipi":
-                folders = await _folders_for(spec, limit)
+                folders = await folders_in_time(spec, limit)
             output = WorkerOutput(spec.name, ration)
             ours.setblocking(False)  # noqa: FBT003 - the socket module has no other way
             passed.refuse(ours)  # it sends none
@@ -385,23 +362,6 @@ class WorkerProcess:
             self._channel.close()
 
 
-async def _folders_for(spec: ModelSpec, limit: float | None) -> WorkerFolders:
-    """Folders for a worker; disks, and homes over a network, take time, and what comes too late is removed."""
-    too_late = threading.Event()
-
-    def make() -> WorkerFolders:
-        made = WorkerFolders(spec)
-        if too_late.is_set():
-            made.remove()
-        return made
-
-    try:
-        return await asyncio.wait_for(in_thread(make), limit)
-    except asyncio.TimeoutError:
-        too_late.set()
-        raise
-
-
 def worker_command(environment: Environment) -> list[str]:
     """What starts a worker in an environment, but for its arguments.
 
@@ -410,36 +370,3 @@ def worker_command(environment: Environment) -> list[str]:
     (-s), or writing to it (-B). `worker/__main__.py` adds what PYTHONPATH names behind its own packages.
     """
     return [str(environment.python), "-S", *(["-E", "-s", "-B"] if environment.built else []), "-u", str(ENTRY)]
-
-
-def memory_kills() -> int | None:
-    """How many processes the kernel has killed for want of memory, its own or a control group's; None: it won't say."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/vmstat").read_text().splitlines():
-            if line.startswith("oom_kill "):
-                return int(line.split()[1])
-    return None
-
-
-def ending(status: int, kills_before: int | None = None, kills_after: int | None = None) -> End:
-    """How a worker ended.
-
-    Args:
-        status: its exit status, negative for a signal.
-        kills_before: `memory_kills` before it began what it was at.
-        kills_after: the same when it had ended.
-    """
-    if status == DISORDER:
-        return End("its device was in disorder", blamed=True, disorder=True)
-    if status >= 0:
-        return End(f"exit status {status}", blamed=True)
-    try:
-        name = f" ({signal.Signals(-status).name})"
-    except ValueError:
-        name = ""
-    if -status not in FOREIGN:
-        return End(f"signal {-status}{name}", blamed=True)
-    unknown = kills_before is None or kills_after is None
-    starved = status == -signal.SIGKILL and (unknown or kills_before != kills_after)
-    meanwhile = ", as the kernel killed for want of memory" if starved and not unknown else ""
-    return End(f"signal {-status}{name}{meanwhile}", blamed=False, signalled=True, starved=starved)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from rootstock_client.errors import EvaluationError, LimitError, RootstockError
 from rootstockd.host.log_rate import LogRate
+from rootstockd.processes.ends import End
 from rootstockd.processes.messages import Failure
-from rootstockd.processes.worker_process import End, WorkerProcess
+from rootstockd.processes.worker_process import WorkerProcess
 from rootstockd.supervision.delayed_verdicts import DelayedVerdicts
 from rootstockd.supervision.failed_starts import FROM_OUTSIDE
 from rootstockd.supervision.hang_limit import HangLimit

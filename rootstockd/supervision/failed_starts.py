@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rootstock_client.errors import ModelLoadError
-from rootstockd.processes.worker_process import End
+from rootstockd.processes.ends import End
 from rootstockd.words import counted
 
 MAX_BLAMED = 5

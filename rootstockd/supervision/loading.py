@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from rootstock_client.errors import DeviceFailedError, LimitError, RootstockError
-from rootstockd.processes.worker_process import End
+from rootstockd.processes.ends import End
 
 
 class Loading:

@@ -303,7 +303,7 @@ class Scheduler(Generic[Owner]):
             return False
         if own is user:
             return own.would_be_next(self._weight(left))
-        return max(own.start, self._now) < user.start
+        return self._start(left.user) < user.start
 
     def _seconds(self, evaluation: Evaluation[Owner]) -> float:
         """Seconds that an evaluation probably takes by itself."""
@@ -449,7 +449,7 @@ class Scheduler(Generic[Owner]):
         if (user := self._users.get(uid)) is None:
             user = self._users[uid] = _User(uid, self._now)
             user.share, user.latest = evaluation.share, (evaluation.atoms, evaluation.alone)
-        user.start = max(user.start, self._now) + seconds / evaluation.share
+        user.start = self._start(uid) + seconds / evaluation.share
         if len(self._users) == 1 and all(other.user == uid for other in self._again):
             self._now = user.start  # what the only user had is nobody's loss
 

@@ -12,7 +12,7 @@ from rootstock_client.errors import DeviceFailedError, LimitError, ModelLoadErro
 from rootstockd.environments.finding import damage_of
 from rootstockd.host.log_rate import LogRate
 from rootstockd.host.threads import in_thread
-from rootstockd.processes.worker_process import End
+from rootstockd.processes.ends import End
 from rootstockd.settings.config import Device
 from rootstockd.supervision.dispatcher import Dispatcher
 from rootstockd.supervision.failed_starts import FailedStarts

@@ -7,7 +7,8 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from rootstockd.processes.worker_process import End, WorkerProcess
+from rootstockd.processes.ends import End
+from rootstockd.processes.worker_process import WorkerProcess
 
 log = logging.getLogger(__name__)
 

@@ -12,9 +12,10 @@ from rootstock_client.errors import ModelLoadError, RestartNeededError, Rootstoc
 from rootstockd.environments.finding import Environment, find_environment
 from rootstockd.host.threads import in_thread
 from rootstockd.models.spec import in_environment
+from rootstockd.processes.ends import End
 from rootstockd.processes.folders import FolderError
 from rootstockd.processes.output import Ration
-from rootstockd.processes.worker_process import End, WorkerProcess
+from rootstockd.processes.worker_process import WorkerProcess
 from rootstockd.supervision.dispatcher import Dispatcher
 from rootstockd.supervision.loading import Loading
 from rootstockd.supervision.memory_use import MemoryUse

@@ -9,6 +9,11 @@ import stat
 from typing import BinaryIO
 
 
+def is_file(path: str | os.PathLike[str]) -> bool:
+    """Whether there is a file; no where one may not look, of which `Path.is_file` makes an error."""
+    return os.path.isfile(path)  # noqa: PTH113
+
+
 def open_regular(path: str | os.PathLike[str], flags: int = 0) -> BinaryIO:
     """Open a file to read, if it is one: to open a named pipe would be to wait for whoever writes into it.
 

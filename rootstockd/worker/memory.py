@@ -92,12 +92,15 @@ def trim() -> None:
     ctypes.CDLL(None).malloc_trim(0)
 
 
+def _cuda() -> Any:
+    """torch.cuda; None where no GPU is in use."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
+
+
 def gpu_memory() -> int | None:
     """Bytes that torch holds of the GPU; None where none is in use. CUDA itself has some hundred MiB more."""
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_initialized():
-        return None
-    return int(torch.cuda.memory_reserved())
+    return None if (cuda := _cuda()) is None else int(cuda.memory_reserved())
 
 
 class GpuCache:
@@ -109,16 +112,13 @@ class GpuCache:
 
     def empty(self) -> None:
         """Have it give back all that is in no use: a pass that did not fit had nearly all that there is."""
-        torch = sys.modules.get("torch")
-        if torch is not None and torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+        if (cuda := _cuda()) is not None:
+            cuda.empty_cache()
 
     def trim(self) -> None:
         """Have it give back what no pass has needed since the last time, where that is much."""
-        torch = sys.modules.get("torch")
-        if torch is None or not torch.cuda.is_initialized():
+        if (cuda := _cuda()) is None:
             return
-        cuda = torch.cuda
         self._bound = min(self._bound, cuda.memory_reserved() - cuda.memory_allocated())  # a pool may be gone
         needed = cuda.max_memory_allocated() + self._bound
         cuda.reset_peak_memory_stats()

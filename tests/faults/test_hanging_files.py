@@ -113,7 +113,7 @@ def test_where_pulled_weights_are_is_waited_for_once(tmp_path: Path, monkeypatch
             with pytest.raises(ModelLoadError, match="no disk says where its weights are"):
                 locations.located("another", entry)
         assert time.monotonic() - began < 10 * DISK_PATIENCE
-    wait_for(lambda: locations._look is None or not locations._look.is_alive())
+    wait_for(lambda: not locations._looking)
     assert locations.located("another", entry).weights == folder / file.name
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import random
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -75,29 +77,43 @@ def test_it_says_so_when_the_daemon_is_away_and_when_it_is_back(
     assert "is back" in back
 
 
-def test_a_limit_of_the_jobs_own_ends_the_step(own_daemon: RunningDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many a job has a handler of SIGALRM that raises TimeoutError, which is what a socket might raise, too."""
+@contextlib.contextmanager
+def stopped(process: int) -> Iterator[None]:
+    os.kill(process, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(process, signal.SIGCONT)
+
+
+@contextlib.contextmanager
+def a_limit_of_its_own() -> Iterator[None]:
+    """What many a job has, for when its timer rings."""
 
     def too_long(_number: int, _frame: object) -> None:
         raise TimeoutError("this step takes too long")
 
+    handler = signal.signal(signal.SIGALRM, too_long)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+
+
+def test_a_limit_of_the_jobs_own_ends_the_step(own_daemon: RunningDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many a job has a handler of SIGALRM that raises TimeoutError, which is what a socket might raise, too."""
+
     atoms = copper()
     atoms.calc = own_daemon.client().calculator("emt")
     before = atoms.get_forces()
-    worker = own_daemon.model("emt")["pid"]
-    handler = signal.signal(signal.SIGALRM, too_long)
-    os.kill(worker, signal.SIGSTOP)
-    try:
+    with stopped(own_daemon.model("emt")["pid"]), a_limit_of_its_own():
         for reset in (atoms.calc.reset, atoms.calc.close):  # with a session that is there, and with a new one
             reset()
             atoms.rattle(0.01)
             signal.setitimer(signal.ITIMER_REAL, 0.3)
             with pytest.raises(TimeoutError, match="this step takes too long"):
                 atoms.get_forces()
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, handler)
-        os.kill(worker, signal.SIGCONT)
     atoms = copper()
     atoms.calc = own_daemon.client().calculator("emt")
     np.testing.assert_array_equal(atoms.get_forces(), before)
@@ -106,23 +122,14 @@ def test_a_limit_of_the_jobs_own_ends_the_step(own_daemon: RunningDaemon, monkey
 def test_a_limit_of_the_jobs_own_ends_the_step_also_while_it_asks_why_it_waits(own_daemon: RunningDaemon) -> None:
     """After LONG it asks a daemon that does not answer, whose silence is no such thing."""
 
-    def too_long(_number: int, _frame: object) -> None:
-        raise TimeoutError("this step takes too long")
-
     atoms = copper()
     atoms.calc = own_daemon.client().calculator("emt")
     before = atoms.get_forces()
-    handler, pid = signal.signal(signal.SIGALRM, too_long), own_daemon.pid
-    os.kill(pid, signal.SIGSTOP)
-    try:
+    with stopped(own_daemon.pid), a_limit_of_its_own():
         atoms.rattle(0.01)
         signal.setitimer(signal.ITIMER_REAL, LONG + TIMEOUT / 2)
         with pytest.raises(TimeoutError, match="this step takes too long"):
             atoms.get_forces()
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, handler)
-        os.kill(pid, signal.SIGCONT)
     again = copper()
     again.calc = atoms.calc
     np.testing.assert_array_equal(again.get_forces(), before)

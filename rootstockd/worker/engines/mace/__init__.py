@@ -38,7 +38,7 @@ from rootstockd.worker.engines.deterministic import deterministic, fuse_nothing
 from rootstockd.worker.engines.differences import TOLERANCE, compare
 from rootstockd.worker.engines.mace import checks, safe
 from rootstockd.worker.engines.mace.candidates import Backend, NotApplicableError, backends_for
-from rootstockd.worker.engines.mace.reference import Check, ReferenceBackend, System, mace
+from rootstockd.worker.engines.mace.reference import Check, ReferenceBackend, System, heads_of, mace
 from rootstockd.worker.engines.mace.selection import Selection, warm
 from rootstockd.worker.failures import describe, in_disorder, out_of_memory
 from rootstockd.worker.memory import gpu_memory
@@ -79,7 +79,7 @@ class MaceEngine:
         """Of how many sessions they are, why the last of them does, and what the fast backend has said last."""
         self._reference = reference
         self._elements = [int(z) for z in model.atomic_numbers]
-        self._heads: tuple[str, ...] = tuple(getattr(model, "heads", None) or ["Default"])
+        self._heads = tuple(heads_of(model))
         self._understood = _understood(model)
         self._embedded: dict[str, dict[str, Any]] = getattr(model, "embedding_specs", None) or {}
         self._cutoff = float(model.r_max)

@@ -324,12 +324,14 @@ class Captures:
         try:
             bucket = Bucket(*shape, graph)
             bucket.put(graph, positions)
-            why = self._recorded_wrongly(bucket, first, graph, positions, eagerly)
+            moved = positions + _MOVED * torch.arange(positions.numel()).reshape(-1, 3).sin()
+            right = eagerly(moved)
+            why = self._recorded_wrongly(bucket, first, graph, moved, right)
             if not why and not part_of(lambda: bucket.rows(graph, positions), lambda: eagerly(positions)) < WORTHWHILE:
                 self._refused.add(shape)
                 return
             if not why and first is not recorder:
-                why = self._recorded_wrongly(bucket, recorder, graph, positions, eagerly)
+                why = self._recorded_wrongly(bucket, recorder, graph, moved, right)
         except Exception as error:  # the pass itself has been answered
             broken, (why, memory_lacked) = True, _reason(error)
         recorder.answer_for(first)
@@ -353,12 +355,10 @@ class Captures:
         return self._recorder
 
     def _recorded_wrongly(
-        self, bucket: Bucket, recorder: Recorder, graph: Graph, positions: torch.Tensor, eagerly: Eagerly
+        self, bucket: Bucket, recorder: Recorder, graph: Graph, moved: torch.Tensor, right: Array
     ) -> str:
-        """Record what was put into a bucket; how its replay differs, if it does."""
+        """Record what was put into a bucket; how its replay at other positions is off what is right there, if it is."""
         bucket.record(recorder, self._evaluate)
-        moved = positions + _MOVED * torch.arange(positions.numel()).reshape(-1, 3).sin()
-        right = eagerly(moved)
         difference = np.abs(bucket.rows(graph, moved) - right).max()
         if difference <= self._tolerance * max(1.0, np.abs(right[:, 1:]).max()):
             return ""

@@ -138,7 +138,7 @@ class Pass:
 
     @cached_property
     def ordered_pairs(self) -> tuple[Array, Array]:
-        """Kinds of pairs where it matters which of the two is the sender: that one is the first."""
+        """As `pairs`, where it matters which of the two is the sender: that one is the first."""
         sender, receiver = self._ends
         return _places(PAIR * sender + receiver)
 

@@ -144,7 +144,7 @@ class RadialTables:
         return there.tolist(), edges
 
     def _kind(self, pair: int) -> bytes:
-        """A number that is the same for pairs that have the same weights at all lengths."""
+        """What is the same for pairs that have the same weights at all lengths."""
         kind = self._kinds.get(pair)
         if kind is None and self._ends is not None:
             kind = self._kinds[pair] = pair.to_bytes(4, "little")

@@ -63,6 +63,11 @@ class System:
     """What stands for it among systems whose first structure was compared."""
 
 
+def heads_of(model: Any) -> list[str]:
+    """Names of a model's heads; models of older versions have one, without a name."""
+    return list(getattr(model, "heads", None) or ["Default"])
+
+
 class ReferenceBackend:
     """A MACE model on one device, as mace-torch evaluates it.
 
@@ -75,7 +80,7 @@ class ReferenceBackend:
         self.name, self.note = "mace-torch", ""
         self._model, self._device = model, device
         self._elements = AtomicNumberTable([int(z) for z in model.atomic_numbers])
-        self._heads: list[str] = list(getattr(model, "heads", None) or ["Default"])
+        self._heads = heads_of(model)
         self._cutoff = float(model.r_max)
         self._local = type(model).__name__ in LOCAL
 

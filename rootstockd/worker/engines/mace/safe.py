@@ -21,7 +21,7 @@ import torch
 
 from rootstockd.worker.engines import EngineError, EngineInfo, ModelSpec, Result, Task
 from rootstockd.worker.engines.mace import basis, checks
-from rootstockd.worker.engines.mace.reference import ReferenceBackend
+from rootstockd.worker.engines.mace.reference import ReferenceBackend, heads_of
 
 FORM = "mace-1"
 """Version of this form."""
@@ -65,7 +65,7 @@ def _scaled_by_one(model: Any) -> Any:
     """
     from mace import modules  # noqa: PLC0415
 
-    heads = len(getattr(model, "heads", None) or ["Default"])
+    heads = len(heads_of(model))
     block = modules.ScaleShiftBlock([1.0] * heads, [0.0] * heads).to(next(model.parameters()).dtype)
     scaled = modules.ScaleShiftMACE.__new__(modules.ScaleShiftMACE)
     scaled.__dict__.update(model.__dict__, _modules={**model._modules, "scale_shift": block})  # noqa: SLF001
@@ -201,9 +201,8 @@ def convert(model: Any, spec: ModelSpec) -> Conversion:
 def _numbers(model: Any, spec: ModelSpec) -> List[Any]:
     """What mace-torch computes for structures of the model's elements: eV, eV/Å."""
     backend = ReferenceBackend(model, spec.device)
-    heads = list(getattr(model, "heads", None) or ["Default"])
     found = []
-    for tasks in checks.structures([int(z) for z in model.atomic_numbers], heads):
+    for tasks in checks.structures([int(z) for z in model.atomic_numbers], heads_of(model)):
         for task in tasks:
             for _ in range(REPEATS):
                 (result,) = backend.evaluate([task])

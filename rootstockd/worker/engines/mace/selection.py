@@ -17,6 +17,7 @@ from rootstockd.worker.engines import ModelSpec, Task
 from rootstockd.worker.engines.differences import TOLERANCE, compare
 from rootstockd.worker.engines.mace import checks
 from rootstockd.worker.engines.mace.candidates import Backend, NotApplicableError
+from rootstockd.worker.engines.mace.reference import heads_of
 from rootstockd.worker.engines.mace.timing import part_of
 from rootstockd.worker.failures import describe, in_disorder, out_of_memory
 
@@ -42,8 +43,7 @@ def warm(reference: Backend, model: Any) -> None:
 
     So an exact step has the same bits in the next worker, whatever backends there are.
     """
-    elements, heads = [int(z) for z in model.atomic_numbers], tuple(getattr(model, "heads", None) or ["Default"])
-    tasks = next(checks.structures(elements, heads))
+    tasks = next(checks.structures([int(z) for z in model.atomic_numbers], heads_of(model)))
     try:
         for _ in range(WARM_UP):
             reference.evaluate(tasks)
