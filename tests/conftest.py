@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -89,6 +90,16 @@ def wait_for(condition: Callable[[], object], timeout: float = 20.0) -> None:
         assert time.monotonic() < deadline, "it did not come about"
         time.sleep(pause)
         pause = min(1.2 * pause, 0.05)  # most conditions are requests, and others have work for the CPU
+
+
+@contextlib.contextmanager
+def stopped(process: int) -> Iterator[None]:
+    """Meanwhile a process does nothing, and what comes waits for it."""
+    os.kill(process, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(process, signal.SIGCONT)
 
 
 LONGEST = (

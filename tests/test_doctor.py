@@ -4,7 +4,6 @@ import json
 import os
 import re
 import resource
-import signal
 import socket
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import rootstockd as package
-from conftest import rootstockd, wait_for
+from conftest import rootstockd, stopped, wait_for
 from rootstock_client.control import fetch
 from rootstock_client.runtime_dir import control_socket
 from rootstockd.cli.doctor import _show
@@ -509,11 +508,8 @@ def test_a_daemon_whose_address_another_has_that_does_not_answer(start_daemon) -
         return {one["what"]: one["mend"] for one in json.loads(done.stdout)["findings"] if one["subject"] == "daemon"}
 
     unreachable = f"pid {pid} is a daemon for {daemon.socket}, to which nobody can connect any more"
-    os.kill(pid, signal.SIGSTOP)  # it does not answer, but it is there
-    try:
+    with stopped(pid):  # it does not answer, but it is there
         assert len(found := told()) == 1 and "does not answer" in next(iter(found))
-    finally:
-        os.kill(pid, signal.SIGCONT)
     command = [sys.executable, "-c", STANDS_IN, *map(str, paths)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "\n"

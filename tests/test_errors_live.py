@@ -7,7 +7,6 @@ import json
 import os
 import pickle
 import shutil
-import signal
 import socket
 import struct
 import subprocess
@@ -28,7 +27,7 @@ from ase.calculators.calculator import (
 from ase.calculators.emt import EMT
 from ase.io.bundletrajectory import BundleTrajectory
 
-from conftest import EMBEDDED_MODEL, RunningDaemon, daemons, sha256, wait_for
+from conftest import EMBEDDED_MODEL, RunningDaemon, daemons, sha256, stopped, wait_for
 from rootstock_client import RootstockClient, RootstockError, ipi, runtime_dir
 from rootstock_client.driver_side import DriverSide
 from rootstock_client.errors import (
@@ -450,14 +449,11 @@ def test_batch_mates_are_unharmed(daemon: RunningDaemon) -> None:
 
     before = daemon.model("emt")
     with ThreadPoolExecutor(6) as pool:
-        os.kill(before["pid"], signal.SIGSTOP)
-        try:
+        with stopped(before["pid"]):
             jobs = [pool.submit(work, good.copy())]
             wait_for(lambda: daemon.model("emt")["batch_under_way"] == len(good))
             jobs += [pool.submit(work, atoms.copy()) for atoms in (good, good, bad, good, good)]
             wait_for(lambda: daemon.model("emt")["waiting"] == 5)
-        finally:
-            os.kill(before["pid"], signal.SIGCONT)
         for job in jobs:
             job.result()
     wait_for(lambda: daemon.model("emt")["evaluations"] == before["evaluations"] + len(jobs))

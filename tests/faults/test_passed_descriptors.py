@@ -11,7 +11,6 @@ import json
 import os
 import resource
 import select
-import signal
 import socket
 import struct
 import sys
@@ -24,7 +23,7 @@ import pytest
 from ase.build import bulk
 from ase.calculators.emt import EMT
 
-from conftest import RunningDaemon, wait_for
+from conftest import RunningDaemon, stopped, wait_for
 from rootstock_client import ipi
 from rootstock_client.runtime_dir import control_socket
 
@@ -95,17 +94,6 @@ def write() -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def stopped(daemon: RunningDaemon) -> Iterator[None]:
-    """Whatever is sent meanwhile is closed here before the daemon sees it, which then is the last to have it."""
-    pid = daemon.client().status()["pid"]
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
-
-
-@contextlib.contextmanager
 def connected(path: Path) -> Iterator[socket.socket]:
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(4 * LINGERS)
@@ -134,7 +122,7 @@ def gone(sock: socket.socket) -> bool:
 def test_to_a_session(daemon: RunningDaemon, older_kernel: bool, write: int, first: bytes) -> None:
     with lingering() as stream, connected(daemon.socket) as sock:
         sock.sendall(first)
-        with stopped(daemon):
+        with stopped(daemon.pid):  # what is sent is closed here before the daemon sees it: it is the last to have it
             if older_kernel:
                 send(sock, ipi.STATUS, [stream.fileno(), *[write] * 50])
                 stream.close()
@@ -151,7 +139,7 @@ def test_to_a_session(daemon: RunningDaemon, older_kernel: bool, write: int, fir
 def test_to_the_control_socket(daemon: RunningDaemon, older_kernel: bool, write: int) -> None:
     with lingering() as stream, connected(control_socket(daemon.socket)) as sock:
         request = b"GET /v1/status HTTP/1.1\r\nhost: x\r\n\r\n"
-        with stopped(daemon):
+        with stopped(daemon.pid):
             if older_kernel:
                 send(sock, request, [stream.fileno(), write])
                 stream.close()
@@ -197,7 +185,7 @@ def test_while_one_is_being_closed_others_are_not_open(daemon: RunningDaemon, ol
         sock.sendall(ipi.STATUS)
         assert sock.recv(12) == ipi.NEEDINIT
         before = live.descriptors(pid, control)
-        with stopped(daemon):
+        with stopped(daemon.pid):
             full, filler = socket.socketpair()
             send(filler, b"x", [stream.fileno()])
             stream.close()

@@ -23,7 +23,7 @@ from ase import Atoms
 from ase.build import bulk
 from ase.calculators.emt import EMT
 
-from conftest import RunningDaemon, wait_for
+from conftest import RunningDaemon, stopped, wait_for
 from rootstock_client import RootstockClient, connection, ipi, loading, patience
 from rootstock_client.errors import (
     ConnectionLostError,
@@ -75,15 +75,6 @@ def test_it_says_so_when_the_daemon_is_away_and_when_it_is_back(
     away, back = (record.message for record in caplog.records)
     assert "is away" in away
     assert "is back" in back
-
-
-@contextlib.contextmanager
-def stopped(process: int) -> Iterator[None]:
-    os.kill(process, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(process, signal.SIGCONT)
 
 
 @contextlib.contextmanager
