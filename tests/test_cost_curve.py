@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rootstockd.supervision.cost_curve import ENOUGH, PATIENCE, STALE, WORSE, CostCurve
-from rootstockd.supervision.scheduler import Evaluation, Scheduler
+from rootstockd.supervision.evaluation import Evaluation
+from rootstockd.supervision.scheduler import Scheduler
 
 
 def learnt(costs: dict[int, float]) -> CostCurve:

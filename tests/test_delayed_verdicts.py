@@ -15,8 +15,9 @@ from rootstockd.processes.ends import End
 from rootstockd.processes.worker_process import WorkerProcess
 from rootstockd.supervision.delayed_verdicts import DelayedVerdicts
 from rootstockd.supervision.dispatcher import LONGEST_DELAY, Dispatcher
+from rootstockd.supervision.evaluation import Evaluation
 from rootstockd.supervision.roles import Client
-from rootstockd.supervision.scheduler import MAX_BLAMED, Evaluation
+from rootstockd.supervision.scheduler import MAX_BLAMED
 
 ERROR = EvaluationError("2 workers ended over this structure")
 

@@ -17,8 +17,8 @@ from rootstockd.processes.output import Ration
 from rootstockd.processes.worker_process import WorkerProcess
 from rootstockd.supervision import dispatcher as module
 from rootstockd.supervision.dispatcher import Dispatcher
+from rootstockd.supervision.evaluation import Evaluation
 from rootstockd.supervision.roles import Client
-from rootstockd.supervision.scheduler import Evaluation
 from rootstockd.worker.engines import ModelSpec
 
 LEAST, ATOMS = 60.0, 2_900

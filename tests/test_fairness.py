@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rootstockd.supervision.scheduler import STILL_HERE, WORTHWHILE, Evaluation, Scheduler
+from rootstockd.supervision.evaluation import Evaluation
+from rootstockd.supervision.scheduler import STILL_HERE, WORTHWHILE, Scheduler
 
 
 class Job(NamedTuple):

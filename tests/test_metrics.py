@@ -36,8 +36,8 @@ from rootstock_client.control import fetch
 from rootstock_client.errors import UnknownModelError
 from rootstockd.control.limits import DEADLINE, MAX_SCRAPERS, PACE
 from rootstockd.settings.config import Config, Device
+from rootstockd.supervision.evaluation import Evaluation
 from rootstockd.supervision.meter import MOST_NOTES, SECONDS, Histogram, Meter, Totals
-from rootstockd.supervision.scheduler import Evaluation
 from rootstockd.users import user_name
 
 EMT = {"model": "emt", "dtype": "float64", "device": "cpu"}

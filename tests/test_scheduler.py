@@ -5,13 +5,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from rootstockd.supervision.evaluation import Evaluation
 from rootstockd.supervision.scheduler import (
     GROW_AFTER,
     MAX_ATTEMPTS,
     MAX_BLAMED,
     MAX_EVALUATIONS,
     MAX_STARVED,
-    Evaluation,
     Scheduler,
 )
 from rootstockd.worker.version import MESSAGE_SIZE

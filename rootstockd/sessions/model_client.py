@@ -12,8 +12,8 @@ from rootstockd.sessions.accounts import Account
 from rootstockd.sessions.init_request import InitRequest
 from rootstockd.sessions.roles import Host
 from rootstockd.sessions.system import System
+from rootstockd.supervision.evaluation import Evaluation
 from rootstockd.supervision.roles import Client
-from rootstockd.supervision.scheduler import Evaluation
 from rootstockd.supervision.supervisor import Supervisor
 
 

@@ -7,8 +7,8 @@ from collections import deque
 from collections.abc import Callable
 
 from rootstock_client.errors import RootstockError
+from rootstockd.supervision.evaluation import Evaluation
 from rootstockd.supervision.roles import Client
-from rootstockd.supervision.scheduler import Evaluation
 
 Tell = Callable[[Evaluation[Client], RootstockError], object]
 

@@ -14,12 +14,13 @@ from rootstockd.processes.ends import End
 from rootstockd.processes.messages import Failure
 from rootstockd.processes.worker_process import WorkerProcess
 from rootstockd.supervision.delayed_verdicts import DelayedVerdicts
+from rootstockd.supervision.evaluation import Evaluation
 from rootstockd.supervision.failed_starts import FROM_OUTSIDE
 from rootstockd.supervision.hang_limit import HangLimit
 from rootstockd.supervision.meter import Meter, Totals
 from rootstockd.supervision.pace import Pace
 from rootstockd.supervision.roles import Client
-from rootstockd.supervision.scheduler import MAX_BLAMED, MAX_STARVED, Evaluation, Scheduler
+from rootstockd.supervision.scheduler import MAX_BLAMED, MAX_STARVED, Scheduler
 from rootstockd.supervision.watchdog import TICK
 from rootstockd.words import counted
 

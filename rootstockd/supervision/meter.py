@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from rootstockd.supervision.evaluation import Evaluation
 from rootstockd.supervision.pace import SPAN
-from rootstockd.supervision.scheduler import Evaluation
 
 _SERIES = (1.0, 2.0, 5.0)
 SECONDS = (*(m * 10.0**e for e in range(-5, 2) for m in _SERIES), 100.0)

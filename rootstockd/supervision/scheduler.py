@@ -21,18 +21,17 @@ counts as had by whoever is waited for.
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import math
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
 from operator import attrgetter
-from typing import Generic, TypeVar
+from typing import Generic
 
 from rootstockd.supervision.cost_curve import CostCurve
+from rootstockd.supervision.evaluation import Evaluation, Owner
+from rootstockd.supervision.turns import Turns, User
 
-Owner = TypeVar("Owner")
 _ATOMS = attrgetter("atoms")
 
 MAX_BLAMED = 2
@@ -56,102 +55,6 @@ MOST_TIMES = 100.0
 many thousand times what the next ones take, and nobody shall wait for thousands of others because of that."""
 AWAY, SLACK = 2.0, 5e-4
 """Somebody is expected back after so many times what it took the last time, and so many seconds."""
-
-
-@dataclass(eq=False, slots=True)
-class Evaluation(Generic[Owner]):
-    """One session's structures on their way to a result.
-
-    Args:
-        owner: whoever is told how it ended: a session.
-        atoms: how large it is.
-        user: whose it is.
-        share: how much of the worker that user gets, relative to others.
-        submitted: when it came here, by a clock of the owner's: what its user's limit held comes when that lets it go.
-        away: how long after the owner's last answer that was, in seconds; 0 if there was none.
-        alone: it gains nothing from company, and is in no batch with others.
-    """
-
-    owner: Owner
-    atoms: int
-    user: int = 0
-    share: float = 1.0
-    submitted: float = 0.0
-    away: float = 0.0
-    alone: bool = False
-    attempts: int = 0
-    """How many workers died under it."""
-    blamed: int = 0
-    """How many of them it may have killed itself."""
-    starved: int = 0
-    """How many of them may have been killed for want of memory."""
-    lost: float = 0.0
-    """Seconds that these took from everybody else, where it may be to blame."""
-    charged: float = 0.0
-    """Those of them that count as had by its user."""
-    ends: tuple[str, ...] = ()
-    """How they ended, in words."""
-    withdrawn: bool = False
-    """Nobody wants its result any more."""
-
-
-class _User(Generic[Owner]):
-    """One user's queue."""
-
-    __slots__ = ("_now", "last", "latest", "queue", "share", "start", "uid")
-
-    def __init__(self, uid: int, start: float) -> None:
-        self.uid = uid
-        self.start = start
-        """Virtual time at which the user's next evaluation starts, among users'."""
-        self.share = 1.0
-        self.queue: list[tuple[float, int, Evaluation[Owner]]] = []
-        """Each with the virtual time of its end, among the user's own."""
-        self._now = 0.0
-        """The end of the evaluation that was dispatched last."""
-        self.latest = 0, False
-        """The atoms of the latest evaluation, and whether it wants to be alone."""
-        self.last = 0
-        """The batch that it was in."""
-
-    def push(self, evaluation: Evaluation[Owner], number: int, weight: float) -> None:
-        self.share, self.latest = evaluation.share, (evaluation.atoms, evaluation.alone)
-        heapq.heappush(self.queue, (self._now + weight, number, evaluation))
-
-    def would_be_next(self, weight: float) -> bool:
-        """Whether one that came now would overtake all that wait."""
-        return not self.queue or self._now + weight < self.queue[0][0]
-
-    def pop(self) -> Evaluation[Owner]:
-        self._now, _, evaluation = heapq.heappop(self.queue)
-        return evaluation
-
-
-class _Turns:
-    """What may be in a batch where there are several users, by whose evaluations are in it.
-
-    Args:
-        turns: the turn of each user who wants the worker, in seconds, by uid.
-        costs: what batches cost.
-    """
-
-    def __init__(self, turns: dict[int, float], costs: CostCurve) -> None:
-        self._costs, self._several = costs, len(turns) > 1
-        self._all, self._shortest = min((seconds, uid) for uid, seconds in turns.items())
-        self._others = min((seconds for uid, seconds in turns.items() if uid != self._shortest), default=math.inf)
-        self._in_it: set[int] = set()
-
-    def allow(self, uid: int, atoms: int, more: int) -> bool:
-        """Whether a batch of so many atoms may have so many more in an evaluation of this user.
-
-        Nobody waits for themselves. Others may be back before the next batch, so what gains nothing by this one is left
-        to that.
-        """
-        self._in_it.add(uid)
-        alone = len(self._in_it) == 1 and uid == self._shortest
-        if self._costs.seconds(atoms + more) > (self._others if alone else self._all):
-            return False
-        return not self._several or self._costs.gains(atoms, more)
 
 
 class Scheduler(Generic[Owner]):
@@ -181,7 +84,7 @@ class Scheduler(Generic[Owner]):
         """Those under which a worker died: they go alone, and first when it is for the first time."""
         self._was_again = False
         """The latest batch was one of these."""
-        self._users: dict[int, _User[Owner]] = {}
+        self._users: dict[int, User[Owner]] = {}
         self._apart: set[int] = set()
         """Users over whose evaluations a worker has ended: in no batch with others' until one of theirs is done."""
         self._now = 0.0
@@ -203,7 +106,7 @@ class Scheduler(Generic[Owner]):
             return
         user = self._users.get(evaluation.user)
         if user is None:
-            user = self._users[evaluation.user] = _User(evaluation.user, self._now)
+            user = self._users[evaluation.user] = User(evaluation.user, self._now)
         elif not user.queue and user.start < self._now:
             user.start = self._now  # nobody saves up time by not using it
         if self._left and self._left.pop(evaluation.owner, None) is not None and self.expected:
@@ -221,9 +124,7 @@ class Scheduler(Generic[Owner]):
         """Forget an evaluation. One that runs can't be stopped, but it is not repeated."""
         evaluation.withdrawn = True
         user = self._users.get(evaluation.user)
-        if user and any(entry[2] is evaluation for entry in user.queue):
-            user.queue = [entry for entry in user.queue if entry[2] is not evaluation]
-            heapq.heapify(user.queue)
+        if user and user.remove(evaluation):
             self.waiting -= 1
         elif evaluation in self._again:
             self._again.remove(evaluation)
@@ -296,7 +197,7 @@ class Scheduler(Generic[Owner]):
         first = self._next_user().queue[0][2]
         return first.alone or first.atoms >= 2 * atoms
 
-    def _precedes(self, left: Evaluation[Owner], user: _User[Owner]) -> bool:
+    def _precedes(self, left: Evaluation[Owner], user: User[Owner]) -> bool:
         """Whether a user who has left would have the turn before another does, if they were back."""
         own = self._users.get(left.user)
         if own is None:
@@ -320,7 +221,7 @@ class Scheduler(Generic[Owner]):
     def _fill(self) -> list[Evaluation[Owner]]:
         """A batch, in fair order; what does not fit is not overtaken."""
         budget = self.budget
-        turns = _Turns(self._turns(), self.costs) if len(self._users) > 1 else None
+        turns = Turns(self._turns(), self.costs) if len(self._users) > 1 else None
         user = self._next_user()
         batch: list[Evaluation[Owner]] = []
         atoms = 0
@@ -348,7 +249,7 @@ class Scheduler(Generic[Owner]):
                 user = self._next_user()
         return batch
 
-    def _next_user(self) -> _User[Owner]:
+    def _next_user(self) -> User[Owner]:
         """The user whose turn it is: of those who wait, whoever had least. If nobody does, any user that there is."""
         users = self._users.values()
         if len(users) == 1:  # as it mostly is
@@ -447,7 +348,7 @@ class Scheduler(Generic[Owner]):
         evaluation.charged = evaluation.lost
         uid = evaluation.user
         if (user := self._users.get(uid)) is None:
-            user = self._users[uid] = _User(uid, self._now)
+            user = self._users[uid] = User(uid, self._now)
             user.share, user.latest = evaluation.share, (evaluation.atoms, evaluation.alone)
         user.start = self._start(uid) + seconds / evaluation.share
         if len(self._users) == 1 and all(other.user == uid for other in self._again):

@@ -15,10 +15,10 @@ from rootstockd.host.threads import in_thread
 from rootstockd.processes.ends import End
 from rootstockd.settings.config import Device
 from rootstockd.supervision.dispatcher import Dispatcher
+from rootstockd.supervision.evaluation import Evaluation
 from rootstockd.supervision.failed_starts import FailedStarts
 from rootstockd.supervision.meter import Meter
 from rootstockd.supervision.roles import Client, Placer, State
-from rootstockd.supervision.scheduler import Evaluation
 from rootstockd.supervision.watchdog import TICK
 from rootstockd.supervision.workers import Workers
 from rootstockd.worker.engines import EngineInfo, ModelSpec
