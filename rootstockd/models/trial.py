@@ -29,6 +29,6 @@ async def _try_out(spec: ModelSpec, harvest: Callable[[Path], None] | None, *, s
     variables = {"CUDA_VISIBLE_DEVICES": ""} if spec.device == "cpu" else {}
     environment = find_environment(spec.environment, spec.family)
     async with one_worker(spec, environment, variables, show_output=show_errors) as worker:
-        if harvest is not None and worker.scratch is not None:
+        if harvest is not None:
             harvest(worker.scratch)
         return worker.info

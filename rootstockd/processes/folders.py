@@ -1,4 +1,4 @@
-"""The only folders a worker may write to: scratch that goes with it, and a cache that stays.
+"""Folders of a worker, and all that a confined one may write to: scratch that goes with it, and a cache that stays.
 
 A worker whose programs dial in has one for their sockets as well, which goes with it. All are the daemon's user's alone
 (0700). What lies in a cache is loaded as code by the model's next worker, so every model has its own: one whose file is

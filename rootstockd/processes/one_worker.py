@@ -50,8 +50,8 @@ class OneWorker:
         self._model, self._process, self._told = model, process, told
 
     @property
-    def scratch(self) -> Path | None:
-        """The folder that it may write to, if it is confined."""
+    def scratch(self) -> Path:
+        """Its folder for temporary files."""
         return self._process.scratch
 
     async def evaluate(self, numbers: Sequence[int], cell: Any, positions: Any) -> tuple[float, np.ndarray]:

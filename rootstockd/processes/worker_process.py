@@ -99,7 +99,7 @@ class WorkerProcess:
         process: the process.
         channel: the daemon's end of its socket.
         listener: told each message: its first byte, and the rest.
-        folders: where it may write, if it is confined.
+        folders: where it writes, and if it is confined may write; they go with it.
         output: what it prints.
     """
 
@@ -108,7 +108,7 @@ class WorkerProcess:
         process: asyncio.subprocess.Process,
         channel: socket.socket,
         listener: Listener,
-        folders: WorkerFolders | None,
+        folders: WorkerFolders,
         output: WorkerOutput,
     ) -> None:
         self._process, self._channel, self._listener, self._folders = process, channel, listener, folders
@@ -149,16 +149,11 @@ class WorkerProcess:
         process: asyncio.subprocess.Process | None = None
         output: WorkerOutput | None = None
         try:
-            if spec.confine or spec.family == "ipi":
-                folders = await folders_in_time(spec, limit)
+            folders = await folders_in_time(spec, limit)
             output = WorkerOutput(spec.name, ration)
             ours.setblocking(False)  # noqa: FBT003 - the socket module has no other way
             passed.refuse(ours)  # it sends none
-            arguments = []
-            if folders is not None:
-                variables = variables | folders.environment
-                if spec.confine:
-                    arguments.append(folders.confinement(gpu=spec.device != "cpu"))
+            arguments = [folders.confinement(gpu=spec.device != "cpu")] if spec.confine else []
             with handed_over(json.dumps(dataclasses.asdict(spec))) as file:
                 descriptors = [theirs.fileno(), file.fileno()]
                 process = await asyncio.create_subprocess_exec(
@@ -170,7 +165,13 @@ class WorkerProcess:
                     stderr=output.theirs,
                     pass_fds=descriptors,
                     start_new_session=True,  # with the daemon's terminal, reading that could stop the daemon
-                    env={**_tuning(spec.family), **_inherited(), "PYTHONUNBUFFERED": "1", **variables},
+                    env={
+                        **_tuning(spec.family),
+                        **_inherited(),
+                        "PYTHONUNBUFFERED": "1",
+                        **variables,
+                        **folders.environment,
+                    },
                     cwd="/",
                 )
             return cls(process, ours, listener, folders, output)
@@ -194,14 +195,14 @@ class WorkerProcess:
         return self._process.pid
 
     @property
-    def scratch(self) -> Path | None:
-        """The folder that it may write to, if it is confined; gone when it has been waited for."""
-        return Path(self._folders.scratch) if self._folders else None
+    def scratch(self) -> Path:
+        """Its folder for temporary files; gone when it has been waited for."""
+        return Path(self._folders.scratch)
 
     @property
     def unkept(self) -> str:
         """Why what it compiles is not kept for the next worker, in words; empty where it is."""
-        return self._folders.unkept if self._folders else ""
+        return self._folders.unkept
 
     def attach(self, number: int, slot: Slot, fields: dict[str, Any]) -> None:
         """Hand it a slot that it has not yet.
@@ -239,11 +240,10 @@ class WorkerProcess:
         self.hear_out()
         self.hang_up()  # what it started may live on, and have more to say
         self._output.finish()
-        if self._folders is not None:
-            removing = asyncio.ensure_future(in_thread(self._folders.remove))
-            done, _ = await asyncio.wait([removing], timeout=DISK_PATIENCE)
-            if done and (error := removing.exception()):
-                log.warning("the folders of worker %d are left: %s", self.pid, error)
+        removing = asyncio.ensure_future(in_thread(self._folders.remove))
+        done, _ = await asyncio.wait([removing], timeout=DISK_PATIENCE)
+        if done and (error := removing.exception()):
+            log.warning("the folders of worker %d are left: %s", self.pid, error)
         if status is None:
             verdict = self._verdict or End("it was killed", blamed=False)
             how = f"{verdict.how}, and does not end: it is left to the kernel"

@@ -51,6 +51,7 @@ def start_hostile(start_shared_daemon, tmp_path_factory) -> Iterator[Callable[..
     with pytest.MonkeyPatch.context() as patch:
         path = [str(Path(hostile.__file__).parent), os.environ.get("PYTHONPATH", "")]
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, path)))
+        patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("scratch")))
 
         def start(
             load: str = "hostile",
@@ -609,6 +610,9 @@ def test_a_model_that_never_loads_says_so(troubled: RunningDaemon, what: str, wo
     assert time.monotonic() < began + PATIENCE
     assert troubled.model(what)["state"] == "failed"
     assert len(daemon.children()) == workers  # none of its own is left
+    left = {path.name for path in Path(os.environ["TMPDIR"]).iterdir()}
+    assert {name.rpartition("-")[0] for name in left} <= {f"rootstockd-worker-{os.getuid()}"}
+    assert len(left) <= workers
     np.testing.assert_allclose(evaluate(troubled, slab()), expected(slab()), atol=1e-9)
 
 
