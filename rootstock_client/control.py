@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import socket
@@ -59,7 +60,8 @@ def fetch(
     """
     connection = _UnixHTTPConnection(control_socket(session_socket), timeout, over)
     try:
-        connection.request(method, path, json.dumps(body or {}), {"Content-Type": "application/json"})
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may have refused before it was asked
+            connection.request(method, path, json.dumps(body or {}), {"Content-Type": "application/json"})
         response = connection.getresponse()
         answer = response.read()
     except (http.client.HTTPException, ConnectionResetError, BrokenPipeError) as error:

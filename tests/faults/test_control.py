@@ -22,6 +22,8 @@ from hypothesis.errors import Unsatisfiable
 from starlette.types import Receive, Scope, Send
 
 from conftest import RunningDaemon, open_descriptors, wait_for
+from rootstock_client.control import fetch
+from rootstock_client.errors import RootstockError
 from rootstock_client.runtime_dir import control_socket
 from rootstockd.control.api import make_app
 from rootstockd.control.limits import DEADLINE, MAX_BODY, MAX_CONNECTIONS, MAX_HEAD, MAX_PIECES, BoundedBody
@@ -245,6 +247,16 @@ def control_connections(own_daemon: RunningDaemon) -> Iterator[list[socket.socke
             sock.settimeout(30)
             sock.connect(os.fspath(control_socket(own_daemon.socket)))
         yield opened
+
+
+def test_what_was_refused_before_it_was_said_counts_as_refused(own_daemon: RunningDaemon, control_connections) -> None:
+    """`stop` would take it for the daemon's end, and wait for that."""
+    late = control_connections[-1]
+    hung_up = select.poll()
+    hung_up.register(late, 0)
+    assert hung_up.poll(30_000)
+    with pytest.raises(RootstockError, match="refused POST /v1/stop: 503 .*try again"):
+        fetch(own_daemon.socket, "POST", "/v1/stop", {}, over=late)
 
 
 def test_connections_that_are_slow_or_many_are_cut_off(own_daemon: RunningDaemon, control_connections) -> None:
