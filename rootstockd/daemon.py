@@ -37,6 +37,7 @@ from rootstockd.host.peers import peer_of
 from rootstockd.host.sockets import claim_gpu, listen_tcp, url_of
 from rootstockd.host.starter import outlive_it
 from rootstockd.host.surroundings import closed_folder, one_thread
+from rootstockd.host.threads import in_thread
 from rootstockd.models.availability import Locations, not_to_preload
 from rootstockd.models.catalogue import Catalogue, CatalogueError, Entry
 from rootstockd.processes.folders import remove_left_behind
@@ -52,6 +53,9 @@ from rootstockd.supervision.supervisor import Supervisor
 from rootstockd.systemd import Manager, describe
 
 log = logging.getLogger(__name__)
+
+READING = 5.0
+"""Seconds that a reload may take to read the files that settings and models come from."""
 
 
 class Daemon:
@@ -92,6 +96,9 @@ class Daemon:
         for warning in one_thread() if any(device.kind == "cpu" for device in config.devices) else ():
             self._warnings.append(warning)
             log.warning("%s", warning)
+        self._one_reload = asyncio.Lock()
+        self._reloads: set[asyncio.Task[None]] = set()
+        """Those that a signal has asked for."""
         self._replaced = False
         self._stop = asyncio.Event()
         self._force = asyncio.Event()
@@ -167,8 +174,8 @@ class Daemon:
         self._replaced = replaced
         self._stop.set()
 
-    def reload(self) -> ReloadReport:
-        """Read the configuration and the catalogues again; nothing is dropped that is there.
+    async def reload(self) -> ReloadReport:
+        """Read the configuration and the catalogues again; nothing is dropped that is there, and nobody waits for it.
 
         Returns:
             What has changed and is not taken over by all.
@@ -177,11 +184,15 @@ class Daemon:
             ConfigError, CatalogueError: something in them is wrong, or can't be found out; all stays as it is.
             RootstockError: the new ones hold, but the daemon itself failed in what follows from them.
         """
+        async with self._one_reload:
+            return await self._reload_at_once()
+
+    async def _reload_at_once(self) -> ReloadReport:
         ready = self.state == "ready"  # and not to be called so for this
         before = self.config
         try:
             with self._manager.reloading() if ready else contextlib.nullcontext():
-                return self._reload()
+                return self._take_over(*await self._read_again())
         except (ConfigError, CatalogueError):
             raise
         except Exception as error:
@@ -194,11 +205,25 @@ class Daemon:
                 "`rootstockd restart` does all of it; `rootstockd logs` has more, for whoever maintains rootstockd.",
             ) from error
 
-    def _reload(self) -> ReloadReport:
+    async def _read_again(self) -> tuple[Config, Catalogue, list[RootstockError]]:
+        """The settings and models as files have them now, and why some can't be loaded that are to be at the start."""
+
+        def read() -> tuple[Config, Catalogue, list[RootstockError]]:
+            fresh = read_again(self.config)
+            catalogue = Catalogue.load(fresh.catalogues, fresh.where("catalogues"))
+            return fresh, catalogue, [*not_to_preload(fresh.models, catalogue)]
+
         if self._log_file is not None:
             self._reopen_log(self._log_file)
-        fresh = read_again(self.config)
-        catalogue = Catalogue.load(fresh.catalogues, fresh.where("catalogues"))
+        try:
+            return await asyncio.wait_for(in_thread(read), READING)
+        except asyncio.TimeoutError as error:
+            raise ConfigError(
+                f"the files that settings and models come from could not be read within {READING:g} s: see whether "
+                "their file systems answer (`df`), then reload again"
+            ) from error
+
+    def _take_over(self, fresh: Config, catalogue: Catalogue, missing: list[RootstockError]) -> ReloadReport:
         restart_needed = sorted(name for name in changes(self.config, fresh) if not reloadable(name))
         config = take_over(self.config, fresh)
         self.accounts.apply(config)  # the last that may fail; from here on the new settings hold
@@ -206,7 +231,7 @@ class Daemon:
         self.fleet.apply(config)
         in_the_way = [] if self._manager.sockets else address.open_or_close(config)
         self.accounts.closed = bool(in_the_way) and not config.shared  # to all but administrators: no list says who
-        self._look_over(not_to_preload(fresh.models, catalogue), in_the_way)
+        self._look_over(missing, in_the_way)
         for name in restart_needed:
             log.warning("%s has changed and takes effect with the next restart", name)
         log.info("reloaded")
@@ -259,8 +284,13 @@ class Daemon:
 
     def _on_hangup(self) -> None:
         log.info("SIGHUP: reloading")
+        reload = asyncio.create_task(self._reload_and_say())
+        self._reloads.add(reload)
+        reload.add_done_callback(self._reloads.discard)
+
+    async def _reload_and_say(self) -> None:
         try:
-            self.reload()
+            await self.reload()
         except (ConfigError, CatalogueError) as error:
             log.error("not reloaded, all stays as it is: %s", error)  # noqa: TRY400 - its trace says nothing
         except RootstockError as error:

@@ -201,7 +201,7 @@ def _take_orders(app: FastAPI, daemon: Daemon) -> None:
         """Read the configuration and the catalogues again."""
         log.info("asked to reload by %s", who(request))
         try:
-            return daemon.reload()
+            return await daemon.reload()
         except (ConfigError, CatalogueError) as error:
             log.error("not reloaded, all stays as it is: %s", error)  # noqa: TRY400 - its trace says nothing
             raise RootstockError(f"nothing was changed: {error}") from error

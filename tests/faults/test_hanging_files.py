@@ -18,6 +18,7 @@ from ase.build import bulk
 from conftest import RunningDaemon, wait_for
 from rootstock_client.control import request
 from rootstock_client.errors import ModelLoadError
+from rootstockd.daemon import READING
 from rootstockd.models import store
 from rootstockd.models.availability import DISK_PATIENCE, Locations
 from rootstockd.models.catalogue import Entry
@@ -75,7 +76,9 @@ class Site:
         for name in ("first", "second"):
             (self.packages / name).mkdir(parents=True)
             (self.packages / name / "__init__.py").write_text(MODULE.format(folder=folder))
-        catalogue, settings = folder / "models.toml", folder / "config.toml"
+        self.settings = folder / "settings"
+        self.settings.mkdir()
+        catalogue, settings = self.settings / "models.toml", self.settings / "config.toml"
         catalogue.write_text("".join(CATALOGUE.format(name=name) for name in ("first", "second")))
         settings.write_text(SETTINGS)
         self.daemon = start("--catalogue", str(catalogue), "--config", str(settings))
@@ -145,3 +148,24 @@ def test_what_a_model_computes_with_can_not_be_looked_at_again(site: Site) -> No
             assert time.monotonic() - began < 10
     site.daemon.start()
     assert site.energy("first") == pytest.approx(site.energy("second"))
+
+
+def test_settings_that_can_not_be_read_again(site: Site) -> None:
+    """All stays as it is, and sessions notice nothing."""
+    site.open_gate()
+    site.energy("first")
+    before = site.daemon.client().status()["models"]
+    with ThreadPoolExecutor() as commands:
+        with hanging(site.settings):
+            reload = commands.submit(site.daemon.run, "reload")
+            began, steps = time.monotonic(), 0
+            while not reload.done():
+                site.energy("first")
+                steps += 1
+            assert time.monotonic() - began < 2 * READING
+            assert steps > 20  # one was the most if the loop waited
+            assert reload.result().returncode == 1
+            assert "nothing was changed" in reload.result().stderr
+            assert "could not be read within 5 s: see whether their file systems answer" in reload.result().stderr
+        assert [model["name"] for model in site.daemon.client().status()["models"]] == [m["name"] for m in before]
+    assert site.daemon.run("reload").returncode == 0
