@@ -37,10 +37,10 @@ from rootstockd.host.peers import peer_of
 from rootstockd.host.sockets import claim_gpu, listen_tcp, url_of
 from rootstockd.host.starter import outlive_it
 from rootstockd.host.surroundings import closed_folder, one_thread
-from rootstockd.host.threads import in_thread
 from rootstockd.models.availability import Locations, not_to_preload
 from rootstockd.models.catalogue import Catalogue, CatalogueError, Entry
 from rootstockd.processes.folders import remove_left_behind
+from rootstockd.reload import Files, read_files
 from rootstockd.sessions.acceptor import Acceptor
 from rootstockd.sessions.accounts import Account, Accounts
 from rootstockd.sessions.init_request import InitRequest
@@ -48,14 +48,11 @@ from rootstockd.sessions.registry import SessionRegistry
 from rootstockd.sessions.session import LINGER, Session, stopping_error
 from rootstockd.settings.config import Config
 from rootstockd.settings.config_file import ConfigError, reloadable
-from rootstockd.settings.config_layers import changes, read_again, take_over
+from rootstockd.settings.config_layers import changes, take_over
 from rootstockd.supervision.supervisor import Supervisor
 from rootstockd.systemd import Manager, describe
 
 log = logging.getLogger(__name__)
-
-READING = 5.0
-"""Seconds that a reload may take to read the files that settings and models come from."""
 
 
 class Daemon:
@@ -185,14 +182,16 @@ class Daemon:
             RootstockError: the new ones hold, but the daemon itself failed in what follows from them.
         """
         async with self._one_reload:
-            return await self._reload_at_once()
+            return await self._reload()
 
-    async def _reload_at_once(self) -> ReloadReport:
+    async def _reload(self) -> ReloadReport:
         ready = self.state == "ready"  # and not to be called so for this
         before = self.config
         try:
             with self._manager.reloading() if ready else contextlib.nullcontext():
-                return self._take_over(*await self._read_again())
+                if self._log_file is not None:
+                    self._reopen_log(self._log_file)
+                return self._take_over(await read_files(self.config))
         except (ConfigError, CatalogueError):
             raise
         except Exception as error:
@@ -205,25 +204,8 @@ class Daemon:
                 "`rootstockd restart` does all of it; `rootstockd logs` has more, for whoever maintains rootstockd.",
             ) from error
 
-    async def _read_again(self) -> tuple[Config, Catalogue, list[RootstockError]]:
-        """The settings and models as files have them now, and why some can't be loaded that are to be at the start."""
-
-        def read() -> tuple[Config, Catalogue, list[RootstockError]]:
-            fresh = read_again(self.config)
-            catalogue = Catalogue.load(fresh.catalogues, fresh.where("catalogues"))
-            return fresh, catalogue, [*not_to_preload(fresh.models, catalogue)]
-
-        if self._log_file is not None:
-            self._reopen_log(self._log_file)
-        try:
-            return await asyncio.wait_for(in_thread(read), READING)
-        except asyncio.TimeoutError as error:
-            raise ConfigError(
-                f"the files that settings and models come from could not be read within {READING:g} s: see whether "
-                "their file systems answer (`df`), then reload again"
-            ) from error
-
-    def _take_over(self, fresh: Config, catalogue: Catalogue, missing: list[RootstockError]) -> ReloadReport:
+    def _take_over(self, files: Files) -> ReloadReport:
+        fresh, catalogue, missing = files
         restart_needed = sorted(name for name in changes(self.config, fresh) if not reloadable(name))
         config = take_over(self.config, fresh)
         self.accounts.apply(config)  # the last that may fail; from here on the new settings hold

@@ -18,11 +18,11 @@ from ase.build import bulk
 from conftest import RunningDaemon, wait_for
 from rootstock_client.control import request
 from rootstock_client.errors import ModelLoadError
-from rootstockd.daemon import READING
 from rootstockd.models import store
 from rootstockd.models.availability import DISK_PATIENCE, Locations
 from rootstockd.models.catalogue import Entry
 from rootstockd.models.store import Record, StoredFile
+from rootstockd.reload import PATIENCE
 
 FUSE = "/dev/fuse"
 DETACH = 2
@@ -162,7 +162,7 @@ def test_settings_that_can_not_be_read_again(site: Site) -> None:
             while not reload.done():
                 site.energy("first")
                 steps += 1
-            assert time.monotonic() - began < 2 * READING
+            assert time.monotonic() - began < 2 * PATIENCE
             assert steps > 20  # one was the most if the loop waited
             assert reload.result().returncode == 1
             assert "nothing was changed" in reload.result().stderr
