@@ -163,6 +163,7 @@ def daemon(folder: Path) -> Iterator[None]:
     """A daemon for the length of the block; the environment tells clients where it is."""
     socket = folder / "demo.sock"
     os.environ["ROOTSTOCKD_SOCKET"] = str(socket)
+    os.environ["ROOTSTOCKD_STATE"] = str(folder / "state")  # what it measures is nobody else's
     try:
         start = ["start", "--model", MODEL, "--socket", str(socket), "--log-file", str(folder / "daemon.log")]
         show(f"rootstockd {' '.join(start)}", rootstockd(folder, *start))

@@ -7,7 +7,7 @@ import struct
 from collections.abc import Callable, Generator
 from typing import NamedTuple, TypeAlias
 
-from rootstock_client.errors import ProtocolError, RootstockError
+from rootstock_client.errors import LimitError, ProtocolError, RootstockError
 from rootstock_client.ipi import (
     CELL_PAIR,
     EXIT,
@@ -175,6 +175,7 @@ class EngineSide:
 
         Raises:
             ProtocolError: what came is not the protocol; the connection can only be closed.
+            LimitError: an INIT is longer than any may be; likewise.
             RootstockError: `reserve` refused; likewise.
         """
         # while BUSY nothing is read on: what comes next may be positions, for the place that the worker looks at
@@ -276,6 +277,12 @@ class EngineSide:
                 yield Status()
             elif word == INIT:
                 _bead, size = TWO_INTS.unpack((yield TWO_INTS.size))
+                if size > limits.init:
+                    raise LimitError(
+                        f"an INIT of {size} bytes; this daemon takes {limits.init}, "
+                        f"for systems of up to {limits.atoms} atoms.",
+                        "Use a smaller structure, or have whoever runs the daemon raise `max_atoms`.",
+                    )
                 if checked_count(size, limits.init, "bytes of INIT") > STAGING_SIZE:
                     self._reserve(size)
                 yield Init(bytes((yield size)))  # no name for the text: the generator would keep it

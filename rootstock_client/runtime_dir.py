@@ -145,12 +145,16 @@ def find_socket(socket: str | os.PathLike[str] | None = None) -> Path:
     daemon that this process had.
 
     Raises:
-        DaemonNotFoundError: no socket was found.
+        DaemonNotFoundError: no socket was found, or a control socket was given.
     """
-    if socket is not None:
-        return named_path(socket)
-    if named := os.environ.get(SOCKET_VARIABLE):
-        return named_path(named)
+    if named := socket if socket is not None else os.environ.get(SOCKET_VARIABLE):
+        path = named_path(named)
+        if path == control_socket(path):  # no daemon takes such an address
+            raise DaemonNotFoundError(
+                f"{path} is a daemon's control socket.",
+                f"Name that of its sessions, such as {path.with_suffix('.sock')}.",
+            )
+        return path
     job = job_runtime_dir()
     own = [user_runtime_dir()] if job is None else [job, user_runtime_dir()]
     found = [

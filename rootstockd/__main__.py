@@ -1,9 +1,11 @@
 """The command `rootstockd`, also as `python -m rootstockd`."""
 
+import contextlib
 import io
 import os
 import sys
 import sysconfig
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,8 +25,9 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     if missing := [name for name in NEEDS if find_spec(name) is None]:
-        if other := _next_in_path():
-            os.execv(other, [other, *sys.argv[1:]])  # noqa: S606 - whatever the user would have called
+        for other in _next_in_path():
+            with contextlib.suppress(OSError):  # it is of an interpreter that is not there, or not for this user
+                os.execv(other, [other, *sys.argv[1:]])  # noqa: S606 - whatever the user would have called
         if not any(word in FOR_CLIENTS for word in sys.argv[1:2]):
             sys.exit(
                 f"rootstockd: this installation is for clients only, without {', '.join(missing)}.\n"
@@ -54,14 +57,14 @@ def _open_closed() -> None:
             setattr(sys, name, stream)
 
 
-def _next_in_path() -> str:
-    """The command that this one hides from whoever has both in their PATH; empty if there is none."""
+def _next_in_path() -> Iterator[str]:
+    """The commands that this one hides from whoever has several in their PATH."""
     folders = os.environ.get("PATH", "").split(os.pathsep)
     here = os.path.dirname(sys.argv[0])  # noqa: PTH120 - as PATH spells it
     behind = folders[folders.index(here) + 1 :] if here in folders else folders
     own = Path(sysconfig.get_path("scripts")).resolve()
     found = (Path(folder, "rootstockd") for folder in behind)
-    return next((str(path) for path in found if path.resolve().parent != own and os.access(path, os.X_OK)), "")
+    return (str(path) for path in found if path.resolve().parent != own and os.access(path, os.X_OK))
 
 
 if __name__ == "__main__":

@@ -75,6 +75,13 @@ def test_the_command_leads_to_the_next_in_the_path(python: Path, tmp_path: Path)
 
     for first in (link, client):
         assert "for clients only" in says(first).stderr  # and does not go round in circles
+    broken = tmp_path / "broken/rootstockd"
+    broken.parent.mkdir()
+    broken.write_text("#!/nowhere/python\n")
+    broken.chmod(0o755)
+    folders.insert(2, broken.parent)
+    for first in (link, client):
+        assert "for clients only" in says(first).stderr
     site.write_text('#!/bin/sh\necho "$0 $*"; exit 3\n')
     site.chmod(0o755)
     for first in (link, client):

@@ -6,11 +6,13 @@ import contextlib
 import json
 import os
 import pickle
+import re
 import shutil
 import socket
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -225,6 +227,18 @@ def test_more_atoms_than_allowed(start_daemon) -> None:
         (size,) = struct.unpack("<i", sock.recv(4))
         assert b"11 atoms" in sock.recv(size)
         assert sock.recv(1) == b""  # what follows can't be told from garbage
+
+
+def test_so_many_more_that_the_list_of_elements_is_too_long(start_daemon) -> None:
+    """It is refused before it is read, and all the same the job hears why, at once."""
+    small = start_daemon("--max-atoms", "10")
+    for repeats in (30, 60):  # 108,000 and 864,000 atoms: what is sent in one go, and what is not
+        atoms = copper() * (repeats, repeats, repeats)
+        began = time.monotonic()
+        error = failing(atoms, small.client(patience=100.0))
+        assert isinstance(error, LimitError)
+        assert re.search("an INIT of [0-9]+ bytes; this daemon takes 65586, for systems of up to 10 atoms", str(error))
+        assert time.monotonic() - began < 30
 
 
 def test_garbage(daemon: RunningDaemon, bystander) -> None:

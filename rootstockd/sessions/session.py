@@ -182,7 +182,7 @@ class Session(asyncio.BufferedProtocol):
         except RootstockError as error:
             self._say(answers)
             self._count(error)
-            # whoever said no INIT of ours may not know what an ERROR is; one that is too long to be staged is of ours
+            # whoever said no INIT of ours may not know what an ERROR is; one that is too long is of ours
             if self._ipi.announced or isinstance(error, LimitError):
                 self._transport.write(ipi.error_frame(error))
             self.end(error)

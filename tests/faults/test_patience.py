@@ -188,15 +188,17 @@ def test_a_first_connection_to_nothing_fails_at_once(runtime_folder: Path) -> No
         ("/dev/null", "/dev/null is no socket.\nName the one"),
         ("/tmp", "/tmp is no socket.\nName the one"),
         (f"/{107 * 'x'}", f"the socket path /{107 * 'x'} is too long; Unix sockets allow 107 bytes.\nName it by a sho"),
+        (
+            "/run/a.control",
+            "/run/a.control is a daemon's control socket.\nName that of its sessions, such as /run/a.sock",
+        ),
     ],
-    ids=["device", "folder", "long"],
+    ids=["device", "folder", "long", "control"],
 )
 def test_an_address_that_is_none_is_called_so_at_once(address: str, words: str) -> None:
-    atoms = copper()
-    atoms.calc = RootstockClient(address).calculator("emt")
     start = time.monotonic()
     with pytest.raises(DaemonNotFoundError) as caught:
-        atoms.get_forces()
+        RootstockClient(address).calculator("emt").get_forces(copper())
     assert str(caught.value).startswith(words)
     assert time.monotonic() - start < 3
 

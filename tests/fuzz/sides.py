@@ -248,9 +248,9 @@ class _DriverStream:
                     self.message(self.data.take(12))
         except _CutError:
             pass
-        except ProtocolError as error:
-            if self.announced:
-                self.outcome.answers.append("ERROR protocol")
+        except (ProtocolError, LimitError) as error:
+            if self.announced or isinstance(error, LimitError):
+                self.outcome.answers.append(f"ERROR {error.code}")
             self.outcome.ends = error.code
 
     def message(self, word: bytes) -> None:
@@ -264,7 +264,10 @@ class _DriverStream:
             self.posdata()
         elif word == b"INIT        ":
             self.data.int32()
-            self.init(self.data.take(self.data.count(self.limits.init)))
+            size = self.data.count(2**31)
+            if size > self.limits.init:
+                raise LimitError("a long INIT")
+            self.init(self.data.take(size))
         else:
             raise ProtocolError("a word")
 
