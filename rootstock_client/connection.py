@@ -202,7 +202,11 @@ class Connection:
             self._close()
         if isinstance(answer, ipi.Failure):
             self._init = b""  # it may have been refused for a reason that passes: say it again next time
-            raise answer.error
+            error = answer.error
+            try:
+                raise error
+            finally:
+                del answer, error  # or the two and this frame hold each other, and with them the session
         return answer
 
     def _receive(self, sock: socket.socket) -> ipi.EngineMessage:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
+import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
 
@@ -19,9 +21,13 @@ from rootstockd.host.sockets import (
     remove_if_empty,
     room_beside,
 )
+from rootstockd.host.threads import in_thread
 from rootstockd.settings.config import Config
 
 log = logging.getLogger(__name__)
+
+LOOK = 5.0
+"""Seconds between two looks at whether a daemon can still be found."""
 
 
 def hold(config: Config, ours: contextlib.ExitStack) -> None:
@@ -92,6 +98,30 @@ def adopt_sockets(
         log.warning("access.socket_group has no effect: SocketGroup= and SocketMode= of the .socket units have")
     sessions = ours.enter_context(adopt(handed["sessions"], config.socket))
     return sessions, ours.enter_context(adopt(handed["control"], config.control))
+
+
+async def until_lost(config: Config) -> None:
+    """Until none of the files is there any more by which a daemon is found; of those that are there now.
+
+    So it is when somebody empties its folder, or when a logout takes along /run/user/UID and leaves the processes.
+    """
+    made = [(path, path.lstat()) for path in (config.socket, config.control, config.lock) if path.exists()]
+
+    def any_is_there() -> bool:
+        for path, status in made:
+            try:
+                if os.path.samestat(path.lstat(), status):
+                    return True
+            except (FileNotFoundError, NotADirectoryError):
+                pass
+            except OSError:  # it can't be told
+                return True
+        return False
+
+    while True:
+        await asyncio.sleep(LOOK)
+        if not await in_thread(any_is_there):
+            return
 
 
 def open_or_close(config: Config) -> list[str]:

@@ -51,8 +51,12 @@ from rootstockd.settings.config_file import ConfigError, reloadable
 from rootstockd.settings.config_layers import changes, take_over
 from rootstockd.supervision.supervisor import Supervisor
 from rootstockd.systemd import Manager, describe
+from rootstockd.words import so_many
 
 log = logging.getLogger(__name__)
+
+FEW_SESSIONS = 100
+"""Where not even so many are possible at a time, whoever starts the daemon is told."""
 
 
 class Daemon:
@@ -80,6 +84,7 @@ class Daemon:
         self.accounts = Accounts(config)
         self.errors: Counter[str] = Counter()
         self._warnings: list[str] = []
+        self._lasting_warnings: list[str] = []
         self._log_warning: list[str] = []
         missing = not_to_preload(config.models, self.catalogue)
         unknown = [error for error in missing if isinstance(error, UnknownModelError)]
@@ -91,8 +96,7 @@ class Daemon:
         self.since = time.time()
         self.metrics_url: str | None = None
         for warning in one_thread() if any(device.kind == "cpu" for device in config.devices) else ():
-            self._warnings.append(warning)
-            log.warning("%s", warning)
+            self._warn_for_good(warning)
         self._one_reload = asyncio.Lock()
         self._reloads: set[asyncio.Task[None]] = set()
         """Those that a signal has asked for."""
@@ -103,7 +107,7 @@ class Daemon:
     @property
     def warnings(self) -> list[str]:
         """What the configuration, the catalogues and the environment have that can't be meant so, or is in the way."""
-        return [*self._log_warning, *self._warnings]
+        return [*self._log_warning, *self._lasting_warnings, *self._warnings]
 
     async def run(self) -> None:
         """Live: start, serve, drain, stop.
@@ -136,7 +140,8 @@ class Daemon:
                 servers.append(metrics_server(self, port))
             self.fleet.begin(devices)
             serving = [asyncio.create_task(server.run_until_stopped(), name="http") for server in servers]
-            attendance = asyncio.create_task(self._manager.attend(self), name="systemd")
+            beside = [asyncio.create_task(self._manager.attend(self), name="systemd")]
+            beside.append(asyncio.create_task(self._end_when_lost(), name="address"))
             try:
                 acceptor = await self._start(sessions)
                 if not self._stop.is_set():
@@ -147,7 +152,8 @@ class Daemon:
                 await self._drain(acceptor)
             finally:
                 await self.fleet.stop(stopping_error())
-                attendance.cancel()
+                for task in beside:
+                    task.cancel()
                 for server in servers:
                     server.should_exit = True
                 await asyncio.gather(*serving)
@@ -257,6 +263,11 @@ class Daemon:
         for warning in self._warnings:
             log.warning("%s", warning)
 
+    def _warn_for_good(self, warning: str) -> None:
+        """Of what stays as it is until the daemon ends."""
+        self._lasting_warnings.append(warning)
+        log.warning("%s", warning)
+
     def _on_end(self, number: signal.Signals) -> None:
         log.info("%s: stopping", number.name)
         again = self._stop.is_set() and not self._replaced
@@ -277,6 +288,19 @@ class Daemon:
             log.error("not reloaded, all stays as it is: %s", error)  # noqa: TRY400 - its trace says nothing
         except RootstockError as error:
             log.error("%s", error)  # noqa: TRY400 - nor does this one's
+
+    async def _end_when_lost(self) -> None:
+        """End where nobody can find it any more, as it would never be used again. Sessions that it has go on."""
+        if self._manager.sockets:  # these are systemd's to keep
+            return
+        await address.until_lost(self.config)
+        log.warning(
+            "the sockets and the lock were removed, so nobody can find this daemon: it ends with the last of its "
+            "sessions, of which there are %d",
+            len(self.sessions),
+        )
+        await self.sessions.all_gone()
+        self._stop.set()
 
     # --- the four parts of its life
 
@@ -331,7 +355,10 @@ class Daemon:
         limit = raise_descriptor_limit()
         scrapers = 0 if self.config.metrics is None else MAX_SCRAPERS + 1
         allowed, self.sessions.max_turned_away = share_descriptors(limit - scrapers)
-        self.accounts.allow_sessions(allowed, f"all that its limit of {limit} open files (ulimit -n) allows")
+        why = f"all that its limit of {limit} open files (ulimit -n) allows"
+        self.accounts.allow_sessions(allowed, why)
+        if allowed < min(FEW_SESSIONS, self.config.max_sessions):
+            self._warn_for_good(f"there is room for {so_many(allowed, 'session')} at a time, {why}")
 
     def _watch_signals(self) -> None:
         loop = asyncio.get_running_loop()

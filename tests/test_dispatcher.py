@@ -120,3 +120,27 @@ def test_a_worker_that_can_not_be_ended_is_left_to_the_kernel(monkeypatch: pytes
             await process.wait()
 
     asyncio.run(story())
+
+
+@pytest.mark.parametrize("how", ["it died", "it was put back"])
+def test_a_worker_that_ends_was_busy_until_then(bench: Bench, how: str) -> None:
+    """What it was at counted as work when it was last looked at, and that is not taken back."""
+
+    def story() -> None:
+        dispatcher = bench.dispatcher
+        bench.step(1, 1.0)
+        dispatcher.sample()
+        owner = SimpleNamespace(system=SimpleNamespace(number=1, slot=None, settings={}), evaluated=lambda _error: None)
+        dispatcher.submit(Evaluation(cast("Client", owner), ATOMS, user=1))
+        bench.now += 50.0
+        dispatcher.sample()
+        if how == "it died":
+            dispatcher.worker_lost(End("it hung", blamed=True, hung=True), 1.0)
+        else:
+            dispatcher.put_back()
+        dispatcher.have(None)
+        bench.now += 1.0
+        dispatcher.sample()
+        assert dispatcher.pace.load == pytest.approx(50 / 51)
+
+    run(story)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import pickle
@@ -13,6 +14,7 @@ import struct
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -227,6 +229,31 @@ def test_more_atoms_than_allowed(start_daemon) -> None:
         (size,) = struct.unpack("<i", sock.recv(4))
         assert b"11 atoms" in sock.recv(size)
         assert sock.recv(1) == b""  # what follows can't be told from garbage
+
+
+@pytest.mark.parametrize("what", ["uranium", "NaN", "gone"])
+def test_who_lets_go_of_a_calculator_that_failed_has_ended_its_session(own_daemon: RunningDaemon, what: str) -> None:
+    """At once, and not when Python next looks for cycles: a screening that skips what fails would collect sessions."""
+    atoms = copper()
+    atoms.calc = calculator = own_daemon.client(patience=0).calculator("emt")
+    atoms.get_forces()
+    if what == "uranium":
+        atoms.numbers[0] = 92
+    elif what == "NaN":
+        atoms.positions[:2] = 0  # the model's own
+    else:
+        own_daemon.stop()
+        atoms.rattle(0.01)
+    gc.disable()
+    try:
+        with contextlib.suppress(RootstockError):
+            atoms.get_forces()
+            pytest.fail("it was evaluated")
+        there = weakref.ref(calculator)
+        del atoms, calculator
+        assert there() is None
+    finally:
+        gc.enable()
 
 
 def test_so_many_more_that_the_list_of_elements_is_too_long(start_daemon) -> None:

@@ -443,6 +443,9 @@ def test_a_restart_where_somebody_removed_the_socket(start_daemon) -> None:
     daemon = start_daemon("--model", "emt")
     old = daemon.client().status()["pid"]
     daemon.socket.unlink()
+    done = daemon.run("start", "--device", "cpu")
+    assert f"a daemon already runs for {daemon.socket} (pid {old}), and has no socket there" in done.stderr
+    assert "`rootstockd restart` makes it anew" in done.stderr
     done = daemon.run("restart")
     assert done.returncode == 0, done.stderr
     assert daemon.client().status()["pid"] != old
@@ -454,6 +457,8 @@ def test_a_restart_where_somebody_removed_the_socket(start_daemon) -> None:
 def test_logs(own_daemon: RunningDaemon) -> None:
     assert "model emt is ready" in own_daemon.run("logs").stdout
     assert len(own_daemon.run("logs", "-n", "1").stdout.splitlines()) == 1
+    assert "model emt is ready" in own_daemon.run("logs", "-n", "1000000000").stdout
+    assert own_daemon.run("logs", "-n", f"1{100 * '0'}").returncode == 2
     command = [sys.executable, "-m", "rootstockd", "logs", "-f", "--socket", str(own_daemon.socket)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as follower:
         lines = follower.stdout

@@ -306,7 +306,7 @@ def test_the_lock_has_one_holder_who_is_named(short):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         second = take_elsewhere(path)
         assert second.returncode == 1
-        assert f"a daemon already runs at {short}/a.sock (pid {os.getpid()})" in second.stderr
+        assert f"a daemon already runs for {short}/a.sock (pid {os.getpid()})" in second.stderr
         assert "rootstockd stop" in second.stderr
         with pytest.raises(AddressError, match=rf"\(pid {os.getpid()}\)"), lock(path):
             pass

@@ -1,12 +1,28 @@
 """Reading a model's file: what was hashed is what gets loaded, and nothing else is."""
 
+import contextlib
 import os
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from conftest import sha256
 from rootstockd.worker.engines import EngineError, ModelSpec, read_weights
+from rootstockd.worker.files import digest_of
+
+
+@contextlib.contextmanager
+def limited_memory(more: int) -> Iterator[None]:
+    """So many bytes more than this process has by now."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + more, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def spec(path: Path, digest: str) -> ModelSpec:
@@ -36,6 +52,17 @@ def test_a_file_that_is_not_the_one_meant(weights, how):
     for word in ("'mine'", str(weights), digest, sha256(weights)):
         assert word in caught.value.message
     assert f'sha256 = "{sha256(weights)}"' in caught.value.hint
+
+
+def test_another_file_that_does_not_fit_the_memory_is_told_so_as_well(weights):
+    """Models are unloaded for the one that is meant."""
+    digest = sha256(weights)
+    with limited_memory(256 * 2**20):
+        os.truncate(weights, 2**30)
+        with pytest.raises(EngineError, match="the file is another"):
+            read_weights(spec(weights, digest))
+        with pytest.raises(MemoryError):
+            read_weights(spec(weights, digest_of(weights)))
 
 
 def test_without_a_hash_nothing_is_loaded(weights):

@@ -244,7 +244,7 @@ def print_fitting(columns: list[Column]) -> list[str]:
 @click.option(
     "-n",
     "--lines",
-    type=click.IntRange(min=0),
+    type=click.IntRange(min=0, max=1_000_000_000),
     default=50,
     show_default=True,
     help="How many lines to show, counted from the end.",

@@ -87,6 +87,11 @@ def remove(path: Path, ours: os.stat_result | None = None) -> None:
 
 def already_runs(address: Path, pid: str) -> str:
     """What is said where a second daemon is to start."""
+    if not address.is_socket():
+        return (
+            f"a daemon already runs for {address} (pid {pid}), and has no socket there for jobs: it has just begun to "
+            "start, or the socket was removed. `rootstockd restart` makes it anew, `rootstockd stop` ends the daemon."
+        )
     return (
         f"a daemon already runs at {address} (pid {pid}), and jobs can use it as it is (`rootstockd status`). One of a "
         "job's own needs another --socket; `rootstockd stop` ends this one, for all who use it."

@@ -26,7 +26,7 @@ Count: TypeAlias = Annotated[int, Field(le=10**9), NUMBER]
 """Of what there may be; i-PI's protocol counts atoms in 32 bits."""
 Bytes: TypeAlias = Annotated[int, Field(le=2**50), BYTES]
 """More than any machine has, and no more than the kernel can be told."""
-Share: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False), NUMBER]
+Share: TypeAlias = Annotated[float, Field(ge=0.001, le=1000, allow_inf_nan=False), NUMBER]
 Timeout: TypeAlias = Annotated[float, FINITE, SECONDS]
 """Seconds."""
 SHORTEST = 0.1

@@ -288,8 +288,14 @@ class Dispatcher:
 
     def put_back(self) -> None:
         """The worker goes for no fault of anybody's: what it was at is at the front of the queue again."""
+        self._count_lost()
         self._failures.clear()
         self.scheduler.put_back()
+
+    def _count_lost(self) -> None:
+        """A batch ends without results: the worker was busy with it all the same."""
+        if self.scheduler.running:
+            self._computed += time.perf_counter() - self.sent
 
     def worker_lost(self, end: End, loading: float) -> None:
         """The worker has ended; what it was at goes back to the front of the queue.
@@ -298,6 +304,7 @@ class Dispatcher:
             end: how.
             loading: how many seconds it takes until there is another, probably.
         """
+        self._count_lost()
         failures, self._failures = self._failures, {}
         for evaluation in [e for e in self.scheduler.running if e.owner.system.number in failures]:
             self.scheduler.withdraw(evaluation)  # what became of it was said before the end

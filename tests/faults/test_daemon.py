@@ -396,6 +396,28 @@ def test_a_stop_where_a_file_is_in_the_place_of_the_folder(own_daemon: RunningDa
     assert not any("Traceback" in line for line in lines)
 
 
+def test_a_daemon_that_nobody_finds_any_more(own_daemon: RunningDaemon) -> None:
+    """As when a logout takes /run/user/UID along: its jobs go on, and it ends with them."""
+    lost = psutil.Process(own_daemon.pid)
+    workers = lost.children()
+    atoms = copper()
+    with own_daemon.client().calculator("emt") as atoms.calc:
+        atoms.get_forces()
+        for path in own_daemon.socket.parent.iterdir():
+            if path.suffix in {".sock", ".control", ".lock"}:
+                path.unlink()
+        wait_for(lambda: "it ends with the last of its sessions, of which there are 1\n" in own_daemon.log.read_text())
+        atoms.rattle(0.01)
+        atoms.get_forces()
+        own_daemon.start()  # another, beside it
+        assert own_daemon.pid != lost.pid
+    lost.wait(20)
+    _, alive = psutil.wait_procs(workers, timeout=5)
+    assert not alive
+    atoms.rattle(0.01)
+    assert atoms.get_forces().any()  # of the other
+
+
 def test_a_driver_fetches_its_last_result(own_daemon: RunningDaemon) -> None:
     """What it sent before the daemon began to stop is answered, though it asks late."""
     text = b'{"rootstock": 1, "model": "emt", "numbers": [29, 29], "pbc": [false, false, false]}'

@@ -167,6 +167,10 @@ def test_few_descriptors(serve) -> None:
     """Sessions are refused before descriptors run out; those that are there go on, and others come when they end."""
     served = serve(limits={"-n": 100})
     allowed, _ = share_descriptors(100)
+    few = f"there is room for {allowed} sessions at a time, all that its limit of 100 open files (ulimit -n) allows"
+    for _ in range(2):
+        assert few in served.client().status()["warnings"]
+        request(served.socket, "POST", "/v1/reload")  # that changes nothing of it
     atoms = [session(served, seed) for seed in range(allowed)]
     with contextlib.ExitStack() as stack:
         for _ in range(30):

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from rootstockd.worker.failures import describe, in_disorder, out_of_memory
-from rootstockd.worker.files import open_regular
+from rootstockd.worker.files import digest_of, open_regular
 
 ENGINE_API = 1
 """Version of all that an engine from elsewhere sees of this module; its own module must name the same."""
@@ -280,14 +280,18 @@ def read_weights(spec: ModelSpec) -> bytes:
     name, path = spec.name, spec.weights
     try:
         with open_regular(path) as file:
-            data = file.read()
+            try:
+                data = file.read()
+                actual = hashlib.sha256(data).hexdigest()
+            except MemoryError:  # the right file's may be had when other models have gone; another's is not wanted
+                if (actual := digest_of(path)) == spec.sha256:
+                    raise
     except FileNotFoundError as error:
         hint = f"`rootstockd models pull {name}`, or put the file back."
         raise EngineError("model-load", f"model {name!r}: its weights {path} are missing", hint) from error
     except OSError as error:
         what = f"model {name!r}: its weights {path} can't be read: {error.strerror}"
         raise EngineError("model-load", what, "The user that the daemon runs as must be able to read them.") from error
-    actual = hashlib.sha256(data).hexdigest()
     if actual != spec.sha256:
         raise EngineError(
             "model-load",
