@@ -102,7 +102,10 @@ class Outage:
         if isinstance(error, DaemonNotFoundError):  # a socket that nobody listens on may vanish meanwhile
             patience = self._most
         if self._waited >= patience:
-            self._give_up(error, patience)
+            try:
+                self._give_up(error, patience)
+            finally:
+                del error  # or it and this frame hold each other, and with them the session
         if self._tries == 0:
             self._full = isinstance(error, (DaemonFullError, UserLimitError))
             what = "has no room for this job, which" if self._full else "is away; this job"
@@ -118,7 +121,10 @@ class Outage:
 
     def _give_up(self, error: RootstockError, patience: float) -> NoReturn:
         if self._tries == 0:
-            raise error
+            try:
+                raise error
+            finally:
+                del error
         hint = error.hint
         if patience != STALE:  # a first connection's, which is no longer where there is more patience
             hint = f"{hint}\nHow long jobs wait is set by RootstockClient(patience=...) or {PATIENCE_VARIABLE}.".strip()

@@ -407,7 +407,7 @@ class Daemon:
         model = self.fleet.open(key, entry)
         account.ask(key, model)
         if model.error is not None:
-            raise model.error
+            raise model.error.with_traceback(None)  # it is kept: not with the frames of all who were told
         return model
 
     def _resolve(self, name: str, dtype: str | None, options: str = "") -> tuple[WorkerKey, Entry]:
@@ -436,7 +436,7 @@ class Daemon:
             if (supervisor.spec.name, supervisor.spec.dtype) == (key.name, key.dtype):
                 supervisor.lift_bar()
         if model.error is not None:
-            raise model.error
+            raise model.error.with_traceback(None)  # it is kept: not with the frames of all who were told
         return key.name, key.dtype
 
     def unload(self, name: str, dtype: str | None, who: str, *, force: bool = False) -> int:

@@ -616,6 +616,19 @@ def test_a_model_that_never_loads_says_so(troubled: RunningDaemon, what: str, wo
     np.testing.assert_allclose(evaluate(troubled, slab()), expected(slab()), atol=1e-9)
 
 
+def test_whoever_asks_again_and_again_for_a_model_that_failed(troubled: RunningDaemon) -> None:
+    """Its error is kept, and nothing of those who were told."""
+    daemon = psutil.Process(troubled.pid)
+
+    def ask(times: int) -> int:
+        for _ in range(times):
+            assert isinstance(evaluate(troubled, slab(), "raise"), ModelLoadError)
+        return daemon.memory_info().rss
+
+    before = ask(500)
+    assert ask(2500) < before + 4 * 2**20
+
+
 @pytest.mark.parametrize(("name", "times"), [("shaky", 4), ("killed", 5)])
 def test_a_model_that_loads_at_last_is_as_good_as_any(troubled: RunningDaemon, name: str, times: int) -> None:
     """The fifth time where it may be its own doing; where it is not, as it is killed from outside, also later."""
