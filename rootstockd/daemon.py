@@ -12,16 +12,8 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from ase.data import chemical_symbols
-
 from rootstock_client import ipi
-from rootstock_client.errors import (
-    DrainingError,
-    ModelLoadError,
-    RootstockError,
-    UnknownElementError,
-    UnknownModelError,
-)
+from rootstock_client.errors import DrainingError, RootstockError, UnknownModelError
 from rootstock_client.runtime_dir import job_runtime_dir
 from rootstockd import address
 from rootstockd.control.api import control_server
@@ -37,8 +29,10 @@ from rootstockd.host.peers import peer_of
 from rootstockd.host.sockets import claim_gpu, listen_tcp, url_of
 from rootstockd.host.starter import outlive_it
 from rootstockd.host.surroundings import closed_folder, one_thread
-from rootstockd.models.availability import Locations, not_to_preload
-from rootstockd.models.catalogue import Catalogue, CatalogueError, Entry
+from rootstockd.models.availability import not_to_preload
+from rootstockd.models.catalogue import Catalogue, CatalogueError
+from rootstockd.notices import Notices
+from rootstockd.offer import Offer
 from rootstockd.processes.folders import remove_left_behind
 from rootstockd.reload import Files, read_files
 from rootstockd.sessions.acceptor import Acceptor
@@ -76,17 +70,14 @@ class Daemon:
         self.config = config
         self._log_file = log_file
         self._manager = manager or Manager({})
-        self.catalogue = Catalogue.load(config.catalogues, config.where("catalogues"))
         # atomic numbers take up to four bytes each; the rest of an INIT is short
         self.limits = ipi.Limits(atoms=config.max_atoms, init=64 * 1024 + 5 * config.max_atoms)
-        self._locations = Locations()
         self.fleet = Fleet(config)
+        self.offer = Offer(Catalogue.load(config.catalogues, config.where("catalogues")), self.fleet)
         self.accounts = Accounts(config)
         self.errors: Counter[str] = Counter()
-        self._warnings: list[str] = []
-        self._lasting_warnings: list[str] = []
-        self._log_warning: list[str] = []
-        missing = not_to_preload(config.models, self.catalogue)
+        self.notices = Notices()
+        missing = not_to_preload(config.models, self.offer.catalogue)
         unknown = [error for error in missing if isinstance(error, UnknownModelError)]
         if unknown or (missing and len(missing) == len(config.models)):
             raise [*unknown, *missing][0]
@@ -95,19 +86,14 @@ class Daemon:
         self.state = "starting"
         self.since = time.time()
         self.metrics_url: str | None = None
-        for warning in one_thread() if any(device.kind == "cpu" for device in config.devices) else ():
-            self._warn_for_good(warning)
+        if any(device.kind == "cpu" for device in config.devices):
+            self.notices.put("threads", one_thread())
         self._one_reload = asyncio.Lock()
         self._reloads: set[asyncio.Task[None]] = set()
         """Those that a signal has asked for."""
         self._replaced = False
         self._stop = asyncio.Event()
         self._force = asyncio.Event()
-
-    @property
-    def warnings(self) -> list[str]:
-        """What the configuration, the catalogues and the environment have that can't be meant so, or is in the way."""
-        return [*self._log_warning, *self._lasting_warnings, *self._warnings]
 
     async def run(self) -> None:
         """Live: start, serve, drain, stop.
@@ -188,7 +174,14 @@ class Daemon:
             RootstockError: the new ones hold, but the daemon itself failed in what follows from them.
         """
         async with self._one_reload:
-            return await self._reload()
+            try:
+                return await self._reload()
+            except (ConfigError, CatalogueError) as error:
+                self.notices.put("reload", [f"not reloaded, all stays as it is: {error}"], logging.ERROR)
+                raise
+            except RootstockError as error:
+                self.notices.put("reload", [str(error)], logging.ERROR)
+                raise
 
     async def _reload(self) -> ReloadReport:
         ready = self.state == "ready"  # and not to be called so for this
@@ -215,8 +208,9 @@ class Daemon:
         restart_needed = sorted(name for name in changes(self.config, fresh) if not reloadable(name))
         config = take_over(self.config, fresh)
         self.accounts.apply(config)  # the last that may fail; from here on the new settings hold
-        self.config, self.catalogue = config, catalogue
+        self.config, self.offer.catalogue = config, catalogue
         self.fleet.apply(config)
+        self.notices.put("reload", ())
         in_the_way = [] if self._manager.sockets else address.open_or_close(config)
         self.accounts.closed = bool(in_the_way) and not config.shared  # to all but administrators: no list says who
         self._look_over(missing, in_the_way)
@@ -228,45 +222,29 @@ class Daemon:
             supervisor.scheduler.reshare(shares)
         self.accounts.let_in()
         models_kept = self.fleet.retire_changed(catalogue)
-        self._load_kept()
+        self.offer.keep(self.config.models)
         for name, sessions in models_kept.items():
             log.info("model %s has changed; sessions that keep the old one: %d", name, sessions)
-        return ReloadReport(restart_needed=restart_needed, models_kept=models_kept, warnings=self.warnings)
+        warnings = self.notices.about("log", "settings")
+        return ReloadReport(restart_needed=restart_needed, models_kept=models_kept, warnings=warnings)
 
     def _reopen_log(self, path: Path) -> None:
         """What the log itself can't tell, because the old file may be gone, `reload` and `status` do until it opens."""
-        self._log_warning = []
+        failed = []
         try:
             reopen_log(path)
         except OSError as error:
             where = "it goes on in the old file, which may be gone"
-            warning = f"can't open the log {path}: {error.strerror}; {where}; `rootstockd reload` tries again"
-            self._log_warning = [warning]
-            log.warning("%s", warning)
-
-    def _load_kept(self) -> None:
-        """Have the models stay that are to be loaded at the start, as the catalogue has them now, and no others."""
-        kept: set[WorkerKey] = set()
-        for wanted in self.config.models:
-            with contextlib.suppress(UnknownModelError, ModelLoadError):
-                name, entry = self.catalogue.resolve(wanted)
-                kept.add(key := WorkerKey(name, entry.dtype))
-                self.fleet.keep(key, self._locations.located(name, entry))
-        self.fleet.keep_only(kept)
+            failed = [f"can't open the log {path}: {error.strerror}; {where}; `rootstockd reload` tries again"]
+        self.notices.put("log", failed)
 
     def _look_over(self, missing: Iterable[RootstockError], in_the_way: Iterable[str] = ()) -> None:
         """Warn of what can't be meant so, and of models that are to be loaded at a start and are not there."""
         absent = [f"to be loaded at the start, and can't be: {error}" for error in missing]
         others = self.config.shared and not self._manager.sockets  # those who find it by its folder
         closed = closed_folder(self.config.socket.parent) if others else []
-        self._warnings = [*self.accounts.warnings, *self.catalogue.warnings(), *in_the_way, *closed, *absent]
-        for warning in self._warnings:
-            log.warning("%s", warning)
-
-    def _warn_for_good(self, warning: str) -> None:
-        """Of what stays as it is until the daemon ends."""
-        self._lasting_warnings.append(warning)
-        log.warning("%s", warning)
+        catalogue = self.offer.catalogue
+        self.notices.put("settings", [*self.accounts.warnings, *catalogue.warnings(), *in_the_way, *closed, *absent])
 
     def _on_end(self, number: signal.Signals) -> None:
         log.info("%s: stopping", number.name)
@@ -277,17 +255,13 @@ class Daemon:
 
     def _on_hangup(self) -> None:
         log.info("SIGHUP: reloading")
-        reload = asyncio.create_task(self._reload_and_say())
+        reload = asyncio.create_task(self._reload_unasked())
         self._reloads.add(reload)
         reload.add_done_callback(self._reloads.discard)
 
-    async def _reload_and_say(self) -> None:
-        try:
+    async def _reload_unasked(self) -> None:
+        with contextlib.suppress(ConfigError, CatalogueError, RootstockError):  # status and the log say so
             await self.reload()
-        except (ConfigError, CatalogueError) as error:
-            log.error("not reloaded, all stays as it is: %s", error)  # noqa: TRY400 - its trace says nothing
-        except RootstockError as error:
-            log.error("%s", error)  # noqa: TRY400 - nor does this one's
 
     async def _end_when_lost(self) -> None:
         """End where nobody can find it any more, as it would never be used again. Sessions that it has go on."""
@@ -307,7 +281,7 @@ class Daemon:
     async def _start(self, sessions_socket: socket.socket) -> Acceptor:
         """Load what is to be preloaded, and take connections. Sessions that come early wait for their model."""
         acceptor = Acceptor(sessions_socket, lambda connection: Session(self, peer_of(connection)), self.look_up)
-        self._load_kept()
+        self.offer.keep(self.config.models)
         loaded = asyncio.create_task(_settled(self.fleet))
         stopped = asyncio.create_task(self._stop.wait())
         await asyncio.wait([loaded, stopped], return_when=asyncio.FIRST_COMPLETED)
@@ -358,7 +332,7 @@ class Daemon:
         why = f"all that its limit of {limit} open files (ulimit -n) allows"
         self.accounts.allow_sessions(allowed, why)
         if allowed < min(FEW_SESSIONS, self.config.max_sessions):
-            self._warn_for_good(f"there is room for {so_many(allowed, 'session')} at a time, {why}")
+            self.notices.put("descriptors", [f"there is room for {so_many(allowed, 'session')} at a time, {why}"])
 
     def _watch_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -384,71 +358,9 @@ class Daemon:
             raise stopping_error()
 
     def open_model(self, request: InitRequest, account: Account, leaving: WorkerKey | None) -> Supervisor:
-        """The model that a session asks for; it is loaded if it is not yet.
-
-        Args:
-            request: what the session asks for.
-            account: its user's.
-            leaving: the model that it has until now, if any.
-
-        Raises:
-            UnknownModelError, UnknownElementError, UnsupportedError, DrainingError, RestartNeededError, ModelLoadError,
-                LimitError: what its name says. Nothing is loaded where the catalogue knows that the model can't do what
-                is asked.
-        """
-        key, entry = self._resolve(request.model, request.dtype, request.options)
-        entry.check_head(key.name, request.head)
-        known = self.fleet.elements(key, entry)
-        if known and (unknown := set(request.numbers) - known):
-            raise UnknownElementError(
-                f"model {key.name!r} does not know {_symbols(unknown)}.", f"It knows {_symbols(known)}."
-            )
-        account.check_models(key, leaving)
-        model = self.fleet.open(key, entry)
-        account.ask(key, model)
-        if model.error is not None:
-            raise model.error.with_traceback(None)  # it is kept: not with the frames of all who were told
-        return model
-
-    def _resolve(self, name: str, dtype: str | None, options: str = "") -> tuple[WorkerKey, Entry]:
-        """Which worker is meant, and what the catalogue has for it, with its weights.
-
-        Raises:
-            UnknownModelError, UnsupportedError, DrainingError, ModelLoadError: what its name says.
-        """
+        """The model that a session asks for; see `Offer.open`, and `check_open`."""
         self.check_open()
-        name, entry = self.catalogue.resolve(name)
-        dtype = dtype or entry.dtype
-        entry.check_dtype(name, dtype)
-        return WorkerKey(name, dtype, options), self._locations.located(name, entry)
-
-    # --- what administrators need
-
-    def load(self, name: str, dtype: str | None = None) -> tuple[str, str]:
-        """Have a model loaded; the catalogue's name of it, and its dtype.
-
-        Raises:
-            UnknownModelError, UnsupportedError, DrainingError, RestartNeededError, ModelLoadError: what its name says.
-        """
-        key, entry = self._resolve(name, dtype)
-        model = self.fleet.open(key, entry, anew=True)
-        for supervisor in self.fleet.supervisors():  # with those that sessions keep as they were
-            if (supervisor.spec.name, supervisor.spec.dtype) == (key.name, key.dtype):
-                supervisor.lift_bar()
-        if model.error is not None:
-            raise model.error.with_traceback(None)  # it is kept: not with the frames of all who were told
-        return key.name, key.dtype
-
-    def unload(self, name: str, dtype: str | None, who: str, *, force: bool = False) -> int:
-        """Have a model leave memory because an administrator said so; see `Fleet.unload`.
-
-        Raises:
-            DrainingError: the daemon stops: what is under way is done first.
-            RootstockError: it is not there, or has evaluations under way.
-        """
-        self.check_open()
-        name = self.catalogue.name_of(name)  # it may be in no catalogue any more
-        return self.fleet.unload(name, dtype, who, force=force)
+        return self.offer.open(request, account, leaving)
 
 
 async def _settled(fleet: Fleet) -> None:
@@ -458,7 +370,3 @@ async def _settled(fleet: Fleet) -> None:
         for model in waiting:
             await model.settled()
         seen |= waiting
-
-
-def _symbols(numbers: Iterable[int]) -> str:
-    return ", ".join(chemical_symbols[z] for z in sorted(numbers))

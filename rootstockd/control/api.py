@@ -110,7 +110,7 @@ def make_app(daemon: Daemon) -> FastAPI:
             ],
             sessions=[session_status(session) for session in shown],
             other_sessions=len(daemon.sessions) - len(shown),
-            warnings=daemon.warnings if everything else [],
+            warnings=daemon.notices.all if everything else [],
         )
 
     @app.get("/metrics", response_class=PlainTextResponse)
@@ -126,7 +126,7 @@ def make_app(daemon: Daemon) -> FastAPI:
     async def models() -> list[CatalogueEntry]:
         """What the daemon could load."""
         states = daemon.fleet.states()
-        entries = dict(daemon.catalogue.items())
+        entries = dict(daemon.offer.catalogue.items())
         lacks = await in_thread(lambda: {name: lack(name, entry) for name, entry in entries.items()})
         return [
             CatalogueEntry(
@@ -146,7 +146,7 @@ def make_app(daemon: Daemon) -> FastAPI:
     @app.get("/v1/loading")
     async def loading(request: Request, model: str | None = None) -> list[Loading]:
         """Models that are not there yet or at a long batch, or the one of that name or alias, for whoever waits."""
-        entry = None if model is None else daemon.catalogue.name_of(model)
+        entry = None if model is None else daemon.offer.catalogue.name_of(model)
         supervisors, uid = daemon.fleet.supervisors(), caller(request)
         who = None if daemon.accounts.is_admin(uid) else uid
         states = [long_batch(supervisor, who) or loading_status(supervisor, daemon.fleet) for supervisor in supervisors]
@@ -178,13 +178,15 @@ def _take_orders(app: FastAPI, daemon: Daemon) -> None:
     @app.post("/v1/load", status_code=202, dependencies=[Depends(admin)])
     async def load(request: LoadRequest) -> LoadAnswer:
         """Begin to load a model; status says when it is there."""
-        name, dtype = daemon.load(request.model, request.dtype)
-        return LoadAnswer(model=name, dtype=dtype)
+        daemon.check_open()
+        loading = daemon.offer.load(request.model, request.dtype)
+        return LoadAnswer(model=loading.name, dtype=loading.dtype)
 
     @app.post("/v1/unload", status_code=202, dependencies=[Depends(admin)])
     async def unload(asked: UnloadRequest, request: Request) -> UnloadAnswer:
         """Have a model leave memory."""
-        waiting = daemon.unload(asked.model, asked.dtype, who(request), force=asked.force)
+        daemon.check_open()
+        waiting = daemon.offer.unload(asked.model, asked.dtype, who(request), force=asked.force)
         return UnloadAnswer(waiting=waiting, held=HOLD if asked.force else 0.0)
 
     @app.post("/v1/stop", status_code=202, dependencies=[Depends(admin)])
@@ -203,7 +205,6 @@ def _take_orders(app: FastAPI, daemon: Daemon) -> None:
         try:
             return await daemon.reload()
         except (ConfigError, CatalogueError) as error:
-            log.error("not reloaded, all stays as it is: %s", error)  # noqa: TRY400 - its trace says nothing
             raise RootstockError(f"nothing was changed: {error}") from error
 
 

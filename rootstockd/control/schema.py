@@ -261,4 +261,4 @@ class ReloadReport(BaseModel):
     models_kept: dict[str, int] = Field(default_factory=dict)
     """Models whose entries have changed, and how many sessions keep the old one until they reconnect."""
     warnings: list[str] = Field(default_factory=list)
-    """As in status."""
+    """As in status, but for what no reload can change."""

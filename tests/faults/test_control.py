@@ -28,6 +28,7 @@ from rootstock_client.runtime_dir import control_socket
 from rootstockd.control.api import make_app
 from rootstockd.control.limits import DEADLINE, MAX_BODY, MAX_CONNECTIONS, MAX_HEAD, MAX_PIECES, BoundedBody
 from rootstockd.daemon import Daemon
+from rootstockd.fleet.warm_model import WorkerKey
 from rootstockd.settings.config import Config, Device
 
 
@@ -41,7 +42,9 @@ def test_answers_are_what_the_schema_says() -> None:
     daemon = asyncio.run(make())
     stopped: list[bool] = []
     daemon.stop = lambda *, force=False, replaced=False: stopped.append(force)  # type: ignore[method-assign]
-    daemon.load = lambda name, dtype=None: (name, dtype or "float64")  # type: ignore[method-assign]
+    daemon.offer.load = (  # type: ignore[method-assign]
+        lambda name, dtype=None: WorkerKey(name, dtype or "float64")
+    )
     app = BoundedBody(make_app(daemon))
     uid = [0]
 
