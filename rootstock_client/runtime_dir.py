@@ -147,7 +147,8 @@ def find_socket(socket: str | os.PathLike[str] | None = None) -> Path:
     Raises:
         DaemonNotFoundError: no socket was found, or a control socket was given.
     """
-    if named := socket if socket is not None else os.environ.get(SOCKET_VARIABLE):
+    named = socket if socket is not None else os.environ.get(SOCKET_VARIABLE) or None
+    if named is not None:
         path = named_path(named)
         if path == control_socket(path):  # no daemon takes such an address
             raise DaemonNotFoundError(
