@@ -37,7 +37,7 @@ from rootstockd.supervision.scheduler import MAX_ATTEMPTS, MAX_STARVED
 from rootstockd.supervision.workers import ABANDONED
 
 HANG_TIMEOUT = 2.0
-LOAD_TIMEOUT = 3.0
+LOAD_TIMEOUT = 20.0
 DRAIN_TIMEOUT = 60.0
 CUDA = 530_000_000 if torch.version.cuda else 0
 """Bytes that a torch takes which was built for it, also where there is no GPU."""
@@ -57,6 +57,7 @@ def start_hostile(start_shared_daemon, tmp_path_factory) -> Iterator[Callable[..
             load: str = "hostile",
             hang_timeout: float = HANG_TIMEOUT,
             drain_timeout: float = DRAIN_TIMEOUT,
+            load_timeout: float = LOAD_TIMEOUT,
             **at_loading: tuple[str, int],
         ) -> RunningDaemon:
             number = len(list(folder.iterdir()))
@@ -69,7 +70,7 @@ def start_hostile(start_shared_daemon, tmp_path_factory) -> Iterator[Callable[..
             catalogue, config = folder / f"{number}-catalogue.toml", folder / f"{number}-config.toml"
             catalogue.write_text("\n".join(entries))
             config.write_text(
-                f"hang_timeout = {hang_timeout}\nload_timeout = {LOAD_TIMEOUT}\ndrain_timeout = {drain_timeout}\n"
+                f"hang_timeout = {hang_timeout}\nload_timeout = {load_timeout}\ndrain_timeout = {drain_timeout}\n"
             )
             options = ["--model", load] if load else []
             return start_shared_daemon("--config", str(config), "--catalogue", str(catalogue), *options)
@@ -87,7 +88,7 @@ def daemon(start_hostile) -> RunningDaemon:
 def troubled(start_hostile) -> RunningDaemon:
     """With models that don't load, or not at once."""
     never = {what: (what, 1_000_000) for what in ("segfault", "exit", "hang", "raise")}
-    return start_hostile(shaky=("segfault", 4), killed=("kill", 5), **never)
+    return start_hostile(load_timeout=6.0, shaky=("segfault", 4), killed=("kill", 5), **never)
 
 
 @pytest.fixture
