@@ -598,7 +598,7 @@ def test_an_evaluation_whose_session_has_gone_holds_nobody_up_for_long(start_hos
     [
         ("segfault", "5 workers ended before they were ready: signal 11 .*, 5 times"),
         ("exit", "5 workers ended before they were ready: exit status 3, 5 times"),
-        ("hang", "2 workers ended before they were ready: it hung: loading took 3.* s where 3 s is the limit"),
+        ("hang", "2 workers ended before they were ready: it hung: loading took 6.* s where 6 s is the limit"),
         ("raise", "model 'raise' can't be loaded: SystemExit: not today"),
     ],
 )
