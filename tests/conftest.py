@@ -108,12 +108,15 @@ LONGEST = (
     "test_mace_cuequivariance",
 )
 """Files that take a minute or more, the longest first: one that began late would be waited for by all processes."""
+UNTIL = float(os.environ.get("TESTS_UNTIL", "inf"))
+"""When no test begins any more, as seconds since 1970: what is cut off says nothing of the others either."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files begin first. Tests that need a GPU are skipped where there is none."""
-    rank = {name: number for number, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+    """Files that start no daemon come first, then the longest. What needs a GPU is skipped where there is none."""
+    rank = {name: number for number, name in enumerate(LONGEST, 1)}
+    with_daemons = {item.path for item in items if "runtime_folder" in getattr(item, "fixturenames", ())}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank) + 1 if item.path in with_daemons else 0))
     needing = [item for item in items if item.get_closest_marker("gpu")]
     if not needing:
         return
@@ -124,6 +127,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         why = "it needs the GPU for itself: `python -m benchmarks.run_local --gpu-checks`, or `pytest -m gpu`"
     for item in needing if why else ():
         item.add_marker(pytest.mark.skip(reason=why))
+
+
+def pytest_runtest_setup() -> None:
+    if time.time() > UNTIL:
+        pytest.skip("the time for all tests was over (TESTS_UNTIL)")
 
 
 @pytest.fixture(scope="session", autouse=True)

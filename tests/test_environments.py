@@ -601,7 +601,7 @@ def test_nothing_goes_on_compiling_when_a_build_is_ended(
     state: Path, tmp_path: Path, wheels: Path, how: signal.Signals
 ) -> None:
     long = "\n".join(f"a{number} = [{number}, (b, c.d[{number}])]" for number in range(100_000))
-    make_wheel(wheels / "fellow", "fellow", "1.0", {f"fellow/m{number}.py": long for number in range(4)})
+    make_wheel(wheels / "fellow", "fellow", "1.0", {f"fellow/m{number}.py": long for number in range(16)})
     spec = specify(tmp_path / "own.toml", "fellow")
     command = [sys.executable, "-m", "rootstockd", "env", "create", "own", "--spec", str(spec)]
 
@@ -620,7 +620,7 @@ def test_nothing_goes_on_compiling_when_a_build_is_ended(
             assert children
         finally:
             process.send_signal(how)
-    _, left = psutil.wait_procs(children, timeout=5)
+    _, left = psutil.wait_procs(children, timeout=15)  # all of it takes longer
     for child in left:
         child.kill()
     assert not left
