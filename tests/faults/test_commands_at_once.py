@@ -110,7 +110,7 @@ def test_a_stop_between_the_two_daemons_of_a_restart(own_daemon: RunningDaemon, 
         step.go_on()
         wait_for(lambda: old not in daemons(own_daemon))
         stop = pool.submit(own_daemon.run, "stop", *how)
-        time.sleep(1)  # it finds nobody
+        time.sleep(4)  # it finds nobody
         os.kill(new, signal.SIGCONT)
         assert stop.result().returncode == 0, stop.result().stderr
         assert restart.result().returncode == 1

@@ -605,15 +605,15 @@ def test_an_evaluation_whose_session_has_gone_holds_nobody_up_for_long(start_hos
 def test_a_model_that_never_loads_says_so(troubled: RunningDaemon, what: str, words: str) -> None:
     began = time.monotonic()
     daemon = psutil.Process(troubled.client().status()["pid"])
-    workers = len(daemon.children())
+    workers, scratch = len(daemon.children()), Path(os.environ["TMPDIR"])
+    before = {path.name for path in scratch.iterdir()}  # of this and of others' workers
+    assert {name.rpartition("-")[0] for name in before} == {f"rootstockd-worker-{os.getuid()}"}
     with pytest.raises(ModelLoadError, match=words):
         raise evaluate(troubled, slab(), what)
     assert time.monotonic() < began + PATIENCE
     assert troubled.model(what)["state"] == "failed"
     assert len(daemon.children()) == workers  # none of its own is left
-    left = {path.name for path in Path(os.environ["TMPDIR"]).iterdir()}
-    assert {name.rpartition("-")[0] for name in left} <= {f"rootstockd-worker-{os.getuid()}"}
-    assert len(left) <= workers
+    assert {path.name for path in scratch.iterdir()} <= before
     np.testing.assert_allclose(evaluate(troubled, slab()), expected(slab()), atol=1e-9)
 
 
