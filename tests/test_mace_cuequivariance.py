@@ -70,6 +70,7 @@ def test_it_computes_what_mace_torch_does(packages: Path, device: str, forms: in
     assert all(each["recorded"] for each in found)
 
 
+@pytest.mark.timeout(900)  # three processes import torch and mace-torch, one after another
 @pytest.mark.parametrize("written", ["with", "without"])
 def test_models_are_read_whether_it_is_installed_or_not(packages: Path, tmp_path: Path, written: str) -> None:
     """In which basis mace-torch makes their contractions depends on that."""
