@@ -684,7 +684,7 @@ def test_evaluations_go_by_shares_and_by_others_after_a_reload(start, open_folde
         wait_for(lambda: len(evaluations(daemon)) == 2 and min(evaluations(daemon).values()) > 4, timeout=60)
         done = next_evaluations(daemon, 80)
         assert 2 * done["rsd-alice"] < done["rsd-bob"] < 4.5 * done["rsd-alice"], done
-        reload(1, 0.0001)  # by which one evaluation counts as ten thousand of Alice's
+        reload(1, 0.001)  # by which one evaluation counts as a thousand of Alice's
         next_evaluations(daemon, 20)
         reload(3, 1)  # and is not held against Bob any more
         done = next_evaluations(daemon, 80)

@@ -245,6 +245,7 @@ def test_many_who_end_workers_leave_others_a_good_part_of_the_time(daemon: Runni
         try:
             atoms = slab()
             atoms.calc = calculator
+            atoms.get_potential_energy()  # after those that came before
             deadline = time.monotonic() + 15
             for step in itertools.count():
                 atoms.rattle(0.001, seed=step)
