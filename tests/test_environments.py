@@ -26,6 +26,7 @@ from typing import Any
 
 import psutil
 import pytest
+from ase import Atoms
 from ase.build import bulk
 from ase.calculators.emt import EMT
 
@@ -765,6 +766,13 @@ def test_builds_in_use_are_kept_and_the_next_worker_takes_the_new(
     assert energy_of(running, "mine") == 0.0 and running.model("mine")["pid"] == worker
     assert "in use by a worker" in env("show", "own")
     assert "is in use by a worker" in env("remove", "own", fails=True)
+    asked = ("remove", "own", "--socket", running.socket)
+    with running.client().calculator("mine") as calculator:
+        calculator.get_potential_energy(Atoms("Cu"))
+        running.run("unload", "mine")
+        assert "has mine in environment 'own' for 1 session, and could not load it again" in env(*asked, fails=True)
+        calculator.get_potential_energy(Atoms("Au"))
+    worker = running.model("mine")["pid"]
     os.kill(worker, signal.SIGKILL)
     wait_for(lambda: running.model("mine")["pid"] not in (None, worker) and running.model("mine")["state"] == "ready")
     build = find_build("own")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -41,6 +43,10 @@ def copper(size: int = 1):
     atoms = bulk("Cu", cubic=True) * (size, size, size)
     atoms.rattle(0.05, seed=1)
     return atoms
+
+
+PR_CAPBSET_DROP = 24
+CAP_SYS_RESOURCE = 24
 
 
 @pytest.fixture(scope="module")
@@ -371,6 +377,40 @@ def test_a_successor_computes_as_the_daemon_before_it_did(start_daemon, monkeypa
     assert {f"{name}={value}" for name, value in said.items()} <= set(environment)
 
 
+def test_a_successor_runs_under_what_the_daemon_before_it_did(start_daemon) -> None:
+    daemon = start_daemon()
+    before = daemon.pid
+    limits = [resource.prlimit(before, limit) for limit in (resource.RLIMIT_NOFILE, resource.RLIMIT_AS)]
+    one = min(os.sched_getaffinity(before))
+    os.sched_setaffinity(before, {one})
+
+    def in_a_shell_of_little() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (150, limits[0][1]))
+        resource.setrlimit(resource.RLIMIT_AS, (2**32, limits[1][1]))
+        os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()))
+
+    done = daemon.run("restart", preexec_fn=in_a_shell_of_little)
+    assert done.returncode == 0, done.stderr
+    after = daemon.pid
+    assert after != before
+    assert [resource.prlimit(after, limit) for limit in (resource.RLIMIT_NOFILE, resource.RLIMIT_AS)] == limits
+    assert os.sched_getaffinity(after) == {one}
+
+
+def test_a_restart_from_where_limits_are_lower_for_good_stops_nothing(start_daemon) -> None:
+    daemon = start_daemon()
+    before = daemon.pid
+
+    def for_good() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (150, 150))
+        ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, CAP_SYS_RESOURCE)  # root's, by which it raises them again
+
+    done = daemon.run("restart", preexec_fn=for_good)
+    assert done.returncode == 1
+    assert "open files: here at most 150 may be had (`ulimit -Hn`), where the one that runs has" in done.stderr
+    assert daemon.pid == before
+
+
 @pytest.fixture
 def another_version(runtime_folder: Path) -> Iterator[tuple[Path, dict[str, object]]]:
     """The socket of what answers as no daemon of this version does, and its answer to whatever is asked."""
@@ -572,6 +612,10 @@ def test_the_log_is_its_owners_alone(runtime_folder: Path) -> None:
     assert log.read_text() == "one\ntwo\n"
     assert stat.S_IMODE(log.stat().st_mode) == 0o600
     assert stat.S_IMODE(log.parent.stat().st_mode) == 0o700
+    for mode in (0o606, 0o660):
+        log.chmod(mode)
+        done = rootstockd("start", "--socket", runtime_folder / "a.sock", "--log-file", log)
+        assert done.returncode == 1 and "others may write to it; `chmod go-w` it" in done.stderr, done.stderr
     (folder / "link").symlink_to(elsewhere)
     with pytest.raises(OSError, match="symbolic link"):
         open_log(folder / "link")

@@ -14,9 +14,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from rootstock_client.errors import RootstockError
-from rootstockd.cli.clients import OptionPath, Refused
-from rootstockd.cli.common import catalogue_option, console, json_option, saying
+from rootstock_client.runtime_dir import find_socket
+from rootstockd.cli.clients import OptionPath, Refused, socket_option
+from rootstockd.cli.common import catalogue_option, console, fetch_status, json_option, saying
 from rootstockd.cli.completion import environments
+from rootstockd.cli.quantities import plural
 from rootstockd.environment_builds import archive
 from rootstockd.environment_builds.building import Plan, build, without_torchs_builds
 from rootstockd.environments.builds import (
@@ -236,11 +238,29 @@ def verify(name: str, device: str, catalogues: tuple[Path, ...]) -> None:
 
 @env.command()
 @click.argument("name", shell_complete=environments)
-def remove(name: str) -> None:
+@click.option("--force", is_flag=True, help="Even if sessions have a model in it.")
+@socket_option
+def remove(name: str, force: bool, socket: Path | None) -> None:
     """Remove an environment with all its builds."""
+    if not force:
+        _must_be_unused(name, socket)
     finished = remove_environment(name)
     words = f"removed {name}" if finished else f"{name} was never built to the end; what was left of that is removed"
     console.print(words, markup=False)
+
+
+def _must_be_unused(name: str, socket: Path | None) -> None:
+    """See that no session of the daemon that answers has a model in an environment; it may be without a worker now."""
+    try:
+        there = [model for model in fetch_status(find_socket(socket)).models if model.environment_name == name]
+    except RootstockError:
+        return  # there is no daemon
+    if sessions := sum(model.sessions for model in there):
+        models = ", ".join(dict.fromkeys(model.name for model in there if model.sessions))
+        raise Refused(
+            f"the daemon has {models} in environment {name!r} for {plural(sessions, 'session')}, and could not load it "
+            "again. `rootstockd status` says whose they are: wait until they have ended, or --force."
+        )
 
 
 @env.command()

@@ -35,7 +35,7 @@ from rootstockd.cli.ending import (
 )
 from rootstockd.cli.launching import launch, serve_in_front, stay_with
 from rootstockd.cli.options import settings_again, settings_options, settings_said
-from rootstockd.cli.successor import take_environment
+from rootstockd.cli.successor import take_environment, take_limits
 from rootstockd.cli.systemd_units import Unit, unit_at
 from rootstockd.control.schema import ReloadReport, SessionStatus
 from rootstockd.host.devices import DeviceError, found_devices
@@ -176,7 +176,7 @@ def restart(socket: Path | None) -> None:
                 config = settings_again(in_background(running))
             except ConfigError as error:
                 raise Refused(f"{error}\n{GOES_ON}") from error
-            check_startable(config, running)
+            check_startable(config, running, take_limits(process))
             launch(config, after=process, named=named)
     except DaemonNotFoundError as error:
         if not is_being_restarted(address):
@@ -254,12 +254,13 @@ def in_background(config: Config) -> Config:
     return config.model_copy(update={"log_file": default_log_file(config.socket), "origins": origins})
 
 
-def check_startable(config: Config, running: Config) -> None:
+def check_startable(config: Config, running: Config, lacking: list[str]) -> None:
     """Whether a new daemon could take the place of one that runs.
 
     Args:
         config: the new one's settings.
         running: those of the one that runs.
+        lacking: what else that one has, and the new one would not.
 
     Raises:
         Refused: it could not start, or would be elsewhere.
@@ -274,7 +275,7 @@ def check_startable(config: Config, running: Config) -> None:
         )
     problems, _ = look_over(config)
     if not problems:
-        problems = list(_claimed(config, running))
+        problems = [*lacking, *_claimed(config, running)]
     if problems:
         raise Refused("\n".join(["a new daemon could not start, so the old one goes on:", *problems]))
 

@@ -1,9 +1,10 @@
-"""What a daemon's successor has of its environment: else it would be that of the shell which happens to restart it."""
+"""What a daemon's successor has of it: else environment and limits would be those of the shell that restarts it."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import resource
 from pathlib import Path
 
 _KEPT = (
@@ -12,6 +13,14 @@ _KEPT = (
     *("ROOTSTOCKD_", "XDG_", "SLURM_"),  # where things lie
 )
 _PYTHONPATH = "PYTHONPATH"
+_LIMITS = {
+    "open files": (resource.RLIMIT_NOFILE, "n"),
+    "address space": (resource.RLIMIT_AS, "v"),
+    "data": (resource.RLIMIT_DATA, "d"),
+    "file size": (resource.RLIMIT_FSIZE, "f"),
+    "processes": (resource.RLIMIT_NPROC, "u"),
+}
+"""What sessions and workers could lack, and how `ulimit` calls it."""
 
 
 def take_environment(process: int) -> None:
@@ -35,12 +44,55 @@ def take_environment(process: int) -> None:
     os.environ.update(found)
 
 
+def take_limits(process: int) -> list[str]:
+    """Have this process run where, and under limits no lower than, the daemon does whose successor it starts.
+
+    Limits that are higher here stay: a restart may be there to raise them.
+
+    Args:
+        process: a pidfd of the running daemon.
+
+    Returns:
+        What can't be had, in words.
+    """
+    pid = _pid_of(process)
+    if pid is None:
+        return []
+    with contextlib.suppress(OSError):  # these processors are not ours to use any more
+        os.sched_setaffinity(0, os.sched_getaffinity(pid))
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, pid))
+    lacking = []
+    for name, (limit, letter) in _LIMITS.items():
+        with contextlib.suppress(OSError):  # it has gone
+            theirs, ours = resource.prlimit(pid, limit), resource.getrlimit(limit)
+            try:
+                resource.setrlimit(limit, (_higher(theirs[0], ours[0]), _higher(theirs[1], ours[1])))
+            except ValueError:  # only root raises a hard limit
+                lacking.append(
+                    f"{name}: here at most {ours[1]} may be had (`ulimit -H{letter}`), where the one that runs has "
+                    f"{'no limit' if theirs[1] == resource.RLIM_INFINITY else theirs[1]}"
+                )
+    return lacking
+
+
+def _higher(limit: int, other: int) -> int:
+    return resource.RLIM_INFINITY if resource.RLIM_INFINITY in (limit, other) else max(limit, other)
+
+
 def _environment_of(process: int) -> dict[str, str] | None:
     """With what a process was started; None where that can't be read."""
     with contextlib.suppress(OSError):
-        for line in Path(f"/proc/self/fdinfo/{process}").read_text().splitlines():
-            if line.startswith("Pid:") and int(line.split()[1]) > 0:
-                block = Path(f"/proc/{int(line.split()[1])}/environ").read_bytes()
-                pairs = (os.fsdecode(entry).partition("=") for entry in block.split(b"\0") if b"=" in entry)
-                return {name: value for name, _, value in pairs}
+        if (pid := _pid_of(process)) is not None:
+            block = Path(f"/proc/{pid}/environ").read_bytes()
+            pairs = (os.fsdecode(entry).partition("=") for entry in block.split(b"\0") if b"=" in entry)
+            return {name: value for name, _, value in pairs}
+    return None
+
+
+def _pid_of(process: int) -> int | None:
+    """Of a pidfd; None where its process has gone."""
+    for line in Path(f"/proc/self/fdinfo/{process}").read_text().splitlines():
+        if line.startswith("Pid:") and int(line.split()[1]) > 0:
+            return int(line.split()[1])
     return None

@@ -274,6 +274,7 @@ def model_status(model: Supervisor, fleet: Fleet, user: int | None) -> ModelStat
         retired=model.retired,
         kept=model in fleet.kept,
         environment=workers.environment.description if workers.environment else None,
+        environment_name=workers.environment.name if workers.environment and workers.environment.built else None,
         note="; ".join(filter(None, (info.note if info else "", workers.unkept))) or None,
         unconfined=workers.unconfined,
         batch_atoms=model.scheduler.budget,

@@ -86,6 +86,8 @@ class ModelStatus(BaseModel):
     """It is to be loaded at the start, and to stay."""
     environment: str | None = None
     """Where its worker runs: an environment with when it was built, or beside the daemon. None while none is found."""
+    environment_name: str | None = None
+    """The environment's name, if it has one that was built."""
     note: str | None
     """What people should know of it, such as why nothing faster computes, or why each worker compiles anew."""
     unconfined: list[str]

@@ -19,10 +19,12 @@ class LogFormatter(logging.Formatter):
 
 
 def open_log(path: Path) -> BinaryIO:
-    """Open a log for its daemon to write, and for nobody else to read.
+    """Open a log for its daemon to write.
+
+    It is made for nobody else to read; one that is there keeps its mode, by which its owner may let others read it.
 
     Raises:
-        OSError: it can't be, or somebody else could read or change it.
+        OSError: it can't be, or somebody else could change it.
     """
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     return os.fdopen(_open(path, os.O_CREAT), "ab")
@@ -79,6 +81,9 @@ def _open(path: Path, flags: int = 0) -> int:
     if stat.S_ISREG(info.st_mode) and info.st_uid != os.geteuid():
         os.close(fd)
         raise PermissionError(errno.EPERM, f"it belongs to uid {info.st_uid}")
+    if stat.S_ISREG(info.st_mode) and info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        os.close(fd)
+        raise PermissionError(errno.EPERM, "others may write to it; `chmod go-w` it")
     return fd
 
 

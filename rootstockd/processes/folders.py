@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
@@ -142,8 +141,9 @@ def _try_room(folder: str) -> None:
     """Fail here where it lacks: Python says of a full disk that there is no folder for temporary files."""
     try:
         with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
-            if file.write(bytes(_ROOM)) < _ROOM:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            room = 0
+            while room < _ROOM:  # the first write may be short, and the next says why: a full disk, or `ulimit -f`
+                room += file.write(bytes(_ROOM - room))
     except OSError as error:
         raise _failed(error, _scratch()[0]) from error
 

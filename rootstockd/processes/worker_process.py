@@ -242,7 +242,9 @@ class WorkerProcess:
         self._output.finish()
         removing = asyncio.ensure_future(in_thread(self._folders.remove))
         done, _ = await asyncio.wait([removing], timeout=DISK_PATIENCE)
-        if done and (error := removing.exception()):
+        if done and isinstance(removing.exception(), RuntimeError):  # no thread can be had
+            self._folders.remove()
+        elif done and (error := removing.exception()):
             log.warning("the folders of worker %d are left: %s", self.pid, error)
         if status is None:
             verdict = self._verdict or End("it was killed", blamed=False)

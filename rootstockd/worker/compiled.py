@@ -2,7 +2,7 @@
 
 Numba takes a file that can't be read for an error of whatever it was compiled for, at each start, and one that can't be
 written likewise. Such as can't be read are left by a power loss: names are on the disk then, and what was written is
-not.
+not: zeros are read there, of the whole file or of blocks of it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ log = logging.getLogger(__name__)
 
 _PICKLES = {".nbi": 2, ".nbc": 1}
 """Files of numba's by their suffixes, and how many pickles one of them has: an index begins with a version."""
-
+_LOST = bytes(512)
+"""The smallest block of a disk, with nothing in it. Numba makes nothing of MACE with more than 72 zeros in a row."""
 
 ROOM = 2**25
 """Bytes of disk without which nothing is kept. MACE takes 1.4 to 2.5 MB, and several models may be loading."""
@@ -60,10 +61,11 @@ def remove_broken(folder: Path) -> None:
 
 def _is_whole(file: Path) -> bool:
     try:
-        content = io.BytesIO(read_regular(file))
+        content = read_regular(file)
+        pickles = io.BytesIO(content)
         for _ in range(_PICKLES[file.suffix]):
-            for _ in pickletools.genops(content):
+            for _ in pickletools.genops(pickles):
                 pass
     except Exception:  # garbage has it fail in any way
         return False
-    return True
+    return _LOST not in content

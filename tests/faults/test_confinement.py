@@ -641,7 +641,7 @@ def test_what_was_compiled_is_there_for_the_models_next_worker_alone(probed: Run
 
 
 @pytest.mark.parametrize("suffix", ["nbi", "nbc"])
-@pytest.mark.parametrize("left", ["nothing", "zeros", "a half", "garbage", "garbage within", "a pipe"])
+@pytest.mark.parametrize("left", ["nothing", "zeros", "zeros within", "a half", "garbage", "garbage within", "a pipe"])
 def test_what_a_power_loss_leaves_of_compiled_code_is_compiled_anew(
     probed: RunningDaemon, left: str, suffix: str
 ) -> None:
@@ -660,6 +660,7 @@ def test_what_a_power_loss_leaves_of_compiled_code_is_compiled_anew(
             {
                 "nothing": b"",
                 "zeros": bytes(len(whole)),
+                "zeros within": whole[:1024] + bytes(512) + whole[1536:],
                 "a half": whole[: len(whole) // 2],
                 "garbage": (garbage * len(whole))[: len(whole)],
                 "garbage within": whole[:20] + garbage + whole[20 + len(garbage) :],

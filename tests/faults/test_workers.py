@@ -945,6 +945,21 @@ def test_exact_numbers_keep_their_bits_where_the_next_worker_finds_another_backe
         assert bits() == before
 
 
+def test_exact_steps_keep_their_bits_on_fewer_processors(start_daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    daemon = start_daemon("--model", "mace-emt-small")
+    atoms = bulk("Cu", cubic=True) * (5, 5, 5)
+    atoms.rattle(0.1, seed=5)
+    with daemon.client().calculator("mace-emt-small", dtype="float32", exact=True) as atoms.calc:
+        before = atoms.get_forces()
+        # as a control group whose processors change, or a start elsewhere
+        os.sched_setaffinity(daemon.pid, {min(os.sched_getaffinity(0))})
+        for model in daemon.client().status()["models"]:
+            os.kill(model["pid"], signal.SIGKILL)
+        atoms.calc.results.clear()
+        assert (atoms.get_forces() == before).all()
+
+
 @contextlib.contextmanager
 def in_batches(daemon: RunningDaemon, jobs: list[Atoms], rounds: int) -> Iterator[tuple[Any, Any]]:
     """Jobs evaluated together, so often, get what they get alone; the model's status before and after that."""

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+THREADS = 4
+"""How many share a sum, if the machine has as many processors. It says where the sum is split, and so its last bits,
+which are not to follow from `OMP_NUM_THREADS` where the daemon was started, or the processors that it may use now."""
 
 
 def fuse_nothing() -> None:
@@ -21,22 +26,28 @@ def fuse_nothing() -> None:
 def deterministic() -> Iterator[None]:
     """Have torch, where it is in use, add in an order that is the same each time.
 
-    Else a GPU's threads add as they come. Torch warns of operations that have no such order. cuBLAS has its own by a
-    variable (`worker_process.TUNING`).
+    Else a GPU's threads add as they come, and a processor's where their number splits a sum. Torch warns of operations
+    that have no such order. cuBLAS has its own by a variable (`worker_process.TUNING`).
 
     `torch.use_deterministic_algorithms` does the same, and imports torch.compile's compiler: 0.7 s of a session's first
     step.
     """
     torch = sys.modules.get("torch")
-    if torch is None or torch.are_deterministic_algorithms_enabled():  # the model's own wish
+    if torch is None:
         yield
         return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(min(THREADS, os.cpu_count() or 1))
+    own_wish = torch.are_deterministic_algorithms_enabled()  # the model's
     torch.utils.deterministic.fill_uninitialized_memory = False  # is for finding mistakes, and takes time
-    _set(torch, on=True)
+    if not own_wish:
+        _set(torch, on=True)
     try:
         yield
     finally:
-        _set(torch, on=False)
+        if not own_wish:
+            _set(torch, on=False)
+        torch.set_num_threads(threads)
 
 
 def _set(torch: Any, *, on: bool) -> None:
