@@ -82,8 +82,8 @@ def _higher(limit: int, other: int) -> int:
 
 def _environment_of(process: int) -> dict[str, str] | None:
     """With what a process was started; None where that can't be read."""
-    with contextlib.suppress(OSError):
-        if (pid := _pid_of(process)) is not None:
+    if (pid := _pid_of(process)) is not None:
+        with contextlib.suppress(OSError):
             block = Path(f"/proc/{pid}/environ").read_bytes()
             pairs = (os.fsdecode(entry).partition("=") for entry in block.split(b"\0") if b"=" in entry)
             return {name: value for name, _, value in pairs}
@@ -91,8 +91,9 @@ def _environment_of(process: int) -> dict[str, str] | None:
 
 
 def _pid_of(process: int) -> int | None:
-    """Of a pidfd; None where its process has gone."""
-    for line in Path(f"/proc/self/fdinfo/{process}").read_text().splitlines():
-        if line.startswith("Pid:") and int(line.split()[1]) > 0:
-            return int(line.split()[1])
+    """Of a pidfd; None where its process has gone, or that can't be read."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/self/fdinfo/{process}").read_text().splitlines():
+            if line.startswith("Pid:") and int(line.split()[1]) > 0:
+                return int(line.split()[1])
     return None
