@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,9 +16,10 @@ from rootstock_client.runtime_dir import find_socket
 from rootstockd.cli.clients import OptionPath, Refused, socket_option
 from rootstockd.cli.common import catalogue_option, console, fetch_status, json_option, saying
 from rootstockd.cli.completion import environments
+from rootstockd.cli.env_plans import again, among, changed, named, planned, specification_for
 from rootstockd.cli.quantities import plural
 from rootstockd.environment_builds import archive
-from rootstockd.environment_builds.building import Plan, build, without_torchs_builds
+from rootstockd.environment_builds.building import Plan, build
 from rootstockd.environments.builds import (
     Build,
     EnvironmentBuildError,
@@ -34,7 +33,6 @@ from rootstockd.environments.builds import (
     size_of,
 )
 from rootstockd.environments.specification import (
-    Specification,
     SpecificationError,
     check_name,
     find_specification,
@@ -42,8 +40,7 @@ from rootstockd.environments.specification import (
     specification_files,
 )
 from rootstockd.models.catalogue import CatalogueError
-from rootstockd.settings.state_dir import StateError, check_trusted
-from rootstockd.worker.files import is_file, read_regular
+from rootstockd.settings.state_dir import StateError
 
 _TORCH = "[auto|index|cpu|cu126|cu130|...]"
 
@@ -96,13 +93,13 @@ def create(name: str, spec: Path | None, offline: bool, python: str | None, torc
     for problem in wrong:
         console.print(f"{name}: {problem}", style="yellow", markup=False)
     if there is None:
-        _build(_plan(name, *_named(name, spec), offline, python, torch))
+        _build(planned(name, *named(name, spec), offline, python, torch))
         return
     asked = bool(spec or python or torch)
     if wrong and not asked:
-        _build(_again(there, offline=offline))
+        _build(again(there, offline=offline))
         return
-    plan, changes = _changed(there, spec, offline, python, torch) if asked else (None, [])
+    plan, changes = changed(there, spec, offline, python, torch) if asked else (None, [])
     if not wrong and not changes:
         as_asked = ", as requested" if asked else ""
         words = f"{name} is there{as_asked}, built {there.day}. `rootstockd env update {name}` builds it anew."
@@ -133,13 +130,15 @@ def update(name: str, locked: bool, spec: Path | None, offline: bool, python: st
     there = find_build(name) if locked else _state_of(name)[0]
     if locked:
         assert there is not None
-        _build(_again(there, offline=offline, python=python))
+        _build(again(there, offline=offline, python=python))
     elif spec or there is None:
-        _build(_plan(name, *_named(name, spec), offline, python, torch))
+        _build(planned(name, *named(name, spec), offline, python, torch))
     else:
         manifest = there.manifest
         _build(
-            _plan(name, *_specification_for(there), offline, python or manifest.python_request, torch or manifest.torch)
+            planned(
+                name, *specification_for(there), offline, python or manifest.python_request, torch or manifest.torch
+            )
         )
 
 
@@ -188,7 +187,7 @@ def show(name: str) -> None:
         specification = find_specification(name)
         if specification is None:
             known = sorted({*specification_files(), *built_environments()})
-            raise EnvironmentBuildError(f"there is no environment {name!r}, built or specified.\n{_among(name, known)}")
+            raise EnvironmentBuildError(f"there is no environment {name!r}, built or specified.\n{among(name, known)}")
         console.print(f"{name} was not built: `rootstockd env create {name}`", markup=False)
         console.print(f"python {specification.python}; {', '.join(specification.requirements)}", markup=False)
         return
@@ -225,7 +224,7 @@ def verify(name: str, device: str, catalogues: tuple[Path, ...]) -> None:
     if wrong := problems_of(there, digests=True):
         raise EnvironmentBuildError(broken(name, wrong))
     try:
-        check = _specification_for(there)[0].verify
+        check = specification_for(there)[0].verify
     except SpecificationError:  # it has gone, or is being written
         check = there.manifest.specification.verify
     if check is None:
@@ -300,75 +299,6 @@ def _say(step: str) -> None:
     console.print(step, markup=False, soft_wrap=True)
 
 
-def _plan(
-    name: str, specification: Specification, origin: str, offline: bool, python: str | None, torch: str | None
-) -> Plan:
-    if torch is not None:  # checked as in a file
-        specification_fields = {**specification.model_dump(), "torch": torch}
-        try:
-            Specification.model_validate(specification_fields)
-        except ValueError as error:
-            raise click.UsageError(
-                f"--torch {torch}: there are auto, index, cpu, cu126, cu130 and their like."
-            ) from error
-    return Plan(
-        name,
-        specification,
-        origin,
-        python or specification.python,
-        (torch or specification.torch) if specification.has_torch else "index",
-        offline=offline,
-    )
-
-
-def _changed(
-    there: Build, spec: Path | None, offline: bool, python: str | None, torch: str | None
-) -> tuple[Plan, list[str]]:
-    """How to build what is there as it is asked for now, and in words what that changes."""
-    was = there.manifest
-    specification, origin = _specification_for(there) if spec is None else _named(was.name, spec)
-    if specification.python == was.specification.python:
-        python = python or was.python_request
-    if specification.torch == was.specification.torch:
-        torch = torch or was.torch
-    plan = _plan(was.name, specification, origin, offline, python, torch)
-    lock = read_regular(there.lock).decode() if there.lock.is_file() else ""
-    changes = []
-    if plan.python != was.python_request and not f"{was.python}.".startswith(f"{plan.python}."):
-        changes.append(f"Python {plan.python}, where it has {was.python}")
-    if plan.torch != was.torch:
-        changes.append(f"torch: {plan.torch}, where it has {was.torch}")
-        lock = without_torchs_builds(lock)
-    before, after = was.specification.model_dump(), specification.model_dump()
-    changes += [
-        f"other {field}: {_difference(before[field], after[field])}"
-        for field in after
-        if after[field] != before[field] and field not in ("python", "torch")  # which come into the two above
-    ]
-    return dataclasses.replace(plan, preferred=lock), changes
-
-
-def _difference(before: Any, after: Any) -> str:
-    if not isinstance(after, tuple):
-        return "see its specification"
-    gone, new = (", ".join(sorted({*some} - {*others})) for some, others in ((before, after), (after, before)))
-    return " and ".join(filter(None, (new, gone and f"no longer {gone}"))) or "in another order"
-
-
-def _again(there: Build, *, offline: bool, python: str | None = None) -> Plan:
-    """The same versions as in a build."""
-    manifest = there.manifest
-    return Plan(
-        manifest.name,
-        manifest.specification,
-        manifest.origin,
-        python or manifest.python_request,
-        manifest.torch,
-        lock=read_regular(there.lock).decode(),
-        offline=offline,
-    )
-
-
 def _build(plan: Plan) -> None:
     _built(build(plan, _say))
 
@@ -381,53 +311,8 @@ def _built(made: Build) -> None:
     )
 
 
-def _named(name: str, spec: Path | None) -> tuple[Specification, str]:
-    """The specification, and where it came from.
-
-    Raises:
-        SpecificationError: there is none, or it can't be used.
-    """
-    if spec is not None:
-        return read_specification(spec), str(spec)
-    specification = find_specification(name)
-    if specification is None:
-        raise SpecificationError(
-            f"there is no specification for an environment {name!r}.\n{_among(name, sorted(specification_files()))} "
-            "`--spec FILE` names a file that is one."
-        )
-    return specification, "named"
-
-
 def _origin(there: Build) -> str:
     return "the one of its name" if there.manifest.origin == "named" else there.manifest.origin
-
-
-def _among(name: str, known: list[str]) -> str:
-    """Which there are, and which of them may have been meant."""
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"{f'Did you mean {near[0]}? ' if near else ''}There are: {', '.join(known)}."
-
-
-def _specification_for(there: Build) -> tuple[Specification, str]:
-    """What a build was made from, as it is now; as it was where that is gone, or anybody else's by now."""
-    manifest = there.manifest
-    if manifest.origin == "named":
-        return _named(manifest.name, None)
-    path = Path(manifest.origin)
-    if not is_file(path):
-        return manifest.specification, manifest.origin
-    try:
-        check_trusted(path.parent)
-        check_trusted(path)
-    except StateError as error:
-        console.print(
-            f"{path} is not looked at, and what it said when {manifest.name} was built counts: {error}",
-            style="yellow",
-            markup=False,
-            soft_wrap=True,
-        )
-        return manifest.specification, manifest.origin
-    return read_specification(path), manifest.origin
 
 
 def _state_of(name: str) -> tuple[Build | None, list[str]]:
