@@ -263,7 +263,7 @@ def test_who_asks_and_goes_leaves_nothing_that_waits(daemon: RunningDaemon) -> N
 def look_at_port_if_let_in(daemon: RunningDaemon) -> set[str]:
     try:
         return look_at_port(daemon).names
-    except urllib.error.HTTPError:
+    except OSError:  # refused, or cut off on a machine that is slow
         return set()
 
 

@@ -33,6 +33,8 @@ MAX_HEAD = 16 * 1024
 """Bytes of a request's line and headers, and of headers behind a body."""
 DEADLINE = 10.0
 """Seconds from a connection, or from the last answer on it, until the next one has been sent in full."""
+LONGEST_WAIT = 0.8 * DEADLINE
+"""Seconds that a request may wait for its turn, so that there are some left to answer it in."""
 
 MAX_SCRAPERS = 8
 """Connections at a time to the port for metrics, likewise."""
@@ -216,7 +218,7 @@ class Paced:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             now, allowance = time.monotonic(), self._whose(scope)
-            if (wait := allowance.wait(now)) > DEADLINE:  # it would be cut off before: nor does who has gone wait on
+            if (wait := allowance.wait(now)) > LONGEST_WAIT:  # it might be cut off; nor does who has gone wait on
                 await json_response(503, TOO_FAST, {"connection": "close"})(scope, receive, send)
                 return
             allowance.take(now, PACE)
