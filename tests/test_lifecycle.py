@@ -366,7 +366,12 @@ def test_a_successor_finds_the_modules_that_the_daemon_before_it_found(
 
 
 def test_a_successor_computes_as_the_daemon_before_it_did(start_daemon, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = {"NUMBA_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":16:8", "TORCHINDUCTOR_MAX_AUTOTUNE": "0"}
+    said = {
+        "NUMBA_NUM_THREADS": "1",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "CUBLAS_WORKSPACE_CONFIG": ":16:8",
+        "TORCHINDUCTOR_MAX_AUTOTUNE": "0",
+    }
     for name, value in said.items():
         monkeypatch.setenv(name, value)
     daemon = start_daemon()
@@ -402,12 +407,14 @@ def test_a_restart_from_where_limits_are_lower_for_good_stops_nothing(start_daem
     before = daemon.pid
 
     def for_good() -> None:
+        resource.setrlimit(resource.RLIMIT_CPU, (3600, 3600))
         resource.setrlimit(resource.RLIMIT_NOFILE, (150, 150))
         ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, CAP_SYS_RESOURCE)  # root's, by which it raises them again
 
     done = daemon.run("restart", preexec_fn=for_good)
     assert done.returncode == 1
     assert "open files: here at most 150 may be had (`ulimit -Hn`), where the one that runs has" in done.stderr
+    assert "seconds of CPU time: here at most 3600 may be had (`ulimit -Ht`)" in done.stderr
     assert daemon.pid == before
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 _KEPT = (
     *("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "NUMBA_"),  # how it computes
-    *("CUDA_", "CUBLAS_", "NVIDIA_", "PYTORCH_", "TORCH_", "TORCHINDUCTOR_"),
+    *("ATEN_", "ONEDNN_", "DNNL_", "BLIS_", "MALLOC_"),
+    *("CUDA_", "CUBLAS_", "CUEQ", "NVIDIA_", "PYTORCH_", "TORCH_", "TORCHINDUCTOR_", "TRITON_"),
     *("ROOTSTOCKD_", "XDG_", "SLURM_"),  # where things lie
 )
 _PYTHONPATH = "PYTHONPATH"
@@ -19,6 +20,8 @@ _LIMITS = {
     "data": (resource.RLIMIT_DATA, "d"),
     "file size": (resource.RLIMIT_FSIZE, "f"),
     "processes": (resource.RLIMIT_NPROC, "u"),
+    "seconds of CPU time": (resource.RLIMIT_CPU, "t"),
+    "locked memory": (resource.RLIMIT_MEMLOCK, "l"),
 }
 """What sessions and workers could lack, and how `ulimit` calls it."""
 
@@ -58,11 +61,19 @@ def take_limits(process: int) -> list[str]:
     pid = _pid_of(process)
     if pid is None:
         return []
-    with contextlib.suppress(OSError):  # these processors are not ours to use any more
-        os.sched_setaffinity(0, os.sched_getaffinity(pid))
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, pid))
     lacking = []
+    with contextlib.suppress(OSError):  # it has gone
+        processors, niceness = os.sched_getaffinity(pid), os.getpriority(os.PRIO_PROCESS, pid)
+        with contextlib.suppress(OSError):  # none of them may be used here
+            os.sched_setaffinity(0, processors)
+        if missing := len(processors - os.sched_getaffinity(0)):
+            lacking.append(f"processors: {missing} of its {len(processors)} may not be used from here")
+        try:
+            os.setpriority(os.PRIO_PROCESS, 0, niceness)
+        except OSError:  # only root lowers it
+            lacking.append(
+                f"niceness: here it is {os.getpriority(os.PRIO_PROCESS, 0)}, where the one that runs has {niceness}"
+            )
     for name, (limit, letter) in _LIMITS.items():
         with contextlib.suppress(OSError):  # it has gone
             theirs, ours = resource.prlimit(pid, limit), resource.getrlimit(limit)

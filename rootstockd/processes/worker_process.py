@@ -81,6 +81,9 @@ ROUNDING = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
 """Variables, in some images, by which GPUs round float32 to 10 bits in products of matrices: energies of isolated atoms
 among them, which are then off by half an eV. Reference and backend would agree on it."""
 
+SPLITTING = ("OMP_DYNAMIC", "OMP_THREAD_LIMIT")
+"""Variables by which sums are split among fewer threads than torch is told (`deterministic`)."""
+
 
 def _tuning(family: str) -> dict[str, str]:
     """What is of `TUNING` for workers of a family: programs get memory as they do wherever else they run."""
@@ -89,7 +92,7 @@ def _tuning(family: str) -> dict[str, str]:
 
 def _inherited() -> dict[str, str]:
     """The daemon's environment, but for what changes numbers."""
-    return {name: value for name, value in os.environ.items() if name not in ROUNDING}
+    return {name: value for name, value in os.environ.items() if name not in (*ROUNDING, *SPLITTING)}
 
 
 class WorkerProcess:

@@ -54,6 +54,8 @@ def limit_memory() -> None:
     limit = memory_limit()
     if limit is not None:
         # not RLIMIT_AS: libraries reserve far more addresses than they use
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)  # by `ulimit -d`, which nobody but root raises
+        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     with contextlib.suppress(OSError):
         if int(_SCORE.read_text()) < _FIRST_TO_GO:

@@ -947,6 +947,7 @@ def test_exact_numbers_keep_their_bits_where_the_next_worker_finds_another_backe
 
 def test_exact_steps_keep_their_bits_on_fewer_processors(start_daemon, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setenv("OMP_DYNAMIC", "true")
     daemon = start_daemon("--model", "mace-emt-small")
     atoms = bulk("Cu", cubic=True) * (5, 5, 5)
     atoms.rattle(0.1, seed=5)

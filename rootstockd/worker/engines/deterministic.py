@@ -37,7 +37,7 @@ def deterministic() -> Iterator[None]:
         yield
         return
     threads = torch.get_num_threads()
-    torch.set_num_threads(min(THREADS, os.cpu_count() or 1))
+    torch.set_num_threads(min(THREADS, os.sysconf("SC_NPROCESSORS_ONLN")))
     own_wish = torch.are_deterministic_algorithms_enabled()  # the model's
     torch.utils.deterministic.fill_uninitialized_memory = False  # is for finding mistakes, and takes time
     if not own_wish:
